@@ -1,0 +1,44 @@
+# Every target does its own set-up in .venv; a second run finds it there.
+PYTHON ?= python3
+# The torch to install where none is given; e.g. `make demo TORCH=torch` takes the newest CUDA build.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint bench-cpu clean
+
+demo: $(VENV)/.plot
+	$(BIN)/clha-fast demo $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-run
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.torch: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.plot: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[plot]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@

@@ -1,0 +1,145 @@
+"""Input checks. Those on shapes and dtypes are free; those on values run on CPU tensors only, never on a GPU's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _expect(ok: bool, name: str, expected: str, tensor: Tensor) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {_shape(tensor)}")
+
+
+def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str) -> None:
+    ok = tensor.dim() == 1 and tensor.dtype in _INTEGERS and (length is None or tensor.shape[0] == length)
+    size = "" if length is None else f" = {length}"
+    _expect(ok, name, f"integers of shape [{meaning}{size}]", tensor)
+
+
+def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+    """Shapes, dtypes and devices of what token log-probabilities are made from."""
+    _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
+    width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
+    ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
+    _expect(ok, "weight", f"[V, H = {width}] with V > 0", weight)
+    _expect(
+        weight.dtype == dtype,
+        "weight",
+        f"hidden's dtype {str(dtype).removeprefix('torch.')} (cast one, or use torch.autocast)",
+        weight,
+    )
+    _expect(weight.device == device, "weight", f"hidden's device {device}", weight)
+    if bias is not None:
+        vocabulary = weight.shape[0]
+        ok = bias.shape == (vocabulary,) and bias.dtype == dtype and bias.device == device
+        _expect(ok, "bias", f"[V = {vocabulary}] of hidden's dtype and device", bias)
+    _expect(targets.dtype == torch.int64, "targets", "int64", targets)
+    _index_tensor("targets", targets, None if row_index is not None else hidden.shape[0], "N")
+    _expect(targets.device == device, "targets", f"hidden's device {device}", targets)
+    if row_index is not None:
+        _expect(row_index.dtype == torch.int64, "row_index", "int64", row_index)
+        _index_tensor("row_index", row_index, targets.shape[0], "N")
+        _expect(row_index.device == device, "row_index", f"hidden's device {device}", row_index)
+
+
+def ranking_inputs(
+    candidate_lengths: Tensor,
+    candidates_per_prompt: Tensor,
+    rewards: Tensor | None,
+    sft_index: Tensor | None,
+    pair_counts: Tensor | None,
+    prompt_count: Tensor | None,
+) -> None:
+    """Shapes and dtypes of what ranks the candidates."""
+    _index_tensor("candidate_lengths", candidate_lengths, None, "C")
+    _index_tensor("candidates_per_prompt", candidates_per_prompt, None, "P")
+    if candidates_per_prompt.shape[0] == 0:
+        raise ValueError("candidates_per_prompt: expected at least one prompt, got none")
+    if rewards is not None:
+        count = candidate_lengths.shape[0]
+        ok = rewards.shape == (count,) and rewards.is_floating_point()
+        _expect(ok, "rewards", f"floating [C = {count}]", rewards)
+    if sft_index is not None:
+        _index_tensor("sft_index", sft_index, candidates_per_prompt.shape[0], "P")
+    if pair_counts is not None:
+        _expect(pair_counts.dim() == 1, "pair_counts", "[D], one count a rank distance", pair_counts)
+    if prompt_count is not None:
+        _expect(prompt_count.dim() == 0, "prompt_count", "a scalar tensor", prompt_count)
+
+
+def _cpu(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "cpu"
+
+
+def target_values(targets: Tensor, row_index: Tensor | None, vocabulary: int, rows: int, ignore_index: int) -> None:
+    """Every target lies in [0, V) or is `ignore_index`, every row index in [0, M). CPU tensors only."""
+    if _cpu(targets) and targets.numel():
+        wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"targets: expected values in [0, V = {vocabulary}) or {ignore_index}, "
+                f"got {int(targets[at])} at position {at}"
+            )
+    if row_index is not None and _cpu(row_index) and row_index.numel():
+        wrong = (row_index < 0) | (row_index >= rows)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"row_index: expected values in [0, M = {rows}), got {int(row_index[at])} at position {at}"
+            )
+
+
+def ranking_values(
+    num_tokens: int,
+    candidate_lengths: Tensor,
+    candidates_per_prompt: Tensor,
+    rewards: Tensor | None,
+    sft_index: Tensor | None,
+    pair_counts: Tensor | None,
+) -> None:
+    """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
+    count = candidate_lengths.shape[0]
+    if _cpu(candidate_lengths):
+        if count and int(candidate_lengths.min()) < 0:
+            at = int(candidate_lengths.argmin())
+            raise ValueError(
+                f"candidate_lengths: expected no negative length, got {int(candidate_lengths[at])} at position {at}"
+            )
+        total = int(candidate_lengths.sum())
+        if total != num_tokens:
+            raise ValueError(f"candidate_lengths: expected a sum of N = {num_tokens} tokens, got {total}")
+    if _cpu(candidates_per_prompt):
+        fewest, total = int(candidates_per_prompt.min()), int(candidates_per_prompt.sum())
+        if fewest < 1:
+            at = int(candidates_per_prompt.argmin())
+            raise ValueError(
+                f"candidates_per_prompt: expected at least 1 candidate a prompt, got {fewest} at position {at}"
+            )
+        if total != count:
+            raise ValueError(f"candidates_per_prompt: expected a sum of C = {count} candidates, got {total}")
+        if pair_counts is not None:
+            most = int(candidates_per_prompt.max())
+            if pair_counts.numel() < most - 1:
+                raise ValueError(f"pair_counts: expected at least {most - 1} rank distances, got {pair_counts.numel()}")
+        if sft_index is not None and _cpu(sft_index):
+            wrong = (sft_index < 0) | (sft_index >= candidates_per_prompt)
+            if bool(wrong.any()):
+                at = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"sft_index: expected a value in [0, {int(candidates_per_prompt[at])}) for prompt {at}, "
+                    f"got {int(sft_index[at])}"
+                )
+    if rewards is not None and _cpu(rewards):
+        finite = torch.isfinite(rewards)
+        if not bool(finite.all()):
+            at = int((~finite).nonzero()[0])
+            raise ValueError(f"rewards: expected finite values, got {float(rewards[at])} at position {at}")

@@ -1,0 +1,131 @@
+"""What a loss call reports besides its value: sums, so that batches and processes add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+# The order of the metrics vector that every backend fills (float32 [16]); every entry is a sum.
+METRIC_NAMES = (
+    "rank_loss",
+    "sft_loss",
+    "kept_pairs",
+    "total_pairs",
+    "correct_pairs",
+    "margin_sum",
+    "chosen_sum",
+    "rejected_sum",
+    "active_pairs",
+    "ordered_pairs",
+    "concordant_pairs",
+    "discordant_pairs",
+    "open_gates",
+    "prompts",
+    "scored_tokens",
+    "scored_candidates",
+)
+_INDEX = {name: index for index, name in enumerate(METRIC_NAMES)}
+
+
+class CLHAMetrics:
+    """Metrics of one or several loss calls, on the loss's device; reading a number synchronises, nothing else does.
+
+    A mean over nothing (no kept pair) is NaN, never 0.
+
+    Attributes:
+        values: float32 [16], sums in the order of `METRIC_NAMES`.
+        scores: [C] length-normalised log-probability s_i of every candidate (Eq. 3); 0 for one without tokens.
+    """
+
+    def __init__(self, values: Tensor, scores: Tensor, calls: int = 1) -> None:
+        self.values = values
+        self.scores = scores
+        self._calls = calls
+
+    def sum_of(self, name: str) -> Tensor:
+        """The raw sum called `name` in `METRIC_NAMES`, a scalar tensor."""
+        return self.values[_INDEX[name]]
+
+    def _per_kept_pair(self, name: str) -> Tensor:
+        return self.sum_of(name) / self.sum_of("kept_pairs")
+
+    @property
+    def rank_loss(self) -> Tensor:
+        """Ranking term of the loss, mean over the merged calls."""
+        return self.sum_of("rank_loss") / self._calls
+
+    @property
+    def sft_loss(self) -> Tensor:
+        """SFT term of the loss, mean over the merged calls."""
+        return self.sum_of("sft_loss") / self._calls
+
+    @property
+    def kept_pair_share(self) -> Tensor:
+        """Kept pairs over all pairs i < j."""
+        return self.sum_of("kept_pairs") / self.sum_of("total_pairs")
+
+    @property
+    def ranking_accuracy(self) -> Tensor:
+        """Share of the kept pairs in which the better candidate has the higher score."""
+        return self._per_kept_pair("correct_pairs")
+
+    @property
+    def margin(self) -> Tensor:
+        """Mean of s_i - s_j over the kept pairs, nats per token."""
+        return self._per_kept_pair("margin_sum")
+
+    @property
+    def chosen_logp(self) -> Tensor:
+        """Mean of s_i, the better side, over the kept pairs."""
+        return self._per_kept_pair("chosen_sum")
+
+    @property
+    def rejected_logp(self) -> Tensor:
+        """Mean of s_j, the worse side, over the kept pairs."""
+        return self._per_kept_pair("rejected_sum")
+
+    @property
+    def kendall_tau(self) -> Tensor:
+        """(concordant - discordant) / pairs with an order, pooled over prompts; the noise rule plays no part."""
+        return (self.sum_of("concordant_pairs") - self.sum_of("discordant_pairs")) / self.sum_of("ordered_pairs")
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Scored tokens."""
+        return self.sum_of("scored_tokens")
+
+    @classmethod
+    def merge(cls, parts: Iterable[CLHAMetrics]) -> CLHAMetrics:
+        """Metrics over several calls: pair metrics weigh every pair alike, the two losses every call alike."""
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts: expected at least one CLHAMetrics, got none")
+        values = torch.stack([part.values for part in parts]).sum(0)
+        return cls(values, torch.cat([part.scores for part in parts]), sum(part._calls for part in parts))
+
+    def as_dict(self) -> dict[str, float]:
+        """All metrics as Python floats under their usual names (one synchronisation)."""
+        sums = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
+
+        def ratio(top: float, bottom: float) -> float:
+            return top / bottom if bottom else float("nan")
+
+        kept = sums["kept_pairs"]
+        return {
+            "rank_loss": sums["rank_loss"] / self._calls,
+            "sft_loss": sums["sft_loss"] / self._calls,
+            "rewards/accuracies": ratio(sums["correct_pairs"], kept),
+            "rewards/margins": ratio(sums["margin_sum"], kept),
+            "logps/chosen": ratio(sums["chosen_sum"], kept),
+            "logps/rejected": ratio(sums["rejected_sum"], kept),
+            "kept_pair_share": ratio(kept, sums["total_pairs"]),
+            "active_pair_share": ratio(sums["active_pairs"], kept),
+            "open_gate_share": ratio(sums["open_gates"], sums["prompts"]),
+            "kendall_tau": ratio(sums["concordant_pairs"] - sums["discordant_pairs"], sums["ordered_pairs"]),
+            "num_tokens": sums["scored_tokens"],
+        }
+
+    def __repr__(self) -> str:
+        return f"CLHAMetrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"

@@ -1,0 +1,63 @@
+"""The CLHA loss as a module: settings fixed once, tensors at every call."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clha_fast.dispatch import Backend
+from clha_fast.functional import linear_clha_loss
+from clha_fast.metrics import CLHAMetrics
+from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+
+
+class CLHALoss(nn.Module):
+    """`functional.linear_clha_loss` with its settings bound; it has no parameters.
+
+    Args:
+        options: what is done with log-probabilities; `CLHAOptions.preset("published")` by default.
+        head: how log-probabilities come from hidden states.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Example::
+
+        criterion = CLHALoss(CLHAOptions.preset("paper"))
+        loss, metrics = criterion(hidden, lm_head.weight, targets, candidate_lengths, candidates_per_prompt,
+                                  rewards=rewards)
+        loss.backward()
+    """
+
+    def __init__(
+        self,
+        options: CLHAOptions = PUBLISHED,
+        head: HeadOptions | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.head = HeadOptions() if head is None else head
+        self.backend: Backend = backend
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        candidate_lengths: Tensor,
+        candidates_per_prompt: Tensor,
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, CLHAMetrics]:
+        """Arguments and result of `linear_clha_loss`; `tensors` are its optional ones (rewards, row_index, ...)."""
+        return linear_clha_loss(
+            hidden,
+            weight,
+            targets,
+            candidate_lengths,
+            candidates_per_prompt,
+            head=self.head,
+            options=self.options,
+            backend=self.backend,
+            **tensors,
+        )
+
+    def extra_repr(self) -> str:
+        return f"options={self.options}, head={self.head}, backend={self.backend!r}"

@@ -1,0 +1,283 @@
+"""Custom operators: what autograd and torch.compile see of the fused backends.
+
+Settings travel as the strings that `options.encoded` holds, so that a schema carries one argument for all of them.
+A gradient that nobody asked for is an empty tensor here, for an operator cannot return None.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clha_fast import checks
+from clha_fast.metrics import METRIC_NAMES
+from clha_fast.options import CLHAOptions, HeadOptions
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"clha_fast.{backend}_backend")
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def _score_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+@torch.library.custom_op("clha_fast::token_logps", mutates_args=())
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    head: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(logps [N], lse [N])."""
+    settings = HeadOptions.decode(head)
+    checks.target_values(targets, row_index, weight.shape[0], hidden.shape[0], settings.ignore_index)
+    return _module(backend).token_logps_forward(hidden, weight, bias, targets, row_index, settings)
+
+
+@token_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    head: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = _score_dtype(hidden)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
+
+
+@torch.library.custom_op("clha_fast::token_logps_backward", mutates_args=())
+def token_logps_backward(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    lse: Tensor,
+    head: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) by recomputing the logits; empty where not needed."""
+    gradients = _module(backend).token_logps_backward(
+        grad_logps,
+        hidden,
+        weight,
+        bias,
+        targets,
+        row_index,
+        lse,
+        HeadOptions.decode(head),
+        need_hidden,
+        need_weight,
+        need_bias,
+    )
+    dhidden, dweight, dbias = (_or_empty(gradient, hidden) for gradient in gradients)
+    return dhidden, dweight, dbias
+
+
+@token_logps_backward.register_fake
+def _(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    lse: Tensor,
+    head: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (hidden, weight, bias) for saved head inputs and a gradient of the log-probabilities."""
+    hidden, weight, bias, targets, row_index = ctx.saved_tensors[:5]
+    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+    gradients = token_logps_backward(
+        grad_logps, hidden, weight, bias, targets, row_index, lse, ctx.head, ctx.backend, *needs
+    )
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.head, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _token_logps_gradients(ctx: Any, grad_logps: Tensor | None, _grad_lse: Any) -> tuple[Tensor | None, ...]:
+    if grad_logps is None:
+        return (None,) * 7
+    return (*_head_gradients(ctx, grad_logps, ctx.saved_tensors[5]), None, None, None, None)
+
+
+token_logps.register_autograd(_token_logps_gradients, setup_context=_token_logps_setup)
+
+
+@torch.library.custom_op("clha_fast::linear_clha", mutates_args=())
+def linear_clha(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    candidate_lengths: Tensor,
+    candidates_per_prompt: Tensor,
+    rewards: Tensor | None,
+    sft_index: Tensor | None,
+    pair_counts: Tensor | None,
+    prompt_count: Tensor | None,
+    head: str,
+    options: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, scores, dL/dS, lse, dhidden, dweight, dbias).
+
+    The torch backend returns the gradients with the loss; the Triton backend leaves them empty and recomputes.
+    """
+    settings = HeadOptions.decode(head)
+    checks.target_values(targets, row_index, weight.shape[0], hidden.shape[0], settings.ignore_index)
+    checks.ranking_values(targets.shape[0], candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts)
+    module = _module(backend)
+    inputs = (
+        hidden,
+        weight,
+        bias,
+        targets,
+        row_index,
+        candidate_lengths,
+        candidates_per_prompt,
+        rewards,
+        sft_index,
+        pair_counts,
+        prompt_count,
+        settings,
+        CLHAOptions.decode(options),
+    )
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if hasattr(module, "clha_sweep"):
+        *values, gradients = module.clha_sweep(*inputs, need_hidden, need_weight, need_bias)
+    else:
+        values = module.clha_forward(*inputs)
+    loss, metrics, scores, coefficients, lse = values
+    dhidden, dweight, dbias = (_or_empty(gradient, hidden) for gradient in gradients)
+    return loss, metrics, scores, coefficients, lse, dhidden, dweight, dbias
+
+
+@linear_clha.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    candidate_lengths: Tensor,
+    candidates_per_prompt: Tensor,
+    rewards: Tensor | None,
+    sft_index: Tensor | None,
+    pair_counts: Tensor | None,
+    prompt_count: Tensor | None,
+    head: str,
+    options: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = _score_dtype(hidden)
+    sweeps = backend == "torch"
+    needs = (need_hidden and sweeps, need_weight and sweeps, need_bias and sweeps)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(METRIC_NAMES), dtype=torch.float32),
+        hidden.new_empty(candidate_lengths.shape, dtype=dtype),
+        hidden.new_empty(candidate_lengths.shape, dtype=dtype),
+        hidden.new_empty(targets.shape, dtype=dtype),
+        *_fake_gradients(hidden, weight, *needs),
+    )
+
+
+def _linear_clha_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (hidden, weight, bias, targets, row_index, lengths, *_ranking, ctx.head, _options, backend, _, _, _) = inputs
+    ctx.backend = backend
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.scaled = False
+    if backend == "torch":
+        ctx.save_for_backward(*output[5:])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets, row_index, lengths, output[3], output[4])
+
+
+def _linear_clha_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 14
+    if grad_loss is None:
+        return (None, None, None, *rest)
+    if ctx.backend == "torch":
+        needs = ctx.needs_input_grad[:3]
+        return (*_scaled(ctx, grad_loss, needs), *rest)
+    lengths, coefficients, lse = ctx.saved_tensors[5:]
+    grad_logps = torch.repeat_interleave(
+        coefficients * grad_loss, lengths.to(coefficients.device, non_blocking=True), output_size=lse.shape[0]
+    )
+    return (*_head_gradients(ctx, grad_logps, lse), *rest)
+
+
+def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """The sweep's gradients times the loss's upstream gradient.
+
+    In place where tensors are real: [V, H] must not exist twice. A graph that is walked a second time after that says
+    so; under torch.compile the compiler owns the buffers and decides.
+    """
+    eager = type(grad_loss) is Tensor
+    if ctx.scaled:
+        raise RuntimeError(
+            "linear_clha_loss: the gradients of this call were scaled in place by an earlier backward pass; "
+            "compute the loss again instead of walking its graph twice"
+        )
+    gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
+    if not eager:
+        return [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
+    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        return gradients
+    ctx.scaled = True
+    return [None if g is None else g.mul_(grad_loss) for g in gradients]
+
+
+linear_clha.register_autograd(_linear_clha_gradients, setup_context=_linear_clha_setup)
