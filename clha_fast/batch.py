@@ -1,0 +1,263 @@
+"""Candidates of several prompts as tensors: padded rows for the model, packed tokens for the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from clha_fast.options import PUBLISHED, CLHAOptions
+
+
+class CandidateFeature(TypedDict):
+    """One tokenised prompt with its candidates, best rank first.
+
+    `prompt_ids` holds at least one token and every list of `completion_ids` too, the last being EOS unless
+    the response was truncated.
+    """
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[Sequence[int]]
+    rewards: Sequence[float] | None
+    sft_index: int
+    source: str
+
+
+@dataclass
+class CandidateBatch:
+    """What a model and the loss need for one step.
+
+    Attributes:
+        input_ids: int64 [B, T], prompt and response, padded on the right; one row for each candidate that was
+            not dropped (one row in any case: a model must run).
+        attention_mask: int64 [B, T], 1 on tokens.
+        targets: int64 [N], the scored tokens, candidate after candidate.
+        row_index: int64 [N], token t is predicted by `hidden.reshape(B * T, H)[row_index[t]]`.
+        candidate_lengths: int64 [C], scored tokens of each candidate; 0 for a dropped one, which keeps its
+            place.
+        candidates_per_prompt: int64 [P].
+        rewards: float32 [C] or None.
+        sft_index: int64 [P], position of the SFT target within its prompt.
+        num_inert: how many candidates were dropped because neither loss nor gradients depend on them.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    row_index: Tensor
+    candidate_lengths: Tensor
+    candidates_per_prompt: Tensor
+    rewards: Tensor | None
+    sft_index: Tensor
+    num_inert: int = 0
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors().items():
+            dims = 2 if name in ("input_ids", "attention_mask") else 1
+            dtype = torch.float32 if name == "rewards" else torch.int64
+            if tensor.dim() != dims or tensor.dtype != dtype:
+                got = f"{tensor.dtype} with shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: expected {dtype} with {dims} dimension(s), got {got}")
+        for name, other in _SAME_SHAPE.items():
+            tensor, like = getattr(self, name), getattr(self, other)
+            if tensor is not None and tensor.shape != like.shape:
+                shape = tuple(tensor.shape)
+                raise ValueError(f"{name}: expected the shape {tuple(like.shape)} of {other}, got {shape}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, without `rewards` when there are none: what a collator hands to a Trainer."""
+        return {**self._tensors(), "num_inert": self.num_inert}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> CandidateBatch:
+        """The inverse of `as_dict`; other keys are ignored.
+
+        Raises:
+            ValueError: a field is missing.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        given = {"rewards": None, "num_inert": 0, **{name: fields[name] for name in names if name in fields}}
+        for name in names:
+            if name not in given:
+                raise ValueError(f"{name}: expected in a batch, got the keys {', '.join(sorted(fields))}")
+        return cls(**given)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
+        """The same batch on `device`."""
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
+        return CandidateBatch(**moved, num_inert=self.num_inert)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a causal language model's forward."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def loss_inputs(self) -> dict[str, Tensor | None]:
+        """Keyword arguments of `linear_clha_loss`, beside hidden states and weight."""
+        return {
+            "targets": self.targets,
+            "candidate_lengths": self.candidate_lengths,
+            "candidates_per_prompt": self.candidates_per_prompt,
+            "rewards": self.rewards,
+            "sft_index": self.sft_index,
+            "row_index": self.row_index,
+        }
+
+
+_SAME_SHAPE = {
+    "attention_mask": "input_ids",
+    "row_index": "targets",
+    "rewards": "candidate_lengths",
+    "sft_index": "candidates_per_prompt",
+}
+
+
+def inert_mask(
+    rewards: Tensor | None,
+    candidates_per_prompt: Tensor,
+    sft_index: Tensor | None = None,
+    options: CLHAOptions = PUBLISHED,
+) -> Tensor:
+    """Which candidates neither the loss nor its gradients depend on, whatever the model says.
+
+    A candidate is inert when it is in no kept pair (or `rank_weight` is 0) and is not an open SFT target
+    whose weight and factor are positive. Backends compare rewards in float32 or in float64; a candidate that
+    counts in either is not inert, so dropping is exact for both.
+
+    Args:
+        rewards: [C] or None. candidates_per_prompt: [P] int64. sft_index: [P] int64 or None (0).
+
+    Returns:
+        bool [C].
+
+    Raises:
+        ValueError: the counts do not sum to the number of rewards, or an sft_index is outside its prompt.
+    """
+    sizes: list[int] = candidates_per_prompt.tolist()
+    positions: list[int] = [0] * len(sizes) if sft_index is None else sft_index.tolist()
+    if rewards is not None and rewards.numel() != sum(sizes):
+        got = f"rewards for {rewards.numel()}"
+        raise ValueError(f"candidates_per_prompt: expected counts of {sum(sizes)} candidates in all, got {got}")
+    device = candidates_per_prompt.device if rewards is None else rewards.device
+    used = torch.zeros(sum(sizes), dtype=torch.bool, device=device)
+    start = 0
+    for size, position in zip(sizes, positions, strict=True):
+        if not 0 <= position < size:
+            raise ValueError(f"sft_index: expected a position from 0 to {size - 1}, got {position}")
+        span = slice(start, start + size)
+        values = None if rewards is None else rewards[span].to(torch.float32)
+        versions = [None] if values is None else [values, values.to(torch.float64)]
+        for version in versions:
+            used[span] |= _in_kept_pair(version, size, options, device)
+        weight = options.sft_weight * ((size - 1) ** 2 if options.sft_factor == "squared" else 1)
+        if weight > 0:
+            gates = [v is None or bool(v[position] > options.reward_floor) for v in versions]
+            used[start + position] |= any(gates)
+        start += size
+    return ~used
+
+
+def _in_kept_pair(rewards: Tensor | None, size: int, options: CLHAOptions, device: torch.device) -> Tensor:
+    if options.rank_weight == 0:
+        return torch.zeros(size, dtype=torch.bool, device=device)
+    kept = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+    if rewards is not None and options.noise_rule != "none":
+        gap = rewards.unsqueeze(1) - rewards.unsqueeze(0)
+        kept &= (gap.abs() if options.noise_rule == "abs" else gap) > options.reward_margin
+    return kept.any(0) | kept.any(1)
+
+
+def pack_candidates(
+    features: Sequence[CandidateFeature],
+    *,
+    pad_token_id: int,
+    options: CLHAOptions = PUBLISHED,
+    drop_inert: bool = True,
+    pad_to_multiple_of: int | None = None,
+) -> CandidateBatch:
+    """A `CandidateBatch` of tokenised prompts, in order.
+
+    Args:
+        options: decides which candidates are inert; give the loss's own.
+        drop_inert: leave inert candidates out of `input_ids` (their `candidate_lengths` become 0). When all
+            are inert, one row of one token remains.
+        pad_to_multiple_of: T is rounded up to a multiple of it.
+
+    Raises:
+        ValueError: no feature; a mixture of prompts with and without rewards, or a prompt or response without
+            tokens (the message names the record).
+    """
+    if not features:
+        raise ValueError("features: expected at least one prompt, got none")
+    check_features(features)
+    sizes = torch.tensor([len(f["completion_ids"]) for f in features])
+    sft_index = torch.tensor([int(f["sft_index"]) for f in features])
+    rewards = None
+    if features[0]["rewards"] is not None:
+        rewards = torch.tensor([r for f in features for r in f["rewards"] or ()], dtype=torch.float32)
+    inert = inert_mask(rewards, sizes, sft_index, options) if drop_inert else torch.zeros(int(sizes.sum())).bool()
+
+    pairs = [(f["prompt_ids"], completion) for f in features for completion in f["completion_ids"]]
+    kept = [pair for pair, dropped in zip(pairs, inert.tolist(), strict=True) if not dropped]
+    rows = kept or [(features[0]["prompt_ids"][:1], [])]
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    step = pad_to_multiple_of or 1
+    width = -(-width // step) * step
+
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    row_index = []
+    for number, (prompt, completion) in enumerate(rows):
+        length = len(prompt) + len(completion)
+        input_ids[number, :length] = torch.tensor([*prompt, *completion])
+        attention_mask[number, :length] = 1
+        # The token at position t is predicted by the row of position t - 1.
+        first = number * width + len(prompt) - 1
+        row_index.append(torch.arange(first, first + len(completion)))
+    index = torch.cat(row_index)
+    lengths = torch.tensor([len(completion) for _, completion in pairs])
+    return CandidateBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        targets=input_ids.flatten()[index + 1],
+        row_index=index,
+        candidate_lengths=lengths.masked_fill(inert, 0),
+        candidates_per_prompt=sizes,
+        rewards=rewards,
+        sft_index=sft_index,
+        num_inert=int(inert.sum()),
+    )
+
+
+def check_features(features: Sequence[CandidateFeature]) -> None:
+    """Whether these prompts can share a batch; ValueError, as `pack_candidates`, where they cannot."""
+    first = features[0]
+    for feature in features:
+        source = feature["source"]
+        size = len(feature["completion_ids"])
+        if not len(feature["prompt_ids"]):
+            raise ValueError(f"{source}: prompt_ids: expected at least one token, got none")
+        if not size:
+            raise ValueError(f"{source}: completion_ids: expected at least one response, got none")
+        for number, ids in enumerate(feature["completion_ids"]):
+            if not len(ids):
+                raise ValueError(f"{source}: completion_ids[{number}]: expected at least one token, got none")
+        rewards = feature["rewards"]
+        if (rewards is None) != (first["rewards"] is None):
+            here, there = ("none", "has them") if rewards is None else ("some", "has none")
+            raise ValueError(
+                f"{source}: rewards: expected all records of a batch to have rewards or none to, "
+                f"got {here} while {first['source']} {there}"
+            )
+        if rewards is not None and len(rewards) != size:
+            raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")

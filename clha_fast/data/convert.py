@@ -1,0 +1,64 @@
+"""Any known format, rewritten once as the canonical JSON Lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+from clha_fast.data.readers import Source, iter_records
+from clha_fast.data.records import RecordError
+
+
+@dataclass(frozen=True)
+class ConvertCounts:
+    """What `convert` wrote, and what it left out (`skipped`, only when errors are collected)."""
+
+    records: int
+    completions: int
+    with_rewards: int
+    skipped: int
+
+
+def convert(
+    source: Source,
+    destination: str | os.PathLike[str],
+    format: str = "auto",
+    rank_by_reward: bool = False,
+    *,
+    overwrite: bool = False,
+    errors: list[RecordError] | None = None,
+) -> ConvertCounts:
+    """Write every record of `source` to `destination`, one canonical JSON object a line, UTF-8.
+
+    The file appears complete or not at all: it is written beside `destination` and then renamed, so a failure
+    (a bad record, a full disk) leaves whatever was there before.
+
+    Args:
+        source, format, rank_by_reward, errors: as `iter_records`.
+        overwrite: replace an existing `destination`; it may be `source` itself.
+
+    Raises:
+        FileExistsError: `destination` exists and `overwrite` is not set.
+        RecordError, ValueError, OSError: as `iter_records`; OSError also when writing fails.
+    """
+    path = os.fspath(destination)
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite")
+    records = completions = with_rewards = 0
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "x", encoding="utf-8", newline="\n") as file:
+            for record in iter_records(source, format, rank_by_reward, errors):
+                file.write(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+                records += 1
+                completions += len(record.completions)
+                with_rewards += record.rewards is not None
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        # Still there only when something above failed.
+        if os.path.exists(partial):
+            os.unlink(partial)
+    return ConvertCounts(records, completions, with_rewards, len(errors or ()))

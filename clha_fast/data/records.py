@@ -1,0 +1,224 @@
+"""One prompt and its responses, best first: the only form of data that the rest of the library knows."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+Message = dict[str, Any]
+Prompt = str | tuple[Message, ...]
+
+# Rewards travel as float32; a larger number would silently become infinite.
+_LARGEST_REWARD = 3.4028234663852886e38
+_LONGEST_GOT = 100
+
+
+class RecordError(ValueError):
+    """A record that cannot be used: one sentence with the record, the field, what was expected and what came.
+
+    Attributes:
+        source: where the record is, such as "train.jsonl:17".
+        field: name of the field at fault, or "" when the record as a whole is.
+    """
+
+    # One positional argument: data loader workers rebuild exceptions from their message alone.
+    def __init__(self, message: str, *, source: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.source = source
+        self.field = field
+
+    @classmethod
+    def of(cls, source: str, field: str, expected: str, got: object) -> RecordError:
+        """The error for `field` of the record at `source`; a text `got` is quoted, as any value is."""
+        place = f"{source}: {field}" if field else source
+        return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field)
+
+
+def shorten(value: object) -> str:
+    """repr(value), cut to a length that fits in one sentence."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_GOT else f"{text[:_LONGEST_GOT]}... ({len(text)} characters)"
+
+
+@dataclass(frozen=True)
+class RankedRecord:
+    """A prompt and its candidates, best rank first. Checked when built, so an existing record is a valid one.
+
+    Attributes:
+        prompt: text, or the messages `{"role": ..., "content": ...}` before the response.
+        completions: n >= 1 response texts, none empty; position is rank.
+        rewards: n finite numbers (reward model's scores, any scale), or None. They need not follow the
+            ranking.
+        sft_index: position in `completions` of the response that the SFT term imitates.
+        source: "file:line", named in every error; not part of equality.
+
+    Raises:
+        RecordError: for anything else, naming source, field, what was expected and what came.
+    """
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None
+    sft_index: int = 0
+    source: str = field(default="record", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
+        object.__setattr__(self, "completions", _check_completions(self.completions, self.source))
+        size = len(self.completions)
+        if self.rewards is not None:
+            object.__setattr__(self, "rewards", _check_rewards(self.rewards, size, self.source))
+        object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The canonical JSON object; rewards only where there are any, sft_index only where it is not 0."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
+        out: dict[str, Any] = {"prompt": prompt, "completions": list(self.completions)}
+        if self.rewards is not None:
+            out["rewards"] = list(self.rewards)
+        if self.sft_index:
+            out["sft_index"] = self.sft_index
+        return out
+
+
+def make_record(
+    prompt: Any,
+    completions: Any,
+    *,
+    rewards: Any = None,
+    ranks: Any = None,
+    sft_index: Any = None,
+    rank_by_reward: bool = False,
+    source: str = "record",
+) -> RankedRecord:
+    """A `RankedRecord` from candidates in any order.
+
+    Args:
+        ranks: rank of each completion, a permutation of 0..n-1 or of 1..n, the smallest is best; whole floats
+            count. Ties are refused: the loss needs an order and the file does not give one. None: the order
+            given is the ranking.
+        sft_index: position in the order *given*; follows its response to the new place. None: the best rank.
+        rank_by_reward: order by decreasing reward instead; equal rewards keep their order (that of `ranks`,
+            if any).
+
+    Raises:
+        RecordError: as `RankedRecord`; ranks that are no permutation; `rank_by_reward` without rewards.
+    """
+    record = RankedRecord(prompt, completions, rewards, 0 if sft_index is None else sft_index, source)
+    size = len(record.completions)
+    order = list(range(size))
+    if ranks is not None:
+        position = _check_ranks(ranks, size, source)
+        order.sort(key=position.__getitem__)
+    if rank_by_reward:
+        if record.rewards is None:
+            raise RecordError.of(source, "rewards", "rewards to rank by", None)
+        order.sort(key=record.rewards.__getitem__, reverse=True)  # a stable sort, reverse included
+    if order == list(range(size)):
+        return record
+    return RankedRecord(
+        record.prompt,
+        tuple(record.completions[k] for k in order),
+        None if record.rewards is None else tuple(record.rewards[k] for k in order),
+        0 if sft_index is None else order.index(record.sft_index),
+        source,
+    )
+
+
+def is_sequence(value: object) -> bool:
+    """A list-like value: what JSON arrays and table columns come as; texts and mappings are not."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_text(value: object, source: str, field: str) -> str:
+    """`value` as a text that can be encoded; RecordError otherwise."""
+    if not isinstance(value, str):
+        raise RecordError.of(source, field, "a text", value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # Cut emoji leave lone surrogates behind; tokenizers fail on them far from the file.
+        raise RecordError.of(source, field, "valid Unicode (no lone surrogate)", value) from error
+    return value
+
+
+def check_messages(value: object, source: str, field: str) -> tuple[Message, ...]:
+    """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise."""
+    if not isinstance(value, Iterable) or not is_sequence(value):
+        raise RecordError.of(source, field, "a list of messages", value)
+    messages = []
+    for number, message in enumerate(value):
+        name = f"{field}[{number}]"
+        if not isinstance(message, Mapping):
+            raise RecordError.of(source, name, 'a message {"role": ..., "content": ...}', message)
+        for key in ("role", "content"):
+            if key not in message:
+                raise RecordError.of(source, name, f'a message with "{key}"', sorted(map(str, message)))
+            check_text(message[key], source, f"{name}.{key}")
+        # Tables give every message every key that any message has, as None.
+        messages.append({str(key): item for key, item in message.items() if item is not None})
+    if not messages:
+        raise RecordError.of(source, field, "at least one message", value)
+    return tuple(messages)
+
+
+def _check_prompt(prompt: object, source: str) -> Prompt:
+    if isinstance(prompt, str):
+        return check_text(prompt, source, "prompt")
+    if not is_sequence(prompt):
+        raise RecordError.of(source, "prompt", "a text or a list of messages", prompt)
+    return check_messages(prompt, source, "prompt")
+
+
+def _check_completions(completions: object, source: str) -> tuple[str, ...]:
+    if not isinstance(completions, Iterable) or not is_sequence(completions):
+        raise RecordError.of(source, "completions", "a list of texts", completions)
+    texts = []
+    for number, text in enumerate(completions):
+        name = f"completions[{number}]"
+        texts.append(check_text(text, source, name))
+        if not text:
+            raise RecordError.of(source, name, "a response that is not empty", text)
+    if not texts:
+        raise RecordError.of(source, "completions", "at least one response", completions)
+    return tuple(texts)
+
+
+def _check_rewards(rewards: object, size: int, source: str) -> tuple[float, ...]:
+    values = _numbers(rewards, size, source, "rewards")
+    for number, value in enumerate(values):
+        if not abs(value) <= _LARGEST_REWARD:
+            raise RecordError.of(source, f"rewards[{number}]", "a finite number (float32)", value)
+    return tuple(float(value) for value in values)
+
+
+def _check_ranks(ranks: object, size: int, source: str) -> list[int]:
+    values = _numbers(ranks, size, source, "ranks")
+    if sorted(values) not in (list(range(size)), list(range(1, size + 1))):
+        expected = f"a permutation of 0..{size - 1} or 1..{size} (a tie has no order)"
+        raise RecordError.of(source, "ranks", expected, list(values))
+    return [int(value) for value in values]
+
+
+def _check_sft_index(value: object, size: int, source: str) -> int:
+    if not is_number(value) or value not in range(size):
+        raise RecordError.of(source, "sft_index", f"a position from 0 to {size - 1}", value)
+    return int(value)
+
+
+def _numbers(values: object, size: int, source: str, name: str) -> list[float]:
+    if not isinstance(values, Iterable) or not is_sequence(values):
+        raise RecordError.of(source, name, "a list of numbers", values)
+    found = list(values)
+    for number, value in enumerate(found):
+        if not is_number(value):
+            raise RecordError.of(source, f"{name}[{number}]", "a number", value)
+    if len(found) != size:
+        raise RecordError.of(source, name, f"{size} numbers, one a completion", len(found))
+    return found

@@ -1,0 +1,215 @@
+"""Ranked records, tokenised once and collated into batches of candidates."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from clha_fast.batch import CandidateFeature, check_features, inert_mask, pack_candidates
+from clha_fast.data.readers import record_from_row
+from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.rendering import render_prompt
+from clha_fast.options import PUBLISHED, CLHAOptions
+
+__all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
+
+Example = RankedRecord | Mapping[str, Any]
+
+_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+
+
+class RankedCollator:
+    """Turns ranked records into the dictionary of a `CandidateBatch`.
+
+    Prompt and responses are tokenised apart and concatenated, so no token crosses the boundary and every
+    candidate of a prompt follows the same prompt tokens. The prompt keeps the special tokens that the
+    tokenizer puts in front (BOS); a response gets none but a closing EOS, which is scored, unless the
+    response was truncated.
+
+    Truncation, the same for all candidates of a prompt and whether or not some are dropped: responses are cut
+    on the right to `max_completion_length` (EOS counts); the prompt is cut on the left, behind its BOS, to
+    `max_prompt_length` and to what the longest response leaves of `max_length`, but never to less than one
+    token of its own; what is still too long is cut from the responses. Set `max_completion_length` to protect
+    the prompt.
+
+    Args:
+        tokenizer: a transformers tokenizer with an EOS token. Padding uses its PAD token, else EOS (padding
+            is masked).
+        options: the loss's options, which decide what is inert.
+        max_length: tokens of prompt and response together. max_prompt_length, max_completion_length: of
+            either. None is no limit.
+        drop_inert: leave inert candidates out of the model's batch (see `clha_fast.batch.inert_mask`).
+        pad_to_multiple_of: rows are padded to a multiple of it.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token; a limit is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: CLHAOptions = PUBLISHED,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        drop_inert: bool = True,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer: expected one with an EOS token, which closes every response, got none; "
+                "set tokenizer.eos_token"
+            )
+        limits = {
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "max_completion_length": max_completion_length,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
+        for name, value in limits.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
+        self.tokenizer = tokenizer
+        self.options = options
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
+        self.drop_inert = drop_inert
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """`CandidateBatch.as_dict()` of the examples: records, rows in a known format, or tokenised features.
+
+        Raises:
+            ValueError: as `tokenize_record` and `clha_fast.batch.pack_candidates`.
+        """
+        features = [
+            cast(CandidateFeature, example)
+            if not isinstance(example, RankedRecord) and "completion_ids" in example
+            else self.tokenize_record(_as_record(example, f"record {number} of the batch"))
+            for number, example in enumerate(examples)
+        ]
+        pad = self.tokenizer.pad_token_id
+        return pack_candidates(
+            features,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            options=self.options,
+            drop_inert=self.drop_inert,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        ).as_dict()
+
+    def tokenize_record(self, record: Example) -> CandidateFeature:
+        """The truncated token lists of a record, neither padded nor dropped: for `Dataset.map` or a cache.
+
+        Raises:
+            RecordError: a row in no known format, or a bad one; a response without tokens; a prompt without
+                tokens where the tokenizer puts no BOS (the first response token needs a row to read); a limit
+                that leaves the prompt no token of its own.
+        """
+        record = _as_record(record, "record")
+        eos = self.tokenizer.eos_token_id
+        prompt, prefix_length = self._prompt_ids(record)
+        completions = self._encode(list(record.completions))
+        for number, ids in enumerate(completions):
+            if not ids or ids == [eos]:
+                expected = "a response with at least one token"
+                raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
+            closed = ids if ids[-1] == eos else [*ids, eos]
+            completions[number] = closed[: self.max_completion_length]
+
+        needed = prefix_length + (len(prompt) > prefix_length)
+        limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
+        self._check_limit("max_prompt_length", limit, needed, record.source)
+        if self.max_length is not None:
+            self._check_limit("max_length", self.max_length, needed + 1, record.source)
+            limit = min(limit, max(self.max_length - max(map(len, completions)), needed))
+        if len(prompt) > limit:
+            prompt = prompt[:prefix_length] + prompt[len(prompt) - (limit - prefix_length) :]
+        if self.max_length is not None:
+            completions = [ids[: self.max_length - len(prompt)] for ids in completions]
+        return {
+            "prompt_ids": prompt,
+            "completion_ids": completions,
+            "rewards": None if record.rewards is None else list(record.rewards),
+            "sft_index": record.sft_index,
+            "source": record.source,
+        }
+
+    def _prompt_ids(self, record: RankedRecord) -> tuple[list[int], int]:
+        """The prompt's tokens, and how many of them are special ones in front."""
+        text, complete = render_prompt(record.prompt, self.tokenizer, record.source)
+        own = self._encode([text])[0]
+        if complete:
+            prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
+            own = own[len(prefix) :]
+        else:
+            prefix = self._prefix(text, own)
+        if not prefix and not own:
+            expected = "at least one token (the tokenizer puts no BOS in front)"
+            raise RecordError.of(record.source, "prompt", expected, text)
+        return prefix + own, len(prefix)
+
+    def _prefix(self, text: str, own: list[int]) -> list[int]:
+        """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
+        full = list(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        if not own:
+            return full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
+        starts = (k for k in range(len(full) - len(own) + 1) if full[k : k + len(own)] == own)
+        return full[: next(starts, 0)]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    @staticmethod
+    def _check_limit(name: str, limit: int, needed: int, source: str) -> None:
+        if limit < needed:
+            raise RecordError.of(source, name, f"at least {needed} tokens for this prompt", limit)
+
+
+class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
+    """Records tokenised once, at construction, so that an epoch only pads.
+
+    Args:
+        records: ranked records, or rows in a known format.
+        collator: tokenises and truncates; give the same one to the data loader.
+        progress: show a bar; None shows it for more than 2000 records.
+
+    Attributes:
+        lengths: tokens of every prompt's longest row, for samplers that group by length.
+
+    Raises:
+        ValueError: no record, or some records with rewards and some without.
+        RecordError: as `RankedCollator.tokenize_record`.
+    """
+
+    def __init__(self, records: Iterable[Example], collator: RankedCollator, progress: bool | None = None) -> None:
+        rows = [_as_record(record, f"record {number}") for number, record in enumerate(records)]
+        if not rows:
+            raise RecordError("records: expected at least one, got none")
+        show = len(rows) > _LARGE if progress is None else progress
+        bar = logging.tqdm(rows, desc="Tokenising", unit=" prompts", disable=not show)
+        self._features = [_compact(collator.tokenize_record(row)) for row in bar]
+        check_features(self._features)
+        self.lengths = [len(f["prompt_ids"]) + max(map(len, f["completion_ids"])) for f in self._features]
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> CandidateFeature:
+        return self._features[index]
+
+
+def _as_record(example: Example, source: str) -> RankedRecord:
+    return example if isinstance(example, RankedRecord) else record_from_row(example, source)
+
+
+def _compact(feature: CandidateFeature) -> CandidateFeature:
+    """Four bytes a token instead of a Python list's eight."""
+    feature["prompt_ids"] = array("i", feature["prompt_ids"])
+    feature["completion_ids"] = [array("i", ids) for ids in feature["completion_ids"]]
+    return feature
