@@ -1,0 +1,20 @@
+"""pytest-benchmark timings: `pytest benchmarks --benchmark-group-by=param:workload`; never part of the test suite."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.workloads import METHODS, WORKLOADS, bare_gemms, check, make_batch, training_step
+
+
+@pytest.mark.parametrize("method", [*METHODS, "bare_gemms"])
+@pytest.mark.parametrize("workload", ["small-vocabulary"])
+def test_training_step(benchmark, workload, method):
+    chosen = WORKLOADS[workload]
+    batch = make_batch(chosen)
+    if method == "bare_gemms":
+        step = bare_gemms(batch)
+    else:
+        check(method, chosen)
+        step = training_step(method, batch)
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
