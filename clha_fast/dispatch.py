@@ -38,8 +38,6 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-# The answer depends on nothing but its arguments and the installation: a compiled graph may bake it in.
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend to run: "triton", "torch" or "reference".
 
@@ -59,3 +57,8 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
         if reason is not None:
             raise BackendError(f"backend 'triton' cannot run: {reason}")
     return backend
+
+
+# The answer depends on nothing but its arguments and the installation: a compiled graph may bake it in. This is all
+# that torch.compiler.assume_constant_result does, except that it imports torch._dynamo first: seconds, and triton.
+vars(resolve)["_dynamo_marked_constant"] = True

@@ -108,17 +108,18 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+    return _fake_gradients(hidden, weight, hidden.dtype, need_hidden, need_weight, need_bias)
 
 
 def _fake_gradients(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        hidden.new_empty(weight.shape if need_weight else (0,)),
-        hidden.new_empty(weight.shape[:1] if need_bias else (0,)),
+    needs = (need_hidden, need_weight, need_bias)
+    dhidden, dweight, dbias = (
+        hidden.new_empty(shape, dtype=dtype) if need else hidden.new_empty(0)
+        for shape, need in zip((hidden.shape, weight.shape, weight.shape[:1]), needs, strict=True)
     )
+    return dhidden, dweight, dbias
 
 
 def _head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,7 +230,8 @@ def _(
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
         hidden.new_empty(targets.shape, dtype=dtype),
-        *_fake_gradients(hidden, weight, *needs),
+        # They stay wide until the upstream gradient has been multiplied in: one rounding, and no float16 underflow.
+        *_fake_gradients(hidden, weight, dtype, *needs),
     )
 
 
@@ -238,7 +240,8 @@ def _linear_clha_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.backend = backend
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.scaled = False
+    ctx.dtype = hidden.dtype
+    ctx.scaled = ctx.handed_out = False
     if backend == "torch":
         ctx.save_for_backward(*output[5:])
     else:
@@ -263,7 +266,8 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     """The sweep's gradients times the loss's upstream gradient.
 
     In place where tensors are real: [V, H] must not exist twice. A graph that is walked a second time after that says
-    so; under torch.compile the compiler owns the buffers and decides.
+    so; buffers that an earlier walk handed out unscaled are copied, for somebody may hold them; under torch.compile
+    the compiler owns the buffers and decides.
     """
     eager = type(grad_loss) is Tensor
     if ctx.scaled:
@@ -271,13 +275,20 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
             "linear_clha_loss: the gradients of this call were scaled in place by an earlier backward pass; "
             "compute the loss again instead of walking its graph twice"
         )
+    if eager and torch.is_grad_enabled():
+        # They are plain results of the forward: as part of a graph they would count as constants, silently.
+        raise RuntimeError(
+            "linear_clha_loss: backend 'torch' has no second derivative (create_graph=True); use backend='reference'"
+        )
     gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
-    if not eager:
-        return [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
-    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        return gradients
-    ctx.scaled = True
-    return [None if g is None else g.mul_(grad_loss) for g in gradients]
+    if eager and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        ctx.handed_out = True
+    elif not eager or ctx.handed_out:
+        gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in gradients]
+    else:
+        ctx.scaled = True
+        gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
+    return [None if g is None else g.to(ctx.dtype) for g in gradients]
 
 
 linear_clha.register_autograd(_linear_clha_gradients, setup_context=_linear_clha_setup)

@@ -29,6 +29,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class _Settings:
     def __post_init__(self) -> None:
@@ -43,7 +47,7 @@ class _Settings:
 
     def replace(self: _T, **changes: Any) -> _T:
         """A copy with some fields changed; unknown names raise ValueError."""
-        known = {field.name for field in dataclasses.fields(self)}
+        known = {field.name for field in dataclasses.fields(self) if field.init}
         for name in changes:
             _require("option", name, name in known, f"one of {', '.join(sorted(known))}")
         return dataclasses.replace(self, **changes)
@@ -81,9 +85,11 @@ class HeadOptions(_Settings):
             _is_number(temperature) and 0 < temperature < math.inf,
             "a positive number",
         )
-        _require("ignore_index", self.ignore_index, self.ignore_index < 0, "a negative integer")
+        ignored = self.ignore_index
+        _require("ignore_index", ignored, _is_integer(ignored) and ignored < 0, "a negative integer")
         budget = self.workspace_bytes
-        _require("workspace_bytes", budget, budget is None or budget > 0, "a positive number of bytes or None")
+        ok = budget is None or (_is_integer(budget) and budget > 0)
+        _require("workspace_bytes", budget, ok, "a positive number of bytes or None")
         super().__post_init__()
 
 

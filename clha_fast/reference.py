@@ -89,6 +89,8 @@ def clha_loss(
         start += size
     i, j = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     distance = j - i
+    # Converted first: an integer tensor times a Python float is float32, whatever the dtype of the scores.
+    margins = options.margin * distance.to(dtype)
 
     present = (lengths[i] > 0) & (lengths[j] > 0)
     kept = present
@@ -99,7 +101,7 @@ def clha_loss(
         elif options.noise_rule == "signed":
             kept = kept & (reward[i] - reward[j] > options.reward_margin)
 
-    gap = scores[j] - scores[i] + options.margin * distance
+    gap = scores[j] - scores[i] + margins
     # relu, not clamp: its gradient at the kink is 0. Selecting, not multiplying: a dropped NaN stays dropped.
     hinge = torch.relu(gap[kept])
     prompts = (
@@ -116,7 +118,7 @@ def clha_loss(
         else:
             counts = pair_counts.to(device=device, dtype=dtype)
         if options.reduction == "pair_mean":
-            rank_loss = (hinge / counts.sum().clamp(min=1)).sum()
+            rank_loss = (hinge / counts.sum()).sum()
         else:
             rank_loss = (hinge / counts[kept_distance - 1]).sum()
     rank_loss = options.rank_weight * rank_loss

@@ -38,14 +38,15 @@ class _Head:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.device = hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
+        self.narrow = weight.dtype != self.dtype and hidden.is_cuda
         self.widen = weight.dtype != self.dtype and not hidden.is_cuda
         vocabulary = weight.shape[0]
         budget = head.workspace_bytes or max(_MIN_WORKSPACE, vocabulary * weight.shape[1])
         row_bytes = vocabulary * self.dtype.itemsize
-        if weight.dtype != self.dtype and hidden.is_cuda:
+        if self.narrow:
             row_bytes += vocabulary * weight.dtype.itemsize
         self.capacity = max(1, budget // row_bytes)
-        self._workspace = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._workspace = torch.empty(0, vocabulary, dtype=self.dtype, device=self.device)
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
@@ -59,16 +60,16 @@ class _Head:
             self.dweight = torch.empty(self.weight.shape, dtype=self.dtype, device=self.device)
             self._weight_is_fresh = True
         if need_bias:
-            self.dbias = torch.zeros(self.weight.shape[0], dtype=self.dtype, device=self.device)
+            self.dbias = torch.zeros(self.weight.shape[0], dtype=torch.float64, device=self.device)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in the inputs' dtypes."""
+    def gradients(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in `dtype`."""
         if self.dweight is not None and self._weight_is_fresh:
             self.dweight.zero_()
         return (
-            None if self.dhidden is None else self.dhidden.to(self.hidden.dtype),
-            None if self.dweight is None else self.dweight.to(self.weight.dtype),
-            None if self.dbias is None or self.bias is None else self.dbias.to(self.bias.dtype),
+            None if self.dhidden is None else self.dhidden.to(dtype),
+            None if self.dweight is None else self.dweight.to(dtype),
+            None if self.dbias is None else self.dbias.to(dtype),
         )
 
     def _rows(self, tokens: slice | Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class _Head:
 
     def _weight_blocks(self) -> list[tuple[int, int]]:
         vocabulary, width = self.weight.shape
-        step = max(1, _WIDEN_BYTES // (width * self.dtype.itemsize)) if self.widen else vocabulary
-        return [(v, min(v + step, vocabulary)) for v in range(0, vocabulary, max(1, step))]
+        step = max(1, _WIDEN_BYTES // max(1, width * self.dtype.itemsize)) if self.widen else vocabulary
+        return [(v, min(v + step, vocabulary)) for v in range(0, vocabulary, step)]
 
     def _raw_logits(self, rows: Tensor) -> Tensor:
         """The workspace's first rows, filled with rows . weight^T + bias."""
@@ -90,13 +91,18 @@ class _Head:
             wide = rows.to(self.dtype)
             for a, b in self._weight_blocks():
                 torch.mm(wide, self.weight[a:b].to(self.dtype).t(), out=z[:, a:b])
-        elif rows.dtype != self.dtype:
+        elif self.narrow:
             torch.mm(rows, self.weight.t(), out_dtype=self.dtype, out=z)
         else:
             torch.mm(rows, self.weight.t(), out=z)
         if self.bias is not None:
             z += self.bias
         return z
+
+    def _row_blocks(self, z: Tensor) -> list[slice]:
+        count, vocabulary = z.shape
+        step = max(1, _BLOCK_BYTES // (vocabulary * self.dtype.itemsize))
+        return [slice(a, min(a + step, count)) for a in range(0, count, step)]
 
     def softmax(self, tokens: slice | Tensor, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token log-probabilities and, in the workspace, the matrix their gradient is made of.
@@ -106,15 +112,16 @@ class _Head:
         """
         g = self._raw_logits(self._rows(tokens))
         targets = self.targets[tokens]
-        count, vocabulary = g.shape
+        count = g.shape[0]
         logps, lse, total = (torch.empty(count, dtype=self.dtype, device=self.device) for _ in range(3))
         scored = targets != self.head.ignore_index
         columns = torch.where(scored, targets, 0).unsqueeze(1)
-        step = max(1, _BLOCK_BYTES // max(1, vocabulary * self.dtype.itemsize))
-        for a in range(0, count, step):
-            block = slice(a, min(a + step, count))
+        for block in self._row_blocks(g):
             self._softmax_block(g[block], columns[block], logps[block], lse[block], total[block], want_gradient)
         logps = torch.where(scored, logps, torch.zeros_like(logps))
+        if self.narrow and want_gradient:
+            g /= total.unsqueeze(1)  # a sum over a large vocabulary is more than float16 holds
+            total = torch.ones_like(total)
         return logps, lse, g, self.head.scale / self.head.temperature / total
 
     def _softmax_block(
@@ -133,11 +140,13 @@ class _Head:
         peak = z.amax(dim=1, keepdim=True)
         # A row of -inf alone must come out as log_softmax has it, not as (-inf) - (-inf) of our own making.
         peak = torch.where(peak == -torch.inf, 0.0, peak)
-        chosen = z.gather(1, column)
-        z.sub_(peak).exp_()
-        torch.sum(z, dim=1, out=total)
-        torch.add(total.log(), peak.squeeze(1), out=lse)
-        torch.sub(chosen.squeeze(1), lse, out=logps)
+        z.sub_(peak)
+        chosen = z.gather(1, column).squeeze(1)
+        torch.sum(z.exp_(), dim=1, out=total)
+        rest = total.log()
+        torch.add(rest, peak.squeeze(1), out=lse)
+        # Not chosen - lse: beside a peak of 1e4 float32 keeps three digits of log(total).
+        torch.sub(chosen, rest, out=logps)
         if want_gradient:
             # p - 1 at the target, before the division by the sum that is left to the [n, H] side.
             z.scatter_add_(1, column, -total.unsqueeze(1))
@@ -151,9 +160,11 @@ class _Head:
         if self.dweight is not None:
             # A new tensor of [n, H]: the coefficient never touches the [n, V] side.
             rows = self._rows(tokens).to(self.dtype) * factor.unsqueeze(1)
-            if rows.is_cuda and self.weight.dtype != self.dtype:
+            if self.narrow:
+                # Rounded to 16 bits with the largest row at 1, so that float16 does not underflow.
+                peak = rows.abs().amax().clamp(min=torch.finfo(self.dtype).tiny)
                 low = self.weight.dtype
-                chunk = torch.mm(g.to(low).t(), rows.to(low), out_dtype=self.dtype)
+                chunk = torch.mm(g.to(low).t(), (rows / peak).to(low), out_dtype=self.dtype).mul_(peak)
                 self.dweight = chunk if self._weight_is_fresh else self.dweight.add_(chunk)
             elif self._weight_is_fresh:
                 torch.mm(g.t(), rows, out=self.dweight)
@@ -161,7 +172,9 @@ class _Head:
                 self.dweight.addmm_(g.t(), rows)
             self._weight_is_fresh = False
         if self.dbias is not None:
-            self.dbias.addmv_(g.t(), factor)
+            # Short sums into float64: a GEMV over all tokens is twice as far off as the eager loss's own sum.
+            for block in self._row_blocks(g):
+                self.dbias += (g[block] * factor[block].unsqueeze(1)).sum(0, dtype=self.dbias.dtype)
 
     def _grad_rows(self, g: Tensor) -> Tensor:
         if self.widen:
@@ -169,7 +182,7 @@ class _Head:
             for a, b in self._weight_blocks():
                 out.addmm_(g[:, a:b], self.weight[a:b].to(self.dtype))
             return out
-        if self.weight.dtype != self.dtype:
+        if self.narrow:
             return torch.mm(g.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         return torch.mm(g, self.weight)
 
@@ -219,7 +232,7 @@ def token_logps_backward(
     sweep = _Head(hidden, weight, bias, targets, row_index, head)
     sweep.allocate(need_hidden, need_weight, need_bias)
     _backward(sweep, 0, int(targets.numel()), grad_logps)
-    return sweep.gradients()
+    return sweep.gradients(hidden.dtype)
 
 
 def _backward(sweep: _Head, start: int, stop: int, grad_logps: Tensor) -> None:
@@ -252,10 +265,11 @@ def _prompt_chunks(plan: Plan, capacity: int) -> list[tuple[int, int]]:
 def _backward_in_place(sweep: _Head, start: int, g: Tensor, row_factor: Tensor, grad_logps: Tensor) -> None:
     """Accumulates the gradients of the tokens that the workspace holds, from `start` on, skipping zero gradients."""
     scored = sweep.targets[start : start + grad_logps.numel()] != sweep.head.ignore_index
-    factor = torch.where(scored, -grad_logps * row_factor, 0.0)
+    grad = torch.where(scored, grad_logps, 0.0)
+    factor = -grad * row_factor
     tokens: slice | Tensor = slice(start, start + grad_logps.numel())
     if sweep.device.type == "cpu":
-        active = factor.nonzero().squeeze(1)
+        active = grad.nonzero().squeeze(1)
         if active.numel() < grad_logps.numel():
             # Rows move to the front one by one: a gathered copy would double the workspace.
             for row, source in enumerate(active.tolist()):
@@ -289,14 +303,15 @@ def clha_sweep(
     Reads `candidate_lengths` and `candidates_per_prompt` on the host: with CPU tensors that costs a GPU nothing.
 
     Returns:
-        (loss [], metrics [16], scores [C], coefficients dL/dS [C], lse [N], (dhidden, dweight, dbias)).
+        (loss [], metrics [16], scores [C], coefficients dL/dS [C], lse [N], (dhidden, dweight, dbias)); the gradients
+        of 16-bit inputs are float32, for they are rounded after the upstream gradient has been multiplied in.
     """
     sweep = _Head(hidden, weight, bias, targets, row_index, head)
     plan = make_plan(
         targets,
         candidate_lengths,
         candidates_per_prompt,
-        rewards,
+        None if rewards is None else rewards.to(sweep.dtype),
         sft_index,
         pair_counts,
         prompt_count,
@@ -319,7 +334,7 @@ def clha_sweep(
             _backward_in_place(sweep, edge, g, row_factor, coefficients[edge - a :])
             _backward(sweep, a, edge, coefficients[: edge - a])
     loss, metrics, scores = ranking.finish(sweep.dtype)
-    return loss, metrics, scores, ranking.coefficients.to(sweep.dtype), lse, sweep.gradients()
+    return loss, metrics, scores, ranking.coefficients.to(sweep.dtype), lse, sweep.gradients(sweep.dtype)
 
 
 def clha_forward(

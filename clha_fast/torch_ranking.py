@@ -136,7 +136,9 @@ class Ranking:
     """Scores, hinges and coefficients, prompt range by prompt range."""
 
     def __init__(self, plan: Plan, options: CLHAOptions) -> None:
-        self.plan, self.options = plan, options
+        self.plan = plan
+        # Converted first: an integer tensor times a Python float is float32.
+        self.margins = options.margin * plan.distance.to(plan.lengths.dtype)
         self.sums = torch.zeros_like(plan.lengths)
         self.scores = torch.zeros_like(plan.lengths)
         self.coefficients = torch.zeros_like(plan.lengths)
@@ -153,8 +155,9 @@ class Ranking:
 
         pairs = slice(plan.pair_offsets[c0], plan.pair_offsets[c1])
         i, j = plan.i[pairs], plan.j[pairs]
-        active = self.scores[j] - self.scores[i] + self.options.margin * plan.distance[pairs] > 0
-        push = torch.where(active, plan.pair_weight[pairs], 0.0)
+        # Compared this way round, a NaN counts as active and reaches the gradient as it reaches the loss.
+        inactive = self.scores[j] - self.scores[i] + self.margins[pairs] <= 0
+        push = torch.where(inactive, 0.0, plan.pair_weight[pairs])
         slope = torch.zeros_like(self.coefficients)
         accumulate(slope, j, push)
         accumulate(slope, i, -push)
@@ -172,7 +175,7 @@ class Ranking:
         """(loss, metrics, scores) once every prompt has been ranked."""
         plan = self.plan
         gap = self.scores[plan.j] - self.scores[plan.i]
-        slack = gap + self.options.margin * plan.distance
+        slack = gap + self.margins
         # where, not a product: a dropped pair stays dropped even when its scores are NaN.
         hinge = torch.where(plan.pair_weight > 0, plan.pair_weight * torch.relu(slack), 0.0)
         sft = torch.where(plan.sft_coefficient != 0, plan.sft_coefficient * self.sums[plan.sft_target], 0.0)
