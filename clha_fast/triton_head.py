@@ -1,0 +1,122 @@
+"""What the Triton backend's forward and backward share: the device's row of the table, and the head's arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clha_fast.errors import BackendError
+from clha_fast.options import HeadOptions
+from csrc_triton import configs
+
+
+def tiles(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def round_up(size: int, block: int) -> int:
+    """The size of the blocks that cover `size`."""
+    return tiles(size, block) * block
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the table that serves a device."""
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            return "interpreter"
+        raise BackendError(f"backend 'triton' needs a CUDA or ROCm device or TRITON_INTERPRET=1, got {device}")
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise BackendError(f"backend 'triton' needs compute capability 8.0 or newer, got {major}.{minor}")
+    # Consumer Blackwell (12.x) has the shared memory and the tensor-core instructions of the 8.x family.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def matmul_precision(device: torch.device) -> str:
+    """How tl.dot multiplies float32: as torch's own matmul is set to."""
+    if device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading the older flag may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether rows are contiguous and start on 16 elements, as Triton's widest loads want them."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The arguments that the kernels of forward and backward share, made ready for a launch."""
+
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    row_index: Tensor | None
+    ignore_index: int
+    pre_scale: float
+    post_scale: float
+    arch: str
+    tile_class: str
+    flags: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_index: Tensor | None,
+        head: HeadOptions,
+    ) -> Head:
+        if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                "hidden: expected float32, float16 or bfloat16 for backend 'triton', "
+                f"got {str(hidden.dtype).removeprefix('torch.')} (backend 'torch' takes it)"
+            )
+        # f(z) = post * tanh(pre * z), or post * (pre * z): two factors carry scale, softcap and temperature.
+        if head.softcap is None:
+            pre, post = head.scale / head.temperature, 1.0
+        else:
+            pre, post = head.scale / head.softcap, head.softcap / head.temperature
+        is_aligned = _is_aligned(hidden) and _is_aligned(weight) and hidden.shape[1] % 16 == 0
+        return cls(
+            weight=weight,
+            bias=None if bias is None else bias.contiguous(),
+            targets=targets.contiguous(),
+            row_index=None if row_index is None else row_index.contiguous(),
+            ignore_index=head.ignore_index,
+            pre_scale=pre,
+            post_scale=post,
+            arch=architecture(hidden.device),
+            tile_class="16-bit" if hidden.itemsize == 2 and is_aligned else "fp32",
+            flags={
+                "HAS_BIAS": bias is not None,
+                "HAS_SOFTCAP": head.softcap is not None,
+                "PRECISION": matmul_precision(hidden.device),
+            },
+        )
+
+    def config(self, kernel: str) -> dict[str, int]:
+        return configs.select(kernel, self.arch, self.tile_class)
+
+    def is_wide(self, config: dict[str, int]) -> bool:
+        """Whether a tile of the weight spans more elements than int32 offsets reach."""
+        stride_v, stride_h = self.weight.stride()
+        return config["BLOCK_V"] * stride_v + config["BLOCK_H"] * stride_h >= 2**31

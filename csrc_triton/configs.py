@@ -1,0 +1,133 @@
+"""Block sizes and warps as data: one table for all kernels, architectures and dtypes. Nothing is probed or tuned here.
+
+BLOCK_N counts tokens, BLOCK_V words and BLOCK_H hidden units, whichever of them a kernel reduces over. GROUP is the
+number of tiles on the program order's first axis that share the tiles of the second while they are in L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Config = Mapping[str, int]
+
+# Shared memory that one program may take, bytes.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+ARCHITECTURES = (*SHARED_MEMORY, "interpreter")
+DTYPES = ("16-bit", "fp32")
+
+
+def _tile(n: int, v: int, h: int, group: int, warps: int, stages: int) -> Config:
+    return {
+        "BLOCK_N": n,
+        "BLOCK_V": v,
+        "BLOCK_H": h,
+        "GROUP": group,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+# The kernels that hold a GEMM. The fp32 tiles are those that "ieee" precision, which has no tensor cores on NVIDIA,
+# can hold in registers; 16-bit matrices whose rows are not aligned to 16 elements use them too. sm_80's entries stay
+# within 99 KiB, the shared memory of its consumer relatives.
+GEMMS: dict[str, dict[tuple[str, str], Config]] = {
+    # tokens x words, reduced over H
+    "head_forward": {
+        ("sm_80", "16-bit"): _tile(128, 128, 64, 16, 8, 3),
+        ("sm_90", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
+        ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
+        ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
+        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
+        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
+    },
+    # tokens x words, reduced over H, written back
+    "logit_grad": {
+        ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
+        ("sm_90", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
+        ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
+        ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
+        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
+        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
+    },
+    # the same with a softcap, whose slope needs registers beside the logits
+    "logit_grad_softcap": {
+        ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
+        ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
+        ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
+        ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
+        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
+        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
+    },
+    # tokens x H, reduced over words
+    "hidden_grad": {
+        ("sm_80", "16-bit"): _tile(128, 64, 128, 16, 8, 3),
+        ("sm_90", "16-bit"): _tile(128, 64, 256, 16, 8, 4),
+        ("sm_100", "16-bit"): _tile(128, 64, 128, 16, 8, 4),
+        ("gfx942", "16-bit"): _tile(128, 64, 128, 16, 8, 2),
+        ("sm_80", "fp32"): _tile(64, 32, 64, 16, 8, 3),
+        ("sm_90", "fp32"): _tile(64, 32, 64, 16, 8, 3),
+        ("sm_100", "fp32"): _tile(64, 32, 64, 16, 8, 3),
+        ("gfx942", "fp32"): _tile(64, 32, 64, 16, 8, 2),
+        ("interpreter", "16-bit"): _tile(16, 16, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(16, 16, 32, 2, 4, 1),
+    },
+    # words x H, reduced over tokens
+    "weight_grad": {
+        ("sm_80", "16-bit"): _tile(64, 128, 128, 16, 8, 3),
+        ("sm_90", "16-bit"): _tile(64, 128, 256, 16, 8, 4),
+        ("sm_100", "16-bit"): _tile(64, 128, 128, 16, 8, 4),
+        ("gfx942", "16-bit"): _tile(64, 128, 128, 16, 8, 2),
+        ("sm_80", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+        ("sm_90", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+        ("sm_100", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+        ("gfx942", "fp32"): _tile(32, 64, 64, 16, 8, 2),
+        ("interpreter", "16-bit"): _tile(16, 32, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(16, 32, 32, 2, 4, 1),
+    },
+}
+
+# The small kernels: the same on every GPU, and small enough in the interpreter that a test crosses every border.
+SMALL: dict[str, tuple[Config, Config]] = {
+    "combine": (
+        {"BLOCK_N": 32, "BLOCK_B": 64, "BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},
+        {"BLOCK_N": 64, "BLOCK_B": 2, "BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
+    ),
+    "prompts": (
+        {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},
+        {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
+    ),
+    "finish": ({"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 2, "num_warps": 4}),
+    "gather": ({"BLOCK_H": 1024, "num_warps": 4}, {"BLOCK_H": 32, "num_warps": 4}),
+    "bias_grad": ({"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8}, {"BLOCK_N": 16, "BLOCK_V": 16, "num_warps": 4}),
+    "row_sum": ({"BLOCK_H": 1024, "num_warps": 4}, {"BLOCK_H": 32, "num_warps": 4}),
+}
+
+
+def select(kernel: str, arch: str, dtype: str) -> dict[str, int]:
+    """Launch arguments of a kernel: block sizes, and the num_warps and num_stages that triton takes beside them.
+
+    Args:
+        kernel: a key of `GEMMS` or `SMALL`. arch: one of `ARCHITECTURES`. dtype: one of `DTYPES`.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if kernel in GEMMS:
+        return dict(GEMMS[kernel][arch, dtype])
+    if kernel not in SMALL:
+        raise ValueError(f"kernel: expected one of {', '.join((*GEMMS, *SMALL))}, got {kernel!r}")
+    gpu, interpreter = SMALL[kernel]
+    return dict(interpreter if arch == "interpreter" else gpu)

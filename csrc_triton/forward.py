@@ -1,0 +1,99 @@
+"""Forward of the head: per token and vocabulary block a log-sum-exp, and the target's logit. No [N, V] tensor.
+
+The log-sum-exp is kept as the block's largest logit and the sum of exp(logit - largest): one float32 would round both
+away together, where logits are large. log_softmax, which this replaces, does not.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.tiles import activation, raw_logits, tile_of
+
+
+@triton.jit
+def head_forward_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    row_index_ptr,
+    block_peak_ptr,
+    block_sum_ptr,
+    target_logit_ptr,
+    M,
+    N,
+    V,
+    H,
+    stride_hidden_n,
+    stride_hidden_h,
+    stride_weight_v,
+    stride_weight_h,
+    ignore_index,
+    pre_scale,
+    post_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW_INDEX: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Writes block_peak and block_sum [cdiv(V, BLOCK_V), N] and target_logit [N], all float32, each element once.
+
+    hidden [M, H], weight [V, H] of any strides; bias [V], targets [N], row_index [N] contiguous. WIDE: a tile of
+    weight spans 2^31 elements or more.
+    target_logit is 0 for an ignored token, NaN for a target outside [0, V) or a row outside [0, M).
+    """
+    tile_n, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token = n < N
+    target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
+    rows = n
+    if HAS_ROW_INDEX:
+        rows = tl.load(row_index_ptr + n, mask=is_token, other=0)
+    has_row = (rows >= 0) & (rows < M)
+
+    # Rows and words past the end repeat an existing one instead of being masked in the inner loop.
+    first = tile_v.to(tl.int64) * BLOCK_V
+    word = tl.minimum(tl.arange(0, BLOCK_V), (V - 1 - first).to(tl.int32)).to(tl.int64 if WIDE else tl.int32)
+    z = raw_logits(
+        hidden_ptr,
+        weight_ptr + first * stride_weight_v,
+        tl.where(has_row, rows, 0) * stride_hidden_n,
+        word * stride_weight_v,
+        H,
+        stride_hidden_h,
+        stride_weight_h,
+        EVEN_H,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
+    )
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + first + word).to(tl.float32)[None, :]
+    z, _ = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    z = tl.where((v < V)[None, :], z, float("-inf"))
+
+    # A block of -inf alone has sum 0, not the NaN of (-inf) - (-inf). NaN and +inf logits turn the sum into NaN,
+    # whatever the maximum made of them.
+    peak = tl.max(z, axis=1)
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
+    block = tile_v.to(tl.int64) * N + n
+    tl.store(block_peak_ptr + block, peak, mask=is_token)
+    tl.store(block_sum_ptr + block, total, mask=is_token)
+
+    is_scored = target != ignore_index
+    is_valid = is_scored & has_row & (target >= 0) & (target < V)
+    is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
+    column = tl.where(is_here, target - first, -1).to(tl.int32)
+    logit = tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == column[:, None], z, 0.0), axis=1)
+    # Tokens whose target is in no block are the first block's to write.
+    logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
+    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | ((tile_v == 0) & (is_valid == 0))))

@@ -1,0 +1,207 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reports what the compilers made of them, as JSON.
+
+A program of its own (`python tests/compile_kernels.py`), because the tests' own process runs Triton's interpreter,
+under which nothing can be compiled. Arguments are specialised as a launch would: an int 1 becomes a constant, multiples
+of 16 and pointers are known as such, None is a constant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from csrc_triton import backward, configs, forward, ranking
+
+GPU = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+POINTERS = {"16-bit": "*bf16", "fp32": "*fp32", "tf32": "*fp32"}
+MATRIX = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma_"}
+
+N, V, H, CHUNK_N, CHUNK_V, P, C = 8192, 128256, 4096, 8192, 4096, 64, 512
+# H of each variant that is not plain: rows not aligned, and aligned rows that end within a block.
+WIDTH = {"odd": 1001, "ragged": 2320}
+
+
+def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
+    """Values as the host passes them; strings stand for pointers."""
+    x, v, h = POINTERS[dtype], V, WIDTH.get(variant, H)
+    bias, softcap, partial = variant == "bias+softcap", variant == "bias+softcap", variant == "partial"
+    common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
+    chunk = {
+        "first_token": 0,
+        "first_word": 4096,
+        "chunk_tokens": CHUNK_N,
+        "chunk_words": CHUNK_V,
+        "num_words": CHUNK_V,
+    }
+    scales = {"pre_scale": 1.0, "post_scale": 1.0, "factor": 1.0, "ignore_index": -100}
+    flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    pointers = {
+        "hidden_ptr": x,
+        "weight_ptr": x,
+        "rows_ptr": x,
+        "dlogits_ptr": x,
+        "dweight_ptr": x,
+        "dhidden_ptr": x,
+        "targets_ptr": "*i64",
+        "row_index_ptr": "*i64",
+        "order_ptr": "*i64",
+        "row_ends_ptr": "*i64",
+        "count_ptr": "*i32",
+        "lse_ptr": "*fp64",
+    }
+    sizes = {"M": N, "N": N, "stride_hidden_n": h, "stride_hidden_h": 1}
+    variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
+    variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": False}
+    return common | chunk | scales | flags | pointers | sizes | variants
+
+
+def ranking_arguments() -> dict[str, Any]:
+    flags = {"HAS_PROMPTS": True, "HAS_REWARDS": True, "HAS_SFT_INDEX": True, "HAS_PROMPT_COUNT": True}
+    flags |= {"NOISE": 1, "REDUCE": 1, "COUNT_PAIRS": True, "SFT_MEAN": False, "SFT_SQUARED": True}
+    pointers = dict.fromkeys(("targets_ptr", "token_ends_ptr", "prompt_ends_ptr", "sft_index_ptr"), "*i64")
+    pointers |= {"lengths_ptr": "*i32", "pair_counts_ptr": "*i32", "sums_ptr": "*fp64", "partials_ptr": "*fp64"}
+    floats = ("margin", "reward_margin", "rank_weight", "sft_weight", "reward_floor")
+    return (
+        flags
+        | pointers
+        | dict.fromkeys(floats, 1.0)
+        | {"lse_ptr": "*fp64"}
+        | {"N": N, "C": C, "P": P, "num_blocks": 501, "num_distances": C - 1, "ignore_index": -100}
+    )
+
+
+KERNELS = {
+    "head_forward": forward.head_forward_kernel,
+    "logit_grad": backward.logit_grad_kernel,
+    "logit_grad_softcap": backward.logit_grad_kernel,
+    "hidden_grad": backward.hidden_grad_kernel,
+    "weight_grad": backward.weight_grad_kernel,
+    "bias_grad": backward.bias_grad_kernel,
+    "gather": backward.gather_kernel,
+    "row_sum": backward.row_sum_kernel,
+    "combine": ranking.combine_kernel,
+    "prompts": ranking.prompts_kernel,
+    "finish": ranking.finish_kernel,
+}
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    """(kernel, architecture, dtype, variant) of everything that is compiled: the table, and what changes code."""
+    listed = []
+    for arch in GPU:
+        for kernel in configs.GEMMS:
+            if kernel == "logit_grad_softcap":
+                variants = ["bias+softcap"]
+            elif kernel == "head_forward":
+                variants = ["plain", "bias+softcap"]
+            elif kernel == "weight_grad":
+                variants = ["plain", "partial"]
+            else:
+                variants = ["plain"]
+            listed += [(kernel, arch, "16-bit", variant) for variant in variants]
+            listed.append((kernel, arch, "fp32", variants[-1]))
+        listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
+    for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
+        listed += [
+            (kernel, "sm_90", "16-bit", "odd"),
+            (kernel, "sm_90", "16-bit", "ragged"),
+            (kernel, "sm_90", "tf32", "plain"),
+        ]
+    return listed
+
+
+def specialise(kernel: str, values: dict[str, Any], launch: dict[str, int]) -> tuple[dict, dict, dict]:
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(KERNELS[kernel].params):
+        name = parameter.name
+        value = launch[name] if name in launch else values.get(name, "*fp32")
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = value if isinstance(value, str) else "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arch, dtype, variant = case
+    launch = configs.select(kernel, arch, "16-bit" if dtype == "16-bit" and variant != "odd" else "fp32")
+    values = (
+        head_arguments(kernel, dtype, variant, launch)
+        if kernel in configs.GEMMS or kernel in ("gather", "bias_grad", "row_sum")
+        else ranking_arguments()
+    )
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    signature, constants, attributes = specialise(kernel, values, launch)
+    source = ASTSource(KERNELS[kernel], signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
+    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else _nvidia(compiled.asm["cubin"], MATRIX[arch])
+    return {
+        "kernel": kernel,
+        "arch": arch,
+        "dtype": dtype,
+        "variant": variant,
+        "blocks": "x".join(str(launch[name]) for name in launch if name.startswith("BLOCK")),
+        "warps": options["num_warps"],
+        "shared": compiled.metadata.shared,
+        **usage,
+    }
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", assembly).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "stack": number("private_segment_fixed_size"),
+        "matrix": len(re.findall(MATRIX["gfx942"], assembly)),
+        "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
+    }
+
+
+def _nvidia(cubin: bytes, matrix: str) -> dict[str, Any]:
+    import triton.backends.nvidia as nvidia
+
+    tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / f"{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+
+    def dump(flag: str) -> str:
+        return subprocess.run([tool, flag, str(path)], check=True, capture_output=True, text=True).stdout
+
+    usage, sass = dump("-res-usage"), dump("-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    return {
+        "registers": int(found.group(1)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)) + int(found.group(3)),
+        "stack": int(found.group(2)),
+        "matrix": len(re.findall(matrix, sass)),
+        "fma": len(re.findall(r"\bFFMA2?\b", sass)),
+    }
+
+
+def main() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        json.dump(list(pool.map(compile_case, cases(), chunksize=1)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

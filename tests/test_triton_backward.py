@@ -1,0 +1,297 @@
+"""Gradients of the Triton backend: float64, any upstream gradient, chunks, skipped tokens, and what is not launched."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_harness import (
+    DEVICE,
+    DTYPES,
+    PLAIN,
+    RICH,
+    Problem,
+    eager_gradients,
+    error,
+    forward,
+    gradients,
+    problem,
+)
+
+from clha_fast import functional, triton_backend, triton_backward
+from clha_fast.options import PUBLISHED, HeadOptions
+from clha_fast.triton_backward import Chunks
+from csrc_triton import backward
+
+
+def upstream(p: Problem, seed: int = 1) -> Tensor:
+    return torch.randn(p.targets.shape[0], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def close(value: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Within tolerance of the largest element: sums of terms of both signs are no nearer to their own size."""
+    size = 1 + float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(value.double(), wanted, rtol=0, atol=tolerance * size)
+
+
+def check(p: Problem, grad: Tensor, tolerance: float = 1e-6) -> None:
+    exact = eager_gradients(p, grad, torch.float64)
+    # A logit's rounding error is multiplied by the head's slope, and what it does to the gradient once more.
+    tolerance *= max(1.0, p.head.scale / p.head.temperature) ** 2
+    for value, wanted in zip([g for g in gradients(p, grad) if g is not None], exact, strict=True):
+        assert value.shape == wanted.shape
+        assert value.dtype == p.hidden.dtype
+        close(value, wanted, tolerance)
+
+
+def test_two_words_by_hand() -> None:
+    # z = (0, log 3), target 0: p = (1/4, 3/4), dlogp/dz = (3/4, -3/4). hidden (1, 0), weight rows (0, 2), (log 3, 1).
+    weight = torch.tensor([[0.0, 2.0], [1.0986123, 1.0]], device=DEVICE)
+    bias = torch.zeros(2, device=DEVICE)
+    p = Problem(torch.tensor([[1.0, 0.0]], device=DEVICE), weight, bias, torch.tensor([0], device=DEVICE), None, PLAIN)
+    dhidden, dweight, dbias = gradients(p, torch.tensor([2.0], device=DEVICE))
+    assert dhidden is not None
+    assert dweight is not None
+    assert dbias is not None
+    torch.testing.assert_close(dhidden.cpu(), torch.tensor([[-1.5 * 1.0986123, 3.0 - 1.5]]))
+    torch.testing.assert_close(dweight.cpu(), torch.tensor([[1.5, 0.0], [-1.5, 0.0]]))
+    torch.testing.assert_close(dbias.cpu(), torch.tensor([1.5, -1.5]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("rows", [None, 11])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_agrees_with_float64(bias: bool, head: HeadOptions, rows: int | None) -> None:
+    p = problem(bias=bias, head=head, rows=rows, ignored=0.2)
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("workspace_bytes", [None, 1])
+def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions, workspace_bytes: int | None) -> None:
+    p = problem(72, 170, 96, dtype=dtype, head=head.replace(workspace_bytes=workspace_bytes), bias=True)
+    grad = upstream(p)
+    exact = eager_gradients(p, grad, torch.float64)
+    for value, eager, wanted in zip(gradients(p, grad), eager_gradients(p, grad, dtype), exact, strict=True):
+        assert value is not None
+        assert error(value, wanted) <= 1.05 * error(eager, wanted)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    vocabulary=st.integers(1, 70),
+    width=st.integers(1, 36),
+    bias=st.booleans(),
+    rich=st.booleans(),
+    rows=st.none() | st.integers(1, 9),
+    skipped=st.sampled_from([0.0, 0.6, 1.1]),
+    workspace_bytes=st.sampled_from([None, 1, 6000]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    bias: bool,
+    rich: bool,
+    rows: int | None,
+    skipped: float,
+    workspace_bytes: int | None,
+    seed: int,
+) -> None:
+    head = (RICH if rich else PLAIN).replace(workspace_bytes=workspace_bytes)
+    p = problem(tokens, vocabulary, width, bias=bias, rows=rows, head=head, ignored=0.1, seed=seed)
+    skip = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < skipped
+    check(p, torch.where(skip.to(DEVICE), 0, upstream(p, seed)))
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 8_000, 16_000, 10**9])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_chunks_change_nothing_but_rounding(workspace_bytes: int) -> None:
+    p = problem(70, 150, 40, bias=True, rows=50, head=PLAIN.replace(workspace_bytes=workspace_bytes))
+    grad = upstream(p)
+    grad[10:40] = 0
+    check(p, grad)
+
+
+def test_the_workspace_keeps_to_its_budget() -> None:
+    sizes = [(1, 32), (100, 1000), (8192, 128256), (100_000, 151_936)]
+    for (tokens, words), budget in itertools.product(sizes, [1, 10**6, 64 * 2**20, 10**10]):
+        chunks = Chunks.of(tokens, words, 2, budget, 128, 256)
+        assert chunks.tokens % 128 == chunks.words % 256 == 0
+        assert 128 <= chunks.tokens < tokens + 128
+        assert 256 <= chunks.words < words + 256
+        assert chunks.tokens * chunks.words <= max(budget // 2, 128 * 256)
+
+
+@pytest.mark.parametrize("skipped", [[3], list(range(0, 37, 2)), list(range(37))], ids=["one", "half", "all"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_tokens_without_a_gradient_are_skipped(skipped: list[int]) -> None:
+    """Not multiplied by 0: their hidden states are NaN, and nothing else becomes so."""
+    p = problem(bias=True)
+    grad = upstream(p)
+    grad[skipped] = 0
+    exact = eager_gradients(p, grad, torch.float64)
+    p.hidden[skipped] = float("nan")
+    for value, wanted in zip(gradients(p, grad), exact, strict=True):
+        assert value is not None
+        close(value, wanted, 1e-6)
+    assert (gradients(p, grad)[0][skipped] == 0).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_gradients(poison: float) -> None:
+    p = problem(20, 70, 24, bias=True)
+    p.hidden[5, 3] = poison
+    exact = eager_gradients(p, upstream(p), torch.float64)
+    for value, wanted in zip(gradients(p, upstream(p)), exact, strict=True):
+        assert value is not None
+        assert torch.equal(value.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_an_upstream_gradient_that_is_not_finite_stays_with_its_token(poison: float) -> None:
+    p = problem(20, 70, 24)
+    grad = upstream(p)
+    grad[7] = poison
+    dhidden, dweight, _ = gradients(p, grad)
+    assert dhidden is not None
+    assert dweight is not None
+    broken = (~dhidden.isfinite()).any(1).nonzero().flatten().tolist()
+    assert broken == [7]
+    assert not dweight.isfinite().any()
+    exact = eager_gradients(p, torch.where(grad.isfinite(), grad, 0), torch.float64)[0]
+    others = torch.arange(20, device=DEVICE) != 7
+    torch.testing.assert_close(dhidden[others].double(), exact[others], rtol=1e-5, atol=1e-5)
+
+
+def test_targets_and_rows_out_of_range_are_nan() -> None:
+    for wrong in ("target", "row"):
+        p = problem(20, 70, 24, rows=30)
+        assert p.row_index is not None
+        lse = forward(p)[1]
+        if wrong == "target":
+            p.targets[4] = 70
+        else:
+            p.row_index[4] = 2**40
+        _, dweight, _ = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, PLAIN, True, True, False)
+        assert dweight is not None
+        assert dweight.isnan().all()
+
+
+def test_extreme_logits() -> None:
+    for factor in (1e2, 1e4):
+        p = problem(20, 70, 24)
+        # Whole numbers: the logits are exact, so that only the softmax is tested.
+        p.hidden, p.weight = (p.hidden * 4).round(), (p.weight * 4).round() * factor
+        check(p, upstream(p), 3e-6)
+
+
+@pytest.mark.parametrize("allowed", [[3, 60], list(range(32, 64))], ids=str)
+def test_minus_infinity_masks_words(allowed: list[int]) -> None:
+    p = problem(12, 70, 16, bias=True)
+    assert p.bias is not None
+    keep = p.bias[allowed].clone()
+    p.bias.fill_(float("-inf"))
+    p.bias[allowed] = keep
+    p.targets[:] = torch.tensor(allowed * 6, device=DEVICE)[:12]
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("power", [-16, 8, -120])
+def test_small_and_large_coefficients_survive_float16(power: int) -> None:
+    """Coefficients of 2^-16 put every dlogit near or below float16's smallest number; the gradients come back whole."""
+    p = problem(24, 70, 40, dtype=torch.float16)
+    unit, scaled = (gradients(p, upstream(p) * 2.0**n) for n in (0, power))
+    for one, other in zip(unit[:2], scaled[:2], strict=True):
+        assert one is not None
+        assert other is not None
+        # A power of two changes no rounding but that of results which are themselves subnormal, half a unit each.
+        torch.testing.assert_close(other.double(), one.double() * 2.0**power, rtol=0, atol=0 if power > 0 else 2**-24)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
+def test_layouts(layout: str) -> None:
+    p = problem()
+    if layout == "transposed":
+        p.weight, p.hidden = p.weight.t().contiguous().t(), p.hidden.t().contiguous().t()
+        assert p.weight.stride() == (1, 101)
+    elif layout == "expanded":
+        p.hidden, p.weight = p.hidden[:1].expand(37, -1), p.weight[:, :1].expand(-1, 40)
+    else:
+        p.hidden = torch.cat([p.hidden, p.hidden], 1)[:, 3:43]
+        p.weight = torch.cat([p.weight, p.weight])[::2]
+    check(p, upstream(p)[:1].expand(37) if layout == "expanded" else upstream(p))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_what_is_not_needed_costs_nothing(needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(10, 40, 20, bias=True)
+    full = gradients(p, upstream(p))
+    lse = forward(p)[1]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("launched for a gradient that nobody asked for")
+
+    for need, name in zip(needs, ("hidden_grad_kernel", "weight_grad_kernel", "bias_grad_kernel"), strict=True):
+        if not need:
+            monkeypatch.setattr(backward, name, {(n,): refuse for n in range(200)})
+    shapes: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def recorded(*size: Any, **kwargs: Any) -> Tensor:
+        made = empty(*size, **kwargs)
+        shapes.append(tuple(made.shape))
+        return made
+
+    monkeypatch.setattr(triton_backward.torch, "empty", recorded)
+    result = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, p.head, *needs)
+    for need, value, wanted in zip(needs, result, full, strict=True):
+        assert (value is not None) == need
+        assert value is None or torch.equal(value, wanted)  # type: ignore[arg-type]
+    assert len(shapes) == int(needs[0])  # only the float32 rows of dhidden are made by torch.empty here
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_bitwise_repeatable() -> None:
+    p = problem(70, 90, 24, bias=True, rows=9, dtype=torch.float16, head=RICH.replace(workspace_bytes=4000))
+    for first, second in zip(gradients(p, upstream(p)), gradients(p, upstream(p)), strict=True):
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_end_to_end_is_no_worse_than_eager(dtype: torch.dtype) -> None:
+    """Through autograd and the public function, a factor on the loss included."""
+    p = problem(66, 170, 64, dtype=dtype, rows=60, ignored=0.1)
+    lengths = torch.tensor([12, 9, 0, 20, 15, 10], device=DEVICE)
+    sizes = torch.tensor([4, 2], device=DEVICE)
+    rewards = torch.tensor([9.0, 1.0, 0.0, -4.0, 5.0, 0.0], device=DEVICE)
+
+    def run(backend: str, cast: torch.dtype) -> list[Tensor]:
+        leaves = p.leaves(cast)
+        total, _ = functional.linear_clha_loss(
+            leaves[0],
+            leaves[1],
+            p.targets,
+            lengths,
+            sizes,
+            rewards=rewards,
+            row_index=p.row_index,
+            options=PUBLISHED,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        return list(torch.autograd.grad(total * 0.5, leaves))
+
+    exact = run("reference", torch.float64)
+    for value, eager, wanted in zip(run("triton", dtype), run("reference", dtype), exact, strict=True):
+        assert error(value, wanted) <= 1.05 * error(eager, wanted)

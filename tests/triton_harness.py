@@ -1,0 +1,131 @@
+"""Builders and comparisons for the tests of the Triton backend: on a GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clha_fast import reference, triton_backend
+from clha_fast.options import CLHAOptions, HeadOptions
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's bfloat16 is wrong; it is tested where it is real.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+PLAIN = HeadOptions()
+RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
+
+
+@dataclass
+class Problem:
+    """Inputs of the head, already rounded to the dtype under test."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    row_index: Tensor | None
+    head: HeadOptions
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias, self.targets, self.row_index
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """hidden, weight and bias (where there is one) in another dtype, ready for autograd."""
+        return [t.detach().to(dtype).requires_grad_() for t in self.inputs[:3] if t is not None]
+
+
+def problem(
+    tokens: int = 37,
+    vocabulary: int = 101,
+    width: int = 40,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head: HeadOptions = PLAIN,
+    bias: bool = False,
+    rows: int | None = None,
+    ignored: float = 0.0,
+    seed: int = 0,
+) -> Problem:
+    """Random inputs; with `rows` a row_index with repeats into that many hidden states."""
+    draw = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=draw)
+    targets[torch.rand(tokens, generator=draw) < ignored] = head.ignore_index
+    return Problem(
+        hidden=torch.randn(rows if rows is not None else tokens, width, generator=draw).to(DEVICE, dtype),
+        weight=(torch.randn(vocabulary, width, generator=draw) * 0.3).to(DEVICE, dtype),
+        bias=torch.randn(vocabulary, generator=draw).to(DEVICE, dtype) if bias else None,
+        targets=targets.to(DEVICE),
+        row_index=None if rows is None else torch.randint(0, rows, (tokens,), generator=draw).to(DEVICE),
+        head=head,
+    )
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    return triton_backend.token_logps_forward(*p.inputs, p.head)
+
+
+def exact_logps(p: Problem) -> Tensor:
+    """Float64 log-probabilities of the same, rounded, inputs."""
+    return eager_logps(p, p.leaves(torch.float64))
+
+
+def eager_logps(p: Problem, leaves: list[Tensor]) -> Tensor:
+    bias = leaves[2] if len(leaves) == 3 else None
+    return reference.token_logps(leaves[0], leaves[1], bias, p.targets, p.row_index, p.head)
+
+
+def gradients(p: Problem, grad: Tensor, needs: tuple[bool, bool, bool] | None = None) -> list[Tensor | None]:
+    needs = needs or (True, True, p.bias is not None)
+    lse = forward(p)[1]
+    return list(triton_backend.token_logps_backward(grad, *p.inputs, lse, p.head, *needs))
+
+
+def eager_gradients(p: Problem, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    leaves = p.leaves(dtype)
+    logps = eager_logps(p, leaves)
+    return list(torch.autograd.grad(logps, leaves, grad.to(logps.dtype)))
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over norm of the exact value."""
+    exact = exact.detach().double()
+    return float((value.detach().double() - exact).norm() / exact.norm())
+
+
+@dataclass
+class Ranking:
+    """Inputs of the loss beside the head's."""
+
+    candidate_lengths: Tensor
+    candidates_per_prompt: Tensor
+    rewards: Tensor | None = None
+    sft_index: Tensor | None = None
+    pair_counts: Tensor | None = None
+    prompt_count: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.candidate_lengths,
+            self.candidates_per_prompt,
+            self.rewards,
+            self.sft_index,
+            self.pair_counts,
+            self.prompt_count,
+        )
+
+
+def loss(p: Problem, r: Ranking, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, scores, coefficients, lse) of the Triton backend."""
+    return triton_backend.clha_forward(*p.inputs, *r.inputs, p.head, options)
+
+
+def exact_loss(p: Problem, r: Ranking, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, scores, dL/dlogp) of the reference in float64."""
+    logps = exact_logps(p).detach().requires_grad_()
+    total, metrics, scores = reference.clha_loss(logps, p.targets, *r.inputs, p.head, options)
+    (slope,) = torch.autograd.grad(total, logps)
+    return total.detach(), metrics, scores.detach(), torch.where(p.targets == p.head.ignore_index, 0.0, slope)
