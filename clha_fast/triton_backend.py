@@ -58,7 +58,7 @@ def _launch_head(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
             **head.flags,
             HAS_ROW_INDEX=head.row_index is not None,
             EVEN_H=width % config["BLOCK_H"] == 0,
-            WIDE=head.is_wide(config),
+            WIDE=head.is_wide,
             **config,
         )
     return block_peak, block_sum, target_logit

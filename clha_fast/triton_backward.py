@@ -78,8 +78,7 @@ class Backward:
         self.num_tokens = head.targets.shape[0]
         # d logit / d raw logit without the softcap's slope; it waits for the float32 end with the largest gradient.
         self.factor = head.pre_scale * head.post_scale
-        self.config = {name: head.config(name) for name in ("hidden_grad", "weight_grad")}
-        self.config["logit_grad"] = head.config("logit_grad_softcap" if head.flags["HAS_SOFTCAP"] else "logit_grad")
+        self.config = {name: head.config(name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
         self.block_n = self.config["logit_grad"]["BLOCK_N"]
         self.chunks = Chunks.of(
             self.num_tokens,
@@ -176,7 +175,7 @@ class Backward:
             head.post_scale,
             **head.flags,
             EVEN_H=self.width % config["BLOCK_H"] == 0,
-            WIDE=head.is_wide(config),
+            WIDE=head.is_wide,
             **config,
         )
 
@@ -212,7 +211,7 @@ class Backward:
             self.width,
             *self.head.weight.stride(),
             EVEN_H=self.width % config["BLOCK_H"] == 0,
-            WIDE=self.head.is_wide(config),
+            WIDE=self.head.is_wide,
             PRECISION=self.head.flags["PRECISION"],
             **config,
         )

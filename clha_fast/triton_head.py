@@ -73,6 +73,7 @@ class Head:
     post_scale: float
     arch: str
     tile_class: str
+    is_wide: bool
     flags: dict[str, Any]
 
     @classmethod
@@ -95,7 +96,9 @@ class Head:
             pre, post = head.scale / head.temperature, 1.0
         else:
             pre, post = head.scale / head.softcap, head.softcap / head.temperature
-        is_aligned = _is_aligned(hidden) and _is_aligned(weight) and hidden.shape[1] % 16 == 0
+        # No tile is longer than 256: below this stride, offsets within one fit int32.
+        is_wide = max(weight.stride()) >= 2**22
+        fast = hidden.itemsize == 2 and hidden.shape[1] % 16 == 0 and not is_wide
         return cls(
             weight=weight,
             bias=None if bias is None else bias.contiguous(),
@@ -105,7 +108,8 @@ class Head:
             pre_scale=pre,
             post_scale=post,
             arch=architecture(hidden.device),
-            tile_class="16-bit" if hidden.itemsize == 2 and is_aligned else "fp32",
+            tile_class="16-bit" if fast and _is_aligned(hidden) and _is_aligned(weight) else "fp32",
+            is_wide=is_wide,
             flags={
                 "HAS_BIAS": bias is not None,
                 "HAS_SOFTCAP": head.softcap is not None,
@@ -114,9 +118,7 @@ class Head:
         )
 
     def config(self, kernel: str) -> dict[str, int]:
+        """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap."""
+        if self.flags["HAS_SOFTCAP"] and f"{kernel}_softcap" in configs.GEMMS:
+            kernel = f"{kernel}_softcap"
         return configs.select(kernel, self.arch, self.tile_class)
-
-    def is_wide(self, config: dict[str, int]) -> bool:
-        """Whether a tile of the weight spans more elements than int32 offsets reach."""
-        stride_v, stride_h = self.weight.stride()
-        return config["BLOCK_V"] * stride_v + config["BLOCK_H"] * stride_h >= 2**31

@@ -89,16 +89,6 @@ def logit_grad_kernel(
     if tile_n * BLOCK_N >= count:
         return
 
-    is_active = k < count
-    token = tl.load(order_ptr + first_token + k, mask=is_active, other=0)
-    target = tl.load(targets_ptr + token, mask=is_active, other=0)
-    # float64 in two float32 parts: a float32 log-sum-exp of 1e4 would be off by 5e-4, and every probability with it.
-    lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
-    lse_high = lse.to(tl.float32)
-    lse_low = (lse - lse_high).to(tl.float32)
-    grad = tl.load(grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
-    grad = tl.where((target >= 0) & (target < V), grad, float("nan"))
-
     # Offsets within the tile are int32 unless WIDE; what leads to the tile is added to the pointers.
     local_k, local_word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
     first_v = first_word.to(tl.int64) + tile_v * BLOCK_V
@@ -119,9 +109,20 @@ def logit_grad_kernel(
     )
     if HAS_BIAS:
         z += tl.load(bias_ptr + first_v + inner).to(tl.float32)[None, :]
+    # Loaded behind the loop, whose registers they would take.
+    is_active = k < count
+    token = tl.load(order_ptr + first_token + k, mask=is_active, other=0)
+    target = tl.load(targets_ptr + token, mask=is_active, other=0)
+    # float64 in two float32 parts: a float32 log-sum-exp of 1e4 would be off by 5e-4, and every probability with it.
+    lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
+    lse_high = lse.to(tl.float32)
+    lse_low = (lse - lse_high).to(tl.float32)
+    grad = tl.load(grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
+    grad = tl.where((target >= 0) & (target < V), grad, float("nan"))
+    column = (target - first_v).to(tl.int32)
+
     z, slope = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
-    column = (target - first_v).to(tl.int32)
     g = tl.exp((z - lse_high[:, None]) - lse_low[:, None]) - tl.where(local_word[None, :] == column[:, None], 1.0, 0.0)
     g = -grad[:, None] * g * slope
     # Padding tokens must be zeros: 0 * inf is NaN. Padding words repeat the last one, and nobody reads them unmasked.

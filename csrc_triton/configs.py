@@ -28,8 +28,8 @@ def _tile(n: int, v: int, h: int, group: int, warps: int, stages: int) -> Config
 
 
 # The kernels that hold a GEMM. The fp32 tiles are those that "ieee" precision, which has no tensor cores on NVIDIA,
-# can hold in registers; 16-bit matrices whose rows are not aligned to 16 elements use them too. sm_80's entries stay
-# within 99 KiB, the shared memory of its consumer relatives.
+# can hold in registers; 16-bit matrices whose rows are not aligned to 16 elements, or lie 2^22 apart, use them too.
+# sm_80's entries stay within 99 KiB, the shared memory of its consumer relatives.
 GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     # tokens x words, reduced over H
     "head_forward": {
@@ -48,19 +48,6 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     "logit_grad": {
         ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
         ("sm_90", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
-        ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
-        ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
-        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
-        ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
-        ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
-        ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
-        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
-        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
-    },
-    # the same with a softcap, whose slope needs registers beside the logits
-    "logit_grad_softcap": {
-        ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
-        ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
         ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
         ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
         ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
@@ -96,6 +83,15 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("interpreter", "16-bit"): _tile(16, 32, 32, 2, 4, 1),
         ("interpreter", "fp32"): _tile(16, 32, 32, 2, 4, 1),
     },
+}
+
+# With a softcap: tanh and its slope need registers beside the logits.
+GEMMS["head_forward_softcap"] = GEMMS["head_forward"] | {
+    ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
+}
+GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
+    ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
+    ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 
 # The small kernels: the same on every GPU, and small enough in the interpreter that a test crosses every border.

@@ -45,20 +45,18 @@ def head_forward_kernel(
     """Writes block_peak and block_sum [cdiv(V, BLOCK_V), N] and target_logit [N], all float32, each element once.
 
     hidden [M, H], weight [V, H] of any strides; bias [V], targets [N], row_index [N] contiguous. WIDE: a tile of
-    weight spans 2^31 elements or more.
+    weight may span 2^31 elements or more.
     target_logit is 0 for an ignored token, NaN for a target outside [0, V) or a row outside [0, M).
     """
     tile_n, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token = n < N
-    target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
     rows = n
     if HAS_ROW_INDEX:
         rows = tl.load(row_index_ptr + n, mask=is_token, other=0)
     has_row = (rows >= 0) & (rows < M)
-
-    # Rows and words past the end repeat an existing one instead of being masked in the inner loop.
     first = tile_v.to(tl.int64) * BLOCK_V
+    # Rows and words past the end repeat an existing one instead of being masked in the inner loop.
     word = tl.minimum(tl.arange(0, BLOCK_V), (V - 1 - first).to(tl.int32)).to(tl.int64 if WIDE else tl.int32)
     z = raw_logits(
         hidden_ptr,
@@ -80,15 +78,8 @@ def head_forward_kernel(
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     z = tl.where((v < V)[None, :], z, float("-inf"))
 
-    # A block of -inf alone has sum 0, not the NaN of (-inf) - (-inf). NaN and +inf logits turn the sum into NaN,
-    # whatever the maximum made of them.
-    peak = tl.max(z, axis=1)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
-    block = tile_v.to(tl.int64) * N + n
-    tl.store(block_peak_ptr + block, peak, mask=is_token)
-    tl.store(block_sum_ptr + block, total, mask=is_token)
-
+    # Loaded behind the loop, whose registers they would take.
+    target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
     is_scored = target != ignore_index
     is_valid = is_scored & has_row & (target >= 0) & (target < V)
     is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
@@ -97,3 +88,12 @@ def head_forward_kernel(
     # Tokens whose target is in no block are the first block's to write.
     logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
     tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | ((tile_v == 0) & (is_valid == 0))))
+
+    # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
+    # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.
+    peak = tl.max(z, axis=1)
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
+    block = tile_v.to(tl.int64) * N + n
+    tl.store(block_peak_ptr + block, peak, mask=is_token)
+    tl.store(block_sum_ptr + block, total, mask=is_token)

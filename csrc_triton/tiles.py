@@ -19,7 +19,7 @@ def tile_of(pid, tiles_a, tiles_b, GROUP: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh to float32 rounding: Triton's own needs a device library that the interpreter does not have."""
+    """(tanh(x), 1 - tanh(x)^2) to float32 rounding: the device library's tanh is not there in the interpreter."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2
@@ -27,10 +27,11 @@ def tanh(x):
     series = series * square - 3.33332819422e-1
     near = x + x * square * series
     size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    rest = 1.0 / (tl.exp(2.0 * size) + 1.0)
+    far = 1.0 - 2.0 * rest
     far = tl.where(x < 0, -far, far)
-    # Near 0 the quotient would cancel. A NaN takes the far branch and stays one.
-    return tl.where(size < 0.625, near, far)
+    # Near 0 the far branch would cancel; a NaN takes it and stays one. The slope in terms of `rest` never cancels.
+    return tl.where(size < 0.625, near, far), 4.0 * rest * (1.0 - rest)
 
 
 @triton.jit
@@ -38,8 +39,8 @@ def activation(z, pre_scale, post_scale, HAS_SOFTCAP: tl.constexpr):
     """(f(z), f'(z) / (pre_scale * post_scale)): post_scale * tanh(pre_scale * z) with a softcap, else a factor."""
     z = z * pre_scale
     if HAS_SOFTCAP:
-        z = tanh(z)
-        return z * post_scale, 1.0 - z * z
+        z, slope = tanh(z)
+        return z * post_scale, slope
     else:
         return z * post_scale, 1.0
 

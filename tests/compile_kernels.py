@@ -62,7 +62,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     }
     sizes = {"M": N, "N": N, "stride_hidden_n": h, "stride_hidden_h": 1}
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
-    variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": False}
+    variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
     return common | chunk | scales | flags | pointers | sizes | variants
 
 
@@ -83,6 +83,7 @@ def ranking_arguments() -> dict[str, Any]:
 
 KERNELS = {
     "head_forward": forward.head_forward_kernel,
+    "head_forward_softcap": forward.head_forward_kernel,
     "logit_grad": backward.logit_grad_kernel,
     "logit_grad_softcap": backward.logit_grad_kernel,
     "hidden_grad": backward.hidden_grad_kernel,
@@ -101,23 +102,15 @@ def cases() -> list[tuple[str, str, str, str]]:
     listed = []
     for arch in GPU:
         for kernel in configs.GEMMS:
-            if kernel == "logit_grad_softcap":
-                variants = ["bias+softcap"]
-            elif kernel == "head_forward":
-                variants = ["plain", "bias+softcap"]
-            elif kernel == "weight_grad":
-                variants = ["plain", "partial"]
-            else:
-                variants = ["plain"]
+            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            if kernel == "weight_grad":
+                variants.append("partial")
             listed += [(kernel, arch, "16-bit", variant) for variant in variants]
             listed.append((kernel, arch, "fp32", variants[-1]))
         listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
+    listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
-        listed += [
-            (kernel, "sm_90", "16-bit", "odd"),
-            (kernel, "sm_90", "16-bit", "ragged"),
-            (kernel, "sm_90", "tf32", "plain"),
-        ]
+        listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     return listed
 
 
@@ -141,7 +134,8 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel, arch, dtype, variant = case
-    launch = configs.select(kernel, arch, "16-bit" if dtype == "16-bit" and variant != "odd" else "fp32")
+    entry = "16-bit" if dtype == "16-bit" and variant not in ("odd", "wide") else "fp32"
+    launch = configs.select(kernel, arch, entry)
     values = (
         head_arguments(kernel, dtype, variant, launch)
         if kernel in configs.GEMMS or kernel in ("gather", "bias_grad", "row_sum")
@@ -155,6 +149,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     return {
         "kernel": kernel,
         "arch": arch,
+        "entry": entry,
         "dtype": dtype,
         "variant": variant,
         "blocks": "x".join(str(launch[name]) for name in launch if name.startswith("BLOCK")),

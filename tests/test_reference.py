@@ -215,7 +215,11 @@ def test_the_kink_has_no_slope(backend):
     assert rank(backend, [-1.0, -1.5], options.replace(margin=0.4), **shape).slopes == [0.0, 0.0]
     assert rank(backend, [-1.0, -1.5], options.replace(margin=0.6), **shape).slopes == [-1.0, 1.0]
     # Equal scores and margin 0: exactly at the kink in every arithmetic.
-    assert rank(backend, [-1.0, -1.0], options.replace(margin=0.0), **shape).slopes == [0.0, 0.0]
+    equal = rank(backend, [-1.0, -1.0], options.replace(margin=0.0), **shape)
+    assert equal.slopes == [0.0, 0.0]
+    assert equal.metrics["active_pair_share"] == 0
+    assert equal.metrics["rewards/accuracies"] == 0  # a tie is not a win
+    assert equal.metrics["kendall_tau"] == 0
 
 
 @BACKENDS

@@ -1,0 +1,8 @@
+"""`python -m clha_fast`."""
+
+import sys
+
+from clha_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

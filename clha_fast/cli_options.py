@@ -1,0 +1,181 @@
+"""Options of `clha-fast train`: names and types from the settings' own fields, values from YAML and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from clha_fast.hf.build import nearest
+from clha_fast.hf.config import CLHAConfig
+from clha_fast.hf.run import RunOptions
+
+# Of the command itself.
+PRINTING: dict[str, Any] = {"memory_report": bool, "plot": bool}
+
+
+class OptionError(ValueError):
+    """An unknown option, or a value that does not fit; one sentence."""
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+RUN_HINTS = _hints(RunOptions)
+CONFIG_HINTS = _hints(CLHAConfig)
+# The command line has its own way to say these.
+for _name in ("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"):
+    CONFIG_HINTS.pop(_name, None)
+HINTS: dict[str, Any] = {**CONFIG_HINTS, **RUN_HINTS, **PRINTING}
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types that a hint allows; a choice of strings counts as str."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(part) for part in typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return {type(value) for value in typing.get_args(hint)}
+    origin = typing.get_origin(hint) or hint
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return {str}
+    return {origin} if isinstance(origin, type) else {str}
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that the option has.
+
+    Raises:
+        OptionError: it is of another kind.
+    """
+    kinds = _kinds(hint)
+    if value is None and type(None) in kinds:
+        return None
+    if isinstance(value, bool):
+        if bool in kinds:
+            return value
+        if value is False and str in kinds:  # YAML reads the word no as false
+            return "no"
+    elif isinstance(value, int) and int in kinds:
+        return value
+    elif isinstance(value, (int, float)) and float in kinds:
+        return float(value)
+    elif isinstance(value, float) and value.is_integer() and int in kinds:
+        return int(value)
+    elif isinstance(value, (list, dict)) and type(value) in kinds:
+        return value
+    elif isinstance(value, str):
+        if float in kinds:  # YAML reads 1e-3 as a text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        if str in kinds:
+            return value
+    elif str in kinds and isinstance(value, (int, float)):
+        return str(value)
+    wanted = " or ".join(_WORDS[kind] for kind in _WORDS if kind in kinds)
+    raise OptionError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def _unknown(name: str, where: str) -> OptionError:
+    return OptionError(f"{where}: unknown option {name!r}{nearest(name, HINTS)}")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The options of a YAML file.
+
+    Raises:
+        OptionError: no mapping, malformed YAML (line and column), an unknown option, a value of another type.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            loaded = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise OptionError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise OptionError(f"{path}: expected options as `name: value`, got {type(loaded).__name__}")
+    for name in loaded:
+        if name not in HINTS:
+            raise _unknown(str(name), path)
+    return {name: coerce(f"{path}: {name}", value, HINTS[name]) for name, value in loaded.items()}
+
+
+def _value(text: str, hint: Any) -> Any:
+    if _kinds(hint) <= {str, type(None)} and text != "null":
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def read_flags(words: Sequence[str]) -> dict[str, Any]:
+    """Options from `--name value`, `--name=value`, `--flag`, and `--model_config.hidden_size 128` for one entry.
+
+    Dashes and underscores are alike. Entries are returned as mappings, to be merged into the file's.
+
+    Raises:
+        OptionError: an unknown flag, a missing value, a value of another type.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise OptionError(f"command line: expected an option that begins with --, got {word!r}")
+        flag, equals, text = word[2:].partition("=")
+        name, dot, entry = flag.partition(".")
+        name = name.replace("-", "_")
+        if name not in HINTS:
+            raise _unknown(name, "command line")
+        hint = HINTS[name]
+        if dot and dict not in _kinds(hint):
+            raise OptionError(f"--{flag}: expected an option without entries, {name} is no mapping")
+        if not equals:
+            if not dot and bool in _kinds(hint) and (not rest or rest[0].startswith("--")):
+                text = "true"
+            elif not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                raise OptionError(f"--{flag}: expected a value, got none")
+            else:
+                text = rest.pop(0)
+        if dot:
+            found.setdefault(name, {})[entry.replace("-", "_")] = _value(text, Any)
+        else:
+            found[name] = coerce(f"--{flag}", _value(text, hint), hint)
+    return found
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings are merged entry by entry."""
+    merged = dict(base)
+    for name, value in over.items():
+        before = merged.get(name)
+        merged[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def split(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], dict[str, Any]]:
+    """(what the run needs, what `CLHAConfig` needs, what the command itself needs)."""
+    run = RunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS})
+    config = {name: value for name, value in options.items() if name in CONFIG_HINTS}
+    return run, config, {name: value for name, value in options.items() if name in PRINTING}

@@ -1,0 +1,214 @@
+"""`clha-fast score`: what it takes and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from clha_fast import report
+from clha_fast.data import FORMATS, read_records
+from clha_fast.hf.noise import NoiseCounts, NoiseReport, measure_noise
+from clha_fast.hf.reward_model import DTYPES, RewardModel, load_reward_model
+from clha_fast.hf.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
+from clha_fast.options import PUBLISHED, CLHAOptions
+
+FAILED = 1
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+DESCRIPTION = "Add the rewards of a reward model to ranked or unranked responses, and report how they disagree."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `clha-fast score`."""
+    parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
+    parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write, with rewards")
+    parser.add_argument(
+        "--reward-model",
+        metavar="PATH",
+        required=True,
+        help="a sequence classifier: its folder, or its name on the Hub",
+    )
+    parser.add_argument("--label", type=int, metavar="N", help="which logit is the reward, where there are several")
+    parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="responses a forward pass (default 16)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of prompt and response (default: the model's limit)"
+    )
+    parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DST.partial")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST (and, without --resume, DST.partial)")
+    parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (auto: the checkpoint's own)")
+    parser.add_argument(
+        "--reward-margin",
+        type=float,
+        default=PUBLISHED.reward_margin,
+        metavar="R",
+        help="of the noise rule (default 3)",
+    )
+    parser.add_argument(
+        "--reward-floor", type=float, default=PUBLISHED.reward_floor, metavar="R", help="of the SFT gate (default 0)"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the reward gaps of all pairs")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command `score` to an `add_subparsers()` object."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("score", help=DESCRIPTION, description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def score(words: Sequence[str]) -> int:
+    """`run`, from the words behind `clha-fast score`."""
+    parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION)
+    add_arguments(parser)
+    return run(parser.parse_args(words))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0 done, 1 failed while scoring, 130 interrupted; then one sentence says what is kept.
+
+    Raises:
+        ValueError, OSError: a user error, in one sentence.
+    """
+    try:
+        return _run(args)
+    except ScoringError as error:
+        print(f"clha-fast score: {error}", file=sys.stderr)
+        return FAILED
+    except ScoringInterrupted as error:
+        print(f"clha-fast score: {error}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("clha-fast score: interrupted before anything was scored", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Whatever can be wrong with the options is said before a model is loaded or hours are spent.
+    CLHAOptions(reward_margin=args.reward_margin, reward_floor=args.reward_floor)
+    for name in ("batch_size", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+    check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
+    plot = _check_plot(args.plot)
+    records = read_records(args.source, args.format)
+    reward_model = load_reward_model(args.reward_model, label=args.label, device=args.device, dtype=args.dtype)
+    print(f"reward model  {args.reward_model}: {_model_text(reward_model)}")
+    candidates = sum(len(record.completions) for record in records)
+    print(f"source        {args.source}: {len(records):,} prompts, {candidates:,} responses", flush=True)
+    result = score_file(
+        records,
+        args.destination,
+        reward_model,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        rank_by_reward=args.rank_by_reward,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    print(f"written       {args.destination}{_result_text(result)}\n")
+    noise = measure_noise(result.records, args.reward_margin, args.reward_floor)
+    print(noise_table(noise, args.source))
+    if args.rank_by_reward:
+        closed = measure_noise(result.written, args.reward_margin, args.reward_floor).total
+        share = _share(closed.closed_gates, closed.prompts)
+        print(f"\n{args.destination} is ranked by these rewards: no pair is reversed, {share} of the gates are closed")
+    if plot:
+        gap_histogram(noise, plot)
+        print(f"\nhistogram     {plot}")
+    return 0
+
+
+def _check_plot(path: str | None) -> str | None:
+    """The picture to draw, None when none is asked for or matplotlib is missing."""
+    if path is None:
+        return None
+    if not path.lower().endswith(".png"):
+        raise ValueError(f"--plot: expected a name that ends in .png, got {path!r}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--plot: expected an existing folder, got {os.path.dirname(path)!r}")
+    if not report.can_plot():
+        print("no histogram: it needs matplotlib (pip install 'clha-fast[plot]')")
+        return None
+    return path
+
+
+def _model_text(reward_model: RewardModel) -> str:
+    model = reward_model.model
+    size = sum(weight.numel() for weight in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"
+
+
+def _result_text(result: ScoreResult) -> str:
+    parts = []
+    if result.resumed:
+        parts.append(f"{result.resumed:,} responses had been scored before")
+    if result.truncated:
+        parts.append(f"{result.truncated:,} prompts were cut to {result.max_length:,} tokens")
+    if result.replaced:
+        parts.append(f"{result.replaced:,} prompts had other rewards")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def noise_table(noise: NoiseReport, source: str) -> str:
+    """Shares of noise by the number of responses, and what the columns mean."""
+
+    def row(name: str, counts: NoiseCounts) -> list[str]:
+        pairs = (counts.reversed, counts.inside_margin, counts.reversed_outside)
+        return [
+            name,
+            f"{counts.prompts:,}",
+            f"{counts.pairs:,}",
+            *(_share(part, counts.pairs) for part in pairs),
+            _share(counts.closed_gates, counts.prompts),
+        ]
+
+    header = ["responses", "prompts", "pairs", "reversed", "inside margin", "reversed outside", "closed gates"]
+    rows = [*(row(str(counts.size), counts) for counts in noise.by_size), row("all", noise.total)]
+    return "\n".join(
+        [
+            f"The order of {source} against these rewards (reward margin {noise.reward_margin:g}, "
+            f"reward floor {noise.reward_floor:g}):",
+            report.table(header, rows),
+            "reversed: the worse-ranked response has the higher reward; inside margin: noise, dropped by the abs rule;",
+            "reversed outside: wrong by more than the margin, kept by abs and dropped by signed;",
+            "closed gates: prompts whose SFT target is not above the floor.",
+        ]
+    )
+
+
+def gap_histogram(noise: NoiseReport, path: str) -> None:
+    """Draw r_i - r_j of all pairs (i ranked better) as a PNG, with the margin shaded.
+
+    Raises:
+        ImportError: matplotlib is not installed. OSError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    margin, total = noise.reward_margin, noise.total
+    inside = _share(total.inside_margin, total.pairs)
+    wrong = _share(total.reversed, total.pairs)
+    axes.axvspan(-margin, margin, color="0.85", zorder=0, label=f"inside the margin: {inside}")
+    if total.pairs:
+        axes.hist(noise.gaps.numpy(), bins=60)
+    axes.axvline(0, color="black", linewidth=1, label=f"left of it, reversed: {wrong}")
+    axes.set_xlabel("reward of the better-ranked response minus reward of the other")
+    axes.set_ylabel("pairs")
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,295 @@
+"""`clha-fast train` and `clha-fast demo`: what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from clha_fast import memory, report
+from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
+from clha_fast.dispatch import resolve
+from clha_fast.errors import BackendError
+from clha_fast.hf.checkpoint import CheckpointError, survivors
+from clha_fast.hf.prepare import DataSummary
+from clha_fast.hf.run import CURVE_FILE, METRICS_FILE, Run
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+FAILED = 1
+
+TRAIN_HELP = """\
+usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
+
+Options stand in the YAML file under the same names; flags win. `--model_config.hidden_size 128` sets one entry.
+
+files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1  --format auto  --rank_by_reward
+folder    --output_dir DIR  --resume | --overwrite
+model     --model PATH_OR_NAME, or --model_config.model_type llama --model_config.hidden_size 128 ...
+          --dtype float32  --attn_implementation NAME
+tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
+loss      --preset published|paper|sft_only, and to override it --margin --reward_margin --noise_rule --reduction
+          --rank_weight --sft --sft_weight --sft_factor --reward_floor; --normalizer batch|global  --temperature
+          --backend auto|triton|torch|reference  --workspace_mb MIB
+lengths   --max_length --max_prompt_length --max_completion_length (tokens)
+training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
+          --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
+report    --memory_report (peak memory of the loss, beside the eager loss's)  --plot false
+"""
+DEMO_HELP = """\
+usage: clha-fast demo [--OPTION VALUE ...]
+
+Trains a small model on the bundled ranked responses and reports; the options are those of `clha-fast train`.
+"""
+
+
+def bundled(name: str) -> str:
+    """The path of a file of the demo."""
+    return str(resources.files("clha_fast").joinpath("demo").joinpath(name))
+
+
+def device_text(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def backend_text(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which backend will run, and for "auto" why."""
+    name = resolve(backend, device.type, dtype)
+    if backend != "auto":
+        return f"{name} (asked for)"
+    if name == "triton":
+        return "triton (auto: a GPU and triton are there)"
+    try:
+        resolve("triton", device.type, dtype)
+    except BackendError as error:
+        return f"{name} (auto; triton cannot run: {str(error).partition(': ')[2]})"
+    return f"{name} (auto)"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
+
+
+def _data_text(summary: DataSummary) -> str:
+    span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
+    text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
+    if not summary.rewarded:
+        return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
+    return (
+        f"{text}; pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}, "
+        f"inert responses {_share(summary.inert, summary.candidates)}, "
+        f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}"
+    )
+
+
+def header(run: Run) -> str:
+    """What will be trained, on what, how."""
+    trainer, args = run.trainer, run.args
+    config = run.model.config
+    parameters = sum(p.numel() for p in run.model.parameters())
+    train, held_out, shared = run.summary()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
+    options = trainer.loss_options
+    lines = {
+        "model": f"{type(run.model).__name__}, {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}",
+        "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "backend": backend_text(args.backend, args.device, dtype),
+        "loss": f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "
+        f"({options.noise_rule}), {options.reduction}, SFT {options.sft} x {options.sft_weight:g}; "
+        f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}",
+        "training": _data_text(train),
+        "held out": _data_text(held_out),
+        "folder": run.folder if run.checkpoint is None else f"{run.folder}, resumed from {run.checkpoint}",
+    }
+    if shared:
+        lines["note"] = f"{shared} held-out prompts stand in the training file too"
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal; elsewhere one line for each line of the log."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.start = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.start = time.monotonic()
+        if sys.stderr.isatty():
+            tqdm = importlib.import_module("tqdm").tqdm  # it ships no types
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        kind = "eval_" if "eval_loss" in logs else ""
+        if f"{kind}loss" not in logs:
+            return
+        names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+        values = {short: report.number(logs.get(kind + key)) for key, short in names.items()}
+        if self.bar is not None and not kind:
+            self.bar.set_postfix(values)
+        elif state.global_step:
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
+            place = "held out" if kind else f"{time.monotonic() - self.start:.0f} s"
+            line = f"step {state.global_step}/{state.max_steps}  {text}  ({place})"
+            print(line, flush=True) if self.bar is None else self.bar.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def memory_report(run: Run) -> dict[str, int]:
+    """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`."""
+    batch = run.trainer.largest_batch
+    if batch is None:
+        return {}
+    trainer = run.trainer
+    head: Any = trainer.head_info.module
+    dtype = torch.bfloat16 if run.args.bf16 else torch.float16 if run.args.fp16 else run.model.dtype
+    shapes = memory.LossShapes(
+        rows=batch.input_ids.numel(),
+        hidden_size=head.weight.shape[1],
+        vocab_size=trainer.head_info.vocab_size,
+        candidate_lengths=batch.candidate_lengths.tolist(),
+        candidates_per_prompt=batch.candidates_per_prompt.tolist(),
+        rewards=None if batch.rewards is None else batch.rewards.tolist(),
+        bias=head.bias is not None,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(run.args.device),
+        backend=run.args.backend,
+        head=trainer.head_options.encoded,
+        options=trainer.loss_options.encoded,
+    )
+    return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
+
+
+def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
+    run.finish()
+    if run.args.process_index != 0:
+        return
+    print(f"\n{report.evaluation_table(run.before, run.after)}")
+    log = run.trainer.state.log_history
+    if not command.get("plot", True):
+        pass
+    elif report.can_plot():
+        path = os.path.join(run.folder, CURVE_FILE)
+        report.loss_curve(log, run.before, run.after, path)
+        print(f"\nloss curve      {path}")
+    else:
+        print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")
+    print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
+    print(f"model           {run.folder}")
+    if command.get("memory_report"):
+        try:
+            peaks = memory_report(run)
+        except memory.MemoryReportError as error:
+            print(f"\nmemory report   {error}")
+        else:
+            run.write_metrics(memory=peaks)
+            if peaks:
+                print(f"\n{report.memory_table(peaks, memory.VARIANTS)}")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+
+
+def _train(run: Run, command: Mapping[str, Any], started: float) -> int:
+    main_process = run.args.process_index == 0
+    run.trainer.remove_callback(next(c for c in run.trainer.callback_handler.callbacks if _prints(c)))
+    run.trainer.add_callback(Progress())
+    if main_process:
+        print(header(run), flush=True)
+    run.evaluate_before()
+    if main_process:
+        accuracy = report.number(run.before.get("eval_rewards/accuracies"))
+        print(f"\nheld out before training: ranking accuracy {accuracy}\n", flush=True)
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
+        return INTERRUPTED
+    if run.interrupted:
+        run.write_metrics()
+        step = run.trainer.state.global_step
+        print(
+            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    _finish(run, command, started)
+    return 0
+
+
+def _prints(callback: TrainerCallback) -> bool:
+    return type(callback).__name__ == "PrinterCallback"
+
+
+def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
+    """`clha-fast train`: the exit status.
+
+    Args:
+        words: the command line after `train`. base: options that file and flags override.
+
+    Raises:
+        ValueError, OSError: user errors, each one sentence.
+    """
+    if {"-h", "--help"} & set(words):
+        print(TRAIN_HELP if base is None else DEMO_HELP, end="")
+        return 0
+    started = time.monotonic()
+    words = list(words)
+    options = dict(base or {})
+    for at, word in enumerate(words):
+        if word == "--config" and at + 1 < len(words):
+            options = merge(options, read_config(words[at + 1]))
+            del words[at : at + 2]
+            break
+        if word.startswith("--config="):
+            options = merge(options, read_config(word.partition("=")[2]))
+            del words[at]
+            break
+        if word == "--config":
+            raise ValueError("--config: expected the path of a YAML file, got none")
+    run_options, config, command = split(merge(options, read_flags(words)))
+    logging.set_verbosity_error()
+    run = Run(run_options, config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
+    try:
+        return _train(run, command, started)
+    except CheckpointError as error:
+        with contextlib.suppress(OSError):  # the same disk
+            run.write_metrics()
+        print(f"clha-fast train: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def demo(words: Sequence[str]) -> int:
+    """`clha-fast demo`: `train` with the bundled configuration and data; a demo run before it is replaced."""
+    base = {**read_config(bundled("demo.yaml")), "train_file": bundled("ranked_demo.jsonl")}
+    return train(words, {**base, "overwrite": "--resume" not in words})
+
+
+def option_names() -> list[str]:
+    """Every option of `train`, for tests and completion."""
+    return sorted({*RUN_HINTS, *CONFIG_HINTS})

@@ -1,0 +1,394 @@
+"""One line in anyone's loop: a model that takes a batch of candidates and returns the loss and its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import ModelOutput
+
+from clha_fast.batch import CandidateBatch
+from clha_fast.dispatch import BACKENDS, Backend
+from clha_fast.hf.head_loss import head_loss
+from clha_fast.hf.heads import FusedHead, HeadInfo, UnsupportedHeadError, cache_flags, fused_head, inspect_head
+from clha_fast.hf.normalizer import GlobalCounts, local_counts
+from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.options import PUBLISHED, CLHAOptions
+
+_MODEL_FIELDS = ("input_ids", "attention_mask")
+_LOSS_FIELDS = (
+    *("targets", "row_index", "candidate_lengths", "candidates_per_prompt", "rewards", "sft_index"),
+    *("pair_counts", "prompt_count"),
+)
+_NEEDED = (*_MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
+# Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
+_OWN_FIELDS = {*_MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "labels", "num_items_in_batch"}
+# What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
+_MARK = "candidate_lengths"
+_STATE = "_clha_attached"
+
+
+@dataclass
+class CLHAOutput(ModelOutput):
+    """What an attached model returns for a batch of candidates.
+
+    Attributes:
+        loss: scalar in nats, with a graph; a mixture of experts' auxiliary loss is in it, with its coefficient.
+        metrics: `CLHAMetrics` of this call.
+        aux_loss: the auxiliary loss without its coefficient, where the model computes one.
+    """
+
+    loss: Tensor | None = None
+    metrics: CLHAMetrics | None = None
+    aux_loss: Tensor | None = None
+
+
+class Attached:
+    """The settings that `attach` put on a model; a context manager that detaches at its end.
+
+    Attributes:
+        model: the unwrapped model. info: its head as measured. options, backend: as given.
+    """
+
+    def __init__(self, model: nn.Module, info: HeadInfo, options: CLHAOptions, backend: Backend, **head: Any) -> None:
+        self.model, self.info, self.options, self.backend = model, info, options, backend
+        self.head_options = info.options(**head)
+        # A forward that something else has put on the instance; None is the class's own.
+        self._previous: Callable[..., Any] | None = vars(model).get("forward")
+        self._flags = cache_flags(model)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def detach(self) -> nn.Module:
+        """Makes the model itself again and returns it; a second call does nothing.
+
+        Raises:
+            ValueError: something else has replaced the model's forward since.
+        """
+        model = self.model
+        if vars(model).get(_STATE) is not self:
+            return model
+        if not _is_ours(vars(model).get("forward")):
+            raise ValueError(
+                "model: expected the forward that attach put there, got another one over it; undo that first "
+                "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+            )
+        for name in (_STATE, "forward", "_replicate_for_data_parallel"):
+            delattr(model, name)
+        if self._previous is not None:
+            model.forward = self._previous
+        head = self.info.module
+        if getattr(vars(head).get("forward"), "__func__", None) is type(head).forward:
+            del head.forward
+        return model
+
+    def counts(
+        self,
+        batches: Sequence[Mapping[str, Any] | CandidateBatch],
+        *,
+        group: dist.ProcessGroup | None = None,
+        losses: int | None = None,
+    ) -> dict[str, Tensor]:
+        """What the loss divides by, over all micro-batches of an optimiser step and all processes of `group`.
+
+        Pass the result with each of the micro-batches, ``model(**batch, **counts)``: the mean of the losses over
+        `batches` and processes is then the loss of the one large batch, however it was split. That is the mean that
+        data-parallel wrappers and loops which divide by the accumulation steps take.
+
+        Args:
+            batches: this process's micro-batches of the step; every process of the group must call.
+            group: processes with different batches (data parallel); None is all of them. Not those of tensor
+                parallelism, which share a batch.
+            losses: how many losses the loop takes the mean of, if not ``len(batches)`` times the processes; 1 where it
+                sums them.
+
+        Returns:
+            pair_counts float32 [D], prompt_count float32 [], loss_scale float32 [].
+        """
+        parts = [part if isinstance(part, CandidateBatch) else CandidateBatch.from_dict(part) for part in batches]
+        if not parts:
+            raise ValueError("batches: expected at least one micro-batch, got none")
+        device = parts[0].targets.device
+        # Never 0: a process without a prompt takes part in the collectives like any other.
+        most = max([1, *(int(size) for part in parts for size in part.candidates_per_prompt.tolist())])
+        processes = 1
+        if dist.is_available() and dist.is_initialized():
+            processes = dist.get_world_size(group)
+            if device.type == "cpu" and dist.get_backend(group) == "nccl":
+                device = torch.device("cuda", torch.cuda.current_device())
+            largest = torch.tensor(most, device=device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            most = int(largest)
+        counts = local_counts(parts, self.options, most).to(device)
+        if processes > 1:
+            dist.all_reduce(counts, group=group)
+        total = GlobalCounts.of(counts)
+        scale = len(parts) * processes if losses is None else losses
+        return {
+            "pair_counts": total.pairs,
+            "prompt_count": total.prompts,
+            "loss_scale": torch.tensor(float(scale), device=device),
+        }
+
+    def ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        # By way of the class as it is now: FSDP2 changes it.
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def candidates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CLHAOutput:
+        """The loss of the batch in `kwargs`; what is neither a field of it nor a count goes to the model."""
+        if args:
+            raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels: expected none beside a batch of candidates (its targets are scored), got some")
+        if self.model.get_output_embeddings() is not self.info.module:  # type: ignore[operator]
+            raise UnsupportedHeadError(
+                "model: expected the output embedding that was there when it was attached, got another one (an adapter "
+                "on the head?); detach, change the head and attach again"
+            )
+        # Not a CandidateBatch: torch.compile does not follow what dataclasses know of themselves.
+        for name in _NEEDED:
+            if kwargs.get(name) is None:
+                raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
+        inputs = {name: kwargs[name] for name in _MODEL_FIELDS}
+        tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
+        others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
+        return self._loss(inputs, tensors, kwargs.get("loss_scale"), others)
+
+    def _loss(
+        self, inputs: dict[str, Tensor], tensors: dict[str, Tensor], scale: Tensor | None, others: dict[str, Any]
+    ) -> CLHAOutput:
+        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            if tensors["candidates_per_prompt"].shape[0] == 0:
+                return _no_prompts(hidden, weight, bias)
+            loss, metrics = head_loss(
+                hidden, weight, bias, tensors, head=self.head_options, options=self.options, backend=self.backend
+            )
+            return loss, metrics.values, metrics.scores
+
+        if not inputs["input_ids"].numel():  # a model must run, on every process
+            inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
+        with fused_head(self.model, compute, self.info) as fused, _through_hooks(self.info.module, fused):
+            output = self.ordinary(**inputs, **others, **self._flags)
+        if not fused.called:
+            raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
+        loss, values, scores = fused.result
+        if scale is not None:
+            loss = loss * scale.to(loss)
+            values = torch.cat([values[:2] * scale.to(values), values[2:]])
+        auxiliary = getattr(output, "aux_loss", None)
+        if auxiliary is not None:
+            coefficient: float = self.model.config.router_aux_loss_coef  # type: ignore[union-attr,assignment]
+            loss = loss + coefficient * auxiliary.to(loss.device)
+        return CLHAOutput(loss=loss, metrics=CLHAMetrics(values, scores), aux_loss=auxiliary)
+
+
+def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
+    """A batch without a prompt, for a process that has none left while others go on: loss 0, gradients of zeros."""
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    rows = none.reshape(0, 0)
+    return CandidateBatch(rows, rows, none, none, none, none, none.to(torch.float32), none)
+
+
+def _no_prompts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss 0 whose gradients are zeros for all that the head reads, and metrics of nothing."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
+    zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
+    return zero, zero.new_zeros(len(METRIC_NAMES)), zero.new_zeros(0)
+
+
+@contextlib.contextmanager
+def _through_hooks(head: nn.Module, fused: FusedHead) -> Iterator[None]:
+    """Inside, the result passes through the head's own forward hooks, which would else see a constant.
+
+    A wrapper that shards the head by itself gathers its weight again for the backward when the gradient reaches what
+    the head returned. So the loss is what the head returns, and the model behind it gets the constant.
+    """
+    if not head._forward_hooks:
+        yield
+        return
+    constants: list[Tensor] = []
+
+    def first(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        constants.append(output)
+        return output if isinstance(output, DTensor) else fused.result[0]
+
+    def last(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if isinstance(constants[0], DTensor):
+            return output
+        fused.result = (output, *fused.result[1:])
+        return constants[0]
+
+    handles = [head.register_forward_hook(first, prepend=True), head.register_forward_hook(last)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(getattr(forward, "__func__", None), _STATE, False)
+
+
+def _attached_forward(model: nn.Module) -> MethodType:
+    """The new forward, bound to `model`; it finds its settings by way of `self`, so that a deep copy has its own."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        attached: Attached = getattr(self, _STATE)
+        if _MARK not in kwargs:
+            return attached.ordinary(*args, **kwargs)
+        return attached.candidates(args, kwargs)
+
+    # The signature, which generation and Trainer read, but no __wrapped__: accelerate would unwrap this one too.
+    own = inspect.signature(model.forward)
+    slot = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = own.replace(parameters=[slot, *own.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = model.forward.__doc__
+    setattr(forward, _STATE, True)
+    return MethodType(forward, model)
+
+
+def _no_replicas(self: nn.Module) -> nn.Module:
+    raise ValueError(_DATA_PARALLEL)
+
+
+_DATA_PARALLEL = (
+    "model: expected one process a device, got nn.DataParallel (its copies share one head); start the loop with "
+    "torchrun or accelerate launch and wrap with DistributedDataParallel or fully_shard"
+)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, torch.compile's wrapper or a DeepSpeed engine."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.DataParallel):
+            raise ValueError(_DATA_PARALLEL)
+        if isinstance(inner, FullyShardedDataParallel):
+            raise ValueError(
+                "model: expected one not yet in FullyShardedDataParallel, whose flat parameters cannot be measured; "
+                "attach first, or use fully_shard"
+            )
+        if isinstance(inner, torch._dynamo.OptimizedModule):
+            inner = inner._orig_mod
+        elif isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
+            inner = inner.module
+        else:
+            return inner
+
+
+@contextlib.contextmanager
+def _bare(head: nn.Module | None) -> Iterator[None]:
+    """Inside, the head has neither hooks nor a tensor-parallel forward of its own: neither expects known values."""
+    if head is None:
+        yield
+        return
+    hooks = (head._forward_pre_hooks, head._forward_hooks)
+    head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
+    own: Any = vars(head).get("forward")
+    # transformers' tensor parallelism replaces the head's forward by one that distributes the same linear layer.
+    parallel = getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel"
+    if parallel:
+        del head.forward
+    try:
+        yield
+    finally:
+        head._forward_pre_hooks, head._forward_hooks = hooks
+        if parallel:
+            head.forward = own
+
+
+def attach(
+    model: nn.Module,
+    options: CLHAOptions = PUBLISHED,
+    *,
+    backend: Backend = "auto",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+) -> Attached:
+    """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
+
+    Replaces, in the loop::
+
+        logits = model(input_ids=ids, attention_mask=mask).logits         # [B, T, V], never formed here
+        loss = clha_loss(logits[...].log_softmax(-1), ...)
+
+    A call with `candidate_lengths` among its keywords takes the fields of `CandidateBatch.as_dict()` and returns a
+    `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
+    Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
+    without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
+
+    Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
+    that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)
+    is taken too; under the sharded ones all processes must attach.
+
+    Args:
+        model: a causal language model of transformers.
+        options: the loss, see `CLHAOptions`.
+        backend: "auto", "triton", "torch" or "reference".
+        temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes: see `HeadOptions`.
+
+    Returns:
+        `Attached`: ``.detach()`` undoes it, as leaving a ``with`` block does.
+
+    Raises:
+        ValueError: nn.DataParallel, a model with its loss attached already, or a setting out of range.
+        UnsupportedHeadError: the head cannot be fused, with the reason.
+
+    Example::
+
+        attached = clha_fast.attach(model)
+        for batch in loader:                        # RankedCollator's dictionaries
+            output = model(**batch)
+            output.loss.backward()
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    inner = _unwrap(model)
+    if _STATE in vars(inner):
+        raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
+    getter = getattr(inner, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if hasattr(getattr(head, "weight", None), "ds_id") and head.weight.numel() == 0:
+        raise ValueError(
+            "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "
+            "deepspeed.initialize, and build the model outside deepspeed.zero.Init"
+        )
+    with _bare(head if isinstance(head, nn.Module) else None):
+        info = inspect_head(inner)
+    attached = Attached(
+        inner,
+        info,
+        options,
+        backend,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+    )
+    forward = _attached_forward(inner)
+    setattr(inner, _STATE, attached)
+    inner.forward = forward
+    if "forward" not in vars(info.module):
+        # Already there when a call replaces it: torch.compile cannot trace an attribute that comes and goes.
+        info.module.forward = MethodType(type(info.module).forward, info.module)
+    inner._replicate_for_data_parallel = MethodType(_no_replicas, inner)  # type: ignore[method-assign]
+    return attached

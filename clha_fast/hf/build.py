@@ -1,0 +1,130 @@
+"""Tokenizers and models: loaded, or made from nothing for a run that starts from its own data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from clha_fast.data.records import RankedRecord
+from clha_fast.data.rendering import plain_template
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the known name that is closest, "" when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what}: unknown key {name!r}{nearest(str(name), known)}")
+
+
+def texts_of(records: Iterable[RankedRecord]) -> Iterator[str]:
+    """Every prompt (as the plain template writes it) and every completion."""
+    for record in records:
+        yield record.prompt if isinstance(record.prompt, str) else plain_template(record.prompt)
+        yield from record.completions
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`, with <s> in front of what it encodes, </s> and <pad>.
+
+    Any text can be encoded: all 256 bytes are tokens. The vocabulary is smaller than `vocab_size` where the texts do
+    not hold enough pairs of at least `min_frequency`.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes and the three special tokens.
+    """
+    if not isinstance(vocab_size, int) or vocab_size < 259:
+        raise ValueError(
+            f"build_tokenizer.vocab_size: expected at least 259 (bytes and 3 special tokens), got {vocab_size!r}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    first = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, first)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or of a name on the Hub."""
+    return AutoTokenizer.from_pretrained(name)
+
+
+def build_model(
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model with random weights.
+
+    Args:
+        settings: `model_type` (llama, gpt2, qwen3, ...) and any fields of that type's configuration. `vocab_size` and
+            the special tokens are the tokenizer's unless given.
+        seed: of the weights; the process's random state is left alone.
+
+    Raises:
+        ValueError: no or an unknown model type, a field its configuration does not have, a vocabulary too small.
+    """
+    fields = dict(settings)
+    kind = fields.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise ValueError(f"model_config.model_type: expected a name such as llama, got {kind!r}")
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = {"vocab_size": len(tokenizer), **tokens, **fields}
+    try:
+        plain = AutoConfig.for_model(kind)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raise ValueError(
+            f"model_config.model_type: expected a type of transformers, got {kind!r}{nearest(kind, CONFIG_MAPPING)}"
+        ) from None
+    _check_keys("model_config", fields, [*plain.to_dict(), *plain.attribute_map, *tokens])
+    if fields["vocab_size"] < len(tokenizer):
+        raise ValueError(
+            f"model_config.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {fields['vocab_size']}"
+        )
+    config = AutoConfig.for_model(kind, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A causal language model of a local folder or of a name on the Hub."""
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError when the tokenizer can produce a token that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: expected at most the model's {rows} tokens, got {len(tokenizer)}")

@@ -1,0 +1,91 @@
+"""Settings of a training run: transformers' TrainingArguments and the loss's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from clha_fast.dispatch import BACKENDS
+from clha_fast.options import CLHAOptions
+
+_PRESET = {"help": "None: as the preset says."}
+_LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
+
+
+@dataclass
+class CLHAConfig(TrainingArguments):
+    """`TrainingArguments` (a batch counts prompts, each with all its candidates) and these fields.
+
+    Args:
+        preset: "published", "paper" or "sft_only"; the nine fields after it override it one by one, None does not.
+        margin, reward_margin, noise_rule, reduction, rank_weight, sft, sft_weight, sft_factor, reward_floor: see
+            `CLHAOptions`.
+        normalizer: what the means of the loss divide by. "batch": the kept pairs and prompts of each micro-batch on
+            each process, then the mean over gradient accumulation and processes. "global": those of the whole
+            optimiser step, so the result does not depend on how it is split.
+        backend: "auto", "triton", "torch" or "reference".
+        temperature: divisor of the logits.
+        max_length, max_prompt_length, max_completion_length: tokens, see `RankedCollator`; None is no limit.
+        pad_to_multiple_of: rows are padded to a multiple of it.
+        workspace_mb: memory in MiB that the torch backend may use for logits at a time; None chooses.
+        drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
+        eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
+
+    Raises:
+        ValueError: a value outside its choices, a setting that this trainer does not carry (Liger's kernels, label
+            smoothing).
+    """
+
+    preset: str = field(default="published", metadata={"help": "published, paper or sft_only."})
+    margin: float | None = field(default=None, metadata=_PRESET)
+    reward_margin: float | None = field(default=None, metadata=_PRESET)
+    noise_rule: str | None = field(default=None, metadata=_PRESET)
+    reduction: str | None = field(default=None, metadata=_PRESET)
+    rank_weight: float | None = field(default=None, metadata=_PRESET)
+    sft: str | None = field(default=None, metadata=_PRESET)
+    sft_weight: float | None = field(default=None, metadata=_PRESET)
+    sft_factor: str | None = field(default=None, metadata=_PRESET)
+    reward_floor: float | None = field(default=None, metadata=_PRESET)
+    normalizer: str = field(default="batch", metadata={"help": "batch or global."})
+    backend: str = field(default="auto", metadata={"help": "auto, triton, torch or reference."})
+    temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt and response."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the left."})
+    max_completion_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the right."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rows are padded to it."})
+    workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits, torch backend."})
+    drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
+    eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
+
+    # Where TrainingArguments' own default would be wrong here: columns are not the forward's arguments, and a NaN loss
+    # must be seen.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in logs."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loss_options()
+        _choice("normalizer", self.normalizer, ("batch", "global"))
+        _choice("backend", self.backend, BACKENDS)
+        if self.workspace_mb is not None and self.workspace_mb < 1:
+            raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel: expected False (it replaces the head that is fused here), got True")
+        if self.label_smoothing_factor:
+            got = self.label_smoothing_factor
+            raise ValueError(f"label_smoothing_factor: expected 0 (the loss has no smoothed form), got {got}")
+
+    def loss_options(self) -> CLHAOptions:
+        """The preset with the fields that are not None."""
+        changes: dict[str, Any] = {name: getattr(self, name) for name in _LOSS_FIELDS}
+        return CLHAOptions.preset(self.preset).replace(
+            **{name: value for name, value in changes.items() if value is not None}
+        )
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,76 @@
+"""The loss inside the output embedding's call, whether its weight is whole or spread over a tensor-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from clha_fast import vocab_parallel
+from clha_fast.dispatch import Backend
+from clha_fast.functional import linear_clha_loss
+from clha_fast.metrics import CLHAMetrics
+from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.vocab_parallel import VocabShard
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    head: HeadOptions,
+    options: CLHAOptions,
+    backend: Backend = "auto",
+) -> tuple[Tensor, CLHAMetrics]:
+    """`linear_clha_loss` on what `heads.fused_head` hands to its `compute`.
+
+    Args:
+        hidden: [B * T, H]. weight: [V, H], plain, or a DTensor that is replicated or has its rows sharded over one
+            mesh dimension (a column-parallel head); hidden may be a DTensor with it. bias: [V] or None.
+        tensors: `CandidateBatch.loss_inputs()`, and `pair_counts` and `prompt_count` of a larger batch if given.
+        backend: a sharded head is computed in torch; "auto" and "torch" take it.
+
+    Raises:
+        ValueError: the weight is laid out in another way, or `backend` names one that has no sharded form.
+    """
+    if not isinstance(weight, DTensor):
+        return linear_clha_loss(hidden, weight, bias=bias, head=head, options=options, backend=backend, **tensors)  # type: ignore[arg-type]
+    shard = _shard_of(weight, reduce_hidden=not isinstance(hidden, DTensor))
+    if isinstance(hidden, DTensor):
+        if tuple(hidden.placements) != (Replicate(),):
+            raise ValueError(f"hidden: expected a replicated DTensor before the head, got {hidden.placements}")
+        # What is not added up here is a partial sum, and DTensor's own backward adds those up.
+        placement = Replicate() if shard is None else Partial()
+        hidden = hidden.to_local(grad_placements=[placement])
+    if isinstance(bias, DTensor):
+        if tuple(bias.placements) != tuple(weight.placements):
+            raise ValueError(f"bias: expected the weight's placement {weight.placements}, got {bias.placements}")
+        bias = bias.to_local()
+    elif bias is not None and shard is not None:
+        bias = bias[shard.start : shard.start + weight.to_local().shape[0]]
+    weight = weight.to_local()
+    if shard is None:
+        return linear_clha_loss(hidden, weight, bias=bias, head=head, options=options, backend=backend, **tensors)  # type: ignore[arg-type]
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
+    return vocab_parallel.linear_clha_loss(
+        hidden, weight, shard=shard, bias=bias, head=head, options=options, **tensors
+    )  # type: ignore[arg-type]
+
+
+def _shard_of(weight: DTensor, reduce_hidden: bool) -> VocabShard | None:
+    """Where this process's rows lie; None where it holds them all."""
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if placements == (Replicate(),):
+        return None
+    if placements != (Shard(0),):
+        raise ValueError(
+            f"weight: expected an output embedding that is replicated or sharded by rows over one mesh dimension, "
+            f"got {placements} on a mesh of {mesh.ndim} dimension(s)"
+        )
+    size, processes = weight.shape[0], mesh.size()
+    start = min(size, mesh.get_local_rank() * (-(-size // processes)))  # as torch.chunk splits
+    return VocabShard(start, size, mesh.get_group(), reduce_hidden)

@@ -1,0 +1,199 @@
+"""A sequence classifier as a source of rewards: loaded, checked, and fed with padded rows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from clha_fast.hf.build import check_vocabulary
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A sequence classifier, one of whose logits is the reward, and its tokenizer.
+
+    Attributes:
+        model: from `AutoModelForSequenceClassification`, on its device; put into evaluation mode.
+        tokenizer: the model's own.
+        label: which logit; may be None when there is only one.
+
+    Raises:
+        ValueError: an encoder-decoder model; a tokenizer with more tokens than the model; several labels and none
+            chosen, or one that the model does not have.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                "reward_model: expected a decoder or an encoder, got an encoder-decoder model "
+                f"({type(self.model).__name__})"
+            )
+        check_vocabulary(self.model, self.tokenizer)
+        size = config.num_labels
+        if self.label is None and size != 1:
+            names = ", ".join(f"{index} = {config.id2label.get(index)}" for index in range(min(size, 8)))
+            more = ", ..." if size > 8 else ""
+            raise ValueError(f"label: expected the index of one of the reward model's {size} labels ({names}{more})")
+        if self.label is not None and not 0 <= self.label < size:
+            raise ValueError(f"label: expected an index from 0 to {size - 1}, got {self.label}")
+        self.model.eval()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for, None when its configuration names no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def default_max_length(self) -> int | None:
+        """The smaller of the model's and the tokenizer's limit."""
+        limits = [self.max_positions, self.tokenizer.model_max_length]  # 1e30 is the tokenizer's way to say none
+        return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
+
+    def fingerprint(self) -> str:
+        """A hash of configuration and weights (samples of each), whatever the folder they came from."""
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, value in self.model.state_dict().items():
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].to(device="cpu", dtype=torch.float64)
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The rewards of token sequences: one forward pass over all of them, padded on the right.
+
+        Classifiers on decoders find a row's last token by comparing with the configuration's padding token, so rows
+        are padded with that one; where it names none, with a token that no row holds.
+
+        Args:
+            rows: token ids, each row with at least one.
+
+        Returns:
+            float32 [len(rows)], on the CPU.
+        """
+        pad = self._padding_token(rows)
+        if pad is None:  # the rows hold the whole vocabulary
+            return torch.cat([self.score_tokens([row]) for row in rows])
+        width = max(map(len, rows))
+        input_ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        device = self.model.device
+        with _configured(self.model.config, pad_token_id=pad, use_cache=False):
+            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
+        return logits[:, self.label or 0].float().cpu()
+
+    def _padding_token(self, rows: Sequence[Sequence[int]]) -> int | None:
+        size = self.model.get_input_embeddings().weight.shape[0]
+        own = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        if own is not None and 0 <= own < size:
+            return own
+        used = {token for row in rows for token in row}
+        # A single row has no padding; any token will do that is not taken for it.
+        return next((token for token in range(size) if token not in used), -1 if len(rows) == 1 else None)
+
+
+@contextlib.contextmanager
+def _configured(config: Any, **changes: Any) -> Iterator[None]:
+    """A model's configuration with some fields changed, in its text part too; as it was afterwards."""
+    missing = object()
+    places = [config] if config.get_text_config() is config else [config, config.get_text_config()]
+    before = [(place, {name: getattr(place, name, missing) for name in changes}) for place in places]
+    try:
+        for place in places:
+            for name, value in changes.items():
+                setattr(place, name, value)
+        yield
+    finally:
+        for place, values in before:
+            for name, value in values.items():
+                if value is missing:
+                    delattr(place, name)
+                else:
+                    setattr(place, name, value)
+
+
+def load_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> RewardModel:
+    """The reward model and tokenizer of a local folder or of a name on the Hub.
+
+    Args:
+        label: as `RewardModel`.
+        device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
+        dtype: "auto" is that of the checkpoint, or one of float32, bfloat16, float16.
+
+    Raises:
+        ValueError: nothing there to load; a checkpoint without weights for the classifier's head, such as a plain
+            language model, whose scores would be random; an unknown device or dtype; as `RewardModel`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = _device(device)
+    path = os.fspath(path)
+    if not os.path.isdir(path) and (os.path.lexists(path) or path.startswith((".", "~", os.sep))):
+        raise ValueError(f"reward_model: expected a folder with a model, or a name on the Hub, got {path!r}")
+    if os.path.isdir(path) and not any(name.endswith("config.json") for name in os.listdir(path)):
+        raise ValueError(f"reward_model: expected a folder with a model, got {path!r} without a configuration")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print a table about what the error below says in one sentence
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, found = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, weights of another shape
+        raise ValueError(f"reward_model: {path} could not be loaded ({' '.join(str(error).split())})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"reward_model: expected a trained sequence classifier, got {path} without weights for "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its scores would be random"
+        )
+    reward_model = RewardModel(model, tokenizer, label)
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
+    return reward_model
+
+
+def _device(name: str) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto or a torch device such as cpu or cuda:0, got {name!r}") from None
+    count = 1 if device.type == "cpu" else 0 if found is None or device.type != found.type else _accelerators()
+    if (device.index or 0) >= count:
+        have = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{_accelerators() - 1}"
+        raise ValueError(f"device: expected one that is here ({have}), got {name!r}")
+    return device
+
+
+def _accelerators() -> int:
+    return torch.accelerator.device_count()

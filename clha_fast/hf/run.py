@@ -1,0 +1,262 @@
+"""A training run from files to a folder: what the command line drives, without a line of printing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from clha_fast.data.readers import read_records
+from clha_fast.data.records import RankedRecord
+from clha_fast.hf.build import (
+    build_model,
+    build_tokenizer,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    nearest,
+    texts_of,
+)
+from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, file_hash, write_json
+from clha_fast.hf.config import CLHAConfig
+from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
+from clha_fast.hf.trainer import CLHATrainer, wait_for_everyone
+
+METRICS_FILE = "metrics.json"
+CURVE_FILE = "loss_curve.png"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Where a run from files wants something else than transformers' Trainer.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+# Settings that change what is written or said, never the weights: a run may be resumed with other ones.
+_NEUTRAL = (
+    *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
+    *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "push_to_hub"),
+    *("dataloader_num_workers", "dataloader_pin_memory"),
+)
+
+
+@dataclass
+class RunOptions:
+    """What a run needs beside `CLHAConfig`.
+
+    Attributes:
+        train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
+            file's prompts are held out.
+        format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
+        model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
+        tokenizer: a folder or name (the model's by default); or build_tokenizer: `{"vocab_size": 4096}`, a byte-level
+            BPE trained on the training records.
+        dtype: of the weights. attn_implementation: as transformers' `from_pretrained`.
+        resume: continue the run in `output_dir`. overwrite: replace it.
+    """
+
+    train_file: str | None = None
+    eval_file: str | None = None
+    eval_fraction: float | None = None
+    format: str = "auto"
+    rank_by_reward: bool = False
+    model: str | None = None
+    model_config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    build_tokenizer: dict[str, Any] | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """ValueError for values missing, doubled or outside their choices."""
+        if self.train_file is None:
+            raise ValueError("train_file: expected the path of a file with ranked responses, got nothing")
+        if (self.model is None) == (self.model_config is None):
+            got = "neither" if self.model is None else "both"
+            raise ValueError(f"model: expected either model (a path or name) or model_config, got {got}")
+        if self.tokenizer is not None and self.build_tokenizer is not None:
+            raise ValueError("tokenizer: expected either tokenizer or build_tokenizer, got both")
+        if self.model is None and self.tokenizer is None and self.build_tokenizer is None:
+            raise ValueError("tokenizer: expected tokenizer or build_tokenizer with model_config, got neither")
+        if self.eval_file is not None and self.eval_fraction is not None:
+            raise ValueError("eval_fraction: expected either eval_file or eval_fraction, got both")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume: expected either resume or overwrite, got both")
+        for name in self.build_tokenizer or {}:
+            known = ("vocab_size", "min_frequency")
+            if name not in known:
+                raise ValueError(f"build_tokenizer: unknown key {name!r}{nearest(name, known)}")
+
+
+class _StopAsked(TrainerCallback):
+    """Ends training after the current step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A step that happens to be the last one ends by itself.
+        if self.asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+class Run:
+    """Files, tokenizer, model, trainer and folder of one run; building it reads everything and trains nothing.
+
+    Args:
+        options: a `RunOptions`.
+        settings: fields of `CLHAConfig`; `DEFAULTS` fill in what is not there.
+
+    Attributes:
+        trainer: the `CLHATrainer`. train, held_out: its records. before, after: evaluation metrics, {} until known.
+        checkpoint: what will be resumed from, None for a new run. interrupted: whether training was asked to stop.
+
+    Raises:
+        ValueError, OSError: bad options, files, models and folders, each named.
+    """
+
+    def __init__(self, options: RunOptions, settings: Mapping[str, Any]) -> None:
+        options.check()
+        self.options = options
+        settings = {**DEFAULTS, **settings}
+        if settings.get("output_dir") is None:
+            raise ValueError("output_dir: expected a folder for the run, got nothing")
+        settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+        self.args = CLHAConfig(**settings)
+        self.folder: str = self.args.output_dir
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.interrupted = False
+        self.train_records, self.held_out = self._read()
+        self.identity = self._identity(settings)
+        self.checkpoint = check_folder(self.folder, self.identity, resume=options.resume, overwrite=options.overwrite)
+        self.tokenizer = self._tokenizer()
+        self.model = self._model()
+        check_vocabulary(self.model, self.tokenizer)
+        self._stop = _StopAsked()
+        self.trainer = CLHATrainer(
+            self.model,
+            self.args,
+            train_dataset=self.train_records,
+            eval_dataset=self.held_out,
+            processing_class=self.tokenizer,
+            callbacks=[self._stop],
+        )
+
+    def _read(self) -> tuple[list[RankedRecord], list[RankedRecord]]:
+        options = self.options
+        assert options.train_file is not None
+        records = read_records(options.train_file, options.format, options.rank_by_reward)
+        if options.eval_file is None:
+            fraction = 0.1 if options.eval_fraction is None else options.eval_fraction
+            return split_records(records, fraction, self.args.seed)
+        return records, read_records(options.eval_file, options.format, options.rank_by_reward)
+
+    def _identity(self, settings: Mapping[str, Any]) -> RunIdentity:
+        options = self.options
+        files = {"train_file": options.train_file, "eval_file": options.eval_file}
+        skip = {*files, "resume", "overwrite"}
+        given = {**vars(options), **settings}
+        defaults = {f.name: f.default for cls in (RunOptions, CLHAConfig) for f in dataclasses.fields(cls)}
+        # What is spelled out as it would be anyway makes no other run.
+        changed = {
+            name: value
+            for name, value in given.items()
+            if name not in skip and name not in _NEUTRAL and value != defaults[name]
+        }
+        return RunIdentity(changed, {name: file_hash(path) for name, path in files.items() if path is not None})
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        options = self.options
+        if self.checkpoint is not None:
+            return load_tokenizer(self.checkpoint)
+        if options.build_tokenizer is not None:
+            return build_tokenizer(texts_of(self.train_records), **options.build_tokenizer)
+        name = options.tokenizer or options.model
+        assert name is not None
+        return load_tokenizer(name)
+
+    def _model(self) -> PreTrainedModel:
+        options, dtype = self.options, DTYPES[self.options.dtype]
+        if options.model_config is not None:
+            return build_model(options.model_config, self.tokenizer, self.args.seed, dtype)
+        assert options.model is not None
+        return load_model(options.model, dtype, options.attn_implementation)
+
+    def summary(self) -> tuple[DataSummary, DataSummary, int]:
+        """(training, evaluation, evaluation prompts that training has too)."""
+        loss = self.trainer.loss_options
+        shared = shared_prompts(self.train_records, self.held_out)
+        return summarise(self.train_records, loss), summarise(self.held_out, loss), shared
+
+    def evaluate_before(self) -> None:
+        """Claim the folder and evaluate the untrained model; a resumed run reads what it found then."""
+        path = os.path.join(self.folder, METRICS_FILE)
+        if self.checkpoint is not None:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                self.before = json.load(file)["before"]
+            return
+        wait_for_everyone()  # until every process has seen the folder as it was
+        if self.args.process_index == 0:
+            claim_folder(self.folder, self.identity, owned=(METRICS_FILE, CURVE_FILE))
+        wait_for_everyone()
+        self.before = self.trainer.evaluate()
+        self.write_metrics()
+
+    def train(self) -> None:
+        """Train to the end, or until Ctrl-C: then the current step is finished and saved, and `interrupted` is set."""
+        with self._ctrl_c():
+            self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.interrupted = self._stop.stopped
+
+    @contextlib.contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        def handler(number: int, frame: types.FrameType | None) -> None:
+            if self._stop.asked:  # the second time: at once
+                raise KeyboardInterrupt
+            self._stop.asked = True
+
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def finish(self) -> None:
+        """Evaluate the trained model and save it, its tokenizer and the metrics."""
+        self.after = self.trainer.evaluate()
+        self.trainer.save_model()
+        self.write_metrics()
+
+    def write_metrics(self, **more: Any) -> None:
+        """`metrics.json`: evaluation before and after, every line of the log, and `more`; null is not a number."""
+        found = {"before": self.before, "after": self.after, "log": self.trainer.state.log_history, **more}
+        if self.args.process_index == 0:
+            write_json(os.path.join(self.folder, METRICS_FILE), _plain(found))
+
+
+def _plain(value: Any) -> Any:
+    """Without what JSON has no word for: NaN becomes null, an infinity a text."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -1,0 +1,185 @@
+"""Peak memory of the loss alone, forward and backward, beside the eager loss's: measured, not computed.
+
+On a CPU every variant runs in a fresh child process, whose peak resident memory above its inputs is read; on a GPU the
+allocator's peak is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clha_fast import reference
+from clha_fast.functional import linear_clha_loss
+from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+
+# name -> what it is, in the order of the table
+VARIANTS = {
+    "fused": "clha-fast",
+    "eager_scored": "eager, logits of scored tokens",
+    "eager_all": "eager, logits of all positions",
+}
+
+
+class MemoryReportError(RuntimeError):
+    """A measuring process failed; the message carries its last line."""
+
+
+@dataclass(frozen=True)
+class LossShapes:
+    """One loss call: M hidden rows [M, H], weight [V, H], candidates' lengths (0 for dropped ones) and rewards."""
+
+    rows: int
+    hidden_size: int
+    vocab_size: int
+    candidate_lengths: Sequence[int]
+    candidates_per_prompt: Sequence[int]
+    rewards: Sequence[float] | None = None
+    bias: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    backend: str = "auto"
+    head: str = field(default_factory=lambda: HeadOptions().encoded)
+    options: str = PUBLISHED.encoded
+
+    def tiny(self) -> LossShapes:
+        """The same call in small: what it loads and sets up must not count."""
+        return dataclasses.replace(
+            self,
+            rows=8,
+            hidden_size=8,
+            vocab_size=32,
+            candidate_lengths=[2, 2],
+            candidates_per_prompt=[2],
+            rewards=None if self.rewards is None else [4.0, 0.0],
+        )
+
+
+def _inputs(shapes: LossShapes) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, shapes.dtype)
+
+    def normal(*size: int) -> Tensor:
+        values = torch.randn(*size, generator=generator).to(device=shapes.device, dtype=dtype)
+        return values.requires_grad_()
+
+    tokens = sum(shapes.candidate_lengths)
+    rows = torch.randint(shapes.rows, (tokens,), generator=generator)
+    targets = torch.randint(shapes.vocab_size, (tokens,), generator=generator)
+    rewards = None if shapes.rewards is None else torch.tensor(shapes.rewards, dtype=torch.float32)
+    return {
+        "hidden": normal(shapes.rows, shapes.hidden_size),
+        "weight": normal(shapes.vocab_size, shapes.hidden_size),
+        "bias": normal(shapes.vocab_size) if shapes.bias else None,
+        "targets": targets.to(shapes.device),
+        "row_index": rows.to(shapes.device),
+        "candidate_lengths": torch.tensor(shapes.candidate_lengths, device=shapes.device),
+        "candidates_per_prompt": torch.tensor(shapes.candidates_per_prompt, device=shapes.device),
+        "rewards": None if rewards is None else rewards.to(shapes.device),
+    }
+
+
+def _eager_all(inputs: dict[str, Any], head: HeadOptions, options: CLHAOptions) -> Tensor:
+    """As a training loop does that takes `model(...).logits`."""
+    logits = reference.logits(inputs["hidden"], inputs["weight"], inputs["bias"], head)
+    logps = F.log_softmax(logits, dim=-1)[inputs["row_index"], inputs["targets"]]
+    ranking = (inputs["candidate_lengths"], inputs["candidates_per_prompt"], inputs["rewards"], None, None, None)
+    return reference.clha_loss(logps, inputs["targets"], *ranking, head, options)[0]
+
+
+def _run(variant: str, inputs: dict[str, Any], shapes: LossShapes) -> None:
+    head, options = HeadOptions.decode(shapes.head), CLHAOptions.decode(shapes.options)
+    if variant == "eager_all":
+        loss = _eager_all(inputs, head, options)
+    else:
+        backend: Any = "reference" if variant == "eager_scored" else shapes.backend
+        loss, _ = linear_clha_loss(**inputs, head=head, options=options, backend=backend)
+    loss.backward()
+
+
+def _status(name: str) -> int | None:
+    """A field of /proc/self/status in bytes, None where there is no such file."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith(f"{name}:"))
+    except (FileNotFoundError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024
+
+
+def _highest() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_in_this_process(variant: str, shapes: LossShapes) -> int:
+    """Bytes that forward and backward needed at their peak above the inputs; gradients are among them."""
+    _run(variant, _inputs(shapes.tiny()), shapes)
+    inputs = _inputs(shapes)
+    if shapes.device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _run(variant, inputs, shapes)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    current = _status("VmRSS")
+    if current is None:  # no /proc: the peak so far may lie above what is used now, so this is a lower bound
+        current = _highest()
+    else:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # the peak starts again from here
+    _run(variant, inputs, shapes)
+    return (_status("VmHWM") or _highest()) - current
+
+
+def measure(variant: str, shapes: LossShapes) -> int:
+    """`peak_in_this_process`, for a CPU in a child process of its own.
+
+    Raises:
+        MemoryReportError: the child failed (it may have run out of the memory that is measured).
+    """
+    if shapes.device.startswith("cuda"):
+        return peak_in_this_process(variant, shapes)
+    environment = {
+        **os.environ,
+        # The package of this process, from wherever it was imported.
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        # Otherwise glibc keeps freed blocks for later, and they would hide in the inputs.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, "-m", "clha_fast.memory", variant]
+    shapes_text = json.dumps(dataclasses.asdict(shapes))
+    done = subprocess.run(command, input=shapes_text, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise MemoryReportError(f"measuring {VARIANTS[variant]} failed: {last}")
+    return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Child process: shapes as JSON on standard input, {"peak_bytes": ...} on standard output."""
+    parser = argparse.ArgumentParser(prog="python -m clha_fast.memory", description=main.__doc__)
+    parser.add_argument("variant", choices=VARIANTS)
+    variant = parser.parse_args(arguments).variant
+    print(json.dumps({"peak_bytes": peak_in_this_process(variant, LossShapes(**json.load(sys.stdin)))}))
+
+
+if __name__ == "__main__":
+    main()

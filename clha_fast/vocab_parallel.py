@@ -1,0 +1,255 @@
+"""Token log-probabilities and the CLHA loss when the output embedding's rows are spread over a process group.
+
+Every process holds some rows of the vocabulary and the same hidden states. The log-sum-exp is reduced over the group
+(the maximum, then the rescaled sum together with the target's logit): two collectives over [N] numbers for any N * V.
+The logits of a process exist one bounded workspace at a time and are recomputed for the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clha_fast import checks
+from clha_fast.functional import _autocast
+from clha_fast.metrics import CLHAMetrics
+from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast.torch_backend import _BLOCK_BYTES, _Head
+from clha_fast.torch_ranking import Plan, Ranking, make_plan
+
+_DEFAULT_HEAD = HeadOptions()
+
+
+class VocabShard(NamedTuple):
+    """Which rows of the vocabulary this process holds: `start` on, of `size` in all, spread over `group`.
+
+    `reduce_hidden` adds the gradients of the hidden states up over the group. False leaves each process its own part,
+    for callers whose own machinery (a DTensor's placement) adds them up.
+    """
+
+    start: int
+    size: int
+    group: dist.ProcessGroup | None = None
+    reduce_hidden: bool = True
+
+
+class _ShardedSweep(_Head):
+    """A workspace of this process's logits at a time, with a softmax whose normaliser comes from outside."""
+
+    def __init__(self, shard: VocabShard, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        self.start = shard.start
+
+    def _final_logits(self, z: Tensor, want_slope: bool) -> Tensor | None:
+        """Scale, softcap and temperature in place; the softcap's slope where it is wanted."""
+        slope = None
+        if self.head.scale != 1.0:
+            z *= self.head.scale
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap).tanh_()
+            slope = 1 - z * z if want_slope else None
+            z *= self.head.softcap
+        if self.head.temperature != 1.0:
+            z /= self.head.temperature
+        return slope
+
+    def _own_columns(self, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(the targets as columns of this shard [n, 1], which of them lie in it [n])."""
+        column = self.targets[tokens] - self.start
+        own = (column >= 0) & (column < self.weight.shape[0]) & (self.targets[tokens] != self.head.ignore_index)
+        return torch.where(own, column, 0).unsqueeze(1), own
+
+    def _blocks(self, count: int) -> list[slice]:
+        step = max(1, _BLOCK_BYTES // (self.weight.shape[0] * self.dtype.itemsize))
+        return [slice(a, min(a + step, count)) for a in range(0, count, step)]
+
+    def local_softmax(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(peak [N], sum of exp(z - peak) [N], (target's logit or 0, whether it is here) [2, N]) of this shard."""
+        count = self.targets.numel()
+        peaks = torch.empty(count, dtype=self.dtype, device=self.device)
+        sums = torch.empty(3, count, dtype=self.dtype, device=self.device)
+        for a in range(0, count, self.capacity):
+            tokens = slice(a, min(a + self.capacity, count))
+            z = self._raw_logits(self._rows(tokens))
+            column, own = self._own_columns(tokens)
+            for block in self._blocks(z.shape[0]):
+                part = z[block]
+                self._final_logits(part, False)
+                at = slice(a + block.start, a + block.stop)
+                peak = part.amax(dim=1)
+                # A shard of -inf alone adds nothing; exp((-inf) - (-inf)) would be NaN.
+                peak = torch.where(peak == -torch.inf, torch.finfo(self.dtype).min, peak)
+                chosen = part.gather(1, column[block]).squeeze(1)
+                peaks[at] = peak
+                sums[1, at] = torch.where(own[block], chosen, 0.0)
+                sums[2, at] = own[block].to(self.dtype)
+                sums[0, at] = part.sub_(peak.unsqueeze(1)).exp_().sum(dim=1)
+        return peaks, sums[0], sums[1:]
+
+    def accumulate_gradients(self, grad_logps: Tensor, lse: Tensor) -> None:
+        """Adds the gradients of sum_t grad_logps_t * logp_t, tokens with a zero gradient left out on the CPU."""
+        grad = torch.where(self.targets == self.head.ignore_index, 0, grad_logps.to(self.dtype))
+        order = grad.nonzero().squeeze(1) if self.device.type == "cpu" else torch.arange(len(grad), device=self.device)
+        for a in range(0, order.numel(), self.capacity):
+            tokens = order[a : a + self.capacity]
+            g = self._raw_logits(self._rows(tokens))
+            column, own = self._own_columns(tokens)
+            for block in self._blocks(g.shape[0]):
+                part = g[block]
+                slope = self._final_logits(part, True)
+                part.sub_(lse[tokens[block]].unsqueeze(1)).exp_()
+                part.scatter_add_(1, column[block], -own[block].to(self.dtype).unsqueeze(1))
+                if slope is not None:
+                    part *= slope
+            self.backward(tokens, g, -grad[tokens] * (self.head.scale / self.head.temperature))
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_index: Tensor | None,
+        shard: VocabShard,
+        head: HeadOptions,
+    ) -> Tensor:
+        sweep = _ShardedSweep(shard, hidden, weight, bias, targets, row_index, head)
+        local_peak, total, chosen = sweep.local_softmax()
+        peak = local_peak.clone()
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=shard.group)
+        # exp before the sum: a NaN, which a maximum may lose, stays in the product and reaches every process.
+        sums = torch.cat([(total * torch.exp(local_peak - peak)).unsqueeze(0), chosen])
+        dist.all_reduce(sums, group=shard.group)
+        lse = sums[0].log() + peak
+        # A target that no shard holds is out of the vocabulary: NaN, as in the kernels.
+        logps = torch.where(sums[2] == 1, sums[1] - lse, torch.nan)
+        ctx.save_for_backward(hidden, weight, bias, targets, row_index, lse)
+        ctx.shard, ctx.head = shard, head
+        return torch.where(targets == head.ignore_index, torch.zeros_like(logps), logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, row_index, lse = ctx.saved_tensors
+        sweep = _ShardedSweep(ctx.shard, hidden, weight, bias, targets, row_index, ctx.head)
+        sweep.allocate(*ctx.needs_input_grad[:3])
+        sweep.accumulate_gradients(grads[0], lse)
+        if sweep.dhidden is not None and ctx.shard.reduce_hidden:
+            dist.all_reduce(sweep.dhidden, group=ctx.shard.group)  # before it is rounded to the input's dtype
+        return (*sweep.gradients(hidden.dtype), None, None, None, None)
+
+
+class _Rank(torch.autograd.Function):
+    """The loss of token log-probabilities that are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, plan: Plan, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor]:
+        ranking, last = Ranking(plan, options), len(plan.candidate_offsets) - 1
+        ranking.rank(0, last, logps)
+        ctx.save_for_backward(ranking.token_coefficients(0, last).to(logps.dtype))
+        loss, metrics, scores = ranking.finish(logps.dtype)
+        ctx.mark_non_differentiable(metrics, scores)
+        return loss, metrics, scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (coefficients,) = ctx.saved_tensors
+        return coefficients * grads[0], None, None
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    shard: VocabShard,
+    ignore_index: int,
+) -> None:
+    checks.head_inputs(hidden, weight, targets, bias, row_index)
+    checks.target_values(targets, row_index, shard.size, hidden.shape[0], ignore_index)
+    if not 0 <= shard.start <= shard.size - weight.shape[0]:
+        raise ValueError(
+            f"shard: expected rows {shard.start} to {shard.start + weight.shape[0]} within a vocabulary of "
+            f"{shard.size}, got a weight of {weight.shape[0]} rows"
+        )
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    *,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    head: HeadOptions = _DEFAULT_HEAD,
+) -> Tensor:
+    """`functional.token_logps` with this process's rows of the output embedding.
+
+    Replaces, on every process of the group::
+
+        logits = all_gather(F.linear(hidden[row_index], weight, bias), dim=-1).float()     # [N, V] on each
+        logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    Args:
+        hidden: [M, H], the same on every process of the group. weight: [V_local, H], V_local >= 1. bias: [V_local].
+        targets: [N] int64 in the whole vocabulary. row_index: [N] int64 or None, as in `functional.token_logps`.
+        shard: the rows' place, the group, and who adds up the gradient of `hidden`.
+
+    Returns:
+        [N] nats, float32 (float64 for float64), the same on every process; a target outside the vocabulary gives NaN
+        on a GPU. Collectives run in the forward (two) and, for `reduce_hidden`, in the backward (one): all processes
+        of the group must make both.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; on CPU tensors also targets or row indices out of range.
+    """
+    hidden_, weight_, bias = _autocast(hidden, weight, bias)
+    assert hidden_ is not None
+    assert weight_ is not None
+    _check(hidden_, weight_, targets, bias, row_index, shard, head.ignore_index)
+    return _TokenLogps.apply(hidden_, weight_, bias, targets, row_index, shard, head)
+
+
+def linear_clha_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    candidate_lengths: Tensor,
+    candidates_per_prompt: Tensor,
+    shard: VocabShard,
+    *,
+    rewards: Tensor | None = None,
+    sft_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    pair_counts: Tensor | None = None,
+    prompt_count: Tensor | None = None,
+    head: HeadOptions = _DEFAULT_HEAD,
+    options: CLHAOptions = PUBLISHED,
+) -> tuple[Tensor, CLHAMetrics]:
+    """`functional.linear_clha_loss` (Fang et al. 2024, Eq. 3-6) with this process's rows of the output embedding.
+
+    Args:
+        weight, bias, shard: as in `token_logps` here. All others as in `functional.linear_clha_loss`, the same on
+            every process of the group.
+
+    Returns:
+        (loss, metrics), the same on every process. `candidate_lengths` and `candidates_per_prompt` are read on the
+        host.
+
+    Raises:
+        ValueError: as `functional.linear_clha_loss`.
+    """
+    checks.ranking_inputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    checks.ranking_values(targets.shape[0], candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts)
+    logps = token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
+    ranking = (candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    loss, values, scores = _Rank.apply(logps, make_plan(targets, *ranking, head, options), options)
+    return loss, CLHAMetrics(values, scores)

@@ -1,0 +1,94 @@
+"""Every entry of the kernels' table, compiled for GPUs that are not there: no spills, matrix units, memory that fits.
+
+`pytest -s tests/test_kernel_compile.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csrc_triton import configs
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """One child process compiles everything, for this one may be running the interpreter."""
+    root = Path(configs.__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled: list[Row] = json.loads(done.stdout)
+    print("\n" + table(compiled))
+    return compiled
+
+
+def table(rows: list[Row]) -> str:
+    columns = list(rows[0])
+    cells = [columns, *([str(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def none_of(rows: list[Row], what: str) -> None:
+    assert not rows, f"{what}:\n{table(rows)}"
+
+
+def test_every_entry_was_compiled(rows: list[Row]) -> None:
+    done = {(row["kernel"], row["arch"], row["entry"]) for row in rows}
+    for kernel, entries in configs.GEMMS.items():
+        assert done >= {(kernel, arch, dtype) for arch, dtype in entries if arch != "interpreter"}
+    assert done >= {(kernel, arch, "16-bit") for kernel in configs.SMALL for arch in configs.SHARED_MEMORY}
+
+
+def test_no_register_is_spilled(rows: list[Row]) -> None:
+    none_of([row for row in rows if row["spills"] or row["stack"]], "spilled")
+
+
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    none_of([row for row in rows if row["shared"] > configs.SHARED_MEMORY[row["arch"]]], "more than the device has")
+    # sm_80's entries serve compute capabilities 8.6, 8.9 and 12.x too, which have 99 KiB.
+    none_of([row for row in rows if row["arch"] == "sm_80" and row["shared"] > 99 * 1024], "more than 99 KiB")
+
+
+def test_matrix_units_are_used(rows: list[Row]) -> None:
+    """HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942; ieee float32 has them on AMD only."""
+    gemms = [row for row in rows if row["kernel"] in configs.GEMMS]
+    expected = [row for row in gemms if row["dtype"] != "fp32" or row["arch"] == "gfx942"]
+    none_of([row for row in expected if not row["matrix"]], "no matrix instruction")
+    ieee = [row for row in gemms if row["dtype"] == "fp32" and row["arch"] != "gfx942"]
+    none_of([row for row in ieee if row["matrix"] or not row["fma"]], "float32 rounded to tensor-core precision")
+
+
+def test_blocks_fit_together() -> None:
+    """The GEMMs of the backward walk a workspace that `logit_grad` cuts into whole tiles of its own."""
+    for name in ("logit_grad", "logit_grad_softcap"):
+        for (arch, dtype), tile in configs.GEMMS[name].items():
+            for other in ("hidden_grad", "weight_grad"):
+                inner = configs.GEMMS[other][arch, dtype]
+                assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch, dtype)
+                assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch, dtype)
+
+
+def test_the_table_is_whole() -> None:
+    expected = {(arch, dtype) for arch in configs.ARCHITECTURES for dtype in configs.DTYPES}
+    for kernel, entries in configs.GEMMS.items():
+        assert set(entries) == expected, kernel
+        # The host takes offsets within a tile for int32 on the strength of this.
+        assert max(tile[name] for tile in entries.values() for name in tile if name.startswith("BLOCK")) <= 256
+    for arguments, name in ((("x", "sm_90", "fp32"), "kernel"), (("gather", "sm_75", "fp32"), "arch")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got "):
+            configs.select(*arguments)
+    with pytest.raises(ValueError, match=r"^dtype: expected one of 16-bit, fp32, got 'bf16'$"):
+        configs.select("gather", "sm_90", "bf16")
