@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench-cpu clean
+.PHONY: demo test test-all test-architectures lint bench-cpu clean
 
 demo: $(VENV)/.plot
 	$(BIN)/clha-fast demo $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
+
+test-architectures: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures --write docs/architectures.md $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

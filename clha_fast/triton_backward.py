@@ -127,14 +127,15 @@ class Backward:
 
     def _gather(self) -> None:
         config = self.head.config("gather")
-        backward.gather_kernel[(self.rows.shape[0] * tiles(self.width, config["BLOCK_H"]),)](
+        padded = self.rows.shape[0]
+        backward.gather_kernel[(tiles(padded, config["BLOCK_N"]) * tiles(self.width, config["BLOCK_H"]),)](
             self.hidden,
             self.head.row_index,
             self.active.order,
             self.active.count,
             self.rows,
             self.hidden.shape[0],
-            self.num_tokens,
+            padded,
             self.width,
             *self.hidden.stride(),
             HAS_ROW_INDEX=self.head.row_index is not None,
@@ -242,11 +243,13 @@ class Backward:
 
     def _row_sum(self) -> None:
         config = self.head.config("row_sum")
-        backward.row_sum_kernel[(self.hidden.shape[0] * tiles(self.width, config["BLOCK_H"]),)](
+        num_rows = self.hidden.shape[0]
+        backward.row_sum_kernel[(tiles(num_rows, config["BLOCK_N"]) * tiles(self.width, config["BLOCK_H"]),)](
             self.drows,
             self.active.row_ends,
             self.active.peak,
             self.dhidden,
+            num_rows,
             self.width,
             self.factor,
             **config,

@@ -20,20 +20,21 @@ def gather_kernel(
     count_ptr,
     rows_ptr,
     M,
-    N,
+    padded,
     H,
     stride_hidden_n,
     stride_hidden_h,
     HAS_ROW_INDEX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """rows [padded N, H], contiguous: the hidden state of every active token in sorted order, zeros behind them.
+    """rows [padded, H], contiguous: the hidden state of every active token in sorted order, zeros behind them.
 
     One pass over [N, H] saves an indirection in the inner loop of every GEMM after it. A row outside [0, M) is NaN.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
-    k = (pid // tiles_h).to(tl.int64)
+    k = (pid // tiles_h).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_active = k < tl.load(count_ptr)
     token = tl.load(order_ptr + k, mask=is_active, other=0)
@@ -41,10 +42,11 @@ def gather_kernel(
     if HAS_ROW_INDEX:
         row = tl.load(row_index_ptr + token)
     has_row = (row >= 0) & (row < M)
-    source = hidden_ptr + tl.where(has_row, row, 0) * stride_hidden_n + h.to(tl.int64) * stride_hidden_h
-    x = tl.load(source, mask=(h < H) & is_active & has_row, other=0.0)
-    x = tl.where(is_active & (has_row == 0), float("nan"), x)
-    tl.store(rows_ptr + k * H + h, x, mask=h < H)
+    inside = (h < H)[None, :]
+    source = tl.where(has_row, row, 0)[:, None] * stride_hidden_n + h.to(tl.int64)[None, :] * stride_hidden_h
+    x = tl.load(hidden_ptr + source, mask=inside & (is_active & has_row)[:, None], other=0.0)
+    x = tl.where((is_active & (has_row == 0))[:, None], float("nan"), x)
+    tl.store(rows_ptr + k[:, None] * H + h[None, :], x, mask=inside & (k < padded)[:, None])
 
 
 @triton.jit
@@ -284,19 +286,24 @@ def row_sum_kernel(
     row_ends_ptr,
     peak_ptr,
     dhidden_ptr,
+    M,
     H,
     factor,
+    BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """dhidden[m] = peak * factor * sum of drows over the tokens that read row m, which stand together: no atomics."""
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
-    m = (pid // tiles_h).to(tl.int64)
+    m = (pid // tiles_h).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    end = tl.load(row_ends_ptr + m)
-    start = tl.load(row_ends_ptr + m - 1, mask=m > 0, other=0)
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for k in range(start, end):
-        acc += tl.load(drows_ptr + k * H + h, mask=h < H, other=0.0)
+    end = tl.load(row_ends_ptr + m, mask=m < M, other=0)
+    start = tl.load(row_ends_ptr + m - 1, mask=(m < M) & (m > 0), other=0)
+    inside = (h < H)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for step in range(0, tl.max(end - start, axis=0)):
+        k = start + step
+        acc += tl.load(drows_ptr + k[:, None] * H + h[None, :], mask=inside & (k < end)[:, None], other=0.0)
     acc = acc * (tl.load(peak_ptr) * factor)
-    tl.store(dhidden_ptr + m * H + h, acc.to(dhidden_ptr.dtype.element_ty), mask=h < H)
+    out = dhidden_ptr + m[:, None] * H + h[None, :]
+    tl.store(out, acc.to(dhidden_ptr.dtype.element_ty), mask=inside & (m < M)[:, None])

@@ -41,8 +41,8 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
-        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
-        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
+        ("interpreter", "16-bit"): _tile(32, 32, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(32, 32, 32, 2, 4, 1),
     },
     # tokens x words, reduced over H, written back
     "logit_grad": {
@@ -54,8 +54,8 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
-        ("interpreter", "16-bit"): _tile(16, 32, 16, 2, 4, 1),
-        ("interpreter", "fp32"): _tile(16, 32, 16, 2, 4, 1),
+        ("interpreter", "16-bit"): _tile(32, 32, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(32, 32, 32, 2, 4, 1),
     },
     # tokens x H, reduced over words
     "hidden_grad": {
@@ -67,8 +67,8 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "fp32"): _tile(64, 32, 64, 16, 8, 3),
         ("sm_100", "fp32"): _tile(64, 32, 64, 16, 8, 3),
         ("gfx942", "fp32"): _tile(64, 32, 64, 16, 8, 2),
-        ("interpreter", "16-bit"): _tile(16, 16, 32, 2, 4, 1),
-        ("interpreter", "fp32"): _tile(16, 16, 32, 2, 4, 1),
+        ("interpreter", "16-bit"): _tile(32, 32, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(32, 32, 32, 2, 4, 1),
     },
     # words x H, reduced over tokens
     "weight_grad": {
@@ -80,8 +80,8 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "fp32"): _tile(32, 64, 64, 16, 8, 3),
         ("sm_100", "fp32"): _tile(32, 64, 64, 16, 8, 3),
         ("gfx942", "fp32"): _tile(32, 64, 64, 16, 8, 2),
-        ("interpreter", "16-bit"): _tile(16, 32, 32, 2, 4, 1),
-        ("interpreter", "fp32"): _tile(16, 32, 32, 2, 4, 1),
+        ("interpreter", "16-bit"): _tile(32, 32, 32, 2, 4, 1),
+        ("interpreter", "fp32"): _tile(32, 32, 32, 2, 4, 1),
     },
 }
 
@@ -90,6 +90,7 @@ GEMMS["head_forward_softcap"] = GEMMS["head_forward"] | {
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
+    ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 16, 2),
     ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
@@ -105,9 +106,9 @@ SMALL: dict[str, tuple[Config, Config]] = {
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "finish": ({"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 2, "num_warps": 4}),
-    "gather": ({"BLOCK_H": 1024, "num_warps": 4}, {"BLOCK_H": 32, "num_warps": 4}),
+    "gather": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "bias_grad": ({"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8}, {"BLOCK_N": 16, "BLOCK_V": 16, "num_warps": 4}),
-    "row_sum": ({"BLOCK_H": 1024, "num_warps": 4}, {"BLOCK_H": 32, "num_warps": 4}),
+    "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
 }
 
 

@@ -60,7 +60,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
         "count_ptr": "*i32",
         "lse_ptr": "*fp64",
     }
-    sizes = {"M": N, "N": N, "stride_hidden_n": h, "stride_hidden_h": 1}
+    sizes = {"M": N, "padded": N, "N": N, "stride_hidden_n": h, "stride_hidden_h": 1}
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
     variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
     return common | chunk | scales | flags | pointers | sizes | variants

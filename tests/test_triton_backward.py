@@ -64,9 +64,8 @@ def test_two_words_by_hand() -> None:
     torch.testing.assert_close(dbias.cpu(), torch.tensor([1.5, -1.5]))
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("rows", [None, 11])
+@pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_agrees_with_float64(bias: bool, head: HeadOptions, rows: int | None) -> None:
     p = problem(bias=bias, head=head, rows=rows, ignored=0.2)
@@ -74,8 +73,7 @@ def test_agrees_with_float64(bias: bool, head: HeadOptions, rows: int | None) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("workspace_bytes", [None, 1])
+@pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 1), (RICH, None)], ids=["chunks", "rich"])
 def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions, workspace_bytes: int | None) -> None:
     p = problem(50, 130, 64, dtype=dtype, head=head.replace(workspace_bytes=workspace_bytes), bias=True)
     grad = upstream(p)
@@ -85,7 +83,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions, wor
         assert error(value, wanted) <= 1.05 * error(eager, wanted)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 70),
@@ -114,7 +112,7 @@ def test_any_shape(
     check(p, torch.where(skip.to(DEVICE), 0, upstream(p, seed)))
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 8_000, 16_000, 10**9])
+@pytest.mark.parametrize("workspace_bytes", [1, 16_000])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_chunks_change_nothing_but_rounding(workspace_bytes: int) -> None:
     p = problem(70, 150, 40, bias=True, rows=50, head=PLAIN.replace(workspace_bytes=workspace_bytes))
@@ -264,8 +262,8 @@ def test_offsets_beyond_int32(which: str, shape: tuple[int, int], stride: tuple[
         torch.testing.assert_close(value, wanted, rtol=1e-3 if wanted.dtype == torch.float16 else 1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_what_is_not_needed_costs_nothing(needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("needs", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
+def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(10, 40, 20, bias=True)
     full = gradients(p, upstream(p))
     lse = forward(p)[1]
@@ -285,9 +283,9 @@ def test_what_is_not_needed_costs_nothing(needs: tuple[bool, bool, bool], monkey
         return made
 
     monkeypatch.setattr(triton_backward.torch, "empty", recorded)
-    result = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, p.head, *needs)
+    result = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, p.head, *map(bool, needs))
     for need, value, wanted in zip(needs, result, full, strict=True):
-        assert (value is not None) == need
+        assert (value is not None) == bool(need)
         assert value is None or torch.equal(value, wanted)  # type: ignore[arg-type]
     assert len(shapes) == int(needs[0])  # only the float32 rows of dhidden are made by torch.empty here
 

@@ -47,9 +47,8 @@ def test_two_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("rows", [None, 11])
+@pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_agrees_with_float64(dtype: torch.dtype, bias: bool, head: HeadOptions, rows: int | None) -> None:
     p = problem(dtype=dtype, bias=bias, head=head, rows=rows, ignored=0.2)
@@ -67,7 +66,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions) -> 
     assert error(forward(p)[0], exact) <= 1.05 * error(eager_logps(p, p.leaves(dtype)), exact)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 70),
@@ -140,10 +139,9 @@ def test_nothing_scored() -> None:
     assert (logps == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset", "strided", "padded rows"])
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    p = problem(dtype=dtype)
+def test_layouts(layout: str) -> None:
+    p = problem(dtype=torch.float16)
     if layout == "transposed":
         p.weight, p.hidden = p.weight.t().contiguous().t(), p.hidden.t().contiguous().t()
     elif layout == "expanded":

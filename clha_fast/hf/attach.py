@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput
 from clha_fast.batch import CandidateBatch
 from clha_fast.dispatch import BACKENDS, Backend
 from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import FusedHead, HeadInfo, UnsupportedHeadError, cache_flags, fused_head, inspect_head
+from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, cache_flags, fused_head, inspect_head
+from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions
@@ -185,7 +186,7 @@ class Attached:
 
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
-        with fused_head(self.model, compute, self.info) as fused, _through_hooks(self.info.module, fused):
+        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info.module, fused):
             output = self.ordinary(**inputs, **others, **self._flags)
         if not fused.called:
             raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
@@ -212,36 +213,6 @@ def _no_prompts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
     zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
     return zero, zero.new_zeros(len(METRIC_NAMES)), zero.new_zeros(0)
-
-
-@contextlib.contextmanager
-def _through_hooks(head: nn.Module, fused: FusedHead) -> Iterator[None]:
-    """Inside, the result passes through the head's own forward hooks, which would else see a constant.
-
-    A wrapper that shards the head by itself gathers its weight again for the backward when the gradient reaches what
-    the head returned. So the loss is what the head returns, and the model behind it gets the constant.
-    """
-    if not head._forward_hooks:
-        yield
-        return
-    constants: list[Tensor] = []
-
-    def first(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        constants.append(output)
-        return output if isinstance(output, DTensor) else fused.result[0]
-
-    def last(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if isinstance(constants[0], DTensor):
-            return output
-        fused.result = (output, *fused.result[1:])
-        return constants[0]
-
-    handles = [head.register_forward_hook(first, prepend=True), head.register_forward_hook(last)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_ours(forward: Any) -> bool:
@@ -367,7 +338,7 @@ def attach(
     if _STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
     getter = getattr(inner, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head: Any = getter() if callable(getter) else None
     if hasattr(getattr(head, "weight", None), "ds_id") and head.weight.numel() == 0:
         raise ValueError(
             "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -36,29 +37,32 @@ def head_loss(
     Raises:
         ValueError: the weight is laid out in another way, or `backend` names one that has no sharded form.
     """
+    given: dict[str, Any] = {**tensors, "head": head, "options": options}
     if not isinstance(weight, DTensor):
-        return linear_clha_loss(hidden, weight, bias=bias, head=head, options=options, backend=backend, **tensors)  # type: ignore[arg-type]
+        return linear_clha_loss(hidden, weight, bias=bias, backend=backend, **given)
     shard = _shard_of(weight, reduce_hidden=not isinstance(hidden, DTensor))
     if isinstance(hidden, DTensor):
         if tuple(hidden.placements) != (Replicate(),):
             raise ValueError(f"hidden: expected a replicated DTensor before the head, got {hidden.placements}")
         # What is not added up here is a partial sum, and DTensor's own backward adds those up.
-        placement = Replicate() if shard is None else Partial()
-        hidden = hidden.to_local(grad_placements=[placement])
+        hidden = hidden.to_local(grad_placements=[Replicate() if shard is None else Partial()])
+    rows = weight.to_local()
     if isinstance(bias, DTensor):
         if tuple(bias.placements) != tuple(weight.placements):
             raise ValueError(f"bias: expected the weight's placement {weight.placements}, got {bias.placements}")
         bias = bias.to_local()
     elif bias is not None and shard is not None:
-        bias = bias[shard.start : shard.start + weight.to_local().shape[0]]
-    weight = weight.to_local()
+        if bias.requires_grad:
+            raise ValueError(
+                "bias: expected one that is sharded as the weight is, or not trained, got a whole one that is: each "
+                "process would have the gradient of its own rows only"
+            )
+        bias = bias[shard.start : shard.start + rows.shape[0]]
     if shard is None:
-        return linear_clha_loss(hidden, weight, bias=bias, head=head, options=options, backend=backend, **tensors)  # type: ignore[arg-type]
+        return linear_clha_loss(hidden, rows, bias=bias, backend=backend, **given)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
-    return vocab_parallel.linear_clha_loss(
-        hidden, weight, shard=shard, bias=bias, head=head, options=options, **tensors
-    )  # type: ignore[arg-type]
+    return vocab_parallel.linear_clha_loss(hidden, rows, shard=shard, bias=bias, **given)
 
 
 def _shard_of(weight: DTensor, reduce_hidden: bool) -> VocabShard | None:

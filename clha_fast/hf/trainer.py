@@ -20,6 +20,7 @@ from clha_fast.hf.checkpoint import WRITING, publish, publish_files, rotate, wri
 from clha_fast.hf.collator import RankedCollator, RankedDataset
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.heads import cache_flags, fused_head, inspect_head
+from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, first_prompts, local_counts
 from clha_fast.metrics import CLHAMetrics
 
@@ -206,7 +207,7 @@ class CLHATrainer(Trainer):
             )
 
         inner = self.accelerator.unwrap_model(model)
-        with fused_head(inner, compute, self.head_info) as head:
+        with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info.module, head):
             outputs = model(**batch.model_inputs(), **self._model_flags)
         loss: Tensor = outputs.logits
         auxiliary = getattr(outputs, "aux_loss", None)  # a mixture of experts that was asked for router logits

@@ -1,0 +1,59 @@
+"""The same loop with accelerate: one process or many, DDP or FSDP2, as `accelerate launch` is told.
+
+accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --steps 20
+"""
+
+import argparse
+import itertools
+from importlib.resources import files
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+import clha_fast
+from clha_fast.data.readers import read_records
+from clha_fast.hf.build import build_model, build_tokenizer, texts_of
+from clha_fast.hf.collator import RankedCollator, RankedDataset
+
+TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def main(steps: int, cpu: bool) -> None:
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=2)
+    records = read_records(str(files("clha_fast.demo") / "ranked_demo.jsonl"))[:32]
+    tokenizer = build_tokenizer(texts_of(records), vocab_size=1024)
+    model = build_model({**TINY, "num_attention_heads": 4, "num_key_value_heads": 2}, tokenizer, seed=0)
+
+    options = clha_fast.CLHAOptions.preset("published")
+    collator = RankedCollator(tokenizer, options)
+    generator = torch.Generator().manual_seed(0)
+    dataset = RankedDataset(records, collator)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=collator, generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+
+    attached = clha_fast.attach(model, options)  # before prepare: the head is measured on whole weights
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    for step in range(steps):
+        micro_batches = list(itertools.islice(batches, accelerator.gradient_accumulation_steps))
+        counts = attached.counts(micro_batches)
+        losses = []
+        for batch in micro_batches:
+            with accelerator.accumulate(model):
+                output = model(**batch, **counts)
+                accelerator.backward(output.loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(output.loss.detach())
+        mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+        accelerator.print(f"step {step} loss {mean.item():.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cpu", action="store_true", help="even where a GPU is there")
+    arguments = parser.parse_args()
+    main(arguments.steps, arguments.cpu)

@@ -1,0 +1,58 @@
+"""transformers' Trainer, as `CLHATrainer`: it brings the loss, global normalisation, evaluation and metrics along.
+
+    python examples/trainer.py --steps 20
+
+A plain `Trainer` takes an attached model too: `clha_fast.attach(model, options)`, `RankedCollator` as its
+`data_collator`, a `RankedDataset`, and `remove_unused_columns=False`.
+"""
+
+import argparse
+from importlib.resources import files
+
+from clha_fast.data.readers import read_records
+from clha_fast.hf.build import build_model, build_tokenizer, texts_of
+from clha_fast.hf.config import CLHAConfig
+from clha_fast.hf.trainer import CLHATrainer
+
+TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def main(steps: int, output_dir: str) -> None:
+    records = read_records(str(files("clha_fast.demo") / "ranked_demo.jsonl"))[:40]
+    tokenizer = build_tokenizer(texts_of(records), vocab_size=1024)
+    model = build_model({**TINY, "num_attention_heads": 4, "num_key_value_heads": 2}, tokenizer, seed=0)
+    args = CLHAConfig(
+        output_dir=output_dir,
+        preset="published",
+        normalizer="global",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=steps,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    held_out = 8
+    trainer = CLHATrainer(
+        model,
+        args,
+        train_dataset=records[held_out:],
+        eval_dataset=records[:held_out],
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for line in trainer.state.log_history:
+        if "loss" in line:
+            print(f"step {line['step']} loss {line['loss']:.3f} accuracy {line['rewards/accuracies']:.2f}")
+    print({name: round(value, 3) for name, value in trainer.evaluate().items() if "logps" in name or "tau" in name})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output-dir", default="example-run")
+    arguments = parser.parse_args()
+    main(arguments.steps, arguments.output_dir)

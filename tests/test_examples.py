@@ -1,0 +1,45 @@
+"""The examples run as they are written, and learn: every epoch sees the same prompts, the last one does better."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "epoch"),
+    [
+        (["examples/bare_loop.py"], 4),
+        (["examples/accelerate_loop.py", "--cpu"], 4),
+        ([*TORCHRUN, "examples/accelerate_loop.py", "--cpu"], 2),
+        (["examples/trainer.py"], 4),
+    ],
+    ids=["bare", "accelerate", "accelerate, two processes", "trainer"],
+)
+def test_example(command: list[str], epoch: int, tmp_path: Path) -> None:
+    if command[-1].endswith("trainer.py"):
+        command = [*command, "--output-dir", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command, "--steps", "12"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(value) for value in re.findall(r"^step \d+ loss (\S+)", done.stdout, re.MULTILINE)]
+    assert len(losses) == 12
+    assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])

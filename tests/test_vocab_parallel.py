@@ -1,0 +1,109 @@
+"""Vocabulary-parallel log-probabilities in a group of one, where all values are known; two processes: test_wrappers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference
+from clha_fast import vocab_parallel as vp
+from clha_fast.vocab_parallel import VocabShard
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store: Path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_closed_form() -> None:
+    """z = (0, ln 3): probabilities 1/4 and 3/4; dlogp/dz_v = 1[v = y] - p_v."""
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64, requires_grad=True)
+    logps = vp.token_logps(hidden, weight, torch.tensor([1]), VocabShard(0, 2))
+    assert logps.item() == pytest.approx(math.log(0.75))
+    dhidden, dweight = torch.autograd.grad(2 * logps.sum(), (hidden, weight))
+    assert dweight.flatten().tolist() == pytest.approx([-0.5, 0.5])
+    assert dhidden.item() == pytest.approx(0.5 * math.log(3))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "head", [HeadOptions(), HeadOptions(scale=0.5, softcap=2.0, temperature=0.7, workspace_bytes=600)]
+)
+def test_error_is_within_the_eager_one(dtype: torch.dtype, head: HeadOptions) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 16), (53, 16), (53,))]
+    targets, rows = torch.randint(53, (11,), generator=generator), torch.randint(7, (11,), generator=generator)
+    targets[2] = head.ignore_index
+    upstream = torch.randn(11, generator=generator)
+
+    def gradients(exact: bool, fused: bool) -> list[torch.Tensor]:
+        inputs = [leaf.double() if exact else leaf.clone() for leaf in leaves]
+        hidden, weight, bias = (leaf.requires_grad_() for leaf in inputs)
+        if fused:
+            logps = vp.token_logps(hidden, weight, targets, VocabShard(0, 53), bias=bias, row_index=rows, head=head)
+        else:
+            logps = reference.token_logps(hidden, weight, bias, targets, rows, head)
+        values = torch.autograd.grad(logps @ upstream.to(logps.dtype), (hidden, weight, bias))
+        return [logps.detach(), *values]
+
+    exact, eager, fused = gradients(True, False), gradients(False, False), gradients(False, True)
+    for want, rough, got in zip(exact, eager, fused, strict=True):
+        # A few float32 roundings on top where the eager error happens to vanish.
+        allowed = 1.05 * (rough.double() - want).norm() + 2e-7 * want.norm()
+        assert (got.double() - want).norm() <= allowed
+
+
+def test_loss_is_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(21, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randint(21, (9,), generator=generator)
+    ranking = (torch.tensor([2, 3, 0, 4]), torch.tensor([3, 1]))
+    options = CLHAOptions(margin=0.5)
+    given = {"rewards": torch.tensor([7.0, 1.0, 0.0, 2.0]), "prompt_count": torch.tensor(5.0)}
+    results = []
+    for parallel in (True, False):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if parallel:
+            loss, metrics = vp.linear_clha_loss(*leaves, targets, *ranking, VocabShard(0, 21), options=options, **given)
+        else:
+            loss, metrics = linear_clha_loss(*leaves, targets, *ranking, options=options, **given)
+        results.append([loss.detach(), metrics.values, metrics.scores, *torch.autograd.grad(3 * loss, leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_degenerate() -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    nothing = torch.empty(0, dtype=torch.int64)
+    logps = vp.token_logps(torch.randn(2, 3), weight, nothing, VocabShard(0, 5), row_index=nothing)
+    assert logps.shape == (0,)
+    (dweight,) = torch.autograd.grad(logps.sum(), (weight,))
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    hidden = torch.randn(2, 3)
+    hidden[1, 0] = float("nan")
+    logps = vp.token_logps(hidden, weight, torch.tensor([4, 4]), VocabShard(0, 5))
+    assert logps.isnan().tolist() == [False, True]
+    ignored = vp.token_logps(hidden, weight, torch.tensor([4, -100]), VocabShard(0, 5))
+    assert ignored[1].item() == 0
+
+
+def test_bad_arguments() -> None:
+    hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"targets: expected values in \[0, V = 8\) or -100, got 8 at position 1"):
+        vp.token_logps(hidden, weight, torch.tensor([7, 8]), VocabShard(0, 8))
+    with pytest.raises(ValueError, match="shard: expected rows 4 to 9 within a vocabulary of 8"):
+        vp.token_logps(hidden, weight, torch.tensor([0, 1]), VocabShard(4, 8))
+    # In the vocabulary, but on no process: as an index out of range on a GPU.
+    logps = vp.token_logps(hidden, weight, torch.tensor([4, 7]), VocabShard(0, 8))
+    assert logps.isnan().tolist() == [False, True]
