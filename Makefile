@@ -5,10 +5,11 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-architectures lint bench-cpu clean
+.PHONY: demo test test-all test-architectures test-wrappers lint bench-cpu clean
 
+# Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
-	$(BIN)/clha-fast demo $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/clha-fast demo $(ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -18,6 +19,9 @@ test-all: $(VENV)/.dev
 
 test-architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures --write docs/architectures.md $(ARGS)
+
+test-wrappers: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.wrappers --write docs/wrappers.md $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
     _expect(targets.dtype == torch.int64, "targets", "int64", targets)
     _index_tensor("targets", targets, None if row_index is not None else hidden.shape[0], "N")
     _expect(targets.device == device, "targets", f"hidden's device {device}", targets)
+    _expect(hidden.shape[0] > 0 or targets.shape[0] == 0, "hidden", "at least one row for the targets to read", hidden)
     if row_index is not None:
         _expect(row_index.dtype == torch.int64, "row_index", "int64", row_index)
         _index_tensor("row_index", row_index, targets.shape[0], "N")

@@ -30,6 +30,11 @@ def _score_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def _lse_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    # The Triton backward recomputes probabilities from it: beside logits of 1e4 float32 has no digits left for them.
+    return torch.float64 if backend == "triton" else dtype
+
+
 @torch.library.custom_op("clha_fast::token_logps", mutates_args=())
 def token_logps(
     hidden: Tensor,
@@ -57,7 +62,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = _score_dtype(hidden)
-    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(
+        targets.shape, dtype=_lse_dtype(dtype, backend)
+    )
 
 
 @torch.library.custom_op("clha_fast::token_logps_backward", mutates_args=())
@@ -229,7 +236,7 @@ def _(
         hidden.new_empty(len(METRIC_NAMES), dtype=torch.float32),
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
-        hidden.new_empty(targets.shape, dtype=dtype),
+        hidden.new_empty(targets.shape, dtype=_lse_dtype(dtype, backend)),
         # They stay wide until the upstream gradient has been multiplied in: one rounding, and no float16 underflow.
         *_fake_gradients(hidden, weight, dtype, *needs),
     )

@@ -115,14 +115,17 @@ class _Head:
         count = g.shape[0]
         logps, lse, total = (torch.empty(count, dtype=self.dtype, device=self.device) for _ in range(3))
         scored = targets != self.head.ignore_index
-        columns = torch.where(scored, targets, 0).unsqueeze(1)
+        # Checked before on a CPU; on a GPU such a target makes its token NaN, as in the kernels, without a wait.
+        valid = (targets >= 0) & (targets < self.weight.shape[0])
+        columns = torch.where(valid, targets, 0).unsqueeze(1)
         for block in self._row_blocks(g):
             self._softmax_block(g[block], columns[block], logps[block], lse[block], total[block], want_gradient)
-        logps = torch.where(scored, logps, torch.zeros_like(logps))
+        logps = torch.where(scored, torch.where(valid, logps, torch.nan), 0.0)
         if self.narrow and want_gradient:
             g /= total.unsqueeze(1)  # a sum over a large vocabulary is more than float16 holds
             total = torch.ones_like(total)
-        return logps, lse, g, self.head.scale / self.head.temperature / total
+        row_factor = self.head.scale / self.head.temperature / total
+        return logps, lse, g, torch.where(scored & ~valid, torch.nan, row_factor)
 
     def _softmax_block(
         self, z: Tensor, column: Tensor, logps: Tensor, lse: Tensor, total: Tensor, want_gradient: bool

@@ -89,7 +89,7 @@ class _ShardedSweep(_Head):
                 sums[0, at] = part.sub_(peak.unsqueeze(1)).exp_().sum(dim=1)
         return peaks, sums[0], sums[1:]
 
-    def accumulate_gradients(self, grad_logps: Tensor, lse: Tensor) -> None:
+    def accumulate_gradients(self, grad_logps: Tensor, peak: Tensor, log_total: Tensor) -> None:
         """Adds the gradients of sum_t grad_logps_t * logp_t, tokens with a zero gradient left out on the CPU."""
         grad = torch.where(self.targets == self.head.ignore_index, 0, grad_logps.to(self.dtype))
         order = grad.nonzero().squeeze(1) if self.device.type == "cpu" else torch.arange(len(grad), device=self.device)
@@ -100,7 +100,8 @@ class _ShardedSweep(_Head):
             for block in self._blocks(g.shape[0]):
                 part = g[block]
                 slope = self._final_logits(part, True)
-                part.sub_(lse[tokens[block]].unsqueeze(1)).exp_()
+                at = tokens[block]
+                part.sub_(peak[at].unsqueeze(1)).sub_(log_total[at].unsqueeze(1)).exp_()
                 part.scatter_add_(1, column[block], -own[block].to(self.dtype).unsqueeze(1))
                 if slope is not None:
                     part *= slope
@@ -126,19 +127,20 @@ class _TokenLogps(torch.autograd.Function):
         # exp before the sum: a NaN, which a maximum may lose, stays in the product and reaches every process.
         sums = torch.cat([(total * torch.exp(local_peak - peak)).unsqueeze(0), chosen])
         dist.all_reduce(sums, group=shard.group)
-        lse = sums[0].log() + peak
+        # The log-sum-exp in two parts: beside a peak of 1e4 float32 keeps three digits of log(total).
+        log_total = sums[0].log()
         # A target that no shard holds is out of the vocabulary: NaN, as in the kernels.
-        logps = torch.where(sums[2] == 1, sums[1] - lse, torch.nan)
-        ctx.save_for_backward(hidden, weight, bias, targets, row_index, lse)
+        logps = torch.where(sums[2] == 1, (sums[1] - peak) - log_total, torch.nan)
+        ctx.save_for_backward(hidden, weight, bias, targets, row_index, peak, log_total)
         ctx.shard, ctx.head = shard, head
         return torch.where(targets == head.ignore_index, torch.zeros_like(logps), logps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, row_index, lse = ctx.saved_tensors
+        hidden, weight, bias, targets, row_index, peak, log_total = ctx.saved_tensors
         sweep = _ShardedSweep(ctx.shard, hidden, weight, bias, targets, row_index, ctx.head)
         sweep.allocate(*ctx.needs_input_grad[:3])
-        sweep.accumulate_gradients(grads[0], lse)
+        sweep.accumulate_gradients(grads[0], peak, log_total)
         if sweep.dhidden is not None and ctx.shard.reduce_hidden:
             dist.all_reduce(sweep.dhidden, group=ctx.shard.group)  # before it is rounded to the input's dtype
         return (*sweep.gradients(hidden.dtype), None, None, None, None)
@@ -250,6 +252,7 @@ def linear_clha_loss(
     checks.ranking_inputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
     checks.ranking_values(targets.shape[0], candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts)
     logps = token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
+    rewards = None if rewards is None else rewards.to(logps.dtype)
     ranking = (candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
     loss, values, scores = _Rank.apply(logps, make_plan(targets, *ranking, head, options), options)
     return loss, CLHAMetrics(values, scores)

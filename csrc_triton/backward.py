@@ -262,7 +262,9 @@ def weight_grad_kernel(
     partial = tile_v.to(tl.int64) * BLOCK_V * H + first_h
     acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
     if HAS_PARTIAL:
-        acc = tl.load(partial_ptr + partial + local, mask=inside & (first_token > 0), other=0.0)
+        # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
+        is_later = first_token + tl.zeros((BLOCK_V, 1), tl.int32) > 0
+        acc = tl.load(partial_ptr + partial + local, mask=inside & is_later, other=0.0)
     for _ in range(0, active, BLOCK_N):
         g = tl.load(dlogits_ptr + dlogits_offsets)
         if EVEN_H:

@@ -87,7 +87,9 @@ def head_forward_kernel(
     logit = tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == column[:, None], z, 0.0), axis=1)
     # Tokens whose target is in no block are the first block's to write.
     logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
-    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | ((tile_v == 0) & (is_valid == 0))))
+    # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
+    is_first = tile_v + tl.zeros((BLOCK_N,), tl.int32) == 0
+    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | (is_first & (is_valid == 0))))
 
     # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
     # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.

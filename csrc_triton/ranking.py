@@ -309,7 +309,7 @@ def prompts_kernel(
                 count = tl.load(pair_counts_ptr + distance - 1, mask=kept & is_counted, other=1)
                 weight = tl.where(is_counted, rank_weight / count.to(tl.float64), float("nan"))
             else:
-                weight = rank_weight / tl.maximum(tl.load(pair_counts_ptr).to(tl.float64), 1.0)
+                weight = rank_weight / tl.load(pair_counts_ptr).to(tl.float64)
             # Compared this way round, a NaN counts as active and reaches loss and gradient. Selected, not
             # multiplied: what is dropped stays dropped even when it is NaN.
             is_active = kept & (rank_weight > 0) & ((slack <= 0) == 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import clha_fast
@@ -273,6 +274,13 @@ def test_zero_3_is_told_to_attach_earlier() -> None:
     model.lm_head.weight.ds_id = 0
     with pytest.raises(ValueError, match=r"attach before deepspeed\.initialize"):
         clha_fast.attach(model)
+
+
+def test_flat_parameters_are_refused() -> None:
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants a GPU
+    nn.Module.__init__(wrapped)
+    with pytest.raises(ValueError, match=r"not yet in FullyShardedDataParallel.*fully_shard"):
+        clha_fast.attach(wrapped)
 
 
 def test_wrapped_models_are_unwrapped(tmp_path: Any) -> None:

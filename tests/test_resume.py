@@ -237,6 +237,9 @@ def test_publish_replaces_a_folder_and_rotation_keeps_best_and_newest(tmp_path: 
         publish(str(new), str(tmp_path / "checkpoint-10"))
     assert (tmp_path / "checkpoint-10" / "file").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-notes"]
+    with pytest.raises(CheckpointError), writing(str(tmp_path), "it") as staging:
+        publish(os.path.join(staging, "missing"), str(tmp_path / "checkpoint-10"))
+    assert (tmp_path / "checkpoint-10" / "file").read_text() == "new"
 
 
 def test_json_is_never_half_written(tmp_path: Path) -> None:

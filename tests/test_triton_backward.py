@@ -194,6 +194,23 @@ def test_extreme_logits() -> None:
         check(p, upstream(p), 3e-6)
 
 
+def test_large_logits_close_together() -> None:
+    """Exact logits near 1e4 whose log-sum-exp no float32 holds: the probabilities still come out to 1e-6."""
+    p = problem(20, 70, 24, bias=True)
+    assert p.bias is not None
+    p.hidden, p.weight = p.hidden.round(), (p.weight * 4).round() / 4
+    p.bias[:] = 1e4
+    check(p, upstream(p))
+
+
+def test_padding_does_not_overflow() -> None:
+    """The zero rows behind the last token have the bias for logits, and exp(200) is infinite."""
+    p = problem(5, 70, 24, bias=True)
+    assert p.bias is not None
+    p.bias += 200
+    check(p, upstream(p), 3e-5)  # float32 logits near 200 are whole multiples of 1.5e-5
+
+
 @pytest.mark.parametrize("allowed", [[3, 60], list(range(32, 64))], ids=str)
 def test_minus_infinity_masks_words(allowed: list[int]) -> None:
     p = problem(12, 70, 16, bias=True)

@@ -177,7 +177,10 @@ NOTES = """
   All processes of the tensor-parallel group get the same batch.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
 - `nn.DataParallel` is refused: its copies of the model share one head.
-- On GPUs the same code paths run with NCCL; this table is about CPU processes.
+- What the table does not show: GPUs and NCCL, more than two processes, tensor parallelism together with FSDP2, and
+  sequence parallelism. `torch.compile` ran with its `aot_eager` backend. accelerate takes FSDP2 on GPUs only, so its
+  preparation was called by hand. The autocast row is compared with an eager loss under autocast. "Head sharded by
+  itself" and ZeRO used the backend `reference`, which keeps the weight for the backward as recomputing ones do.
 """
 
 
