@@ -32,6 +32,7 @@ usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
 Options stand in the YAML file under the same names; flags win. `--model_config.hidden_size 128` sets one entry.
 
 files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1  --format auto  --rank_by_reward
+          --skip_bad_records (leave malformed records out and say how many)
 folder    --output_dir DIR  --resume | --overwrite
 model     --model PATH_OR_NAME, or --model_config.model_type llama --model_config.hidden_size 128 ...
           --dtype float32  --attn_implementation NAME
@@ -111,6 +112,8 @@ def header(run: Run) -> str:
         "held out": _data_text(held_out),
         "folder": run.folder if run.checkpoint is None else f"{run.folder}, resumed from {run.checkpoint}",
     }
+    if run.skipped:
+        lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())

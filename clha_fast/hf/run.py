@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from clha_fast.data.readers import read_records
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.hf.build import (
     build_model,
     build_tokenizer,
@@ -60,6 +60,7 @@ class RunOptions:
         train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
             file's prompts are held out.
         format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
+        skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
         tokenizer: a folder or name (the model's by default); or build_tokenizer: `{"vocab_size": 4096}`, a byte-level
             BPE trained on the training records.
@@ -72,6 +73,7 @@ class RunOptions:
     eval_fraction: float | None = None
     format: str = "auto"
     rank_by_reward: bool = False
+    skip_bad_records: bool = False
     model: str | None = None
     model_config: dict[str, Any] | None = None
     tokenizer: str | None = None
@@ -125,6 +127,7 @@ class Run:
 
     Attributes:
         trainer: the `CLHATrainer`. train, held_out: its records. before, after: evaluation metrics, {} until known.
+        skipped: the errors of records left out (`skip_bad_records`).
         checkpoint: what will be resumed from, None for a new run. interrupted: whether training was asked to stop.
 
     Raises:
@@ -143,6 +146,7 @@ class Run:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.interrupted = False
+        self.skipped: list[RecordError] = []
         self.train_records, self.held_out = self._read()
         self.identity = self._identity(settings)
         self.checkpoint = check_folder(self.folder, self.identity, resume=options.resume, overwrite=options.overwrite)
@@ -162,11 +166,12 @@ class Run:
     def _read(self) -> tuple[list[RankedRecord], list[RankedRecord]]:
         options = self.options
         assert options.train_file is not None
-        records = read_records(options.train_file, options.format, options.rank_by_reward)
+        skipped = self.skipped if options.skip_bad_records else None
+        records = read_records(options.train_file, options.format, options.rank_by_reward, skipped)
         if options.eval_file is None:
             fraction = 0.1 if options.eval_fraction is None else options.eval_fraction
             return split_records(records, fraction, self.args.seed)
-        return records, read_records(options.eval_file, options.format, options.rank_by_reward)
+        return records, read_records(options.eval_file, options.format, options.rank_by_reward, skipped)
 
     def _identity(self, settings: Mapping[str, Any]) -> RunIdentity:
         options = self.options
