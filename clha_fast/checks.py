@@ -9,11 +9,19 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Tensor | None) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _expect(ok: bool, name: str, expected: str, tensor: Tensor) -> None:
+def require_tensors(**tensors: Tensor | None) -> None:
+    """Lists and numbers are refused by name, before their missing attributes are."""
+    for name, tensor in tensors.items():
+        _expect(tensor is None or isinstance(tensor, Tensor), name, "a tensor", tensor)
+
+
+def _expect(ok: bool, name: str, expected: str, tensor: Tensor | None) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {_shape(tensor)}")
 
@@ -26,6 +34,7 @@ def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str) -
 
 def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
     """Shapes, dtypes and devices of what token log-probabilities are made from."""
+    require_tensors(hidden=hidden, weight=weight, targets=targets, bias=bias, row_index=row_index)
     _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
     width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
@@ -60,6 +69,14 @@ def ranking_inputs(
     prompt_count: Tensor | None,
 ) -> None:
     """Shapes and dtypes of what ranks the candidates."""
+    require_tensors(
+        candidate_lengths=candidate_lengths,
+        candidates_per_prompt=candidates_per_prompt,
+        rewards=rewards,
+        sft_index=sft_index,
+        pair_counts=pair_counts,
+        prompt_count=prompt_count,
+    )
     _index_tensor("candidate_lengths", candidate_lengths, None, "C")
     _index_tensor("candidates_per_prompt", candidates_per_prompt, None, "P")
     if candidates_per_prompt.shape[0] == 0:

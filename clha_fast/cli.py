@@ -33,7 +33,9 @@ def _convert(words: Sequence[str]) -> int:
     parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
-    parser.add_argument("--rank-by-reward", action="store_true", help="order responses by reward, highest first")
+    parser.add_argument(
+        "--rank-by-reward", "--rank_by_reward", action="store_true", help="order responses by reward, highest first"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
     given = parser.parse_args(words)
     counts = convert(given.source, given.destination, given.format, given.rank_by_reward, overwrite=given.overwrite)
@@ -113,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, BackendError) as error:
         if show:
             raise
-        print(f"clha-fast {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        text = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore[union-attr]
+        print(f"clha-fast {name}: {' '.join(text.split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"clha-fast {name}: interrupted before anything was done", file=sys.stderr)

@@ -34,6 +34,7 @@ Options stand in the YAML file under the same names; flags win. `--model_config.
 files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1  --format auto  --rank_by_reward
           --skip_bad_records (leave malformed records out and say how many)
 folder    --output_dir DIR  --resume | --overwrite
+          (resume takes the same settings; to train further, --model OLD_DIR and a new folder)
 model     --model PATH_OR_NAME, or --model_config.model_type llama --model_config.hidden_size 128 ...
           --dtype float32  --attn_implementation NAME
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096

@@ -388,3 +388,16 @@ def test_keywords_follow_the_tensors():
     head = (case.hidden, case.weight, case.targets)
     with pytest.raises(TypeError):
         linear_clha_loss(*head, case.candidate_lengths, case.candidates_per_prompt, case.rewards)
+
+
+@pytest.mark.parametrize("name", ["candidate_lengths", "candidates_per_prompt", "rewards", "targets"])
+def test_lists_are_refused_by_name(name: str) -> None:
+    given = {
+        "targets": torch.zeros(6, dtype=torch.long),
+        "candidate_lengths": torch.tensor([2, 2, 2]),
+        "candidates_per_prompt": torch.tensor([3]),
+        "rewards": torch.tensor([4.0, 0.0, -4.0]),
+    }
+    given[name] = given[name].tolist()
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor, got a list"):
+        linear_clha_loss(torch.randn(6, 4), torch.randn(9, 4), **given)
