@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, BackendError) as error:
         if show:
             raise
-        named = isinstance(error, OSError) and error.filename and error.strerror
-        text = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore[union-attr]
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
         print(f"clha-fast {name}: {' '.join(text.split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
