@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clha_fast.inputs import HeadInputs, RankingInputs
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -32,9 +34,10 @@ def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str) -
     _expect(ok, name, f"integers of shape [{meaning}{size}]", tensor)
 
 
-def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_index: Tensor | None) -> None:
+def head_inputs(inputs: HeadInputs) -> None:
     """Shapes, dtypes and devices of what token log-probabilities are made from."""
-    require_tensors(hidden=hidden, weight=weight, targets=targets, bias=bias, row_index=row_index)
+    require_tensors(**inputs._asdict())
+    hidden, weight, bias, targets, row_index = inputs
     _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
     width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
@@ -60,23 +63,10 @@ def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
         _expect(row_index.device == device, "row_index", f"hidden's device {device}", row_index)
 
 
-def ranking_inputs(
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
-) -> None:
+def ranking_inputs(ranking: RankingInputs) -> None:
     """Shapes and dtypes of what ranks the candidates."""
-    require_tensors(
-        candidate_lengths=candidate_lengths,
-        candidates_per_prompt=candidates_per_prompt,
-        rewards=rewards,
-        sft_index=sft_index,
-        pair_counts=pair_counts,
-        prompt_count=prompt_count,
-    )
+    require_tensors(**ranking._asdict())
+    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count = ranking
     _index_tensor("candidate_lengths", candidate_lengths, None, "C")
     _index_tensor("candidates_per_prompt", candidates_per_prompt, None, "P")
     if candidates_per_prompt.shape[0] == 0:
@@ -97,8 +87,15 @@ def _cpu(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.device.type == "cpu"
 
 
-def target_values(targets: Tensor, row_index: Tensor | None, vocabulary: int, rows: int, ignore_index: int) -> None:
-    """Every target lies in [0, V) or is `ignore_index`, every row index in [0, M). CPU tensors only."""
+def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None = None) -> None:
+    """Every target lies in [0, V) or is `ignore_index`, every row index in [0, M). CPU tensors only.
+
+    `vocabulary` is V where the weight holds a part of its rows.
+    """
+    hidden, weight, _, targets, row_index = inputs
+    rows = hidden.shape[0]
+    if vocabulary is None:
+        vocabulary = weight.shape[0]
     if _cpu(targets) and targets.numel():
         wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         if bool(wrong.any()):
@@ -116,15 +113,9 @@ def target_values(targets: Tensor, row_index: Tensor | None, vocabulary: int, ro
             )
 
 
-def ranking_values(
-    num_tokens: int,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-) -> None:
+def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
     """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
+    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, _ = ranking
     count = candidate_lengths.shape[0]
     if _cpu(candidate_lengths):
         if count and int(candidate_lengths.min()) < 0:

@@ -12,8 +12,12 @@ import torch
 
 from clha_fast.errors import BackendError
 
-Backend = Literal["auto", "triton", "torch", "reference"]
-BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
+Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
+BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference")
+# Loss and gradients in one sweep: what they return beside the loss are finished gradients.
+SWEEPING = ("torch", "workspace")
+# Those that take `HeadOptions.max_dropped_mass`.
+ROUTING: tuple[str, ...] = ()
 
 logger = logging.getLogger("clha_fast")
 
@@ -43,7 +47,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
     Raises:
         ValueError: the name is unknown.
-        BackendError: "triton" was asked for and cannot run. A named backend never falls back.
+        BackendError: "triton" or "workspace" was asked for and cannot run. A named backend never falls back.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -52,10 +56,11 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
         chosen = "triton" if reason is None else "torch"
         _say_once(f"backend auto: {chosen} ({reason or 'a GPU and triton are there'})")
         return chosen
-    if backend == "triton":
+    if backend in ("triton", "workspace"):
         reason = _why_not_triton(device_type, dtype)
         if reason is not None:
-            raise BackendError(f"backend 'triton' cannot run: {reason}")
+            hint = " (backend 'torch' is that path without kernels)" if backend == "workspace" else ""
+            raise BackendError(f"backend {backend!r} cannot run: {reason}{hint}")
     return backend
 
 

@@ -6,21 +6,45 @@ import torch
 from torch import Tensor
 
 from clha_fast import checks, ops, reference
-from clha_fast.dispatch import Backend, resolve
+from clha_fast.dispatch import ROUTING, Backend, resolve
+from clha_fast.errors import BackendError
+from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 
 _DEFAULT_HEAD = HeadOptions()
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Floating tensors in autocast's dtype where autocast is on, as `F.linear` would take them."""
-    device_type = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    # Like autocast itself, float64 is left alone.
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def head_inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_index: Tensor | None
+) -> HeadInputs:
+    """The head's inputs, checked; floating ones in autocast's dtype where that is on, as `F.linear` takes them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    checks.require_tensors(hidden=hidden, weight=weight, bias=bias)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            # Like autocast itself, float64 is left alone.
+            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
+    checks.head_inputs(inputs)
+    return inputs
+
+
+def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions) -> str:
+    name = resolve(backend, inputs.hidden.device.type, inputs.hidden.dtype)
+    if head.max_dropped_mass is not None and name not in ROUTING:
+        raise BackendError(
+            f"backend {name!r} forms every gradient whole: expected max_dropped_mass None, got {head.max_dropped_mass} "
+            f"(backends that route: {', '.join(ROUTING) or 'none so far'})"
+        )
+    return name
 
 
 def token_logps(
@@ -45,8 +69,8 @@ def token_logps(
         weight: [V, H] output embedding, hidden's dtype. bias: [V] or None.
         targets: [N] int64, the token each position must predict; `head.ignore_index` marks tokens not scored.
         row_index: [N] int64, token t reads `hidden[row_index[t]]`, repeats allowed; None when M == N.
-        head: scale, softcap, temperature and workspace, see `HeadOptions`.
-        backend: "auto", "triton", "torch" or "reference" (eager: it does form the logits).
+        head: scale, softcap, temperature, workspace and `max_dropped_mass` of the gradients, see `HeadOptions`.
+        backend: "auto", "triton", "workspace", "torch" or "reference" (eager: it does form the logits).
 
     Returns:
         [N] nats, float32 (float64 for float64 input); 0 for ignored tokens. Under autocast the inputs are cast as
@@ -56,15 +80,12 @@ def token_logps(
         ValueError: shapes, dtypes or devices do not fit; on CPU tensors also targets or row indices out of range.
         BackendError: the backend asked for cannot run here.
     """
-    hidden_, weight_, bias = _autocast(hidden, weight, bias)
-    assert hidden_ is not None
-    assert weight_ is not None
-    checks.head_inputs(hidden_, weight_, targets, bias, row_index)
-    name = resolve(backend, hidden_.device.type, hidden_.dtype)
+    inputs = head_inputs(hidden, weight, bias, targets, row_index)
+    name = _resolve(backend, inputs, head)
     if name == "reference":
-        checks.target_values(targets, row_index, weight_.shape[0], hidden_.shape[0], head.ignore_index)
-        return reference.token_logps(hidden_, weight_, bias, targets, row_index, head)
-    return ops.token_logps(hidden_, weight_, bias, targets, row_index, head.encoded, name)[0]
+        checks.target_values(inputs, head.ignore_index)
+        return reference.token_logps(*inputs, head)
+    return ops.token_logps(*inputs, head.encoded, name)[0]
 
 
 def linear_clha_loss(
@@ -109,8 +130,8 @@ def linear_clha_loss(
         prompt_count: [] number of prompts that means over prompts divide by; None is P.
         options: margins, noise rule, reduction, SFT form, see `CLHAOptions`.
 
-    The four ranking tensors may live on the CPU or on hidden's device. The torch backend reads the first two on
-    the host; the Triton backend never synchronises.
+    The ranking tensors may live on the CPU or on hidden's device. Backends "torch" and "workspace" read the first two
+    on the host; "triton" never synchronises.
 
     Returns:
         (loss, metrics): a scalar in nats, float32 (float64 for float64 input), and `CLHAMetrics` without a graph.
@@ -121,31 +142,17 @@ def linear_clha_loss(
             `sft_index` out of range, rewards that are not finite.
         BackendError: the backend asked for cannot run here.
     """
-    hidden_, weight_, bias = _autocast(hidden, weight, bias)
-    assert hidden_ is not None
-    assert weight_ is not None
-    checks.head_inputs(hidden_, weight_, targets, bias, row_index)
-    checks.ranking_inputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    ranking = (candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    name = resolve(backend, hidden_.device.type, hidden_.dtype)
+    inputs = head_inputs(hidden, weight, bias, targets, row_index)
+    ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    checks.ranking_inputs(ranking)
+    name = _resolve(backend, inputs, head)
     if name == "reference":
-        checks.target_values(targets, row_index, weight_.shape[0], hidden_.shape[0], head.ignore_index)
-        checks.ranking_values(targets.shape[0], *ranking[:5])
-        logps = reference.token_logps(hidden_, weight_, bias, targets, row_index, head)
+        checks.target_values(inputs, head.ignore_index)
+        checks.ranking_values(targets.shape[0], ranking)
+        logps = reference.token_logps(*inputs, head)
         loss, values, scores = reference.clha_loss(logps, targets, *ranking, head, options)
         return loss, CLHAMetrics(values, scores.detach())
     grad = torch.is_grad_enabled()
-    needs = [grad and t is not None and t.requires_grad for t in (hidden_, weight_, bias)]
-    loss, values, scores, *_ = ops.linear_clha(
-        hidden_,
-        weight_,
-        bias,
-        targets,
-        row_index,
-        *ranking,
-        head.encoded,
-        options.encoded,
-        name,
-        *needs,
-    )
+    needs = [grad and t is not None and t.requires_grad for t in inputs[:3]]
+    loss, values, scores, *_ = ops.linear_clha(*inputs, *ranking, head.encoded, options.encoded, name, *needs)
     return loss, CLHAMetrics(values, scores)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# The order of the metrics vector that every backend fills (float32 [16]); every entry is a sum.
+# The order of the metrics vector that every backend fills (float32 [19]); every entry is a sum. The last three stay 0
+# where gradients are exact: (token, vocabulary block) pairs that a routed backward keeps, all such pairs of the scored
+# tokens, and the softmax mass that it leaves out, summed over the scored tokens.
 METRIC_NAMES = (
     "rank_loss",
     "sft_loss",
@@ -25,6 +27,9 @@ METRIC_NAMES = (
     "prompts",
     "scored_tokens",
     "scored_candidates",
+    "kept_blocks",
+    "routable_blocks",
+    "dropped_mass",
 )
 _INDEX = {name: index for index, name in enumerate(METRIC_NAMES)}
 
@@ -35,7 +40,7 @@ class CLHAMetrics:
     A mean over nothing (no kept pair) is NaN, never 0.
 
     Attributes:
-        values: float32 [16], sums in the order of `METRIC_NAMES`.
+        values: float32 [19], sums in the order of `METRIC_NAMES`.
         scores: [C] length-normalised log-probability s_i of every candidate (Eq. 3); 0 for one without tokens.
     """
 
@@ -96,6 +101,16 @@ class CLHAMetrics:
         """Scored tokens."""
         return self.sum_of("scored_tokens")
 
+    @property
+    def kept_block_share(self) -> Tensor:
+        """Share of the (token, vocabulary block) pairs that a routed backward computes; NaN for exact gradients."""
+        return self.sum_of("kept_blocks") / self.sum_of("routable_blocks")
+
+    @property
+    def dropped_mass(self) -> Tensor:
+        """Softmax mass that a routed backward leaves out, mean a scored token; 0 for exact gradients."""
+        return self.sum_of("dropped_mass") / self.sum_of("scored_tokens")
+
     @classmethod
     def merge(cls, parts: Iterable[CLHAMetrics]) -> CLHAMetrics:
         """Metrics over several calls: pair metrics weigh every pair alike, the two losses every call alike."""
@@ -112,7 +127,11 @@ class CLHAMetrics:
         def ratio(top: float, bottom: float) -> float:
             return top / bottom if bottom else float("nan")
 
-        kept = sums["kept_pairs"]
+        kept, blocks = sums["kept_pairs"], sums["routable_blocks"]
+        routed = {
+            "kept_block_share": ratio(sums["kept_blocks"], blocks),
+            "dropped_mass": ratio(sums["dropped_mass"], sums["scored_tokens"]),
+        }
         return {
             "rank_loss": sums["rank_loss"] / self._calls,
             "sft_loss": sums["sft_loss"] / self._calls,
@@ -125,6 +144,7 @@ class CLHAMetrics:
             "open_gate_share": ratio(sums["open_gates"], sums["prompts"]),
             "kendall_tau": ratio(sums["concordant_pairs"] - sums["discordant_pairs"], sums["ordered_pairs"]),
             "num_tokens": sums["scored_tokens"],
+            **(routed if blocks else {}),
         }
 
     def __repr__(self) -> str:

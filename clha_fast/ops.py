@@ -1,7 +1,8 @@
 """Custom operators: what autograd and torch.compile see of the fused backends.
 
 Settings travel as the strings that `options.encoded` holds, so that a schema carries one argument for all of them.
-A gradient that nobody asked for is an empty tensor here, for an operator cannot return None.
+A gradient that nobody asked for is an empty tensor here, for an operator cannot return None. The schemas are flat, as
+operators' are; `inputs` holds the tuples that the backends take.
 """
 
 from __future__ import annotations
@@ -14,108 +15,32 @@ import torch
 from torch import Tensor
 
 from clha_fast import checks
+from clha_fast.dispatch import SWEEPING
+from clha_fast.inputs import Gradients, HeadInputs, LossResult, Needs, RankingInputs
 from clha_fast.metrics import METRIC_NAMES
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.options import ROUTE_WORDS, CLHAOptions, HeadOptions
 
 
 def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"clha_fast.{backend}_backend")
 
 
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if gradient is None else gradient
+def _or_empty(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = (like.new_empty(0) if g is None else g for g in gradients)
+    return dhidden, dweight, dbias
 
 
 def _score_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _lse_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+def _fake_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: str, backend: str) -> tuple[Tensor, Tensor]:
+    """(lse [N], route) as the backends return them."""
     # The Triton backward recomputes probabilities from it: beside logits of 1e4 float32 has no digits left for them.
-    return torch.float64 if backend == "triton" else dtype
-
-
-@torch.library.custom_op("clha_fast::token_logps", mutates_args=())
-def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    head: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(logps [N], lse [N])."""
-    settings = HeadOptions.decode(head)
-    checks.target_values(targets, row_index, weight.shape[0], hidden.shape[0], settings.ignore_index)
-    return _module(backend).token_logps_forward(hidden, weight, bias, targets, row_index, settings)
-
-
-@token_logps.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    head: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = _score_dtype(hidden)
-    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(
-        targets.shape, dtype=_lse_dtype(dtype, backend)
-    )
-
-
-@torch.library.custom_op("clha_fast::token_logps_backward", mutates_args=())
-def token_logps_backward(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    lse: Tensor,
-    head: str,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias) by recomputing the logits; empty where not needed."""
-    gradients = _module(backend).token_logps_backward(
-        grad_logps,
-        hidden,
-        weight,
-        bias,
-        targets,
-        row_index,
-        lse,
-        HeadOptions.decode(head),
-        need_hidden,
-        need_weight,
-        need_bias,
-    )
-    dhidden, dweight, dbias = (_or_empty(gradient, hidden) for gradient in gradients)
-    return dhidden, dweight, dbias
-
-
-@token_logps_backward.register_fake
-def _(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    lse: Tensor,
-    head: str,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, hidden.dtype, need_hidden, need_weight, need_bias)
+    dtype = torch.float64 if backend == "triton" else _score_dtype(hidden)
+    routed = backend == "triton" and HeadOptions.decode(head).max_dropped_mass is not None
+    shape = (-(-weight.shape[0] // ROUTE_WORDS), targets.shape[0]) if routed else (0,)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_gradients(
@@ -129,27 +54,99 @@ def _fake_gradients(
     return dhidden, dweight, dbias
 
 
-def _head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+@torch.library.custom_op("clha_fast::token_logps", mutates_args=())
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    head: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps [N], lse [N], route)."""
+    settings = HeadOptions.decode(head)
+    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
+    checks.target_values(inputs, settings.ignore_index)
+    logps, lse, route = _module(backend).token_logps_forward(inputs, settings)
+    return logps, lse, route
+
+
+@token_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    head: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logps = hidden.new_empty(targets.shape, dtype=_score_dtype(hidden))
+    return logps, *_fake_statistics(hidden, weight, targets, head, backend)
+
+
+@torch.library.custom_op("clha_fast::token_logps_backward", mutates_args=())
+def token_logps_backward(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    lse: Tensor,
+    route: Tensor,
+    head: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) by recomputing the logits; empty where not needed."""
+    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    settings = HeadOptions.decode(head)
+    gradients = _module(backend).token_logps_backward(grad_logps, inputs, lse, route, settings, needs)
+    return _or_empty(gradients, hidden)
+
+
+@token_logps_backward.register_fake
+def _(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    lse: Tensor,
+    route: Tensor,
+    head: str,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(hidden, weight, hidden.dtype, need_hidden, need_weight, need_bias)
+
+
+def _head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor, route: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of (hidden, weight, bias) for saved head inputs and a gradient of the log-probabilities."""
-    hidden, weight, bias, targets, row_index = ctx.saved_tensors[:5]
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-    gradients = token_logps_backward(
-        grad_logps, hidden, weight, bias, targets, row_index, lse, ctx.head, ctx.backend, *needs
-    )
+    gradients = token_logps_backward(grad_logps, *ctx.saved_tensors[:5], lse, route, ctx.head, ctx.backend, *needs)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _token_logps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.head, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _token_logps_gradients(ctx: Any, grad_logps: Tensor | None, _grad_lse: Any) -> tuple[Tensor | None, ...]:
+def _token_logps_gradients(ctx: Any, grad_logps: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 7
-    return (*_head_gradients(ctx, grad_logps, ctx.saved_tensors[5]), None, None, None, None)
+    return (*_head_gradients(ctx, grad_logps, *ctx.saved_tensors[5:]), None, None, None, None)
 
 
 token_logps.register_autograd(_token_logps_gradients, setup_context=_token_logps_setup)
@@ -174,38 +171,24 @@ def linear_clha(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, scores, dL/dS, lse, dhidden, dweight, dbias).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, scores, dL/dS, lse, route, dhidden, dweight, dbias).
 
-    The torch backend returns the gradients with the loss; the Triton backend leaves them empty and recomputes.
+    A sweeping backend returns the gradients with the loss; the others leave them empty and recompute.
     """
-    settings = HeadOptions.decode(head)
-    checks.target_values(targets, row_index, weight.shape[0], hidden.shape[0], settings.ignore_index)
-    checks.ranking_values(targets.shape[0], candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts)
-    module = _module(backend)
-    inputs = (
-        hidden,
-        weight,
-        bias,
-        targets,
-        row_index,
-        candidate_lengths,
-        candidates_per_prompt,
-        rewards,
-        sft_index,
-        pair_counts,
-        prompt_count,
-        settings,
-        CLHAOptions.decode(options),
-    )
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
-    if hasattr(module, "clha_sweep"):
-        *values, gradients = module.clha_sweep(*inputs, need_hidden, need_weight, need_bias)
+    settings, loss_settings = HeadOptions.decode(head), CLHAOptions.decode(options)
+    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
+    ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    checks.target_values(inputs, settings.ignore_index)
+    checks.ranking_values(targets.shape[0], ranking)
+    module, gradients = _module(backend), Gradients(None, None, None)
+    result: LossResult
+    if backend in SWEEPING:
+        needs = Needs(need_hidden, need_weight, need_bias)
+        result, gradients = module.clha_sweep(inputs, ranking, settings, loss_settings, needs)
     else:
-        values = module.clha_forward(*inputs)
-    loss, metrics, scores, coefficients, lse = values
-    dhidden, dweight, dbias = (_or_empty(gradient, hidden) for gradient in gradients)
-    return loss, metrics, scores, coefficients, lse, dhidden, dweight, dbias
+        result = module.clha_forward(inputs, ranking, settings, loss_settings)
+    return (*result, *_or_empty(gradients, hidden))
 
 
 @linear_clha.register_fake
@@ -227,16 +210,16 @@ def _(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _score_dtype(hidden)
-    sweeps = backend == "torch"
+    sweeps = backend in SWEEPING
     needs = (need_hidden and sweeps, need_weight and sweeps, need_bias and sweeps)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(METRIC_NAMES), dtype=torch.float32),
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
         hidden.new_empty(candidate_lengths.shape, dtype=dtype),
-        hidden.new_empty(targets.shape, dtype=_lse_dtype(dtype, backend)),
+        *_fake_statistics(hidden, weight, targets, head, backend),
         # They stay wide until the upstream gradient has been multiplied in: one rounding, and no float16 underflow.
         *_fake_gradients(hidden, weight, dtype, *needs),
     )
@@ -249,24 +232,24 @@ def _linear_clha_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
     ctx.scaled = ctx.handed_out = False
-    if backend == "torch":
-        ctx.save_for_backward(*output[5:])
+    if backend in SWEEPING:
+        ctx.save_for_backward(*output[6:])
     else:
-        ctx.save_for_backward(hidden, weight, bias, targets, row_index, lengths, output[3], output[4])
+        ctx.save_for_backward(hidden, weight, bias, targets, row_index, lengths, *output[3:6])
 
 
 def _linear_clha_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
     rest = (None,) * 14
     if grad_loss is None:
         return (None, None, None, *rest)
-    if ctx.backend == "torch":
+    if ctx.backend in SWEEPING:
         needs = ctx.needs_input_grad[:3]
         return (*_scaled(ctx, grad_loss, needs), *rest)
-    lengths, coefficients, lse = ctx.saved_tensors[5:]
+    lengths, coefficients, lse, route = ctx.saved_tensors[5:]
     grad_logps = torch.repeat_interleave(
         coefficients * grad_loss, lengths.to(coefficients.device, non_blocking=True), output_size=lse.shape[0]
     )
-    return (*_head_gradients(ctx, grad_logps, lse), *rest)
+    return (*_head_gradients(ctx, grad_logps, lse, route), *rest)
 
 
 def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -285,7 +268,8 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     if eager and torch.is_grad_enabled():
         # They are plain results of the forward: as part of a graph they would count as constants, silently.
         raise RuntimeError(
-            "linear_clha_loss: backend 'torch' has no second derivative (create_graph=True); use backend='reference'"
+            f"linear_clha_loss: backend {ctx.backend!r} has no second derivative (create_graph=True); "
+            "use backend='reference'"
         )
     gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
     if eager and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:

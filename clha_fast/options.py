@@ -17,6 +17,9 @@ Reduction = Literal["sum", "distance_mean", "pair_mean"]
 SFTForm = Literal["sum", "mean"]
 SFTFactor = Literal["squared", "one"]
 
+# Words of a vocabulary block that a routed backward keeps or leaves out as a whole.
+ROUTE_WORDS = 128
+
 _T = TypeVar("_T", bound="_Settings")
 
 
@@ -64,6 +67,9 @@ class HeadOptions(_Settings):
         ignore_index: target value of a token that is not scored.
         workspace_bytes: memory that the torch backend may use for logits at a time; None chooses
             max(64 MiB, a quarter of the weight's float32 size), whatever the number of tokens.
+        max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
+            vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
+            d of it together; the target's own block always counts. Loss and log-probabilities stay exact.
     """
 
     scale: float = 1.0
@@ -71,6 +77,7 @@ class HeadOptions(_Settings):
     temperature: float = 1.0
     ignore_index: int = -100
     workspace_bytes: int | None = None
+    max_dropped_mass: float | None = None
 
     encoded: str = dataclasses.field(init=False, repr=False, compare=False, default="")
 
@@ -90,6 +97,9 @@ class HeadOptions(_Settings):
         budget = self.workspace_bytes
         ok = budget is None or (_is_integer(budget) and budget > 0)
         _require("workspace_bytes", budget, ok, "a positive number of bytes or None")
+        mass = self.max_dropped_mass
+        ok = mass is None or (_is_number(mass) and 0 <= mass < 1)
+        _require("max_dropped_mass", mass, ok, "a number in [0, 1) or None")
         super().__post_init__()
 
 

@@ -67,7 +67,7 @@ def clha_loss(
         prompt_count: [] number of prompts to normalise by, None for this batch's own.
 
     Returns:
-        (loss [], metrics [16] in the order of `metrics.METRIC_NAMES`, scores [C]).
+        (loss [], metrics [19] in the order of `metrics.METRIC_NAMES`, scores [C]).
     """
     dtype, device = logps.dtype, logps.device
     sizes: list[int] = candidates_per_prompt.tolist()
@@ -159,6 +159,7 @@ def clha_loss(
                 torch.tensor(float(num_prompts), device=device),
                 lengths.sum(),
                 (lengths > 0).sum(),
+                *torch.zeros(3, device=device),  # every gradient is whole here
             ]
         ).to(torch.float32)
     return loss, metrics, scores

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.torch_ranking import Plan, Ranking, accumulate, make_plan
 
@@ -24,17 +25,10 @@ _WIDEN_BYTES = 16 * 2**20
 class _Head:
     """Logits of a range of tokens in a bounded workspace, and the gradients they lead to."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        row_index: Tensor | None,
-        head: HeadOptions,
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.targets, self.row_index, self.head = targets, row_index, head
+    def __init__(self, inputs: HeadInputs, head: HeadOptions) -> None:
+        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs
+        self.head = head
+        hidden, weight = inputs.hidden, inputs.weight
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.device = hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
@@ -52,25 +46,21 @@ class _Head:
         self.dbias: Tensor | None = None
         self._weight_is_fresh = False
 
-    def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+    def allocate(self, needs: Needs) -> None:
         """Buffers of the gradients that are wanted; the first chunk writes the weight's, so it is not cleared."""
-        if need_hidden:
+        if needs.hidden:
             self.dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.dtype)
-        if need_weight:
+        if needs.weight:
             self.dweight = torch.empty(self.weight.shape, dtype=self.dtype, device=self.device)
             self._weight_is_fresh = True
-        if need_bias:
+        if needs.bias:
             self.dbias = torch.zeros(self.weight.shape[0], dtype=torch.float64, device=self.device)
 
-    def gradients(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self, dtype: torch.dtype) -> Gradients:
         """The gradients in `dtype`."""
         if self.dweight is not None and self._weight_is_fresh:
             self.dweight.zero_()
-        return (
-            None if self.dhidden is None else self.dhidden.to(dtype),
-            None if self.dweight is None else self.dweight.to(dtype),
-            None if self.dbias is None else self.dbias.to(dtype),
-        )
+        return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
 
     def _rows(self, tokens: slice | Tensor) -> Tensor:
         return self.hidden[tokens] if self.row_index is None else self.hidden[self.row_index[tokens]]
@@ -197,17 +187,15 @@ class _Head:
             self.dhidden[tokens] = rows
 
 
-def token_logps_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    head: HeadOptions,
-) -> tuple[Tensor, Tensor]:
-    """(logps [N], lse [N]) of `reference.token_logps`, one workspace of logits at a time."""
-    sweep = _Head(hidden, weight, bias, targets, row_index, head)
-    return _forward(sweep, 0, int(targets.numel()))
+def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
+    """logps and lse of `reference.token_logps`, one workspace of logits at a time."""
+    sweep = _Head(inputs, head)
+    return HeadResult(*_forward(sweep, 0, int(inputs.targets.numel())), _no_route(sweep))
+
+
+def _no_route(sweep: _Head) -> Tensor:
+    """Nothing: a backward of this backend has the logits again before it decides what to leave out."""
+    return torch.empty(0, dtype=torch.float32, device=sweep.device)
 
 
 def _forward(sweep: _Head, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -219,23 +207,13 @@ def _forward(sweep: _Head, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def token_logps_backward(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    lse: Tensor,
-    head: HeadOptions,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad_logps: Tensor, inputs: HeadInputs, lse: Tensor, route: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
     """Gradients of sum_t grad_logps_t * logp_t by recomputing the logits; tokens with a zero gradient are skipped."""
-    sweep = _Head(hidden, weight, bias, targets, row_index, head)
-    sweep.allocate(need_hidden, need_weight, need_bias)
-    _backward(sweep, 0, int(targets.numel()), grad_logps)
-    return sweep.gradients(hidden.dtype)
+    sweep = _Head(inputs, head)
+    sweep.allocate(needs)
+    _backward(sweep, 0, int(inputs.targets.numel()), grad_logps)
+    return sweep.gradients(inputs.hidden.dtype)
 
 
 def _backward(sweep: _Head, start: int, stop: int, grad_logps: Tensor) -> None:
@@ -284,95 +262,35 @@ def _backward_in_place(sweep: _Head, start: int, g: Tensor, row_factor: Tensor, 
 
 
 def clha_sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
-    head: HeadOptions,
-    options: CLHAOptions,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, needs: Needs
+) -> tuple[LossResult, Gradients]:
     """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_clha_loss`.
 
     Reads `candidate_lengths` and `candidates_per_prompt` on the host: with CPU tensors that costs a GPU nothing.
-
-    Returns:
-        (loss [], metrics [16], scores [C], coefficients dL/dS [C], lse [N], (dhidden, dweight, dbias)); the gradients
-        of 16-bit inputs are float32, for they are rounded after the upstream gradient has been multiplied in.
+    The gradients of 16-bit inputs are float32, for they are rounded after the upstream gradient has been multiplied in.
     """
-    sweep = _Head(hidden, weight, bias, targets, row_index, head)
-    plan = make_plan(
-        targets,
-        candidate_lengths,
-        candidates_per_prompt,
-        None if rewards is None else rewards.to(sweep.dtype),
-        sft_index,
-        pair_counts,
-        prompt_count,
-        head,
-        options,
-    )
-    ranking = Ranking(plan, options)
-    want_gradient = need_hidden or need_weight or need_bias
-    sweep.allocate(need_hidden, need_weight, need_bias)
-    lse = torch.empty(targets.shape, dtype=sweep.dtype, device=sweep.device)
+    sweep = _Head(inputs, head)
+    plan = make_plan(inputs.targets, ranking, head, options, sweep.dtype)
+    ranked = Ranking(plan, options)
+    want_gradient = any(needs)
+    sweep.allocate(needs)
+    lse = torch.empty(inputs.targets.shape, dtype=sweep.dtype, device=sweep.device)
     for first, last in _prompt_chunks(plan, sweep.capacity):
         a, b = (plan.token_offsets[plan.candidate_offsets[p]] for p in (first, last))
         # Of a prompt larger than the workspace only the end stays in it; the rest is scored now, recomputed below.
         edge = max(a, b - sweep.capacity)
         early_logps, lse[a:edge] = _forward(sweep, a, edge)
         late_logps, lse[edge:b], g, row_factor = sweep.softmax(slice(edge, b), want_gradient)
-        ranking.rank(first, last, torch.cat([early_logps, late_logps]))
+        ranked.rank(first, last, torch.cat([early_logps, late_logps]))
         if want_gradient:
-            coefficients = ranking.token_coefficients(first, last).to(sweep.dtype)
+            coefficients = ranked.token_coefficients(first, last).to(sweep.dtype)
             _backward_in_place(sweep, edge, g, row_factor, coefficients[edge - a :])
             _backward(sweep, a, edge, coefficients[: edge - a])
-    loss, metrics, scores = ranking.finish(sweep.dtype)
-    return loss, metrics, scores, ranking.coefficients.to(sweep.dtype), lse, sweep.gradients(sweep.dtype)
+    loss, metrics, scores = ranked.finish(sweep.dtype)
+    result = LossResult(loss, metrics, scores, ranked.coefficients.to(sweep.dtype), lse, _no_route(sweep))
+    return result, sweep.gradients(sweep.dtype)
 
 
-def clha_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
-    head: HeadOptions,
-    options: CLHAOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`clha_sweep` without gradients: (loss, metrics, scores, coefficients, lse)."""
-    *values, _ = clha_sweep(
-        hidden,
-        weight,
-        bias,
-        targets,
-        row_index,
-        candidate_lengths,
-        candidates_per_prompt,
-        rewards,
-        sft_index,
-        pair_counts,
-        prompt_count,
-        head,
-        options,
-        False,
-        False,
-        False,
-    )
-    loss, metrics, scores, coefficients, lse = values
-    return loss, metrics, scores, coefficients, lse
+def clha_forward(inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions) -> LossResult:
+    """`clha_sweep` without gradients."""
+    return clha_sweep(inputs, ranking, head, options, Needs(False, False, False))[0]

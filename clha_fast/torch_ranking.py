@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clha_fast.inputs import RankingInputs
+from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
 
 
@@ -40,16 +42,11 @@ class Plan:
 
 
 def make_plan(
-    targets: Tensor,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
-    head: HeadOptions,
-    options: CLHAOptions,
+    targets: Tensor, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, dtype: torch.dtype
 ) -> Plan:
+    """The plan of targets [N] and their ranking; rewards are compared in `dtype`, as the reference does."""
+    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count = ranking
+    score_dtype = dtype
     # A few thousand numbers: float64 on the targets' device costs nothing and rounds nowhere.
     device, dtype = targets.device, torch.float64
     spans: list[int] = candidate_lengths.tolist()
@@ -77,7 +74,7 @@ def make_plan(
         order = torch.ones_like(distance)
         kept = present
     else:
-        rewards = rewards.to(device=device)
+        rewards = rewards.to(device=device, dtype=score_dtype)
         lead = rewards[i] - rewards[j]
         order = torch.sign(lead).to(torch.long)
         if options.noise_rule == "abs":
@@ -200,5 +197,6 @@ class Ranking:
             plan.lengths.sum(),
             (plan.lengths > 0).sum(),
         ]
-        values = torch.stack([torch.as_tensor(m, device=gap.device).to(torch.float32) for m in metrics])
+        values = torch.zeros(len(METRIC_NAMES), device=gap.device)
+        values[: len(metrics)] = torch.stack([torch.as_tensor(m, device=gap.device).to(torch.float32) for m in metrics])
         return (rank_loss + sft_loss).to(dtype), values, self.scores.to(dtype)

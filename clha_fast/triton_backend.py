@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.triton_backward import Active, Backward
@@ -123,63 +124,32 @@ def _launch_combine(
     return logps, lse
 
 
-def token_logps_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    head: HeadOptions,
-) -> tuple[Tensor, Tensor]:
-    """(logps [N] float32, lse [N] float64) of `reference.token_logps`, the logits never stored.
+def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
+    """logps float32 and lse float64 of `reference.token_logps`, the logits never stored.
 
     A target outside [0, V) that is not `head.ignore_index`, or a row outside [0, M), gives NaN: no synchronisation.
 
     Raises:
         ValueError: float64 input. BackendError: neither a GPU that the kernels know nor the interpreter.
     """
-    ready = Head.of(hidden, weight, bias, targets, row_index, head)
-    with on(hidden.device):
-        statistics = _launch_head(hidden, ready)
-        return _launch_combine(*statistics, ready, None, CLHAOptions())
+    ready = Head.of(inputs, head)
+    with on(inputs.hidden.device):
+        statistics = _launch_head(inputs.hidden, ready)
+        logps, lse = _launch_combine(*statistics, ready, None, CLHAOptions())
+    return HeadResult(logps, lse, logps.new_empty(0))
 
 
 def clha_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
-    head: HeadOptions,
-    options: CLHAOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [16], scores [C], coefficients dL/dS_i [C], lse [N]): one GEMM, no logits.
+    inputs: HeadInputs, ranking_inputs: RankingInputs, head: HeadOptions, options: CLHAOptions
+) -> LossResult:
+    """Loss, metrics, scores and coefficients with one GEMM and no logits; all float32 but lse.
 
-    All float32 but lse, which is float64 for the backward's sake.
-
-    Shapes and meaning as in `functional.linear_clha_loss`. Counts that do not add up or an SFT index outside its
-    prompt read nothing out of bounds. Raises as `token_logps_forward` does.
+    lse is float64 for the backward's sake. Shapes and meaning as in `functional.linear_clha_loss`. Counts that do not
+    add up or an SFT index outside its prompt read nothing out of bounds. Raises as `token_logps_forward` does.
     """
-    ready = Head.of(hidden, weight, bias, targets, row_index, head)
-    with on(hidden.device):
-        statistics = _launch_head(hidden, ready)
-        return rank(
-            *statistics,
-            ready,
-            candidate_lengths,
-            candidates_per_prompt,
-            rewards,
-            sft_index,
-            pair_counts,
-            prompt_count,
-            options,
-        )
+    ready = Head.of(inputs, head)
+    with on(inputs.hidden.device):
+        return rank(*_launch_head(inputs.hidden, ready), ready, ranking_inputs, options)
 
 
 def rank(
@@ -187,22 +157,18 @@ def rank(
     block_sum: Tensor,
     target_logit: Tensor,
     head: Head,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    sft_index: Tensor | None,
-    pair_counts: Tensor | None,
-    prompt_count: Tensor | None,
+    ranking_inputs: RankingInputs,
     options: CLHAOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LossResult:
     """What `clha_forward` returns, from the head kernel's block statistics."""
     device = target_logit.device
-    plan = _make_plan(candidate_lengths, candidates_per_prompt, rewards, pair_counts, options, device)
+    rewards, sft_index, prompt_count = ranking_inputs.rewards, ranking_inputs.sft_index, ranking_inputs.prompt_count
+    plan = _make_plan(ranking_inputs, options, device)
     logps, lse = _launch_combine(block_peak, block_sum, target_logit, head, plan, options)
     num_candidates, num_prompts = plan.lengths.shape[0], plan.prompt_ends.shape[0]
     scores, coefficients = (torch.empty(num_candidates, dtype=torch.float32, device=device) for _ in range(2))
     sums = torch.empty(num_candidates, dtype=torch.float64, device=device)
-    partials = torch.empty(num_prompts, len(METRIC_NAMES), dtype=torch.float64, device=device)
+    partials = torch.empty(num_prompts, ranking.METRICS.value, dtype=torch.float64, device=device)
     ranking.prompts_kernel[(num_prompts,)](
         logps,
         plan.lengths,
@@ -235,19 +201,14 @@ def rank(
         **head.config("prompts"),
     )
     loss = torch.empty((), dtype=torch.float32, device=device)
-    metrics = torch.empty(len(METRIC_NAMES), dtype=torch.float32, device=device)
+    # The kernel fills the first 16; the others stay 0 where gradients are exact.
+    metrics = torch.zeros(len(METRIC_NAMES), dtype=torch.float32, device=device)
     ranking.finish_kernel[(1,)](partials, loss, metrics, num_prompts, **head.config("finish"))
-    return loss, metrics, scores, coefficients, lse
+    return LossResult(loss, metrics, scores, coefficients, lse, logps.new_empty(0))
 
 
-def _make_plan(
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    rewards: Tensor | None,
-    pair_counts: Tensor | None,
-    options: CLHAOptions,
-    device: torch.device,
-) -> _Plan:
+def _make_plan(ranking_inputs: RankingInputs, options: CLHAOptions, device: torch.device) -> _Plan:
+    candidate_lengths, candidates_per_prompt, rewards, _, pair_counts, _ = ranking_inputs
     num_candidates = candidate_lengths.shape[0]
     counts = None
     if options.reduction != "sum":
@@ -269,36 +230,25 @@ def _make_plan(
 
 
 def token_logps_backward(
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_index: Tensor | None,
-    lse: Tensor,
-    head: HeadOptions,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden [M, H], dweight [V, H], dbias [V]) of sum_t grad_logps_t * logp_t, in the inputs' dtypes.
+    grad_logps: Tensor, inputs: HeadInputs, lse: Tensor, route: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
+    """Gradients of sum_t grad_logps_t * logp_t, in the inputs' dtypes.
 
     Recomputes the logits in chunks of at most `head.workspace_bytes` (64 MiB; at least one tile). Sums run in float32
     and in a fixed order: two calls give the same bits. Tokens with a zero gradient are skipped. None is returned, and
     nothing launched or allocated, for what is not needed.
     """
-    need_bias = need_bias and bias is not None
-    if not (need_hidden or need_weight or need_bias):
-        return None, None, None
-    if targets.shape[0] == 0:
-        return (
-            hidden.new_zeros(hidden.shape) if need_hidden else None,
-            weight.new_zeros(weight.shape) if need_weight else None,
-            bias.new_zeros(bias.shape) if need_bias and bias is not None else None,
-        )
-    ready = Head.of(hidden, weight, bias, targets, row_index, head)
+    hidden, weight, bias = inputs[:3]
+    needs = Needs(needs.hidden, needs.weight, needs.bias and bias is not None)
+    if not any(needs):
+        return Gradients(None, None, None)
+    if inputs.targets.shape[0] == 0:
+        zeros = (None if t is None else t.new_zeros(t.shape) for t in (hidden, weight, bias))
+        return Gradients(*(zero if need else None for zero, need in zip(zeros, needs, strict=True)))
+    ready = Head.of(inputs, head)
     with on(hidden.device):
         active = Active.of(grad_logps, ready, hidden.shape[0])
-        sweep = Backward(hidden, ready, active, lse, head.workspace_bytes, need_hidden, need_weight, need_bias)
+        sweep = Backward(hidden, ready, active, lse, head.workspace_bytes, needs)
         sweep.run()
-        return sweep.dhidden, sweep.dweight, None if sweep.dbias is None else sweep.dbias.to(weight.dtype)
+        dbias = None if sweep.dbias is None else sweep.dbias.to(weight.dtype)
+        return Gradients(sweep.dhidden, sweep.dweight, dbias)

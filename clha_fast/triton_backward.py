@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clha_fast.inputs import Needs
 from clha_fast.triton_head import Head, round_up, tiles
 from csrc_triton import backward
 
@@ -69,9 +70,7 @@ class Backward:
         active: Active,
         lse: Tensor,
         workspace_bytes: int | None,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
+        needs: Needs,
     ) -> None:
         self.hidden, self.head, self.active, self.lse = hidden, head, active, lse.contiguous()
         self.vocabulary, self.width = head.weight.shape
@@ -96,14 +95,14 @@ class Backward:
         self.dweight: Tensor | None = None
         self.partial: Tensor | None = None
         self.dbias: Tensor | None = None
-        if need_hidden:
+        if needs.hidden:
             self.drows = torch.empty(padded, self.width, dtype=torch.float32, device=device)
             self.dhidden = hidden.new_empty(hidden.shape)
-        if need_weight:
+        if needs.weight:
             self.dweight = head.weight.new_empty(head.weight.shape)
             if chunks.tokens < padded:
                 self.partial = torch.empty(chunks.words, self.width, dtype=torch.float32, device=device)
-        if need_bias:
+        if needs.bias:
             self.dbias = torch.zeros(self.vocabulary, dtype=torch.float32, device=device)
 
     def run(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.errors import BackendError
+from clha_fast.inputs import HeadInputs
 from clha_fast.options import HeadOptions
 from csrc_triton import configs
 
@@ -77,15 +78,8 @@ class Head:
     flags: dict[str, Any]
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        row_index: Tensor | None,
-        head: HeadOptions,
-    ) -> Head:
+    def of(cls, inputs: HeadInputs, head: HeadOptions) -> Head:
+        hidden, weight, bias, targets, row_index = inputs
         if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
                 "hidden: expected float32, float16 or bfloat16 for backend 'triton', "

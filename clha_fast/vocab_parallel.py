@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clha_fast import checks
-from clha_fast.functional import _autocast
+from clha_fast.functional import head_inputs
+from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.torch_backend import _BLOCK_BYTES, _Head
@@ -39,8 +40,8 @@ class VocabShard(NamedTuple):
 class _ShardedSweep(_Head):
     """A workspace of this process's logits at a time, with a softmax whose normaliser comes from outside."""
 
-    def __init__(self, shard: VocabShard, *inputs: Any) -> None:
-        super().__init__(*inputs)
+    def __init__(self, shard: VocabShard, inputs: HeadInputs, head: HeadOptions) -> None:
+        super().__init__(inputs, head)
         self.start = shard.start
 
     def _final_logits(self, z: Tensor, want_slope: bool) -> Tensor | None:
@@ -120,7 +121,7 @@ class _TokenLogps(torch.autograd.Function):
         shard: VocabShard,
         head: HeadOptions,
     ) -> Tensor:
-        sweep = _ShardedSweep(shard, hidden, weight, bias, targets, row_index, head)
+        sweep = _ShardedSweep(shard, HeadInputs(hidden, weight, bias, targets, row_index), head)
         local_peak, total, chosen = sweep.local_softmax()
         peak = local_peak.clone()
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=shard.group)
@@ -137,13 +138,14 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, row_index, peak, log_total = ctx.saved_tensors
-        sweep = _ShardedSweep(ctx.shard, hidden, weight, bias, targets, row_index, ctx.head)
-        sweep.allocate(*ctx.needs_input_grad[:3])
+        *tensors, peak, log_total = ctx.saved_tensors
+        inputs = HeadInputs(*tensors)
+        sweep = _ShardedSweep(ctx.shard, inputs, ctx.head)
+        sweep.allocate(Needs(*ctx.needs_input_grad[:3]))
         sweep.accumulate_gradients(grads[0], peak, log_total)
         if sweep.dhidden is not None and ctx.shard.reduce_hidden:
             dist.all_reduce(sweep.dhidden, group=ctx.shard.group)  # before it is rounded to the input's dtype
-        return (*sweep.gradients(hidden.dtype), None, None, None, None)
+        return (*sweep.gradients(inputs.hidden.dtype), None, None, None, None)
 
 
 class _Rank(torch.autograd.Function):
@@ -164,21 +166,17 @@ class _Rank(torch.autograd.Function):
         return coefficients * grads[0], None, None
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    shard: VocabShard,
-    ignore_index: int,
-) -> None:
-    checks.head_inputs(hidden, weight, targets, bias, row_index)
-    checks.target_values(targets, row_index, shard.size, hidden.shape[0], ignore_index)
-    if not 0 <= shard.start <= shard.size - weight.shape[0]:
+def _check(inputs: HeadInputs, shard: VocabShard, head: HeadOptions) -> None:
+    checks.target_values(inputs, head.ignore_index, vocabulary=shard.size)
+    rows = inputs.weight.shape[0]
+    if not 0 <= shard.start <= shard.size - rows:
         raise ValueError(
-            f"shard: expected rows {shard.start} to {shard.start + weight.shape[0]} within a vocabulary of "
-            f"{shard.size}, got a weight of {weight.shape[0]} rows"
+            f"shard: expected rows {shard.start} to {shard.start + rows} within a vocabulary of {shard.size}, "
+            f"got a weight of {rows} rows"
+        )
+    if head.max_dropped_mass is not None:
+        raise ValueError(
+            f"max_dropped_mass: expected None for a head sharded over processes, got {head.max_dropped_mass}"
         )
 
 
@@ -212,11 +210,9 @@ def token_logps(
     Raises:
         ValueError: shapes or dtypes do not fit; on CPU tensors also targets or row indices out of range.
     """
-    hidden_, weight_, bias = _autocast(hidden, weight, bias)
-    assert hidden_ is not None
-    assert weight_ is not None
-    _check(hidden_, weight_, targets, bias, row_index, shard, head.ignore_index)
-    return _TokenLogps.apply(hidden_, weight_, bias, targets, row_index, shard, head)
+    inputs = head_inputs(hidden, weight, bias, targets, row_index)
+    _check(inputs, shard, head)
+    return _TokenLogps.apply(*inputs, shard, head)
 
 
 def linear_clha_loss(
@@ -249,10 +245,9 @@ def linear_clha_loss(
     Raises:
         ValueError: as `functional.linear_clha_loss`.
     """
-    checks.ranking_inputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    checks.ranking_values(targets.shape[0], candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts)
+    ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    checks.ranking_inputs(ranking)
+    checks.ranking_values(targets.shape[0], ranking)
     logps = token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
-    rewards = None if rewards is None else rewards.to(logps.dtype)
-    ranking = (candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    loss, values, scores = _Rank.apply(logps, make_plan(targets, *ranking, head, options), options)
+    loss, values, scores = _Rank.apply(logps, make_plan(targets, ranking, head, options, logps.dtype), options)
     return loss, CLHAMetrics(values, scores)

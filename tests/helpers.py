@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, reference, torch_backend
+from clha_fast.inputs import HeadInputs, RankingInputs
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -100
@@ -52,6 +53,14 @@ class Case:
 
     def arguments(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def head(self) -> HeadInputs:
+        return HeadInputs(self.hidden, self.weight, self.bias, self.targets, self.row_index)
+
+    @property
+    def ranking(self) -> RankingInputs:
+        return RankingInputs(*(getattr(self, name) for name in RankingInputs._fields))
 
     def loss(self, backend: str = "torch", **settings: Any) -> tuple[Tensor, CLHAMetrics]:
         return linear_clha_loss(**self.arguments(), backend=backend, **settings)
@@ -136,8 +145,8 @@ def rank(backend: str, logps: Sequence[float], options: CLHAOptions, **ranking: 
         assert leaf.grad is not None
         slopes = leaf.grad
     else:
-        head = (case.hidden, case.weight, case.bias, case.targets, case.row_index)
-        loss, values, scores, slope, _ = torch_backend.clha_forward(*head, *tensors, HeadOptions(), options)
+        result = torch_backend.clha_forward(case.head, case.ranking, HeadOptions(), options)
+        loss, values, scores, slope = result[:4]
         slopes = slope.repeat_interleave(case.candidate_lengths)
     metrics = CLHAMetrics(values, scores.detach()).as_dict()
     return Ranked(loss.item(), metrics, scores.tolist(), slopes.tolist())
@@ -217,6 +226,9 @@ def plain_loss(
         "prompts": len(sizes),
         "scored_tokens": sum(tokens),
         "scored_candidates": sum(count > 0 for count in tokens),
+        "kept_blocks": 0,
+        "routable_blocks": 0,
+        "dropped_mass": 0.0,
     }
 
 

@@ -100,7 +100,7 @@ def test_operators_keep_their_contract(dtype, optional):
         arguments = (*head, *ranking, HEAD.encoded, encoded, "torch", *needs)
         torch.library.opcheck(operators.linear_clha, arguments, test_utils=tests)
     plain = [None if t is None else t.detach() for t in head]
-    logps, lse = operators.token_logps(*plain, HEAD.encoded, "torch")
+    logps, lse, route = operators.token_logps(*plain, HEAD.encoded, "torch")
     for needs in ((True, True, case.bias is not None), (True, False, False)):
-        arguments = (torch.ones_like(logps), *plain, lse, HEAD.encoded, "torch", *needs)
+        arguments = (torch.ones_like(logps), *plain, lse, route, HEAD.encoded, "torch", *needs)
         torch.library.opcheck(operators.token_logps_backward, arguments, test_utils=tests)

@@ -151,7 +151,7 @@ def test_another_ignore_index(backend):
 
 
 def test_unknown_backend():
-    message = "^backend: expected one of auto, triton, torch, reference, got 'cuda'$"
+    message = "^backend: expected one of auto, triton, workspace, torch, reference, got 'cuda'$"
     with pytest.raises(ValueError, match=message):
         small().loss("cuda")
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,8 @@ from clha_fast import METRIC_NAMES, CLHAMetrics, CLHAOptions, token_logps
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 # Every sum different from every other, so that a swapped index shows.
-SUMS = dict(zip(METRIC_NAMES, map(float, (6, 2, 8, 20, 5, 12, -16, -28, 3, 10, 7, 2, 1, 4, 90, 9)), strict=True))
+VALUES = (6, 2, 8, 20, 5, 12, -16, -28, 3, 10, 7, 2.5, 1, 4, 90, 9, 30, 120, 0.9)
+SUMS = dict(zip(METRIC_NAMES, map(float, VALUES), strict=True))
 
 
 def metrics_of(**sums: float) -> CLHAMetrics:
@@ -25,6 +26,7 @@ def test_the_order_of_the_vector():
         *("rank_loss", "sft_loss", "kept_pairs", "total_pairs", "correct_pairs", "margin_sum"),
         *("chosen_sum", "rejected_sum", "active_pairs", "ordered_pairs", "concordant_pairs", "discordant_pairs"),
         *("open_gates", "prompts", "scored_tokens", "scored_candidates"),
+        *("kept_blocks", "routable_blocks", "dropped_mass"),
     ) == METRIC_NAMES
 
 
@@ -40,8 +42,10 @@ def test_ratios_by_hand():
         "kept_pair_share": 8 / 20,
         "active_pair_share": 3 / 8,
         "open_gate_share": 1 / 4,
-        "kendall_tau": (7 - 2) / 10,
+        "kendall_tau": (7 - 2.5) / 10,
         "num_tokens": 90.0,
+        "kept_block_share": 0.25,
+        "dropped_mass": 0.01,
     }
     assert metrics.as_dict() == pytest.approx(expected)
     properties = {
@@ -50,12 +54,23 @@ def test_ratios_by_hand():
         "logps/chosen": metrics.chosen_logp,
         "logps/rejected": metrics.rejected_logp,
     }
-    for name in ("rank_loss", "sft_loss", "kept_pair_share", "kendall_tau", "num_tokens"):
+    for name in (
+        "rank_loss",
+        "sft_loss",
+        "kept_pair_share",
+        "kendall_tau",
+        "num_tokens",
+        "kept_block_share",
+        "dropped_mass",
+    ):
         properties[name] = getattr(metrics, name)
     for name, value in properties.items():
         assert value.item() == pytest.approx(expected[name]), name
     assert metrics.sum_of("scored_candidates") == 9
-    assert "kendall_tau=0.5" in repr(metrics)
+    assert "kendall_tau=0.45" in repr(metrics)
+    exact = metrics_of(kept_blocks=0.0, routable_blocks=0.0, dropped_mass=0.0)
+    assert set(expected) - set(exact.as_dict()) == {"kept_block_share", "dropped_mass"}
+    assert exact.kept_block_share.isnan()
 
 
 def test_a_mean_over_nothing_is_nan():

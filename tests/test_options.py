@@ -37,8 +37,14 @@ def test_presets_are_those_of_the_sources():
 
 
 def test_head_defaults_leave_the_logits_alone():
-    expected = {"scale": 1.0, "softcap": None, "temperature": 1.0, "ignore_index": -100, "workspace_bytes": None}
-    assert fields(HeadOptions()) == expected
+    assert fields(HeadOptions()) == {
+        "scale": 1.0,
+        "softcap": None,
+        "temperature": 1.0,
+        "ignore_index": -100,
+        "workspace_bytes": None,
+        "max_dropped_mass": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,8 @@ def test_head_defaults_leave_the_logits_alone():
         (HeadOptions, "workspace_bytes", 0, "a positive number of bytes or None"),
         (HeadOptions, "workspace_bytes", "64MB", "a positive number of bytes or None"),
         (HeadOptions, "workspace_bytes", True, "a positive number of bytes or None"),
+        (HeadOptions, "max_dropped_mass", 1.0, "a number in [0, 1) or None"),
+        (HeadOptions, "max_dropped_mass", -0.1, "a number in [0, 1) or None"),
         (CLHAOptions, "margin", -1.0, "a finite number that is not negative"),
         (CLHAOptions, "margin", math.nan, "a finite number that is not negative"),
         (CLHAOptions, "reward_margin", math.inf, "a finite number that is not negative"),
@@ -82,7 +90,7 @@ def test_bad_values_are_named(kind, name, value, expected):
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"^preset: expected one of published, paper, sft_only, got 'best'$"):
         CLHAOptions.preset("best")
-    known = "ignore_index, scale, softcap, temperature, workspace_bytes"
+    known = "ignore_index, max_dropped_mass, scale, softcap, temperature, workspace_bytes"
     with pytest.raises(ValueError, match=f"^option: expected one of {known}, got 'sclae'$"):
         HeadOptions().replace(sclae=2.0)
     with pytest.raises(TypeError, match="sclae"):
@@ -95,7 +103,7 @@ def test_unknown_names():
         *PRESETS.values(),
         CLHAOptions(margin=0.1, reward_floor=-2.5, noise_rule="signed", reduction="pair_mean"),
         HeadOptions(),
-        HeadOptions(scale=1 / 3, softcap=30.0, temperature=0.7, ignore_index=-1, workspace_bytes=12345),
+        HeadOptions(scale=1 / 3, softcap=30.0, temperature=0.7, ignore_index=-1, max_dropped_mass=0.01),
     ],
 )
 def test_encoding_loses_nothing(settings):

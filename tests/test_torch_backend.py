@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, token_logps, torch_backend
+from clha_fast.inputs import Needs
 
 PUBLISHED = CLHAOptions.preset("published")
 PAPER = CLHAOptions.preset("paper")
@@ -343,9 +344,8 @@ def test_memory_is_what_is_asked_for(needs, dtype):
     case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=dtype, bias=True)
     head = HeadOptions(workspace_bytes=capacity * words * 4)
     tensors = [t for t in case.arguments().values() if t is not None]
-    wants = dict(zip(("need_hidden", "need_weight", "need_bias"), map(bool, needs), strict=True))
     with Allocations(*tensors) as allocations:
-        torch_backend.clha_sweep(**case.arguments(), head=head, options=PUBLISHED, **wants)
+        torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED, Needs(*map(bool, needs)))
     shapes = set(allocations.shapes)
     assert (capacity, words) in shapes
     gradients = {shape for shape, need in zip(((tokens, width), (words, width)), needs, strict=False) if need}
@@ -367,11 +367,9 @@ def test_logits_are_formed_once(needs, products, capacity):
     width, words = 16, 32
     case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32)
     head = HeadOptions(workspace_bytes=capacity * words * 4)
-    wants = dict(zip(("need_hidden", "need_weight"), map(bool, needs), strict=True))
+    wants = Needs(*map(bool, needs), bias=False)
     with FlopCounterMode(display=False) as counter:
-        torch_backend.clha_sweep(
-            **case.arguments(), head=head, options=PUBLISHED.replace(margin=20.0), **wants, need_bias=False
-        )
+        torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED.replace(margin=20.0), wants)
     assert counter.get_total_flops() == products * 2 * 60 * width * words
 
 

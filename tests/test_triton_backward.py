@@ -25,6 +25,7 @@ from triton_harness import (
 )
 
 from clha_fast import functional, triton_backend, triton_backward
+from clha_fast.inputs import Needs
 from clha_fast.options import PUBLISHED, HeadOptions
 from clha_fast.triton_backward import Chunks
 from csrc_triton import backward
@@ -176,12 +177,14 @@ def test_targets_and_rows_out_of_range_are_nan() -> None:
     for wrong in ("target", "row"):
         p = problem(20, 70, 24, rows=30)
         assert p.row_index is not None
-        lse = forward(p)[1]
+        _, lse, route = forward(p)
         if wrong == "target":
             p.targets[4] = 70
         else:
             p.row_index[4] = 2**40
-        _, dweight, _ = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, PLAIN, True, True, False)
+        _, dweight, _ = triton_backend.token_logps_backward(
+            upstream(p), p.inputs, lse, route, PLAIN, Needs(True, True, False)
+        )
         assert dweight is not None
         assert dweight.isnan().all()
 
@@ -283,7 +286,7 @@ def test_offsets_beyond_int32(which: str, shape: tuple[int, int], stride: tuple[
 def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(10, 40, 20, bias=True)
     full = gradients(p, upstream(p))
-    lse = forward(p)[1]
+    _, lse, route = forward(p)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("launched for a gradient that nobody asked for")
@@ -300,7 +303,7 @@ def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypat
         return made
 
     monkeypatch.setattr(triton_backward.torch, "empty", recorded)
-    result = triton_backend.token_logps_backward(upstream(p), *p.inputs, lse, p.head, *map(bool, needs))
+    result = triton_backend.token_logps_backward(upstream(p), p.inputs, lse, route, p.head, Needs(*map(bool, needs)))
     for need, value, wanted in zip(needs, result, full, strict=True):
         assert (value is not None) == bool(need)
         assert value is None or torch.equal(value, wanted)  # type: ignore[arg-type]

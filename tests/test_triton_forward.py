@@ -25,7 +25,7 @@ def closed_form(weight: Tensor, targets: list[int], bias: Tensor | None = None, 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 32, 33, 100])
 def test_equal_logits_give_minus_log_of_the_vocabulary(vocabulary: int) -> None:
-    logps, lse = forward(closed_form(torch.zeros(vocabulary, 5), [0, vocabulary - 1]))
+    logps, lse, _ = forward(closed_form(torch.zeros(vocabulary, 5), [0, vocabulary - 1]))
     torch.testing.assert_close(logps.cpu(), torch.full((2,), -math.log(vocabulary)))
     torch.testing.assert_close(lse.cpu(), torch.full((2,), math.log(vocabulary), dtype=torch.float64))
 
@@ -39,10 +39,10 @@ def test_two_logits_by_hand() -> None:
         HeadOptions(scale=2.0, temperature=2.0): (0.25, 0.75),
     }
     for head, probabilities in by_hand.items():
-        logps, _ = forward(closed_form(weight, [0, 1], head=head))
+        logps, *_ = forward(closed_form(weight, [0, 1], head=head))
         torch.testing.assert_close(logps.exp().cpu(), torch.tensor(probabilities))
     # A softcap of 1 on huge logits of both signs: z = (-1, 1).
-    logps, _ = forward(closed_form(torch.tensor([[-1e6], [1e6]]), [0, 1], head=HeadOptions(softcap=1.0)))
+    logps, *_ = forward(closed_form(torch.tensor([[-1e6], [1e6]]), [0, 1], head=HeadOptions(softcap=1.0)))
     torch.testing.assert_close(logps.exp().cpu(), torch.tensor([1 / (1 + math.e**2), 1 / (1 + math.e**-2)]))
 
 
@@ -52,7 +52,7 @@ def test_two_logits_by_hand() -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_agrees_with_float64(dtype: torch.dtype, bias: bool, head: HeadOptions, rows: int | None) -> None:
     p = problem(dtype=dtype, bias=bias, head=head, rows=rows, ignored=0.2)
-    logps, lse = forward(p)
+    logps, lse, _ = forward(p)
     assert (logps.dtype, lse.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(logps.double(), exact_logps(p), rtol=2e-6, atol=2e-6)
     assert (logps[p.targets == head.ignore_index] == 0).all()
@@ -86,7 +86,7 @@ def test_any_shape(
 
 def test_extreme_logits() -> None:
     weight = torch.tensor([[1e4], [-1e4], [1e4], [0.0]])
-    logps, _ = forward(closed_form(weight, [0, 1, 2, 3]))
+    logps, *_ = forward(closed_form(weight, [0, 1, 2, 3]))
     expected = torch.tensor([0.0, -2e4, 0.0, -1e4]) - math.log(2.0)
     torch.testing.assert_close(logps.cpu(), expected)
 
@@ -100,7 +100,7 @@ def test_minus_infinity_masks_words(allowed: list[int]) -> None:
     p.bias.fill_(float("-inf"))
     p.bias[allowed] = keep
     p.targets[: len(allowed)] = torch.tensor(allowed, device=DEVICE)[:9]
-    logps, lse = forward(p)
+    logps, lse, _ = forward(p)
     torch.testing.assert_close(logps.double(), exact_logps(p), rtol=2e-6, atol=2e-6, equal_nan=True)
     assert allowed or (lse == float("-inf")).all()
 
@@ -126,16 +126,16 @@ def test_targets_and_rows_out_of_range_are_nan_and_touch_nothing_else() -> None:
     for token, target in wrong.items():
         p.targets[token] = target
     p.row_index[11], p.row_index[12] = 6, -1
-    logps, _ = forward(p)
+    logps = forward(p).logps
     assert logps.isnan().nonzero().flatten().tolist() == [2, 3, 7, 8, 11, 12]
     rest = ~logps.isnan()
     torch.testing.assert_close(logps[rest].double(), exact[rest], rtol=2e-6, atol=2e-6)
 
 
 def test_nothing_scored() -> None:
-    logps, lse = forward(problem(0))
+    logps, lse, _ = forward(problem(0))
     assert logps.shape == lse.shape == (0,)
-    logps, _ = forward(problem(17, ignored=1.1))
+    logps, *_ = forward(problem(17, ignored=1.1))
     assert (logps == 0).all()
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_harness import DEVICE, DTYPES, PLAIN, Problem, Ranking, eager_logps, exact_loss, loss, problem
+from triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
 from clha_fast import reference, triton_backend
+from clha_fast.inputs import RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.triton_head import Head
@@ -41,11 +42,11 @@ def metric(metrics: Tensor, name: str) -> float:
     return float(metrics[METRIC_NAMES.index(name)])
 
 
-def random_ranking(sizes: list[int], longest: int, seed: int, rewards: bool = True) -> Ranking:
+def random_ranking(sizes: list[int], longest: int, seed: int, rewards: bool = True) -> RankingInputs:
     draw = torch.Generator().manual_seed(seed)
     count = sum(sizes)
     lengths = torch.randint(0, longest + 1, (count,), generator=draw)
-    return Ranking(
+    return RankingInputs(
         candidate_lengths=lengths.to(DEVICE),
         candidates_per_prompt=integers(*sizes),
         # Whole numbers tie often and sit exactly on the threshold.
@@ -53,8 +54,8 @@ def random_ranking(sizes: list[int], longest: int, seed: int, rewards: bool = Tr
     )
 
 
-def check(p: Problem, r: Ranking, options: CLHAOptions) -> None:
-    total, metrics, scores, coefficients, _ = loss(p, r, options)
+def check(p: Problem, r: RankingInputs, options: CLHAOptions) -> None:
+    total, metrics, scores, coefficients, *_ = loss(p, r, options)
     exact, exact_metrics, exact_scores, slope = exact_loss(p, r, options)
     torch.testing.assert_close(total.double(), exact, rtol=3e-6, atol=1e-6)
     torch.testing.assert_close(metrics, exact_metrics, rtol=1e-5, atol=2e-5)
@@ -68,11 +69,11 @@ def test_two_candidates_by_hand() -> None:
     # s = (-2, -1): S_0 = -1 - 3 over 2 tokens. h = max(0, -1 + 2 + 3) = 4 at distance 1, one pair.
     # SFT: 0.05 * (2 - 1)^2 * 4 = 0.2. dL/dS_0 = -1/2 - 0.05, dL/dS_1 = 1.
     p, lengths = with_scores([[-1.0, -3.0], [-1.0]])
-    total, metrics, scores, coefficients, _ = loss(p, Ranking(lengths, integers(2), floats(5.0, 1.0)), PUBLISHED)
+    total, metrics, scores, coefficients, *_ = loss(p, RankingInputs(lengths, integers(2), floats(5.0, 1.0)), PUBLISHED)
     torch.testing.assert_close(total.cpu(), torch.tensor(4.2))
     torch.testing.assert_close(scores.cpu(), torch.tensor([-2.0, -1.0]))
     torch.testing.assert_close(coefficients.cpu(), torch.tensor([-0.55, 1.0]))
-    expected = [4, 0.2, 1, 1, 0, -1, -2, -1, 1, 1, 0, 1, 1, 1, 3, 2]
+    expected = [4, 0.2, 1, 1, 0, -1, -2, -1, 1, 1, 0, 1, 1, 1, 3, 2, 0, 0, 0]
     torch.testing.assert_close(metrics.cpu(), torch.tensor(expected))
 
 
@@ -80,7 +81,7 @@ def test_three_candidates_by_hand_in_every_reduction() -> None:
     # Prompt A: s = (-1, -2, -3), rewards (9, 5, 4): pair (1, 2) is noise. h_01 = -1 + 3 = 2, h_02 = -2 + 6 = 4.
     # Prompt B: s = (-1, -1): h_01 = 3. Kept: distance 1 twice, distance 2 once.
     p, lengths = with_scores([[-1.0], [-2.0], [-3.0], [-1.0], [-1.0]])
-    r = Ranking(lengths, integers(3, 2), floats(9.0, 5.0, 4.0, 8.0, 1.0))
+    r = RankingInputs(lengths, integers(3, 2), floats(9.0, 5.0, 4.0, 8.0, 1.0))
     rank = {"distance_mean": (2 + 3) / 2 + 4, "sum": (2 + 4 + 3) / 2, "pair_mean": (2 + 4 + 3) / 3}
     slope = {
         "distance_mean": [-1.5, 0.5, 1.0, -0.5, 0.5],
@@ -88,7 +89,7 @@ def test_three_candidates_by_hand_in_every_reduction() -> None:
         "pair_mean": [-2 / 3, 1 / 3, 1 / 3, -1 / 3, 1 / 3],
     }
     for reduction in ("distance_mean", "sum", "pair_mean"):
-        total, _, _, coefficients, _ = loss(p, r, PUBLISHED.replace(reduction=reduction, sft_weight=0.0))
+        total, _, _, coefficients, *_ = loss(p, r, PUBLISHED.replace(reduction=reduction, sft_weight=0.0))
         torch.testing.assert_close(float(total), rank[reduction], rtol=1e-6, atol=0)
         torch.testing.assert_close(coefficients.cpu(), torch.tensor(slope[reduction]))
 
@@ -97,7 +98,7 @@ def test_the_kink_and_equal_scores() -> None:
     # Equal scores and margin 0: the hinge's argument is exactly 0, and so are loss and slope.
     p, lengths = with_scores([[-1.5], [-1.5], [-1.5]])
     options = CLHAOptions(margin=0.0, sft_weight=0.0)
-    total, metrics, _, coefficients, _ = loss(p, Ranking(lengths, integers(3)), options)
+    total, metrics, _, coefficients, *_ = loss(p, RankingInputs(lengths, integers(3)), options)
     assert float(total) == 0
     assert (coefficients == 0).all()
     assert metric(metrics, "active_pairs") == metric(metrics, "correct_pairs") == 0
@@ -122,8 +123,8 @@ def test_every_option_against_the_reference(reduction: str, noise_rule: str, sft
         )
         r = random_ranking([3, 1, 5, 2], 6, seed)
         if given_counts:
-            r.pair_counts, r.prompt_count = floats(7, 5, 3, 2, 9), torch.tensor(6.0, device=DEVICE)
-            r.sft_index = integers(2, 0, 4, 1)
+            counts, prompts = floats(7, 5, 3, 2, 9), torch.tensor(6.0, device=DEVICE)
+            r = r._replace(pair_counts=counts, prompt_count=prompts, sft_index=integers(2, 0, 4, 1))
         check(problem(int(r.candidate_lengths.sum()), 30, 8, ignored=0.2, seed=seed), r, options)
 
 
@@ -153,9 +154,9 @@ def test_any_shape(sizes: list[int], longest: int, rewards: bool, preset: str, i
 
 
 def test_all_pairs_dropped_and_no_open_gate_is_exactly_zero() -> None:
-    r = Ranking(integers(3, 2, 4), integers(3), floats(-1.0, -1.0, -1.0))
+    r = RankingInputs(integers(3, 2, 4), integers(3), floats(-1.0, -1.0, -1.0))
     for preset in ("published", "paper"):
-        total, metrics, _, coefficients, _ = loss(problem(9), r, PRESETS[preset])
+        total, metrics, _, coefficients, *_ = loss(problem(9), r, PRESETS[preset])
         assert float(total) == 0
         assert (coefficients == 0).all()
         assert metric(metrics, "kept_pairs") == metric(metrics, "open_gates") == 0
@@ -163,11 +164,13 @@ def test_all_pairs_dropped_and_no_open_gate_is_exactly_zero() -> None:
 
 
 def test_a_single_candidate_and_no_token_at_all() -> None:
-    total, _, scores, coefficients, _ = loss(problem(5), Ranking(integers(5), integers(1)), PUBLISHED)
+    total, _, scores, coefficients, *_ = loss(problem(5), RankingInputs(integers(5), integers(1)), PUBLISHED)
     assert float(total) == 0
     assert (coefficients == 0).all()
     assert float(scores) < 0
-    total, metrics, scores, coefficients, lse = loss(problem(0), Ranking(integers(0, 0), integers(2)), PUBLISHED)
+    total, metrics, scores, coefficients, lse, _ = loss(
+        problem(0), RankingInputs(integers(0, 0), integers(2)), PUBLISHED
+    )
     assert (scores == 0).all()
     assert (coefficients == 0).all()
     assert float(total) == metric(metrics, "scored_tokens") == lse.numel() == 0
@@ -176,7 +179,7 @@ def test_a_single_candidate_and_no_token_at_all() -> None:
 def test_a_candidate_without_tokens_keeps_its_place() -> None:
     # Of ranks 0, 1, 2 the middle one has no token: its pairs are dropped, the others' distance stays 2.
     p, lengths = with_scores([[-1.0], [], [-1.0]])
-    total, _, scores, coefficients, _ = loss(p, Ranking(lengths, integers(3)), CLHAOptions(sft_weight=0.0))
+    total, _, scores, coefficients, *_ = loss(p, RankingInputs(lengths, integers(3)), CLHAOptions(sft_weight=0.0))
     torch.testing.assert_close(float(total), 6.0, rtol=1e-6, atol=0)
     torch.testing.assert_close(coefficients.cpu(), torch.tensor([-1.0, 0.0, 1.0]))
     assert float(scores[1]) == 0
@@ -189,8 +192,8 @@ def test_nan_reaches_the_loss_only_through_what_counts() -> None:
         p, lengths = with_scores([[-1.0], [-2.0], [-3.0]])
         p.hidden[poisoned] = float("nan")
         options = CLHAOptions(noise_rule="signed", reward_margin=3.0)
-        r = Ranking(lengths, integers(3), rewards if is_nan else floats(9.0, 1.0, 8.0))
-        total, _, scores, coefficients, _ = loss(p, r, options)
+        r = RankingInputs(lengths, integers(3), rewards if is_nan else floats(9.0, 1.0, 8.0))
+        total, _, scores, coefficients, *_ = loss(p, r, options)
         assert math.isnan(float(total)) == is_nan
         assert math.isnan(float(scores[poisoned]))
         assert coefficients.isfinite().all()
@@ -199,21 +202,21 @@ def test_nan_reaches_the_loss_only_through_what_counts() -> None:
 
 def test_an_sft_index_outside_its_prompt_is_nan() -> None:
     for index in (-1, 2, 2**40):
-        r = Ranking(integers(4, 5), integers(2), sft_index=integers(index))
+        r = RankingInputs(integers(4, 5), integers(2), sft_index=integers(index))
         assert math.isnan(float(loss(problem(9), r, PUBLISHED)[0]))
 
 
 def test_lengths_that_do_not_add_up_read_nothing_out_of_bounds() -> None:
     p = problem(6)
-    total, metrics, _, _, _ = loss(p, Ranking(integers(4, 2**40), integers(2)), PUBLISHED)
+    total, metrics, *_ = loss(p, RankingInputs(integers(4, 2**40), integers(2)), PUBLISHED)
     assert metric(metrics, "scored_tokens") == 6
     assert math.isfinite(float(total))
     for sizes in ((2**40,), (2, 0), (1, 1), (0, 2)):
-        loss(p, Ranking(integers(4, 2), integers(*sizes)), PUBLISHED)
+        loss(p, RankingInputs(integers(4, 2), integers(*sizes)), PUBLISHED)
 
 
 def test_too_few_given_counts_are_nan() -> None:
-    r = Ranking(integers(3, 3, 3), integers(3), pair_counts=floats(2.0))
+    r = RankingInputs(integers(3, 3, 3), integers(3), pair_counts=floats(2.0))
     assert math.isnan(float(loss(problem(9), r, PUBLISHED)[0]))
 
 
@@ -223,11 +226,11 @@ def test_long_candidates_add_up(tokens: int) -> None:
     draw = torch.Generator().manual_seed(0)
     logit = -torch.rand(tokens, generator=draw).to(DEVICE) * 11
     p = problem(tokens, 4, 2)
-    ready = Head.of(p.hidden, p.weight, None, p.targets, None, PLAIN)
+    ready = Head.of(p.inputs, PLAIN)
     statistics = torch.zeros(1, tokens, device=DEVICE), torch.ones(1, tokens, device=DEVICE), logit
-    r = Ranking(integers(tokens - 1, 1), integers(2))
-    total, metrics, scores, _, _ = triton_backend.rank(*statistics, ready, *r.inputs, PUBLISHED)
-    exact, _, exact_scores = reference.clha_loss(logit.double(), p.targets, *r.inputs, PLAIN, PUBLISHED)
+    r = RankingInputs(integers(tokens - 1, 1), integers(2))
+    total, metrics, scores, *_ = triton_backend.rank(*statistics, ready, r, PUBLISHED)
+    exact, _, exact_scores = reference.clha_loss(logit.double(), p.targets, *r, PLAIN, PUBLISHED)
     torch.testing.assert_close(total.double(), exact, rtol=1e-7, atol=0)
     torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-7, atol=0)
     assert metric(metrics, "scored_tokens") == tokens
@@ -240,7 +243,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype) -> None:
         r = random_ranking([4, 3], 12, seed)
         p = problem(int(r.candidate_lengths.sum()), 150, 64, dtype=dtype, seed=seed)
         exact = float(exact_loss(p, r, PUBLISHED)[0])
-        eager, _, _ = reference.clha_loss(eager_logps(p, p.leaves(dtype)), p.targets, *r.inputs, PLAIN, PUBLISHED)
+        eager, _, _ = reference.clha_loss(eager_logps(p, p.leaves(dtype)), p.targets, *r, PLAIN, PUBLISHED)
         # Both results are float32: neither can be expected to be nearer than its rounding.
         rounding = exact * 2.0**-24
         ours += max(abs(float(loss(p, r, PUBLISHED)[0]) - exact), rounding) ** 2

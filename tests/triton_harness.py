@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import reference, triton_backend
+from clha_fast.inputs import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,8 +30,8 @@ class Problem:
     head: HeadOptions
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-        return self.hidden, self.weight, self.bias, self.targets, self.row_index
+    def inputs(self) -> HeadInputs:
+        return HeadInputs(self.hidden, self.weight, self.bias, self.targets, self.row_index)
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         """hidden, weight and bias (where there is one) in another dtype, ready for autograd."""
@@ -63,8 +64,8 @@ def problem(
     )
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    return triton_backend.token_logps_forward(*p.inputs, p.head)
+def forward(p: Problem) -> HeadResult:
+    return triton_backend.token_logps_forward(p.inputs, p.head)
 
 
 def exact_logps(p: Problem) -> Tensor:
@@ -79,8 +80,8 @@ def eager_logps(p: Problem, leaves: list[Tensor]) -> Tensor:
 
 def gradients(p: Problem, grad: Tensor, needs: tuple[bool, bool, bool] | None = None) -> list[Tensor | None]:
     needs = needs or (True, True, p.bias is not None)
-    lse = forward(p)[1]
-    return list(triton_backend.token_logps_backward(grad, *p.inputs, lse, p.head, *needs))
+    _, lse, route = forward(p)
+    return list(triton_backend.token_logps_backward(grad, p.inputs, lse, route, p.head, Needs(*needs)))
 
 
 def eager_gradients(p: Problem, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -95,37 +96,13 @@ def error(value: Tensor, exact: Tensor) -> float:
     return float((value.detach().double() - exact).norm() / exact.norm())
 
 
-@dataclass
-class Ranking:
-    """Inputs of the loss beside the head's."""
-
-    candidate_lengths: Tensor
-    candidates_per_prompt: Tensor
-    rewards: Tensor | None = None
-    sft_index: Tensor | None = None
-    pair_counts: Tensor | None = None
-    prompt_count: Tensor | None = None
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.candidate_lengths,
-            self.candidates_per_prompt,
-            self.rewards,
-            self.sft_index,
-            self.pair_counts,
-            self.prompt_count,
-        )
+def loss(p: Problem, r: RankingInputs, options: CLHAOptions) -> LossResult:
+    return triton_backend.clha_forward(p.inputs, r, p.head, options)
 
 
-def loss(p: Problem, r: Ranking, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, scores, coefficients, lse) of the Triton backend."""
-    return triton_backend.clha_forward(*p.inputs, *r.inputs, p.head, options)
-
-
-def exact_loss(p: Problem, r: Ranking, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def exact_loss(p: Problem, r: RankingInputs, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, scores, dL/dlogp) of the reference in float64."""
     logps = exact_logps(p).detach().requires_grad_()
-    total, metrics, scores = reference.clha_loss(logps, p.targets, *r.inputs, p.head, options)
+    total, metrics, scores = reference.clha_loss(logps, p.targets, *r, p.head, options)
     (slope,) = torch.autograd.grad(total, logps)
     return total.detach(), metrics, scores.detach(), torch.where(p.targets == p.head.ignore_index, 0.0, slope)

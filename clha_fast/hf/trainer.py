@@ -22,7 +22,7 @@ from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.heads import cache_flags, fused_head, inspect_head
 from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, first_prompts, local_counts
-from clha_fast.metrics import CLHAMetrics
+from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 
 TRAINER_STATE = "trainer_state.json"
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
@@ -57,7 +57,7 @@ class _Running:
         """The metrics' dictionary with `inert_candidates`, and an empty accumulator again."""
         total, inert, calls = self.total, self.inert, self.calls
         self.__init__()  # type: ignore[misc]
-        values = torch.zeros(16, device=device) if total is None else total.values.to(device)
+        values = torch.zeros(len(METRIC_NAMES), device=device) if total is None else total.values.to(device)
         counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
         values, counts = reduce(values), reduce(counts)
         inert, calls = int(counts[0]), int(counts[1])
