@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from clha_fast import memory, report
+from clha_fast.auto import choose
 from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.dispatch import resolve
 from clha_fast.errors import BackendError
@@ -65,14 +66,14 @@ def device_text(device: torch.device) -> str:
 
 
 def backend_text(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which backend will run, and for "auto" why."""
-    name = resolve(backend, device.type, dtype)
+    """Which backend will train, and for "auto" why."""
+    name = resolve(backend, str(device), dtype, gradients=True)
     if backend != "auto":
         return f"{name} (asked for)"
-    if name == "triton":
-        return "triton (auto: a GPU and triton are there)"
+    if name != "torch":
+        return f"{name} (auto: {choose(device.type, True, True).why})"
     try:
-        resolve("triton", device.type, dtype)
+        resolve("triton", str(device), dtype)
     except BackendError as error:
         return f"{name} (auto; triton cannot run: {str(error).partition(': ')[2]})"
     return f"{name} (auto)"

@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 
+from clha_fast.auto import choose
 from clha_fast.errors import BackendError
 
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference")
 # Loss and gradients in one sweep: what they return beside the loss are finished gradients.
 SWEEPING = ("torch", "workspace")
-# Those that take `HeadOptions.max_dropped_mass`.
+# Backends that take `HeadOptions.max_dropped_mass`.
 ROUTING: tuple[str, ...] = ()
 
 logger = logging.getLogger("clha_fast")
@@ -26,14 +27,20 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why the Triton backend cannot take these tensors, None when it can."""
+def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the Triton kernels cannot take such tensors, None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if device_type != "cuda" and not _interpreting():
-        return f"the tensors are on {device_type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        if _interpreting():
+            return None
+        return f"the tensors are on {device.type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
 
 
@@ -42,25 +49,36 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The name of the backend to run: "triton", "torch" or "reference".
+def resolve(backend: str, device: str, dtype: torch.dtype, *, gradients: bool = False, routed: bool = False) -> str:
+    """The name of the backend to run: "triton", "workspace", "torch" or "reference".
+
+    Args:
+        backend: a name of `BACKENDS`. device: the tensors', such as "cpu" or "cuda:1". dtype: hidden's.
+        gradients: a loss whose gradients are wanted, which a sweep can return with it.
+        routed: `HeadOptions.max_dropped_mass` is given.
 
     Raises:
         ValueError: the name is unknown.
-        BackendError: "triton" or "workspace" was asked for and cannot run. A named backend never falls back.
+        BackendError: the backend asked for cannot run. A named backend never falls back.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    place = torch.device(device)
     if backend == "auto":
-        reason = _why_not_triton(device_type, dtype) if device_type == "cuda" else f"the device is {device_type}"
-        chosen = "triton" if reason is None else "torch"
-        _say_once(f"backend auto: {chosen} ({reason or 'a GPU and triton are there'})")
-        return chosen
+        reason = _why_not_kernels(place, dtype) if place.type == "cuda" else f"the device is {place.type}"
+        rule = choose(place.type, reason is None, gradients and not routed)
+        _say_once(f"backend auto: {rule.backend} ({rule.why or reason}; {rule.origin})")
+        return rule.backend
     if backend in ("triton", "workspace"):
-        reason = _why_not_triton(device_type, dtype)
+        reason = _why_not_kernels(place, dtype)
         if reason is not None:
-            hint = " (backend 'torch' is that path without kernels)" if backend == "workspace" else ""
+            hint = "; backend 'torch' is that path without kernels" if backend == "workspace" else ""
             raise BackendError(f"backend {backend!r} cannot run: {reason}{hint}")
+    if routed and backend not in ROUTING:
+        raise BackendError(
+            f"backend {backend!r} forms every gradient whole: expected max_dropped_mass None or one of the backends "
+            f"{', '.join(ROUTING)}"
+        )
     return backend
 
 

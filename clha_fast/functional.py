@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import checks, ops, reference
-from clha_fast.dispatch import ROUTING, Backend, resolve
-from clha_fast.errors import BackendError
+from clha_fast.dispatch import Backend, resolve
 from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
@@ -37,14 +36,11 @@ def head_inputs(
     return inputs
 
 
-def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions) -> str:
-    name = resolve(backend, inputs.hidden.device.type, inputs.hidden.dtype)
-    if head.max_dropped_mass is not None and name not in ROUTING:
-        raise BackendError(
-            f"backend {name!r} forms every gradient whole: expected max_dropped_mass None, got {head.max_dropped_mass} "
-            f"(backends that route: {', '.join(ROUTING) or 'none so far'})"
-        )
-    return name
+def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: bool) -> str:
+    hidden = inputs.hidden
+    gradients = sweep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
+    routed = head.max_dropped_mass is not None
+    return resolve(backend, str(hidden.device), hidden.dtype, gradients=gradients, routed=routed)
 
 
 def token_logps(
@@ -81,7 +77,7 @@ def token_logps(
         BackendError: the backend asked for cannot run here.
     """
     inputs = head_inputs(hidden, weight, bias, targets, row_index)
-    name = _resolve(backend, inputs, head)
+    name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
         return reference.token_logps(*inputs, head)
@@ -145,7 +141,7 @@ def linear_clha_loss(
     inputs = head_inputs(hidden, weight, bias, targets, row_index)
     ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
     checks.ranking_inputs(ranking)
-    name = _resolve(backend, inputs, head)
+    name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
         checks.ranking_values(targets.shape[0], ranking)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import IGNORE, make_case, run_python
 
-from clha_fast import CLHALoss, CLHAOptions, HeadOptions, dispatch, linear_clha_loss, token_logps
+from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, auto, dispatch, linear_clha_loss, token_logps
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 I64 = torch.int64
@@ -211,8 +211,32 @@ def test_auto_says_its_choice_once(caplog):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="clha_fast"):
         chosen = [small().loss("auto")[0] for _ in range(3)]
-    assert [record.getMessage() for record in caplog.records] == ["backend auto: torch (the device is cpu)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend auto: torch (the device is cpu; {auto.RULES[-1].origin})"
+    ]
     torch.testing.assert_close(chosen[0], small().loss("torch")[0], rtol=0, atol=0)
+
+
+def test_the_table_of_auto_takes_every_call():
+    """Every row names a backend and its origin, every call finds a row, and none is out of reach."""
+    taken = set()
+    for device in ("cpu", "cuda", "mps"):
+        for kernels in (True, False):
+            for gradients in (True, False):
+                rule = auto.choose(device, kernels, gradients)
+                taken.add(rule)
+                assert rule.backend in dispatch.BACKENDS[1:-1]
+                assert rule.origin
+                assert rule.backend == "torch" or (device == "cuda" and kernels)
+    assert taken == set(auto.RULES)
+
+
+@pytest.mark.parametrize("backend", ["reference", "workspace"])
+def test_exact_backends_refuse_to_drop_mass(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    message = f"^backend '{backend}' forms every gradient whole: expected max_dropped_mass None"
+    with pytest.raises(BackendError, match=message):
+        small(dtype=torch.float32).loss(backend, head=HeadOptions(max_dropped_mass=0.01))
 
 
 @BACKENDS

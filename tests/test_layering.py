@@ -16,7 +16,7 @@ TORCH_BACKEND = ("clha_fast.torch_backend", "clha_fast.torch_ranking")
 BACKENDS = (*KERNELS, *TORCH_BACKEND, "clha_fast.ops")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
-CORE = ("checks", "dispatch", "errors", "functional", "metrics", "modules", "ops", "options")
+CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics", "modules", "ops", "options")
 FORBIDDEN = {
     "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.dispatch", "clha_fast.functional"),
     "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
