@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -14,11 +15,15 @@ from clha_fast.batch import CandidateFeature, check_features, inert_mask, pack_c
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
+from clha_fast.hf.chat import render_chat
 from clha_fast.options import PUBLISHED, CLHAOptions
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
 Example = RankedRecord | Mapping[str, Any]
+
+# Texts that a response is tokenised behind where a tokenizer treats the start of a text differently.
+_ANCHORS = ("\n", ".", "0", "a")
 
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
@@ -26,10 +31,14 @@ _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 class RankedCollator:
     """Turns ranked records into the dictionary of a `CandidateBatch`.
 
-    Prompt and responses are tokenised apart and concatenated, so no token crosses the boundary and every
-    candidate of a prompt follows the same prompt tokens. The prompt keeps the special tokens that the
-    tokenizer puts in front (BOS); a response gets none but a closing EOS, which is scored, unless the
-    response was truncated.
+    Prompt and responses are tokenised apart and concatenated: no token crosses the boundary, the prompt's tokens
+    are those that generation begins with, and every candidate follows the same ones. A response's tokens are those
+    it has in the middle of a text: tokenizers that put a blank in front of a text put none in front of a response.
+
+    A text prompt keeps the special tokens that the tokenizer puts in front (BOS), and a response is closed by EOS.
+    Messages go through the tokenizer's chat template, which writes BOS itself, and a response is closed by the
+    template's own end of turn (`clha_fast.hf.chat.render_chat`), by EOS where the template has none. What closes a
+    response is scored with it, once, unless the response was truncated.
 
     Truncation, the same for all candidates of a prompt and whether or not some are dropped: responses are cut
     on the right to `max_completion_length` (EOS counts); the prompt is cut on the left, behind its BOS, to
@@ -107,20 +116,21 @@ class RankedCollator:
         """The truncated token lists of a record, neither padded nor dropped: for `Dataset.map` or a cache.
 
         Raises:
-            RecordError: a row in no known format, or a bad one; a response without tokens; a prompt without
-                tokens where the tokenizer puts no BOS (the first response token needs a row to read); a limit
-                that leaves the prompt no token of its own.
+            RecordError: a row in no known format, or a bad one; a chat template that refuses the messages or breaks
+                the boundary between prompt and response; a response without tokens; a prompt without tokens where
+                the tokenizer puts no BOS (the first response token needs a row to read); a limit that leaves the
+                prompt no token of its own.
         """
         record = _as_record(record, "record")
         eos = self.tokenizer.eos_token_id
-        prompt, prefix_length = self._prompt_ids(record)
-        completions = self._encode(list(record.completions))
+        prompt, prefix_length, responses, closed = self._texts(record)
+        completions = self._encode_responses(responses, record.source)
         for number, ids in enumerate(completions):
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            closed = ids if ids[-1] == eos else [*ids, eos]
-            completions[number] = closed[: self.max_completion_length]
+            whole = ids if closed or ids[-1] == eos else [*ids, eos]
+            completions[number] = whole[: self.max_completion_length]
 
         needed = prefix_length + (len(prompt) > prefix_length)
         limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
@@ -140,19 +150,24 @@ class RankedCollator:
             "source": record.source,
         }
 
-    def _prompt_ids(self, record: RankedRecord) -> tuple[list[int], int]:
-        """The prompt's tokens, and how many of them are special ones in front."""
-        text, complete = render_prompt(record.prompt, self.tokenizer, record.source)
-        own = self._encode([text])[0]
-        if complete:
+    def _texts(self, record: RankedRecord) -> tuple[list[int], int, Sequence[str], bool]:
+        """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
+        if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
+            text, _ = render_prompt(record.prompt, self.tokenizer, record.source)
+            own = self._encode([text])[0]
+            prefix = self._prefix(text, own)
+            responses: Sequence[str] = record.completions
+            closed = False
+        else:
+            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source)
+            text, responses, closed = chat.prompt, chat.responses, chat.closed
+            own = self._encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
             own = own[len(prefix) :]
-        else:
-            prefix = self._prefix(text, own)
         if not prefix and not own:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
-        return prefix + own, len(prefix)
+        return prefix + own, len(prefix), responses, closed
 
     def _prefix(self, text: str, own: list[int]) -> list[int]:
         """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
@@ -164,6 +179,27 @@ class RankedCollator:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    def _encode_responses(self, texts: Sequence[str], source: str) -> list[list[int]]:
+        """Tokens of texts that continue another, without the blank that some tokenizers put in front of every text."""
+        if not self._adds_blank:
+            return self._encode(list(texts))
+        found = []
+        for number, text in enumerate(texts):
+            for anchor in _ANCHORS:
+                front, ids = self._encode([anchor, anchor + text])
+                if ids[: len(front)] == front:
+                    found.append(ids[len(front) :])
+                    break
+            else:
+                expected = "a response whose first token is its own after any text before it"
+                raise RecordError.of(source, f"completions[{number}]", expected, text)
+        return found
+
+    @functools.cached_property
+    def _adds_blank(self) -> bool:
+        alone, *after = self._encode(["b", *(f"{anchor}b" for anchor in _ANCHORS)])
+        return not any(ids[-len(alone) :] == alone for ids in after)
 
     @staticmethod
     def _check_limit(name: str, limit: int, needed: int, source: str) -> None:

@@ -104,8 +104,8 @@ def score_file(
     """Write every record of `source` to `destination` with the rewards of `reward_model`, as canonical JSON Lines.
 
     A response is scored on the tokens that training gives it (`RankedCollator`): the prompt, through the chat
-    template where it is a list of messages and the tokenizer has one, then the response and its EOS. Rewards that a
-    record had are replaced.
+    template where it is a list of messages and the tokenizer has one, then the response and what closes it. Rewards
+    that a record had are replaced.
 
     Every batch is added to `destination`.partial as soon as it is scored, and `destination` appears complete or not
     at all. Which responses share a batch depends on the source alone, so a resumed run gives the very numbers, and

@@ -1,0 +1,168 @@
+"""Messages and their responses as the chat template writes them: where a response begins, and what closes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from clha_fast.data.records import Message, RecordError
+from clha_fast.data.rendering import render_prompt
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHOWN = 60  # characters of a rendering in an error
+
+
+@dataclass(frozen=True)
+class ChatTexts:
+    """One prompt and its responses, to be tokenised apart.
+
+    Attributes:
+        prompt: everything before the responses: the generation prompt is its end.
+        responses: each response's own text and what closes it, up to and with the template's end of turn.
+        closed: whether the template has an end of turn; otherwise an EOS token must follow.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    closed: bool
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What the template writes around the text of a response.
+
+    Attributes:
+        lead: between generation prompt and response, not the response's own (an empty block of thoughts, say).
+        closing: directly after the response, scored. end_of_turn: the special token in it, "" where there is none.
+        rest: all that follows the response, scored or not.
+    """
+
+    lead: str
+    closing: str
+    end_of_turn: str
+    rest: str
+
+
+def render_chat(messages: Sequence[Message], completions: Sequence[str], tokenizer: Any, source: str) -> ChatTexts:
+    r"""Where the responses begin and end is learnt from the template itself, with a text that stands for any response.
+
+    The prompt is the rendering with the generation prompt. What the template puts between that and the response goes
+    to the prompt when it is more than blanks and the same for all ("<think>\n\n</think>\n\n"); blanks go to the
+    response, whose first token they are part of ("[/INST] Yes"). A response ends with the first special token behind
+    it ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"), and what the template writes after that is left out.
+    Where the template marks `{% generation %}`, the mark decides, only never without the end of turn. A final
+    assistant message is continued by the responses.
+
+    Raises:
+        RecordError: the template refuses the messages; its rendering of prompt and response does not begin with the
+            prompt's, or does not end as with another response; it leaves out some of a response's text.
+    """
+    start, _ = render_prompt(tuple(messages), tokenizer, source)
+    turn = _learn_turn(messages, start, tokenizer, source)
+    bodies = []
+    for number, completion in enumerate(completions):
+        name = f"completions[{number}]"
+        whole = _render(_with_response(messages, completion), tokenizer, source, name)
+        if not whole.startswith(start):
+            raise _broken(source, name, start, whole)
+        if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
+            expected = f"a chat template that ends this response as any other, with {turn.rest!r}"
+            raise RecordError.of(source, name, expected, whole[-_SHOWN:])
+        body = whole[len(start) : len(whole) - len(turn.rest)]
+        if _squeezed(completion) not in _squeezed(body):
+            raise RecordError.of(source, name, "a chat template that keeps the whole text of a response", body)
+        bodies.append(body)
+    lead = turn.lead if all(body.startswith(turn.lead) for body in bodies) else ""
+    responses = []
+    for number, body in enumerate(bodies):
+        own = _unclosed(body[len(lead) :], turn)
+        if not own:
+            expected = "a response with at least one token"
+            raise RecordError.of(source, f"completions[{number}]", expected, completions[number])
+        responses.append(own + turn.closing)
+    return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
+
+
+def _learn_turn(messages: Sequence[Message], start: str, tokenizer: Any, source: str) -> _Turn:
+    stand_in = "response"
+    while stand_in in start:
+        stand_in += "0"
+    chat = _with_response(messages, stand_in)
+    whole = _render(chat, tokenizer, source, "prompt")
+    if not whole.startswith(start):
+        raise _broken(source, "prompt", start, whole)
+    at = whole.find(stand_in, len(start))
+    if at < 0:
+        raise RecordError.of(source, "prompt", "a chat template that writes the response's text", whole[-_SHOWN:])
+    before, rest = whole[len(start) : at], whole[at + len(stand_in) :]
+    found = _special_tokens(tokenizer).search(rest)
+    end = len(rest.rstrip()) if found is None else found.end()
+    lead = before if before.strip() else ""
+    span = _generation_span(chat, tokenizer, at)
+    if span is not None:
+        lead = before[: max(span[0] - len(start), 0)]
+        end = max(end, span[1] - at - len(stand_in))
+    return _Turn(lead, rest[:end], "" if found is None else found[0], rest)
+
+
+def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
+    last = messages[-1]
+    if last["role"] == "assistant":
+        return [*messages[:-1], {**last, "content": last["content"] + text}]
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def _render(messages: list[Message], tokenizer: Any, source: str, field: str) -> str:
+    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        message = f"{source}: {field}: the tokenizer's chat template refuses these messages: {error}"
+        raise RecordError(message, source=source, field=field) from error
+
+
+def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
+    expected = (
+        "a chat template whose rendering of prompt and response begins with that of the prompt "
+        f"(which ends with {start[-_SHOWN:]!r})"
+    )
+    same = next((k for k, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(whole))
+    return RecordError.of(source, field, expected, whole[max(same - _SHOWN // 2, 0) : same + _SHOWN // 2])
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {str(token) for token in tokenizer.all_special_tokens}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _generation_span(messages: list[Message], tokenizer: Any, at: int) -> tuple[int, int] | None:
+    """The characters that the template marks as generated around position `at`, if it marks any there."""
+    template = tokenizer.get_chat_template()
+    if not _GENERATION.search(template):
+        return None
+    _, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return next(((start, end) for start, end in spans[0] if start <= at < end), None)
+
+
+def _unclosed(text: str, turn: _Turn) -> str:
+    """The text without an end of turn of its own, which would double the template's."""
+    trimmed = text.rstrip()
+    for ending in (turn.closing, turn.end_of_turn):
+        if turn.end_of_turn and trimmed.endswith(ending):
+            return trimmed.removesuffix(ending)
+    return text
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
