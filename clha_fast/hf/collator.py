@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import functools
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from clha_fast.batch import CandidateFeature, check_features, inert_mask, pack_candidates
-from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
 from clha_fast.hf.chat import render_chat
+from clha_fast.hf.parallel import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.options import PUBLISHED, CLHAOptions
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
-Example = RankedRecord | Mapping[str, Any]
-
 # Texts that a response is tokenised behind where a tokenizer treats the start of a text differently.
 _ANCHORS = ("\n", ".", "0", "a")
-
-_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 
 class RankedCollator:
@@ -94,23 +88,27 @@ class RankedCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """`CandidateBatch.as_dict()` of the examples: records, rows in a known format, or tokenised features.
 
+        Where examples at the end only fill the batch up (`RankedStream`), "num_fill" says how many.
+
         Raises:
             ValueError: as `tokenize_record` and `clha_fast.batch.pack_candidates`.
         """
         features = [
             cast(CandidateFeature, example)
             if not isinstance(example, RankedRecord) and "completion_ids" in example
-            else self.tokenize_record(_as_record(example, f"record {number} of the batch"))
+            else self.tokenize_record(as_record(example, f"record {number} of the batch"))
             for number, example in enumerate(examples)
         ]
         pad = self.tokenizer.pad_token_id
-        return pack_candidates(
+        fill = sum("fill" in feature for feature in features)
+        batch = pack_candidates(
             features,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             options=self.options,
             drop_inert=self.drop_inert,
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).as_dict()
+        return {**batch, "num_fill": fill} if fill else batch
 
     def tokenize_record(self, record: Example) -> CandidateFeature:
         """The truncated token lists of a record, neither padded nor dropped: for `Dataset.map` or a cache.
@@ -121,7 +119,7 @@ class RankedCollator:
                 the tokenizer puts no BOS (the first response token needs a row to read); a limit that leaves the
                 prompt no token of its own.
         """
-        record = _as_record(record, "record")
+        record = as_record(record, "record")
         eos = self.tokenizer.eos_token_id
         prompt, prefix_length, responses, closed = self._texts(record)
         completions = self._encode_responses(responses, record.source)
@@ -211,25 +209,35 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
     """Records tokenised once, at construction, so that an epoch only pads.
 
     Args:
-        records: ranked records, or rows in a known format.
+        records: ranked records or rows in a known format, in a list, a `datasets.Dataset` or any other iterable.
         collator: tokenises and truncates; give the same one to the data loader.
-        progress: show a bar; None shows it for more than 2000 records.
+        progress: show a bar; None shows it for more than 2000 records (tables of `datasets` always show their own).
+        num_proc: processes that tokenise; None and 1 are this one. The result does not depend on it.
+        skipped: None raises the first error; a list collects them, and their records are left out.
 
     Attributes:
         lengths: tokens of every prompt's longest row, for samplers that group by length.
 
     Raises:
-        ValueError: no record, or some records with rewards and some without.
+        ValueError: no record, or some records with rewards and some without; a bad `num_proc`.
         RecordError: as `RankedCollator.tokenize_record`.
     """
 
-    def __init__(self, records: Iterable[Example], collator: RankedCollator, progress: bool | None = None) -> None:
-        rows = [_as_record(record, f"record {number}") for number, record in enumerate(records)]
-        if not rows:
+    def __init__(
+        self,
+        records: Iterable[Example],
+        collator: RankedCollator,
+        progress: bool | None = None,
+        num_proc: int | None = None,
+        skipped: list[RecordError] | None = None,
+    ) -> None:
+        self._features: Sequence[CandidateFeature]
+        if is_table(records):
+            self._features = tokenise_table(records, collator.tokenize_record, num_proc, skipped)
+        else:
+            self._features = tokenise_all(records, collator.tokenize_record, num_proc, skipped, progress)
+        if not len(self._features):
             raise RecordError("records: expected at least one, got none")
-        show = len(rows) > _LARGE if progress is None else progress
-        bar = logging.tqdm(rows, desc="Tokenising", unit=" prompts", disable=not show)
-        self._features = [_compact(collator.tokenize_record(row)) for row in bar]
         check_features(self._features)
         self.lengths = [len(f["prompt_ids"]) + max(map(len, f["completion_ids"])) for f in self._features]
 
@@ -238,14 +246,3 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
 
     def __getitem__(self, index: int) -> CandidateFeature:
         return self._features[index]
-
-
-def _as_record(example: Example, source: str) -> RankedRecord:
-    return example if isinstance(example, RankedRecord) else record_from_row(example, source)
-
-
-def _compact(feature: CandidateFeature) -> CandidateFeature:
-    """Four bytes a token instead of a Python list's eight."""
-    feature["prompt_ids"] = array("i", feature["prompt_ids"])
-    feature["completion_ids"] = [array("i", ids) for ids in feature["completion_ids"]]
-    return feature

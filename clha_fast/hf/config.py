@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from clha_fast.dispatch import BACKENDS
+from clha_fast.hf.loading import check_loading
 from clha_fast.options import CLHAOptions
 
 _PRESET = {"help": "None: as the preset says."}
@@ -30,13 +31,19 @@ class CLHAConfig(TrainingArguments):
         temperature: divisor of the logits.
         max_length, max_prompt_length, max_completion_length: tokens, see `RankedCollator`; None is no limit.
         pad_to_multiple_of: rows are padded to a multiple of it.
+        max_tokens_per_batch: padded tokens (rows times the longest) of a training micro-batch on each process, in
+            `per_device_train_batch_size`'s place: as many whole prompts of like length as fit, see
+            `clha_fast.hf.sampling.TokenBudgetSampler`. Micro-batches then hold different numbers of prompts, which
+            normalizer="global" weighs alike.
+        dataset_num_proc: processes that tokenise; None and 1 are the training process itself.
+        skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         workspace_mb: memory in MiB that the torch backend may use for logits at a time; None chooses.
         drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
         eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
 
     Raises:
         ValueError: a value outside its choices, a setting that this trainer does not carry (Liger's kernels, label
-            smoothing).
+            smoothing, batches dispatched by one process).
     """
 
     preset: str = field(default="published", metadata={"help": "published, paper or sft_only."})
@@ -56,6 +63,9 @@ class CLHAConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the left."})
     max_completion_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the right."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rows are padded to it."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Padded tokens a micro-batch."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
     workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits, torch backend."})
     drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
     eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
@@ -72,6 +82,11 @@ class CLHAConfig(TrainingArguments):
         _choice("backend", self.backend, BACKENDS)
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
+        for name in ("max_tokens_per_batch", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        check_loading(self)
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel: expected False (it replaces the head that is fused here), got True")
         if self.label_smoothing_factor:

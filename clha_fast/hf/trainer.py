@@ -11,24 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batch import CandidateBatch
 from clha_fast.functional import linear_clha_loss
 from clha_fast.hf.checkpoint import WRITING, publish, publish_files, rotate, writing
-from clha_fast.hf.collator import RankedCollator, RankedDataset
+from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.config import CLHAConfig
+from clha_fast.hf.dataloaders import RankedLoaders
 from clha_fast.hf.heads import cache_flags, fused_head, inspect_head
 from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, first_prompts, local_counts
+from clha_fast.hf.stream import as_dataset
 from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 
 TRAINER_STATE = "trainer_state.json"
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
     "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
-    "score_rejected prefix suffix reward query responses scores answers instruction"
+    "score_rejected prefix suffix reward query responses scores answers instruction fill"
 )
 
 
@@ -66,7 +68,7 @@ class _Running:
         return {**CLHAMetrics(values, values[:0], calls).as_dict(), "inert_candidates": float(inert)}
 
 
-class CLHATrainer(Trainer):
+class CLHATrainer(RankedLoaders):
     """Trains a causal language model on ranked responses.
 
     What `Trainer` computes as ``model(**batch).logits`` and a loss over them is one call of `linear_clha_loss` inside
@@ -79,7 +81,9 @@ class CLHATrainer(Trainer):
         model: a causal language model from transformers.
         args: a `CLHAConfig`.
         train_dataset, eval_dataset: a `RankedDataset`, any list or `datasets.Dataset` of rows in a known format (they
-            are tokenised once, at construction), or for evaluation a dictionary of them.
+            are tokenised once, at construction), a stream of such rows (`datasets.IterableDataset` or any other
+            iterable dataset, tokenised as it comes; training needs `max_steps`, see
+            `clha_fast.hf.stream.as_dataset`), or for evaluation a dictionary of them.
         processing_class: the tokenizer; needed unless `data_collator` is given.
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
         **kwargs: as `Trainer`; `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are refused,
@@ -93,8 +97,6 @@ class CLHATrainer(Trainer):
 
     # Each micro-batch's loss is a mean of its own, so Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
-    data_collator: Any
-    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -135,11 +137,11 @@ class CLHATrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=self._tokenised(train_dataset, data_collator),
+            train_dataset=as_dataset(train_dataset, data_collator, args, training=True),
             eval_dataset=(
-                {name: self._tokenised(part, eval_collator) for name, part in eval_dataset.items()}
+                {name: as_dataset(part, eval_collator, args, training=False) for name, part in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
-                else self._tokenised(eval_dataset, eval_collator)
+                else as_dataset(eval_dataset, eval_collator, args, training=False)
             ),
             processing_class=processing_class,
             **kwargs,
@@ -157,16 +159,6 @@ class CLHATrainer(Trainer):
             drop_inert=drop_inert,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-
-    @staticmethod
-    def _tokenised(dataset: Any, collator: Any) -> Any:
-        """Rows become a `RankedDataset`; what is tokenised or streamed, or has its own collator, stays as it is."""
-        ready = isinstance(dataset, torch.utils.data.Dataset) or "completion_ids" in getattr(
-            dataset, "column_names", ()
-        )
-        if dataset is None or ready or not hasattr(dataset, "__len__") or not isinstance(collator, RankedCollator):
-            return dataset
-        return RankedDataset(dataset, collator)
 
     # ---- the loss ----
 
@@ -252,7 +244,7 @@ class CLHATrainer(Trainer):
         batch = CandidateBatch.from_dict(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics = self._loss(model, batch, None)
-            own = self._own_prompts(batch.candidates_per_prompt.numel())
+            own = self._own_prompts(batch, inputs.get("num_fill", 0))
             if own == 0:
                 return loss, None, None
             if own is not None:
@@ -261,14 +253,6 @@ class CLHATrainer(Trainer):
                 loss, metrics = self._loss(model, batch, None)
         self._eval_metrics.add(metrics, batch.num_inert)
         return loss, None, None
-
-    def _own_prompts(self, size: int) -> int | None:
-        """How many of this process's prompts are not fill; None when all are its own."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        own = min(max(state.remainder - self.args.process_index * size, 0), size)
-        return None if own == size else own
 
     def evaluation_loop(
         self,
@@ -287,15 +271,6 @@ class CLHATrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["rank_loss"] + metrics["sft_loss"]
         return output
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As `Trainer`, with the evaluation's collator."""
-        dataset = eval_dataset if isinstance(eval_dataset, str) else self._tokenised(eval_dataset, self.eval_collator)
-        train_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(dataset)
-        finally:
-            self.data_collator = train_collator
-
     def _set_signature_columns_if_needed(self) -> None:
         # Should someone set remove_unused_columns: what the collator reads, not what the model's forward takes.
         if self._signature_columns is None:
@@ -307,7 +282,7 @@ class CLHATrainer(Trainer):
         """As `Trainer`; a training line also gets the metrics of the steps since the last one."""
         if "loss" in logs:
             metrics = self._train_metrics.take(self._sum_over_processes, self.args.device)
-            logs.update(metrics or {})
+            logs.update(metrics or {}, **self._skipped_records())
         super().log(logs, start_time)
 
     # ---- checkpoints ----

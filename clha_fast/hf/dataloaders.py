@@ -1,0 +1,108 @@
+"""The part of the trainer that makes data loaders: streams, batches under a token budget, like lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from transformers import Trainer
+
+from clha_fast.batch import CandidateBatch
+from clha_fast.hf.collator import RankedCollator, RankedDataset
+from clha_fast.hf.loading import sampling_strategy
+from clha_fast.hf.sampling import (
+    LengthSampler,
+    TokenBudgetSampler,
+    budget_loader,
+    pass_epochs_on,
+    prompt_shapes,
+    row_lengths,
+)
+from clha_fast.hf.stream import RankedStream, as_dataset
+from clha_fast.options import CLHAOptions
+
+
+class RankedLoaders(Trainer):
+    """`Trainer`, whose data loaders give batches of candidates; `CLHATrainer` is the whole."""
+
+    args: Any  # a CLHAConfig
+    data_collator: Any
+    eval_collator: Any
+    loss_options: CLHAOptions
+    _signature_columns: list[str] | None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`; with `max_tokens_per_batch` its batches are those of a `TokenBudgetSampler`.
+
+        Raises:
+            ValueError: a dataset whose prompts are not tokenised, with `max_tokens_per_batch` or group_by_length.
+        """
+        budget = self.args.max_tokens_per_batch
+        if budget is None or self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+            loader = super().get_train_dataloader()
+        else:
+            sampler = self._budget_sampler(budget)
+            plain = budget_loader(self.train_dataset, self.data_collator, sampler, self.args)
+            loader = self.accelerator.prepare(plain)
+        pass_epochs_on(loader)
+        return loader
+
+    def _budget_sampler(self, budget: int) -> TokenBudgetSampler:
+        collator = self.data_collator
+        own = isinstance(collator, RankedCollator)
+        shapes = prompt_shapes(
+            self.train_dataset,
+            self.loss_options,
+            drop_inert=collator.drop_inert if own else self.args.drop_inert,
+            multiple=collator.pad_to_multiple_of if own else self.args.pad_to_multiple_of,
+        )
+        return TokenBudgetSampler(shapes, budget, self._data_seed, self.accelerator.num_processes)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if sampling_strategy(self.args) != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        # Trainer would look for the length of input_ids, which a prompt with its candidates has not.
+        lengths = dataset.lengths if isinstance(dataset, RankedDataset) else row_lengths(dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthSampler(lengths, size, self._data_seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        # In the order given, whatever training does: the last batch's fill is known by its place.
+        if not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer`, with the evaluation's collator."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = as_dataset(eval_dataset, self.eval_collator, self.args, training=False)
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def _own_prompts(self, batch: CandidateBatch, num_fill: int) -> int | None:
+        """How many of this process's prompts of an evaluation batch are not fill; None when all are its own.
+
+        Args:
+            num_fill: what a stream has filled up at the end of the batch.
+        """
+        size = batch.candidates_per_prompt.numel()
+        if num_fill:
+            return size - num_fill
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        own = min(max(state.remainder - self.args.process_index * size, 0), size)
+        return None if own == size else own
+
+    def _skipped_records(self) -> dict[str, int]:
+        """What a training line of the log says of a stream's bad records."""
+        stream = self.train_dataset
+        return {"skipped_records": stream.skipped} if isinstance(stream, RankedStream) and stream.skipped else {}

@@ -1,0 +1,170 @@
+"""Tokenising in several processes: lists in a pool of them, tables of `datasets` by their own `map`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import multiprocessing
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from transformers.utils import logging
+
+from clha_fast.batch import CandidateFeature
+from clha_fast.data.readers import record_from_row
+from clha_fast.data.records import RankedRecord, RecordError
+
+Example = RankedRecord | Mapping[str, Any]
+Tokenise = Callable[[RankedRecord], CandidateFeature]
+
+_tokenise: Tokenise  # of a process of the pool, set when it starts
+
+_CHUNK = 64  # records that a process takes at a time
+_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+
+
+def as_record(example: Example, source: str) -> RankedRecord:
+    """The example itself, or a row in a known format as a record."""
+    return example if isinstance(example, RankedRecord) else record_from_row(example, source)
+
+
+def check_num_proc(num_proc: int | None) -> None:
+    """ValueError where it is neither None nor a positive integer."""
+    if num_proc is not None and (not isinstance(num_proc, int) or isinstance(num_proc, bool) or num_proc < 1):
+        raise ValueError(f"num_proc: expected a positive integer or None, got {num_proc!r}")
+
+
+def tokenise_all(
+    examples: Iterable[Example],
+    tokenise: Tokenise,
+    num_proc: int | None = None,
+    skipped: list[RecordError] | None = None,
+    progress: bool | None = None,
+) -> list[CandidateFeature]:
+    """Every example tokenised, in order, the same whatever the number of processes.
+
+    Args:
+        tokenise: of one record; it travels to the processes.
+        num_proc: processes; None and 1 are this one.
+        skipped: None raises the first `RecordError`; a list collects them, and their records are left out.
+        progress: show a bar; None shows it for more than 2000 records.
+    """
+    check_num_proc(num_proc)
+    rows = list(examples)
+    bar = logging.tqdm(
+        total=len(rows),
+        desc="Tokenising",
+        unit=" prompts",
+        disable=not (len(rows) > _LARGE if progress is None else progress),
+    )
+    features = []
+    with bar:
+        for result in _results(rows, tokenise, min(num_proc or 1, max(len(rows), 1))):
+            if isinstance(result, RecordError):
+                if skipped is None:
+                    raise result
+                skipped.append(result)
+            else:
+                features.append(result)
+            bar.update(1)
+    return features
+
+
+def _results(rows: list[Example], tokenise: Tokenise, num_proc: int) -> Iterator[CandidateFeature | RecordError]:
+    if num_proc == 1:
+        yield from (_one(row, number, tokenise) for number, row in enumerate(rows))
+        return
+    chunks = [(start, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+    # Forked processes need no importable main module; a tokenizer uses no thread or device that a fork would lose.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    pool = ProcessPoolExecutor(
+        num_proc, multiprocessing.get_context(method), initializer=_start_process, initargs=(tokenise,)
+    )
+    with pool:
+        try:
+            yield from itertools.chain.from_iterable(pool.map(_chunk, chunks))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_process(tokenise: Tokenise) -> None:
+    global _tokenise
+    _tokenise = tokenise
+    # The processes are the parallelism; threads of the tokenizer would be lost in a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _chunk(chunk: tuple[int, list[Example]]) -> list[CandidateFeature | RecordError]:
+    start, rows = chunk
+    return [_one(row, start + number, _tokenise) for number, row in enumerate(rows)]
+
+
+def _one(row: Example, number: int, tokenise: Tokenise) -> CandidateFeature | RecordError:
+    try:
+        return compact(tokenise(as_record(row, f"record {number}")))
+    except RecordError as error:
+        return error
+
+
+def compact(feature: CandidateFeature) -> CandidateFeature:
+    """Four bytes a token instead of a Python list's eight."""
+    feature["prompt_ids"] = array("i", feature["prompt_ids"])
+    feature["completion_ids"] = [array("i", ids) for ids in feature["completion_ids"]]
+    return feature
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a `datasets.Dataset`, without importing `datasets` for what is none."""
+    return type(value).__module__.partition(".")[0] == "datasets" and hasattr(value, "map") and hasattr(value, "select")
+
+
+def tokenise_table(
+    table: Any, tokenise: Tokenise, num_proc: int | None = None, skipped: list[RecordError] | None = None
+) -> Sequence[CandidateFeature]:
+    """A `datasets.Dataset` of rows in a known format, tokenised by its own `map`; arguments as `tokenise_all`.
+
+    The result is a table in memory, four bytes a token. It is not cached on disk: a cache is looked up by the name of
+    a function in this library, and would outlive a change of what that function does.
+    """
+    check_num_proc(num_proc)
+    datasets = importlib.import_module("datasets")
+    whole, number = datasets.Value("int32"), datasets.Value("int64")
+    columns = {
+        "prompt_ids": datasets.List(whole),
+        "completion_ids": datasets.List(datasets.List(whole)),
+        "rewards": datasets.List(datasets.Value("float64")),
+        "sft_index": number,
+        "source": datasets.Value("string"),
+        "error": datasets.Value("string"),
+    }
+    done = table.map(
+        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None),
+        with_indices=True,
+        num_proc=num_proc,
+        remove_columns=table.column_names,
+        features=datasets.Features(columns),
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+        desc="Tokenising",
+    )
+    errors = list(done["error"])
+    if skipped is not None and any(error is not None for error in errors):
+        skipped += [RecordError(error, source=error.partition(": ")[0]) for error in errors if error is not None]
+        done = done.select([index for index, error in enumerate(errors) if error is None])
+    features: Sequence[CandidateFeature] = done.remove_columns("error")
+    return features
+
+
+def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool) -> dict[str, Any]:
+    try:
+        return {**tokenise(as_record(row, f"record {index}")), "error": None}
+    except RecordError as error:
+        if not skip:
+            raise
+        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
+        return {**nothing, "source": error.source, "error": str(error)}

@@ -1,0 +1,239 @@
+"""Micro-batches of whole prompts with little padding: under a budget of padded tokens, or of like length."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import seed_worker
+from transformers.utils import logging
+
+from clha_fast.batch import CandidateFeature, inert_mask
+from clha_fast.options import CLHAOptions
+
+logger = logging.get_logger(__name__)
+
+Shape = tuple[int, int]
+
+# Batches that are cut from one block of prompts: more sort better, fewer mix better.
+_BLOCK = 50
+# How much shorter a prompt may be taken to be: with none, a small set would have the same batches in every epoch.
+_JITTER = 0.1
+# Epochs that are packed beforehand to learn how many batches one may need.
+_TRIALS = 4
+
+
+def prompt_shapes(
+    features: Sequence[CandidateFeature], options: CLHAOptions, drop_inert: bool = True, multiple: int | None = None
+) -> list[Shape]:
+    """(rows, tokens of the longest row) that each prompt puts into a batch.
+
+    Args:
+        options, drop_inert, multiple: as `RankedCollator` has them (`multiple`: its `pad_to_multiple_of`). A prompt
+            whose candidates are all inert has no row, and the length of its longest candidate.
+
+    Raises:
+        ValueError: an item is no tokenised record.
+    """
+    items = [_tokenised(features[index], index) for index in range(len(features))]
+    sizes = [len(item["completion_ids"]) for item in items]
+    kept = torch.ones(sum(sizes), dtype=torch.bool)
+    if drop_inert and items:
+        rewards = None
+        if items[0]["rewards"] is not None:
+            rewards = torch.tensor([r for item in items for r in item["rewards"] or ()], dtype=torch.float32)
+        targets = torch.tensor([int(item["sft_index"]) for item in items])
+        kept = ~inert_mask(rewards, torch.tensor(sizes), targets, options)
+    step = multiple or 1
+    shapes = []
+    for item, mask in zip(items, kept.split(sizes), strict=True):
+        lengths = [len(ids) for ids, keep in zip(item["completion_ids"], mask.tolist(), strict=True) if keep]
+        width = len(item["prompt_ids"]) + max(lengths or map(len, item["completion_ids"]))
+        shapes.append((len(lengths), -(-width // step) * step))
+    return shapes
+
+
+def _tokenised(item: Any, index: int) -> CandidateFeature:
+    if isinstance(item, Mapping) and "prompt_ids" in item and "completion_ids" in item:
+        return item  # type: ignore[return-value]
+    expected = "a tokenised record with prompt_ids and completion_ids (RankedCollator.tokenize_record)"
+    raise ValueError(f"train_dataset[{index}]: expected {expected}, got {type(item).__name__}")
+
+
+def padded_tokens(shapes: Sequence[Shape], batch: Sequence[int]) -> int:
+    """Rows times the longest row, of one batch of positions in `shapes`."""
+    own = [shapes[index] for index in batch if shapes[index][0]]
+    return sum(rows for rows, _ in own) * max((width for _, width in own), default=0)
+
+
+class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of whole prompts, each of at most `max_tokens` padded tokens (rows times the longest row).
+
+    An epoch shuffles the prompts, sorts blocks of them by length, cuts the blocks into batches and shuffles these.
+    Every prompt is in exactly one batch of an epoch. Every epoch has the same number of batches, a multiple of
+    `num_processes` (batches are halved to get there), so that no process waits for another at the end; only where
+    there are fewer prompts than that do batches come twice. Batches that run at the same time on several processes
+    cost about the same, and the costliest come first, so that memory fails at once or never.
+
+    The order depends on `seed` and epoch alone: every process computes the same one, and a resumed run finds its place.
+
+    Args:
+        shapes: of `prompt_shapes`. max_tokens: a prompt that is larger forms a batch of its own, with a warning.
+        num_processes: batch i goes to process i modulo num_processes (what accelerate does).
+
+    Raises:
+        ValueError: no prompt; `max_tokens` or `num_processes` is not positive.
+    """
+
+    drop_last = False  # accelerate would leave the last batches out
+
+    def __init__(self, shapes: Sequence[Shape], max_tokens: int, seed: int = 0, num_processes: int = 1) -> None:
+        for name, value in (("max_tokens", max_tokens), ("num_processes", num_processes)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not shapes:
+            raise ValueError("shapes: expected at least one prompt, got none")
+        self.shapes = list(shapes)
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.num_processes = num_processes
+        self.epoch = 0
+        whole = sum(rows * width for rows, width in shapes)
+        self._block = max(1, round(_BLOCK * max_tokens / max(whole, 1) * len(shapes)))
+        self.too_large = sum(rows * width > max_tokens for rows, width in shapes)
+        if self.too_large:
+            largest = max(rows * width for rows, width in shapes)
+            logger.warning(
+                f"max_tokens_per_batch: {self.too_large} of {len(shapes)} prompts are larger than {max_tokens} tokens "
+                f"(up to {largest}); each forms a batch of its own"
+            )
+        most = max(len(self._pack(epoch)) for epoch in range(_TRIALS))
+        self._length = -(-most // num_processes) * num_processes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's batches come next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches(self.epoch)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, for all processes."""
+        packed = self._pack(epoch)
+        if len(packed) > self._length:  # rare: then the prompts stay together as they were, in another order
+            packed = self._pack(0)
+        packed = self._halve(packed)
+        for index in range(self._length - len(packed)):
+            packed.append(packed[index])
+        packed.sort(key=self._cost, reverse=True)
+        size = self.num_processes
+        groups = [packed[start : start + size] for start in range(0, len(packed), size)]
+        first, *others = groups
+        self._random(epoch, "order").shuffle(others)
+        return [batch for group in (first, *others) for batch in group]
+
+    def _cost(self, batch: Sequence[int]) -> int:
+        return padded_tokens(self.shapes, batch)
+
+    def _random(self, epoch: int, what: str) -> random.Random:
+        return random.Random(f"{self.seed} {epoch} {what}")
+
+    def _pack(self, epoch: int) -> list[list[int]]:
+        chance = self._random(epoch, "prompts")
+        order = list(range(len(self.shapes)))
+        chance.shuffle(order)
+        about = [width * chance.uniform(1 - _JITTER, 1) for _, width in self.shapes]
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self._block):
+            batch: list[int] = []
+            rows = width = 0
+            for index in sorted(order[start : start + self._block], key=lambda k: -about[k]):
+                more, longest = self.shapes[index]
+                longest = longest if more else 0
+                if rows and (rows + more) * max(width, longest) > self.max_tokens:
+                    batches.append(batch)
+                    batch, rows, width = [], 0, 0
+                batch.append(index)
+                rows, width = rows + more, max(width, longest)
+            batches.append(batch)
+        return batches
+
+    def _halve(self, batches: list[list[int]]) -> list[list[int]]:
+        """The same prompts in `len(self)` batches, or in one each where there are fewer prompts."""
+        heap = [(-self._cost(batch), number, batch) for number, batch in enumerate(batches) if len(batch) > 1]
+        done = [batch for batch in batches if len(batch) == 1]
+        heapq.heapify(heap)
+        number = len(batches)
+        while heap and len(heap) + len(done) < self._length:
+            _, _, batch = heapq.heappop(heap)
+            middle = len(batch) // 2
+            for part in (batch[:middle], batch[middle:]):
+                number += 1
+                if len(part) > 1:
+                    heapq.heappush(heap, (-self._cost(part), number, part))
+                else:
+                    done.append(part)
+        return [*(batch for _, _, batch in heap), *done]
+
+
+class LengthSampler(LengthGroupedSampler):
+    """transformers' sampler of like lengths, in an order that depends on seed and epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(60))
+        return iter(super().__iter__())
+
+
+def row_lengths(features: Sequence[CandidateFeature]) -> list[int]:
+    """Tokens of every prompt's longest row."""
+    items = (_tokenised(features[index], index) for index in range(len(features)))
+    return [len(item["prompt_ids"]) + max(map(len, item["completion_ids"])) for item in items]
+
+
+def budget_loader(
+    dataset: Any, collator: Callable[[Any], Any], sampler: TokenBudgetSampler, args: TrainingArguments
+) -> DataLoader[Any]:
+    """A loader with the worker settings of `args`, still to be prepared by accelerate."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+
+
+def pass_epochs_on(loader: DataLoader[Any]) -> None:
+    """Let the epoch reach a sampler inside accelerate's shard when the first batches are skipped, too.
+
+    Trainer and accelerate look one level deep; skipping puts one more around the shard, and a run resumed inside a
+    later epoch would go through the first one's order.
+    """
+    shard: Any = getattr(loader, "batch_sampler", None)
+    inner: Any = getattr(shard, "batch_sampler", None)
+    if hasattr(inner, "set_epoch"):
+        shard.set_epoch = inner.set_epoch
+    elif hasattr(getattr(inner, "sampler", None), "set_epoch"):
+        shard.sampler = inner.sampler
