@@ -43,6 +43,8 @@ loss      --preset published|paper|sft_only, and to override it --margin --rewar
           --rank_weight --sft --sft_weight --sft_factor --reward_floor; --normalizer batch|global  --temperature
           --backend auto|triton|torch|reference  --workspace_mb MIB
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
+          --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
+          --dataset_num_proc (processes that tokenise)
 training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
 report    --memory_report (peak memory of the loss, beside the eager loss's)  --plot false

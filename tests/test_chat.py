@@ -50,6 +50,28 @@ def test_truncation_leaves_the_end_of_turn_out(name: str) -> None:
         assert cut["completion_ids"] == [ids[:limit] for ids in whole]
 
 
+def test_lengths_cut_the_prompt_on_the_left_and_alike_for_all() -> None:
+    tokenizer = chat_tokenizer(SHAPES["llama 3"])
+    record = RankedRecord(MESSAGES, ANSWERS)
+    whole = RankedCollator(tokenizer).tokenize_record(record)
+    prompt, completions = whole["prompt_ids"], whole["completion_ids"]
+    cut = RankedCollator(tokenizer, max_prompt_length=9).tokenize_record(record)
+    assert cut == {**whole, "prompt_ids": [prompt[0], *prompt[-8:]]}
+    longest = max(map(len, completions))
+    cut = RankedCollator(tokenizer, max_length=longest + 9).tokenize_record(record)
+    assert cut == {**whole, "prompt_ids": [prompt[0], *prompt[-8:]]}
+    cut = RankedCollator(tokenizer, max_length=longest).tokenize_record(record)
+    room = longest - 2  # BOS and a token of its own are the least that a prompt keeps
+    assert cut == {
+        **whole,
+        "prompt_ids": [prompt[0], prompt[-1]],
+        "completion_ids": [ids[:room] for ids in completions],
+    }
+    ends = [ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>") for ids in cut["completion_ids"]]
+    assert ends == [len(ids) <= room for ids in completions]
+    assert False in ends
+
+
 def test_a_system_message_and_a_longer_dialogue() -> None:
     messages = ({"role": "system", "content": "Be kind."}, *MESSAGES)
     collator = RankedCollator(chat_tokenizer(SHAPES["default system prompt"]))

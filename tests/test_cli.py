@@ -74,10 +74,12 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path: Path, capsys: 
     words = command(tmp_path, "--max_steps", "1")
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"prompt": "p", "completions": ["a", ""], "rewards": [1.0, 0.0]}\n')
+        # A record like any other until it is tokenised: nothing but the end of a response.
+        file.write('{"prompt": "p", "completions": ["a", "</s>"], "rewards": [1.0, 0.0]}\n')
     assert cli.main(words) == 2
     assert "completions[1]" in capsys.readouterr().err
     assert cli.main([*words, "--skip_bad_records"]) == 0
-    assert "skipped   1 bad records, the first: " in capsys.readouterr().out
+    assert "skipped   2 bad records, the first: " in capsys.readouterr().out
 
 
 def test_train_from_scratch(

@@ -176,6 +176,9 @@ def test_a_bad_record_in_a_stream(tmp_path: Path) -> None:
     )
     assert sum(len(batch["candidates_per_prompt"]) for batch in loader) == 12
     assert loader.dataset.skipped == 2
+    loader = DataLoader(RankedStream(Rows(rows), COLLATOR), 2, collate_fn=COLLATOR, num_workers=1)
+    with pytest.raises(RecordError, match=r"record 3: completions\[1\]: expected a response that is not empty"):
+        list(loader)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Every case is a way of loading data that must not depend on the number of proces
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -126,10 +127,8 @@ def resumed(folder: str, **changes: Any) -> dict[str, Any]:
     whole = trainer(f"{folder}-whole", ROWS, max_steps=12, **changes)
     whole.train()
     half = trainer(folder, ROWS, cut=9, max_steps=12, save_strategy="steps", save_steps=9, **changes)
-    try:
+    with contextlib.suppress(PowerCut):
         half.train()
-    except PowerCut:
-        pass
     rest = trainer(folder, ROWS, max_steps=12, **changes)
     rest.train(resume_from_checkpoint=True)
     inside = half.state.epoch is not None and half.state.epoch > 1 and half.state.epoch % 1 > 0

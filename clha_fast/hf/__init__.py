@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from clha_fast.hf.collator import RankedCollator, RankedDataset
     from clha_fast.hf.config import CLHAConfig
     from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+    from clha_fast.hf.sampling import TokenBudgetSampler
+    from clha_fast.hf.stream import RankedStream
     from clha_fast.hf.trainer import CLHATrainer
 
 _WHERE = {
@@ -20,6 +22,8 @@ _WHERE = {
     "HeadInfo": "heads",
     "RankedCollator": "collator",
     "RankedDataset": "collator",
+    "RankedStream": "stream",
+    "TokenBudgetSampler": "sampling",
     "UnsupportedHeadError": "heads",
     "fused_head": "heads",
     "inspect_head": "heads",
@@ -31,6 +35,8 @@ __all__ = [
     "HeadInfo",
     "RankedCollator",
     "RankedDataset",
+    "RankedStream",
+    "TokenBudgetSampler",
     "UnsupportedHeadError",
     "fused_head",
     "inspect_head",

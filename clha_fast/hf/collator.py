@@ -217,6 +217,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
 
     Attributes:
         lengths: tokens of every prompt's longest row, for samplers that group by length.
+        skipped: the errors of records left out; the list given as `skipped`, or an empty one.
 
     Raises:
         ValueError: no record, or some records with rewards and some without; a bad `num_proc`.
@@ -231,6 +232,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         num_proc: int | None = None,
         skipped: list[RecordError] | None = None,
     ) -> None:
+        self.skipped: list[RecordError] = [] if skipped is None else skipped
         self._features: Sequence[CandidateFeature]
         if is_table(records):
             self._features = tokenise_table(records, collator.tokenize_record, num_proc, skipped)

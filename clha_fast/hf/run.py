@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
 _NEUTRAL = (
     *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "push_to_hub"),
-    *("dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc"),
 )
 
 
@@ -162,6 +162,8 @@ class Run:
             processing_class=self.tokenizer,
             callbacks=[self._stop],
         )
+        for dataset in (self.trainer.train_dataset, self.trainer.eval_dataset):
+            self.skipped += dataset.skipped
 
     def _read(self) -> tuple[list[RankedRecord], list[RankedRecord]]:
         options = self.options

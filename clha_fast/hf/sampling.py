@@ -221,6 +221,7 @@ def budget_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         worker_init_fn=functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     )
 
@@ -228,8 +229,8 @@ def budget_loader(
 def pass_epochs_on(loader: DataLoader[Any]) -> None:
     """Let the epoch reach a sampler inside accelerate's shard when the first batches are skipped, too.
 
-    Trainer and accelerate look one level deep; skipping puts one more around the shard, and a run resumed inside a
-    later epoch would go through the first one's order.
+    Trainer and accelerate look one level deep, and skipping puts one more around the shard: a run resumed inside a
+    later epoch would go through the first one's order. (accelerate does the same for its own random sampler.)
     """
     shard: Any = getattr(loader, "batch_sampler", None)
     inner: Any = getattr(shard, "batch_sampler", None)
