@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from chat_templates import CHATML, IM, MESSAGES, SHAPES, TEXTS, Shape, blank_tokenizer, chat_tokenizer
+from test_trainer import config
+from tiny import make_model
 
 from clha_fast.data import RankedRecord, RecordError
 from clha_fast.hf.chat import render_chat
 from clha_fast.hf.collator import RankedCollator
+from clha_fast.hf.trainer import CLHATrainer
 
 ANSWERS = ("Because it reflects the sea.", "Air scatters short wavelengths\nof sunlight")
 
@@ -123,6 +128,36 @@ def test_the_stand_in_is_told_from_the_messages() -> None:
     texts = render_chat(messages, ("response", "a"), chat_tokenizer(SHAPES["chatml"]), "f:1")
     assert texts.prompt == "<|im_start|>user\nresponse response0<|im_end|>\n<|im_start|>assistant\n"
     assert texts.responses == ("response<|im_end|>", "a<|im_end|>")
+
+
+def test_conversations_through_the_trainer(tmp_path: Path) -> None:
+    """Rows of messages in a table, whose keys it fills up with None, and TRL's pairs of whole conversations."""
+    tokenizer = chat_tokenizer(SHAPES["gemma"])
+    tokenizer.pad_token = tokenizer.eos_token
+    asked = [{"role": "user", "content": "Why?", "name": "me"}]
+    said = [{"role": "assistant", "content": text} for text in ANSWERS]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "messages": [{"prompt": asked, "completions": [[said[0]], [said[1]]]}],
+        "texts": [{"prompt": asked, "completions": list(ANSWERS)}],
+        "pairs": [{"chosen": [*asked, said[0]], "rejected": [*asked, said[1]]}],
+        "prompt and pairs": [{"prompt": asked, "chosen": said[:1], "rejected": said[1:]}],
+    }
+    losses = set()
+    for given in rows.values():
+        trainer = CLHATrainer(
+            make_model(len(tokenizer)),
+            config(tmp_path, max_steps=1, logging_steps=1),
+            train_dataset=datasets.Dataset.from_list(given),
+            processing_class=tokenizer,
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        scored = [decode(tokenizer, ids) for ids in batch["targets"].split(batch["candidate_lengths"].tolist())]
+        assert scored == [f"{text}<end_of_turn>" for text in ANSWERS]
+        first = batch["input_ids"][0, : int(batch["row_index"][0]) + 1]
+        assert decode(tokenizer, first) == "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+        trainer.train()
+        losses.add(trainer.state.log_history[0]["loss"])
+    assert len(losses) == 1
 
 
 THOUGHTS_IN_PROMPT = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")

@@ -197,7 +197,7 @@ class RankedCollator:
     @functools.cached_property
     def _adds_blank(self) -> bool:
         alone, *after = self._encode(["b", *(f"{anchor}b" for anchor in _ANCHORS)])
-        return not any(ids[-len(alone) :] == alone for ids in after)
+        return bool(alone) and not any(ids[-len(alone) :] == alone for ids in after)
 
     @staticmethod
     def _check_limit(name: str, limit: int, needed: int, source: str) -> None:
