@@ -19,7 +19,7 @@ from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.torch_backend import _BLOCK_BYTES, _Head
-from clha_fast.torch_ranking import Plan, Ranking, make_plan
+from clha_fast.token_loss import clha_loss
 
 _DEFAULT_HEAD = HeadOptions()
 
@@ -148,24 +148,6 @@ class _TokenLogps(torch.autograd.Function):
         return (*sweep.gradients(inputs.hidden.dtype), None, None, None, None)
 
 
-class _Rank(torch.autograd.Function):
-    """The loss of token log-probabilities that are there already."""
-
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, plan: Plan, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor]:
-        ranking, last = Ranking(plan, options), len(plan.candidate_offsets) - 1
-        ranking.rank(0, last, logps)
-        ctx.save_for_backward(ranking.token_coefficients(0, last).to(logps.dtype))
-        loss, metrics, scores = ranking.finish(logps.dtype)
-        ctx.mark_non_differentiable(metrics, scores)
-        return loss, metrics, scores
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (coefficients,) = ctx.saved_tensors
-        return coefficients * grads[0], None, None
-
-
 def _check(inputs: HeadInputs, shard: VocabShard, head: HeadOptions) -> None:
     checks.target_values(inputs, head.ignore_index, vocabulary=shard.size)
     rows = inputs.weight.shape[0]
@@ -246,8 +228,8 @@ def linear_clha_loss(
         ValueError: as `functional.linear_clha_loss`.
     """
     ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
     checks.ranking_inputs(ranking)
     checks.ranking_values(targets.shape[0], ranking)
     logps = token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
-    loss, values, scores = _Rank.apply(logps, make_plan(targets, ranking, head, options, logps.dtype), options)
-    return loss, CLHAMetrics(values, scores)
+    return clha_loss(logps, targets, ranking, ignore_index=head.ignore_index, options=options)

@@ -20,10 +20,22 @@ from transformers.utils import ModelOutput
 
 from clha_fast.batch import CandidateBatch
 from clha_fast.dispatch import BACKENDS, Backend
+from clha_fast.hf.adapters import base_model
 from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, cache_flags, fused_head, inspect_head
+from clha_fast.hf.heads import (
+    HeadForward,
+    HeadInfo,
+    UnsupportedHeadError,
+    cache_flags,
+    fused_head,
+    has_own_forward,
+    inspect_head,
+    output_embedding,
+)
 from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
+from clha_fast.hf.own_forward import check_backend
+from clha_fast.hf.router import auxiliary_coefficient
 from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions
 
@@ -94,7 +106,7 @@ class Attached:
         if self._previous is not None:
             model.forward = self._previous
         head = self.info.module
-        if getattr(vars(head).get("forward"), "__func__", None) is type(head).forward:
+        if "forward" in vars(head) and not has_own_forward(head):
             del head.forward
         return model
 
@@ -159,10 +171,15 @@ class Attached:
             raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
         if kwargs.get("labels") is not None:
             raise ValueError("labels: expected none beside a batch of candidates (its targets are scored), got some")
-        if self.model.get_output_embeddings() is not self.info.module:  # type: ignore[operator]
+        if output_embedding(self.model) is not self.info.module:
             raise UnsupportedHeadError(
                 "model: expected the output embedding that was there when it was attached, got another one (an adapter "
-                "on the head?); detach, change the head and attach again"
+                "on the head, or another one active?); detach, change the head and attach again"
+            )
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
+                "attach the PeftModel itself, after get_peft_model"
             )
         # Not a CandidateBatch: torch.compile does not follow what dataclasses know of themselves.
         for name in _NEEDED:
@@ -176,7 +193,7 @@ class Attached:
     def _loss(
         self, inputs: dict[str, Tensor], tensors: dict[str, Tensor], scale: Tensor | None, others: dict[str, Any]
     ) -> CLHAOutput:
-        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             if tensors["candidates_per_prompt"].shape[0] == 0:
                 return _no_prompts(hidden, weight, bias)
             loss, metrics = head_loss(
@@ -196,8 +213,7 @@ class Attached:
             values = torch.cat([values[:2] * scale.to(values), values[2:]])
         auxiliary = getattr(output, "aux_loss", None)
         if auxiliary is not None:
-            coefficient: float = self.model.config.router_aux_loss_coef  # type: ignore[union-attr,assignment]
-            loss = loss + coefficient * auxiliary.to(loss.device)
+            loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
         return CLHAOutput(loss=loss, metrics=CLHAMetrics(values, scores), aux_loss=auxiliary)
 
 
@@ -208,8 +224,10 @@ def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
     return CandidateBatch(rows, rows, none, none, none, none, none.to(torch.float32), none)
 
 
-def _no_prompts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _no_prompts(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Loss 0 whose gradients are zeros for all that the head reads, and metrics of nothing."""
+    if isinstance(weight, HeadForward):
+        weight = weight(hidden[:1])
     local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
     zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
     return zero, zero.new_zeros(len(METRIC_NAMES)), zero.new_zeros(0)
@@ -248,7 +266,10 @@ _DATA_PARALLEL = (
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile's wrapper or a DeepSpeed engine."""
+    """The transformers model inside DDP, torch.compile's wrapper, a DeepSpeed engine or a PeftModel.
+
+    A PeftModel that adds virtual tokens is taken as the model: only there the tokens' positions are known.
+    """
     inner: Any = model
     while True:
         if isinstance(inner, nn.DataParallel):
@@ -262,6 +283,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         elif isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
             inner = inner.module
+        elif (base := base_model(inner)) is not inner:
+            inner = base
         else:
             return inner
 
@@ -313,7 +336,8 @@ def attach(
     is taken too; under the sharded ones all processes must attach.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
+            (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `hf.own_forward`.
         options: the loss, see `CLHAOptions`.
         backend: "auto", "triton", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes: see `HeadOptions`.
@@ -324,6 +348,7 @@ def attach(
     Raises:
         ValueError: nn.DataParallel, a model with its loss attached already, or a setting out of range.
         UnsupportedHeadError: the head cannot be fused, with the reason.
+        BackendError: `backend` reads the head's weight, and the head is more than one.
 
     Example::
 
@@ -337,15 +362,16 @@ def attach(
     inner = _unwrap(model)
     if _STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
-    getter = getattr(inner, "get_output_embeddings", None)
-    head: Any = getter() if callable(getter) else None
+    head: Any = output_embedding(inner)
     if hasattr(getattr(head, "weight", None), "ds_id") and head.weight.numel() == 0:
         raise ValueError(
             "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "
             "deepspeed.initialize, and build the model outside deepspeed.zero.Init"
         )
-    with _bare(head if isinstance(head, nn.Module) else None):
-        info = inspect_head(inner)
+    with _bare(head):
+        info = inspect_head(inner, own_forward=True)
+    if info.own_forward is not None:
+        check_backend(backend, info.own_forward)
     attached = Attached(
         inner,
         info,

@@ -1,4 +1,4 @@
-"""The loss inside the output embedding's call, whether its weight is whole or spread over a tensor-parallel group."""
+"""The loss inside the output embedding's call: its weight whole, spread over a tensor-parallel group, or none."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from clha_fast import vocab_parallel
 from clha_fast.dispatch import Backend
 from clha_fast.functional import linear_clha_loss
+from clha_fast.hf.heads import HeadForward
+from clha_fast.hf.own_forward import head_clha_loss
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.vocab_parallel import VocabShard
@@ -18,7 +20,7 @@ from clha_fast.vocab_parallel import VocabShard
 
 def head_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadForward,
     bias: Tensor | None,
     tensors: Mapping[str, Tensor | None],
     *,
@@ -30,13 +32,23 @@ def head_loss(
 
     Args:
         hidden: [B * T, H]. weight: [V, H], plain, or a DTensor that is replicated or has its rows sharded over one
-            mesh dimension (a column-parallel head); hidden may be a DTensor with it. bias: [V] or None.
+            mesh dimension (a column-parallel head); hidden may be a DTensor with it. A `HeadForward` is called a
+            chunk of tokens at a time, see `own_forward`. bias: [V] or None.
         tensors: `CandidateBatch.loss_inputs()`, and `pair_counts` and `prompt_count` of a larger batch if given.
-        backend: a sharded head is computed in torch; "auto" and "torch" take it.
+        backend: a sharded head is computed in torch; "auto" and "torch" take it. A `HeadForward` is taken by "auto",
+            and by "reference", which forms all of its logits at once.
 
     Raises:
         ValueError: the weight is laid out in another way, or `backend` names one that has no sharded form.
+        BackendError: `backend` names one that cannot call a `HeadForward`.
     """
+    if isinstance(weight, HeadForward):
+        if isinstance(hidden, DTensor):
+            raise ValueError(
+                f"hidden: expected a plain tensor before {type(weight.module).__name__}, got {hidden.placements} "
+                "(adapters on a tensor-parallel head are not computed)"
+            )
+        return head_clha_loss(hidden, weight, bias, tensors, head=head, options=options, backend=backend)
     given: dict[str, Any] = {**tensors, "head": head, "options": options}
     if not isinstance(weight, DTensor):
         return linear_clha_loss(hidden, weight, bias=bias, backend=backend, **given)

@@ -2,7 +2,8 @@
 
 The head's own forward is intercepted, so whatever comes before it (norm, division) has run and whatever gathers its
 weight (wrappers' hooks) has gathered it. What the model does to the head's result is measured once, not read from
-configuration names.
+configuration names. A head that is more than one weight (an adapter on it, quantised) is never read: its own forward
+is called where the caller asks for that, and it is refused elsewhere.
 """
 
 from __future__ import annotations
@@ -16,15 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clha_fast.hf.adapters import active_module, virtual_tokens
 from clha_fast.hf.probe import Transform, UnsupportedTransform, fit_transform, is_linear, probe_values
 from clha_fast.options import HeadOptions
 
-# (hidden [B * T, H], weight [V, H], bias [V] or None) -> a tensor, or a tuple that begins with one.
-HeadCompute = Callable[[Tensor, Tensor, "Tensor | None"], Any]
+# (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a
+# tensor, or a tuple that begins with one.
+HeadCompute = Callable[[Tensor, Any, "Tensor | None"], Any]
 
 
 class UnsupportedHeadError(ValueError):
     """The model's output embedding, or what the model does to its result, is not understood; it is never guessed."""
+
+
+@dataclass(frozen=True)
+class HeadForward:
+    """A head that is no linear map of its own weight, as a function.
+
+    Attributes:
+        module: the output embedding. reason: why it is not read as a weight.
+        vocab_size: V, the logits that count. differentiable: whether it has a gradient for its input.
+    """
+
+    module: nn.Module
+    reason: str
+    vocab_size: int = 0
+    differentiable: bool = False
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, H] hidden states to their raw logits [n, V], with a graph."""
+        # By way of the class: on the instance stands what has replaced it.
+        logits: Tensor = type(self.module).forward(self.module, rows.unsqueeze(0))
+        if _is_dtensor(logits):
+            raise UnsupportedHeadError(
+                f"model: expected a head with all of its logits on every process, got {type(self.module).__name__} "
+                "spread over a mesh (adapters on a tensor-parallel head are not computed)"
+            )
+        return logits[0, :, : self.vocab_size]
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,8 @@ class HeadInfo:
         bias_name: a parameter or buffer [V] that the model adds to the head's result, None for none.
         stream: k where the head is called with [B, K, T, H] and the logits come from [:, k] (ProphetNet's n-gram
             streams); None where it is called with [B, T, H].
+        own_forward: the head as a function where its weight is not what it computes with; None for a linear head.
+        virtual_tokens: positions that prompt tuning puts in front of the tokens, and that are not scored.
     """
 
     module: nn.Module
@@ -46,6 +77,8 @@ class HeadInfo:
     softcap: float | None = None
     bias_name: str | None = None
     stream: int | None = None
+    own_forward: HeadForward | None = None
+    virtual_tokens: int = 0
 
     def options(
         self, temperature: float = 1.0, ignore_index: int = -100, workspace_bytes: int | None = None
@@ -75,33 +108,58 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _output_embedding(model: nn.Module) -> nn.Module:
-    """The head as a plain linear layer, or UnsupportedHeadError."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise _refuse(model, None, "it is an encoder-decoder; a causal language model is needed")
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, buffer or computed attribute of a module, None where it has none of that name."""
+    value = getattr(module, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that computes the logits; of peft's copies of it the active one."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    if not isinstance(head, nn.Module):
+    return active_module(head) if isinstance(head, nn.Module) else None
+
+
+def has_own_forward(head: nn.Module) -> bool:
+    """Whether something has replaced the forward on the instance by another than the class's."""
+    forward = vars(head).get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
+
+
+def _head_of(model: nn.Module) -> nn.Module:
+    """The one head, or UnsupportedHeadError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise _refuse(
+            model,
+            None,
+            "it is an encoder-decoder, whose decoder wants decoder_input_ids, and a batch of candidates has one "
+            "sequence for prompt and response; a causal language model is needed",
+        )
+    head = output_embedding(model)
+    if head is None:
         raise _refuse(model, None, "it returns no logits over a vocabulary")
     if isinstance(head, (nn.ModuleList, nn.ModuleDict)):
         raise _refuse(model, head, f"it holds {len(head)} heads, each with a vocabulary of its own")
-    if "forward" in vars(head):
+    if has_own_forward(head):
         raise _refuse(model, head, "its forward has been replaced on the instance")
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise _refuse(model, head, "its weight is not a floating tensor [V, H]")
+    return head
+
+
+def _why_not_linear(head: nn.Module) -> str | None:
+    """The reason why `head` is not read as hidden . weight^T + bias, None where it is."""
+    weight = _tensor(head, "weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return "its weight is not a floating tensor [V, H]"
     # A quantised weight can be a tensor class of its own that looks like a floating tensor.
     if type(weight) not in (Tensor, nn.Parameter) and not _is_dtensor(weight):
-        raise _refuse(model, head, f"its weight is a {type(weight).__name__} (quantised weights are not read)")
+        return f"its weight is a {type(weight).__name__} (quantised weights are not read)"
     # A wrapper around the weight (LoRA, quantisation) has a forward of its own: its `.weight` is not what it computes.
     if type(head).forward is not nn.Linear.forward and not is_linear(head):
-        raise _refuse(
-            model,
-            head,
-            "its forward is not that of torch.nn.Linear, nor does it compute the same "
-            "(LoRA and quantised heads are not read)",
-        )
-    return head
+        return "its forward is not that of torch.nn.Linear, nor does it compute the same (an adapter, or quantised)"
+    return None
 
 
 @contextlib.contextmanager
@@ -140,7 +198,7 @@ def cache_flags(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in parameters or takes_any else {}
 
 
-def inspect_head(model: nn.Module) -> HeadInfo:
+def inspect_head(model: nn.Module, *, own_forward: bool = False) -> HeadInfo:
     """Find the output embedding and measure what the model does to its result.
 
     A forward over two tokens runs once with the head's result replaced by known float32 values. Understood are:
@@ -148,55 +206,120 @@ def inspect_head(model: nn.Module) -> HeadInfo:
     streams. A head of any class will do if it computes, and differentiates, what `torch.nn.functional.linear` does.
 
     Args:
-        model: a transformers causal language model, not yet wrapped for data parallelism.
+        model: a transformers causal language model, or a PeftModel around one, not yet wrapped for data parallelism.
+        own_forward: take a head that is not linear in its own weight (LoRA, DoRA, quantised) as a `HeadForward`, which
+            `compute` then gets in the weight's place. False refuses it.
 
     Raises:
-        UnsupportedHeadError: no output embedding, several, one that is not linear in its own weight (LoRA, quantised),
-            a model that does not run on token ids alone, or a transform that is none of these; the message names the
-            model, the head and what was seen.
+        UnsupportedHeadError: no output embedding, several, one that is not linear in its own weight, a model that does
+            not run on token ids alone, or a transform that is none of these; the message names the model, the head and
+            what was seen.
     """
-    head = _output_embedding(model)
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    rows, width = weight.shape
-    shapes: list[tuple[int, ...]] = []
-    values: list[Tensor] = []
-
-    def known(hidden: Tensor) -> Tensor:
-        shapes.append(tuple(hidden.shape))
-        values.append(probe_values(rows, hidden.shape[:-1].numel()).reshape(*hidden.shape[:-1], rows))
-        return values[-1].to(hidden.device)
-
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    device = embedding.device
-    ids = torch.arange(2, device=device).clamp(max=embedding.shape[0] - 1).unsqueeze(0)
-    with _quiet(model, device), _replaced_forward(head, known), torch.enable_grad():
-        # With gradients, though none is taken: logits that need one show a parameter that acts behind the head.
-        try:
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            why = " ".join(str(error).split())
-            raise _refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
-    if not shapes:
-        raise _refuse(model, head, "the model's forward never calls it")
-    shape = shapes[0]
-    if len(shapes) > 1 or len(shape) not in (3, 4) or (shape[0], *shape[-2:]) != (1, 2, width):
-        raise _refuse(model, head, f"it was called with hidden states of shape {shapes}, not once with [1, 2, H]")
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, 2):
-        raise _refuse(model, head, "the model returns no logits of shape [1, 2, V]")
+    head = _head_of(model)
+    reason = _why_not_linear(head)
+    if reason is not None and not own_forward:
+        raise _refuse(model, head, reason)
+    probe = _Probe(model, head, reason)
+    shape, raw, logits = probe.run()
+    virtual = probe.virtual
+    logits = logits[:, virtual:]
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     seen = None
-    for stream, raw in enumerate(values[0].reshape(-1, 1, 2, rows)):
+    for stream, values in enumerate(raw[..., virtual:, :].reshape(-1, 1, 2, raw.shape[-1])):
         try:
-            transform = fit_transform(raw, logits, parameters, buffers)
+            transform = fit_transform(values, logits, parameters, buffers)
         except UnsupportedTransform as error:
             seen = seen or error
         else:
-            return _info(head, transform, stream if len(shape) == 4 else None)
+            own = None
+            if reason is not None:
+                own = HeadForward(head, reason, transform.vocab_size, probe.differentiable)
+            return _info(head, transform, stream if len(shape) == 4 else None, own, virtual)
     raise _refuse(model, head, str(seen))
 
 
-def _info(head: nn.Module, transform: Transform, stream: int | None) -> HeadInfo:
+class _Probe:
+    """One forward of a model over two tokens, its head's result replaced by known values.
+
+    Attributes:
+        virtual: positions in front of the two tokens. differentiable: whether the head has a gradient for its input
+            (found out for a head that is not linear; a linear one has).
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module, reason: str | None) -> None:
+        self._model, self._head, self._linear = model, head, reason is None
+        weight = _tensor(head, "weight")
+        self._rows: int | None = None
+        self._width: int | None = None
+        if weight is not None and self._linear:
+            self._rows, self._width = weight.shape
+        self._shapes: list[tuple[int, ...]] = []
+        self._values: list[Tensor] = []
+        self.virtual, self.differentiable = 0, self._linear
+
+    def run(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """(shape of the hidden states, known values [..., T, rows], logits [1, T, V] that the model made of them)."""
+        model, head = self._model, self._head
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        device = embedding.device
+        ids = torch.arange(2, device=device).clamp(max=embedding.shape[0] - 1).unsqueeze(0)
+        with _quiet(model, device), _replaced_forward(head, self._known), torch.enable_grad():
+            # With gradients, though none is taken: logits that need one show a parameter that acts behind the head.
+            try:
+                output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
+            except (TypeError, ValueError, NotImplementedError) as error:
+                why = " ".join(str(error).split())
+                raise _refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
+        if not self._shapes:
+            raise _refuse(model, head, "the model's forward never calls it")
+        shape = self._shapes[0]
+        self.virtual = shape[-2] - 2 if len(shape) in (3, 4) else 0
+        fits = self.virtual in (0, virtual_tokens(model)) and shape[-1] == self._width
+        if len(self._shapes) > 1 or len(shape) not in (3, 4) or shape[0] != 1 or not fits:
+            seen = f"it was called with hidden states of shape {self._shapes}, not once with [1, 2, H]"
+            raise _refuse(model, head, seen)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, shape[-2]):
+            raise _refuse(model, head, "the model returns no logits of shape [1, 2, V]")
+        return shape, self._values[0], logits
+
+    def _known(self, hidden: Tensor) -> Tensor:
+        self._shapes.append(tuple(hidden.shape))
+        if not self._linear:
+            self._try(hidden)
+        rows = self._rows
+        assert rows is not None
+        self._values.append(probe_values(rows, hidden.shape[:-1].numel()).reshape(*hidden.shape[:-1], rows))
+        return self._values[-1].to(hidden.device)
+
+    def _try(self, hidden: Tensor) -> None:
+        """Calls a head that is not linear: its rows, whether tokens are apart in it, whether it has a gradient."""
+        head = self._head
+        x = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_()
+        try:
+            logits = type(head).forward(head, x)
+            alone = type(head).forward(head, x[:, -1:])
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            why = " ".join(str(error).split())
+            raise _refuse(self._model, head, f"its forward does not run on hidden states alone ({why})") from error
+        if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape[:2] or logits.dim() != 3:
+            raise _refuse(self._model, head, "its forward returns no logits of shape [B, T, V]")
+        difference = (alone - logits[:, -1:]).detach().double().norm()
+        # Quantised heads round a token by its neighbours; one that mixes tokens is further off than any rounding.
+        if not difference <= 0.05 * logits[:, -1:].detach().double().norm():
+            raise _refuse(self._model, head, "its forward mixes tokens, which cannot be taken apart")
+        self._rows, self._width = logits.shape[-1], hidden.shape[-1]
+        if logits.requires_grad:
+            try:
+                (grad,) = torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
+            except (RuntimeError, NotImplementedError):
+                grad = None
+            self.differentiable = grad is not None
+
+
+def _info(
+    head: nn.Module, transform: Transform, stream: int | None, own_forward: HeadForward | None, virtual_tokens: int
+) -> HeadInfo:
     return HeadInfo(
         module=head,
         vocab_size=transform.vocab_size,
@@ -204,6 +327,8 @@ def _info(head: nn.Module, transform: Transform, stream: int | None) -> HeadInfo
         softcap=transform.softcap,
         bias_name=transform.bias_name,
         stream=stream,
+        own_forward=own_forward,
+        virtual_tokens=virtual_tokens,
     )
 
 
@@ -219,37 +344,54 @@ class FusedHead:
         self._model_forward = model.forward
         self.called = False
         self.result: Any = None
+        self._length: int | None = None
 
-    def _tensors(self) -> tuple[Tensor, Tensor | None]:
+    def _tensors(self) -> tuple[Tensor | HeadForward, Tensor | None]:
         info = self._info
-        weight: Tensor = info.module.weight  # type: ignore[assignment]
-        bias: Tensor | None = info.module.bias  # type: ignore[assignment]
+        added = None
+        if info.bias_name is not None:
+            owner, _, name = info.bias_name.rpartition(".")
+            added = _tensor(self._model.get_submodule(owner), name)
+        if info.own_forward is not None:
+            return info.own_forward, added
+        weight, bias = _tensor(info.module, "weight"), _tensor(info.module, "bias")
+        assert weight is not None
         if info.vocab_size < weight.shape[0]:
             weight = weight[: info.vocab_size]
             bias = None if bias is None else bias[: info.vocab_size]
-        if info.bias_name is not None:
-            owner, _, name = info.bias_name.rpartition(".")
-            added: Tensor = getattr(self._model.get_submodule(owner), name)
+        if added is not None:
             bias = added if bias is None else bias + added
         return weight, bias
 
-    def head_forward(self, hidden: Tensor) -> Tensor:
+    def head_forward(self, hidden: Tensor, **others: Any) -> Tensor:
         if self.called:
             raise _refuse(self._model, self._info.module, "the model's forward calls it more than once")
+        if others:
+            raise _refuse(self._model, self._info.module, f"it was called with {', '.join(others)} as well")
         self.called = True
         stream = self._info.stream
         scored = hidden if stream is None else hidden[:, stream]
         if scored.dim() != 3:
             shape = tuple(hidden.shape)
             raise _refuse(self._model, self._info.module, f"it was called with hidden states of another shape, {shape}")
+        virtual = self._info.virtual_tokens
+        if self._length is not None and scored.shape[1] != virtual + self._length:
+            seen = f"it was called with {scored.shape[1]} positions for {self._length} tokens"
+            more = f" and {virtual} virtual ones" if virtual else ""
+            raise _refuse(self._model, self._info.module, f"{seen}{more} (has the active adapter changed?)")
+        if virtual:
+            scored = scored[:, virtual:]
         self.result = self._compute(scored.reshape(-1, scored.shape[-1]), *self._tensors())
         # What the model still does to "its logits" touches one number a token, and is thrown away.
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     def model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        self._length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
         output = self._model_forward(*args, **kwargs)
         if not self.called:
-            raise _refuse(self._model, self._info.module, "the model's forward never calls it")
+            seen = "the model's forward never calls it (has the active adapter changed, or been disabled?)"
+            raise _refuse(self._model, self._info.module, seen)
         # Wrappers hang their backward hooks on what the model returns, so the result must be in it.
         output.logits = self.result[0] if isinstance(self.result, tuple) else self.result
         return output
@@ -264,7 +406,8 @@ def fused_head(model: nn.Module, compute: HeadCompute, info: HeadInfo | None = N
 
     Args:
         model: the unwrapped model.
-        compute: called in the head's place as ``compute(hidden [B * T, H], weight [V, H], bias [V] or None)``.
+        compute: called in the head's place as ``compute(hidden [B * T, H], weight [V, H], bias [V] or None)``; with
+            ``inspect_head(own_forward=True)`` the weight is a `HeadForward` where the head is not linear.
         info: from `inspect_head`; None inspects now.
 
     Raises:

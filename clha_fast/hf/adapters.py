@@ -1,0 +1,52 @@
+"""What peft puts around a model and its head, seen through; peft itself is never imported here.
+
+An object of peft's can exist only where peft has been imported, so `sys.modules` answers as well as an import.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def _peft() -> Any:
+    return sys.modules.get("peft")
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    peft = _peft()
+    return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
+
+
+def _prompt_config(model: nn.Module) -> Any:
+    """The active configuration of a model with virtual tokens (prompt, prefix or p-tuning), else None."""
+    config = getattr(model, "active_peft_config", None) if _is_peft_model(model) else None
+    return config if getattr(config, "is_prompt_learning", False) else None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model in a PeftModel; the PeftModel itself where it adds virtual tokens to what it is given."""
+    if not _is_peft_model(model) or _prompt_config(model) is not None:
+        return model
+    tuner: Any = model.base_model
+    return tuner.model
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions a PeftModel may put in front of the tokens it is given."""
+    config = _prompt_config(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+def active_module(head: nn.Module) -> nn.Module:
+    """What peft's `modules_to_save` calls in the head's place now; any other head itself."""
+    peft = _peft()
+    if peft is None or not isinstance(head, peft.utils.ModulesToSaveWrapper):
+        return head
+    wrapper: Any = head
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
+        return wrapper.original_module
+    return wrapper.modules_to_save[names[0]]

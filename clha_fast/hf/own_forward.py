@@ -1,0 +1,139 @@
+"""Heads that are more than one weight (adapters, quantised weights): their own forward, a chunk of tokens at a time.
+
+The logits of a bounded chunk of scored tokens come from the head itself, become log-probabilities and are forgotten;
+the backward computes them again. So every parameter of the head has the gradient that full logits would give it, for
+the price of a second forward of the head and of autograd's memory for one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from clha_fast import checks
+from clha_fast.dispatch import _say_once
+from clha_fast.errors import BackendError
+from clha_fast.hf.heads import HeadForward, UnsupportedHeadError
+from clha_fast.metrics import CLHAMetrics
+from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.token_loss import clha_loss
+
+_MIN_WORKSPACE = 64 * 2**20
+
+
+def check_backend(backend: str, head: HeadForward) -> None:
+    """BackendError where a backend was named that reads the head's weight: a named backend never falls back."""
+    name = type(head.module).__name__
+    if backend not in ("auto", "reference"):
+        raise BackendError(
+            f"backend {backend!r} cannot run: it reads the output embedding as one weight, but of {name} {head.reason}; use 'auto'"
+        )
+    if backend == "auto":
+        _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
+
+
+def token_logps(
+    hidden: Tensor,
+    forward: HeadForward,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
+    in_chunks: bool = True,
+) -> Tensor:
+    """`functional.token_logps` with a head that is a function.
+
+    Replaces::
+
+        logits = forward(hidden[row_index]).float() + bias                # then scale, softcap, temperature
+        logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    Args:
+        hidden: [M, H]. forward: from `heads.inspect_head(own_forward=True)`. targets: [N] int64. bias: [V], added
+            behind the head, or None. row_index: [N] int64 or None. head: as in `functional.token_logps`;
+            `workspace_bytes` bounds what a chunk's logits and their gradients take together.
+        in_chunks: False forms all logits at once.
+
+    Returns:
+        [N] nats, float32 (float64 for float64 logits), with a graph to `hidden` and to all that the head reads.
+        Dropout in the head is drawn chunk by chunk, and the same in the backward.
+
+    Raises:
+        ValueError: on CPU tensors, targets or row indices out of range.
+        UnsupportedHeadError: a gradient is needed, and the head has none for its input.
+    """
+    checks.target_values(targets, row_index, forward.vocab_size, hidden.shape[0], head.ignore_index)
+    training = torch.is_grad_enabled()
+    if training and hidden.requires_grad and not forward.differentiable:
+        raise UnsupportedHeadError(
+            f"model: expected a head with a gradient for its input, got {type(forward.module).__name__}, which is "
+            "made for inference alone; score with it under torch.no_grad(), or train with a head that has one"
+        )
+    rows = hidden if row_index is None else hidden[row_index]
+    count = rows.shape[0]
+    if count == 0:
+        # One row goes through, so that whatever the head reads has a gradient (of zeros).
+        return forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
+    # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more.
+    row_bytes = forward.vocab_size * (4 if head.softcap is None else 5) * _wide(hidden.dtype).itemsize
+    budget = head.workspace_bytes or max(_MIN_WORKSPACE, forward.vocab_size * hidden.shape[1])
+    size = max(1, budget // row_bytes) if in_chunks else count
+    parts = []
+    for part, goals in zip(rows.split(size), targets.split(size), strict=True):
+        if training and in_chunks:
+            parts.append(checkpoint(_chunk, forward, part, goals, bias, head, use_reentrant=False))
+        else:
+            parts.append(_chunk(forward, part, goals, bias, head))
+    return torch.cat(parts)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | None, head: HeadOptions) -> Tensor:
+    z = forward(rows)
+    z = z.to(_wide(z.dtype))
+    if bias is not None:
+        z = z + bias
+    if head.scale != 1.0:
+        z = z * head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    if head.temperature != 1.0:
+        z = z / head.temperature
+    scored = targets != head.ignore_index
+    # Checked before on a CPU; on a GPU such a target makes its token NaN without a wait, as in the kernels.
+    valid = (targets >= 0) & (targets < z.shape[1])
+    chosen = z.log_softmax(-1).gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(scored, torch.where(valid, chosen, torch.nan), 0.0)
+
+
+def head_clha_loss(
+    hidden: Tensor,
+    forward: HeadForward,
+    bias: Tensor | None,
+    tensors: Mapping[str, Any],
+    *,
+    head: HeadOptions,
+    options: CLHAOptions,
+    backend: str = "auto",
+) -> tuple[Tensor, CLHAMetrics]:
+    """`functional.linear_clha_loss` with a head that is a function; arguments as in `head_loss.head_loss`.
+
+    Raises:
+        BackendError: `backend` is neither "auto" nor "reference" (which forms all logits at once).
+        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_clha_loss`.
+    """
+    check_backend(backend, forward)
+    ranking = dict(tensors)
+    targets, row_index = ranking.pop("targets"), ranking.pop("row_index", None)
+    logps = token_logps(
+        hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
+    )
+    return clha_loss(logps, targets, **ranking, ignore_index=head.ignore_index, options=options)
