@@ -18,8 +18,8 @@ from clha_fast.functional import head_inputs
 from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
-from clha_fast.torch_backend import _BLOCK_BYTES, _Head
 from clha_fast.token_loss import clha_loss
+from clha_fast.torch_backend import _BLOCK_BYTES, _Head
 
 _DEFAULT_HEAD = HeadOptions()
 

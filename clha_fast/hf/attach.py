@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
@@ -32,7 +31,7 @@ from clha_fast.hf.heads import (
     inspect_head,
     output_embedding,
 )
-from clha_fast.hf.hooks import through_hooks
+from clha_fast.hf.hooks import through_hooks, without_wrappers_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
@@ -80,6 +79,7 @@ class Attached:
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
         self._flags = cache_flags(model)
+        self._embeddings: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
     def __enter__(self) -> Attached:
         return self
@@ -132,26 +132,38 @@ class Attached:
 
         Returns:
             pair_counts float32 [D], prompt_count float32 [], loss_scale float32 [].
+
+        Raises:
+            ValueError: no batch, or a bad one; where it is another process's, on this one too, so that none waits.
         """
-        parts = [part if isinstance(part, CandidateBatch) else CandidateBatch.from_dict(part) for part in batches]
-        if not parts:
-            raise ValueError("batches: expected at least one micro-batch, got none")
-        device = parts[0].targets.device
-        # Never 0: a process without a prompt takes part in the collectives like any other.
-        most = max([1, *(int(size) for part in parts for size in part.candidates_per_prompt.tolist())])
+        counts, device, problem = torch.zeros(1, dtype=torch.float64), torch.device("cpu"), None
+        try:
+            parts = [part if isinstance(part, CandidateBatch) else CandidateBatch.from_dict(part) for part in batches]
+            if not parts:
+                raise ValueError("batches: expected at least one micro-batch, got none")
+            # Never 0: a process without a prompt takes part in the collectives like any other.
+            most = max([1, *(int(size) for part in parts for size in part.candidates_per_prompt.tolist())])
+            counts, device = local_counts(parts, self.options, most), parts[0].targets.device
+        except (ValueError, TypeError, AttributeError) as error:
+            problem = error  # to be raised once the others, which wait in a collective, know of it
         processes = 1
         if dist.is_available() and dist.is_initialized():
             processes = dist.get_world_size(group)
             if device.type == "cpu" and dist.get_backend(group) == "nccl":
                 device = torch.device("cuda", torch.cuda.current_device())
-            largest = torch.tensor(most, device=device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-            most = int(largest)
-        counts = local_counts(parts, self.options, most).to(device)
+        counts = counts.to(device)
         if processes > 1:
+            shared = torch.tensor([len(counts), int(problem is not None)], device=device)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+            longest, failed = shared.tolist()
+            if failed:
+                raise problem or ValueError("batches: expected batches on every process, got an error on another one")
+            counts = torch.cat([counts[:-1], counts.new_zeros(longest - len(counts)), counts[-1:]])
             dist.all_reduce(counts, group=group)
+        if problem is not None:
+            raise problem
         total = GlobalCounts.of(counts)
-        scale = len(parts) * processes if losses is None else losses
+        scale = len(batches) * processes if losses is None else losses
         return {
             "pair_counts": total.pairs,
             "prompt_count": total.prompts,
@@ -185,10 +197,24 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
+        if not torch.compiler.is_compiling():
+            self._check_vocabulary(kwargs["input_ids"], kwargs["targets"])
         inputs = {name: kwargs[name] for name in _MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
         return self._loss(inputs, tensors, kwargs.get("loss_scale"), others)
+
+    def _check_vocabulary(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Names the likely reason of a token beyond the model. On CPU tensors: a GPU would have to be waited for."""
+        sizes = (("input_ids", input_ids, self._embeddings), ("targets", targets, self.info.vocab_size))
+        for name, ids, rows in sizes:
+            if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
+                where = "input" if name == "input_ids" else "output"
+                raise ValueError(
+                    f"{name}: expected tokens below the {rows} rows of the model's {where} embedding, got "
+                    f"{int(ids.max())}; is the tokenizer larger than the model? "
+                    "(model.resize_token_embeddings(len(tokenizer)), then attach)"
+                )
 
     def _loss(
         self, inputs: dict[str, Tensor], tensors: dict[str, Tensor], scale: Tensor | None, others: dict[str, Any]
@@ -291,21 +317,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _bare(head: nn.Module | None) -> Iterator[None]:
-    """Inside, the head has neither hooks nor a tensor-parallel forward of its own: neither expects known values."""
+    """Inside, the head has neither wrappers' hooks nor a tensor-parallel forward: neither expects known values."""
     if head is None:
         yield
         return
-    hooks = (head._forward_pre_hooks, head._forward_hooks)
-    head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
     own: Any = vars(head).get("forward")
     # transformers' tensor parallelism replaces the head's forward by one that distributes the same linear layer.
     parallel = getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel"
     if parallel:
         del head.forward
     try:
-        yield
+        with without_wrappers_hooks(head):
+            yield
     finally:
-        head._forward_pre_hooks, head._forward_hooks = hooks
         if parallel:
             head.forward = own
 

@@ -30,7 +30,8 @@ def check_backend(backend: str, head: HeadForward) -> None:
     name = type(head.module).__name__
     if backend not in ("auto", "reference"):
         raise BackendError(
-            f"backend {backend!r} cannot run: it reads the output embedding as one weight, but of {name} {head.reason}; use 'auto'"
+            f"backend {backend!r} cannot run on the output embedding {name}: {head.reason}; backend 'auto' calls its "
+            "own forward in chunks of tokens"
         )
     if backend == "auto":
         _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
