@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import clha_fast
 from clha_fast import CLHAOptions, HeadOptions, reference
 from clha_fast.batch import CandidateBatch
+from clha_fast.errors import BackendError
 from clha_fast.hf.attach import Attached
 from clha_fast.hf.collator import RankedCollator
 
@@ -61,8 +63,12 @@ def adapted(config: Any, tied: bool = False, **changes: Any) -> nn.Module:
         return stir(peft.get_peft_model(base(tied, **changes), config)).train()
 
 
+def lora_config(targets: list[str], **settings: Any) -> Any:
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **settings)
+
+
 def lora(targets: list[str], tied: bool = False, **settings: Any) -> nn.Module:
-    return adapted(peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **settings), tied)
+    return adapted(lora_config(targets, **settings), tied)
 
 
 def eager_loss(model: nn.Module, batch: CandidateBatch) -> Tensor:
@@ -82,82 +88,110 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Measured:
-    """Relative errors of the loss and of all gradients (largest of any parameter over the norm of all)."""
+    """Relative errors of the loss and of all gradients (largest of any parameter over the norm of all).
+
+    `chunks`: whether the head's own forward was called in chunks, rather than its weight read.
+    """
 
     loss: float
     gradients: float
-    tolerance: float = TOLERANCE
+    chunks: bool = False
 
     @property
     def right(self) -> bool:
-        return max(self.loss, self.gradients) <= self.tolerance
+        return max(self.loss, self.gradients) <= TOLERANCE
 
 
-def compare(model: nn.Module, attach: Callable[[nn.Module], Attached], tolerance: float = TOLERANCE) -> Measured:
+def measure(
+    wanted: Tensor, expected: dict[str, Tensor], loss: Tensor, grads: dict[str, Tensor], attached: Attached
+) -> Measured:
+    assert grads.keys() == expected.keys(), sorted(grads.keys() ^ expected.keys())
+    blind = [name for name, grad in expected.items() if not grad.any()]
+    assert not blind, f"gradients of zeros compare nothing: {blind}"
+    size = sum(float(grad.double().norm()) ** 2 for grad in expected.values()) ** 0.5
+    worst = max(float((grads[name].double() - grad.double()).norm()) / size for name, grad in expected.items())
+    error = abs(loss.item() - wanted.item()) / abs(wanted.item())
+    return Measured(error, worst, attached.info.own_forward is not None)
+
+
+def compare(model: nn.Module) -> Measured:
     """`model` attached against itself before, on the same random state."""
     batch = collate()
     torch.manual_seed(1)
     wanted = eager_loss(model, batch)
-    wanted_grads = gradients(model, wanted)
-    with attach(model):
+    expected = gradients(model, wanted)
+    with attach(model) as attached:
         torch.manual_seed(1)
         loss = model(**batch.as_dict()).loss
-        grads = gradients(model, loss)
-    assert grads.keys() == wanted_grads.keys(), sorted(grads.keys() ^ wanted_grads.keys())
-    size = sum(float(grad.double().norm()) ** 2 for grad in wanted_grads.values()) ** 0.5
-    assert size > 0
-    worst = max(float((grads[name].double() - grad.double()).norm()) / size for name, grad in wanted_grads.items())
-    return Measured(abs(loss.item() - wanted.item()) / abs(wanted.item()), worst, tolerance)
+        return measure(wanted, expected, loss, gradients(model, loss), attached)
 
 
 def attach(model: nn.Module) -> Attached:
     return clha_fast.attach(model, OPTIONS, workspace_bytes=WORKSPACE)
 
 
-def after(build: Callable[[], nn.Module], **settings: Any) -> Callable[[], Measured]:
+def after(build: Callable[[], nn.Module]) -> Callable[[], Measured]:
     """Attached once the adapters are there."""
-    return lambda: compare(build(), attach, **settings)
+    return lambda: compare(build())
 
 
 def before(config: Any) -> Measured:
     """Attached first, adapters put on afterwards."""
-    model = base().train()
-    with attach(model):
+    model, batch = base().train(), collate()
+    with attach(model) as attached:
         wrapped = stir(peft.get_peft_model(model, config)).train()
-        loss = wrapped(**collate().as_dict()).loss
+        loss = wrapped(**batch.as_dict()).loss
         grads = gradients(wrapped, loss)
-    wanted = eager_loss(wrapped, collate())
-    expected = gradients(wrapped, wanted)
-    size = sum(float(grad.norm()) ** 2 for grad in expected.values()) ** 0.5
-    worst = max(float((grads[name] - grad).norm()) / size for name, grad in expected.items())
-    return Measured(abs(loss.item() - wanted.item()) / abs(wanted.item()), worst)
+    wanted = eager_loss(wrapped, batch)
+    return measure(wanted, gradients(wrapped, wanted), loss, grads, attached)
 
 
 def merged(targets: list[str], keep: bool) -> Measured:
-    """The loss of merged adapters against unmerged ones; merging rounds the weights once."""
-    model = lora(targets)
-    with attach(model):
-        wanted = model(**collate().as_dict()).loss.item()
+    """The loss of merged adapters against the unmerged one; there are no gradients to compare."""
+    model, batch = lora(targets), collate()
+    with attach(model) as attached:
+        wanted = model(**batch.as_dict()).loss.item()
         if keep:
             model.merge_adapter()
-            got = model(**collate().as_dict()).loss.item()
+            got = model(**batch.as_dict()).loss.item()
     if not keep:
         plain = model.merge_and_unload()
-        with attach(plain):
-            got = plain(**collate().as_dict()).loss.item()
-    return Measured(abs(got - wanted) / abs(wanted), 0.0)
+        with attach(plain) as attached:
+            got = plain(**batch.as_dict()).loss.item()
+    return Measured(abs(got - wanted) / abs(wanted), 0.0, attached.info.own_forward is not None)
 
 
-def quantised(make: Callable[[nn.Linear], nn.Module], **settings: Any) -> Callable[[], Measured]:
-    """A frozen head in few bits behind a body with LoRA."""
+def with_head(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Another head behind a body with LoRA."""
+    model = base()
+    model.lm_head = make(model.lm_head)
+    return stir(peft.get_peft_model(model, lora_config(BODY))).train()
 
-    def build() -> nn.Module:
-        model = base()
-        model.lm_head = make(model.lm_head)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=BODY)
-        return stir(peft.get_peft_model(model, config)).train()
 
-    return after(build, **settings)
+def quantised(make: Callable[[nn.Linear], nn.Module]) -> Callable[[], Measured]:
+    return after(lambda: with_head(make))
+
+
+class Int8(nn.Module):
+    """A frozen head of 8-bit codes with a scale for every row."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (plain.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.codes.to(hidden.dtype) * self.scale)
+
+
+def inference_only(plain: nn.Linear) -> nn.Module:
+    """torch's own 8-bit linear layer, which has no backward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao's
+        whole = torch.ao.quantization.quantize_dynamic(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)
+    head: nn.Module = whole[0]
+    return head
 
 
 def eight_bits(plain: nn.Linear) -> nn.Module:
@@ -184,19 +218,32 @@ def torchao_int8(plain: nn.Linear) -> nn.Module:
     return holder[0]
 
 
-def virtual(kind: Any, **settings: Any) -> Callable[[], Measured]:
-    return after(lambda: adapted(kind(task_type="CAUSAL_LM", num_virtual_tokens=5, **settings)))
+def virtual(kind: str, **settings: Any) -> nn.Module:
+    config = getattr(peft, kind)
+    return adapted(config(task_type="CAUSAL_LM", **({"num_virtual_tokens": 5} | settings)))
 
 
-def tuned(name: str, **settings: Any) -> Callable[[], Measured]:
+def tuned(kind: str, **settings: Any) -> Callable[[], Measured]:
     """Another adapter of peft's, on the head as well."""
-    return after(lambda: adapted(getattr(peft, name)(task_type="CAUSAL_LM", target_modules=HEAD, **settings)))
+    return after(lambda: adapted(getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=HEAD, **settings)))
 
 
-def lora_config(targets: list[str], **settings: Any) -> Any:
-    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **settings)
+def added_by_transformers() -> nn.Module:
+    """`model.add_adapter(config)`, without a PeftModel."""
+    model = base()
+    model.add_adapter(lora_config(HEAD))
+    return stir(model).train()
 
 
+def some_tokens() -> list[int]:
+    return collate().targets.unique()[:3].tolist()
+
+
+def mixed() -> nn.Module:
+    return stir(peft.get_peft_model(base(), lora_config(HEAD), mixed=True)).train()
+
+
+CPT = {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 2], "cpt_mask": [1, 1, 1]}
 CASES: dict[str, Callable[[], Measured]] = {
     "LoRA on the body": after(lambda: lora(BODY)),
     "LoRA on the body, tied embeddings": after(lambda: lora(BODY, tied=True)),
@@ -206,11 +253,16 @@ CASES: dict[str, Callable[[], Measured]] = {
     "LoRA on the body, merge_and_unload": lambda: merged(BODY, keep=False),
     "LoRA on the input embedding": after(lambda: lora(["embed_tokens", "q_proj"])),
     "DoRA on the body": after(lambda: lora(BODY, use_dora=True)),
+    "Prefix tuning, attached before get_peft_model": lambda: before(
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ),
     "LoRA on the head": after(lambda: lora(HEAD)),
     "LoRA on the head, tied embeddings": after(lambda: lora(HEAD, tied=True)),
     "LoRA on the head, rank-stabilised, with a bias": after(lambda: lora(HEAD, use_rslora=True, lora_bias=True)),
     "LoRA on the head, merge_adapter": lambda: merged(HEAD, keep=True),
     "LoRA on the head, merge_and_unload": lambda: merged(HEAD, keep=False),
+    "LoRA on the head, PeftMixedModel": after(mixed),
+    "LoRA on the head, model.add_adapter of transformers": after(added_by_transformers),
     "DoRA on the head": after(lambda: lora(HEAD, use_dora=True)),
     "DoRA on the head, tied embeddings": after(lambda: lora(HEAD, tied=True, use_dora=True)),
     "IA3 on the head": tuned("IA3Config", feedforward_modules=[]),
@@ -221,13 +273,23 @@ CASES: dict[str, Callable[[], Measured]] = {
     "modules_to_save=['embed_tokens', 'lm_head'], tied": after(
         lambda: lora(BODY, tied=True, modules_to_save=["embed_tokens", "lm_head"])
     ),
-    "trainable_token_indices": after(lambda: lora(BODY, trainable_token_indices=[3, 7, 40])),
+    "trainable_token_indices": after(lambda: lora(BODY, trainable_token_indices=some_tokens())),
     "trainable_token_indices, tied embeddings": after(
-        lambda: lora(BODY, tied=True, trainable_token_indices=[3, 7, 40])
+        lambda: lora(BODY, tied=True, trainable_token_indices=some_tokens())
     ),
-    "Prompt tuning": virtual(peft.PromptTuningConfig),
-    "Prompt tuning, p-tuning's encoder": virtual(peft.PromptEncoderConfig, encoder_hidden_size=16),
-    "Prefix tuning": virtual(peft.PrefixTuningConfig),
+    "Prompt tuning": after(lambda: virtual("PromptTuningConfig")),
+    "p-tuning": after(lambda: virtual("PromptEncoderConfig", encoder_hidden_size=16)),
+    "Context-aware prompt tuning (CPT)": after(
+        lambda: virtual(
+            "CPTConfig",
+            num_virtual_tokens=3,
+            cpt_token_ids=[4, 5, 6],
+            cpt_tokens_type_mask=[1, 2, 2],
+            cpt_mask=[1, 1, 1],
+        )
+    ),
+    "Prefix tuning": after(lambda: virtual("PrefixTuningConfig")),
+    "8-bit codes with row scales as the head": quantised(Int8),
 }
 if importlib.util.find_spec("bitsandbytes") is not None:
     CASES["bitsandbytes Linear8bitLt as the head"] = quantised(eight_bits)
@@ -236,27 +298,135 @@ if importlib.util.find_spec("torchao") is not None:
     CASES["torchao int8 weight-only head"] = quantised(torchao_int8)
 
 
-def main() -> int:
-    import time
+def attached_too_early(config: Any) -> None:
+    model = base()
+    with attach(model):
+        peft.get_peft_model(model, config)(**collate().as_dict())
 
+
+def switched_off() -> None:
+    model = lora(BODY, modules_to_save=["lm_head"])
+    with attach(model), model.disable_adapter():
+        model(**collate().as_dict())
+
+
+def head_without_backward() -> None:
+    model = with_head(inference_only)
+    with attach(model):
+        model(**collate().as_dict())
+
+
+def named_backend() -> None:
+    clha_fast.attach(lora(HEAD), OPTIONS, backend="triton")
+
+
+def several_adapters_in_a_batch() -> None:
+    model = lora(HEAD)
+    batch = collate()
+    with attach(model):
+        model.eval()(**batch.as_dict(), adapter_names=["default"] * len(batch.input_ids))
+
+
+# Each raises: the sentence is part of the table.
+REFUSED: dict[str, Callable[[], None]] = {
+    "LoRA on the head, attached before get_peft_model": lambda: attached_too_early(lora_config(HEAD)),
+    "modules_to_save=['lm_head'], attached before get_peft_model": lambda: attached_too_early(
+        lora_config(BODY, modules_to_save=["lm_head"])
+    ),
+    "Prompt tuning, attached before get_peft_model": lambda: attached_too_early(
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ),
+    "modules_to_save=['lm_head'], adapter disabled after attach": switched_off,
+    "LoRA on the head, several adapters in a batch (adapter_names)": several_adapters_in_a_batch,
+    "LoRA on the head, backend='triton'": named_backend,
+    "A head without a backward (torch's dynamic int8), in training": head_without_backward,
+}
+
+
+def sentence(name: str) -> str:
+    """What a refusal says."""
+    try:
+        REFUSED[name]()
+    except (ValueError, BackendError) as error:
+        return str(error)
+    return "**not refused**"
+
+
+def render(results: dict[str, Measured]) -> str:
+    """The table as Markdown."""
+    versions = []
+    for package in ("peft", "torch", "transformers", "bitsandbytes", "torchao"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    right = sum(result.right for result in results.values())
+    rows = [
+        f"| {name} | {'own forward' if got.chunks else 'fused'} | {got.loss:.1e} | {got.gradients:.1e} | "
+        f"{'right' if got.right else '**wrong**'} |"
+        for name, got in results.items()
+    ]
+    refused = [f"| {name} | {sentence(name)} |" for name in REFUSED]
+    text = HEADER.format(right=right, count=len(results), tolerance=TOLERANCE, python=platform.python_version())
+    parts = [text.strip(), f"Seen with {', '.join(versions)}.", "", *TABLE, *rows, "", "## Refused", ""]
+    parts += ["| case | what it says |", "|---|---|", *refused, "", NOTES.strip()]
+    return "\n".join(parts) + "\n"
+
+
+TABLE = ("| case | head | loss error | gradient error | |", "|---|---|---|---|---|")
+
+HEADER = """
+# Adapters, quantised heads, virtual tokens
+
+`clha_fast.attach(model)` on what peft makes of a model. Rendered by `python -m tests.adapters --write
+docs/adapters.md` from real runs: a two-layer Llama in float32 on the CPU, three ranked prompts, adapters stirred so
+that they matter, against the same PeftModel's own full logits and the reference loss. The errors are relative: of the
+loss, and the largest of any trained parameter's gradient over the norm of all. Right is at most {tolerance:g}; the two
+merges compare losses only.
+
+**{right} of {count} right.** Python {python}.
+"""
+
+NOTES = """
+## How the head is computed
+
+- *fused*: the output embedding is one weight, which is read. Frozen, it gets no weight gradient and no buffer for one.
+- *own forward*: the head is more than one weight (an adapter on it, or quantised), so its `.weight` is not what it
+  computes with. Its own forward is called on a bounded chunk of scored tokens at a time, under a checkpoint that keeps
+  the random state, and everything in it has the gradient that full logits would give. The price: a second forward of
+  the head in the backward, and autograd's memory for one chunk (`workspace_bytes` bounds it). The log says once that
+  this is taken. `backend="auto"` takes it, `backend="reference"` forms all logits at once, "torch" and "triton" refuse:
+  a named backend never falls back. To stay on the fused path, train the head whole (`modules_to_save`) or leave it
+  frozen.
+- `modules_to_save` is seen through: the active copy is the head.
+- Virtual tokens stand in front of the batch's own; the rows that a batch scores are counted behind them.
+
+## How to use it
+
+- `get_peft_model` first, then `attach` (then wrap: DDP, `fully_shard`, Trainer). The other order is right where the
+  adapter leaves the head and the token positions alone, and is refused where it does not.
+- After `merge_and_unload` a model attached before remains attached where the head was no adapter's. After switching to
+  an adapter with another head, detach and attach again; the call says so.
+- Dropout inside an adapter on the head is drawn for each chunk: as random as over all tokens, not the same draw.
+- A head that quantises its *input* by the range of all tokens it is given (LLM.int8's outlier columns, dynamic
+  quantisation) sees a chunk's range instead: the difference is one of its own roundings.
+- Adapters on a head that tensor parallelism has spread over processes are refused.
+- What the table does not show: GPUs.
+"""
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="render the table into this file")
     parser.add_argument("--only", nargs="*", help="names of cases")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in arguments.only or CASES:
-        t = time.perf_counter()
-        try:
-            got = CASES[name]()
-            print(
-                f"{name:55} {got.loss:.1e} {got.gradients:.1e} {'right' if got.right else 'WRONG'} {time.perf_counter() - t:.2f}",
-                flush=True,
-            )
-        except Exception as e:
-            import traceback
-
-            traceback.print_exc(limit=-4)
-            print(f"{name:55} {type(e).__name__}: {e}", flush=True)
-    return 0
+    results = {name: CASES[name]() for name in arguments.only or CASES}
+    table = render(results)
+    print(table)
+    if arguments.write is not None:
+        arguments.write.write_text(table, encoding="utf-8")
+    return 0 if all(result.right for result in results.values()) else 1
 
 
 if __name__ == "__main__":

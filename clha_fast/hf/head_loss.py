@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from clha_fast import vocab_parallel
 from clha_fast.dispatch import Backend
 from clha_fast.functional import linear_clha_loss
-from clha_fast.hf.heads import HeadForward
+from clha_fast.hf.heads import HeadForward, head_name
 from clha_fast.hf.own_forward import head_clha_loss
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions
@@ -45,7 +45,7 @@ def head_loss(
     if isinstance(weight, HeadForward):
         if isinstance(hidden, DTensor):
             raise ValueError(
-                f"hidden: expected a plain tensor before {type(weight.module).__name__}, got {hidden.placements} "
+                f"hidden: expected a plain tensor before {head_name(weight.module)}, got {hidden.placements} "
                 "(adapters on a tensor-parallel head are not computed)"
             )
         return head_clha_loss(hidden, weight, bias, tensors, head=head, options=options, backend=backend)

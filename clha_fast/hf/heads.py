@@ -50,7 +50,7 @@ class HeadForward:
         logits: Tensor = type(self.module).forward(self.module, rows.unsqueeze(0))
         if _is_dtensor(logits):
             raise UnsupportedHeadError(
-                f"model: expected a head with all of its logits on every process, got {type(self.module).__name__} "
+                f"model: expected a head with all of its logits on every process, got {head_name(self.module)} "
                 "spread over a mesh (adapters on a tensor-parallel head are not computed)"
             )
         return logits[0, :, : self.vocab_size]
@@ -93,8 +93,14 @@ class HeadInfo:
         )
 
 
+def head_name(head: nn.Module) -> str:
+    """A head's class as messages have it: "Linear" is torch's own, and others say whose they are."""
+    kind = type(head)
+    return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" and kind is not nn.Linear else kind.__name__
+
+
 def _refuse(model: nn.Module, head: nn.Module | None, seen: str) -> UnsupportedHeadError:
-    name = "no output embedding" if head is None else f"output embedding {type(head).__name__}"
+    name = "no output embedding" if head is None else f"output embedding {head_name(head)}"
     return UnsupportedHeadError(
         f"model: expected a head that can be fused, got {type(model).__name__} with {name}: {seen}"
     )
@@ -158,7 +164,7 @@ def _why_not_linear(head: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__} (quantised weights are not read)"
     # A wrapper around the weight (LoRA, quantisation) has a forward of its own: its `.weight` is not what it computes.
     if type(head).forward is not nn.Linear.forward and not is_linear(head):
-        return "its forward is not that of torch.nn.Linear, nor does it compute the same (an adapter, or quantised)"
+        return "its forward is not that of torch.nn.Linear, nor does it compute the same (an adapter? quantised?)"
     return None
 
 

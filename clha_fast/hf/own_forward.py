@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from clha_fast import checks
 from clha_fast.dispatch import _say_once
 from clha_fast.errors import BackendError
-from clha_fast.hf.heads import HeadForward, UnsupportedHeadError
+from clha_fast.hf.heads import HeadForward, UnsupportedHeadError, head_name
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
@@ -27,13 +27,13 @@ _MIN_WORKSPACE = 64 * 2**20
 
 def check_backend(backend: str, head: HeadForward) -> None:
     """BackendError where a backend was named that reads the head's weight: a named backend never falls back."""
-    name = type(head.module).__name__
+    name = head_name(head.module)
     if backend not in ("auto", "reference"):
         raise BackendError(
             f"backend {backend!r} cannot run on the output embedding {name}: {head.reason}; backend 'auto' calls its "
             "own forward in chunks of tokens"
         )
-    if backend == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
         _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
 
 
@@ -72,7 +72,7 @@ def token_logps(
     training = torch.is_grad_enabled()
     if training and hidden.requires_grad and not forward.differentiable:
         raise UnsupportedHeadError(
-            f"model: expected a head with a gradient for its input, got {type(forward.module).__name__}, which is "
+            f"model: expected a head with a gradient for its input, got {head_name(forward.module)}, which is "
             "made for inference alone; score with it under torch.no_grad(), or train with a head that has one"
         )
     rows = hidden if row_index is None else hidden[row_index]
