@@ -168,6 +168,8 @@ def test_scale_softcap_bias_and_ignored_tokens_in_chunks() -> None:
     upstream = torch.linspace(-1, 1, 5, dtype=torch.float64)
     expected = torch.autograd.grad(wanted @ upstream, (hidden, bias))
     torch.testing.assert_close(torch.autograd.grad(logps @ upstream, (hidden, bias)), expected)
+    with pytest.raises(ValueError, match="max_dropped_mass: expected None for Int8, whose own forward is called"):
+        token_logps(hidden, forward, targets, row_index=rows, head=HeadOptions(max_dropped_mass=0.1))
     with pytest.raises(ValueError, match=r"targets: expected values in \[0, V = 11\) or -100, got 11 at position 3"):
         token_logps(hidden, forward, targets.where(targets != 10, 11), head=head, row_index=rows)
 

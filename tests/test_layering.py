@@ -20,6 +20,7 @@ CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics
 FORBIDDEN = {
     "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.dispatch", "clha_fast.functional"),
     "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
+    "clha_fast/token_loss.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     "clha_fast/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},

@@ -18,6 +18,7 @@ from clha_fast import checks
 from clha_fast.dispatch import _say_once
 from clha_fast.errors import BackendError
 from clha_fast.hf.heads import HeadForward, UnsupportedHeadError, head_name
+from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
@@ -68,7 +69,13 @@ def token_logps(
         ValueError: on CPU tensors, targets or row indices out of range.
         UnsupportedHeadError: a gradient is needed, and the head has none for its input.
     """
-    checks.target_values(targets, row_index, forward.vocab_size, hidden.shape[0], head.ignore_index)
+    inputs = HeadInputs(hidden, hidden, bias, targets, row_index)  # the weight's place is not looked at
+    checks.target_values(inputs, head.ignore_index, vocabulary=forward.vocab_size)
+    if head.max_dropped_mass is not None:
+        raise ValueError(
+            f"max_dropped_mass: expected None for {head_name(forward.module)}, whose own forward is called, "
+            f"got {head.max_dropped_mass}"
+        )
     training = torch.is_grad_enabled()
     if training and hidden.requires_grad and not forward.differentiable:
         raise UnsupportedHeadError(
@@ -132,9 +139,9 @@ def head_clha_loss(
         ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_clha_loss`.
     """
     check_backend(backend, forward)
-    ranking = dict(tensors)
-    targets, row_index = ranking.pop("targets"), ranking.pop("row_index", None)
+    targets, row_index = tensors["targets"], tensors.get("row_index")
+    ranking = RankingInputs(**{name: tensors[name] for name in RankingInputs._fields if name in tensors})
     logps = token_logps(
         hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
     )
-    return clha_loss(logps, targets, **ranking, ignore_index=head.ignore_index, options=options)
+    return clha_loss(logps, targets, ranking, ignore_index=head.ignore_index, options=options)
