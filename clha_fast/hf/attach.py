@@ -334,6 +334,19 @@ def _bare(head: nn.Module | None) -> Iterator[None]:
             head.forward = own
 
 
+def measure_head(model: nn.Module, backend: Backend = "auto") -> HeadInfo:
+    """`inspect_head` for a loss: wrappers' hooks set aside, a head that is more than one weight taken as a function.
+
+    Raises:
+        UnsupportedHeadError: as `inspect_head`. BackendError: `backend` reads a weight, and the head is more than one.
+    """
+    with _bare(output_embedding(model)):
+        info = inspect_head(model, own_forward=True)
+    if info.own_forward is not None:
+        check_backend(backend, info.own_forward)
+    return info
+
+
 def attach(
     model: nn.Module,
     options: CLHAOptions = PUBLISHED,
@@ -392,10 +405,7 @@ def attach(
             "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "
             "deepspeed.initialize, and build the model outside deepspeed.zero.Init"
         )
-    with _bare(head):
-        info = inspect_head(inner, own_forward=True)
-    if info.own_forward is not None:
-        check_backend(backend, info.own_forward)
+    info = measure_head(inner, backend)
     attached = Attached(
         inner,
         info,
