@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-architectures test-wrappers lint bench-cpu clean
+.PHONY: demo test test-all test-architectures test-wrappers test-adapters lint bench-cpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
@@ -22,6 +22,9 @@ test-architectures: $(VENV)/.dev
 
 test-wrappers: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.wrappers --write docs/wrappers.md $(ARGS)
+
+test-adapters: $(VENV)/.dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapter_table --write docs/adapters.md $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

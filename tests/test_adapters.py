@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapter_table import render
 from adapters import (
     BODY,
     CASES,
@@ -19,6 +20,7 @@ from adapters import (
     WORKSPACE,
     Int8,
     Measured,
+    adapted,
     attach,
     base,
     collate,
@@ -27,7 +29,6 @@ from adapters import (
     gradients,
     inference_only,
     lora,
-    render,
     sentence,
     virtual,
     with_head,
@@ -250,6 +251,18 @@ def test_gradient_checkpointing_and_autocast() -> None:
             loss = plain(**batch.as_dict()).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(rounded.item(), rel=1e-5)
+
+
+def test_adalora_adds_its_regulariser() -> None:
+    model = adapted(peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=BODY))
+    wanted = eager_loss(model, collate()).item()
+    with attach(model):
+        loss = model(**collate().as_dict()).loss
+    products = [p @ p.T if "lora_A" in name else p.T @ p for name, p in model.named_parameters() if p.requires_grad]
+    products = [product for product in products if product.shape == (4, 4)]
+    distances = [torch.norm(product - torch.eye(4)) for product in products]
+    assert loss.item() == pytest.approx(wanted + 0.5 * float(sum(distances)) / len(distances), rel=1e-4)
+    assert gradients(model, loss)
 
 
 @pytest.mark.slow

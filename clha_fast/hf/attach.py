@@ -28,6 +28,7 @@ from clha_fast.hf.heads import (
     cache_flags,
     fused_head,
     has_own_forward,
+    input_embedding_weight,
     inspect_head,
     output_embedding,
 )
@@ -79,7 +80,7 @@ class Attached:
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
         self._flags = cache_flags(model)
-        self._embeddings: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._embeddings = input_embedding_weight(model).shape[0]
 
     def __enter__(self) -> Attached:
         return self

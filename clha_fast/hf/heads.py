@@ -120,6 +120,13 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def input_embedding_weight(model: nn.Module) -> Tensor:
+    """[rows, H], the weight that token ids are looked up in."""
+    getter: Any = model.get_input_embeddings
+    weight: Tensor = getter().weight
+    return weight
+
+
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The module that computes the logits; of peft's copies of it the active one."""
     getter = getattr(model, "get_output_embeddings", None)
@@ -266,7 +273,7 @@ class _Probe:
     def run(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """(shape of the hidden states, known values [..., T, rows], logits [1, T, V] that the model made of them)."""
         model, head = self._model, self._head
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding = input_embedding_weight(model)
         device = embedding.device
         ids = torch.arange(2, device=device).clamp(max=embedding.shape[0] - 1).unsqueeze(0)
         with _quiet(model, device), _replaced_forward(head, self._known), torch.enable_grad():
