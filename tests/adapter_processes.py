@@ -17,14 +17,19 @@ import torch
 import torch.distributed as dist
 from adapters import BODY, HEAD, OPTIONS, collate, eager_loss, lora, virtual
 from tiny import make_rows
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from wrapper_common import Measured, compare, mine, plain_name, step, whole
 
 import clha_fast
+from clha_fast import HeadOptions
 from clha_fast.hf.attach import empty_batch
+from clha_fast.hf.head_loss import head_loss
+from clha_fast.hf.heads import HeadForward
 
 ROWS = make_rows(4, seed=3)
 
@@ -71,6 +76,18 @@ def fsdp(build: Callable[[], nn.Module], checkpointing: bool = False) -> Measure
     return compare(wanted, loss, gradients_of(model))
 
 
+def head_spread() -> Measured:
+    """LoRA on a head whose base layer has its rows spread over the processes, and gathers its logits."""
+    model = lora(HEAD)
+    wanted = expect(model)
+    clha_fast.attach(model, OPTIONS)
+    plan = {"lm_head.base_layer": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model.get_base_model(), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    loss = model(**collate(ROWS).as_dict()).loss
+    loss.backward()
+    return compare(wanted, loss, gradients_of(model))
+
+
 CASES: dict[str, Callable[[], Measured]] = {
     "DDP, LoRA on the body": lambda: ddp(lambda: lora(BODY)),
     "DDP, LoRA on the head": lambda: ddp(lambda: lora(HEAD)),
@@ -81,6 +98,7 @@ CASES: dict[str, Callable[[], Measured]] = {
     "FSDP2, LoRA on the head": lambda: fsdp(lambda: lora(HEAD)),
     "FSDP2, LoRA on the head, tied embeddings": lambda: fsdp(lambda: lora(HEAD, tied=True)),
     "FSDP2, LoRA on the head, gradient checkpointing": lambda: fsdp(lambda: lora(HEAD), checkpointing=True),
+    "Tensor parallel, LoRA on a head with gathered logits": head_spread,
     "FSDP2, modules_to_save": lambda: fsdp(lambda: lora(BODY, modules_to_save=["lm_head"])),
 }
 
@@ -96,6 +114,30 @@ def bad_counts() -> str:
         except ValueError as error:
             return str(error)
     return "no error"
+
+
+class Spread(nn.Linear):
+    """A head whose own forward leaves its logits sharded."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return DTensor.from_local(super().forward(hidden), mesh, [Shard(-1)])
+
+
+def sharded_logits() -> list[str]:
+    """What is said of a head that no process has all logits of, and of hidden states that are a DTensor."""
+    forward = HeadForward(Spread(4, 6), "spread", 12, True)
+    ones = torch.ones(2, dtype=torch.int64)
+    batch = {"targets": ones, "candidate_lengths": ones, "candidates_per_prompt": 2 * ones[:1]}
+    hidden = torch.randn(2, 4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    said = []
+    for given in (hidden, DTensor.from_local(hidden, mesh, [Replicate()])):
+        try:
+            head_loss(given, forward, None, batch, head=HeadOptions(), options=OPTIONS)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def bad_batch() -> None:
@@ -124,6 +166,7 @@ def main(out: str, what: str) -> None:
     begun = time.monotonic()
     said = [bad_counts()]
     seconds = time.monotonic() - begun
+    said += sharded_logits()
     with open(f"{out}.{rank}", "w", encoding="utf-8") as file:
         json.dump({"cases": results, "said": said, "seconds": seconds}, file)
     dist.barrier()

@@ -73,7 +73,8 @@ NOTES = """
 - Dropout inside an adapter on the head is drawn for each chunk: as random as over all tokens, not the same draw.
 - A head that quantises its *input* by the range of all tokens it is given (LLM.int8's outlier columns, dynamic
   quantisation) sees a chunk's range instead: the difference is one of its own roundings.
-- Adapters on a head that tensor parallelism has spread over processes are refused.
+- A head whose base layer tensor parallelism has spread over processes takes an adapter where the base layer gathers its
+  logits (`ColwiseParallel(output_layouts=Replicate())`); peft raises where it does not, and so does attach.
 - AdaLoRA adds its own regulariser to what an attached model returns, as it does to any loss of a model's.
 - bitsandbytes on a CPU with AVX512-BF16 repacks 4-bit weights at their first forward in evaluation mode, which can be
   attach's probe: the model's own logits change by it, by 2e-4 of the loss in one run. QLoRA models of

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from clha_fast import token_logps
 from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+from clha_fast.hf.router import auxiliary_coefficient
 from tests.architecture_configs import FREE_TOKENS, shrink
 
 NATS = 1e-4
@@ -221,7 +222,22 @@ def compare(model: nn.Module, info: HeadInfo, result: Result) -> Result:
         return result.said(WRONG, f"the gradient of {where} differs by {result.relative:.2e}")
     if result.aux_loss and (got.aux_loss is None or not torch.equal(got.aux_loss, expected.aux_loss)):
         return result.said(WRONG, "the router's auxiliary loss is another one")
+    if result.aux_loss:
+        own, ours = own_coefficient(model), auxiliary_coefficient(model)
+        if not abs(own - ours) <= 1e-3 * abs(own):
+            return result.said(WRONG, f"the model multiplies the auxiliary loss by {own:.4g}, not by {ours:.4g}")
     return result
+
+
+def own_coefficient(model: nn.Module) -> float:
+    """What the model's own loss, which it computes from labels, makes of the auxiliary one."""
+    inputs, _, _ = batch()
+    with torch.no_grad():
+        plain, whole = (
+            model(**inputs, labels=inputs["input_ids"], use_cache=False, output_router_logits=asked)
+            for asked in (False, True)
+        )
+    return float((whole.loss.double() - plain.loss.double()) / whole.aux_loss.double())
 
 
 def _child(model_type: str, variant: str, connection: Connection) -> None:
@@ -299,7 +315,8 @@ unusual. Log-probabilities of chosen tokens and the gradients of all parameters 
 model's own logits and the fused head. *Right* means that no log-probability differs by more than {NATS:g} nats (the
 largest seen: {nats:.1e}), no parameter's gradient by more than {RELATIVE:g} of its norm (largest: {relative:.1e};
 gradients of less than a thousandth of the whole are held to that thousandth), and that the auxiliary loss of a router,
-which {routers} of them return here, is the same number. Models that also read images or sound are run on text alone.
+which {routers} of them return here, is the same number, with the coefficient that the model's own loss gives it. Models
+that also read images or sound are run on text alone.
 
 **{len(groups)} model types: {total}.**
 

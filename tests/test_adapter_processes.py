@@ -41,13 +41,16 @@ def test_adapters_in_wrappers(tmp_path: Path) -> None:
     done = launch(tmp_path / "out", "cases")
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads((tmp_path / f"out.{rank}").read_text("utf-8")) for rank in range(2)]
-    assert len(results[0]["cases"]) == 10
+    assert len(results[0]["cases"]) == 11
     for result in results:
         for name, case in result["cases"].items():
             assert max(case["loss"], case["gradients"]) <= case["tolerance"], (name, case)
     # `Attached.counts` runs collectives, and one process's micro-batch lacked a field.
     assert results[1]["said"][0].startswith("candidate_lengths: expected in a batch, got the keys")
-    assert results[0]["said"] == ["batches: expected batches on every process, got an error on another one"]
+    assert results[0]["said"][0] == "batches: expected batches on every process, got an error on another one"
+    for result in results:
+        assert "all of its logits on every process, got Spread spread over a mesh" in result["said"][1]
+        assert "hidden: expected a plain tensor before Spread, got (Replicate(),)" in result["said"][2]
     assert max(result["seconds"] for result in results) < 30  # the process group waits for 90
 
 
