@@ -20,18 +20,14 @@ from transformers.utils import ModelOutput
 from clha_fast.batch import CandidateBatch
 from clha_fast.dispatch import BACKENDS, Backend
 from clha_fast.hf.adapters import base_model
-from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import (
-    HeadForward,
-    HeadInfo,
+from clha_fast.hf.embedding import (
     UnsupportedHeadError,
-    cache_flags,
-    fused_head,
     has_own_forward,
     input_embedding_weight,
-    inspect_head,
     output_embedding,
 )
+from clha_fast.hf.head_loss import head_loss
+from clha_fast.hf.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
 from clha_fast.hf.hooks import through_hooks, without_wrappers_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend

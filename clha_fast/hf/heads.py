@@ -17,17 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clha_fast.hf.adapters import active_module, virtual_tokens
-from clha_fast.hf.probe import Transform, UnsupportedTransform, fit_transform, is_linear, probe_values
+from clha_fast.hf.adapters import virtual_tokens
+from clha_fast.hf.embedding import (
+    UnsupportedHeadError,
+    head_name,
+    head_of,
+    input_embedding_weight,
+    is_dtensor,
+    refuse,
+    tensor_of,
+    why_not_linear,
+)
+from clha_fast.hf.probe import Transform, UnsupportedTransform, fit_transform, probe_values
 from clha_fast.options import HeadOptions
 
 # (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a
 # tensor, or a tuple that begins with one.
 HeadCompute = Callable[[Tensor, Any, "Tensor | None"], Any]
-
-
-class UnsupportedHeadError(ValueError):
-    """The model's output embedding, or what the model does to its result, is not understood; it is never guessed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class HeadForward:
         """[n, H] hidden states to their raw logits [n, V], with a graph."""
         # By way of the class: on the instance stands what has replaced it.
         logits: Tensor = type(self.module).forward(self.module, rows.unsqueeze(0))
-        if _is_dtensor(logits):
+        if is_dtensor(logits):
             raise UnsupportedHeadError(
                 f"model: expected a head with all of its logits on every process, got {head_name(self.module)} "
                 "spread over a mesh (adapters on a tensor-parallel head are not computed)"
@@ -91,88 +97,6 @@ class HeadInfo:
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
         )
-
-
-def head_name(head: nn.Module) -> str:
-    """A head's class as messages have it: "Linear" is torch's own, and others say whose they are."""
-    kind = type(head)
-    return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" and kind is not nn.Linear else kind.__name__
-
-
-def _refuse(model: nn.Module, head: nn.Module | None, seen: str) -> UnsupportedHeadError:
-    name = "no output embedding" if head is None else f"output embedding {head_name(head)}"
-    return UnsupportedHeadError(
-        f"model: expected a head that can be fused, got {type(model).__name__} with {name}: {seen}"
-    )
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, buffer or computed attribute of a module, None where it has none of that name."""
-    value = getattr(module, name, None)
-    return value if isinstance(value, Tensor) else None
-
-
-def input_embedding_weight(model: nn.Module) -> Tensor:
-    """[rows, H], the weight that token ids are looked up in."""
-    getter: Any = model.get_input_embeddings
-    weight: Tensor = getter().weight
-    return weight
-
-
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that computes the logits; of peft's copies of it the active one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return active_module(head) if isinstance(head, nn.Module) else None
-
-
-def has_own_forward(head: nn.Module) -> bool:
-    """Whether something has replaced the forward on the instance by another than the class's."""
-    forward = vars(head).get("forward")
-    if forward is None:
-        return False
-    return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
-
-
-def _head_of(model: nn.Module) -> nn.Module:
-    """The one head, or UnsupportedHeadError."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise _refuse(
-            model,
-            None,
-            "it is an encoder-decoder, whose decoder wants decoder_input_ids, and a batch of candidates has one "
-            "sequence for prompt and response; a causal language model is needed",
-        )
-    head = output_embedding(model)
-    if head is None:
-        raise _refuse(model, None, "it returns no logits over a vocabulary")
-    if isinstance(head, (nn.ModuleList, nn.ModuleDict)):
-        raise _refuse(model, head, f"it holds {len(head)} heads, each with a vocabulary of its own")
-    if has_own_forward(head):
-        raise _refuse(model, head, "its forward has been replaced on the instance")
-    return head
-
-
-def _why_not_linear(head: nn.Module) -> str | None:
-    """The reason why `head` is not read as hidden . weight^T + bias, None where it is."""
-    weight = _tensor(head, "weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return "its weight is not a floating tensor [V, H]"
-    # A quantised weight can be a tensor class of its own that looks like a floating tensor.
-    if type(weight) not in (Tensor, nn.Parameter) and not _is_dtensor(weight):
-        return f"its weight is a {type(weight).__name__} (quantised weights are not read)"
-    # A wrapper around the weight (LoRA, quantisation) has a forward of its own: its `.weight` is not what it computes.
-    if type(head).forward is not nn.Linear.forward and not is_linear(head):
-        return "its forward is not that of torch.nn.Linear, nor does it compute the same (an adapter? quantised?)"
-    return None
 
 
 @contextlib.contextmanager
@@ -228,10 +152,10 @@ def inspect_head(model: nn.Module, *, own_forward: bool = False) -> HeadInfo:
             not run on token ids alone, or a transform that is none of these; the message names the model, the head and
             what was seen.
     """
-    head = _head_of(model)
-    reason = _why_not_linear(head)
+    head = head_of(model)
+    reason = why_not_linear(head)
     if reason is not None and not own_forward:
-        raise _refuse(model, head, reason)
+        raise refuse(model, head, reason)
     probe = _Probe(model, head, reason)
     shape, raw, logits = probe.run()
     virtual = probe.virtual
@@ -248,7 +172,7 @@ def inspect_head(model: nn.Module, *, own_forward: bool = False) -> HeadInfo:
             if reason is not None:
                 own = HeadForward(head, reason, transform.vocab_size, probe.differentiable)
             return _info(head, transform, stream if len(shape) == 4 else None, own, virtual)
-    raise _refuse(model, head, str(seen))
+    raise refuse(model, head, str(seen))
 
 
 class _Probe:
@@ -261,7 +185,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, head: nn.Module, reason: str | None) -> None:
         self._model, self._head, self._linear = model, head, reason is None
-        weight = _tensor(head, "weight")
+        weight = tensor_of(head, "weight")
         self._rows: int | None = None
         self._width: int | None = None
         if weight is not None and self._linear:
@@ -282,18 +206,18 @@ class _Probe:
                 output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
             except (TypeError, ValueError, NotImplementedError) as error:
                 why = " ".join(str(error).split())
-                raise _refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
+                raise refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
         if not self._shapes:
-            raise _refuse(model, head, "the model's forward never calls it")
+            raise refuse(model, head, "the model's forward never calls it")
         shape = self._shapes[0]
         self.virtual = shape[-2] - 2 if len(shape) in (3, 4) else 0
         fits = self.virtual in (0, virtual_tokens(model)) and shape[-1] == self._width
         if len(self._shapes) > 1 or len(shape) not in (3, 4) or shape[0] != 1 or not fits:
             seen = f"it was called with hidden states of shape {self._shapes}, not once with [1, 2, H]"
-            raise _refuse(model, head, seen)
+            raise refuse(model, head, seen)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, shape[-2]):
-            raise _refuse(model, head, "the model returns no logits of shape [1, 2, V]")
+            raise refuse(model, head, "the model returns no logits of shape [1, 2, V]")
         return shape, self._values[0], logits
 
     def _known(self, hidden: Tensor) -> Tensor:
@@ -314,13 +238,13 @@ class _Probe:
             alone = type(head).forward(head, x[:, -1:])
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             why = " ".join(str(error).split())
-            raise _refuse(self._model, head, f"its forward does not run on hidden states alone ({why})") from error
+            raise refuse(self._model, head, f"its forward does not run on hidden states alone ({why})") from error
         if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape[:2] or logits.dim() != 3:
-            raise _refuse(self._model, head, "its forward returns no logits of shape [B, T, V]")
+            raise refuse(self._model, head, "its forward returns no logits of shape [B, T, V]")
         difference = (alone - logits[:, -1:]).detach().double().norm()
         # Quantised heads round a token by its neighbours; one that mixes tokens is further off than any rounding.
         if not difference <= 0.05 * logits[:, -1:].detach().double().norm():
-            raise _refuse(self._model, head, "its forward mixes tokens, which cannot be taken apart")
+            raise refuse(self._model, head, "its forward mixes tokens, which cannot be taken apart")
         self._rows, self._width = logits.shape[-1], hidden.shape[-1]
         if logits.requires_grad:
             try:
@@ -364,10 +288,10 @@ class FusedHead:
         added = None
         if info.bias_name is not None:
             owner, _, name = info.bias_name.rpartition(".")
-            added = _tensor(self._model.get_submodule(owner), name)
+            added = tensor_of(self._model.get_submodule(owner), name)
         if info.own_forward is not None:
             return info.own_forward, added
-        weight, bias = _tensor(info.module, "weight"), _tensor(info.module, "bias")
+        weight, bias = tensor_of(info.module, "weight"), tensor_of(info.module, "bias")
         assert weight is not None
         if info.vocab_size < weight.shape[0]:
             weight = weight[: info.vocab_size]
@@ -378,20 +302,20 @@ class FusedHead:
 
     def head_forward(self, hidden: Tensor, **others: Any) -> Tensor:
         if self.called:
-            raise _refuse(self._model, self._info.module, "the model's forward calls it more than once")
+            raise refuse(self._model, self._info.module, "the model's forward calls it more than once")
         if others:
-            raise _refuse(self._model, self._info.module, f"it was called with {', '.join(others)} as well")
+            raise refuse(self._model, self._info.module, f"it was called with {', '.join(others)} as well")
         self.called = True
         stream = self._info.stream
         scored = hidden if stream is None else hidden[:, stream]
         if scored.dim() != 3:
             shape = tuple(hidden.shape)
-            raise _refuse(self._model, self._info.module, f"it was called with hidden states of another shape, {shape}")
+            raise refuse(self._model, self._info.module, f"it was called with hidden states of another shape, {shape}")
         virtual = self._info.virtual_tokens
         if self._length is not None and scored.shape[1] != virtual + self._length:
             seen = f"it was called with {scored.shape[1]} positions for {self._length} tokens"
             more = f" and {virtual} virtual ones" if virtual else ""
-            raise _refuse(self._model, self._info.module, f"{seen}{more} (has the active adapter changed?)")
+            raise refuse(self._model, self._info.module, f"{seen}{more} (has the active adapter changed?)")
         if virtual:
             scored = scored[:, virtual:]
         self.result = self._compute(scored.reshape(-1, scored.shape[-1]), *self._tensors())
@@ -404,7 +328,7 @@ class FusedHead:
         output = self._model_forward(*args, **kwargs)
         if not self.called:
             seen = "the model's forward never calls it (has the active adapter changed, or been disabled?)"
-            raise _refuse(self._model, self._info.module, seen)
+            raise refuse(self._model, self._info.module, seen)
         # Wrappers hang their backward hooks on what the model returns, so the result must be in it.
         output.logits = self.result[0] if isinstance(self.result, tuple) else self.result
         return output

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from clha_fast import checks
 from clha_fast.dispatch import _say_once
 from clha_fast.errors import BackendError
-from clha_fast.hf.heads import HeadForward, UnsupportedHeadError, head_name
+from clha_fast.hf.embedding import UnsupportedHeadError, head_name
+from clha_fast.hf.heads import HeadForward
 from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions

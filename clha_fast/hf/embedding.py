@@ -1,0 +1,99 @@
+"""Which module of a model computes its logits, and whether it is one weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clha_fast.hf.adapters import active_module
+from clha_fast.hf.probe import is_linear
+
+
+class UnsupportedHeadError(ValueError):
+    """The model's output embedding, or what the model does to its result, is not understood; it is never guessed."""
+
+
+def head_name(head: nn.Module) -> str:
+    """A head's class as messages have it: "Linear" is torch's own, and others say whose they are."""
+    kind = type(head)
+    return f"{kind.__module__}.Linear" if kind.__name__ == "Linear" and kind is not nn.Linear else kind.__name__
+
+
+def refuse(model: nn.Module, head: nn.Module | None, seen: str) -> UnsupportedHeadError:
+    """The error that names the model, its head and what was seen of them."""
+    name = "no output embedding" if head is None else f"output embedding {head_name(head)}"
+    return UnsupportedHeadError(
+        f"model: expected a head that can be fused, got {type(model).__name__} with {name}: {seen}"
+    )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes; torch may have been built without the means."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, buffer or computed attribute of a module, None where it has none of that name."""
+    value = getattr(module, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def input_embedding_weight(model: nn.Module) -> Tensor:
+    """[rows, H], the weight that token ids are looked up in."""
+    getter: Any = model.get_input_embeddings
+    weight: Tensor = getter().weight
+    return weight
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that computes the logits; of peft's copies of it the active one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return active_module(head) if isinstance(head, nn.Module) else None
+
+
+def has_own_forward(head: nn.Module) -> bool:
+    """Whether something has replaced the forward on the instance by another than the class's."""
+    forward = vars(head).get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The one head, or UnsupportedHeadError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise refuse(
+            model,
+            None,
+            "it is an encoder-decoder, whose decoder wants decoder_input_ids, and a batch of candidates has one "
+            "sequence for prompt and response; a causal language model is needed",
+        )
+    head = output_embedding(model)
+    if head is None:
+        raise refuse(model, None, "it returns no logits over a vocabulary")
+    if isinstance(head, (nn.ModuleList, nn.ModuleDict)):
+        raise refuse(model, head, f"it holds {len(head)} heads, each with a vocabulary of its own")
+    if has_own_forward(head):
+        raise refuse(model, head, "its forward has been replaced on the instance")
+    return head
+
+
+def why_not_linear(head: nn.Module) -> str | None:
+    """The reason why `head` is not read as hidden . weight^T + bias, None where it is."""
+    weight = tensor_of(head, "weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return "its weight is not a floating tensor [V, H]"
+    # A quantised weight can be a tensor class of its own that looks like a floating tensor.
+    if type(weight) not in (Tensor, nn.Parameter) and not is_dtensor(weight):
+        return f"its weight is a {type(weight).__name__} (quantised weights are not read)"
+    # A wrapper around the weight (LoRA, quantisation) has a forward of its own: its `.weight` is not what it computes.
+    if type(head).forward is not nn.Linear.forward and not is_linear(head):
+        return "its forward is not that of torch.nn.Linear, nor does it compute the same (an adapter? quantised?)"
+    return None
