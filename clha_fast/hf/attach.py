@@ -331,7 +331,7 @@ def _bare(head: nn.Module | None) -> Iterator[None]:
             head.forward = own
 
 
-def measure_head(model: nn.Module, backend: Backend = "auto") -> HeadInfo:
+def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     """`inspect_head` for a loss: wrappers' hooks set aside, a head that is more than one weight taken as a function.
 
     Raises:
