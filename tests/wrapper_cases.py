@@ -43,6 +43,7 @@ from wrapper_common import (
     step,
     tied,
     untied,
+    whole,
 )
 
 import clha_fast
@@ -132,6 +133,23 @@ def fsdp(
         model.compile(backend="aot_eager")
     loss = step(model, attached, [collate(mine(ROWS))] if batches is None else batches())
     return compare(wanted, loss, gradients_of(model), tolerance)
+
+
+def fsdp_optimizer_after_attaching() -> Measured:
+    """SGD at rate 1 shows the gradients as the weights' change: of the shards, not of what the probe had gathered."""
+    model = untied()
+    wanted = expect(model, [collate(ROWS)])
+    before = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    attached = clha_fast.attach(model, OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss = step(model, attached, [collate(mine(ROWS))])
+    optimizer.step()
+    pairs = zip(before.named_parameters(), model.parameters(), strict=True)
+    return compare(wanted, loss, {name: old.detach() - whole(new).detach() for (name, old), new in pairs})
 
 
 def fsdp_accumulation() -> Measured:
@@ -357,6 +375,7 @@ CASES: dict[str, Callable[[], Measured]] = {
     # The reference backend keeps the gathered weight for the backward, as backends do that recompute.
     "FSDP2, head sharded by itself": lambda: fsdp(untied, own_head=True, backend="reference"),
     "FSDP2, attached after sharding": lambda: fsdp(untied, after=True),
+    "FSDP2, attached after sharding, then an optimizer": fsdp_optimizer_after_attaching,
     "FSDP2, mixed precision bfloat16": fsdp_bfloat16,
     "FSDP2, gradient accumulation": fsdp_accumulation,
     "FSDP2, a process without prompts": fsdp_without_prompts,

@@ -175,12 +175,16 @@ NOTES = """
 - A head that tensor parallelism has spread by rows is computed vocabulary-parallel: two all-reduces of [N] numbers in
   the forward, one of the hidden states' gradient in the backward; the logits exist one bounded workspace at a time.
   All processes of the tensor-parallel group get the same batch.
+- Attaching runs the model once, after which FSDP2's outermost module would keep its gathered weights, and an optimizer
+  made then would step those; `attach` hands the shards back. After a forward of your own without a backward, do so
+  with `clha_fast.hf.sharding.reshard(model)` before you make an optimizer.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
 - `nn.DataParallel` is refused: its copies of the model share one head.
 - What the table does not show: GPUs and NCCL, more than two processes, tensor parallelism together with FSDP2, and
   sequence parallelism. `torch.compile` ran with its `aot_eager` backend. accelerate takes FSDP2 on GPUs only, so its
-  preparation was called by hand. The autocast row is compared with an eager loss under autocast. "Head sharded by
-  itself" and ZeRO used the backend `reference`, which keeps the weight for the backward as recomputing ones do.
+  preparation was called by hand. `CLHATrainer` under the same wrappers: [trainer.md](trainer.md). The autocast row is
+  compared with an eager loss under autocast. "Head sharded by itself" and ZeRO used the backend `reference`, which
+  keeps the weight for the backward as recomputing ones do.
 """
 
 

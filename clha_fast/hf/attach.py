@@ -32,6 +32,7 @@ from clha_fast.hf.hooks import through_hooks, without_wrappers_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
+from clha_fast.hf.sharding import reshard
 from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions
 
@@ -339,6 +340,7 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     """
     with _bare(output_embedding(model)):
         info = inspect_head(model, own_forward=True)
+    reshard(model)
     if info.own_forward is not None:
         check_backend(backend, info.own_forward)
     return info
