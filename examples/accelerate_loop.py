@@ -1,6 +1,6 @@
-"""The same loop with accelerate: one process or many, DDP or FSDP2, as `accelerate launch` is told.
+"""The same loop with accelerate: one process or many, DDP or FSDP2, as it is launched and configured.
 
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py --steps 20
+torchrun --nproc_per_node 2 examples/accelerate_loop.py --cpu --steps 20
 """
 
 import argparse
