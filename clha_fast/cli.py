@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest = [word for word in rest if word != "--traceback"]
     # What a user can cause has a message that is a whole sentence; anything else is a bug and keeps its traceback.
     from clha_fast.errors import BackendError
+    from clha_fast.report import as_flags
 
     try:
         return COMMANDS[name](rest)
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        print(f"clha-fast {name}: {' '.join(text.split())}", file=sys.stderr)
+        print(f"clha-fast {name}: {as_flags(' '.join(text.split()))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"clha-fast {name}: interrupted before anything was done", file=sys.stderr)

@@ -33,6 +33,8 @@ CONFIG_HINTS = _hints(CLHAConfig)
 # The command line has its own way to say these.
 for _name in ("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"):
     CONFIG_HINTS.pop(_name, None)
+# A text in TrainingArguments' own annotation, for what it was once; today it is on or off.
+CONFIG_HINTS["fsdp"] = bool | str | None
 HINTS: dict[str, Any] = {**CONFIG_HINTS, **RUN_HINTS, **PRINTING}
 
 

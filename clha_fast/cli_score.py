@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except ScoringError as error:
-        print(f"clha-fast score: {error}", file=sys.stderr)
+        print(f"clha-fast score: {report.as_flags(str(error))}", file=sys.stderr)
         return FAILED
     except ScoringInterrupted as error:
-        print(f"clha-fast score: {error}", file=sys.stderr)
+        print(f"clha-fast score: {report.as_flags(str(error))}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("clha-fast score: interrupted before anything was scored", file=sys.stderr)

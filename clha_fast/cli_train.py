@@ -224,7 +224,7 @@ def _train(run: Run, command: Mapping[str, Any], started: float) -> int:
     if main_process:
         print(header(run), flush=True)
     run.evaluate_before()
-    if main_process:
+    if main_process and run.before:
         accuracy = report.number(run.before.get("eval_rewards/accuracies"))
         print(f"\nheld out before training: ranking accuracy {accuracy}\n", flush=True)
     try:

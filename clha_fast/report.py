@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,11 @@ def number(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_flags(text: str) -> str:
+    """A message of the library in the words of the command line: `overwrite=True` is ``--overwrite`` there."""
+    return re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

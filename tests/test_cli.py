@@ -166,7 +166,7 @@ def test_second_ctrl_c_stops_at_once(
 def test_folder_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(tmp_path, max_steps=1)) == 0
     assert cli.main(command(tmp_path, max_steps=1)) == 2
-    assert "holds a run already; give resume, overwrite or another folder" in capsys.readouterr().err
+    assert "holds a run already; give --resume, --overwrite or another folder" in capsys.readouterr().err
     assert cli.main(command(tmp_path, "--resume", "--margin", "1", max_steps=1)) == 2
     assert "margin was the default, is 1.0" in capsys.readouterr().err
     write_rows(tmp_path / "train.jsonl", seed=9)
@@ -207,6 +207,16 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "x"], {}, "expected either model (a path or name) or model_config, got both"),
         ([], {"build_tokenizer": None}, "expected tokenizer or build_tokenizer with model_config, got neither"),
         (["--tokenizer", "x"], {}, "expected either tokenizer or build_tokenizer, got both"),
+        (
+            ["--model", "/nowhere/at-all"],
+            {"model_config": None, "build_tokenizer": None},
+            "model: expected a folder that holds one, or a name on the Hub, got '/nowhere/at-all', and there is no",
+        ),
+        (
+            ["--model", str(Path(__file__).parent)],
+            {"model_config": None, "build_tokenizer": None},
+            f"model: expected a folder that holds one, or a name on the Hub, got {str(Path(__file__).parent)!r} (",
+        ),
         (["--preset", "best"], {}, "preset: expected one of published, paper, sft_only, got 'best'"),
         (["--backend", "triton"], {}, "backend 'triton' cannot run: "),
         (["--dtype", "int8"], {}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
@@ -231,7 +241,7 @@ def test_user_errors_are_one_sentence(
     error = one_sentence(capsys)
     assert error.startswith("clha-fast train: ")
     assert message in error
-    assert not (tmp_path / "run" / "run.json").exists(), "a run that never began must not claim its folder"
+    assert not (tmp_path / "run").exists(), "a run that never began leaves nothing"
 
 
 def test_bad_files_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,9 +275,9 @@ def test_tokenizer_without_eos(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "tokenizer: expected one with an EOS token" in one_sentence(capsys)
 
 
-class Cubed(torch.nn.Linear):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden) ** 3
+def cube(model: torch.nn.Module, args: Any, output: Any) -> Any:
+    output.logits = output.logits**3
+    return output
 
 
 def test_model_with_a_head_that_is_not_understood(
@@ -275,12 +285,12 @@ def test_model_with_a_head_that_is_not_understood(
 ) -> None:
     def build(*arguments: Any) -> torch.nn.Module:
         model = build_model(*arguments)
-        model.lm_head = Cubed(32, model.config.vocab_size)
+        model.register_forward_hook(cube)
         return model
 
     monkeypatch.setattr(run, "build_model", build)
     assert cli.main(command(tmp_path)) == 2
-    expected = "model: expected a head that can be fused, got LlamaForCausalLM with output embedding Cubed: "
+    expected = "model: expected a head that can be fused, got LlamaForCausalLM with output embedding Linear: "
     assert expected in one_sentence(capsys)
 
 
@@ -320,7 +330,11 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 records, 2 responses, 1 records with rewards" in capsys.readouterr().out
     assert json.loads(target.read_text()) == {"prompt": "q", "completions": ["b", "a"], "rewards": [2.0, 1.0]}
     assert cli.main(["convert", str(source), str(target)]) == 2
-    assert "exists already" in one_sentence(capsys)
+    assert "exists already; expected a new file, or --overwrite" in one_sentence(capsys)
+    assert cli.main(["convert", str(source), str(tmp_path / "no" / "out.jsonl")]) == 2
+    said = one_sentence(capsys)
+    assert f"out.jsonl: expected a file in a folder that exists, there is no {tmp_path / 'no'}" in said
+    assert "partial" not in said
     assert cli.main(["convert", str(source), str(target), "--overwrite", "--format", "rrhf"]) == 0
     capsys.readouterr()
     assert cli.main(["convert", str(tmp_path / "no.jsonl"), str(target), "--overwrite"]) == 2

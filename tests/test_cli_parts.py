@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from test_cli import SETTINGS
+from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast
-from clha_fast import cli_options, memory, report
+from clha_fast import cli, cli_options, memory, report
 from clha_fast.cli_options import OptionError, coerce, read_flags
 from clha_fast.data import make_record
 from clha_fast.hf.build import build_model, build_tokenizer
@@ -114,3 +117,23 @@ def test_failed_measurement_is_named() -> None:
     shapes = memory.LossShapes(8, 8, 32, [2, 2], [2], backend="none")
     with pytest.raises(memory.MemoryReportError, match=r"measuring clha-fast failed: ValueError: backend: expected"):
         memory.measure("fused", shapes)
+
+
+def test_example_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    """examples/one_gpu.yaml as it is, but for the device, the number of steps and the distance between evaluations."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    words = ["train", "--config", str(Path(__file__).parents[1] / "examples" / "one_gpu.yaml")]
+    words += ["--model", str(tmp_path / "model"), "--train_file", str(tmp_path / "train.jsonl")]
+    words += ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--max_steps", "2", "--eval_steps", "1"]
+    words += ["--save_steps", "1", "--eval_sample_tokens", "3", "--logging_steps", "1", "--plot", "false"]
+    assert cli.main(words) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["after"]["eval_rewards/accuracies"] >= metrics["before"]["eval_rewards/accuracies"]
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "train.jsonl" in card
+    assert "base_model" not in card, "a folder has no name on the Hub"

@@ -261,7 +261,7 @@ def test_folder_holds_one_run(tmp_path: Path) -> None:
     assert check_folder(str(folder), mine, resume=True) is None  # stopped before its first checkpoint
     for step in (5, 10):
         (folder / f"checkpoint-{step}").mkdir()
-    with pytest.raises(RunFolderError, match="holds a run already; give resume, overwrite or another folder"):
+    with pytest.raises(RunFolderError, match="holds a run already; give resume=True, overwrite=True or another folder"):
         check_folder(str(folder), mine)
     assert check_folder(str(folder), mine, resume=True) == str(folder / "checkpoint-10")
     with pytest.raises(RunFolderError, match="seed was 1, is 2; train_file changed"):

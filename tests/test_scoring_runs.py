@@ -46,7 +46,7 @@ def test_destinations(tmp_path: Path, reward_model: RewardModel) -> None:
     assert out.read_text() == "mine"
     out.unlink()
     partial.write_text("left\n")
-    with pytest.raises(FileExistsError, match=r"partial: holds an unfinished run; give resume"):
+    with pytest.raises(FileExistsError, match=r"partial: holds an unfinished run; give resume=True"):
         score_file(source, out, reward_model, progress=False)
     with pytest.raises(ValueError, match=r"partial:1: damaged"):
         score_file(source, out, reward_model, resume=True, progress=False)
@@ -174,7 +174,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, folder: str, capsys: pyte
         hook.remove()
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("clha-fast score: interrupted; 12 of ")
-    assert said.endswith(f"are scored and kept in {out}.partial, resume to go on")
+    assert said.endswith(f"are scored and kept in {out}.partial, --resume goes on")
     assert not out.exists()
     assert command(source, out, *options) == 2
     assert "unfinished run" in capsys.readouterr().err.splitlines()[-1]
@@ -223,7 +223,7 @@ def test_full_disk(tmp_path: Path, reward_model: RewardModel, folder: str) -> No
     kept = [2 * (results[0][3] - 1), total]  # without the header
     assert 0 < kept[0] < kept[1]
     for line, count in zip(said, kept, strict=True):
-        assert f"; {count} of {total} responses are scored and kept in {out}.partial, resume to go on" in line
+        assert f"; {count} of {total} responses are scored and kept in {out}.partial, --resume goes on" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ import torch
 from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 
-import clha_fast
 from clha_fast import CLHAOptions, reference
 from clha_fast.batch import CandidateBatch
 from clha_fast.hf.collator import RankedCollator, RankedDataset
@@ -299,24 +294,3 @@ def test_bad_trainer_arguments(tmp_path: Path) -> None:
     many._n_gpu = 2
     with pytest.raises(ValueError, match=r"one GPU a process, got 2 .*torchrun"):
         CLHATrainer(model, many, processing_class=TOKENIZER)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes: the same weights as one process with the batch of both, and the same pooled evaluation."""
-    script = Path(__file__).with_name("two_processes.py")
-    results = []
-    environment = {**os.environ, "PYTHONPATH": str(Path(clha_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
-        out = tmp_path / f"result-{processes}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command += ["--standalone", str(script), str(tmp_path / f"run-{processes}"), str(out)]
-        subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)
-        results.append(json.loads(out.read_text()))
-    one, two = results
-    assert one["checkpoints"] == two["checkpoints"] == ["checkpoint-2", "checkpoint-4"]
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
-    for name, value in one["eval"].items():
-        if name not in ("eval_loss", "eval_rank_loss", "eval_sft_loss"):  # means over batches, split otherwise
-            assert two["eval"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert two["logs"] == [pytest.approx(line, rel=1e-3, abs=1e-6) for line in one["logs"]]

@@ -40,11 +40,15 @@ def convert(
 
     Raises:
         FileExistsError: `destination` exists and `overwrite` is not set.
+        FileNotFoundError: the folder of `destination` does not exist.
         RecordError, ValueError, OSError: as `iter_records`; OSError also when writing fails.
     """
     path = os.fspath(destination)
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite")
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: expected a file in a folder that exists, there is no {folder}")
     records = completions = with_rewards = 0
     partial = f"{path}.{os.getpid()}.partial"
     try:

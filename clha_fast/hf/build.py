@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -72,9 +74,31 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or of a name on the Hub."""
-    return AutoTokenizer.from_pretrained(name)
+@contextlib.contextmanager
+def _one_sentence(option: str, name: str) -> Iterator[None]:
+    """What transformers and the Hub say in paragraphs, as one sentence that names the option."""
+    expected = f"{option}: expected a folder that holds one, or a name on the Hub, got {name!r}"
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+    if looks_local and not os.path.isdir(name):
+        raise ValueError(f"{expected}, and there is no such folder")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        raise ValueError(f"{expected} ({reason})") from error
+
+
+def load_tokenizer(name: str, option: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or of a name on the Hub.
+
+    Args:
+        option: what the error calls it; a tokenizer often comes with the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with _one_sentence(option, name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def build_model(
@@ -118,9 +142,14 @@ def build_model(
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A causal language model of a local folder or of a name on the Hub."""
+    """A causal language model of a local folder or of a name on the Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
+    with _one_sentence("model", name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -182,13 +182,15 @@ def check_folder(folder: str, identity: RunIdentity, *, resume: bool = False, ov
             f"({', '.join(content[:3])}{', ...' if len(content) > 3 else ''}) that are no run of this program"
         )
     if not resume:
-        raise RunFolderError(f"output_dir: {folder} holds a run already; give resume, overwrite or another folder")
+        raise RunFolderError(
+            f"output_dir: {folder} holds a run already; give resume=True, overwrite=True or another folder"
+        )
     with open(path, encoding="utf-8") as file:
         changed = identity.differences(json.load(file))
     if changed:
         raise RunFolderError(
             f"resume: expected the run that {folder} holds, got other settings ({'; '.join(changed)}); "
-            "give the same ones, another output_dir, or overwrite"
+            "give the same ones, another output_dir, or overwrite=True"
         )
     return get_last_checkpoint(folder)
 

@@ -40,6 +40,9 @@ class CLHAConfig(TrainingArguments):
         workspace_mb: memory in MiB that the torch backend may use for logits at a time; None chooses.
         drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
         eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
+        eval_samples: after an evaluation, this many of the first held-out prompts are answered, and the answers written
+            to `samples.jsonl` in the output folder. eval_sample_tokens: at most so many tokens each.
+            eval_sample_temperature: 0 is greedy. Training goes on as if there had been none.
 
     Raises:
         ValueError: a value outside its choices, a setting that this trainer does not carry (Liger's kernels, label
@@ -69,6 +72,9 @@ class CLHAConfig(TrainingArguments):
     workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits, torch backend."})
     drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
     eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
+    eval_samples: int = field(default=0, metadata={"help": "Held-out prompts to answer at evaluation."})
+    eval_sample_tokens: int = field(default=64, metadata={"help": "Tokens of such an answer, at most."})
+    eval_sample_temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
 
     # Where TrainingArguments' own default would be wrong here: columns are not the forward's arguments, and a NaN loss
     # must be seen.
@@ -87,6 +93,10 @@ class CLHAConfig(TrainingArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         check_loading(self)
+        for name, least in (("eval_samples", 0), ("eval_sample_tokens", 1), ("eval_sample_temperature", 0.0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel: expected False (it replaces the head that is fused here), got True")
         if self.label_smoothing_factor:

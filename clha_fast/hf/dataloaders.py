@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
@@ -56,7 +58,12 @@ class RankedLoaders(Trainer):
             drop_inert=collator.drop_inert if own else self.args.drop_inert,
             multiple=collator.pad_to_multiple_of if own else self.args.pad_to_multiple_of,
         )
-        return TokenBudgetSampler(shapes, budget, self._data_seed, self.accelerator.num_processes)
+        return TokenBudgetSampler(shapes, budget, self._data_seed, self._data_processes)
+
+    @property
+    def _data_processes(self) -> int:
+        """Processes with batches of their own: those of a tensor-parallel group share one."""
+        return self.accelerator.num_processes // self.get_tp_size()
 
     @property
     def _data_seed(self) -> int:
@@ -81,9 +88,20 @@ class RankedLoaders(Trainer):
         """As `Trainer`, with the evaluation's collator."""
         if not isinstance(eval_dataset, str):
             eval_dataset = as_dataset(eval_dataset, self.eval_collator, self.args, training=False)
+        with self._evaluating():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `Trainer`, with the evaluation's collator; rows in a known format will do."""
+        dataset = as_dataset(test_dataset, self.eval_collator, self.args, training=False)
+        with self._evaluating():
+            return super().get_test_dataloader(dataset)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = train_collator
 
@@ -97,9 +115,9 @@ class RankedLoaders(Trainer):
         if num_fill:
             return size - num_fill
         state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self._data_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        own = min(max(state.remainder - self.args.process_index * size, 0), size)
+        own = min(max(state.remainder - self.args.process_index // self.get_tp_size() * size, 0), size)
         return None if own == size else own
 
     def _skipped_records(self) -> dict[str, int]:

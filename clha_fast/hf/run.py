@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.dispatch import resolve
 from clha_fast.hf.build import (
     build_model,
     build_tokenizer,
@@ -30,7 +31,9 @@ from clha_fast.hf.build import (
 from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, file_hash, write_json
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
-from clha_fast.hf.trainer import CLHATrainer, wait_for_everyone
+from clha_fast.hf.samples import SAMPLES_FILE
+from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.hf.trainer_checkpoints import wait_for_everyone
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
@@ -49,6 +52,7 @@ _NEUTRAL = (
     *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "push_to_hub"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc"),
+    *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
 )
 
 
@@ -132,6 +136,7 @@ class Run:
 
     Raises:
         ValueError, OSError: bad options, files, models and folders, each named.
+        BackendError: the backend that was asked for cannot run here.
     """
 
     def __init__(self, options: RunOptions, settings: Mapping[str, Any]) -> None:
@@ -143,6 +148,8 @@ class Run:
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         self.args = CLHAConfig(**settings)
         self.folder: str = self.args.output_dir
+        # Before anything is written: a backend that was asked for runs or is refused.
+        resolve(self.args.backend, self.args.device.type, self._compute_dtype())
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.interrupted = False
@@ -164,6 +171,13 @@ class Run:
         )
         for dataset in (self.trainer.train_dataset, self.trainer.eval_dataset):
             self.skipped += dataset.skipped
+        files = (options.train_file, options.eval_file)
+        self.trainer.dataset_names = [os.path.basename(path) for path in files if path is not None]
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return DTYPES[self.options.dtype]
 
     def _read(self) -> tuple[list[RankedRecord], list[RankedRecord]]:
         options = self.options
@@ -197,7 +211,7 @@ class Run:
             return build_tokenizer(texts_of(self.train_records), **options.build_tokenizer)
         name = options.tokenizer or options.model
         assert name is not None
-        return load_tokenizer(name)
+        return load_tokenizer(name, "tokenizer" if options.tokenizer else "model")
 
     def _model(self) -> PreTrainedModel:
         options, dtype = self.options, DTYPES[self.options.dtype]
@@ -213,7 +227,10 @@ class Run:
         return summarise(self.train_records, loss), summarise(self.held_out, loss), shared
 
     def evaluate_before(self) -> None:
-        """Claim the folder and evaluate the untrained model; a resumed run reads what it found then."""
+        """Claim the folder and evaluate the untrained model; a resumed run reads what it found then.
+
+        Under FSDP and DeepSpeed a model can run once training has wrapped it: `train` evaluates it there, first.
+        """
         path = os.path.join(self.folder, METRICS_FILE)
         if self.checkpoint is not None:
             with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
@@ -221,15 +238,23 @@ class Run:
             return
         wait_for_everyone()  # until every process has seen the folder as it was
         if self.args.process_index == 0:
-            claim_folder(self.folder, self.identity, owned=(METRICS_FILE, CURVE_FILE))
+            claim_folder(self.folder, self.identity, owned=(METRICS_FILE, CURVE_FILE, SAMPLES_FILE))
         wait_for_everyone()
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            self.args.eval_on_start = True
+            return
         self.before = self.trainer.evaluate()
         self.write_metrics()
 
     def train(self) -> None:
         """Train to the end, or until Ctrl-C: then the current step is finished and saved, and `interrupted` is set."""
-        with self._ctrl_c():
-            self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        try:
+            with self._ctrl_c():
+                self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        finally:
+            if self.args.eval_on_start and not self.before:
+                lines = self.trainer.state.log_history
+                self.before = next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
         self.interrupted = self._stop.stopped
 
     @contextlib.contextmanager

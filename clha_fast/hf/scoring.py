@@ -82,10 +82,10 @@ def check_destination(destination: str | os.PathLike[str], *, resume: bool = Fal
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise FileNotFoundError(f"{path}: expected an existing folder, got {os.path.dirname(path)}")
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite")
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
     partial = f"{path}.partial"
     if os.path.lexists(partial) and not (resume or overwrite):
-        raise FileExistsError(f"{partial}: holds an unfinished run; give resume to continue it, or overwrite")
+        raise FileExistsError(f"{partial}: holds an unfinished run; give resume=True to continue it, or overwrite=True")
 
 
 def score_file(
@@ -335,11 +335,13 @@ class _Journal:
                 if changed:
                     raise ValueError(
                         f"resume: expected the run that {self.path} holds, got another ({'; '.join(changed)}); "
-                        "give the same settings and files, or overwrite without resume"
+                        "give the same settings and files, or overwrite=True without resume=True"
                     )
             elif number == 0 or not self._take(entry):
                 if number == 0 or number < len(lines) - 1:
-                    raise ValueError(f"{self.path}:{number + 1}: damaged; begin again with overwrite, without resume")
+                    raise ValueError(
+                        f"{self.path}:{number + 1}: damaged; begin again with overwrite=True, without resume=True"
+                    )
                 return
             self._good += len(line) + 1
 
@@ -394,7 +396,7 @@ class _Journal:
         total = sum(map(len, self.batches))
         if not self.rewards:
             return f"none of {total:,} responses is scored yet"
-        return f"{len(self.rewards):,} of {total:,} responses are scored and kept in {self.path}, resume to go on"
+        return f"{len(self.rewards):,} of {total:,} responses are scored and kept in {self.path}, resume=True goes on"
 
 
 def _is_score(value: object) -> bool:

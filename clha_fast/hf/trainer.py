@@ -9,24 +9,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batch import CandidateBatch
-from clha_fast.functional import linear_clha_loss
-from clha_fast.hf.checkpoint import WRITING, publish, publish_files, rotate, writing
+from clha_fast.hf.adapters import base_model
+from clha_fast.hf.attach import measure_head
 from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.dataloaders import RankedLoaders
-from clha_fast.hf.heads import cache_flags, fused_head, inspect_head
+from clha_fast.hf.head_loss import head_loss
+from clha_fast.hf.heads import HeadForward, cache_flags, fused_head
 from clha_fast.hf.hooks import through_hooks
 from clha_fast.hf.normalizer import GlobalCounts, first_prompts, local_counts
+from clha_fast.hf.router import auxiliary_coefficient
+from clha_fast.hf.sharding import reshard, whole_weights
 from clha_fast.hf.stream import as_dataset
-from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.hf.trainer_metrics import RunningMetrics
+from clha_fast.hf.trainer_reports import ReportingTrainer
+from clha_fast.metrics import CLHAMetrics
 
-TRAINER_STATE = "trainer_state.json"
+DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
     "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
@@ -34,41 +41,12 @@ COLUMNS = (
 )
 
 
-def wait_for_everyone() -> None:
-    """A barrier where there are several processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+def _embeddings_of(model: nn.Module) -> list[nn.Module]:
+    found = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
-class _Running:
-    """Metrics added up over calls, and over processes when read."""
-
-    def __init__(self) -> None:
-        self.total: CLHAMetrics | None = None
-        self.inert = self.calls = 0
-
-    def add(self, metrics: CLHAMetrics, inert: int, loss_scale: float = 1.0) -> None:
-        values = metrics.values.detach().clone()
-        values[:2] *= loss_scale  # rank_loss and sft_loss, as the loss itself is scaled
-        plain = CLHAMetrics(values, metrics.scores[:0])
-        self.total = plain if self.total is None else CLHAMetrics.merge([self.total, plain])
-        self.inert += inert
-        self.calls += 1
-
-    def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float] | None:
-        """The metrics' dictionary with `inert_candidates`, and an empty accumulator again."""
-        total, inert, calls = self.total, self.inert, self.calls
-        self.__init__()  # type: ignore[misc]
-        values = torch.zeros(len(METRIC_NAMES), device=device) if total is None else total.values.to(device)
-        counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
-        values, counts = reduce(values), reduce(counts)
-        inert, calls = int(counts[0]), int(counts[1])
-        if not calls:
-            return None
-        return {**CLHAMetrics(values, values[:0], calls).as_dict(), "inert_candidates": float(inert)}
-
-
-class CLHATrainer(RankedLoaders):
+class CLHATrainer(RankedLoaders, ReportingTrainer):
     """Trains a causal language model on ranked responses.
 
     What `Trainer` computes as ``model(**batch).logits`` and a loss over them is one call of `linear_clha_loss` inside
@@ -88,6 +66,10 @@ class CLHATrainer(RankedLoaders):
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
         **kwargs: as `Trainer`; `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are refused,
             since no logits exist for them.
+
+    Attributes:
+        dataset_names: for the model card, set by whoever knows them.
+        largest_batch: the training batch with the most scored tokens so far.
 
     Raises:
         ValueError: one of these; more than one GPU in one process (`nn.DataParallel`): use torchrun.
@@ -115,6 +97,14 @@ class CLHATrainer(RankedLoaders):
                 f"args: expected one GPU a process, got {args.n_gpu} (nn.DataParallel copies the model, not its head); "
                 "start one process a GPU with torchrun or accelerate launch"
             )
+        asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        # Before there is an Accelerator, which leaves the wish in the environment.
+        if asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+            raise ValueError(
+                "fsdp: expected processes with an accelerator each (without, accelerate trains with DDP instead), got "
+                "CPUs; load the model with from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or "
+                "see examples/fsdp2_loop.py"
+            )
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None (no logits exist that it could be given), got a function")
@@ -124,15 +114,17 @@ class CLHATrainer(RankedLoaders):
             data_collator = self._make_collator(processing_class, args, args.drop_inert)
             eval_collator = self._make_collator(processing_class, args, args.eval_drop_inert)
         self.eval_collator = eval_collator
-        # Before any wrapper: sharded weights and hooks would stand in the probe's way.
-        self.head_info = inspect_head(model)
+        # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
+        inner = base_model(model)
+        with whole_weights(inner, *_embeddings_of(inner)):
+            self.head_info = measure_head(inner, args.backend)
         budget = None if args.workspace_mb is None else args.workspace_mb << 20
         self.head_options = self.head_info.options(args.temperature, workspace_bytes=budget)
         self._model_flags = cache_flags(model)
-        self._train_metrics, self._eval_metrics = _Running(), _Running()
+        self._train_metrics, self._eval_metrics = RunningMetrics(), RunningMetrics()
         self._step_counts: GlobalCounts | None = None
-        self._staging: str | None = None
         self.largest_batch: CandidateBatch | None = None
+        self.dataset_names = []
         super().__init__(
             model=model,
             args=args,
@@ -146,6 +138,24 @@ class CLHATrainer(RankedLoaders):
             processing_class=processing_class,
             **kwargs,
         )
+        self._check_wrappers()
+
+    def _check_wrappers(self) -> None:
+        """ValueError for what would be ignored, or end in an error far from its cause."""
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"args: expected settings under which accelerate finds the {processes} processes there are, got "
+                f"{self.accelerator.num_processes} (each would train alone and write the same files); without a GPU, "
+                "DeepSpeed needs PartialState(backend='gloo') first, see docs/trainer.md"
+            )
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        if sharded and not self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "model: expected one that is whole, or sharded by from_pretrained(distributed_config=...), got DTensor "
+                "weights of somebody else's (fully_shard, parallelize_module), which Trainer would wrap again; give "
+                "the whole model and fsdp=True, or attach it in a loop of your own (examples/fsdp2_loop.py)"
+            )
 
     def _make_collator(self, tokenizer: Any, args: CLHAConfig, drop_inert: bool) -> RankedCollator:
         if tokenizer is None:
@@ -176,7 +186,7 @@ class CLHATrainer(RankedLoaders):
         scale = 1
         if counts is not None:
             # The terms of all micro-batches and processes sum to the loss; Trainer and wrappers take means of them.
-            scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            scale = self.current_gradient_accumulation_steps * self._data_processes
             loss = loss * scale
         if model.training:
             self._train_metrics.add(metrics, batch.num_inert, scale)
@@ -184,27 +194,28 @@ class CLHATrainer(RankedLoaders):
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
     def _loss(self, model: nn.Module, batch: CandidateBatch, counts: GlobalCounts | None) -> tuple[Tensor, CLHAMetrics]:
-        normalizers = {} if counts is None else {"pair_counts": counts.pairs, "prompt_count": counts.prompts}
+        tensors = batch.loss_inputs()
+        if counts is not None:
+            tensors = {**tensors, "pair_counts": counts.pairs, "prompt_count": counts.prompts}
 
-        def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, CLHAMetrics]:
-            return linear_clha_loss(
+        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, CLHAMetrics]:
+            return head_loss(
                 hidden,
                 weight,
-                bias=bias,
+                bias,
+                tensors,
                 head=self.head_options,
                 options=self.loss_options,
                 backend=self.args.backend,
-                **batch.loss_inputs(),  # type: ignore[arg-type]
-                **normalizers,
             )
 
-        inner = self.accelerator.unwrap_model(model)
+        inner = base_model(self.accelerator.unwrap_model(model))
         with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info.module, head):
             outputs = model(**batch.model_inputs(), **self._model_flags)
         loss: Tensor = outputs.logits
         auxiliary = getattr(outputs, "aux_loss", None)  # a mixture of experts that was asked for router logits
         if auxiliary is not None:
-            loss = loss + inner.config.router_aux_loss_coef * auxiliary.to(loss.device)
+            loss = loss + auxiliary_coefficient(inner) * auxiliary.to(loss.device)
         return loss, head.result[1]
 
     def _note_shape(self, batch: CandidateBatch) -> None:
@@ -228,7 +239,19 @@ class CLHATrainer(RankedLoaders):
         return samples, items
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum") if self.accelerator.num_processes > 1 else values
+        """Over those with batches of their own; whole numbers stay exact."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values, reduction="sum") / self.get_tp_size()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:
+            raise ValueError(
+                "train: expected no evaluation before it under DeepSpeed, whose engine is built for one or the other, "
+                "got one; eval_on_start=True evaluates the untrained model"
+            )
+        return super().train(*args, **kwargs)
 
     # ---- evaluation ----
 
@@ -243,14 +266,14 @@ class CLHATrainer(RankedLoaders):
         inputs = self._prepare_inputs(inputs)
         batch = CandidateBatch.from_dict(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self._loss(model, batch, None)
             own = self._own_prompts(batch, inputs.get("num_fill", 0))
-            if own == 0:
-                return loss, None, None
-            if own is not None:
+            if own:
                 # The last batch was filled up with prompts seen before; they must not count twice.
                 batch = first_prompts(batch, own)
-                loss, metrics = self._loss(model, batch, None)
+            # Also where none is its own: the model may be spread over the processes, which all have to take part.
+            loss, metrics = self._loss(model, batch, None)
+        if own == 0:
+            return loss, None, None
         self._eval_metrics.add(metrics, batch.num_inert)
         return loss, None, None
 
@@ -263,13 +286,43 @@ class CLHATrainer(RankedLoaders):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As `Trainer`, with the pooled metrics of the loss."""
-        self._eval_metrics = _Running()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        if self.is_fsdp_enabled and not self.is_in_train and not self.accelerator._models:
+            raise ValueError(
+                "evaluate: expected a model that training has begun to shard, under FSDP, got one as it was given; "
+                "eval_on_start=True evaluates the untrained model"
+            )
+        self._eval_metrics.reset()
+        with self._unprepared():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        reshard(self.model)
         metrics = self._eval_metrics.take(self._sum_over_processes, self.args.device)
         if metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["rank_loss"] + metrics["sft_loss"]
         return output
+
+    @contextlib.contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        """Takes back what an evaluation before training does to the model.
+
+        `Trainer` has accelerate prepare it without a wrapper then; accelerate marks it as prepared, and training would
+        get it back as it is: no DistributedDataParallel, every process trains a model of its own.
+        """
+        data_parallel = (
+            self.accelerator.distributed_type in DDP_TYPES and not self.is_distributed_loading_by_transformers
+        )
+        if self.is_in_train or self.accelerator._models or not data_parallel:
+            yield
+            return
+        model: Any = self.model
+        forward = vars(model).get("forward")
+        yield
+        self.accelerator._models.clear()
+        self.model_wrapped = model
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+            vars(model).pop(name, None)
+        if forward is not None:
+            model.forward = forward
 
     def _set_signature_columns_if_needed(self) -> None:
         # Should someone set remove_unused_columns: what the collator reads, not what the model's forward takes.
@@ -284,62 +337,3 @@ class CLHATrainer(RankedLoaders):
             metrics = self._train_metrics.take(self._sum_over_processes, self.args.device)
             logs.update(metrics or {}, **self._skipped_records())
         super().log(logs, start_time)
-
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else self._staging
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Everything is written to a folder beside the checkpoints, which is renamed when it is complete."""
-        folder = super()._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
-        final = os.path.join(folder, name)
-        with self._one_writes(folder, name) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            wait_for_everyone()
-            if self.args.should_save:
-                self._name_best(folder)
-                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE))
-                publish(os.path.join(staging, name), final)
-        wait_for_everyone()
-        if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _name_best(self, folder: str) -> None:
-        """`Trainer` looked for the best checkpoint in the staging folder; give its final name."""
-        best = self.state.best_global_step
-        if best:
-            path = os.path.join(folder, f"checkpoint-{best}")
-            if best == self.state.global_step or os.path.isdir(path):
-                self.state.best_model_checkpoint = path
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`, but files appear complete or not at all."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        folder = self.args.output_dir if output_dir is None else output_dir
-        with self._one_writes(folder, f"the model in {folder}") as staging:
-            super().save_model(staging, _internal_call=True)
-            wait_for_everyone()
-            if self.args.should_save:
-                publish_files(staging, folder)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    @contextlib.contextmanager
-    def _one_writes(self, folder: str, name: str) -> Iterator[str]:
-        """The staging folder: made and removed by the writing process, shared by all."""
-        wait_for_everyone()
-        if self.args.should_save:
-            with writing(folder, name) as staging:
-                wait_for_everyone()
-                yield staging
-        else:
-            wait_for_everyone()
-            yield os.path.join(folder, WRITING)

@@ -1,0 +1,154 @@
+"""The model card: what was trained on what, with which loss and which result."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from clha_fast import __version__
+from clha_fast.options import CLHAOptions
+
+CARD_FILE = "README.md"
+TAGS = ("clha", "preference-ranking")
+# A card that holds this line was written here and may be written again; any other is somebody's own.
+MARK = "<!-- Written by clha-fast; edit it, and remove this line to keep what you wrote. -->"
+_METRICS = {
+    "rewards/accuracies": "ranking accuracy (kept pairs)",
+    "kendall_tau": "Kendall's tau",
+    "rewards/margins": "margin (nats a token)",
+    "logps/chosen": "log-probability of the better side (nats a token)",
+    "logps/rejected": "log-probability of the worse side (nats a token)",
+    "kept_pair_share": "kept pairs",
+    "loss": "loss",
+    "rank_loss": "rank term",
+    "sft_loss": "SFT term",
+}
+_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "world_size", "normalizer", "temperature", "optim", "weight_decay"),
+    *("max_length", "max_prompt_length", "max_completion_length", "bf16", "fp16", "seed"),
+)
+_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed")
+CITATION = """\
+@inproceedings{fang2024clha,
+  title     = {{CLHA}: A Simple yet Effective Contrastive Learning Framework for Human Alignment},
+  author    = {Fang, Feiteng and others},
+  booktitle = {Proceedings of LREC-COLING 2024},
+  year      = {2024},
+  note      = {arXiv:2403.16649}
+}"""
+
+
+def may_write(folder: str) -> bool:
+    """Whether `folder` has no card, or one that was written here."""
+    try:
+        with open(os.path.join(folder, CARD_FILE), encoding="utf-8") as file:
+            return MARK in file.read()
+    except FileNotFoundError:
+        return True
+
+
+def write(folder: str, text: str) -> None:
+    """Put the card in `folder`, complete or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = os.path.join(folder, CARD_FILE)
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.partial", path)
+
+
+def model_card(
+    name: str,
+    options: CLHAOptions,
+    settings: Any,
+    log: Sequence[Mapping[str, Any]],
+    *,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    library: str = "transformers",
+    language: str | None = None,
+    license: str | None = None,
+    tasks: Sequence[str] = ("text-generation",),
+) -> str:
+    """The card's text: YAML front matter, loss, metrics, settings, versions, citation.
+
+    Args:
+        options: of the loss. settings: the `CLHAConfig`. log: a trainer's `state.log_history`.
+        base_model: a name on the Hub. datasets: names or file names; those on the Hub also go into the front matter.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        # A front matter with what is no name on the Hub is refused by it.
+        datasets=[name for name in datasets if _is_hub_name(name)] or None,
+        language=language,
+        library_name=library,
+        license=license,
+        model_name=name,
+        pipeline_tag=tasks[0] if tasks else None,
+        tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+    )
+    start = (
+        f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "weights that have no name on the Hub"
+    )
+    data_text = f" on {', '.join(datasets)}" if datasets else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        MARK,
+        f"# {name}",
+        f"Trained from {start}{data_text}, with CLHA (a loss on ranked responses), by clha-fast {__version__}.",
+        "## Loss\n\n" + _table(("option", "value"), _values({**_options(options), "preset": settings.preset})),
+    ]
+    held_out = next((line for line in reversed(log) if "eval_rank_loss" in line), None)
+    if held_out is not None:
+        rows = {text: held_out[f"eval_{key}"] for key, text in _METRICS.items() if f"eval_{key}" in held_out}
+        parts.append(f"## Held out, after step {held_out.get('step')}\n\n" + _table(("metric", "value"), _values(rows)))
+    chosen = {name: getattr(settings, name) for name in _SETTINGS}
+    chosen["lr_scheduler_type"] = getattr(chosen["lr_scheduler_type"], "value", chosen["lr_scheduler_type"])
+    chosen["optim"] = getattr(chosen["optim"], "value", chosen["optim"])
+    parts.append("## Training\n\n" + _table(("setting", "value"), _values(chosen)))
+    parts.append("## Versions\n\n" + "\n".join(f"- {package} {version}" for package, version in _versions().items()))
+    parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _options(options: CLHAOptions) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.init}
+
+
+def _values(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _text(value)) for name, value in given.items() if value is not None]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _table(header: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in [header, ("---", "---"), *rows])
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not os.path.exists(name) and not name.startswith((".", "/")) and "." not in name
+
+
+def _versions() -> dict[str, str]:
+    found = {"clha-fast": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

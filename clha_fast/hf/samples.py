@@ -1,0 +1,133 @@
+"""What the model writes to held-out prompts, from evaluation to evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from clha_fast.hf.collator import RankedCollator
+
+SAMPLES_FILE = "samples.jsonl"
+# Of the generator that draws tokens at a temperature: the same at every evaluation.
+_SEED = 0
+
+
+def first_prompts(dataset: Any, count: int, collator: Any) -> list[Mapping[str, Any]]:
+    """The first `count` examples of an evaluation dataset (of the first one of a dictionary), tokenised.
+
+    Raises:
+        ValueError: the examples are not tokenised and `collator` cannot do it.
+    """
+    if isinstance(dataset, Mapping):
+        dataset = next(iter(dataset.values()))
+    sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    examples = (
+        [dataset[k] for k in range(min(count, len(dataset)))] if sized else list(itertools.islice(iter(dataset), count))
+    )
+    found = []
+    for example in examples:
+        if not (isinstance(example, Mapping) and "prompt_ids" in example):
+            if not isinstance(collator, RankedCollator):
+                raise ValueError(
+                    "eval_samples: expected 0, or an evaluation dataset with prompt_ids, where a data_collator of "
+                    f"another kind is given, got {type(collator).__name__}"
+                )
+            example = collator.tokenize_record(example)
+        found.append(example)
+    return found
+
+
+def closing_tokens(examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """What ends an answer: EOS, the model's own, and what closes a response of the data (a template's end of turn)."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends |= {int(ids[-1]) for example in examples for ids in example["completion_ids"] if int(ids[-1]) in special}
+    return sorted(ends)
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[list[int]]:
+    """The new tokens for each prompt; greedy at temperature 0. Leaves training mode and random state as they were.
+
+    Prompts run one by one, so padding plays no part. Where the weights are spread over processes, all must call with
+    the same prompts.
+    """
+    pad = tokenizer.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=list(ends),
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        use_cache=True,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+    )
+    training = model.training
+    found = []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_SEED)
+            for prompt in prompts:
+                ids = torch.tensor([list(prompt)], device=device)
+                output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                found.append(output[0, ids.shape[1] :].tolist())
+    finally:
+        model.train(training)
+    return found
+
+
+def describe(
+    step: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """One line of the file for each prompt: step, index, prompt, completion, tokens, finished (it ended by itself)."""
+    lines = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = tokenizer.decode(list(answer), skip_special_tokens=True)
+        lines.append(
+            {
+                "step": step,
+                "index": index,
+                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=False),
+                "completion": text,
+                "tokens": len(answer),
+                "finished": bool(answer) and answer[-1] in ends,
+            }
+        )
+    return lines
+
+
+def write(folder: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Put `lines` behind those of earlier steps; later ones, of a run that was resumed from before them, go.
+
+    Raises:
+        OSError: the file cannot be written; what was there is intact.
+    """
+    path, step = os.path.join(folder, SAMPLES_FILE), lines[0]["step"]
+    earlier: list[str] = []
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            earlier = [line for line in file if json.loads(line)["step"] < step]
+    os.makedirs(folder, exist_ok=True)
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(earlier)
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    os.replace(partial, path)

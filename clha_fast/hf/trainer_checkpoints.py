@@ -1,0 +1,110 @@
+"""A Trainer whose checkpoints appear complete or not at all, under every wrapper that can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer
+
+from clha_fast.hf.checkpoint import WRITING, publish, publish_files, rotate, writing
+
+TRAINER_STATE = "trainer_state.json"
+
+
+def wait_for_everyone() -> None:
+    """A barrier where there are several processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+class CheckpointingTrainer(Trainer):
+    """`Trainer`, writing to a folder beside the final one that is renamed once every process has written its part."""
+
+    _staging: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Everything is written to a folder beside the checkpoints, which is renamed when it is complete."""
+        folder = super()._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        final = os.path.join(folder, name)
+        self._finish_current_push()  # an upload of the folder must not meet the staging folder
+        with self._one_writes(folder, name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self._sharded_states() and self.args.should_save:
+                # `Trainer` leaves out what a new process needs to build the same model.
+                path = os.path.join(staging, name)
+                self.accelerator.unwrap_model(self.model).config.save_pretrained(path)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(path)
+            wait_for_everyone()
+            if self.args.should_save:
+                self._name_best(folder)
+                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE))
+                publish(os.path.join(staging, name), final)
+        wait_for_everyone()
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _sharded_states(self) -> bool:
+        return self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer asks for it while the files are still in the staging folder, which is about to be renamed.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _name_best(self, folder: str) -> None:
+        """`Trainer` looked for the best checkpoint in the staging folder; give its final name."""
+        best = self.state.best_global_step
+        if best:
+            path = os.path.join(folder, f"checkpoint-{best}")
+            if best == self.state.global_step or os.path.isdir(path):
+                self.state.best_model_checkpoint = path
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`, but files appear complete or not at all, and the model card is among them."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self._finish_current_push()
+        with self._one_writes(folder, f"the model in {folder}") as staging:
+            super().save_model(staging, _internal_call=True)
+            if self._sharded_states():
+                # `Trainer` keeps shards for its checkpoints and would leave the model out here.
+                self._save(staging, state_dict=self.accelerator.get_state_dict(self.model))
+            wait_for_everyone()
+            if self.args.should_save:
+                self._write_card(staging, folder)
+                publish_files(staging, folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_card(self, staging: str, folder: str) -> None:
+        """Put what else belongs to the model in `folder` into `staging`."""
+
+    @contextlib.contextmanager
+    def _one_writes(self, folder: str, name: str) -> Iterator[str]:
+        """The staging folder: made and removed by the writing process, shared by all."""
+        wait_for_everyone()
+        if self.args.should_save:
+            with writing(folder, name) as staging:
+                wait_for_everyone()
+                yield staging
+        else:
+            wait_for_everyone()
+            yield os.path.join(folder, WRITING)

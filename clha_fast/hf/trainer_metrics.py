@@ -1,0 +1,47 @@
+"""Metrics of the loss, added up between two lines of a trainer's log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+
+
+class RunningMetrics:
+    """Metrics added up over calls, and over processes when read."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.total: CLHAMetrics | None = None
+        self.inert = self.calls = 0
+
+    def add(self, metrics: CLHAMetrics, inert: int, loss_scale: float = 1.0) -> None:
+        """One call's metrics; `loss_scale` is what its loss was multiplied by."""
+        values = metrics.values.detach().clone()
+        values[:2] *= loss_scale  # rank_loss and sft_loss, as the loss itself is scaled
+        plain = CLHAMetrics(values, metrics.scores[:0])
+        self.total = plain if self.total is None else CLHAMetrics.merge([self.total, plain])
+        self.inert += inert
+        self.calls += 1
+
+    def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float] | None:
+        """The metrics' dictionary with `inert_candidates`, None if no process had a call; an empty accumulator again.
+
+        Args:
+            reduce: sums a tensor over the processes; every process must call.
+        """
+        total, inert, calls = self.total, self.inert, self.calls
+        self.reset()
+        values = torch.zeros(len(METRIC_NAMES), device=device) if total is None else total.values.to(device)
+        counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
+        values, counts = reduce(values), reduce(counts)
+        inert, calls = int(counts[0]), int(counts[1])
+        if not calls:
+            return None
+        return {**CLHAMetrics(values, values[:0], calls).as_dict(), "inert_candidates": float(inert)}

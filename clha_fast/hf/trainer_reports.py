@@ -1,0 +1,125 @@
+"""A Trainer that shows what it trained: samples at evaluation, and a model card."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers.utils import logging
+
+from clha_fast.hf import card, samples
+from clha_fast.hf.sharding import reshard
+from clha_fast.hf.trainer_checkpoints import CheckpointingTrainer
+from clha_fast.options import CLHAOptions
+
+logger = logging.get_logger(__name__)
+
+
+class ReportingTrainer(CheckpointingTrainer):
+    """`CheckpointingTrainer` with `samples.jsonl` and the card; the settings are a `CLHAConfig`.
+
+    Attributes:
+        dataset_names: for the card, set by whoever knows them.
+        loss_options, eval_collator: of the trainer that is built on it.
+    """
+
+    loss_options: CLHAOptions
+    eval_collator: Any
+    dataset_names: list[str]
+    _sample_examples: list[Any] | None = None
+    _sampled_step: int | None = None
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer`; with `eval_samples` also what the model writes to the first prompts, once for a step."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.args.eval_samples and self._sampled_step != self.state.global_step:
+            self._sampled_step = self.state.global_step
+            self._write_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return metrics
+
+    def _write_samples(self, dataset: Any) -> None:
+        """Every process takes part, since the weights may be spread over them; the first one writes."""
+        tokenizer = self.processing_class or getattr(self.eval_collator, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("processing_class: expected a tokenizer, which eval_samples needs, got None")
+        if self._sample_examples is None:
+            self._sample_examples = samples.first_prompts(dataset, self.args.eval_samples, self.eval_collator)
+        prompts = [list(example["prompt_ids"]) for example in self._sample_examples]
+        ends = samples.closing_tokens(self._sample_examples, tokenizer, self.accelerator.unwrap_model(self.model))
+        length, temperature = self.args.eval_sample_tokens, self.args.eval_sample_temperature
+        with self.compute_loss_context_manager():
+            answers = samples.generate(self.model, prompts, tokenizer, ends, self.args.device, length, temperature)
+        reshard(self.model)
+        if not self.is_world_process_zero():
+            return
+        lines = samples.describe(self.state.global_step, prompts, answers, ends, tokenizer)
+        samples.write(self.args.output_dir, lines)
+        text = "\n\n".join(f"{line['prompt']}\n> {line['completion']}" for line in lines)
+        logger.info(f"step {self.state.global_step}, samples:\n{text}")
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)  # TensorBoard's
+            if writer is not None:
+                writer.add_text("eval/samples", text, self.state.global_step)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """`README.md` in the output folder, from what the trainer knows; one that somebody else wrote is left alone.
+
+        Args:
+            as `Trainer`; `dataset` and `dataset_tags` are names beside `dataset_names`, `dataset_args` are not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = self.args.output_dir
+        if not card.may_write(folder):
+            logger.warning(f"{os.path.join(folder, card.CARD_FILE)} is not a card of clha-fast, it is left as it is")
+            return
+        names = [*self.dataset_names, *_list(dataset_tags), *_list(dataset)]
+        text = self._card_text(
+            model_name,
+            finetuned_from,
+            datasets=list(dict.fromkeys(names)),
+            language=language,
+            license=license,
+            tags=_list(tags),
+            **({"tasks": _list(tasks)} if tasks else {}),
+        )
+        card.write(folder, text)
+
+    def _card_text(self, name: str | None = None, base_model: str | None = None, **more: Any) -> str:
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        path = getattr(config, "_name_or_path", "") or ""
+        if base_model is None and path and not os.path.exists(path):
+            base_model = path
+        return card.model_card(
+            name or os.path.basename(os.path.abspath(self.args.output_dir)),
+            self.loss_options,
+            self.args,
+            self.state.log_history,
+            base_model=base_model,
+            library="peft" if hasattr(self.model, "peft_config") else "transformers",
+            **{"datasets": self.dataset_names, **more},
+        )
+
+    def _write_card(self, staging: str, folder: str) -> None:
+        path = os.path.join(staging, card.CARD_FILE)
+        if card.may_write(folder):
+            card.write(staging, self._card_text())
+        elif os.path.exists(path):  # an adapter's own
+            os.unlink(path)
+
+
+def _list(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
