@@ -165,12 +165,18 @@ class Progress(TrainerCallback):
 
 
 def memory_report(run: Run) -> dict[str, int]:
-    """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`."""
+    """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`.
+
+    Raises:
+        MemoryReportError: a measuring process failed, or the head is one that is not fused.
+    """
     batch = run.trainer.largest_batch
     if batch is None:
         return {}
     trainer = run.trainer
     head: Any = trainer.head_info.module
+    if trainer.head_info.own_forward is not None:
+        raise memory.MemoryReportError("not measured: the head's own forward runs in chunks, not the fused loss")
     dtype = torch.bfloat16 if run.args.bf16 else torch.float16 if run.args.fp16 else run.model.dtype
     shapes = memory.LossShapes(
         rows=batch.input_ids.numel(),

@@ -38,10 +38,12 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "p
 CITATION = """\
 @inproceedings{fang2024clha,
   title     = {{CLHA}: A Simple yet Effective Contrastive Learning Framework for Human Alignment},
-  author    = {Fang, Feiteng and others},
+  author    = {Fang, Feiteng and Zhu, Liang and Feng, Xi and Hou, Jinchang and Zhao, Qixuan and Li, Chengming
+               and Hu, Xiping and Xu, Ruifeng and Yang, Min},
   booktitle = {Proceedings of LREC-COLING 2024},
+  pages     = {3325--3334},
   year      = {2024},
-  note      = {arXiv:2403.16649}
+  url       = {https://aclanthology.org/2024.lrec-main.295}
 }"""
 
 

@@ -118,6 +118,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         inner = base_model(model)
         with whole_weights(inner, *_embeddings_of(inner)):
             self.head_info = measure_head(inner, args.backend)
+        if isinstance(processing_class, PreTrainedTokenizerBase) and len(processing_class) > self.head_info.vocab_size:
+            raise ValueError(
+                f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
+                f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
+            )
         budget = None if args.workspace_mb is None else args.workspace_mb << 20
         self.head_options = self.head_info.options(args.temperature, workspace_bytes=budget)
         self._model_flags = cache_flags(model)
