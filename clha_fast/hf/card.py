@@ -43,7 +43,8 @@ CITATION = """\
   booktitle = {Proceedings of LREC-COLING 2024},
   pages     = {3325--3334},
   year      = {2024},
-  url       = {https://aclanthology.org/2024.lrec-main.295}
+  url       = {https://aclanthology.org/2024.lrec-main.295},
+  note      = {arXiv:2403.16649}
 }"""
 
 
