@@ -108,6 +108,12 @@ SMALL: dict[str, tuple[Config, Config]] = {
     "finish": ({"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 2, "num_warps": 4}),
     "gather": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "bias_grad": ({"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8}, {"BLOCK_N": 16, "BLOCK_V": 16, "num_warps": 4}),
+    # Passes over the workspace: few words at a time in the interpreter, so that a row is several blocks and parts.
+    "statistics": (
+        {"BLOCK_K": 4, "BLOCK_V": 2048, "num_warps": 8},
+        {"BLOCK_K": 2, "BLOCK_V": 32, "num_warps": 4},
+    ),
+    "gradient": ({"BLOCK_V": 4096, "num_warps": 8}, {"BLOCK_V": 64, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
 }
 

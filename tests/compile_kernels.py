@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from csrc_triton import backward, configs, forward, ranking
+from csrc_triton import backward, configs, forward, ranking, softmax
 
 GPU = {
     "sm_80": ("cuda", 80, 32),
@@ -78,6 +78,7 @@ def ranking_arguments() -> dict[str, Any]:
         | dict.fromkeys(floats, 1.0)
         | {"lse_ptr": "*fp64"}
         | {"N": N, "C": C, "P": P, "num_blocks": 501, "num_distances": C - 1, "ignore_index": -100}
+        | {"first_prompt": 8, "first_candidate": 31, "METRICS": ranking.METRICS.value}
     )
 
 
@@ -94,7 +95,22 @@ KERNELS = {
     "combine": ranking.combine_kernel,
     "prompts": ranking.prompts_kernel,
     "finish": ranking.finish_kernel,
+    "statistics": softmax.statistics_kernel,
+    "gradient": softmax.gradient_kernel,
+    "count": softmax.count_kernel,
+    "chunk_prompts": softmax.chunk_prompts_kernel,
 }
+# Kernels that take another's entry of the table.
+ENTRIES = {"count": "prompts", "chunk_prompts": "prompts"}
+
+
+def workspace_arguments(dtype: str, variant: str) -> dict[str, Any]:
+    """The passes over the workspace: a vocabulary of whole vectors, or one that only its padding makes so."""
+    words = 50257 if variant == "odd" else V
+    pointers = {"z_ptr": POINTERS[dtype], "targets_ptr": "*i64", "lse_ptr": "*fp64"}
+    sizes = {"N": N, "V": words, "width": (words + 63) // 64 * 64, "stride_z": 50304, "ignore_index": -100}
+    scales = {"pre_scale": 1.0, "post_scale": 1.5, "HAS_SOFTCAP": variant == "softcap"}
+    return pointers | sizes | scales | {"SPLITS": 1}
 
 
 def cases() -> list[tuple[str, str, str, str]]:
@@ -111,6 +127,10 @@ def cases() -> list[tuple[str, str, str, str]]:
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
+    listed += [(kernel, "sm_90", "16-bit", "plain") for kernel in ENTRIES]
+    for kernel in ("statistics", "gradient"):
+        listed += [(kernel, arch, "16-bit", "softcap") for arch in ("sm_90", "gfx942")]
+        listed += [(kernel, "sm_90", "16-bit", "odd"), (kernel, "sm_90", "fp32", "plain")]
     return listed
 
 
@@ -134,10 +154,13 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel, arch, dtype, variant = case
-    entry = "16-bit" if dtype == "16-bit" and variant not in ("odd", "wide") else "fp32"
-    launch = configs.select(kernel, arch, entry)
+    is_pass = kernel in ("statistics", "gradient")
+    entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide")) else "fp32"
+    launch = configs.select(ENTRIES.get(kernel, kernel), arch, entry)
     values = (
-        head_arguments(kernel, dtype, variant, launch)
+        workspace_arguments(dtype, variant)
+        if is_pass
+        else head_arguments(kernel, dtype, variant, launch)
         if kernel in configs.GEMMS or kernel in ("gather", "bias_grad", "row_sum")
         else ranking_arguments()
     )
@@ -169,6 +192,7 @@ def _amd(assembly: str) -> dict[str, Any]:
         "stack": number("private_segment_fixed_size"),
         "matrix": len(re.findall(MATRIX["gfx942"], assembly)),
         "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
+        "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
     }
 
 
@@ -190,6 +214,7 @@ def _nvidia(cubin: bytes, matrix: str) -> dict[str, Any]:
         "stack": int(found.group(2)),
         "matrix": len(re.findall(matrix, sass)),
         "fma": len(re.findall(r"\bFFMA2?\b", sass)),
+        "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
     }
 
 

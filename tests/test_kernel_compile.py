@@ -92,3 +92,11 @@ def test_the_table_is_whole() -> None:
             configs.select(*arguments)
     with pytest.raises(ValueError, match=r"^dtype: expected one of 16-bit, fp32, got 'bf16'$"):
         configs.select("gather", "sm_90", "bf16")
+
+
+def test_passes_over_the_workspace_load_whole_vectors(rows: list[Row]) -> None:
+    """At most 80 registers without a softcap: three programs of eight warps an SM, loads enough in flight."""
+    passes = [row for row in rows if row["kernel"] in ("statistics", "gradient") and row["arch"].startswith("sm_")]
+    assert len(passes) >= 12
+    none_of([row for row in passes if row["vectors"] == 0], "no 16-byte access")
+    none_of([row for row in passes if row["variant"] != "softcap" and row["registers"] > 80], "too many registers")

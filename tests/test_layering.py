@@ -13,7 +13,8 @@ from helpers import ROOT, run_python
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
 KERNELS = ("triton", "csrc_triton", "clha_fast.triton_backend")
 TORCH_BACKEND = ("clha_fast.torch_backend", "clha_fast.torch_ranking")
-BACKENDS = (*KERNELS, *TORCH_BACKEND, "clha_fast.ops")
+WORKSPACE_BACKEND = ("clha_fast.workspace_backend", "clha_fast.triton_chunks", "clha_fast.triton_softmax")
+BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
 CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics", "modules", "ops", "options")
@@ -21,6 +22,18 @@ FORBIDDEN = {
     "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.dispatch", "clha_fast.functional"),
     "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     "clha_fast/token_loss.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
+    "clha_fast/workspace_backend.py": (
+        "triton",
+        "csrc_triton",
+        "clha_fast.triton_backend",
+        "clha_fast.triton_backward",
+        *TORCH_BACKEND,
+        *ABOVE,
+        *MODELS,
+        "clha_fast.ops",
+        "clha_fast.reference",
+    ),
+    "clha_fast/sweep.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},

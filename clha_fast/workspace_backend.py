@@ -1,0 +1,261 @@
+"""The workspace backend: matrix products by the vendor's library, two Triton passes over their logits in place.
+
+    for every chunk of whole prompts:                              per logit, 16 bits: bytes
+        z = X[chunk] . W^T                          GEMM 1                 2
+        logps, lse = statistics(z)                  Triton                 2
+        scores, coefficients = ranking(logps)       Triton, small
+        z = coefficient * (onehot - softmax(z))     Triton, in place       4
+        dhidden[chunk] = z . W                      GEMM 2, float32 out
+        dweight += z^T . X[chunk]                   GEMM 3, float32 sum
+
+Decisions, and what they were made on (emulation in bfloat16 and float16 against float64; times by the cost model of
+`benchmarks.roofline`, none of them measured):
+
+* A coefficient is folded into z before z is rounded. Multiplied into X, as the CPU path does in float32, it is one
+  more rounding to 16 bits: dweight's error came to 1.43 times eager's, with float32 logits too. Folded, it is 1.00.
+  float16 takes the coefficient's mantissa into z and its power of two into X and dhidden, exactly: 1.01.
+* Hence two passes over z with the ranking between them: 6 bytes a logit in all instead of 4, 1.5% of the step at
+  H = 4096.
+* Adding a chunk to the float32 dweight moves 8 * V * H bytes, about 245 / tokens of the three GEMMs' time: chunks must
+  be long. The workspace is as large as dweight itself unless `workspace_bytes` says otherwise: 2 * H tokens.
+
+16-bit products with a float32 result need torch's `mm(out_dtype=...)`, which is CUDA's; on ROCm it was not tried.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.sweep import accumulate, even_share, prompt_chunks
+from clha_fast.triton_chunks import ChunkRanking
+from clha_fast.triton_head import Head, on
+from clha_fast.triton_softmax import gradient, padded_width, statistics
+
+_MIN_WORKSPACE = 64 * 2**20
+_NOTHING = Needs(False, False, False)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= a . b, summed in out's dtype. With `out=`, which autocast leaves alone."""
+    if out.dtype != a.dtype and not out.is_cuda:  # the interpreter: a CPU's library has no 16-bit product in float32
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if out.dtype == a.dtype:
+        if add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class _Sweep:
+    """The workspace, the tokens that stand in it, and the gradients that have been summed so far."""
+
+    def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs) -> None:
+        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs
+        self.ready = Head.of(inputs, head)
+        self.vocabulary, self.width = self.weight.shape
+        self.factor = self.ready.pre_scale * self.ready.post_scale
+        self.padded = padded_width(self.vocabulary)
+        budget = head.workspace_bytes or max(_MIN_WORKSPACE, 4 * self.vocabulary * self.width)
+        self.capacity = max(1, budget // (self.padded * self.hidden.itemsize))
+        self.workspace = self.hidden.new_empty(0, self.padded)
+        device = self.hidden.device
+        self.dhidden: Tensor | None = None
+        self.dweight: Tensor | None = None
+        self.dbias: Tensor | None = None
+        if needs.hidden:
+            empty = torch.empty if self.row_index is None and self.targets.shape[0] else torch.zeros
+            self.dhidden = empty(self.hidden.shape, dtype=torch.float32, device=device)
+        if needs.weight:
+            self.dweight = torch.empty(self.weight.shape, dtype=torch.float32, device=device)
+        if needs.bias and self.bias is not None:
+            self.dbias = torch.zeros(self.vocabulary, dtype=torch.float64, device=device)
+        self.weight_is_fresh = True
+
+    def gradients(self, dtype: torch.dtype) -> Gradients:
+        if self.dweight is not None and self.weight_is_fresh:
+            self.dweight.zero_()
+        return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` tokens at a time, or for as many as the budget allows."""
+        self.workspace = self.hidden.new_empty(min(tokens, self.capacity), self.padded)
+
+    def load(self, start: int, stop: int) -> Loaded:
+        """Raw logits of tokens [start, stop) into the workspace."""
+        # Copied: a view in the middle of a tensor would make Triton compile for its alignment.
+        targets, index = self.targets[start:stop].clone(), None
+        if self.row_index is None:
+            rows = self.hidden[start:stop]
+        else:
+            index = self.row_index[start:stop]
+            has_row = (index >= 0) & (index < self.hidden.shape[0])
+            index = torch.where(has_row, index, 0)
+            rows = self.hidden.index_select(0, index)
+            # Outside the vocabulary: NaN, as a wrong target is.
+            wrong = ~has_row & (targets != self.ready.ignore_index)
+            targets.masked_fill_(wrong, self.vocabulary)
+        z = self.workspace[: stop - start]
+        logits = z[:, : self.vocabulary]
+        if self.bias is None:
+            torch.mm(rows, self.weight.t(), out=logits)
+        else:
+            # One rounding of product and bias together, as `F.linear` does.
+            torch.addmm(self.bias, rows, self.weight.t(), out=logits)
+        return Loaded(self, start, stop, rows, index, targets, z)
+
+
+class Loaded:
+    """Tokens [start, stop), whose logits the workspace holds."""
+
+    def __init__(
+        self, sweep: _Sweep, start: int, stop: int, rows: Tensor, index: Tensor | None, targets: Tensor, z: Tensor
+    ) -> None:
+        self.sweep, self.start, self.stop = sweep, start, stop
+        self.rows, self.index, self.targets, self.z = rows, index, targets, z
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(logps [n] float32, lse [n] float64)."""
+        return statistics(self.z, self.targets, self.sweep.ready)
+
+    def backward(self, grad_logps: Tensor, lse: Tensor) -> None:
+        """Adds the gradients of sum_t grad_logps_t * logp_t; the logits are gone afterwards."""
+        sweep = self.sweep
+        grad = torch.where(self.targets == sweep.ready.ignore_index, 0.0, grad_logps.to(torch.float32)) * sweep.factor
+        power = None
+        if self.rows.dtype == torch.float16:
+            # z keeps a mantissa, for float16 has no exponents to spare; the power of two goes where it costs no bit.
+            grad, exponent = torch.frexp(grad)
+            power = torch.ldexp(torch.ones_like(grad), exponent).unsqueeze(1)
+        gradient(self.z, self.targets, lse.contiguous(), grad, sweep.ready)
+        z = self.z[:, : sweep.vocabulary]
+        if sweep.dhidden is not None:
+            self._add_hidden(sweep.dhidden, z, power)
+        if sweep.dweight is not None:
+            self._add_weight(sweep.dweight, z, power, grad)
+        if sweep.dbias is not None:
+            sweep.dbias += (z if power is None else z * power).sum(0, dtype=torch.float64)
+
+    def _add_hidden(self, dhidden: Tensor, z: Tensor, power: Tensor | None) -> None:
+        own = self.index is None
+        drows = dhidden[self.start : self.stop] if own else dhidden.new_empty(z.shape[0], dhidden.shape[1])
+        _product(z, self.sweep.weight, drows, add=False)
+        if power is not None:
+            drows *= power
+        if self.index is not None:
+            accumulate(dhidden, self.index, drows)
+
+    def _add_weight(self, dweight: Tensor, z: Tensor, power: Tensor | None, grad: Tensor) -> None:
+        fresh = self.sweep.weight_is_fresh
+        self.sweep.weight_is_fresh = False
+        # What has no gradient is not multiplied by 0: its hidden state may be NaN.
+        rows = torch.where((grad == 0).unsqueeze(1), 0, self.rows)
+        if power is None:
+            _product(z.t(), rows, dweight, add=not fresh)
+            return
+        # The largest power becomes 1 for the product, on the device, and comes back in float32.
+        peak = power.amax().clamp(min=torch.finfo(torch.float32).tiny)
+        rows = rows * (power / peak).to(rows.dtype)
+        chunk = dweight if fresh else torch.empty_like(dweight)
+        _product(z.t(), rows, chunk, add=False)
+        if fresh:
+            dweight *= peak
+        else:
+            dweight.addcmul_(chunk, peak)
+
+
+def _no_route(inputs: HeadInputs) -> Tensor:
+    return inputs.hidden.new_empty(0, dtype=torch.float32)
+
+
+def _pieces(start: int, stop: int, capacity: int) -> list[tuple[int, int]]:
+    step = max(1, even_share(stop - start, capacity))
+    return [(a, min(a + step, stop)) for a in range(start, stop, step)]
+
+
+def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
+    """logps float32 and lse float64 of `reference.token_logps`, one workspace of logits at a time.
+
+    A target outside [0, V) that is not `head.ignore_index`, or a row outside [0, M), gives NaN: no synchronisation.
+
+    Raises:
+        ValueError: float64 input. BackendError: neither a GPU that the kernels know nor the interpreter.
+    """
+    with on(inputs.hidden.device):
+        sweep = _Sweep(inputs, head, _NOTHING)
+        sweep.reserve(even_share(inputs.targets.shape[0], sweep.capacity))
+        logps, lse = _statistics(sweep, 0, inputs.targets.shape[0])
+    return HeadResult(logps, lse, _no_route(inputs))
+
+
+def _statistics(sweep: _Sweep, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(logps, lse) of tokens [start, stop)."""
+    device = sweep.hidden.device
+    logps = torch.empty(stop - start, dtype=torch.float32, device=device)
+    lse = torch.empty(stop - start, dtype=torch.float64, device=device)
+    for a, b in _pieces(start, stop, sweep.capacity):
+        part = slice(a - start, b - start)
+        logps[part], lse[part] = sweep.load(a, b).statistics()
+    return logps, lse
+
+
+def token_logps_backward(
+    grad_logps: Tensor, inputs: HeadInputs, lse: Tensor, route: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
+    """Gradients of sum_t grad_logps_t * logp_t in the inputs' dtypes, by forming the logits again.
+
+    Sums run in float32 (the bias's in float64) and in a fixed order: two calls give the same bits.
+    """
+    with on(inputs.hidden.device):
+        sweep = _Sweep(inputs, head, needs)
+        sweep.reserve(even_share(inputs.targets.shape[0], sweep.capacity))
+        for a, b in _pieces(0, inputs.targets.shape[0], sweep.capacity):
+            sweep.load(a, b).backward(grad_logps[a:b], lse[a:b])
+    return sweep.gradients(inputs.hidden.dtype)
+
+
+def clha_sweep(
+    inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, needs: Needs
+) -> tuple[LossResult, Gradients]:
+    """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_clha_loss`.
+
+    Never waits for the GPU. Chunks end between prompts, which the host knows when `candidate_lengths` and
+    `candidates_per_prompt` are CPU tensors: three GEMMs. With both on the GPU, all tokens in front of the last
+    workspace's worth are formed twice: three GEMMs where the batch fits the workspace, up to four where it does not.
+    The same goes for a single prompt larger than the workspace. Gradients are float32, for they are rounded after the
+    upstream gradient has been multiplied in.
+    """
+    with on(inputs.hidden.device):
+        sweep = _Sweep(inputs, head, needs)
+        ranked = ChunkRanking(ranking, options, sweep.ready)
+        lse = torch.empty(inputs.targets.shape, dtype=torch.float64, device=inputs.hidden.device)
+        chunks = prompt_chunks(ranking, inputs.targets.shape[0], sweep.capacity)
+        sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
+        for chunk in chunks:
+            start, stop = chunk.start, chunk.stop
+            edge = max(start, stop - sweep.capacity)
+            logps, lse[start:edge] = _statistics(sweep, start, edge)
+            loaded = None
+            if edge < stop:
+                loaded = sweep.load(edge, stop)
+                late, lse[edge:stop] = loaded.statistics()
+                logps = late if edge == start else torch.cat([logps, late])
+            ranked.rank(chunk, logps)
+            if not any(needs):
+                continue
+            if loaded is not None:
+                loaded.backward(ranked.token_coefficients(edge, stop), lse[edge:stop])
+            for a, b in _pieces(start, edge, sweep.capacity):
+                sweep.load(a, b).backward(ranked.token_coefficients(a, b), lse[a:b])
+        return ranked.finish(lse), sweep.gradients(torch.float32)
+
+
+def clha_forward(inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions) -> LossResult:
+    """`clha_sweep` without gradients."""
+    return clha_sweep(inputs, ranking, head, options, _NOTHING)[0]

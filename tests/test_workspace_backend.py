@@ -1,0 +1,414 @@
+"""The workspace backend: whole prompts at a time, the vendor's products, Triton's passes over the logits in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, make_case, rank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_harness import DEVICE, DTYPES, PLAIN, RICH, Problem, eager_gradients, error, exact_logps, problem
+
+from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss, ops, triton_softmax, workspace_backend
+from clha_fast.inputs import HeadResult, Needs
+from clha_fast.options import PRESETS, PUBLISHED
+from clha_fast.sweep import Chunk
+
+RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
+PAPER = PRESETS["paper"]
+
+
+def forward(p: Problem) -> HeadResult:
+    return workspace_backend.token_logps_forward(p.inputs, p.head)
+
+
+def gradients(p: Problem, grad: Tensor, needs: tuple[bool, bool, bool] | None = None) -> list[Tensor | None]:
+    _, lse, route = forward(p)
+    wanted = Needs(*(needs or (True, True, p.bias is not None)))
+    return list(workspace_backend.token_logps_backward(grad, p.inputs, lse, route, p.head, wanted))
+
+
+def upstream(p: Problem, seed: int = 1) -> Tensor:
+    return torch.randn(p.targets.shape[0], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def close(value: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Within tolerance of the largest element: sums of terms of both signs are no nearer to their own size."""
+    size = 1 + float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(value.double(), wanted.double(), rtol=0, atol=tolerance * size)
+
+
+def check(p: Problem, grad: Tensor, tolerance: float = 1e-6) -> None:
+    exact = eager_gradients(p, grad, torch.float64)
+    # A logit's rounding error is multiplied by the head's slope, and what it does to the gradient once more.
+    tolerance *= max(1.0, p.head.scale / p.head.temperature) ** 2
+    close(forward(p).logps, exact_logps(p), tolerance)
+    for value, wanted in zip([g for g in gradients(p, grad) if g is not None], exact, strict=True):
+        assert value.shape == wanted.shape
+        assert value.dtype == p.hidden.dtype
+        close(value, wanted, tolerance)
+
+
+def on_device(case: Case) -> Case:
+    """The head's tensors where kernels run; the ranking's stay on the CPU."""
+    names = ("hidden", "weight", "bias", "targets", "row_index")
+    return dataclasses.replace(case, **{n: t.to(DEVICE) for n in names if (t := getattr(case, n)) is not None})
+
+
+def test_two_words_by_hand() -> None:
+    # z = (0, log 3), target 0: p = (1/4, 3/4), dlogp/dz = (3/4, -3/4). hidden (1, 0), weight rows (0, 2), (log 3, 1).
+    weight = torch.tensor([[0.0, 2.0], [1.0986123, 1.0]], device=DEVICE)
+    bias = torch.zeros(2, device=DEVICE)
+    p = Problem(torch.tensor([[1.0, 0.0]], device=DEVICE), weight, bias, torch.tensor([0], device=DEVICE), None, PLAIN)
+    torch.testing.assert_close(forward(p).logps.cpu(), torch.tensor([-1.3862944]))
+    dhidden, dweight, dbias = (g.cpu() for g in gradients(p, torch.tensor([2.0], device=DEVICE)) if g is not None)
+    torch.testing.assert_close(dhidden, torch.tensor([[-1.5 * 1.0986123, 3.0 - 1.5]]))
+    torch.testing.assert_close(dweight, torch.tensor([[1.5, 0.0], [-1.5, 0.0]]))
+    torch.testing.assert_close(dbias, torch.tensor([1.5, -1.5]))
+
+
+@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_agrees_with_float64(bias: bool, head: HeadOptions, rows: int | None) -> None:
+    p = problem(bias=bias, head=head, rows=rows, ignored=0.2)
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 20_000), (RICH, None)], ids=["chunks", "rich"])
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+def test_no_worse_than_the_eager_path(
+    dtype: torch.dtype, head: HeadOptions, workspace_bytes: int | None, spread: float
+) -> None:
+    """Flat logits leave nothing but the roundings of gradients and coefficients: a second one would show."""
+    p = problem(50, 130, 64, dtype=dtype, head=head.replace(workspace_bytes=workspace_bytes), bias=True, seed=4)
+    p.weight *= spread
+    grad = upstream(p)
+    exact = eager_gradients(p, grad, torch.float64)
+    for value, eager, wanted in zip(gradients(p, grad), eager_gradients(p, grad, dtype), exact, strict=True):
+        assert value is not None
+        assert error(value, wanted) <= 1.05 * error(eager, wanted)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is tested as itself there")
+@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+def test_bfloat16_is_no_worse_than_the_eager_path(
+    head: HeadOptions, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter's bfloat16 is wrong: the passes get the workspace as float32 and give it back rounded."""
+
+    def statistics(z: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return triton_softmax.statistics(z.float(), *others)
+
+    def gradient(z: Tensor, *others: Any) -> None:
+        wide = z.float()
+        triton_softmax.gradient(wide, *others)
+        z.copy_(wide)
+
+    monkeypatch.setattr(workspace_backend, "statistics", statistics)
+    monkeypatch.setattr(workspace_backend, "gradient", gradient)
+    p = problem(50, 130, 64, dtype=torch.bfloat16, head=head, bias=True, seed=4)
+    p.weight *= spread
+    grad = upstream(p)
+    exact = eager_gradients(p, grad, torch.float64)
+    for value, eager, wanted in zip(gradients(p, grad), eager_gradients(p, grad, p.hidden.dtype), exact, strict=True):
+        assert value is not None
+        assert error(value, wanted) <= 1.05 * error(eager, wanted)
+
+
+def test_rows_beyond_int32(tmp_path: Path) -> None:
+    """Rows of the workspace 2^30 elements apart, in memory that is nearly all hole."""
+    p = problem(4, 101, 8, dtype=torch.float16)
+    sweep = workspace_backend._Sweep(p.inputs, PLAIN, Needs(False, False, False))
+    sweep.reserve(4)
+    near = sweep.load(0, 4)
+    size = 3 * 2**30 + 128
+    if DEVICE == "cuda":
+        memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    else:
+        memory = torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.float16)
+    far = memory.as_strided((4, 128), (2**30, 1))
+    far.copy_(near.z)
+    grad = upstream(p)
+    logps, lse = near.statistics()
+    for found, wanted in zip(triton_softmax.statistics(far, near.targets, sweep.ready), (logps, lse), strict=True):
+        assert torch.equal(found, wanted)
+    for z in (near.z, far):
+        triton_softmax.gradient(z, near.targets, lse, grad, sweep.ready)
+    assert torch.equal(near.z[:, :101], far[:, :101])
+    assert float(far[3, :101].abs().max()) > 0
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    vocabulary=st.integers(1, 150),
+    width=st.integers(1, 36),
+    bias=st.booleans(),
+    rich=st.booleans(),
+    rows=st.none() | st.integers(1, 9),
+    skipped=st.sampled_from([0.0, 0.6, 1.1]),
+    workspace_bytes=st.sampled_from([None, 800, 6000]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    bias: bool,
+    rich: bool,
+    rows: int | None,
+    skipped: float,
+    workspace_bytes: int | None,
+    seed: int,
+) -> None:
+    head = (RICH if rich else PLAIN).replace(workspace_bytes=workspace_bytes)
+    p = problem(tokens, vocabulary, width, bias=bias, rows=rows, head=head, ignored=0.1, seed=seed)
+    skip = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < skipped
+    check(p, torch.where(skip.to(DEVICE), 0, upstream(p, seed)))
+
+
+@pytest.mark.parametrize("programs", [1, 40])
+def test_rows_in_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens: a row is cut into as many parts as keep the GPU busy, and no number of them changes the result."""
+    monkeypatch.setattr(triton_softmax, "_PROGRAMS", programs)
+    p = problem(9, 333, 24, head=RICH)
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skipped", [list(range(0, 37, 2)), list(range(37))], ids=["half", "all"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_tokens_without_a_gradient_spoil_nothing(dtype: torch.dtype, skipped: list[int]) -> None:
+    """Not multiplied by 0: their hidden states are NaN, and nothing else becomes so."""
+    p = problem(bias=True, dtype=dtype)
+    grad = upstream(p)
+    grad[skipped] = 0
+    exact = eager_gradients(p, grad, torch.float64)
+    eager = eager_gradients(p, grad, dtype)
+    p.hidden[skipped] = float("nan")
+    for value, plain, wanted in zip(gradients(p, grad), eager, exact, strict=True):
+        assert value is not None
+        close(value, wanted, 1e-6 + 1.05 * float((plain.double() - wanted).abs().max()))
+    assert (gradients(p, grad)[0][skipped] == 0).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_gradients(poison: float) -> None:
+    p = problem(20, 70, 24, bias=True)
+    p.hidden[5, 3] = poison
+    exact = eager_gradients(p, upstream(p), torch.float64)
+    assert forward(p).logps.isnan().nonzero().flatten().tolist() == [5]
+    for value, wanted in zip(gradients(p, upstream(p)), exact, strict=True):
+        assert value is not None
+        assert torch.equal(value.isnan(), wanted.isnan())
+
+
+def test_targets_and_rows_out_of_range_are_nan() -> None:
+    for wrong in ("target", "row"):
+        p = problem(20, 70, 24, rows=30)
+        assert p.row_index is not None
+        if wrong == "target":
+            p.targets[4] = 70
+        else:
+            p.row_index[4] = 2**40
+        assert forward(p).logps.isnan().nonzero().flatten().tolist() == [4]
+        assert gradients(p, upstream(p))[1].isnan().all()  # type: ignore[union-attr]
+
+
+def test_extreme_logits() -> None:
+    for factor in (1e2, 1e4):
+        p = problem(20, 70, 24)
+        # Whole numbers: the logits are exact, so that only the softmax is tested.
+        p.hidden, p.weight = (p.hidden * 4).round(), (p.weight * 4).round() * factor
+        exact = eager_gradients(p, upstream(p), torch.float64)
+        for value, wanted in zip(gradients(p, upstream(p))[:2], exact, strict=True):
+            assert value is not None
+            close(value, wanted, 3e-6)
+
+
+def test_large_logits_close_together() -> None:
+    """Exact logits near 1e4 whose log-sum-exp no float32 holds: the probabilities still come out to 1e-6."""
+    p = problem(20, 70, 24, bias=True)
+    assert p.bias is not None
+    p.hidden, p.weight = p.hidden.round(), (p.weight * 4).round() / 4
+    p.bias[:] = 1e4
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("allowed", [[3, 60], list(range(32, 64))], ids=str)
+def test_minus_infinity_masks_words(allowed: list[int]) -> None:
+    p = problem(12, 70, 16, bias=True)
+    assert p.bias is not None
+    keep = p.bias[allowed].clone()
+    p.bias.fill_(float("-inf"))
+    p.bias[allowed] = keep
+    p.targets[:] = torch.tensor(allowed * 6, device=DEVICE)[:12]
+    check(p, upstream(p))
+
+
+@pytest.mark.parametrize("power", [-16, 8, -120])
+def test_small_and_large_coefficients_survive_float16(power: int) -> None:
+    """Coefficients of 2^-16 put every dlogit near or below float16's smallest number; the gradients come back whole."""
+    p = problem(24, 70, 40, dtype=torch.float16)
+    unit, scaled = (gradients(p, upstream(p) * 2.0**n) for n in (0, power))
+    for one, other in zip(unit[:2], scaled[:2], strict=True):
+        assert one is not None
+        assert other is not None
+        # A power of two changes no rounding but those of subnormal results, half a unit on either side.
+        torch.testing.assert_close(other.double(), one.double() * 2.0**power, rtol=0, atol=2.0 ** (max(power, 0) - 24))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
+def test_layouts(layout: str) -> None:
+    p = problem()
+    if layout == "transposed":
+        p.weight, p.hidden = p.weight.t().contiguous().t(), p.hidden.t().contiguous().t()
+    elif layout == "expanded":
+        p.hidden, p.weight = p.hidden[:1].expand(37, -1), p.weight[:, :1].expand(-1, 40)
+    else:
+        p.hidden = torch.cat([p.hidden, p.hidden], 1)[:, 3:43]
+        p.weight = torch.cat([p.weight, p.weight])[::2]
+    # Expanded, a logit is 40 times one product, near 80: float32 has it to 5e-6.
+    expanded = layout == "expanded"
+    check(p, upstream(p)[:1].expand(37) if expanded else upstream(p), 5e-6 if expanded else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows", "options"),
+    [
+        (1, None, PUBLISHED),
+        (5 * 64 * 4, 8, PAPER),
+        (7 * 64 * 4 + 3, None, PUBLISHED.replace(reduction="pair_mean")),
+        (10**9, 8, PUBLISHED),
+    ],
+    ids=["1 token", "5 tokens", "7 tokens", "all"],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_any_workspace_gives_the_loss(budget: int, rows: int | None, options: CLHAOptions) -> None:
+    """From one token at a time to all at once; 5 and 7 rows split the largest prompts."""
+    case = make_case(*RAGGED, rows=rows, bias=True, rewards=True, ignored=0.1, sft_index=True, dtype=torch.float32)
+    head = HeadOptions(softcap=4.0, workspace_bytes=budget)
+    exact_loss, exact = case.to(torch.float64).gradients("reference", 0.5, head=head, options=options)
+    loss, found = on_device(case).gradients("workspace", 0.5, head=head, options=options)
+    close(loss.cpu(), exact_loss, 1e-6)
+    for value, wanted in zip(found, exact, strict=True):
+        close(value.cpu(), wanted, 3e-6)
+
+
+@pytest.mark.parametrize("rewards", [True, False])
+def test_metrics_and_scores_are_the_reference_s(rewards: bool) -> None:
+    case = make_case(*RAGGED, rewards=rewards, dtype=torch.float32, ignored=0.1)
+    counts = torch.tensor([4.0, 3.0])
+    case = case.replace(pair_counts=counts, prompt_count=torch.tensor(9.0))
+    head = HeadOptions(workspace_bytes=6 * 64 * 4)
+    _, found = on_device(case).loss("workspace", head=head)
+    _, wanted = case.to(torch.float64).loss("reference", head=head)
+    torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.scores.cpu().double(), wanted.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_the_hinge_by_hand() -> None:
+    """Scores -2 and -1, margin 3: the gap is 1 + 3, its slope 1 a score, and nothing else is in the loss."""
+    by_hand = rank(
+        "reference", [-2.0, -1.0], PAPER.replace(sft_weight=0.0), candidate_lengths=[1, 1], candidates_per_prompt=[2]
+    )
+    assert by_hand.loss == pytest.approx(4.0)
+    weight = torch.tensor([[1.8545865, 0.0], [0.0, 0.0]])  # logits (1.85, 0) and (0, 0): log p = -0.145, -0.693
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    loss, metrics = linear_clha_loss(
+        hidden.to(DEVICE),
+        weight.to(DEVICE),
+        torch.tensor([1, 0], device=DEVICE),
+        torch.tensor([1, 1]),
+        torch.tensor([2]),
+        options=PAPER.replace(sft_weight=0.0),
+        backend="workspace",
+    )
+    # Target 1 of the first token: -2.0; either word of the second: -log 2.
+    assert metrics.scores.tolist() == pytest.approx([-2.0, -0.6931472], abs=1e-5)
+    assert float(loss) == pytest.approx(3.0 + 2.0 - 0.6931472, abs=1e-5)
+
+
+def test_one_chunk_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sizes on a GPU come to: the tail of the batch stays in the workspace, the rest is formed twice."""
+    case = make_case(*RAGGED, rewards=True, dtype=torch.float32, rows=9)
+    head = HeadOptions(workspace_bytes=6 * 64 * 4)
+    loss, wanted = on_device(case).gradients("workspace", head=head)
+    everything = [Chunk(0, 4, 0, 9, 0, sum(RAGGED[0]))]
+    monkeypatch.setattr(workspace_backend, "prompt_chunks", lambda *_: everything)
+    other, found = on_device(case).gradients("workspace", head=head)
+    close(other, loss, 1e-6)
+    for value, expected in zip(found, wanted, strict=True):
+        close(value, expected, 3e-6)
+
+
+@pytest.mark.parametrize("needs", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
+def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen head has neither product nor buffer."""
+    p = problem(10, 40, 20, bias=True)
+    full = gradients(p, upstream(p))
+    _, lse, route = forward(p)
+    products: list[Any] = []
+    product = workspace_backend._product
+    monkeypatch.setattr(
+        workspace_backend, "_product", lambda *args, **kwargs: (products.append(args), product(*args, **kwargs))
+    )
+    result = workspace_backend.token_logps_backward(upstream(p), p.inputs, lse, route, p.head, Needs(*map(bool, needs)))
+    assert len(products) == needs[0] + needs[1]
+    for need, value, wanted in zip(needs, result, full, strict=True):
+        assert (value is not None) == bool(need)
+        assert value is None or torch.equal(value, wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+    case = on_device(make_case(*RAGGED, rows=9, bias=True, rewards=True, dtype=dtype))
+    head = HeadOptions(workspace_bytes=1500)
+    first, second = (case.gradients("workspace", 0.7, head=head) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    for one, other in zip(first[1], second[1], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["all inputs", "required inputs"])
+def test_operators_keep_their_contract(optional: bool) -> None:
+    case = (
+        make_case(
+            [3, 0, 2, 4], [3, 1], dtype=torch.float16, bias=optional, rewards=optional, rows=6 if optional else None
+        )
+        if optional
+        else make_case([2, 3], [2], dtype=torch.float32)
+    )
+    case = on_device(case)
+    case.leaves()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operators = torch.ops.clha_fast
+    torch.library.opcheck(operators.token_logps, (*case.head, PLAIN.encoded, "workspace"), test_utils=tests)
+    for needs in ((True, True, case.bias is not None), (False, True, False)):
+        arguments = (*case.head, *case.ranking, PLAIN.encoded, PUBLISHED.encoded, "workspace", *needs)
+        torch.library.opcheck(operators.linear_clha, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_upstream_is_multiplied_in_with_one_rounding(dtype: torch.dtype) -> None:
+    gradient, factor = torch.randn(40, 30), torch.tensor(0.3)
+    assert torch.equal(ops._rounded_product(gradient, factor, dtype), (gradient * factor).to(dtype))
+
+
+def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case([2, 3], [2])
+    with pytest.raises(BackendError, match="backend 'workspace' cannot run: its kernels take float32"):
+        case.loss("workspace")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(BackendError, match="backend 'torch' is that path without kernels"):
+            case.to(torch.float32).loss("workspace")
