@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-architectures test-wrappers test-adapters lint bench-cpu clean
+.PHONY: demo test test-all test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
@@ -33,6 +33,10 @@ lint: $(VENV)/.dev
 
 bench-cpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# Peers (liger-kernel, cut-cross-entropy, trl) are timed where they are installed.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run

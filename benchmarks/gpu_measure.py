@@ -1,0 +1,170 @@
+"""Clocks of the GPU benchmark: interleaved rounds between events, the allocator's peak, the time that is left."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+Step = Callable[[], Any]
+# What a foreign package may end in here; anything else is a mistake of ours and stops the run.
+FAILURES = (
+    ImportError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    triton.TritonError,
+)
+# Larger than any L2 in sight.
+FLUSH_BYTES = 256 * 2**20
+
+
+class Deadline:
+    """Seconds left of the whole run; every stage asks before it starts."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def allows(self, seconds: float) -> bool:
+        return self.left() > seconds
+
+
+def describe(failure: BaseException) -> str:
+    """One line of what happened."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(failure, ImportError):
+        return f"not installed: {failure}"
+    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"[:300]
+
+
+def clean() -> None:
+    """Frees what is not referenced, so that a peer that ran out of memory does not take the next one with it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Clock:
+    """Times one call on a device: events and a flushed L2 on a GPU, a wall clock elsewhere."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def seconds(self, step: Step) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        first.record()
+        step()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+
+def interleaved(
+    steps: dict[str, Step], clock: Clock, rounds: int, deadline: Deadline, base: str = "bound"
+) -> dict[str, dict[str, Any]]:
+    """Medians and spreads over interleaved rounds, and medians of each round's ratio to `base`.
+
+    The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
+    reason. Rounds stop early, after at least one, when the deadline is near.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, str] = {}
+    slowest = 0.0
+    for index in range(rounds + 1):
+        if index > 1 and not deadline.allows(3 * slowest):
+            break
+        start = time.monotonic()
+        for name, step in steps.items():
+            if name in failed:
+                continue
+            try:
+                seconds = clock.seconds(step)
+            except FAILURES as failure:
+                failed[name] = describe(failure)
+            else:
+                if index:
+                    times[name].append(seconds)
+            if name in failed:  # outside of the handler, whose traceback holds what the method had allocated
+                clean()
+        slowest = time.monotonic() - start if index else 0.0
+    result: dict[str, dict[str, Any]] = {}
+    for name, own in times.items():
+        if name in failed or not own:
+            result[name] = {"failed": failed.get(name, "out of time")}
+            continue
+        median = statistics.median(own)
+        row: dict[str, Any] = {
+            "seconds": median,
+            "spread": (max(own) - min(own)) / median,
+            "rounds": len(own),
+        }
+        if base in times and base not in failed and len(times[base]) == len(own):
+            row["over_bound"] = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
+        result[name] = row
+    return result
+
+
+def peak_bytes(step: Step, device: str) -> int | None:
+    """The allocator's peak during one call above what was allocated before it; None where there is no allocator."""
+    if device != "cuda":
+        return None
+    clean()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where the numbers come from."""
+    query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
+    packages = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "clha-fast")
+    return {
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU dry run ({platform.machine()})",
+        "gpu": _output("nvidia-smi", query, "--format=csv,noheader") if device == "cuda" else "none",
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

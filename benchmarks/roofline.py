@@ -1,0 +1,255 @@
+"""Predicts each path's time from its operations, its bytes and measured ceilings, beside what was measured.
+
+    python -m benchmarks.roofline [--device "NVIDIA H200"] [--results benchmarks/results]
+
+A model of three terms: matrix products at the rate that bare ones reach, bytes outside of them at the rate of a copy,
+and for products written in Triton an efficiency. Predictions are predictions: they are printed, never written into a
+results file, and a path without a measurement says "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_inputs import SHAPES, Shape
+
+ROOT = Path(__file__).resolve().parent
+NOT_MEASURED = "not measured"
+# Share of the vendor's rate that a persistent Triton product is taken to reach.
+TRITON_EFFICIENCY = 0.92
+# Share of (token, block) pairs that a softmax of 2.2 nats keeps at 1e-2 dropped mass and blocks of 128 words; simulated
+# on unstructured weights.
+KEPT_SHARE = 0.14
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device was measured to reach: dense 16-bit products in FLOP/s, and copies in bytes/s."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    source: str
+
+
+DEVICES = {
+    "NVIDIA H200": Ceilings("NVIDIA H200", 790e12, 4.3e12, "measured ceilings of an H200"),
+    # 3 * 2 * 8192 * 4096 * 151936 operations in the 42 ms published for a bare cuBLAS head.
+    "NVIDIA H100": Ceilings("NVIDIA H100", 728e12, 3.0e12, "published 42 ms of a bare head at 8192 x 4096 x 151936"),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations, bytes of memory traffic (products' operands and results included), and the predicted seconds."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+class _Sum:
+    def __init__(self, ceilings: Ceilings) -> None:
+        self.ceilings = ceilings
+        self.flops = self.bytes = self.seconds = 0.0
+
+    def product(self, m: int, n: int, k: int, size: int, share: float = 1.0, efficiency: float = 1.0) -> None:
+        """`share` of an m x n x k product of `size`-byte elements: bound by arithmetic or by its own traffic."""
+        flops, traffic = 2.0 * m * n * k * share, size * (m * k + n * k + m * n * share)
+        self.flops += flops
+        self.bytes += traffic
+        self.seconds += max(flops / (self.ceilings.flops * efficiency), traffic / self.ceilings.bandwidth)
+
+    def traffic(self, count: float) -> None:
+        """Bytes that nothing hides."""
+        self.bytes += count
+        self.seconds += count / self.ceilings.bandwidth
+
+    def cost(self) -> Cost:
+        return Cost(self.flops, self.bytes, self.seconds)
+
+
+def workspace_tokens(width: int, vocabulary: int, size: int) -> int:
+    """Tokens that the workspace backend holds at a time when no budget is given."""
+    return max(64 * 2**20, 4 * vocabulary * width) // (size * vocabulary)
+
+
+def cost(
+    path: str,
+    shape: Shape,
+    ceilings: Ceilings,
+    kept_share: float = KEPT_SHARE,
+    chunk_tokens: int | None = None,
+    weight_gradient: bool = True,
+) -> Cost:
+    """The model of a path: "bound", "bound_forward", "workspace", "fused", "fused_forward", "routed" or "eager".
+
+    kept_share: of (token, block) pairs, for "routed". chunk_tokens: of the workspace, None for its default.
+    weight_gradient: False for a frozen head ("bound", "workspace", "fused" and "routed").
+    """
+    n, h, v, size = shape.tokens, shape.width, shape.vocabulary, shape.dtype.itemsize
+    total = _Sum(ceilings)
+    blocks = -(-v // 128)
+    if path == "bound_forward":
+        total.product(n, v, h, size)
+    elif path == "bound":
+        total.product(n, v, h, size)
+        total.product(n, h, v, size)
+        if weight_gradient:
+            total.product(v, h, n, size)
+    elif path == "workspace":
+        total.product(n, v, h, size)
+        total.product(n, h, v, size)
+        total.traffic(3.0 * size * n * v)  # statistics read; gradient reads and writes
+        total.traffic((4.0 + size) * n * h)  # upstream gradient multiplied in, rounded
+        if weight_gradient:
+            total.product(v, h, n, size)
+            chunks = -(-n // (chunk_tokens or workspace_tokens(h, v, size)))
+            # The float32 sum is read and written for every chunk but the first, and rounded like dhidden.
+            total.traffic(8.0 * v * h * (chunks - 1) + (4.0 + size) * v * h)
+    elif path in ("fused_forward", "fused", "routed"):
+        total.product(n, v, h, size, efficiency=TRITON_EFFICIENCY)
+        total.traffic(16.0 * blocks * n)  # block maxima and sums, written and read
+        if path != "fused_forward":
+            share = kept_share if path == "routed" else 1.0
+            total.product(n, v, h, size, share, TRITON_EFFICIENCY)
+            total.product(n, h, v, size, share, TRITON_EFFICIENCY)
+            if weight_gradient:
+                total.product(v, h, n, size, share, TRITON_EFFICIENCY)
+    elif path == "eager":
+        total.product(n, v, h, size)
+        total.product(n, h, v, size)
+        total.product(v, h, n, size)
+        # Copied to float32, log-softmax, zeros for the gather's gradient, softmax's gradient, copied back.
+        total.traffic((size + 4.0 + 8.0 + 8.0 + 12.0 + 4.0 + size) * n * v)
+    else:
+        raise ValueError(f"path: expected one of the modelled paths, got {path!r}")
+    return total.cost()
+
+
+PATHS = ("bound_forward", "fused_forward", "bound", "workspace", "fused", "routed", "eager")
+# Name in a results file of each modelled path that has another there.
+MEASURED_AS = {"eager": "eager_hf"}
+
+
+def measured_seconds(report: dict[str, Any], shape: Shape, path: str) -> float | None:
+    """A path's median in a GPU report, None where there is none; a dry run measures nothing."""
+    if report.get("dry_run", True):
+        return None
+    mode = "peaked" if path == "routed" else "scored"
+    for entry in report.get("shapes", []):
+        if entry["shape"] == shape.name and entry["mode"] == mode:
+            return entry["methods"].get(MEASURED_AS.get(path, path), {}).get("seconds")
+    return None
+
+
+def ceilings_of(report: dict[str, Any] | None, device: str) -> Ceilings:
+    """A device's ceilings; its own bare products in a report take the place of the tabulated rate."""
+    known = next((c for name, c in DEVICES.items() if device.startswith(name)), None)
+    if known is None:
+        raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
+    rates = []
+    for shape in SHAPES if report else ():
+        assert report is not None
+        seconds = measured_seconds(report, shape, "bound")
+        if seconds is not None:
+            rates.append(6.0 * shape.tokens * shape.width * shape.vocabulary / seconds)
+    if not rates:
+        return known
+    return Ceilings(device, max(rates), known.bandwidth, "the report's own bare products")
+
+
+def table(report: dict[str, Any] | None, ceilings: Ceilings) -> str:
+    """Predicted and measured milliseconds of every modelled path at every shape, and their ratios to the bound."""
+    lines = [
+        f"{ceilings.name}: {ceilings.flops / 1e12:.0f} TFLOP/s and {ceilings.bandwidth / 1e12:.1f} TB/s "
+        f"({ceilings.source})",
+        "",
+        "| N x H x V | path | TFLOP | GB | predicted ms | over its bound | measured ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        for path in PATHS:
+            found = cost(path, shape, ceilings)
+            bound = cost("bound_forward" if path.endswith("forward") else "bound", shape, ceilings)
+            seconds = None if report is None else measured_seconds(report, shape, path)
+            cells = (
+                shape.name,
+                path,
+                f"{found.flops / 1e12:.1f}",
+                f"{found.bytes / 1e9:.1f}",
+                f"{found.seconds * 1e3:.1f}",
+                f"{found.seconds / bound.seconds:.2f} x",
+                NOT_MEASURED if seconds is None else f"{seconds * 1e3:.1f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def copy_bandwidth(device: str = "cpu", size: int = 2**27) -> float:
+    """Bytes a second that a copy reads and writes here, now: the best of five."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size / best
+
+
+def cpu_table(report: dict[str, Any], bandwidth: float) -> str:
+    """The torch backend on a CPU: the run's own bare products, and the passes over its logits at a copy's rate."""
+    lines = ["| workload | GEMM rate of the run | predicted over the bound | measured |", "|---|---|---|---|"]
+    for name, workload in report["workloads"].items():
+        methods = workload["methods"]
+        shape = workload.get("model")
+        if shape is None:
+            lines.append(f"| {name} | {NOT_MEASURED} | - | {methods['clha_fast_torch']['over_bare_gemms']:.2f} x |")
+            continue
+        n, h, v = shape
+        flops, bare = 6.0 * n * h * v, methods["bare_gemms"]["seconds"]
+        passes = (4.0 * 4 * n * v + 8.0 * n * h) / bandwidth  # exponentials and their correction, in place; rows scaled
+        measured = methods["clha_fast_torch"]["over_bare_gemms"]
+        lines.append(f"| {name} | {flops / bare / 1e9:.0f} GFLOP/s | {1 + passes / bare:.2f} x | {measured:.2f} x |")
+    return "\n".join(lines)
+
+
+def _with_shapes(report: dict[str, Any]) -> dict[str, Any]:
+    """Scored tokens, H and V of each CPU workload, from its definition."""
+    from benchmarks.workloads import WORKLOADS, make_batch
+
+    for name, workload in report["workloads"].items():
+        known = WORKLOADS.get(name)
+        if known is not None:
+            tokens = int(make_batch(known).candidate_lengths.sum())
+            workload["model"] = (tokens, known.hidden_size, known.vocabulary)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default=None, help="ceilings to use; default: the report's, else NVIDIA H200")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    args = parser.parse_args()
+    gpu = args.results / "gpu.json"
+    report = json.loads(gpu.read_text()) if gpu.exists() else None
+    device = args.device or ("NVIDIA H200" if report is None else report["environment"]["device"])
+    print(table(report, ceilings_of(report, device)))
+    cpu = args.results / "cpu.json"
+    if cpu.exists():
+        print("\nCPU, float32, copies measured now:\n")
+        print(cpu_table(_with_shapes(json.loads(cpu.read_text())), copy_bandwidth()))
+
+
+if __name__ == "__main__":
+    main()
