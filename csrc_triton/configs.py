@@ -123,8 +123,8 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
     ("sm_90", "fp32"): _tile(32, 64, 64, 16, 8, 3),
     ("sm_100", "fp32"): _tile(32, 64, 64, 16, 8, 3),
     ("gfx942", "fp32"): _tile(32, 64, 64, 16, 8, 2),
-    ("interpreter", "16-bit"): _tile(16, 64, 32, 2, 4, 1),
-    ("interpreter", "fp32"): _tile(16, 64, 32, 2, 4, 1),
+    ("interpreter", "16-bit"): _tile(16, 128, 32, 2, 4, 1),
+    ("interpreter", "fp32"): _tile(32, 64, 32, 2, 4, 1),
 }
 # Few tokens of a segment keep a block: short tiles waste less, and small programs, several on a multiprocessor, hide
 # each other's waiting better than stages do.
@@ -137,7 +137,7 @@ GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
     ("sm_90", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
-    ("interpreter", "16-bit"): _tile(16, 64, 32, 1, 4, 1),
+    ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),
     ("interpreter", "fp32"): _tile(16, 64, 32, 1, 4, 1),
 }
 
@@ -178,7 +178,7 @@ SMALL: dict[str, tuple[Config, Config]] = {
     "gather": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "bias_grad": ({"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8}, {"BLOCK_N": 16, "BLOCK_V": 16, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
-    "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 64, "BLOCK_B": 2, "num_warps": 4}),
+    "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     # Tokens that one program of `routed_hidden_grad` adds to.
     "route_count": ({"SEGMENT": 512, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
     "route_list": ({"SEGMENT": 512, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),

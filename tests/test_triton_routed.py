@@ -30,8 +30,8 @@ KEEP_ALL = PLAIN.replace(max_dropped_mass=0.0)
 PERCENT = PLAIN.replace(max_dropped_mass=1e-2)
 
 
-def peaked(tokens: int = 40, vocabulary: int = 700, width: int = 24, factor: float = 6.0, **more: object) -> Problem:
-    """A problem whose softmax has most of its mass in few of its six blocks, the last of them not whole."""
+def peaked(tokens: int = 40, vocabulary: int = 450, width: int = 24, factor: float = 6.0, **more: object) -> Problem:
+    """A problem whose softmax has most of its mass in few of its four blocks, the last of them not whole."""
     p = problem(tokens, vocabulary, width, **{"head": PERCENT, **more})  # type: ignore[arg-type]
     p.weight *= factor * 0.3
     return p
@@ -100,16 +100,14 @@ def test_three_blocks_by_hand() -> None:
         torch.testing.assert_close(route[0].cpu(), torch.full((4,), 0.901), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("most", [0.0, 1e-3, 0.05, 0.5])
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize(("most", "head"), [(0.0, PLAIN), (1e-3, RICH), (0.05, PLAIN), (0.5, RICH)], ids=str)
 def test_the_rule_of_what_is_kept(most: float, head: HeadOptions) -> None:
     p = peaked(30, head=head.replace(max_dropped_mass=most), ignored=0.1, bias=True, rows=11)
     assert torch.equal(forward(p).route != 0, kept_pairs(p, most))
 
 
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize(("bias", "rows"), [(True, None), (False, 11)])
-@pytest.mark.parametrize("workspace_bytes", [None, 1])
+@pytest.mark.parametrize(("bias", "rows", "workspace_bytes"), [(True, None, None), (True, 11, 1)])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gradients_over_the_kept_pairs(
     bias: bool, rows: int | None, head: HeadOptions, workspace_bytes: int | None
@@ -125,7 +123,7 @@ def test_gradients_over_the_kept_pairs(
         close(value, exact, tolerance)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 400),
@@ -174,7 +172,7 @@ def test_a_block_that_nobody_keeps_has_no_gradient() -> None:
     _, dweight, dbias = gradients(p, upstream(p))
     assert dweight is not None
     assert dbias is not None
-    others = torch.arange(700, device=DEVICE) // ROUTE_WORDS != 1
+    others = torch.arange(450, device=DEVICE) // ROUTE_WORDS != 1
     assert (dweight[others] == 0).all()
     assert (dbias[others] == 0).all()
     assert (dweight[~others] != 0).any(1).all()
@@ -182,7 +180,7 @@ def test_a_block_that_nobody_keeps_has_no_gradient() -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_tokens_without_a_gradient_keep_nothing() -> None:
-    p = peaked()
+    p = peaked(36, 300)
     grad = upstream(p)
     grad[::2] = 0
     route = forward(p).route
@@ -270,7 +268,7 @@ def test_metrics_tell_what_was_left_out() -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bitwise_repeatable() -> None:
-    p = peaked(70, bias=True, rows=9, dtype=torch.float16, head=RICH.replace(max_dropped_mass=0.05, workspace_bytes=1))
+    p = peaked(40, bias=True, rows=9, dtype=torch.float16, head=RICH.replace(max_dropped_mass=0.05, workspace_bytes=1))
     for first, second in zip(gradients(p, upstream(p)), gradients(p, upstream(p)), strict=True):
         assert first is not None
         assert second is not None
