@@ -19,6 +19,7 @@ from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.triton_backward import Active, Backward
 from clha_fast.triton_forward import launch_head, make_route
 from clha_fast.triton_head import Head, on, tiles
+from clha_fast.triton_persistent import PersistentBackward
 from clha_fast.triton_routed import routed_backward
 from csrc_triton import ranking
 
@@ -226,7 +227,8 @@ def token_logps_backward(
         active = Active.of(grad_logps, ready, hidden.shape[0])
         if head.max_dropped_mass is not None:
             return routed_backward(hidden, ready, active, lse, route, head.workspace_bytes, needs)
-        sweep = Backward(hidden, ready, active, lse, head.workspace_bytes, needs)
+        kind = PersistentBackward if ready.is_persistent else Backward
+        sweep = kind(hidden, ready, active, lse, head.workspace_bytes, needs)
         sweep.run()
         dbias = None if sweep.dbias is None else sweep.dbias.to(weight.dtype)
         return Gradients(sweep.dhidden, sweep.dweight, dbias)

@@ -100,6 +100,9 @@ def sum_rows(drows: Tensor, active: Active, head: Head, factor: float, dhidden: 
 class Backward:
     """Buffers of one backward pass and the launches that fill them."""
 
+    # Before the names of the three GEMMs in the table.
+    prefix = ""
+
     def __init__(
         self,
         hidden: Tensor,
@@ -114,7 +117,7 @@ class Backward:
         self.num_tokens = head.targets.shape[0]
         # d logit / d raw logit without the softcap's slope; it waits for the float32 end with the largest gradient.
         self.factor = head.pre_scale * head.post_scale
-        self.config = {name: head.config(name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
+        self.config = {name: head.config(self.prefix + name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
         self.block_n = self.config["logit_grad"]["BLOCK_N"]
         self.chunks = Chunks.of(
             self.num_tokens,
@@ -125,7 +128,7 @@ class Backward:
             self.config["logit_grad"]["BLOCK_V"],
         )
         chunks, padded, device = self.chunks, round_up(self.num_tokens, self.block_n), hidden.device
-        self.rows = hidden.new_empty(padded, self.width)
+        self.rows = self.new_rows(padded)
         self.dlogits = hidden.new_empty(chunks.tokens, chunks.words)
         self.drows: Tensor | None = None
         self.dhidden: Tensor | None = None
@@ -141,6 +144,9 @@ class Backward:
                 self.partial = torch.empty(chunks.words, self.width, dtype=torch.float32, device=device)
         if needs.bias:
             self.dbias = torch.zeros(self.vocabulary, dtype=torch.float32, device=device)
+
+    def new_rows(self, padded: int) -> Tensor:
+        return self.hidden.new_empty(padded, self.width)
 
     def run(self) -> None:
         gather_active(self.hidden, self.head, self.active, self.rows)

@@ -20,8 +20,7 @@ def launch_head(hidden: Tensor, head: Head, workspace_bytes: int | None, routed:
     of hidden states that the persistent kernel needs where TMA cannot address them.
     """
     num_tokens, vocabulary = head.targets.shape[0], head.weight.shape[0]
-    config = head.config("persistent_forward" if head.is_persistent else "head_forward")
-    statistic = min(config["BLOCK_V"], ROUTE_WORDS) if routed else config["BLOCK_V"]
+    config, statistic = _config(head), _statistic(head, routed)
     blocks = tiles(vocabulary, statistic)
     statistics = (
         torch.empty(blocks, num_tokens, dtype=torch.float32, device=hidden.device),
@@ -33,6 +32,16 @@ def launch_head(hidden: Tensor, head: Head, workspace_bytes: int | None, routed:
     elif num_tokens:
         _by_pointers(hidden, head, statistics, config, statistic)
     return statistics
+
+
+def _config(head: Head) -> dict[str, int]:
+    return head.config("persistent_forward" if head.is_persistent else "head_forward")
+
+
+def _statistic(head: Head, routed: bool) -> int:
+    """Words that one (maximum, sum) stands for."""
+    width = _config(head)["BLOCK_V"]
+    return min(width, ROUTE_WORDS) if routed else width
 
 
 def _by_pointers(
@@ -166,16 +175,11 @@ def make_route(
             blocks,
             head.ignore_index,
             max_dropped_mass,
-            # A tile may be shorter than a block: its statistics add up to it. Blocks of one statistic are the rule.
-            RATIO=ROUTE_WORDS // _statistic(head),
+            # A tile may be narrower than a block; its statistics never are wider.
+            RATIO=ROUTE_WORDS // _statistic(head, routed=True),
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
         )
     scored = (head.targets != head.ignore_index).sum(dtype=torch.float64) * blocks
     sums = [kept.sum(dtype=torch.float64), scored, dropped.sum(dtype=torch.float64)]
     return route, torch.stack(sums).to(torch.float32)
-
-
-def _statistic(head: Head) -> int:
-    config = head.config("persistent_forward" if head.is_persistent else "head_forward")
-    return min(config["BLOCK_V"], ROUTE_WORDS)

@@ -136,7 +136,7 @@ class Head:
 
     @property
     def is_persistent(self) -> bool:
-        """Whether the forward runs `persistent_forward_kernel`: TMA in hardware, and a weight that it can address.
+        """Whether the persistent kernels run (not in the routed backward): TMA in hardware, a weight it can address.
 
         Hidden states that it cannot address, or that `row_index` scatters, are copied into rows that it can.
         """
@@ -146,6 +146,6 @@ class Head:
         """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap."""
         if self.flags["HAS_SOFTCAP"] and f"{kernel}_softcap" in configs.GEMMS:
             kernel = f"{kernel}_softcap"
-        if kernel in configs.PERSISTENT and (self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]):
+        if f"{kernel}_softcap" in configs.PERSISTENT and (self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]):
             kernel = f"{kernel}_softcap"
         return configs.select(kernel, self.arch, self.tile_class)

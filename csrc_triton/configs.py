@@ -52,7 +52,7 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
         ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
         ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
-        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 2),
         ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
@@ -147,17 +147,45 @@ def _persistent(tile: Config, flatten: bool, warp_specialize: bool) -> Config:
 
 
 # Operands by tensor descriptors (TMA), 16-bit only, where the hardware has it. FLATTEN fetches the next tile's operands
-# during the epilogue of the last; on sm_100 a warp of its own does. The second row is for a softcap or a bias.
+# during the epilogue of the last; on sm_100 a warp of its own does. Not flattened: what would spill, and the weight's
+# gradient, whose inner loop may be empty. The softcap's rows serve heads with a bias too.
+_INTERPRETED = _persistent(_tile(32, 32, 32, 2, 4, 1), True, False)
 PERSISTENT: dict[str, dict[str, Config]] = {
     "persistent_forward": {
         "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 4), True, False),
         "sm_100": _persistent(_tile(128, 256, 64, 16, 8, 4), False, True),
-        "interpreter": _persistent(_tile(32, 32, 32, 2, 4, 1), True, False),
+        "interpreter": _INTERPRETED,
     },
     "persistent_forward_softcap": {
         "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 4), True, False),
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
-        "interpreter": _persistent(_tile(32, 32, 32, 2, 4, 1), True, False),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_logit_grad": {
+        "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 3), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_logit_grad_softcap": {
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_hidden_grad": {
+        "sm_90": _persistent(_tile(128, 64, 256, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(128, 64, 128, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_weight_grad": {
+        "sm_90": _persistent(_tile(64, 128, 256, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(64, 128, 256, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    # With float32 sums of earlier chunks to add to.
+    "persistent_weight_grad_partial": {
+        "sm_90": _persistent(_tile(64, 128, 128, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(64, 128, 128, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
     },
 }
 

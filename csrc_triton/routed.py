@@ -249,6 +249,8 @@ def routed_bias_grad_kernel(
     for start in range(0, total, BLOCK_N):
         slot = local.to(tl.int64) * capacity + start + n
         inside = (start + n < total)[:, None]
-        acc += tl.load(dlogits_ptr + slot[:, None] * ROUTE_WORDS + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(dlogits_ptr + slot[:, None] * ROUTE_WORDS + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
     v = block.to(tl.int64) * ROUTE_WORDS + column
     tl.store(dbias_ptr + v, tl.sum(acc, axis=0) * (tl.load(peak_ptr) * factor), mask=v < V)

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from csrc_triton import backward, configs, forward, ranking, routed, routing
+from csrc_triton import backward, configs, forward, persistent_backward, ranking, routed, routing
 
 GPU = {
     "sm_80": ("cuda", 80, 32),
@@ -38,7 +38,8 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
     if variant == "ones":
         n = v = h = 1
-    bias, softcap, partial = variant == "bias+softcap", variant == "bias+softcap", variant == "partial"
+    bias = softcap = variant == "bias+softcap"
+    partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
     chunk = {
         "first_token": 0,
@@ -72,8 +73,11 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     # The second block on: it is 1, too.
     sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
     if kernel.startswith("persistent"):
-        for name, rows in (("rows_desc", launch["BLOCK_N"]), ("weight_desc", launch["BLOCK_V"])):
-            pointers[name] = f"tensordesc<bf16[{rows}, {launch['BLOCK_H']}]>"
+        operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}
+        pointers |= {
+            name: "tensordesc<bf16[{}, {}]>".format(*(launch[f"BLOCK_{axis}"] for axis in axes))
+            for name, axes in operands.items()
+        }
     # A routed forward's statistics are of the blocks that it routes to.
     statistic = min(launch.get("BLOCK_V", ROUTE_WORDS), ROUTE_WORDS if variant == "routed" else 256)
     flags |= {"STATISTIC": statistic, "ROUTE_WORDS": ROUTE_WORDS, "RATIO": 1, "HAS_ORDER": True}
@@ -102,6 +106,11 @@ def ranking_arguments(variant: str) -> dict[str, Any]:
 KERNELS = {
     "persistent_forward": forward.persistent_forward_kernel,
     "persistent_forward_softcap": forward.persistent_forward_kernel,
+    "persistent_logit_grad": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_logit_grad_softcap": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_hidden_grad": persistent_backward.persistent_hidden_grad_kernel,
+    "persistent_weight_grad": persistent_backward.persistent_weight_grad_kernel,
+    "persistent_weight_grad_partial": persistent_backward.persistent_weight_grad_kernel,
     "routed_logit_grad": routed.routed_logit_grad_kernel,
     "routed_logit_grad_softcap": routed.routed_logit_grad_kernel,
     "routed_weight_grad": routed.routed_weight_grad_kernel,
@@ -139,7 +148,9 @@ def cases() -> list[tuple[str, str, str, str]]:
             listed.append((kernel, arch, "fp32", variants[-1]))
         listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
         for kernel, entries in configs.PERSISTENT.items():
-            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain", "routed"]
+            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            if kernel == "persistent_forward":
+                variants.append("routed")
             listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     # Sizes and strides of 1, which triton turns into constants.

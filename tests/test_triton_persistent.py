@@ -1,4 +1,4 @@
-"""The persistent forward by tensor descriptors: when it runs, and that it says what the pointer kernel says."""
+"""The persistent kernels by tensor descriptors: when they run, and that they say what the pointer kernels say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from triton_harness import DEVICE, PLAIN, RICH, Problem, exact_logps, forward, problem
 
 from clha_fast import triton_forward
+from clha_fast.inputs import Needs
+from clha_fast.options import HeadOptions
+from clha_fast.triton_backward import Active, Backward
 from clha_fast.triton_head import Head, programs, tiles
+from clha_fast.triton_persistent import PersistentBackward
 from csrc_triton import configs
 
 HALF = torch.float16
@@ -28,8 +32,8 @@ def statistics(
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: object) -> None:
-    p = problem(100, 170, 72, dtype=HALF, head=head, bias=bias, rows=rows, ignored=0.2)  # type: ignore[arg-type]
+def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: HeadOptions) -> None:
+    p = problem(100, 170, 72, dtype=HALF, head=head, bias=bias, rows=rows, ignored=0.2)
     config = configs.select("persistent_forward", "interpreter", "16-bit")
     if DEVICE == "cpu":
         assert tiles(100, config["BLOCK_N"]) * tiles(170, config["BLOCK_V"]) > programs(p.hidden.device)
@@ -63,6 +67,35 @@ def test_statistics_narrower_than_a_tile(by_pointers: bool, monkeypatch: pytest.
     torch.testing.assert_close((narrow[0] + narrow[1].log()).T.double(), blocks.logsumexp(2), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize(
+    ("bias", "rows", "workspace_bytes", "skipped"),
+    [(True, None, None, 0.0), (False, 11, 1, 0.5), (True, None, 5000, 0.2), (True, None, 1, 1.1)],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_gradients_have_the_same_bits(
+    bias: bool, rows: int | None, workspace_bytes: int | None, skipped: float, head: HeadOptions
+) -> None:
+    # 44 columns: the sorted rows are padded to 48.
+    p = problem(70, 150, 44, dtype=HALF, head=head, bias=bias, rows=rows, ignored=0.1)
+    p.weight = torch.nn.functional.pad(p.weight, (0, 4), value=float("nan"))[:, :44]
+    draw = torch.Generator().manual_seed(0)
+    grad = torch.where(torch.rand(70, generator=draw) < skipped, 0.0, torch.randn(70, generator=draw)).to(DEVICE)
+    ready, lse = Head.of(p.inputs, p.head), forward(p).lse
+    assert ready.is_persistent or DEVICE == "cuda"
+    active = Active.of(grad, ready, p.hidden.shape[0])
+    results = []
+    for kind in (PersistentBackward, Backward):
+        sweep = kind(p.hidden, ready, active, lse, workspace_bytes, Needs(True, True, bias))
+        sweep.run()
+        results.append([sweep.dhidden, sweep.dweight, sweep.dbias])
+    for value, wanted in zip(*results, strict=True):
+        if DEVICE == "cpu":
+            assert value is wanted is None or torch.equal(value, wanted)
+        elif value is not None:
+            torch.testing.assert_close(value, wanted, rtol=2e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("case", "persistent", "copied"),
     [
@@ -79,7 +112,9 @@ def test_statistics_narrower_than_a_tile(by_pointers: bool, monkeypatch: pytest.
     ],
 )
 def test_when_it_runs(case: str, persistent: bool, copied: bool) -> None:
-    p = problem(37, 101, 40, dtype=torch.float32 if case == "float32" else HALF, rows=9 if case == "row_index" else None)
+    p = problem(
+        37, 101, 40, dtype=torch.float32 if case == "float32" else HALF, rows=9 if case == "row_index" else None
+    )
     name = case.split()[0].removesuffix("'s")
     if name in ("hidden", "weight"):
         matrix = getattr(p, name)
