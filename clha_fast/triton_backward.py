@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.inputs import Needs
-from clha_fast.triton_head import Head, round_up, tiles
+from clha_fast.triton_head import Head, gather, round_up, tiles
 from csrc_triton import backward
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -58,28 +58,6 @@ class Chunks:
         # Offsets within a tile of the workspace are int32.
         words = min(round_up(vocabulary, block_v), max(block_v, elements // tokens // block_v * block_v), 2**22)
         return cls(tokens, words)
-
-
-def gather_active(hidden: Tensor, head: Head, active: Active, rows: Tensor) -> None:
-    """rows [padded, H] = the hidden states of the active tokens in sorted order, zeros behind them."""
-    config, (padded, width) = head.config("gather"), rows.shape
-    backward.gather_kernel[(tiles(padded, config["BLOCK_N"]) * tiles(width, config["BLOCK_H"]),)](
-        hidden,
-        head.row_index,
-        active.order,
-        active.count,
-        rows,
-        0,
-        hidden.shape[0],
-        head.targets.shape[0],
-        padded,
-        width,
-        *hidden.stride(),
-        rows.stride(0),
-        HAS_ROW_INDEX=head.row_index is not None,
-        HAS_ORDER=True,
-        **config,
-    )
 
 
 def sum_rows(drows: Tensor, active: Active, head: Head, factor: float, dhidden: Tensor) -> None:
@@ -149,7 +127,7 @@ class Backward:
         return self.hidden.new_empty(padded, self.width)
 
     def run(self) -> None:
-        gather_active(self.hidden, self.head, self.active, self.rows)
+        gather(self.hidden, self.head, self.rows, order=self.active.order, count=self.active.count)
         for first_word in range(0, self.vocabulary, self.chunks.words):
             for first_token in range(0, self.num_tokens, self.chunks.tokens):
                 self._logit_grad(first_token, first_word)

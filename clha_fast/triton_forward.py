@@ -7,8 +7,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.options import ROUTE_WORDS
-from clha_fast.triton_head import Head, programs, round_up, tiles
-from csrc_triton import backward, forward, routing
+from clha_fast.triton_head import Head, gather, programs, round_up, tiles
+from csrc_triton import forward, routing
 
 _COPY_BYTES = 64 * 2**20
 
@@ -102,7 +102,7 @@ def _persistent(
             rows, stride = hidden, hidden.stride(0)
         else:
             rows = copy
-            _gather(hidden, head, rows, first, tokens)
+            gather(hidden, head, rows[:tokens], first)
         forward.persistent_forward_kernel[
             (min(programs(hidden.device), tiles(tokens, block_n) * tiles(vocabulary, block_v)),)
         ](
@@ -124,28 +124,6 @@ def _persistent(
             STATISTIC=statistic,
             **config,
         )
-
-
-def _gather(hidden: Tensor, head: Head, rows: Tensor, first_token: int, tokens: int) -> None:
-    """rows [tokens, stride] = the hidden states of the tokens from first_token on."""
-    config, width = head.config("gather"), hidden.shape[1]
-    backward.gather_kernel[(tiles(tokens, config["BLOCK_N"]) * tiles(width, config["BLOCK_H"]),)](
-        hidden,
-        head.row_index,
-        None,
-        None,
-        rows,
-        first_token,
-        hidden.shape[0],
-        head.targets.shape[0],
-        tokens,
-        width,
-        *hidden.stride(),
-        rows.stride(0),
-        HAS_ROW_INDEX=head.row_index is not None,
-        HAS_ORDER=False,
-        **config,
-    )
 
 
 def make_route(

@@ -13,7 +13,7 @@ from torch import Tensor
 from clha_fast.errors import BackendError
 from clha_fast.inputs import HeadInputs
 from clha_fast.options import HeadOptions
-from csrc_triton import configs
+from csrc_triton import backward, configs
 
 
 def tiles(size: int, block: int) -> int:
@@ -149,3 +149,35 @@ class Head:
         if f"{kernel}_softcap" in configs.PERSISTENT and (self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]):
             kernel = f"{kernel}_softcap"
         return configs.select(kernel, self.arch, self.tile_class)
+
+
+def gather(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    first_token: int = 0,
+    order: Tensor | None = None,
+    count: Tensor | None = None,
+) -> None:
+    """rows [K, H] = the hidden states of tokens first_token and after, zeros behind the last.
+
+    With `order` [N] and `count` [] int32: of the first `count` tokens in that order instead.
+    """
+    config, (padded, width) = head.config("gather"), (rows.shape[0], hidden.shape[1])
+    backward.gather_kernel[(tiles(padded, config["BLOCK_N"]) * tiles(width, config["BLOCK_H"]),)](
+        hidden,
+        head.row_index,
+        order,
+        count,
+        rows,
+        first_token,
+        hidden.shape[0],
+        head.targets.shape[0],
+        padded,
+        width,
+        *hidden.stride(),
+        rows.stride(0),
+        HAS_ROW_INDEX=head.row_index is not None,
+        HAS_ORDER=order is not None,
+        **config,
+    )

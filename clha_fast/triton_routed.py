@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clha_fast.inputs import Gradients, Needs
 from clha_fast.options import ROUTE_WORDS
-from clha_fast.triton_backward import WORKSPACE_BYTES, Active, gather_active, sum_rows
-from clha_fast.triton_head import Head, round_up, tiles
+from clha_fast.triton_backward import WORKSPACE_BYTES, Active, sum_rows
+from clha_fast.triton_head import Head, gather, round_up, tiles
 from csrc_triton import routed, routing
 
 
@@ -79,7 +79,7 @@ class _Routed:
         block_bytes = capacity * ROUTE_WORDS * hidden.itemsize
         chunk = min(route.shape[0], max(1, (workspace_bytes or WORKSPACE_BYTES) // block_bytes))
         rows = hidden.new_empty(capacity, hidden.shape[1])
-        gather_active(hidden, head, active, rows)
+        gather(hidden, head, rows, order=active.order, count=active.count)
         return cls(
             head=head,
             active=active,

@@ -154,7 +154,11 @@ def cases() -> list[tuple[str, str, str, str]]:
             listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     # Sizes and strides of 1, which triton turns into constants.
-    listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in KERNELS if not kernel.endswith("_softcap")]
+    listed += [
+        (kernel, "sm_90", "16-bit", "ones")
+        for kernel in KERNELS
+        if not kernel.endswith("_softcap") and not kernel.startswith("persistent")
+    ]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     return listed

@@ -5,7 +5,6 @@ That is what "no synchronisation" and "capturable in a CUDA graph" rest on; `tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,12 +47,12 @@ class Launches:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     taken: list[tuple[str, Any]] = []
     for module in (backward, forward, persistent_backward, ranking, routed, routing):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launches(name, taken))
-    yield taken
+    return taken
 
 
 def run(p: Problem, grad: Tensor, sizes: list[int], steps: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
