@@ -84,7 +84,6 @@ def route_kernel(
         fits = total <= max_dropped_mass
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    low = tl.where(has_bad > 0, -1, low)
 
     kept = tl.zeros((BLOCK_N,), tl.float32)
     dropped = tl.zeros((BLOCK_N,), tl.float32)

@@ -211,6 +211,22 @@ def test_a_token_that_is_not_finite_keeps_everything(poison: float) -> None:
     assert dhidden.isnan().any(1).nonzero().flatten().tolist() == [5]
 
 
+def test_a_row_that_is_not_finite_stays_out_of_the_blocks_its_token_drops() -> None:
+    """A softcap makes a finite softmax of infinite logits; tiles are filled up with the first row, times 0."""
+    head = HeadOptions(softcap=5.0, max_dropped_mass=0.1)
+    p = problem(10, 3 * ROUTE_WORDS, 1, head=head)
+    p.hidden[0], p.hidden[1:] = float("inf"), 0.1
+    p.weight[:] = p.weight.abs() + 0.1
+    p.weight[ROUTE_WORDS:] *= -1
+    p.targets[0] = 3
+    route = forward(p).route
+    assert (route[:, 0] != 0).tolist() == [True, False, False]
+    assert (route[:, 1:] != 0).all()
+    _, dweight, _ = gradients(p, upstream(p))
+    assert dweight is not None
+    assert dweight[ROUTE_WORDS:].isfinite().all()
+
+
 def test_a_target_out_of_range_is_nan() -> None:
     p = peaked(20, 300)
     lse, route = forward(p)[1:]
