@@ -18,7 +18,7 @@ BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference"
 # Loss and gradients in one sweep: what they return beside the loss are finished gradients.
 SWEEPING = ("torch", "workspace")
 # Backends that take `HeadOptions.max_dropped_mass`.
-ROUTING: tuple[str, ...] = ()
+ROUTING: tuple[str, ...] = ("triton",)
 
 logger = logging.getLogger("clha_fast")
 
@@ -37,11 +37,11 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         if _interpreting():
             return None
         return f"the tensors are on {device.type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
-    return None
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return None if name == "gfx942" else f"of AMD's GPUs it knows the tiles of gfx942 alone, got {name}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"it needs compute capability 8.0 or newer, got {major}.{minor}" if major < 8 else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,8 +17,11 @@ from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Need
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.triton_backward import Active, Backward
+from clha_fast.triton_forward import launch_head, make_route
 from clha_fast.triton_head import Head, on, tiles
-from csrc_triton import forward, ranking
+from clha_fast.triton_persistent import PersistentBackward
+from clha_fast.triton_routed import routed_backward
+from csrc_triton import ranking
 
 _NOISE = {"none": ranking.NOISE_NONE, "abs": ranking.NOISE_ABS, "signed": ranking.NOISE_SIGNED}
 _REDUCE = {
@@ -26,43 +29,6 @@ _REDUCE = {
     "distance_mean": ranking.REDUCE_DISTANCE_MEAN,
     "pair_mean": ranking.REDUCE_PAIR_MEAN,
 }
-
-
-def _launch_head(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """(block_peak [blocks, N], block_sum [blocks, N], target_logit [N]), float32."""
-    num_tokens, (vocabulary, width) = head.targets.shape[0], head.weight.shape
-    config = head.config("head_forward")
-    blocks = tiles(vocabulary, config["BLOCK_V"])
-    block_peak, block_sum = (
-        torch.empty(blocks, num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2)
-    )
-    target_logit = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-    if num_tokens:
-        forward.head_forward_kernel[(tiles(num_tokens, config["BLOCK_N"]) * blocks,)](
-            hidden,
-            head.weight,
-            head.bias,
-            head.targets,
-            head.row_index,
-            block_peak,
-            block_sum,
-            target_logit,
-            hidden.shape[0],
-            num_tokens,
-            vocabulary,
-            width,
-            *hidden.stride(),
-            *head.weight.stride(),
-            head.ignore_index,
-            head.pre_scale,
-            head.post_scale,
-            **head.flags,
-            HAS_ROW_INDEX=head.row_index is not None,
-            EVEN_H=width % config["BLOCK_H"] == 0,
-            WIDE=head.is_wide,
-            **config,
-        )
-    return block_peak, block_sum, target_logit
 
 
 def _noise(options: CLHAOptions, rewards: Tensor | None) -> Any:
@@ -134,9 +100,15 @@ def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
     """
     ready = Head.of(inputs, head)
     with on(inputs.hidden.device):
-        statistics = _launch_head(inputs.hidden, ready)
-        logps, lse = _launch_combine(*statistics, ready, None, CLHAOptions())
-    return HeadResult(logps, lse, logps.new_empty(0))
+        peaks, sums, logits = _statistics(inputs, ready, head)
+        logps, lse = _launch_combine(peaks, sums, logits, ready, None, CLHAOptions())
+        if head.max_dropped_mass is None:
+            return HeadResult(logps, lse, logps.new_empty(0))
+        return HeadResult(logps, lse, make_route(peaks, sums, lse, ready, head.max_dropped_mass)[0])
+
+
+def _statistics(inputs: HeadInputs, ready: Head, head: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_head(inputs.hidden, ready, head.workspace_bytes, routed=head.max_dropped_mass is not None)
 
 
 def clha_forward(
@@ -149,7 +121,7 @@ def clha_forward(
     """
     ready = Head.of(inputs, head)
     with on(inputs.hidden.device):
-        return rank(*_launch_head(inputs.hidden, ready), ready, ranking_inputs, options)
+        return rank(*_statistics(inputs, ready, head), ready, ranking_inputs, options, head.max_dropped_mass)
 
 
 def rank(
@@ -159,6 +131,7 @@ def rank(
     head: Head,
     ranking_inputs: RankingInputs,
     options: CLHAOptions,
+    max_dropped_mass: float | None = None,
 ) -> LossResult:
     """What `clha_forward` returns, from the head kernel's block statistics."""
     device = target_logit.device
@@ -204,7 +177,10 @@ def rank(
     # The kernel fills the first 16; the others stay 0 where gradients are exact.
     metrics = torch.zeros(len(METRIC_NAMES), dtype=torch.float32, device=device)
     ranking.finish_kernel[(1,)](partials, loss, metrics, num_prompts, **head.config("finish"))
-    return LossResult(loss, metrics, scores, coefficients, lse, logps.new_empty(0))
+    route = logps.new_empty(0)
+    if max_dropped_mass is not None:
+        route, metrics[ranking.METRICS.value :] = make_route(block_peak, block_sum, lse, head, max_dropped_mass)
+    return LossResult(loss, metrics, scores, coefficients, lse, route)
 
 
 def _make_plan(ranking_inputs: RankingInputs, options: CLHAOptions, device: torch.device) -> _Plan:
@@ -236,7 +212,8 @@ def token_logps_backward(
 
     Recomputes the logits in chunks of at most `head.workspace_bytes` (64 MiB; at least one tile). Sums run in float32
     and in a fixed order: two calls give the same bits. Tokens with a zero gradient are skipped. None is returned, and
-    nothing launched or allocated, for what is not needed.
+    nothing launched or allocated, for what is not needed. With `head.max_dropped_mass` only the (token, vocabulary
+    block) pairs that `route` keeps are computed.
     """
     hidden, weight, bias = inputs[:3]
     needs = Needs(needs.hidden, needs.weight, needs.bias and bias is not None)
@@ -248,7 +225,10 @@ def token_logps_backward(
     ready = Head.of(inputs, head)
     with on(hidden.device):
         active = Active.of(grad_logps, ready, hidden.shape[0])
-        sweep = Backward(hidden, ready, active, lse, head.workspace_bytes, needs)
+        if head.max_dropped_mass is not None:
+            return routed_backward(hidden, ready, active, lse, route, head.workspace_bytes, needs)
+        kind = PersistentBackward if ready.is_persistent else Backward
+        sweep = kind(hidden, ready, active, lse, head.workspace_bytes, needs)
         sweep.run()
         dbias = None if sweep.dbias is None else sweep.dbias.to(weight.dtype)
         return Gradients(sweep.dhidden, sweep.dweight, dbias)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from clha_fast.inputs import Needs
-from clha_fast.triton_head import Head, round_up, tiles
+from clha_fast.triton_head import Head, gather, round_up, tiles
 from csrc_triton import backward
 
-_WORKSPACE_BYTES = 64 * 2**20
+WORKSPACE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,26 @@ class Chunks:
         return cls(tokens, words)
 
 
+def sum_rows(drows: Tensor, active: Active, head: Head, factor: float, dhidden: Tensor) -> None:
+    """dhidden [M, H] = peak * factor * sum of drows [padded, H] over the tokens that read each row."""
+    config, (num_rows, width) = head.config("row_sum"), dhidden.shape
+    backward.row_sum_kernel[(tiles(num_rows, config["BLOCK_N"]) * tiles(width, config["BLOCK_H"]),)](
+        drows,
+        active.row_ends,
+        active.peak,
+        dhidden,
+        num_rows,
+        width,
+        factor,
+        **config,
+    )
+
+
 class Backward:
     """Buffers of one backward pass and the launches that fill them."""
+
+    # Before the names of the three GEMMs in the table.
+    prefix = ""
 
     def __init__(
         self,
@@ -77,18 +95,18 @@ class Backward:
         self.num_tokens = head.targets.shape[0]
         # d logit / d raw logit without the softcap's slope; it waits for the float32 end with the largest gradient.
         self.factor = head.pre_scale * head.post_scale
-        self.config = {name: head.config(name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
+        self.config = {name: head.config(self.prefix + name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
         self.block_n = self.config["logit_grad"]["BLOCK_N"]
         self.chunks = Chunks.of(
             self.num_tokens,
             self.vocabulary,
             hidden.itemsize,
-            workspace_bytes or _WORKSPACE_BYTES,
+            workspace_bytes or WORKSPACE_BYTES,
             self.block_n,
             self.config["logit_grad"]["BLOCK_V"],
         )
         chunks, padded, device = self.chunks, round_up(self.num_tokens, self.block_n), hidden.device
-        self.rows = hidden.new_empty(padded, self.width)
+        self.rows = self.new_rows(padded)
         self.dlogits = hidden.new_empty(chunks.tokens, chunks.words)
         self.drows: Tensor | None = None
         self.dhidden: Tensor | None = None
@@ -105,8 +123,11 @@ class Backward:
         if needs.bias:
             self.dbias = torch.zeros(self.vocabulary, dtype=torch.float32, device=device)
 
+    def new_rows(self, padded: int) -> Tensor:
+        return self.hidden.new_empty(padded, self.width)
+
     def run(self) -> None:
-        self._gather()
+        gather(self.hidden, self.head, self.rows, order=self.active.order, count=self.active.count)
         for first_word in range(0, self.vocabulary, self.chunks.words):
             for first_token in range(0, self.num_tokens, self.chunks.tokens):
                 self._logit_grad(first_token, first_word)
@@ -119,27 +140,10 @@ class Backward:
             if self.dweight is not None and self.partial is not None:
                 rows = self.dweight[first_word : first_word + self.chunks.words]
                 torch.mul(self.partial[: rows.shape[0]], self.active.peak * self.factor, out=rows)
-        if self.dhidden is not None:
-            self._row_sum()
+        if self.dhidden is not None and self.drows is not None:
+            sum_rows(self.drows, self.active, self.head, self.factor, self.dhidden)
         if self.dbias is not None:
             self.dbias *= self.active.peak * self.factor
-
-    def _gather(self) -> None:
-        config = self.head.config("gather")
-        padded = self.rows.shape[0]
-        backward.gather_kernel[(tiles(padded, config["BLOCK_N"]) * tiles(self.width, config["BLOCK_H"]),)](
-            self.hidden,
-            self.head.row_index,
-            self.active.order,
-            self.active.count,
-            self.rows,
-            self.hidden.shape[0],
-            padded,
-            self.width,
-            *self.hidden.stride(),
-            HAS_ROW_INDEX=self.head.row_index is not None,
-            **config,
-        )
 
     def _tokens_from(self, first_token: int) -> int:
         """Tokens of the chunk that starts there, in whole tiles."""
@@ -237,19 +241,5 @@ class Backward:
             HAS_PARTIAL=self.partial is not None,
             EVEN_H=self.width % config["BLOCK_H"] == 0,
             PRECISION=self.head.flags["PRECISION"],
-            **config,
-        )
-
-    def _row_sum(self) -> None:
-        config = self.head.config("row_sum")
-        num_rows = self.hidden.shape[0]
-        backward.row_sum_kernel[(tiles(num_rows, config["BLOCK_N"]) * tiles(self.width, config["BLOCK_H"]),)](
-            self.drows,
-            self.active.row_ends,
-            self.active.peak,
-            self.dhidden,
-            num_rows,
-            self.width,
-            self.factor,
             **config,
         )

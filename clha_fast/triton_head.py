@@ -13,7 +13,7 @@ from torch import Tensor
 from clha_fast.errors import BackendError
 from clha_fast.inputs import HeadInputs
 from clha_fast.options import HeadOptions
-from csrc_triton import configs
+from csrc_triton import backward, configs
 
 
 def tiles(size: int, block: int) -> int:
@@ -33,6 +33,9 @@ def architecture(device: torch.device) -> str:
             return "interpreter"
         raise BackendError(f"backend 'triton' needs a CUDA or ROCm device or TRITON_INTERPRET=1, got {device}")
     if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if name != "gfx942":
+            raise BackendError(f"backend 'triton' has tiles for gfx942 alone among AMD's GPUs, got {name}")
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
@@ -56,6 +59,22 @@ def _is_aligned(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
+def programs(device: torch.device) -> int:
+    """The grid of a persistent kernel: as many programs as run at once. The interpreter's few show that they loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _has_descriptor(matrix: Tensor) -> bool:
+    """Whether TMA can address a matrix: 16-bit, contiguous rows that start on 16 bytes and do not overlap."""
+    return (
+        matrix.itemsize == 2
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.stride(0) % 8 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -75,6 +94,8 @@ class Head:
     arch: str
     tile_class: str
     is_wide: bool
+    hidden_descriptor: bool
+    weight_descriptor: bool
     flags: dict[str, Any]
 
     @classmethod
@@ -104,6 +125,8 @@ class Head:
             arch=architecture(hidden.device),
             tile_class="16-bit" if fast and _is_aligned(hidden) and _is_aligned(weight) else "fp32",
             is_wide=is_wide,
+            hidden_descriptor=row_index is None and _has_descriptor(hidden),
+            weight_descriptor=_has_descriptor(weight),
             flags={
                 "HAS_BIAS": bias is not None,
                 "HAS_SOFTCAP": head.softcap is not None,
@@ -111,8 +134,50 @@ class Head:
             },
         )
 
+    @property
+    def is_persistent(self) -> bool:
+        """Whether the persistent kernels run (not in the routed backward): TMA in hardware, a weight it can address.
+
+        Hidden states that it cannot address, or that `row_index` scatters, are copied into rows that it can.
+        """
+        return self.weight_descriptor and self.arch in configs.PERSISTENT["persistent_forward"]
+
     def config(self, kernel: str) -> dict[str, int]:
         """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap."""
         if self.flags["HAS_SOFTCAP"] and f"{kernel}_softcap" in configs.GEMMS:
             kernel = f"{kernel}_softcap"
+        if f"{kernel}_softcap" in configs.PERSISTENT and (self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]):
+            kernel = f"{kernel}_softcap"
         return configs.select(kernel, self.arch, self.tile_class)
+
+
+def gather(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    first_token: int = 0,
+    order: Tensor | None = None,
+    count: Tensor | None = None,
+) -> None:
+    """rows [K, H] = the hidden states of tokens first_token and after, zeros behind the last.
+
+    With `order` [N] and `count` [] int32: of the first `count` tokens in that order instead.
+    """
+    config, (padded, width) = head.config("gather"), (rows.shape[0], hidden.shape[1])
+    backward.gather_kernel[(tiles(padded, config["BLOCK_N"]) * tiles(width, config["BLOCK_H"]),)](
+        hidden,
+        head.row_index,
+        order,
+        count,
+        rows,
+        first_token,
+        hidden.shape[0],
+        head.targets.shape[0],
+        padded,
+        width,
+        *hidden.stride(),
+        rows.stride(0),
+        HAS_ROW_INDEX=head.row_index is not None,
+        HAS_ORDER=order is not None,
+        **config,
+    )

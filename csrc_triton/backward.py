@@ -9,7 +9,7 @@ loops need no masks on the token side.
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import activation, raw_logits, tile_of
+from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
 
 
 @triton.jit
@@ -19,34 +19,43 @@ def gather_kernel(
     order_ptr,
     count_ptr,
     rows_ptr,
+    first_token,
     M,
+    N,
     padded,
     H,
     stride_hidden_n,
     stride_hidden_h,
+    stride_rows_n,
     HAS_ROW_INDEX: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """rows [padded, H], contiguous: the hidden state of every active token in sorted order, zeros behind them.
+    """rows [padded, H]: the hidden states of tokens first_token and after, zeros behind the last.
 
+    HAS_ORDER: of the active tokens in sorted order (`order`, `count` of them) instead of all N in their own.
     One pass over [N, H] saves an indirection in the inner loop of every GEMM after it. A row outside [0, M) is NaN.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
     k = (pid // tiles_h).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_active = k < tl.load(count_ptr)
-    token = tl.load(order_ptr + k, mask=is_active, other=0)
+    token = first_token + k
+    if HAS_ORDER:
+        is_active = token < tl.load(count_ptr)
+        token = tl.load(order_ptr + token, mask=is_active, other=0)
+    else:
+        is_active = token < N
     row = token
     if HAS_ROW_INDEX:
-        row = tl.load(row_index_ptr + token)
+        row = tl.load(row_index_ptr + token, mask=is_active, other=0)
     has_row = (row >= 0) & (row < M)
     inside = (h < H)[None, :]
     source = tl.where(has_row, row, 0)[:, None] * stride_hidden_n + h.to(tl.int64)[None, :] * stride_hidden_h
     x = tl.load(hidden_ptr + source, mask=inside & (is_active & has_row)[:, None], other=0.0)
     x = tl.where((is_active & (has_row == 0))[:, None], float("nan"), x)
-    tl.store(rows_ptr + k[:, None] * H + h[None, :], x, mask=inside & (k < padded)[:, None])
+    tl.store(rows_ptr + k[:, None] * stride_rows_n + h[None, :], x, mask=inside & (k < padded)[:, None])
 
 
 @triton.jit
@@ -111,24 +120,22 @@ def logit_grad_kernel(
     )
     if HAS_BIAS:
         z += tl.load(bias_ptr + first_v + inner).to(tl.float32)[None, :]
-    # Loaded behind the loop, whose registers they would take.
-    is_active = k < count
-    token = tl.load(order_ptr + first_token + k, mask=is_active, other=0)
-    target = tl.load(targets_ptr + token, mask=is_active, other=0)
-    # float64 in two float32 parts: a float32 log-sum-exp of 1e4 would be off by 5e-4, and every probability with it.
-    lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
-    lse_high = lse.to(tl.float32)
-    lse_low = (lse - lse_high).to(tl.float32)
-    grad = tl.load(grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
-    grad = tl.where((target >= 0) & (target < V), grad, float("nan"))
-    column = (target - first_v).to(tl.int32)
-
-    z, slope = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
-    # softmax - 1 is formed in float32, where the target's probability is close to 1.
-    g = tl.exp((z - lse_high[:, None]) - lse_low[:, None]) - tl.where(local_word[None, :] == column[:, None], 1.0, 0.0)
-    g = -grad[:, None] * g * slope
-    # Padding tokens must be zeros: 0 * inf is NaN. Padding words repeat the last one, and nobody reads them unmasked.
-    g = tl.where(is_active[:, None], g, 0.0)
+    g = logit_gradient(
+        z,
+        first_token + k,
+        k < count,
+        first_v,
+        order_ptr,
+        targets_ptr,
+        lse_ptr,
+        grad_ptr,
+        peak_ptr,
+        V,
+        pre_scale,
+        post_scale,
+        HAS_SOFTCAP,
+        BLOCK_V,
+    )
     out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V
     tl.store(out + (local_k[:, None] * chunk_words + local_word[None, :]), g.to(dlogits_ptr.dtype.element_ty))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import triton
+
 Config = Mapping[str, int]
 
 # Shared memory that one program may take, bytes.
@@ -50,7 +52,7 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
         ("sm_90", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
         ("sm_100", "16-bit"): _tile(128, 256, 64, 16, 8, 4),
         ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
-        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+        ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 2),
         ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
         ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
@@ -95,6 +97,101 @@ GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 
+# The routed backward's GEMMs: a vocabulary block of 128 words with the tokens that keep it.
+GEMMS["routed_logit_grad"] = {  # tokens x words, reduced over H
+    ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
+    ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 3),
+    ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 3),
+    ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 8, 2),
+    ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+    ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+    ("sm_100", "fp32"): _tile(64, 64, 32, 16, 8, 3),
+    ("gfx942", "fp32"): _tile(64, 64, 32, 16, 8, 2),
+    # The forward's tile: other shapes round the interpreter's products otherwise, and p - 1 would lose digits.
+    ("interpreter", "16-bit"): _tile(32, 32, 32, 2, 4, 1),
+    ("interpreter", "fp32"): _tile(32, 32, 32, 2, 4, 1),
+}
+GEMMS["routed_logit_grad_softcap"] = GEMMS["routed_logit_grad"] | {
+    ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 16, 2),
+}
+GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
+    ("sm_80", "16-bit"): _tile(32, 128, 128, 16, 8, 3),
+    ("sm_90", "16-bit"): _tile(64, 128, 256, 16, 8, 3),
+    ("sm_100", "16-bit"): _tile(64, 128, 128, 16, 8, 3),
+    ("gfx942", "16-bit"): _tile(64, 128, 128, 16, 8, 2),
+    ("sm_80", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+    ("sm_90", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+    ("sm_100", "fp32"): _tile(32, 64, 64, 16, 8, 3),
+    ("gfx942", "fp32"): _tile(32, 64, 64, 16, 8, 2),
+    ("interpreter", "16-bit"): _tile(16, 128, 32, 2, 4, 1),
+    ("interpreter", "fp32"): _tile(32, 64, 32, 2, 4, 1),
+}
+# Few tokens of a segment keep a block: short tiles waste less, and small programs, several on a multiprocessor, hide
+# each other's waiting better than stages do.
+GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
+    ("sm_80", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
+    ("sm_90", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
+    ("sm_100", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
+    ("gfx942", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
+    ("sm_80", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("sm_90", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),
+    ("interpreter", "fp32"): _tile(16, 64, 32, 1, 4, 1),
+}
+
+
+def _persistent(tile: Config, flatten: bool, warp_specialize: bool) -> Config:
+    return {**tile, "FLATTEN": flatten, "WARP_SPECIALIZE": warp_specialize}
+
+
+# Operands by tensor descriptors (TMA), 16-bit only, where the hardware has it. FLATTEN fetches the next tile's operands
+# during the epilogue of the last; on sm_100 a warp of its own does. Not flattened: what would spill, and the weight's
+# gradient, whose inner loop may be empty. The softcap's rows serve heads with a bias too.
+_INTERPRETED = _persistent(_tile(32, 32, 32, 2, 4, 1), True, False)
+PERSISTENT: dict[str, dict[str, Config]] = {
+    "persistent_forward": {
+        "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 256, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_forward_softcap": {
+        "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_logit_grad": {
+        "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 3), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_logit_grad_softcap": {
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_hidden_grad": {
+        "sm_90": _persistent(_tile(128, 64, 256, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(128, 64, 128, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_weight_grad": {
+        "sm_90": _persistent(_tile(64, 128, 256, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(64, 128, 256, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+    # With float32 sums of earlier chunks to add to.
+    "persistent_weight_grad_partial": {
+        "sm_90": _persistent(_tile(64, 128, 128, 16, 8, 4), False, False),
+        "sm_100": _persistent(_tile(64, 128, 128, 16, 8, 4), False, True),
+        "interpreter": _INTERPRETED,
+    },
+}
+
+# Triton 3.6 fails to specialise warps in these loops; its plain pipeline does not spill there.
+SPECIALISES_WARPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
 # The small kernels: the same on every GPU, and small enough in the interpreter that a test crosses every border.
 SMALL: dict[str, tuple[Config, Config]] = {
     "combine": (
@@ -115,6 +212,14 @@ SMALL: dict[str, tuple[Config, Config]] = {
     ),
     "gradient": ({"BLOCK_V": 4096, "num_warps": 8}, {"BLOCK_V": 64, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
+    "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
+    # Tokens that one program of `routed_hidden_grad` adds to.
+    "route_count": ({"SEGMENT": 512, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
+    "route_list": ({"SEGMENT": 512, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
+    "routed_bias_grad": (
+        {"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8},
+        {"BLOCK_N": 16, "BLOCK_V": 64, "num_warps": 4},
+    ),
 }
 
 
@@ -122,7 +227,8 @@ def select(kernel: str, arch: str, dtype: str) -> dict[str, int]:
     """Launch arguments of a kernel: block sizes, and the num_warps and num_stages that triton takes beside them.
 
     Args:
-        kernel: a key of `GEMMS` or `SMALL`. arch: one of `ARCHITECTURES`. dtype: one of `DTYPES`.
+        kernel: a key of `GEMMS`, `PERSISTENT` (16-bit, the architectures that it lists) or `SMALL`.
+        arch: one of `ARCHITECTURES`. dtype: one of `DTYPES`.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
@@ -130,7 +236,11 @@ def select(kernel: str, arch: str, dtype: str) -> dict[str, int]:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if kernel in GEMMS:
         return dict(GEMMS[kernel][arch, dtype])
+    if kernel in PERSISTENT:
+        entry = dict(PERSISTENT[kernel][arch])
+        entry["WARP_SPECIALIZE"] = entry["WARP_SPECIALIZE"] and SPECIALISES_WARPS
+        return entry
     if kernel not in SMALL:
-        raise ValueError(f"kernel: expected one of {', '.join((*GEMMS, *SMALL))}, got {kernel!r}")
+        raise ValueError(f"kernel: expected one of {', '.join((*GEMMS, *PERSISTENT, *SMALL))}, got {kernel!r}")
     gpu, interpreter = SMALL[kernel]
     return dict(interpreter if arch == "interpreter" else gpu)

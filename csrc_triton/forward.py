@@ -11,6 +11,74 @@ from csrc_triton.tiles import activation, raw_logits, tile_of
 
 
 @triton.jit
+def write_statistics(
+    z,
+    tile_n,
+    tile_v,
+    has_row,
+    bias_ptr,
+    targets_ptr,
+    block_peak_ptr,
+    block_sum_ptr,
+    target_logit_ptr,
+    N,
+    V,
+    ignore_index,
+    pre_scale,
+    post_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STATISTIC: tl.constexpr,
+):
+    """What is kept of one tile of raw logits z [BLOCK_N, BLOCK_V]; words past V may hold anything."""
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token = n < N
+    first = tile_v.to(tl.int64) * BLOCK_V
+    word = tl.arange(0, BLOCK_V)
+    is_word = word < tl.minimum(V - first, BLOCK_V).to(tl.int32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + first + word, mask=is_word, other=0.0).to(tl.float32)[None, :]
+    z, _ = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+    z = tl.where(is_word[None, :], z, float("-inf"))
+
+    # Loaded behind the loop, whose registers they would take.
+    target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
+    is_scored = target != ignore_index
+    is_valid = is_scored & has_row & (target >= 0) & (target < V)
+    is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
+    column = tl.where(is_here, target - first, -1).to(tl.int32)
+    logit = tl.sum(tl.where(word[None, :] == column[:, None], z, 0.0), axis=1)
+    # Tokens whose target is in no block are the first block's to write.
+    logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
+    # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
+    is_first = tile_v + tl.zeros((BLOCK_N,), tl.int32) == 0
+    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | (is_first & (is_valid == 0))))
+
+    # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
+    # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.
+    if STATISTIC == BLOCK_V:
+        peak = tl.max(z, axis=1)
+        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
+        block = tile_v.to(tl.int64) * N + n
+        tl.store(block_peak_ptr + block, peak, mask=is_token)
+        tl.store(block_sum_ptr + block, total, mask=is_token)
+    else:
+        parts: tl.constexpr = BLOCK_V // STATISTIC
+        z = tl.reshape(z, (BLOCK_N, parts, STATISTIC))
+        peak = tl.max(z, axis=2)
+        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(tl.exp(z - anchor[:, :, None]), axis=2)
+        part = tile_v.to(tl.int64) * parts + tl.arange(0, parts)
+        block = part[None, :] * N + n[:, None]
+        inside = is_token[:, None] & (part * STATISTIC < V)[None, :]
+        tl.store(block_peak_ptr + block, peak, mask=inside)
+        tl.store(block_sum_ptr + block, total, mask=inside)
+
+
+@triton.jit
 def head_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -37,23 +105,23 @@ def head_forward_kernel(
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATISTIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Writes block_peak and block_sum [cdiv(V, BLOCK_V), N] and target_logit [N], all float32, each element once.
+    """Writes block_peak and block_sum [cdiv(V, STATISTIC), N] and target_logit [N], all float32, each element once.
 
     hidden [M, H], weight [V, H] of any strides; bias [V], targets [N], row_index [N] contiguous. WIDE: a tile of
-    weight may span 2^31 elements or more.
+    weight may span 2^31 elements or more. STATISTIC divides BLOCK_V.
     target_logit is 0 for an ignored token, NaN for a target outside [0, V) or a row outside [0, M).
     """
     tile_n, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_token = n < N
     rows = n
     if HAS_ROW_INDEX:
-        rows = tl.load(row_index_ptr + n, mask=is_token, other=0)
+        rows = tl.load(row_index_ptr + n, mask=n < N, other=0)
     has_row = (rows >= 0) & (rows < M)
     first = tile_v.to(tl.int64) * BLOCK_V
     # Rows and words past the end repeat an existing one instead of being masked in the inner loop.
@@ -72,30 +140,95 @@ def head_forward_kernel(
         BLOCK_V,
         BLOCK_H,
     )
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + first + word).to(tl.float32)[None, :]
-    z, _ = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
-    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = tl.where((v < V)[None, :], z, float("-inf"))
+    write_statistics(
+        z,
+        tile_n,
+        tile_v,
+        has_row,
+        bias_ptr,
+        targets_ptr,
+        block_peak_ptr,
+        block_sum_ptr,
+        target_logit_ptr,
+        N,
+        V,
+        ignore_index,
+        pre_scale,
+        post_scale,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        BLOCK_N,
+        BLOCK_V,
+        STATISTIC,
+    )
 
-    # Loaded behind the loop, whose registers they would take.
-    target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
-    is_scored = target != ignore_index
-    is_valid = is_scored & has_row & (target >= 0) & (target < V)
-    is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
-    column = tl.where(is_here, target - first, -1).to(tl.int32)
-    logit = tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == column[:, None], z, 0.0), axis=1)
-    # Tokens whose target is in no block are the first block's to write.
-    logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
-    # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
-    is_first = tile_v + tl.zeros((BLOCK_N,), tl.int32) == 0
-    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | (is_first & (is_valid == 0))))
 
-    # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
-    # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.
-    peak = tl.max(z, axis=1)
-    anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
-    block = tile_v.to(tl.int64) * N + n
-    tl.store(block_peak_ptr + block, peak, mask=is_token)
-    tl.store(block_sum_ptr + block, total, mask=is_token)
+@triton.jit
+def persistent_forward_kernel(
+    rows_desc,
+    weight_desc,
+    bias_ptr,
+    targets_ptr,
+    block_peak_ptr,
+    block_sum_ptr,
+    target_logit_ptr,
+    first_token,
+    chunk_tokens,
+    N,
+    V,
+    H,
+    ignore_index,
+    pre_scale,
+    post_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`head_forward_kernel` with operands by tensor descriptors (TMA) and a grid of as many programs as fit the device.
+
+    rows [chunk_tokens, H] holds the hidden states of tokens first_token and after, in blocks of [BLOCK_N, BLOCK_H];
+    weight [V, H] in blocks of [BLOCK_V, BLOCK_H]. first_token is a multiple of BLOCK_N. What lies outside a descriptor
+    is read as 0: neither H nor the last tile needs a mask. A row outside the hidden states is NaN already in `rows`.
+    """
+    tiles_n = tl.cdiv(chunk_tokens, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(
+        tl.program_id(0),
+        tiles_n * tiles_v,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=WARP_SPECIALIZE,
+    ):
+        tile_n, tile_v = tile_of(tile, tiles_n, tiles_v, GROUP)
+        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            x = rows_desc.load([tile_n * BLOCK_N, start])
+            w = weight_desc.load([tile_v * BLOCK_V, start])
+            z = tl.dot(x, w.T, z)
+        write_statistics(
+            z,
+            tile_n + first_token // BLOCK_N,
+            tile_v,
+            tl.full((BLOCK_N,), 1, tl.int1),
+            bias_ptr,
+            targets_ptr,
+            block_peak_ptr,
+            block_sum_ptr,
+            target_logit_ptr,
+            N,
+            V,
+            ignore_index,
+            pre_scale,
+            post_scale,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            BLOCK_N,
+            BLOCK_V,
+            STATISTIC,
+        )

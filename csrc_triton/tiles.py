@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: program order, the activation of logits, one tile of logits."""
+"""Device functions that several kernels share: program order, activation, one tile of logits and of their gradient."""
 
 import triton
 import triton.language as tl
@@ -83,3 +83,44 @@ def raw_logits(
         hidden_ptr += hidden_step
         weight_ptr += weight_step
     return z
+
+
+@triton.jit
+def logit_gradient(
+    z,
+    position,
+    is_active,
+    first_v,
+    order_ptr,
+    targets_ptr,
+    lse_ptr,
+    grad_ptr,
+    peak_ptr,
+    V,
+    pre_scale,
+    post_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """grad / peak * f'(z) / f'(0) * (softmax - onehot) of raw logits z [BLOCK_N, BLOCK_V], words first_v and after.
+
+    Row i belongs to the token that stands at `position` [BLOCK_N] of the sorted order; what is not active is 0.
+    """
+    # Loaded behind the loop, whose registers they would take.
+    word = tl.arange(0, BLOCK_V)
+    token = tl.load(order_ptr + position, mask=is_active, other=0)
+    target = tl.load(targets_ptr + token, mask=is_active, other=0)
+    # float64 in two float32 parts: a float32 log-sum-exp of 1e4 would be off by 5e-4, and every probability with it.
+    lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
+    lse_high = lse.to(tl.float32)
+    lse_low = (lse - lse_high).to(tl.float32)
+    grad = tl.load(grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
+    grad = tl.where((target >= 0) & (target < V), grad, float("nan"))
+    column = (target - first_v).to(tl.int32)
+
+    z, slope = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+    # softmax - 1 is formed in float32, where the target's probability is close to 1.
+    g = tl.exp((z - lse_high[:, None]) - lse_low[:, None]) - tl.where(word[None, :] == column[:, None], 1.0, 0.0)
+    g = -grad[:, None] * g * slope
+    # Padding tokens must be zeros: 0 * inf is NaN. Padding words repeat the last one, and nobody reads them unmasked.
+    return tl.where(is_active[:, None], g, 0.0)

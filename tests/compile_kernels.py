@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from csrc_triton import backward, configs, forward, ranking, softmax
+from csrc_triton import backward, configs, forward, persistent_backward, ranking, routed, routing, softmax
 
 GPU = {
     "sm_80": ("cuda", 80, 32),
@@ -27,6 +27,7 @@ GPU = {
 POINTERS = {"16-bit": "*bf16", "fp32": "*fp32", "tf32": "*fp32"}
 MATRIX = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma_"}
 
+ROUTE_WORDS = 128
 N, V, H, CHUNK_N, CHUNK_V, P, C = 8192, 128256, 4096, 8192, 4096, 64, 512
 # H of each variant that is not plain: rows not aligned, and aligned rows that end within a block.
 WIDTH = {"odd": 1001, "ragged": 2320}
@@ -34,8 +35,11 @@ WIDTH = {"odd": 1001, "ragged": 2320}
 
 def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
     """Values as the host passes them; strings stand for pointers."""
-    x, v, h = POINTERS[dtype], V, WIDTH.get(variant, H)
-    bias, softcap, partial = variant == "bias+softcap", variant == "bias+softcap", variant == "partial"
+    x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
+    if variant == "ones":
+        n = v = h = 1
+    bias = softcap = variant == "bias+softcap"
+    partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
     chunk = {
         "first_token": 0,
@@ -59,14 +63,32 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
         "row_ends_ptr": "*i64",
         "count_ptr": "*i32",
         "lse_ptr": "*fp64",
+        "list_ptr": "*i32",
+        "ends_ptr": "*i32",
+        "counts_ptr": "*i32",
     }
-    sizes = {"M": N, "padded": N, "N": N, "stride_hidden_n": h, "stride_hidden_h": 1}
+    sizes = {"M": n, "padded": n, "N": n, "stride_hidden_n": h, "stride_hidden_h": 1, "stride_rows_n": h}
+    blocks = -(-v // ROUTE_WORDS)
+    sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
+    # The second block on: it is 1, too.
+    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    if kernel.startswith("persistent"):
+        operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}
+        pointers |= {
+            name: "tensordesc<bf16[{}, {}]>".format(*(launch[f"BLOCK_{axis}"] for axis in axes))
+            for name, axes in operands.items()
+        }
+    # A routed forward's statistics are of the blocks that it routes to.
+    statistic = min(launch.get("BLOCK_V", ROUTE_WORDS), ROUTE_WORDS if variant == "routed" else 256)
+    flags |= {"STATISTIC": statistic, "ROUTE_WORDS": ROUTE_WORDS, "RATIO": 1, "HAS_ORDER": True}
+    scales["max_dropped_mass"] = 0.01
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
     variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
     return common | chunk | scales | flags | pointers | sizes | variants
 
 
-def ranking_arguments() -> dict[str, Any]:
+def ranking_arguments(variant: str) -> dict[str, Any]:
+    prompts, candidates, tokens = (1, 1, 1) if variant == "ones" else (P, C, N)
     flags = {"HAS_PROMPTS": True, "HAS_REWARDS": True, "HAS_SFT_INDEX": True, "HAS_PROMPT_COUNT": True}
     flags |= {"NOISE": 1, "REDUCE": 1, "COUNT_PAIRS": True, "SFT_MEAN": False, "SFT_SQUARED": True}
     pointers = dict.fromkeys(("targets_ptr", "token_ends_ptr", "prompt_ends_ptr", "sft_index_ptr"), "*i64")
@@ -77,12 +99,27 @@ def ranking_arguments() -> dict[str, Any]:
         | pointers
         | dict.fromkeys(floats, 1.0)
         | {"lse_ptr": "*fp64"}
-        | {"N": N, "C": C, "P": P, "num_blocks": 501, "num_distances": C - 1, "ignore_index": -100}
+        | {"N": tokens, "C": candidates, "P": prompts, "num_blocks": 501, "num_distances": 1, "ignore_index": -100}
         | {"first_prompt": 8, "first_candidate": 31, "METRICS": ranking.METRICS.value}
     )
 
 
 KERNELS = {
+    "persistent_forward": forward.persistent_forward_kernel,
+    "persistent_forward_softcap": forward.persistent_forward_kernel,
+    "persistent_logit_grad": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_logit_grad_softcap": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_hidden_grad": persistent_backward.persistent_hidden_grad_kernel,
+    "persistent_weight_grad": persistent_backward.persistent_weight_grad_kernel,
+    "persistent_weight_grad_partial": persistent_backward.persistent_weight_grad_kernel,
+    "routed_logit_grad": routed.routed_logit_grad_kernel,
+    "routed_logit_grad_softcap": routed.routed_logit_grad_kernel,
+    "routed_weight_grad": routed.routed_weight_grad_kernel,
+    "routed_hidden_grad": routed.routed_hidden_grad_kernel,
+    "routed_bias_grad": routed.routed_bias_grad_kernel,
+    "route": routing.route_kernel,
+    "route_count": routing.route_count_kernel,
+    "route_list": routing.route_list_kernel,
     "head_forward": forward.head_forward_kernel,
     "head_forward_softcap": forward.head_forward_kernel,
     "logit_grad": backward.logit_grad_kernel,
@@ -121,10 +158,23 @@ def cases() -> list[tuple[str, str, str, str]]:
             variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
             if kernel == "weight_grad":
                 variants.append("partial")
+            if kernel == "head_forward":
+                variants.append("routed")
             listed += [(kernel, arch, "16-bit", variant) for variant in variants]
             listed.append((kernel, arch, "fp32", variants[-1]))
         listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
+        for kernel, entries in configs.PERSISTENT.items():
+            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            if kernel == "persistent_forward":
+                variants.append("routed")
+            listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
+    # Sizes and strides of 1, which triton turns into constants.
+    listed += [
+        (kernel, "sm_90", "16-bit", "ones")
+        for kernel in KERNELS
+        if not kernel.endswith("_softcap") and not kernel.startswith("persistent")
+    ]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     listed += [(kernel, "sm_90", "16-bit", "plain") for kernel in ENTRIES]
@@ -143,7 +193,7 @@ def specialise(kernel: str, values: dict[str, Any], launch: dict[str, int]) -> t
             signature[name], constants[(index,)] = "constexpr", value
             continue
         signature[name] = value if isinstance(value, str) else "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+        if (isinstance(value, str) and value.startswith("*")) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -155,14 +205,14 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
 
     kernel, arch, dtype, variant = case
     is_pass = kernel in ("statistics", "gradient")
-    entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide")) else "fp32"
+    entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide", "ones")) else "fp32"
     launch = configs.select(ENTRIES.get(kernel, kernel), arch, entry)
     values = (
         workspace_arguments(dtype, variant)
         if is_pass
+        else ranking_arguments(variant)
+        if ENTRIES.get(kernel, kernel) in ("combine", "prompts", "finish")
         else head_arguments(kernel, dtype, variant, launch)
-        if kernel in configs.GEMMS or kernel in ("gather", "bias_grad", "row_sum")
-        else ranking_arguments()
     )
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
     signature, constants, attributes = specialise(kernel, values, launch)
@@ -193,6 +243,8 @@ def _amd(assembly: str) -> dict[str, Any]:
         "matrix": len(re.findall(MATRIX["gfx942"], assembly)),
         "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
         "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
+        "tma": 0,
+        "maxreg": 0,
     }
 
 
@@ -215,6 +267,8 @@ def _nvidia(cubin: bytes, matrix: str) -> dict[str, Any]:
         "matrix": len(re.findall(matrix, sass)),
         "fma": len(re.findall(r"\bFFMA2?\b", sass)),
         "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
+        "tma": len(re.findall(r"\bUTMALDG\b", sass)),
+        "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
     }
 
 

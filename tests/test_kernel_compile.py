@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from clha_fast.options import ROUTE_WORDS
 from csrc_triton import configs
 
 Row = dict[str, Any]
@@ -50,6 +51,8 @@ def test_every_entry_was_compiled(rows: list[Row]) -> None:
     for kernel, entries in configs.GEMMS.items():
         assert done >= {(kernel, arch, dtype) for arch, dtype in entries if arch != "interpreter"}
     assert done >= {(kernel, arch, "16-bit") for kernel in configs.SMALL for arch in configs.SHARED_MEMORY}
+    for kernel, entries in configs.PERSISTENT.items():
+        assert done >= {(kernel, arch, "16-bit") for arch in entries if arch != "interpreter"}
 
 
 def test_no_register_is_spilled(rows: list[Row]) -> None:
@@ -64,11 +67,36 @@ def test_shared_memory_fits(rows: list[Row]) -> None:
 
 def test_matrix_units_are_used(rows: list[Row]) -> None:
     """HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942; ieee float32 has them on AMD only."""
-    gemms = [row for row in rows if row["kernel"] in configs.GEMMS]
+    gemms = [row for row in rows if row["kernel"] in configs.GEMMS | configs.PERSISTENT]
+    # One unit of H is too little for a matrix instruction on its own.
+    gemms = [row for row in gemms if row["variant"] != "ones"]
     expected = [row for row in gemms if row["dtype"] != "fp32" or row["arch"] == "gfx942"]
     none_of([row for row in expected if not row["matrix"]], "no matrix instruction")
     ieee = [row for row in gemms if row["dtype"] == "fp32" and row["arch"] != "gfx942"]
     none_of([row for row in ieee if row["matrix"] or not row["fma"]], "float32 rounded to tensor-core precision")
+
+
+def test_operands_come_by_tma_and_warps_are_specialised_where_the_table_says_so(rows: list[Row]) -> None:
+    """UTMALDG; USETMAXREG is how the warps of a specialised kernel divide the registers among them."""
+    persistent = [row for row in rows if row["kernel"] in configs.PERSISTENT]
+    none_of([row for row in persistent if not row["tma"]], "no TMA load")
+    none_of([row for row in rows if row["tma"] and row not in persistent], "TMA where nobody made a descriptor")
+    specialised = [row for row in persistent if configs.PERSISTENT[row["kernel"]][row["arch"]]["WARP_SPECIALIZE"]]
+    assert {row["arch"] for row in specialised} == {"sm_100"}
+    none_of([row for row in specialised if not row["maxreg"]], "warps not specialised")
+    none_of([row for row in rows if row["maxreg"] and row not in specialised], "warps specialised unasked")
+
+
+def test_registers_leave_room_for_the_programs_meant_to_share_a_multiprocessor(rows: list[Row]) -> None:
+    """Of 65,536 registers and 227 KiB: two programs of the routed recompute, four of the routed dhidden on sm_90."""
+    for kernel, together in (("routed_logit_grad", 2), ("routed_hidden_grad", 4)):
+        (row,) = [
+            row
+            for row in rows
+            if (row["kernel"], row["arch"], row["entry"], row["variant"]) == (kernel, "sm_90", "16-bit", "plain")
+        ]
+        assert row["registers"] * row["warps"] * 32 * together <= 65536, table([row])
+        assert (row["shared"] + 1024) * together <= 228 * 1024, table([row])
 
 
 def test_blocks_fit_together() -> None:
@@ -79,6 +107,25 @@ def test_blocks_fit_together() -> None:
                 inner = configs.GEMMS[other][arch, dtype]
                 assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch, dtype)
                 assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch, dtype)
+    for name in ("persistent_logit_grad", "persistent_logit_grad_softcap"):
+        for arch, tile in configs.PERSISTENT[name].items():
+            for other in ("persistent_hidden_grad", "persistent_weight_grad", "persistent_weight_grad_partial"):
+                inner = configs.PERSISTENT[other][arch]
+                assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch)
+                assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch)
+    for name in ("routed_logit_grad", "routed_logit_grad_softcap"):
+        for (arch, dtype), tile in configs.GEMMS[name].items():
+            # The sum over a block's tokens reads whole tiles, to whose end this kernel writes zeros.
+            assert tile["BLOCK_N"] % configs.GEMMS["routed_weight_grad"][arch, dtype]["BLOCK_N"] == 0
+            for other in (name, "routed_weight_grad", "routed_hidden_grad"):
+                assert ROUTE_WORDS % configs.GEMMS[other][arch, dtype]["BLOCK_V"] == 0, (other, arch, dtype)
+    for kernel in (*configs.GEMMS, *configs.PERSISTENT):
+        if "forward" in kernel:
+            tiles = {**configs.GEMMS, **configs.PERSISTENT}[kernel].values()
+            assert all(max(tile["BLOCK_V"], ROUTE_WORDS) % min(tile["BLOCK_V"], ROUTE_WORDS) == 0 for tile in tiles)
+    for column in (0, 1):
+        assert configs.SMALL["route_count"][column]["SEGMENT"] == configs.SMALL["route_list"][column]["SEGMENT"]
+        assert ROUTE_WORDS % configs.SMALL["routed_bias_grad"][column]["BLOCK_V"] == 0
 
 
 def test_the_table_is_whole() -> None:

@@ -54,9 +54,7 @@ def trainer(folder: Path, model: nn.Module | None = None, rows: Any = None, **ch
 
 def test_a_tokenizer_with_more_tokens_than_the_head(tmp_path: Path) -> None:
     rows = len(TOKENIZER) - 1
-    with pytest.raises(
-        ValueError, match=f"^processing_class: .* at most the {rows} tokens .* got {rows + 1};"
-    ):
+    with pytest.raises(ValueError, match=f"^processing_class: .* at most the {rows} tokens .* got {rows + 1};"):
         trainer(tmp_path, make_model(rows))
 
 

@@ -1,0 +1,226 @@
+"""The Triton backend's routed backward: lists of tokens for every vocabulary block, and the three grouped GEMMs.
+
+Cost, in GEMMs of 2 N H V operations: 3 rho for a kept share rho of the (token, block) pairs, beside the forward's 1.
+Every grid and every buffer is that of the worst case, all pairs kept: the host never learns how many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clha_fast.inputs import Gradients, Needs
+from clha_fast.options import ROUTE_WORDS
+from clha_fast.triton_backward import WORKSPACE_BYTES, Active, sum_rows
+from clha_fast.triton_head import Head, gather, round_up, tiles
+from csrc_triton import routed, routing
+
+
+def routed_backward(
+    hidden: Tensor,
+    head: Head,
+    active: Active,
+    lse: Tensor,
+    route: Tensor,
+    workspace_bytes: int | None,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of sum_t grad_t * logp_t over the pairs with a nonzero entry in route [cdiv(V, ROUTE_WORDS), N].
+
+    `workspace_bytes` (64 MiB) bounds dL/dlogits of the blocks that are worked on at a time, at least one block of all
+    tokens. A block that no token with a gradient keeps gets zeros. Sums run in float32 and in a fixed order.
+    """
+    sweep = _Routed.of(hidden, head, active, lse, route, workspace_bytes)
+    vocabulary, width = head.weight.shape
+    drows = None
+    if needs.hidden:
+        drows = torch.zeros(sweep.capacity, width, dtype=torch.float32, device=hidden.device)
+    dweight = head.weight.new_empty(head.weight.shape) if needs.weight else None
+    dbias = torch.empty(vocabulary, dtype=torch.float32, device=hidden.device) if needs.bias else None
+    blocks = route.shape[0]
+    for first in range(0, blocks, sweep.chunk):
+        count = min(sweep.chunk, blocks - first)
+        sweep.list_pairs(first, count)
+        sweep.logit_grad(first, count)
+        if drows is not None:
+            sweep.hidden_grad(first, count, drows)
+        if dweight is not None:
+            sweep.weight_grad(first, count, dweight)
+        if dbias is not None:
+            sweep.bias_grad(first, count, dbias)
+    dhidden = None
+    if drows is not None:
+        dhidden = hidden.new_empty(hidden.shape)
+        sum_rows(drows, active, head, sweep.factor, dhidden)
+    return Gradients(dhidden, dweight, None if dbias is None else dbias.to(head.weight.dtype))
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """Buffers of one routed backward: `chunk` blocks of `capacity` pairs each, and the pairs' prefix sums."""
+
+    head: Head
+    active: Active
+    lse: Tensor
+    route: Tensor
+    rows: Tensor
+    ends: Tensor
+    pairs: Tensor
+    dlogits: Tensor
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, head: Head, active: Active, lse: Tensor, route: Tensor, workspace_bytes: int | None
+    ) -> _Routed:
+        block_n = head.config("routed_logit_grad")["BLOCK_N"]
+        capacity = round_up(head.targets.shape[0], block_n)
+        block_bytes = capacity * ROUTE_WORDS * hidden.itemsize
+        chunk = min(route.shape[0], max(1, (workspace_bytes or WORKSPACE_BYTES) // block_bytes))
+        rows = hidden.new_empty(capacity, hidden.shape[1])
+        gather(hidden, head, rows, order=active.order, count=active.count)
+        return cls(
+            head=head,
+            active=active,
+            lse=lse.contiguous(),
+            route=route.contiguous(),
+            rows=rows,
+            ends=_count_pairs(route.contiguous(), head, active),
+            pairs=torch.empty(chunk, capacity, dtype=torch.int32, device=hidden.device),
+            dlogits=hidden.new_empty(chunk, capacity, ROUTE_WORDS),
+        )
+
+    @property
+    def chunk(self) -> int:
+        return self.pairs.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.pairs.shape[1]
+
+    @property
+    def factor(self) -> float:
+        return self.head.pre_scale * self.head.post_scale
+
+    def list_pairs(self, first: int, count: int) -> None:
+        segments = self.ends.shape[1]
+        routing.route_list_kernel[(count * segments,)](
+            self.route,
+            self.active.order,
+            self.active.count,
+            self.ends,
+            self.pairs,
+            first,
+            self.route.shape[1],
+            segments,
+            self.capacity,
+            **self.head.config("route_list"),
+        )
+
+    def logit_grad(self, first: int, count: int) -> None:
+        head, config = self.head, self.head.config("routed_logit_grad")
+        vocabulary, width = head.weight.shape
+        grid = (self.capacity // config["BLOCK_N"] * count * (ROUTE_WORDS // config["BLOCK_V"]),)
+        routed.routed_logit_grad_kernel[grid](
+            self.rows,
+            head.weight,
+            head.bias,
+            head.targets,
+            self.lse,
+            self.active.grad,
+            self.active.order,
+            self.active.peak,
+            self.pairs,
+            self.ends,
+            self.dlogits,
+            first,
+            count,
+            self.capacity,
+            self.ends.shape[1],
+            vocabulary,
+            width,
+            *head.weight.stride(),
+            head.pre_scale,
+            head.post_scale,
+            **head.flags,
+            EVEN_H=width % config["BLOCK_H"] == 0,
+            WIDE=head.is_wide,
+            ROUTE_WORDS=ROUTE_WORDS,
+            **config,
+        )
+
+    def weight_grad(self, first: int, count: int, dweight: Tensor) -> None:
+        head, config = self.head, self.head.config("routed_weight_grad")
+        vocabulary, width = head.weight.shape
+        grid = (count * (ROUTE_WORDS // config["BLOCK_V"]) * tiles(width, config["BLOCK_H"]),)
+        routed.routed_weight_grad_kernel[grid](
+            self.dlogits,
+            self.rows,
+            dweight,
+            self.active.peak,
+            self.pairs,
+            self.ends,
+            first,
+            count,
+            self.capacity,
+            self.ends.shape[1],
+            vocabulary,
+            width,
+            self.factor,
+            EVEN_H=width % config["BLOCK_H"] == 0,
+            PRECISION=head.flags["PRECISION"],
+            ROUTE_WORDS=ROUTE_WORDS,
+            **config,
+        )
+
+    def hidden_grad(self, first: int, count: int, drows: Tensor) -> None:
+        head, config = self.head, self.head.config("routed_hidden_grad")
+        vocabulary, width = head.weight.shape
+        del config["GROUP"]
+        routed.routed_hidden_grad_kernel[(self.ends.shape[1] * tiles(width, config["BLOCK_H"]),)](
+            self.dlogits,
+            head.weight,
+            drows,
+            self.pairs,
+            self.ends,
+            first,
+            count,
+            self.capacity,
+            self.ends.shape[1],
+            vocabulary,
+            width,
+            *head.weight.stride(),
+            EVEN_H=width % config["BLOCK_H"] == 0,
+            PRECISION=head.flags["PRECISION"],
+            ROUTE_WORDS=ROUTE_WORDS,
+            **config,
+        )
+
+    def bias_grad(self, first: int, count: int, dbias: Tensor) -> None:
+        config = self.head.config("routed_bias_grad")
+        routed.routed_bias_grad_kernel[(count * (ROUTE_WORDS // config["BLOCK_V"]),)](
+            self.dlogits,
+            dbias,
+            self.active.peak,
+            self.ends,
+            first,
+            self.capacity,
+            self.ends.shape[1],
+            dbias.shape[0],
+            self.factor,
+            ROUTE_WORDS=ROUTE_WORDS,
+            **config,
+        )
+
+
+def _count_pairs(route: Tensor, head: Head, active: Active) -> Tensor:
+    """ends [blocks, segments] int32: each block's pairs up to the end of every segment of the sorted tokens."""
+    blocks, num_tokens = route.shape
+    config = head.config("route_count")
+    segments = tiles(num_tokens, config["SEGMENT"])
+    counts = torch.empty(blocks, segments, dtype=torch.int32, device=route.device)
+    routing.route_count_kernel[(tiles(blocks, config["BLOCK_B"]) * segments,)](
+        route, active.order, active.count, counts, num_tokens, blocks, segments, **config
+    )
+    return counts.cumsum(1, dtype=torch.int32)

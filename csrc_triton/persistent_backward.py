@@ -1,0 +1,182 @@
+"""The backward's three GEMMs with operands by tensor descriptors (TMA) and grids of as many programs as fit the device.
+
+Same buffers and meaning as their namesakes in `backward`; what lies outside a descriptor is read as 0. The number of
+active tokens is known on the device alone: it bounds the loop over tiles, so that skipped tokens cost no program.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.tiles import logit_gradient, tile_of
+
+
+@triton.jit
+def persistent_logit_grad_kernel(
+    rows_desc,
+    weight_desc,
+    bias_ptr,
+    targets_ptr,
+    lse_ptr,
+    grad_ptr,
+    order_ptr,
+    count_ptr,
+    peak_ptr,
+    dlogits_ptr,
+    first_token,
+    first_word,
+    chunk_tokens,
+    chunk_words,
+    V,
+    H,
+    pre_scale,
+    post_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dlogits [chunk_tokens, chunk_words], as `logit_grad_kernel` writes it; rows [padded, H] are sorted tokens'."""
+    count = tl.load(count_ptr)
+    tiles_n = tl.cdiv(tl.maximum(tl.minimum(count - first_token, chunk_tokens), 0), BLOCK_N)
+    tiles_v = chunk_words // BLOCK_V
+    for tile in tl.range(
+        tl.program_id(0),
+        tiles_n * tiles_v,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=WARP_SPECIALIZE,
+    ):
+        tile_n, tile_v = tile_of(tile, tiles_n, tiles_v, GROUP)
+        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            x = rows_desc.load([first_token + tile_n * BLOCK_N, start])
+            w = weight_desc.load([first_word + tile_v * BLOCK_V, start])
+            z = tl.dot(x, w.T, z)
+        local_k, local_word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
+        first_v = first_word + tile_v.to(tl.int64) * BLOCK_V
+        if HAS_BIAS:
+            inside = local_word < tl.minimum(V - first_v, BLOCK_V).to(tl.int32)
+            z += tl.load(bias_ptr + first_v + local_word, mask=inside, other=0.0).to(tl.float32)[None, :]
+        position = first_token + tile_n * BLOCK_N + local_k
+        g = logit_gradient(
+            z,
+            position,
+            position < count,
+            first_v,
+            order_ptr,
+            targets_ptr,
+            lse_ptr,
+            grad_ptr,
+            peak_ptr,
+            V,
+            pre_scale,
+            post_scale,
+            HAS_SOFTCAP,
+            BLOCK_V,
+        )
+        out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V
+        tl.store(out + (local_k[:, None] * chunk_words + local_word[None, :]), g.to(dlogits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def persistent_hidden_grad_kernel(
+    dlogits_desc,
+    weight_desc,
+    drows_ptr,
+    count_ptr,
+    first_token,
+    first_word,
+    chunk_tokens,
+    chunk_words,
+    H,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """drows [padded N, H] float32 (+)= dlogits . weight[chunk]: the first vocabulary chunk writes, the others add."""
+    active = tl.minimum(tl.load(count_ptr) - first_token, chunk_tokens)
+    tiles_n = tl.cdiv(tl.maximum(active, 0), BLOCK_N)
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    for tile in tl.range(
+        tl.program_id(0),
+        tiles_n * tiles_h,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=WARP_SPECIALIZE,
+    ):
+        tile_n, tile_h = tile_of(tile, tiles_n, tiles_h, GROUP)
+        h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = (h < H)[None, :]
+        out = drows_ptr + (first_token + tile_n * BLOCK_N).to(tl.int64) * H
+        out += tl.arange(0, BLOCK_N)[:, None] * H + h[None, :]
+        # Loaded before the loop: behind it, two tiles would need registers at once. Compared as a block, for a scalar
+        # condition widened by `&` is no boolean to the interpreter.
+        has_sum = inside & (first_word + tl.zeros((1, BLOCK_H), tl.int32) > 0)
+        acc = tl.load(out, mask=has_sum, other=0.0)
+        for start in range(0, chunk_words, BLOCK_V):
+            g = dlogits_desc.load([tile_n * BLOCK_N, start])
+            w = weight_desc.load([first_word + start, tile_h * BLOCK_H])
+            acc = tl.dot(g, w, acc)
+        tl.store(out, acc, mask=inside)
+
+
+@triton.jit
+def persistent_weight_grad_kernel(
+    dlogits_desc,
+    rows_desc,
+    partial_ptr,
+    dweight_ptr,
+    count_ptr,
+    peak_ptr,
+    first_token,
+    first_word,
+    num_words,
+    chunk_tokens,
+    chunk_words,
+    H,
+    factor,
+    HAS_PARTIAL: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dweight[chunk] = peak * factor * dlogits^T . rows, or partial (+)= dlogits^T . rows, as `weight_grad_kernel`."""
+    active = tl.minimum(tl.load(count_ptr) - first_token, chunk_tokens)
+    tiles_v = chunk_words // BLOCK_V
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    for tile in tl.range(
+        tl.program_id(0),
+        tiles_v * tiles_h,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=WARP_SPECIALIZE,
+    ):
+        tile_v, tile_h = tile_of(tile, tiles_v, tiles_h, GROUP)
+        word = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = (word < num_words)[:, None] & (h < H)[None, :]
+        local = tile_v.to(tl.int64) * BLOCK_V * H + (tl.arange(0, BLOCK_V)[:, None] * H + h[None, :])
+        acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
+        if HAS_PARTIAL:
+            is_later = first_token + tl.zeros((BLOCK_V, 1), tl.int32) > 0
+            acc = tl.load(partial_ptr + local, mask=inside & is_later, other=0.0)
+        for start in range(0, active, BLOCK_N):
+            g = dlogits_desc.load([start, tile_v * BLOCK_V])
+            x = rows_desc.load([first_token + start, tile_h * BLOCK_H])
+            acc = tl.dot(g.T, x, acc)
+        if HAS_PARTIAL:
+            tl.store(partial_ptr + local, acc, mask=inside)
+        else:
+            acc = acc * (tl.load(peak_ptr) * factor)
+            out = dweight_ptr + tl.cast(first_word, tl.int64) * H + local
+            tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,256 @@
+"""The routed backward's grouped GEMMs: each vocabulary block with the tokens that keep it, as tokens go to experts.
+
+`list` [chunk of blocks, capacity] names each block's tokens by their position in the sorted order, `ends` [blocks,
+segments] counts them segment by segment of that order: the last entry of a row is the block's total. Grids are those
+of the worst case, and programs without work leave at once: nothing here is known to the host. dlogits [chunk of
+blocks, capacity, ROUTE_WORDS] holds one row a pair, and zeros to the end of each tile of tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
+
+
+@triton.jit
+def routed_logit_grad_kernel(
+    rows_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    lse_ptr,
+    grad_ptr,
+    order_ptr,
+    peak_ptr,
+    list_ptr,
+    ends_ptr,
+    dlogits_ptr,
+    first_block,
+    chunk_blocks,
+    capacity,
+    num_segments,
+    V,
+    H,
+    stride_weight_v,
+    stride_weight_h,
+    pre_scale,
+    post_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUTE_WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dlogits of the chunk's pairs, as `logit_grad_kernel` has them: logits of (a block's tokens) x (its words)."""
+    parts: tl.constexpr = ROUTE_WORDS // BLOCK_V
+    tile_n, tile_v = tile_of(tl.program_id(0), capacity // BLOCK_N, chunk_blocks * parts, GROUP)
+    local = tile_v // parts
+    block = first_block + local
+    first_v = block.to(tl.int64) * ROUTE_WORDS + (tile_v % parts) * BLOCK_V
+    total = tl.load(ends_ptr + block * num_segments + num_segments - 1)
+    if (tile_n * BLOCK_N >= total) | (first_v >= V):
+        return
+    place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_pair = place < total
+    slot = local.to(tl.int64) * capacity + place
+    k = tl.load(list_ptr + slot, mask=is_pair, other=0)
+    word = tl.arange(0, BLOCK_V)
+    inner = tl.minimum(word, (V - 1 - first_v).to(tl.int32)).to(tl.int64 if WIDE else tl.int32)
+    z = raw_logits(
+        rows_ptr,
+        weight_ptr + first_v * stride_weight_v,
+        k.to(tl.int64) * H,
+        inner * stride_weight_v,
+        H,
+        1,
+        stride_weight_h,
+        EVEN_H,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
+    )
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + first_v + inner).to(tl.float32)[None, :]
+    g = logit_gradient(
+        z,
+        k,
+        is_pair,
+        first_v,
+        order_ptr,
+        targets_ptr,
+        lse_ptr,
+        grad_ptr,
+        peak_ptr,
+        V,
+        pre_scale,
+        post_scale,
+        HAS_SOFTCAP,
+        BLOCK_V,
+    )
+    out = dlogits_ptr + (slot * ROUTE_WORDS + (tile_v % parts) * BLOCK_V)[:, None] + word[None, :]
+    tl.store(out, g.to(dlogits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def routed_weight_grad_kernel(
+    dlogits_ptr,
+    rows_ptr,
+    dweight_ptr,
+    peak_ptr,
+    list_ptr,
+    ends_ptr,
+    first_block,
+    chunk_blocks,
+    capacity,
+    num_segments,
+    V,
+    H,
+    factor,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUTE_WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dweight[block] = peak * factor * dlogits^T . rows[its tokens], in the weight's dtype; 0 where nobody keeps it.
+
+    One program sums over all tokens of its tile of words: in one order, without partial sums.
+    """
+    parts: tl.constexpr = ROUTE_WORDS // BLOCK_V
+    tile_v, tile_h = tile_of(tl.program_id(0), chunk_blocks * parts, tl.cdiv(H, BLOCK_H), GROUP)
+    local = tile_v // parts
+    block = first_block + local
+    first_v = block.to(tl.int64) * ROUTE_WORDS + (tile_v % parts) * BLOCK_V
+    total = tl.load(ends_ptr + block * num_segments + num_segments - 1)
+    word, n = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    first_slot = local.to(tl.int64) * capacity
+    list_ptr += first_slot
+    dlogits_ptr += first_slot * ROUTE_WORDS + (tile_v % parts) * BLOCK_V
+    dlogits_offsets = n[:, None] * ROUTE_WORDS + word[None, :]
+    acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
+    for start in range(0, total, BLOCK_N):
+        is_pair = start + n < total
+        k = tl.load(list_ptr + start + n, mask=is_pair, other=0)
+        g = tl.load(dlogits_ptr + dlogits_offsets)
+        # The rows behind the last pair have zeros for g, but 0 * inf is NaN.
+        inside = is_pair[:, None]
+        if not EVEN_H:
+            inside = inside & (h < H)[None, :]
+        x = tl.load(rows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        dlogits_ptr += BLOCK_N * ROUTE_WORDS
+    inside = (word < V - first_v)[:, None]
+    if not EVEN_H:
+        inside = inside & (h < H)[None, :]
+    acc = acc * (tl.load(peak_ptr) * factor)
+    out = dweight_ptr + (first_v + word)[:, None] * H + h[None, :]
+    tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def routed_hidden_grad_kernel(
+    dlogits_ptr,
+    weight_ptr,
+    drows_ptr,
+    list_ptr,
+    ends_ptr,
+    first_block,
+    chunk_blocks,
+    capacity,
+    num_segments,
+    V,
+    H,
+    stride_weight_v,
+    stride_weight_h,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUTE_WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """drows [padded N, H] float32 += dlogits . weight[block], for the chunk's blocks one after another.
+
+    A program owns one segment of tokens and one tile of H: nobody else adds to them, and every token's sum runs over
+    its blocks in ascending order. drows must come zeroed.
+    """
+    tiles_h = tl.cdiv(H, BLOCK_H)
+    pid = tl.program_id(0)
+    segment = pid // tiles_h
+    h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
+    word, n = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    is_unit = (h < H)[None, :]
+    for local in range(0, chunk_blocks):
+        block = first_block + local
+        at = ends_ptr + block * num_segments + segment
+        end = tl.load(at)
+        start = tl.load(at - 1, mask=segment > 0, other=0)
+        first_v = block.to(tl.int64) * ROUTE_WORDS
+        first_slot = tl.cast(local, tl.int64) * capacity
+        for place in range(start, end, BLOCK_N):
+            is_pair = (place + n < end)[:, None]
+            slot = first_slot + place + n
+            k = tl.load(list_ptr + slot, mask=place + n < end, other=0)
+            acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+            for first in range(0, ROUTE_WORDS, BLOCK_V):
+                v = first_v + first + word
+                # Nobody wrote a tile of words that lies behind the last one.
+                pairs = dlogits_ptr + (slot * ROUTE_WORDS + first)[:, None] + word[None, :]
+                g = tl.load(pairs, mask=is_pair & (v < V)[None, :], other=0.0)
+                inside = (v < V)[:, None]
+                if not EVEN_H:
+                    inside = inside & is_unit
+                weight = weight_ptr + (v * stride_weight_v)[:, None] + h.to(tl.int64)[None, :] * stride_weight_h
+                w = tl.load(weight, mask=inside, other=0.0)
+                acc = tl.dot(g, w, acc, input_precision=PRECISION)
+            inside = is_pair
+            if not EVEN_H:
+                inside = inside & is_unit
+            out = drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :]
+            # Not the dot's accumulator: loads that feed a dot are pipelined, past the stores that they depend on.
+            tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
+        # The next block may hold the same tokens in other threads' rows.
+        tl.debug_barrier()
+
+
+@triton.jit
+def routed_bias_grad_kernel(
+    dlogits_ptr,
+    dbias_ptr,
+    peak_ptr,
+    ends_ptr,
+    first_block,
+    capacity,
+    num_segments,
+    V,
+    factor,
+    ROUTE_WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dbias [V] float32 = peak * factor * column sums of dlogits."""
+    parts: tl.constexpr = ROUTE_WORDS // BLOCK_V
+    pid = tl.program_id(0)
+    local = pid // parts
+    block = first_block + local
+    n = tl.arange(0, BLOCK_N)
+    column = (pid % parts) * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.load(ends_ptr + block * num_segments + num_segments - 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start in range(0, total, BLOCK_N):
+        slot = local.to(tl.int64) * capacity + start + n
+        inside = (start + n < total)[:, None]
+        acc += tl.load(dlogits_ptr + slot[:, None] * ROUTE_WORDS + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+    v = block.to(tl.int64) * ROUTE_WORDS + column
+    tl.store(dbias_ptr + v, tl.sum(acc, axis=0) * (tl.load(peak_ptr) * factor), mask=v < V)
