@@ -65,8 +65,9 @@ class HeadOptions(_Settings):
         softcap: c of c * tanh(z / c), applied after `scale` (Gemma 2's `final_logit_softcapping`); None for none.
         temperature: divisor of the logits, applied last.
         ignore_index: target value of a token that is not scored.
-        workspace_bytes: memory that the torch backend may use for logits at a time; None chooses
-            max(64 MiB, a quarter of the weight's float32 size), whatever the number of tokens.
+        workspace_bytes: memory in which the torch backend stores logits of prompts until they are ranked, beside that
+            of the weight's gradient before it is needed. None chooses about a quarter of the weight's float32 size (at
+            least 16 MiB), whatever the number of tokens. More spares prompts that exceed it a second pass.
         max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
             d of it together; the target's own block always counts. Loss and log-probabilities stay exact.
