@@ -17,10 +17,10 @@ from clha_fast.inputs import Gradients, HeadInputs, Needs
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.torch_ranking import accumulate
 
-# One block of logits. On a CPU it should stay in cache from its matrix product to the next one.
-_BLOCK_BYTES = {"cpu": 4 * 2**20}
-_OTHER_BLOCK_BYTES = 128 * 2**20
-# Elementwise passes walk a block in pieces of this size, for the second-level cache.
+# One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
+_BLOCK_BYTES = 2 * 2**20
+_LARGEST_BLOCK_BYTES = 64 * 2**20
+# Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
 _PIECE_BYTES = 2**19
 
 # (first word, last word, the words' rows, the tokens' rows) -> softmax - target [words, n]
@@ -112,7 +112,9 @@ class TorchHead:
 
     def blocks(self, count: int) -> list[tuple[int, int]]:
         """Ranges of words, whole blocks of ROUTE_WORDS, whose logits for `count` tokens fill one block of memory."""
-        budget = _BLOCK_BYTES.get(self.device.type, _OTHER_BLOCK_BYTES)
+        budget = _LARGEST_BLOCK_BYTES
+        if self.device.type == "cpu":
+            budget = min(budget, _BLOCK_BYTES * torch.get_num_threads())
         step = max(1, budget // (max(1, count) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
         vocabulary = self.weight.shape[0]
         return [(a, min(a + step, vocabulary)) for a in range(0, vocabulary, step)]
@@ -125,7 +127,8 @@ class TorchHead:
     def _pieces(self, z: Tensor) -> Iterator[slice]:
         step = z.shape[0]
         if self.device.type == "cpu":
-            step = max(1, _PIECE_BYTES // (max(1, z.shape[1]) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
+            budget = _PIECE_BYTES * torch.get_num_threads()
+            step = max(1, budget // (max(1, z.shape[1]) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
         for a in range(0, z.shape[0], max(1, step)):
             yield slice(a, a + step)
 

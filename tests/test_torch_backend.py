@@ -119,7 +119,7 @@ def test_any_workspace_gives_the_same(budget, rows, options):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks and pieces of 128 words, the smallest there are, whatever the number of tokens."""
-    monkeypatch.setitem(torch_head._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr(torch_head, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(torch_head, "_PIECE_BYTES", 1)
 
 
