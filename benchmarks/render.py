@@ -1,4 +1,7 @@
-"""Renders the README's table from committed results: `python -m benchmarks.render` (`--check` only compares)."""
+"""Renders the README's tables and the plots from committed results: `python -m benchmarks.render`.
+
+`--check` only compares the tables. The plots need matplotlib and the figures of `python -m benchmarks.cpu --scaling`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,28 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 START, END = "<!-- cpu-table: rendered by benchmarks/render.py -->", "<!-- /cpu-table -->"
+PLOTS = RESULTS.parent
 LABELS = {
     "clha_fast_torch": "**clha-fast, torch backend**",
+    "clha_fast_routed": "**clha-fast, torch backend, routed gradients**",
     "eager": "eager, scored tokens only",
+    "eager_compiled": "eager under `torch.compile`",
+    "cce_torch_compile": "CCE (`torch_compile`), then the ranking loss",
     "torch_linear_cross_entropy": "`F.linear_cross_entropy`, then the ranking loss",
+    "torch_linear_cross_entropy_chunked": "`F.linear_cross_entropy(options=)`, then the ranking loss",
+    "trl_chunked": "TRL's chunked log-probabilities, then the ranking loss",
     "published": "published code's way: all tokens, one forward a candidate",
     "bare_gemms": "three bare matrix products, no loss at all (the bound)",
 }
+
+
+def _label(name: str, row: dict[str, Any]) -> str:
+    if "max_dropped_mass" not in row:
+        return LABELS[name]
+    return (
+        f"{LABELS[name]}, `max_dropped_mass={row['max_dropped_mass']:g}`: {row['kept_block_share']:.1%} of the blocks "
+        f"kept, dhidden off by {row['dhidden_error']:.1e}, dweight by {row['dweight_error']:.1e}"
+    )
 
 
 def render(report: dict[str, Any]) -> str:
@@ -24,17 +42,21 @@ def render(report: dict[str, Any]) -> str:
     parts = []
     for workload in report["workloads"].values():
         methods = workload["methods"]
+        entropy = workload.get("softmax_entropy")
+        softmax = "" if entropy is None else f"; mean softmax entropy {entropy:.2f} nats"
         lines = [
-            f"{workload['shape']}; the gradients alone are {workload['gradient_bytes'] / 1e6:.0f} MB.",
+            f"{workload['shape']}{softmax}; the gradients alone are {workload['gradient_bytes'] / 1e6:.0f} MB.",
             "",
-            "| forward + backward of the loss | time over eager | peak memory above inputs |",
-            "|---|---|---|",
+            "| forward + backward of the loss | time over eager | time over the bound | peak memory above inputs |",
+            "|---|---|---|---|",
         ]
-        for name, label in LABELS.items():
-            if name in methods:
-                row = methods[name]
-                memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
-                lines.append(f"| {label} | {row['over_eager']:.2f} x | {memory} |")
+        for name, row in ((name, methods[name]) for name in LABELS if name in methods):
+            if "status" in row:
+                lines.append(f"| {LABELS[name]} | {row['status']} | - | - |")
+                continue
+            memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
+            times = f"{row['over_eager']:.2f} x | {row['over_bare_gemms']:.2f} x"
+            lines.append(f"| {_label(name, row)} | {times} | {memory} |")
         parts.append("\n".join(lines))
     e = report["environment"]
     origin = (
@@ -42,6 +64,41 @@ def render(report: dict[str, Any]) -> str:
         f"commit {e['commit']}; medians of interleaved rounds. GPU: not measured."
     )
     return "\n\n".join([*parts, origin])
+
+
+def plot(scaling: dict[str, Any], folder: Path) -> None:
+    """Time and memory over the sizes, time over the kept share: one PNG each."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def save(name: str, x_label: str, y_label: str, lines: dict[str, tuple[list[float], list[float]]]) -> None:
+        figure, axes = plt.subplots(figsize=(4.8, 3.2), dpi=100)
+        for label, (x, y) in lines.items():
+            axes.plot(x, y, marker="o", label=label)
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(folder / f"cpu-{name}.png")
+        plt.close(figure)
+
+    bound = "time over three bare products"
+    tokens, candidates = scaling["tokens"], scaling["candidates"]
+    x = [row["tokens"] for row in tokens]
+    save("time-over-tokens", "scored tokens", bound, {"": (x, [row["over_bare_gemms"] for row in tokens])})
+    beside = [(row["peak_bytes"] - row["gradient_bytes"]) / 1e6 for row in tokens]
+    save("memory-over-tokens", "scored tokens", "MB above inputs and gradients", {"": (x, beside)})
+    n = [row["candidates"] for row in candidates]
+    save("time-over-candidates", "candidates a prompt", bound, {"": (n, [r["over_bare_gemms"] for r in candidates])})
+    shares = {}
+    for name, kept in scaling["kept_share"].items():
+        rows = sorted(
+            (r["kept_block_share"], r["over_bare_gemms"]) for r in kept["rows"].values() if "dropped_mass" in r
+        )
+        shares[f"{name}, {kept['softmax_entropy']:.1f} nats"] = ([r[0] for r in rows], [r[1] for r in rows])
+    save("time-over-kept-share", "kept share of (token, block) pairs", bound, shares)
 
 
 def main() -> None:
@@ -52,10 +109,13 @@ def main() -> None:
     text = readme.read_text()
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    new = f"{before}{START}\n{render(json.loads(RESULTS.read_text()))}\n{END}{after}"
+    report = json.loads(RESULTS.read_text())
+    new = f"{before}{START}\n{render(report)}\n{END}{after}"
     if args.check and new != text:
         raise SystemExit("README.md: the CPU table is not the one that benchmarks/results/cpu.json renders to")
     readme.write_text(new)
+    if "scaling" in report and not args.check:
+        plot(report["scaling"], PLOTS)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Workloads and the ways to compute their loss: what is timed, what is compared, what bounds it."""
+"""Workloads: the inputs of one training step's loss, with random or with peaked softmax."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from clha_fast import PUBLISHED, HeadOptions, linear_clha_loss, reference
-
-Step = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A padded batch as a training step has it: `prompts` x `candidates` rows of `prompt_tokens` + response tokens."""
+    """A padded batch as a training step has it: `prompts` x `candidates` rows of `prompt_tokens` + response tokens.
+
+    Logits are 0.64 * spread * normal - zipf * log(v + 1): `spread` is the standard deviation of the hidden states;
+    `zipf` lifts words by their place in the vocabulary, which tokenizers number roughly by frequency, through one
+    coordinate that all hidden states share. Targets are drawn from a peaked softmax, else uniformly.
+    """
 
     name: str
     hidden_size: int
@@ -28,6 +28,12 @@ class Workload:
     max_response: int = 128
     min_response: int = 64
     dtype: torch.dtype = torch.float32
+    spread: float = 1.0
+    zipf: float = 0.0
+
+    @property
+    def peaked(self) -> bool:
+        return self.spread != 1.0 or self.zipf != 0.0
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -37,13 +43,35 @@ class Workload:
         )
 
 
+# The coordinate that all hidden states share, when they do.
+_SHARED = 16.0
+# Spread and zipf of the peaked ones put the mean softmax entropy at about 2 nats; what it is, is measured and reported.
 WORKLOADS = {
     w.name: w
     for w in (
         Workload("small-vocabulary", hidden_size=1024, vocabulary=32000),
         Workload("large-vocabulary", hidden_size=1024, vocabulary=128256),
+        Workload("peaked-unstructured", hidden_size=1024, vocabulary=128256, spread=10.6),
+        Workload("peaked-zipf", hidden_size=1024, vocabulary=128256, spread=6.0, zipf=1.69),
     )
 }
+
+
+def find(name: str) -> Workload:
+    """A workload by its name.
+
+    "tokens-N" has about N scored tokens, 4 candidates of 96 a prompt; "candidates-n" 16 candidates of 96, n a prompt;
+    both have V 32000 and no prompt tokens.
+    """
+    kind, _, number = name.rpartition("-")
+    if kind in ("tokens", "candidates") and number.isdigit() and int(number) > 0:
+        candidates = 4 if kind == "tokens" else int(number)
+        prompts = max(1, round(int(number) / 384) if kind == "tokens" else 16 // candidates)
+        settings = {"prompts": prompts, "candidates": candidates, "prompt_tokens": 1}
+        return Workload(name, 1024, 32000, min_response=96, max_response=96, **settings)
+    if name not in WORKLOADS:
+        raise SystemExit(f"workload: expected one of {', '.join(WORKLOADS)}, tokens-N or candidates-n, got {name!r}")
+    return WORKLOADS[name]
 
 
 @dataclass
@@ -85,13 +113,23 @@ def make_batch(workload: Workload, seed: int = 0) -> Batch:
     starts = torch.arange(count) * width + workload.prompt_tokens - 1
     rows = [start + torch.arange(n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
     shape = (count * width, workload.hidden_size)
-    hidden = torch.randn(shape, generator=generator).to(workload.dtype)
-    weight = torch.randn(workload.vocabulary, workload.hidden_size, generator=generator) * 0.02
+    hidden = torch.randn(shape, generator=generator).mul_(workload.spread)
+    weight = torch.randn(workload.vocabulary, workload.hidden_size, generator=generator)
+    weight *= 0.64 / math.sqrt(workload.hidden_size)
+    if workload.zipf:
+        hidden[:, 0] = _SHARED
+        weight[:, 0] = torch.arange(1, workload.vocabulary + 1).log() * (-workload.zipf / _SHARED)
+    row_index = torch.cat(rows)
+    targets = torch.randint(0, workload.vocabulary, (row_index.numel(),), generator=generator)
+    if workload.peaked:
+        for part in torch.arange(targets.numel()).split(128):
+            probabilities = (hidden[row_index[part]] @ weight.t()).softmax(-1)
+            targets[part] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     return Batch(
-        hidden=hidden.requires_grad_(),
+        hidden=hidden.to(workload.dtype).requires_grad_(),
         weight=weight.to(workload.dtype).requires_grad_(),
-        targets=torch.randint(0, workload.vocabulary, (int(lengths.sum()),), generator=generator),
-        row_index=torch.cat(rows),
+        targets=targets,
+        row_index=row_index,
         candidate_lengths=lengths,
         candidates_per_prompt=torch.full((workload.prompts,), workload.candidates),
         rewards=torch.randn(count, generator=generator) * 4,
@@ -99,97 +137,13 @@ def make_batch(workload: Workload, seed: int = 0) -> Batch:
     )
 
 
-def _from_logps(batch: Batch, logps: Tensor) -> Tensor:
-    ranking = (batch.candidate_lengths, batch.candidates_per_prompt, batch.rewards, None, None, None)
-    return reference.clha_loss(logps, batch.targets, *ranking, HeadOptions(), PUBLISHED)[0]
-
-
-def eager(batch: Batch) -> Tensor:
-    """Eager on scored tokens: logits, float32 log-softmax, gather, autograd."""
-    loss, _ = linear_clha_loss(
-        batch.hidden, batch.weight, batch.targets, row_index=batch.row_index, backend="reference", **batch.ranking
-    )
-    return loss
-
-
-def published(batch: Batch) -> Tensor:
-    """The published code's way: one forward a candidate rank, logits of every token, prompts and padding included."""
-    w = batch.workload
-    width = w.prompt_tokens + w.max_response
-    rows = batch.hidden.view(w.prompts, w.candidates, width, -1)
-    flat_targets = torch.zeros(batch.hidden.shape[0], dtype=torch.long)
-    flat_targets[batch.row_index] = batch.targets
-    flat_targets = flat_targets.view(w.prompts, w.candidates, width)
-    logps = torch.stack(
-        [
-            F.linear(rows[:, i], batch.weight)
-            .float()
-            .log_softmax(-1)
-            .gather(2, flat_targets[:, i].unsqueeze(2))
-            .squeeze(2)
-            for i in range(w.candidates)
-        ],
-        dim=1,
-    )
-    return _from_logps(batch, logps.flatten()[batch.row_index])
-
-
-def clha_fast_torch(batch: Batch) -> Tensor:
-    """clha-fast's torch backend."""
-    loss, _ = linear_clha_loss(
-        batch.hidden, batch.weight, batch.targets, row_index=batch.row_index, backend="torch", **batch.ranking
-    )
-    return loss
-
-
-def torch_linear_cross_entropy(batch: Batch) -> Tensor:
-    """torch's chunked linear cross-entropy per token, then the ranking loss on its log-probabilities."""
-    nll = F.linear_cross_entropy(batch.hidden[batch.row_index], batch.weight, batch.targets, reduction="none")
-    return _from_logps(batch, -nll)
-
-
-METHODS: dict[str, Callable[[Batch], Tensor]] = {
-    "eager": eager,
-    "clha_fast_torch": clha_fast_torch,
-    "published": published,
-}
-if hasattr(F, "linear_cross_entropy"):
-    METHODS["torch_linear_cross_entropy"] = torch_linear_cross_entropy
-
-
-def training_step(method: str, batch: Batch) -> Step:
-    """Forward and backward of one method; gradients are left in the batch."""
-    compute = METHODS[method]
-
-    def step() -> Tensor:
-        batch.clear()
-        loss = compute(batch)
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def bare_gemms(batch: Batch, chunk: int = 512) -> Step:
-    """The bound: the head's three matrix products on the scored rows over a bounded workspace, and nothing else."""
-    rows = batch.hidden.detach()[batch.row_index]
-    weight = batch.weight.detach()
-    workspace = torch.empty(min(chunk, rows.shape[0]), weight.shape[0], dtype=rows.dtype)
-    dhidden, dweight = torch.empty_like(rows), torch.empty_like(weight)
-
-    def step() -> Tensor:
-        for a in range(0, rows.shape[0], chunk):
-            x = rows[a : a + chunk]
-            z = workspace[: x.shape[0]]
-            torch.mm(x, weight.t(), out=z)
-            torch.mm(z, weight, out=dhidden[a : a + chunk])
-            if a == 0:
-                torch.mm(z.t(), x, out=dweight)
-            else:
-                dweight.addmm_(z.t(), x)
-        return dweight
-
-    return step
+def softmax_entropy(batch: Batch) -> float:
+    """Mean entropy of the scored tokens' softmax, in nats."""
+    total = 0.0
+    for part in batch.row_index.split(128):
+        logp = (batch.hidden.detach()[part].float() @ batch.weight.detach().float().t()).log_softmax(-1)
+        total -= float((logp.exp() * logp).sum())
+    return total / batch.row_index.numel()
 
 
 def shrink(workload: Workload, factor: int) -> Workload:
@@ -200,15 +154,3 @@ def shrink(workload: Workload, factor: int) -> Workload:
         hidden_size=workload.hidden_size // factor,
         vocabulary=workload.vocabulary // factor,
     )
-
-
-def check(method: str, workload: Workload) -> None:
-    """Raises RuntimeError when a method's loss or gradients differ from eager's in float32 by over 1e-4 in norm."""
-    small = shrink(workload, 8)
-    want_batch, got_batch = make_batch(small), make_batch(small)
-    want, got = training_step("eager", want_batch)(), training_step(method, got_batch)()
-    pairs = [(want, got), *zip(want_batch.gradients(), got_batch.gradients(), strict=True)]
-    for name, (a, b) in zip(("loss", "dhidden", "dweight"), pairs, strict=True):
-        error = float((a - b).norm() / a.norm())
-        if not error < 1e-4:
-            raise RuntimeError(f"{method} on {workload.name}: {name} is off by {error:.2e}; no speed is reported")

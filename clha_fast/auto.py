@@ -1,6 +1,7 @@
 """What `backend="auto"` chooses: one table, each row with the origin of its choice.
 
-A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case; until a
+On a GPU "workspace" is predicted to be faster where gradients are wanted, for the memory of one more [V, H] in float32
+(`python -m benchmarks.roofline`); it is not chosen before that is measured. A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case; until a
 case has been measured, the row says that the cost model chose.
 """
 
@@ -27,7 +28,7 @@ class Rule(NamedTuple):
     origin: str
 
 
-_MODEL = "cost model, not measured"
+_MODEL = "the least memory; no path was measured on a GPU so far"
 RULES = (
     Rule("cuda", True, None, "triton", "a GPU and triton are there", _MODEL),
     Rule("", False, None, "torch", "", "benchmarks/results/cpu.json: within 5% of the bare matrix products"),

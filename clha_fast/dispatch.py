@@ -18,7 +18,7 @@ BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference"
 # Loss and gradients in one sweep: what they return beside the loss are finished gradients.
 SWEEPING = ("torch", "workspace")
 # Backends that take `HeadOptions.max_dropped_mass`.
-ROUTING: tuple[str, ...] = ("triton",)
+ROUTING = ("torch", "triton")
 
 logger = logging.getLogger("clha_fast")
 

@@ -65,9 +65,11 @@ class HeadOptions(_Settings):
         softcap: c of c * tanh(z / c), applied after `scale` (Gemma 2's `final_logit_softcapping`); None for none.
         temperature: divisor of the logits, applied last.
         ignore_index: target value of a token that is not scored.
-        workspace_bytes: memory that logits may take at a time, whatever the number of tokens. None chooses
-            max(64 MiB, a quarter of the weight's float32 size) for the torch backend, 64 MiB for the Triton backend and
-            max(64 MiB, the weight's float32 size, which is its gradient's) for the workspace backend.
+        workspace_bytes: memory that logits may take at a time, whatever the number of tokens. None chooses for the
+            torch backend about a quarter of the weight's float32 size (at least 16 MiB), in which it keeps the logits
+            of prompts until they are ranked, beside the memory of the weight's gradient before that is needed (more
+            spares large prompts a second pass); 64 MiB for the Triton backend; and max(64 MiB, the weight's float32
+            size, which is its gradient's) for the workspace backend.
         max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
             d of it together; the target's own block always counts. Loss and log-probabilities stay exact.

@@ -2,7 +2,7 @@
 
 Every process holds some rows of the vocabulary and the same hidden states. The log-sum-exp is reduced over the group
 (the maximum, then the rescaled sum together with the target's logit): two collectives over [N] numbers for any N * V.
-The logits of a process exist one bounded workspace at a time and are recomputed for the gradients.
+The logits of a process exist one block of words at a time and are recomputed for the gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
-from clha_fast.torch_backend import _BLOCK_BYTES, _Head
+from clha_fast.torch_head import TorchHead
 
 _DEFAULT_HEAD = HeadOptions()
 
@@ -37,76 +37,32 @@ class VocabShard(NamedTuple):
     reduce_hidden: bool = True
 
 
-class _ShardedSweep(_Head):
-    """A workspace of this process's logits at a time, with a softmax whose normaliser comes from outside."""
+class _ShardedHead(TorchHead):
+    """This process's words, with a softmax whose normaliser comes from outside."""
 
     def __init__(self, shard: VocabShard, inputs: HeadInputs, head: HeadOptions) -> None:
-        super().__init__(inputs, head)
-        self.start = shard.start
-
-    def _final_logits(self, z: Tensor, want_slope: bool) -> Tensor | None:
-        """Scale, softcap and temperature in place; the softcap's slope where it is wanted."""
-        slope = None
-        if self.head.scale != 1.0:
-            z *= self.head.scale
-        if self.head.softcap is not None:
-            z.div_(self.head.softcap).tanh_()
-            slope = 1 - z * z if want_slope else None
-            z *= self.head.softcap
-        if self.head.temperature != 1.0:
-            z /= self.head.temperature
-        return slope
-
-    def _own_columns(self, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """(the targets as columns of this shard [n, 1], which of them lie in it [n])."""
-        column = self.targets[tokens] - self.start
-        own = (column >= 0) & (column < self.weight.shape[0]) & (self.targets[tokens] != self.head.ignore_index)
-        return torch.where(own, column, 0).unsqueeze(1), own
-
-    def _blocks(self, count: int) -> list[slice]:
-        step = max(1, _BLOCK_BYTES // (self.weight.shape[0] * self.dtype.itemsize))
-        return [slice(a, min(a + step, count)) for a in range(0, count, step)]
+        super().__init__(inputs, head, first_word=shard.start)
+        self.batch = max(128, inputs.weight.shape[1])
 
     def local_softmax(self) -> tuple[Tensor, Tensor, Tensor]:
         """(peak [N], sum of exp(z - peak) [N], (target's logit or 0, whether it is here) [2, N]) of this shard."""
         count = self.targets.numel()
         peaks = torch.empty(count, dtype=self.dtype, device=self.device)
         sums = torch.empty(3, count, dtype=self.dtype, device=self.device)
-        for a in range(0, count, self.capacity):
-            tokens = slice(a, min(a + self.capacity, count))
-            z = self._raw_logits(self._rows(tokens))
-            column, own = self._own_columns(tokens)
-            for block in self._blocks(z.shape[0]):
-                part = z[block]
-                self._final_logits(part, False)
-                at = slice(a + block.start, a + block.stop)
-                peak = part.amax(dim=1)
-                # A shard of -inf alone adds nothing; exp((-inf) - (-inf)) would be NaN.
-                peak = torch.where(peak == -torch.inf, torch.finfo(self.dtype).min, peak)
-                chosen = part.gather(1, column[block]).squeeze(1)
-                peaks[at] = peak
-                sums[1, at] = torch.where(own[block], chosen, 0.0)
-                sums[2, at] = own[block].to(self.dtype)
-                sums[0, at] = part.sub_(peak.unsqueeze(1)).exp_().sum(dim=1)
+        for tokens in torch.arange(count, device=self.device).split(self.batch):
+            scan = self.scan(tokens)
+            peaks[tokens] = scan.peak
+            # A shard of -inf alone adds nothing.
+            sums[0, tokens] = torch.where(scan.peak == -torch.inf, 0.0, scan.total).to(self.dtype)
+            sums[1, tokens], sums[2, tokens] = scan.chosen, self.columns(tokens)[1].to(self.dtype)
         return peaks, sums[0], sums[1:]
 
     def accumulate_gradients(self, grad_logps: Tensor, peak: Tensor, log_total: Tensor) -> None:
         """Adds the gradients of sum_t grad_logps_t * logp_t, tokens with a zero gradient left out on the CPU."""
         grad = torch.where(self.targets == self.head.ignore_index, 0, grad_logps.to(self.dtype))
         order = grad.nonzero().squeeze(1) if self.device.type == "cpu" else torch.arange(len(grad), device=self.device)
-        for a in range(0, order.numel(), self.capacity):
-            tokens = order[a : a + self.capacity]
-            g = self._raw_logits(self._rows(tokens))
-            column, own = self._own_columns(tokens)
-            for block in self._blocks(g.shape[0]):
-                part = g[block]
-                slope = self._final_logits(part, True)
-                at = tokens[block]
-                part.sub_(peak[at].unsqueeze(1)).sub_(log_total[at].unsqueeze(1)).exp_()
-                part.scatter_add_(1, column[block], -own[block].to(self.dtype).unsqueeze(1))
-                if slope is not None:
-                    part *= slope
-            self.backward(tokens, g, -grad[tokens] * (self.head.scale / self.head.temperature))
+        for tokens in order.split(self.batch):
+            self.recomputed_backward(tokens, peak[tokens], log_total[tokens], grad[tokens])
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -121,7 +77,7 @@ class _TokenLogps(torch.autograd.Function):
         shard: VocabShard,
         head: HeadOptions,
     ) -> Tensor:
-        sweep = _ShardedSweep(shard, HeadInputs(hidden, weight, bias, targets, row_index), head)
+        sweep = _ShardedHead(shard, HeadInputs(hidden, weight, bias, targets, row_index), head)
         local_peak, total, chosen = sweep.local_softmax()
         peak = local_peak.clone()
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=shard.group)
@@ -140,7 +96,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, peak, log_total = ctx.saved_tensors
         inputs = HeadInputs(*tensors)
-        sweep = _ShardedSweep(ctx.shard, inputs, ctx.head)
+        sweep = _ShardedHead(ctx.shard, inputs, ctx.head)
         sweep.allocate(Needs(*ctx.needs_input_grad[:3]))
         sweep.accumulate_gradients(grads[0], peak, log_total)
         if sweep.dhidden is not None and ctx.shard.reduce_hidden:

@@ -1,0 +1,326 @@
+"""A head's logits one vocabulary block at a time, transposed: [words, tokens], in plain torch.
+
+A block of logits is formed, exponentiated against its own maxima and summed while it is in cache. Where it is kept for
+the gradients it stays in a store [V, n]; a token's softmax is then a block's exponentials times one number. What is
+multiplied into the [n, V] side is that number alone: coefficients go to the [n, H] side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clha_fast.inputs import Gradients, HeadInputs, Needs
+from clha_fast.options import ROUTE_WORDS, HeadOptions
+from clha_fast.torch_ranking import accumulate
+
+# One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
+_BLOCK_BYTES = 2 * 2**20
+_LARGEST_BLOCK_BYTES = 64 * 2**20
+# Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
+_PIECE_BYTES = 2**19
+
+# (first word, last word, the words' rows, the tokens' rows) -> softmax - target [words, n]
+Probabilities = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Scan:
+    """What one pass over the logits of n tokens leaves: numbers per token, and per token and block of words.
+
+    `chosen` is the target's logit (0 where the target is not among the head's words), `slope` the softcap's derivative
+    there. `total` = sum(exp(z - peak)) is float64; `block_peaks` and `block_sums` are [ceil(V / ROUTE_WORDS), n].
+    """
+
+    tokens: Tensor
+    peak: Tensor
+    total: Tensor
+    chosen: Tensor
+    slope: Tensor | None
+    block_peaks: Tensor
+    block_sums: Tensor
+
+    @property
+    def log_total(self) -> Tensor:
+        """lse - peak: the two stay apart, for beside a peak of 1e4 float32 keeps three digits of this."""
+        return self.total.log().to(self.peak.dtype)
+
+    @property
+    def logps(self) -> Tensor:
+        return (self.chosen - self.peak) - self.log_total
+
+    @property
+    def lse(self) -> Tensor:
+        return (self.peak + self.total.log()).to(self.peak.dtype)
+
+
+def _words(part: Tensor) -> list[tuple[int, Tensor]]:
+    """A part [words, n] as (first block, [blocks, words a block, n]): the whole blocks, then a shorter last one."""
+    whole = part.shape[0] // ROUTE_WORDS
+    pieces = [(0, part[: whole * ROUTE_WORDS].unflatten(0, (whole, ROUTE_WORDS)))] if whole else []
+    if part.shape[0] % ROUTE_WORDS:
+        pieces.append((whole, part[whole * ROUTE_WORDS :].unsqueeze(0)))
+    return pieces
+
+
+class TorchHead:
+    """Passes over the logits of some tokens, and the gradients they lead to.
+
+    `first_word` is the place of the weight's first row in the vocabulary that the targets count in.
+    """
+
+    def __init__(self, inputs: HeadInputs, head: HeadOptions, first_word: int = 0) -> None:
+        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs
+        self.head, self.first_word = head, first_word
+        self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        self.device = self.hidden.device
+        # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
+        self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
+        self.dhidden: Tensor | None = None
+        self.dweight: Tensor | None = None
+        self.dbias: Tensor | None = None
+        # True until the weight's gradient has been written to: its memory is free for logits.
+        self.weight_is_fresh = False
+
+    def allocate(self, needs: Needs) -> None:
+        """Buffers of the gradients that are wanted; the first tokens write the weight's, so it is not cleared."""
+        if needs.hidden:
+            self.dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.dtype)
+        if needs.weight:
+            self.dweight = torch.empty(self.weight.shape, dtype=self.dtype, device=self.device)
+            self.weight_is_fresh = True
+        if needs.bias:
+            self.dbias = torch.zeros(self.weight.shape[0], dtype=torch.float64, device=self.device)
+
+    def gradients(self, dtype: torch.dtype) -> Gradients:
+        """The gradients in `dtype`."""
+        if self.dweight is not None and self.weight_is_fresh:
+            self.dweight.zero_()
+        return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
+
+    def token_rows(self, tokens: Tensor) -> Tensor:
+        """Rows of `hidden` that the tokens read, a copy; wide unless products are narrow."""
+        rows = self.hidden[tokens] if self.row_index is None else self.hidden[self.row_index[tokens]]
+        return rows if self.narrow else rows.to(self.dtype)
+
+    def word_rows(self, a: int, b: int) -> Tensor:
+        """Rows [a, b) of the weight; wide unless products are narrow."""
+        return self.weight[a:b] if self.narrow else self.weight[a:b].to(self.dtype)
+
+    def blocks(self, count: int) -> list[tuple[int, int]]:
+        """Ranges of words, whole blocks of ROUTE_WORDS, whose logits for `count` tokens fill one block of memory."""
+        budget = _LARGEST_BLOCK_BYTES
+        if self.device.type == "cpu":
+            budget = min(budget, _BLOCK_BYTES * torch.get_num_threads())
+        step = max(1, budget // (max(1, count) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
+        vocabulary = self.weight.shape[0]
+        return [(a, min(a + step, vocabulary)) for a in range(0, vocabulary, step)]
+
+    def scratch(self, count: int) -> Tensor:
+        """Memory for one block of `count` tokens."""
+        words = max((b - a for a, b in self.blocks(count)), default=0)
+        return torch.empty(words, count, dtype=self.dtype, device=self.device)
+
+    def _pieces(self, z: Tensor) -> Iterator[slice]:
+        step = z.shape[0]
+        if self.device.type == "cpu":
+            budget = _PIECE_BYTES * torch.get_num_threads()
+            step = max(1, budget // (max(1, z.shape[1]) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
+        for a in range(0, z.shape[0], max(1, step)):
+            yield slice(a, a + step)
+
+    def columns(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(the targets as words of this head [n], which of them lie in it [n]); ignored targets lie nowhere."""
+        word = self.targets[tokens] - self.first_word
+        own = (word >= 0) & (word < self.weight.shape[0]) & (self.targets[tokens] != self.head.ignore_index)
+        return word, own
+
+    def _logits(self, words: Tensor, rows: Tensor, a: int, out: Tensor) -> None:
+        """out [b - a, n] = words . rows^T + bias."""
+        if self.narrow:
+            torch.mm(words, rows.t(), out_dtype=self.dtype, out=out)
+        else:
+            torch.mm(words, rows.t(), out=out)
+        if self.bias is not None:
+            out += self.bias[a : a + out.shape[0]].unsqueeze(1)
+
+    def _transform(self, z: Tensor, want_slope: bool) -> Tensor | None:
+        """Scale, softcap and temperature in place; the softcap's slope where it is wanted."""
+        slope = None
+        if self.head.scale != 1.0:
+            z *= self.head.scale
+        if self.head.softcap is not None:
+            z.div_(self.head.softcap).tanh_()
+            slope = 1 - z * z if want_slope else None
+            z *= self.head.softcap
+        if self.head.temperature != 1.0:
+            z /= self.head.temperature
+        return slope
+
+    def scan(self, tokens: Tensor, store: Tensor | None = None) -> Scan:
+        """One pass over the logits of `tokens` [n].
+
+        Args:
+            store: [V, n], takes every block's exponentials exp(z - the block's peak), times the softcap's slope; None
+                keeps nothing.
+        """
+        count, vocabulary = tokens.numel(), self.weight.shape[0]
+        rows, (word, own) = self.token_rows(tokens), self.columns(tokens)
+        num_blocks = -(-vocabulary // ROUTE_WORDS)
+        peaks, sums = (torch.empty(num_blocks, count, dtype=self.dtype, device=self.device) for _ in range(2))
+        raw = torch.zeros(count, dtype=self.dtype, device=self.device)
+        want_slope = store is not None
+        scratch = self.scratch(count) if store is None else store
+        for a, b in self.blocks(count):
+            z = scratch[: b - a] if store is None else store[a:b]
+            self._logits(self.word_rows(a, b), rows, a, z)
+            raw = self._pick_target(z, word - a, own, raw)
+            for piece in self._pieces(z):
+                part = z[piece]
+                slope = self._transform(part, want_slope)
+                for first, group in _words(part):
+                    block = (a + piece.start) // ROUTE_WORDS + first
+                    peak = peaks[block : block + group.shape[0]]
+                    torch.amax(group, 1, out=peak)
+                    # A block of -inf alone adds nothing; (-inf) - (-inf) would be NaN.
+                    group.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1)).exp_()
+                    torch.sum(group, 1, out=sums[block : block + group.shape[0]])
+                if slope is not None:
+                    part *= slope
+        slope = self._transform(raw, want_slope)
+        peak = peaks.amax(0)
+        total = torch.zeros(count, dtype=torch.float64, device=self.device)
+        for piece in self._pieces(peaks):
+            total += (sums[piece].double() * torch.exp(peaks[piece].double() - peak.double())).sum(0)
+        return Scan(tokens, peak, total, raw, slope, peaks, sums)
+
+    def stored_backward(self, scan: Scan, store: Tensor, grad: Tensor) -> None:
+        """Adds the gradients of sum_t grad_t * logp_t [n] from a store that `scan` filled.
+
+        On a CPU tokens with a zero gradient are left out. The store may be the memory of the weight's gradient.
+        """
+        tokens, keep = scan.tokens, None
+        if self.device.type == "cpu":
+            keep = grad.nonzero().squeeze(1)
+            if keep.numel() == grad.numel():
+                keep = None
+        if keep is not None:
+            tokens, grad = tokens[keep], grad[keep]
+        pick = (lambda t: t) if keep is None else (lambda t: t.index_select(-1, keep))
+        word, own = self.columns(tokens)
+        lse = pick(scan.peak + scan.total.log())
+        true_class = own.to(self.dtype) if scan.slope is None else own * pick(scan.slope)
+        scratch = self.scratch(tokens.numel())
+
+        def probabilities(a: int, b: int, _words_: Tensor, _rows: Tensor) -> Tensor:
+            p = scratch[: b - a]
+            kept = store[a:b] if keep is None else torch.index_select(store[a:b], 1, keep, out=p)
+            blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
+            share = torch.exp(pick(scan.block_peaks[blocks]).double() - lse).to(self.dtype)
+            for (first, out), (_, source) in zip(_words(p), _words(kept), strict=True):
+                torch.mul(source, share[first : first + out.shape[0]].unsqueeze(1), out=out)
+            self._subtract_target(p, word - a, own, true_class)
+            return p
+
+        self._accumulate(tokens, grad, probabilities, recompute=False)
+
+    def recomputed_backward(self, tokens: Tensor, peak: Tensor, log_total: Tensor, grad: Tensor) -> None:
+        """Adds the gradients of sum_t grad_t * logp_t [n] with logits formed anew, for known log-sum-exps."""
+        word, own = self.columns(tokens)
+        scratch = self.scratch(tokens.numel())
+
+        def probabilities(a: int, b: int, words: Tensor, rows: Tensor) -> Tensor:
+            p = scratch[: b - a]
+            self._logits(words, rows, a, p)
+            self.softmax_minus_target(p, word - a, own, peak, log_total)
+            return p
+
+        self._accumulate(tokens, grad, probabilities, recompute=True)
+
+    def softmax_minus_target(self, z: Tensor, at: Tensor, own: Tensor, peak: Tensor, log_total: Tensor) -> None:
+        """Raw logits [words, n] become d(-logp) / d(raw logits), but for scale / temperature, in place."""
+        slope = self._transform(self._pick_target(z, at, own, torch.zeros_like(peak)), True)
+        true_class = own.to(self.dtype) if slope is None else own * slope
+        for piece in self._pieces(z):
+            part = z[piece]
+            slope = self._transform(part, True)
+            part.sub_(peak).sub_(log_total).exp_()
+            if slope is not None:
+                part *= slope
+        self._subtract_target(z, at, own, true_class)
+
+    @staticmethod
+    def _pick_target(z: Tensor, at: Tensor, own: Tensor, otherwise: Tensor) -> Tensor:
+        """z[at_t, t] of targets within z [words, n], else `otherwise` [n]."""
+        here = own & (at >= 0) & (at < z.shape[0])
+        return torch.where(here, z.gather(0, at.clamp(0, z.shape[0] - 1).unsqueeze(0)).squeeze(0), otherwise)
+
+    @staticmethod
+    def _subtract_target(p: Tensor, at: Tensor, own: Tensor, value: Tensor) -> None:
+        """p[at_t, t] -= value_t for targets within p [words, n]: p - 1 in float32, as autograd forms it."""
+        here = own & (at >= 0) & (at < p.shape[0])
+        p.scatter_add_(0, at.clamp(0, p.shape[0] - 1).unsqueeze(0), -torch.where(here, value, 0.0).unsqueeze(0))
+
+    def _accumulate(self, tokens: Tensor, grad: Tensor, probabilities: Probabilities, recompute: bool) -> None:
+        """Adds the gradients of sum_t grad_t * logp_t, where `probabilities` gives softmax - target of a block."""
+        if tokens.numel() == 0:
+            return
+        rows = self.token_rows(tokens)
+        factor = -grad.to(self.dtype) * (self.head.scale / self.head.temperature)
+        # Rows that no logits are formed from are scaled in place.
+        scaled, unit = self._scaled_rows(rows, factor, in_place=not recompute)
+        count, width = rows.shape
+        dhidden = None if self.dhidden is None else torch.zeros(count, width, dtype=self.dtype, device=self.device)
+        for a, b in self.blocks(count):
+            words = self.word_rows(a, b)
+            p = probabilities(a, b, words, rows)
+            if self.dbias is not None:
+                # Products in pieces, sums in float64: a GEMV is twice as far off as the eager loss's own sum.
+                for piece in self._pieces(p):
+                    self.dbias[a:b][piece] += (p[piece] * factor).sum(1, dtype=self.dbias.dtype)
+            low = p.to(self.weight.dtype) if self.narrow else p
+            if dhidden is not None:
+                if self.narrow:
+                    dhidden += torch.mm(low.t(), words, out_dtype=self.dtype)
+                else:
+                    dhidden.addmm_(low.t(), words)
+            if self.dweight is not None:
+                self._add_weight(self.dweight[a:b], low, scaled, unit)
+        if self.dweight is not None:
+            self.weight_is_fresh = False
+        if dhidden is not None:
+            self.add_hidden(tokens, dhidden.mul_(factor.unsqueeze(1)))
+
+    def _scaled_rows(self, rows: Tensor, factor: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
+        """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""
+        if self.dweight is None:
+            return rows, None
+        if not self.narrow:
+            return rows.mul_(factor.unsqueeze(1)) if in_place else rows * factor.unsqueeze(1), None
+        scaled = rows.to(self.dtype) * factor.unsqueeze(1)
+        # Else float16 underflows.
+        unit = scaled.abs().amax().clamp(min=torch.finfo(self.dtype).tiny)
+        return (scaled / unit).to(self.weight.dtype), unit
+
+    def _add_weight(self, out: Tensor, p: Tensor, scaled: Tensor, unit: Tensor | None) -> None:
+        if unit is not None:
+            chunk = torch.mm(p, scaled, out_dtype=self.dtype).mul_(unit)
+            if self.weight_is_fresh:
+                out.copy_(chunk)
+            else:
+                out += chunk
+        elif self.weight_is_fresh:
+            torch.mm(p, scaled, out=out)
+        else:
+            out.addmm_(p, scaled)
+
+    def add_hidden(self, tokens: Tensor, rows: Tensor) -> None:
+        """Adds the tokens' rows [n, H] to the gradient of `hidden`; without a row_index a token comes once."""
+        assert self.dhidden is not None
+        if self.row_index is not None:
+            accumulate(self.dhidden, self.row_index[tokens], rows)
+        else:
+            self.dhidden[tokens] = rows
