@@ -1,8 +1,8 @@
 """What `backend="auto"` chooses: one table, each row with the origin of its choice.
 
-On a GPU "workspace" is predicted to be faster where gradients are wanted, for the memory of one more [V, H] in float32
-(`python -m benchmarks.roofline`); it is not chosen before that is measured. A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case; until a
-case has been measured, the row says that the cost model chose.
+A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case. On a GPU
+"workspace" is predicted to be faster where gradients are wanted, for the memory of two more [V, H] in float32
+(`python -m benchmarks.roofline`); it is not chosen before that has been measured.
 """
 
 from __future__ import annotations
