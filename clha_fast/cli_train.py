@@ -41,7 +41,8 @@ model     --model PATH_OR_NAME, or --model_config.model_type llama --model_confi
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
 loss      --preset published|paper|sft_only, and to override it --margin --reward_margin --noise_rule --reduction
           --rank_weight --sft --sft_weight --sft_factor --reward_floor; --normalizer batch|global  --temperature
-          --backend auto|triton|torch|reference  --workspace_mb MIB
+          --backend auto|triton|workspace|torch|reference  --workspace_mb MIB
+          --max_dropped_mass D (softmax mass that a token's gradient may leave out; none by default)
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
           --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
           --dataset_num_proc (processes that tokenise)

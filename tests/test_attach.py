@@ -67,6 +67,23 @@ def test_loss_and_gradients_are_the_eager_ones(tied: bool, preset: str) -> None:
     assert_same(gradients(model, output.loss), wanted_gradients)
 
 
+def test_gradients_may_leave_mass_out() -> None:
+    """0 leaves nothing out; 0.5 leaves the lightest of three blocks of words out, and the loss as it is."""
+    for mass, exact in ((0.0, True), (0.5, False)):
+        model, batch = make_model(len(TOKENIZER)).train(), collate()
+        loss = eager(model, batch)
+        wanted = gradients(model, loss)
+        clha_fast.attach(model, OPTIONS, max_dropped_mass=mass)
+        output = model(**batch.as_dict())
+        assert output.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert output.metrics.sum_of("routable_blocks") == 3 * batch.targets.numel()
+        assert (output.metrics.kept_block_share == 1) == exact
+        assert (output.metrics.dropped_mass == 0) == exact
+        assert output.metrics.dropped_mass <= mass
+        if exact:
+            assert_same(gradients(model, output.loss), wanted)
+
+
 def test_ordinary_calls_are_the_models_own() -> None:
     model = make_model(len(TOKENIZER)).eval()
     ids = torch.arange(6).reshape(2, 3)

@@ -273,6 +273,7 @@ def test_datasets_table(tmp_path: Path) -> None:
         ({"backend": "cuda"}, "backend: expected one of"),
         ({"normalizer": "rank"}, "normalizer: expected one of batch, global"),
         ({"workspace_mb": 0}, "workspace_mb: expected a positive number"),
+        ({"max_dropped_mass": 1.0}, "max_dropped_mass: expected a number in"),
         ({"margin": -1.0}, "margin: expected a finite number"),
     ],
 )

@@ -354,6 +354,7 @@ def attach(
     temperature: float = 1.0,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    max_dropped_mass: float | None = None,
 ) -> Attached:
     """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
 
@@ -375,8 +376,9 @@ def attach(
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
             (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `hf.own_forward`.
         options: the loss, see `CLHAOptions`.
-        backend: "auto", "triton", "torch" or "reference".
-        temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes: see `HeadOptions`.
+        backend: "auto", "triton", "workspace", "torch" or "reference".
+        temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
+            see `HeadOptions`.
 
     Returns:
         `Attached`: ``.detach()`` undoes it, as leaving a ``with`` block does.
@@ -413,6 +415,7 @@ def attach(
         temperature=temperature,
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
+        max_dropped_mass=max_dropped_mass,
     )
     forward = _attached_forward(inner)
     setattr(inner, _STATE, attached)

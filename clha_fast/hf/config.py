@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from clha_fast.dispatch import BACKENDS
 from clha_fast.hf.loading import check_loading
-from clha_fast.options import CLHAOptions
+from clha_fast.options import CLHAOptions, HeadOptions
 
 _PRESET = {"help": "None: as the preset says."}
 _LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
@@ -27,7 +27,7 @@ class CLHAConfig(TrainingArguments):
         normalizer: what the means of the loss divide by. "batch": the kept pairs and prompts of each micro-batch on
             each process, then the mean over gradient accumulation and processes. "global": those of the whole
             optimiser step, so the result does not depend on how it is split.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits.
         max_length, max_prompt_length, max_completion_length: tokens, see `RankedCollator`; None is no limit.
         pad_to_multiple_of: rows are padded to a multiple of it.
@@ -37,7 +37,8 @@ class CLHAConfig(TrainingArguments):
             normalizer="global" weighs alike.
         dataset_num_proc: processes that tokenise; None and 1 are the training process itself.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
-        workspace_mb: memory in MiB that the torch backend may use for logits at a time; None chooses.
+        workspace_mb: memory in MiB that logits may take at a time; None chooses, see `HeadOptions`.
+        max_dropped_mass: softmax mass that each token's gradient may leave out, see `HeadOptions`; None for exact ones.
         drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
         eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
         eval_samples: after an evaluation, this many of the first held-out prompts are answered, and the answers written
@@ -60,7 +61,7 @@ class CLHAConfig(TrainingArguments):
     sft_factor: str | None = field(default=None, metadata=_PRESET)
     reward_floor: float | None = field(default=None, metadata=_PRESET)
     normalizer: str = field(default="batch", metadata={"help": "batch or global."})
-    backend: str = field(default="auto", metadata={"help": "auto, triton, torch or reference."})
+    backend: str = field(default="auto", metadata={"help": "auto, triton, workspace, torch or reference."})
     temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt and response."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the left."})
@@ -69,7 +70,8 @@ class CLHAConfig(TrainingArguments):
     max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Padded tokens a micro-batch."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
-    workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits, torch backend."})
+    workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits."})
+    max_dropped_mass: float | None = field(default=None, metadata={"help": "Mass gradients may leave out."})
     drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
     eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
     eval_samples: int = field(default=0, metadata={"help": "Held-out prompts to answer at evaluation."})
@@ -88,6 +90,7 @@ class CLHAConfig(TrainingArguments):
         _choice("backend", self.backend, BACKENDS)
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
+        HeadOptions(max_dropped_mass=self.max_dropped_mass)
         for name in ("max_tokens_per_batch", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -87,7 +87,11 @@ class HeadInfo:
     virtual_tokens: int = 0
 
     def options(
-        self, temperature: float = 1.0, ignore_index: int = -100, workspace_bytes: int | None = None
+        self,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        workspace_bytes: int | None = None,
+        max_dropped_mass: float | None = None,
     ) -> HeadOptions:
         """The loss's settings for this head."""
         return HeadOptions(
@@ -96,6 +100,7 @@ class HeadInfo:
             temperature=temperature,
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
+            max_dropped_mass=max_dropped_mass,
         )
 
 

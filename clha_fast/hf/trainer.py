@@ -124,7 +124,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
             )
         budget = None if args.workspace_mb is None else args.workspace_mb << 20
-        self.head_options = self.head_info.options(args.temperature, workspace_bytes=budget)
+        self.head_options = self.head_info.options(
+            args.temperature, workspace_bytes=budget, max_dropped_mass=args.max_dropped_mass
+        )
         self._model_flags = cache_flags(model)
         self._train_metrics, self._eval_metrics = RunningMetrics(), RunningMetrics()
         self._step_counts: GlobalCounts | None = None
