@@ -17,7 +17,7 @@ from clha_fast import torch_routing
 from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.torch_head import Scan, TorchHead
+from clha_fast.torch_head import Scan, TorchHead, block_bytes
 from clha_fast.torch_ranking import Plan, Ranking, make_plan
 
 _MIN_WORKSPACE = 16 * 2**20
@@ -32,7 +32,7 @@ class _Sweep(TorchHead):
         vocabulary, width = self.weight.shape
         # Passes without a store take this many tokens at a time: enough for a GEMM's full speed.
         self.batch = max(128, width)
-        budget = head.workspace_bytes or _default_workspace(vocabulary, width, self.dtype.itemsize)
+        budget = head.workspace_bytes or _default_workspace(self.weight, self.dtype.itemsize)
         self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
         count = self.targets.numel()
         self.capacity = min(self.capacity, max(1, count))
@@ -83,9 +83,11 @@ class _Sweep(TorchHead):
         return grad.nonzero().squeeze(1) if grad.device.type == "cpu" else self.tokens(0, grad.numel())
 
 
-def _default_workspace(vocabulary: int, width: int, itemsize: int) -> int:
+def _default_workspace(weight: Tensor, itemsize: int) -> int:
     """What 0.28 of the weight's gradient leaves beside one block and two matrices of the first prompts' rows."""
-    return max(_MIN_WORKSPACE, 28 * itemsize * vocabulary * width // 100 - 2 * itemsize * width**2 - 4 * 2**20)
+    vocabulary, width = weight.shape
+    share = 28 * itemsize * vocabulary * width // 100
+    return max(_MIN_WORKSPACE, share - 2 * itemsize * width**2 - block_bytes(weight.device))
 
 
 def _score(sweep: _Sweep, tokens: Tensor, route: torch_routing.Route | None = None) -> None:

@@ -27,6 +27,13 @@ _PIECE_BYTES = 2**19
 Probabilities = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
+def block_bytes(device: torch.device) -> int:
+    """Memory of one block of logits."""
+    if device.type != "cpu":
+        return _LARGEST_BLOCK_BYTES
+    return min(_LARGEST_BLOCK_BYTES, _BLOCK_BYTES * torch.get_num_threads())
+
+
 @dataclass
 class Scan:
     """What one pass over the logits of n tokens leaves: numbers per token, and per token and block of words.
@@ -112,9 +119,7 @@ class TorchHead:
 
     def blocks(self, count: int) -> list[tuple[int, int]]:
         """Ranges of words, whole blocks of ROUTE_WORDS, whose logits for `count` tokens fill one block of memory."""
-        budget = _LARGEST_BLOCK_BYTES
-        if self.device.type == "cpu":
-            budget = min(budget, _BLOCK_BYTES * torch.get_num_threads())
+        budget = block_bytes(self.device)
         step = max(1, budget // (max(1, count) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
         vocabulary = self.weight.shape[0]
         return [(a, min(a + step, vocabulary)) for a in range(0, vocabulary, step)]
