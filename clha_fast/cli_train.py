@@ -20,6 +20,7 @@ from clha_fast.auto import choose
 from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.dispatch import resolve
 from clha_fast.errors import BackendError
+from clha_fast.hf.adapters import base_model
 from clha_fast.hf.checkpoint import CheckpointError, survivors
 from clha_fast.hf.prepare import DataSummary
 from clha_fast.hf.run import CURVE_FILE, METRICS_FILE, Run
@@ -38,6 +39,7 @@ folder    --output_dir DIR  --resume | --overwrite
           (resume takes the same settings; to train further, --model OLD_DIR and a new folder)
 model     --model PATH_OR_NAME, or --model_config.model_type llama --model_config.hidden_size 128 ...
           --dtype float32  --attn_implementation NAME
+          --peft_config.r 8 --peft_config.target_modules '[q_proj, v_proj]' ... (LoRA, or peft_config.peft_type)
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
 loss      --preset published|paper|sft_only, and to override it --margin --reward_margin --noise_rule --reduction
           --rank_weight --sft --sft_weight --sft_factor --reward_floor; --normalizer batch|global  --temperature
@@ -102,12 +104,15 @@ def header(run: Run) -> str:
     """What will be trained, on what, how."""
     trainer, args = run.trainer, run.args
     config = run.model.config
-    parameters = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
     options = trainer.loss_options
     lines = {
-        "model": f"{type(run.model).__name__}, {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}",
+        "model": f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}, "
+        f"vocabulary {config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "backend": backend_text(args.backend, args.device, dtype),
         "loss": f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "

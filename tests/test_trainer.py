@@ -58,6 +58,18 @@ def test_a_tokenizer_with_more_tokens_than_the_head(tmp_path: Path) -> None:
         trainer(tmp_path, make_model(rows))
 
 
+@pytest.mark.parametrize("model", ["some/name", None])
+def test_a_model_that_is_none(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model: expected a causal language model .*, got ('some/name'|None)$"):
+        CLHATrainer(model, config(tmp_path), train_dataset=make_rows(2), processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", Path("rows.jsonl")])
+def test_a_path_is_no_dataset(tmp_path: Path, path: Any) -> None:
+    with pytest.raises(ValueError, match=r"^train_dataset: expected rows, .* got the path 'rows.jsonl'$"):
+        trainer(tmp_path, rows=path)
+
+
 def eager_loss(
     model: nn.Module, batch: CandidateBatch, options: CLHAOptions, head: HeadOptions = PLAIN
 ) -> tuple[Tensor, Tensor]:

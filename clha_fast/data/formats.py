@@ -40,8 +40,10 @@ _MISNAMED = {
 
 
 def _get(row: Row, name: str, source: str) -> Any:
-    if row.get(name) is None:
-        raise RecordError.of(source, name, "a value", "nothing" if name not in row else None)
+    if name not in row:
+        raise RecordError(f"{source}: {name}: expected a value, got nothing", source=source, field=name)
+    if row[name] is None:
+        raise RecordError.of(source, name, "a value", None)
     return row[name]
 
 
@@ -143,7 +145,7 @@ def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str
     if prefix[:cut].endswith(" "):  # byte-level tokenizers write the space with the word after it
         cut -= 1
     if not prefix[:cut].strip():
-        raise RecordError.of(source, "prompt", "a prompt that chosen and rejected begin with", "none")
+        raise RecordError.of(source, "prompt", "a prompt that chosen and rejected begin with", None)
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 

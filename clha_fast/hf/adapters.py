@@ -1,10 +1,11 @@
-"""What peft puts around a model and its head, seen through; peft itself is never imported here.
+"""What peft puts around a model and its head, seen through; peft is imported where an adapter is asked for, only there.
 
 An object of peft's can exist only where peft has been imported, so `sys.modules` answers as well as an import.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -18,6 +19,33 @@ def _peft() -> Any:
 def _is_peft_model(model: nn.Module) -> bool:
     peft = _peft()
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
+
+
+def import_peft() -> Any:
+    """The package, for an adapter that was asked for by name; ImportError says how to get it."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ImportError("peft_config: peft is not installed; pip install 'clha-fast[peft]' brings it") from error
+
+
+def with_adapter(model: nn.Module, config: Any) -> nn.Module:
+    """`peft.get_peft_model(model, config)`.
+
+    Raises:
+        ValueError: `config` is none of peft's; the model has an adapter already.
+        ImportError: peft is not installed.
+    """
+    peft = import_peft()
+    if not isinstance(config, peft.PeftConfig):
+        raise ValueError(f"peft_config: expected a configuration of peft's, such as LoraConfig, got {config!r}")
+    if _is_peft_model(model) or getattr(model, "peft_config", None):
+        raise ValueError("peft_config: expected None for a model that has an adapter, got one more")
+    try:
+        wrapped: nn.Module = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"peft_config: {error}") from error
+    return wrapped
 
 
 def _prompt_config(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from transformers import (
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
+from clha_fast.hf.adapters import import_peft
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -31,7 +33,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_keys(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+def check_keys(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """ValueError for the first key of `given` that is not `known`; `what` is the option it stands in."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -128,7 +131,7 @@ def build_model(
         raise ValueError(
             f"model_config.model_type: expected a type of transformers, got {kind!r}{nearest(kind, CONFIG_MAPPING)}"
         ) from None
-    _check_keys("model_config", fields, [*plain.to_dict(), *plain.attribute_map, *tokens])
+    check_keys("model_config", fields, [*plain.to_dict(), *plain.attribute_map, *tokens])
     if fields["vocab_size"] < len(tokenizer):
         raise ValueError(
             f"model_config.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {fields['vocab_size']}"
@@ -139,16 +142,43 @@ def build_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+def adapter_config(settings: Mapping[str, Any]) -> Any:
+    """A configuration of peft's from names and values, as they stand in a file.
+
+    Args:
+        settings: fields of the configuration; `peft_type` is LORA and `task_type` CAUSAL_LM unless given.
+
+    Raises:
+        ValueError: an unknown `peft_type`, a field that its configuration does not have, a value that it refuses.
+        ImportError: peft is not installed.
+    """
+    peft = import_peft()
+    fields = {"task_type": "CAUSAL_LM", **settings}
+    kind = str(fields.pop("peft_type", "LORA")).upper()
+    known = {key.value: cls for key, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in known:
+        raise ValueError(f"peft_config.peft_type: expected one of {', '.join(sorted(known))}, got {kind!r}")
+    check_keys("peft_config", fields, [field.name for field in dataclasses.fields(known[kind]) if field.init])
+    try:
+        return known[kind](**fields)
+    except TypeError as error:
+        raise ValueError(f"peft_config: expected settings of a {known[kind].__name__}, got {error}") from error
+
+
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """A causal language model of a local folder or of a name on the Hub.
 
+    A folder with an adapter of peft's alone gives the adapter on its base model, and goes on training it.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none. ImportError: an adapter, and peft is not installed.
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_sentence("model", name):
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            return import_peft().AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, dtype=dtype, **extra)
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
 
 

@@ -20,6 +20,7 @@ from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.dispatch import resolve
 from clha_fast.hf.build import (
+    adapter_config,
     build_model,
     build_tokenizer,
     check_vocabulary,
@@ -68,6 +69,8 @@ class RunOptions:
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
         tokenizer: a folder or name (the model's by default); or build_tokenizer: `{"vocab_size": 4096}`, a byte-level
             BPE trained on the training records.
+        peft_config: an adapter to train in the model's place, fields of a peft configuration: `{"r": 8,
+            "target_modules": ["q_proj", "v_proj"]}` (LoRA unless `peft_type` says otherwise).
         dtype: of the weights. attn_implementation: as transformers' `from_pretrained`.
         resume: continue the run in `output_dir`. overwrite: replace it.
     """
@@ -82,6 +85,7 @@ class RunOptions:
     model_config: dict[str, Any] | None = None
     tokenizer: str | None = None
     build_tokenizer: dict[str, Any] | None = None
+    peft_config: dict[str, Any] | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
     resume: bool = False
@@ -150,6 +154,7 @@ class Run:
         self.folder: str = self.args.output_dir
         # Before anything is written: a backend that was asked for runs or is refused.
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
+        adapter = None if options.peft_config is None else adapter_config(options.peft_config)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.interrupted = False
@@ -167,6 +172,7 @@ class Run:
             train_dataset=self.train_records,
             eval_dataset=self.held_out,
             processing_class=self.tokenizer,
+            peft_config=adapter,
             callbacks=[self._stop],
         )
         for dataset in (self.trainer.train_dataset, self.trainer.eval_dataset):

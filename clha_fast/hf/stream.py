@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -132,7 +133,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     batches as the others. An evaluation stream's end is filled up to full batches for all processes.
 
     Raises:
-        ValueError: something that can be read only once; a stream with `max_tokens_per_batch`.
+        ValueError: a path; something that can be read only once; a stream with `max_tokens_per_batch`.
         RecordError: as `RankedDataset`.
     """
     if (
@@ -141,6 +142,12 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         or not isinstance(collator, RankedCollator)
     ):
         return dataset
+    name = "train_dataset" if training else "eval_dataset"
+    if isinstance(dataset, (str, os.PathLike)):
+        raise ValueError(
+            f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
+            f"{os.fspath(dataset)!r}"
+        )
     if not isinstance(dataset, IterableDataset):
         tokenised = "completion_ids" in (getattr(dataset, "column_names", None) or ())
         if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
@@ -149,7 +156,6 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
             return _tokenised(dataset, collator, args)
         if not hasattr(dataset, "__iter__"):
             return dataset
-    name = "train_dataset" if training else "eval_dataset"
     if isinstance(dataset, Iterator):
         got = type(dataset).__name__
         raise ValueError(f"{name}: expected rows that can be read again for every pass, got a {got}, which ends")

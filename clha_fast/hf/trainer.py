@@ -13,11 +13,12 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batch import CandidateBatch
-from clha_fast.hf.adapters import base_model
+from clha_fast.data.records import shorten
+from clha_fast.hf.adapters import base_model, with_adapter
 from clha_fast.hf.attach import measure_head
 from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.config import CLHAConfig
@@ -64,6 +65,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             `clha_fast.hf.stream.as_dataset`), or for evaluation a dictionary of them.
         processing_class: the tokenizer; needed unless `data_collator` is given.
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
+        peft_config: a configuration of peft's, such as `LoraConfig`: the model gets that adapter, and only it trains.
         **kwargs: as `Trainer`; `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are refused,
             since no logits exist for them.
 
@@ -88,6 +90,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, CLHAConfig):
@@ -96,6 +99,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             raise ValueError(
                 f"args: expected one GPU a process, got {args.n_gpu} (nn.DataParallel copies the model, not its head); "
                 "start one process a GPU with torchrun or accelerate launch"
+            )
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                "model: expected a causal language model (AutoModelForCausalLM.from_pretrained loads one), got "
+                f"{shorten(model)}"
             )
         asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         # Before there is an Accelerator, which leaves the wish in the environment.
@@ -114,6 +122,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             data_collator = self._make_collator(processing_class, args, args.drop_inert)
             eval_collator = self._make_collator(processing_class, args, args.eval_drop_inert)
         self.eval_collator = eval_collator
+        if peft_config is not None:
+            set_seed(args.seed)  # as Trainer does later: the adapter's first weights are drawn here
+            model = with_adapter(model, peft_config)
         # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
         inner = base_model(model)
         with whole_weights(inner, *_embeddings_of(inner)):
@@ -153,8 +164,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if processes != self.accelerator.num_processes:
             raise ValueError(
                 f"args: expected settings under which accelerate finds the {processes} processes there are, got "
-                f"{self.accelerator.num_processes} (each would train alone and write the same files); without a GPU, "
-                "DeepSpeed needs PartialState(backend='gloo') first, see docs/trainer.md"
+                f"{self.accelerator.num_processes} (each would train alone and write the same files); without a GPU "
+                "use_cpu=True, and under DeepSpeed PartialState(backend='gloo') first, see docs/trainer.md"
             )
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         if sharded and not self.is_distributed_loading_by_transformers:
@@ -257,6 +268,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             raise ValueError(
                 "train: expected no evaluation before it under DeepSpeed, whose engine is built for one or the other, "
                 "got one; eval_on_start=True evaluates the untrained model"
+            )
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "
+                "trains with is_trainable=True"
             )
         return super().train(*args, **kwargs)
 
