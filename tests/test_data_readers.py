@@ -350,6 +350,11 @@ WRONG = [
 ]
 
 
+def test_a_field_that_is_not_there() -> None:
+    with pytest.raises(RecordError, match=r"^record 0: prompt: expected a value, got nothing$"):
+        read_records([{"completions": ["a", "b"]}], format="canonical")
+
+
 @pytest.mark.parametrize(("row", "message"), WRONG, ids=[message.partition(" ")[0] for _, message in WRONG])
 def test_bad_rows_are_told_in_the_file_s_own_words(row, message):
     with pytest.raises(RecordError) as caught:

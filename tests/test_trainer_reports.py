@@ -16,8 +16,9 @@ from test_trainer import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trai
 from tiny import make_model, make_rows
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from clha_fast.hf import samples
+from clha_fast.hf import samples, stream
 from clha_fast.hf.card import CARD_FILE, MARK, model_card
+from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.samples import SAMPLES_FILE
 from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.options import CLHAOptions
@@ -279,3 +280,40 @@ def test_tensorboard(tmp_path: Path) -> None:
     tags = events.Tags()
     assert {"train/rank_loss", "train/rewards/accuracies", "eval/kendall_tau"} <= set(tags["scalars"])
     assert "eval/samples/text_summary" in tags["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "changes", "words"),
+    [
+        ([1.0, 0.5, -1.5], {}, "reward_margin=3 with noise_rule='abs' drops all pairs"),
+        ([-5.0, 1.0, 0.0], {"noise_rule": "signed"}, "reward_margin=3 with noise_rule='signed' drops all pairs"),
+        ([1.0], {}, "every prompt has one response"),
+        ([1.0, 0.5, -2.5], {}, None),
+        ([0.0, 5.0, 1.0], {"noise_rule": "signed"}, None),
+        ([1.0, 0.5, -1.5], {"noise_rule": "none"}, None),
+        ([1.0, 0.5, -1.5], {"preset": "sft_only"}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_margin_that_drops_every_pair_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rewards: list[float] | None,
+    changes: dict[str, Any],
+    words: str | None,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stream.logger, "warning", said.append)
+    row = {"prompt": "say", "completions": [f"word {k}" for k in range(len(rewards or "two"))], "rewards": rewards}
+    args = CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **changes)
+    made = CLHATrainer(make_model(len(TOKENIZER)), args, train_dataset=[row] * 2, processing_class=TOKENIZER)
+    # What is said is what the loss does.
+    kept = made.compute_loss(made.model, made.data_collator([made.train_dataset[0]]), return_outputs=True)[1]["metrics"]
+    share = kept.as_dict()["kept_pair_share"]
+    if words is None:
+        assert said == []
+        assert share > 0 or "preset" in changes
+    else:
+        assert len(said) == 1
+        assert words in said[0]
+        assert not share > 0

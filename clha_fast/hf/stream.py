@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.hf.collator import RankedCollator, RankedDataset
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.parallel import Example, as_record
+from clha_fast.options import CLHAOptions
 
 logger = logging.get_logger(__name__)
 
@@ -153,7 +155,10 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
             return dataset
         if hasattr(dataset, "__len__"):
-            return _tokenised(dataset, collator, args)
+            found = _tokenised(dataset, collator, args)
+            if training:
+                _warn_if_nothing_is_ranked(found, collator.options)
+            return found
         if not hasattr(dataset, "__iter__"):
             return dataset
     if isinstance(dataset, Iterator):
@@ -170,6 +175,29 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         repeat=training,
         fill_to=1 if training or args.world_size == 1 else args.world_size * args.eval_batch_size,
         skip_bad_records=args.skip_bad_records,
+    )
+
+
+def _keeps_a_pair(feature: CandidateFeature, options: CLHAOptions) -> bool:
+    rewards = feature.get("rewards")
+    if rewards is None or options.noise_rule == "none":
+        return len(feature["completion_ids"]) > 1
+    if options.noise_rule == "abs":
+        return max(rewards) - min(rewards) > options.reward_margin
+    best = itertools.accumulate(rewards, max)
+    return any(before - reward > options.reward_margin for before, reward in zip(best, rewards, strict=True))
+
+
+def _warn_if_nothing_is_ranked(dataset: RankedDataset, options: CLHAOptions) -> None:
+    """A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing."""
+    if options.rank_weight == 0 or any(_keeps_a_pair(dataset[k], options) for k in range(len(dataset))):
+        return
+    logger.warning(
+        f"train_dataset: no pair of responses is ranked, the SFT term alone trains; reward_margin="
+        f"{options.reward_margin:g} with noise_rule={options.noise_rule!r} drops all pairs as noise. Set a margin that "
+        "fits the rewards, or noise_rule='none'"
+        if any(len(dataset[k]["completion_ids"]) > 1 for k in range(len(dataset)))
+        else "train_dataset: no pair of responses is ranked, the SFT term alone trains; every prompt has one response"
     )
 
 
