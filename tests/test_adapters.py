@@ -239,6 +239,15 @@ def test_no_prompts_and_nothing_kept_are_zeros_with_gradients(build: Any) -> Non
         assert not any(grad.any() for grad in grads.values())
 
 
+def test_no_token_gives_a_bias_behind_the_head_zeros_too() -> None:
+    # DistributedDataParallel waits for the gradient of every parameter.
+    forward = HeadForward(nn.Linear(4, 6, bias=False), "a test", 6, True)
+    bias, none = torch.zeros(6, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    token_logps(torch.randn(3, 4), forward, none, bias=bias, row_index=none).sum().backward()
+    assert bias.grad is not None
+    assert not bias.grad.any()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # its name changed during transformers 5
 def test_gradient_checkpointing_and_autocast() -> None:
     model = lora(HEAD)

@@ -242,6 +242,15 @@ def test_publish_replaces_a_folder_and_rotation_keeps_best_and_newest(tmp_path: 
     assert (tmp_path / "checkpoint-10" / "file").read_text() == "new"
 
 
+def test_rotation_keeps_what_was_just_written(tmp_path: Path) -> None:
+    """Resumed from step 3 with another interval; checkpoints of the abandoned steps lie there with higher numbers."""
+    trainer(tmp_path, max_steps=9, save_total_limit=None).train()
+    again = trainer(tmp_path, max_steps=5, save_steps=5, eval_steps=5, save_total_limit=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    names = [name for name in os.listdir(tmp_path) if name.startswith("checkpoint-")]
+    assert sorted(names) == ["checkpoint-5", "checkpoint-9"]
+
+
 def test_json_is_never_half_written(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     write_json(str(path), {"a": 1})

@@ -225,11 +225,11 @@ def test_nan_is_not_hidden(tmp_path: Path) -> None:
     assert math.isnan(next(line["loss"] for line in ours.state.log_history if "loss" in line))
 
 
-def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
+def experts() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    model = MixtralForCausalLM(
+    return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=len(TOKENIZER),
             hidden_size=16,
@@ -242,6 +242,10 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
             router_aux_loss_coef=0.5,
         )
     )
+
+
+def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
+    model = experts()
     ours = trainer(tmp_path, model)
     batch = ours.data_collator(make_rows(2))
     loss = ours.compute_loss(model.train(), batch)
@@ -250,6 +254,19 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
     auxiliary = model(**parts.model_inputs(), use_cache=False).aux_loss
     assert auxiliary.item() > 0
     assert loss.item() == pytest.approx((expected + 0.5 * auxiliary).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "global"])
+def test_the_auxiliary_loss_of_a_step_is_a_mean_of_micro_batches(tmp_path: Path, normalizer: str) -> None:
+    model, rows = experts(), make_rows(2, seed=3)
+    ours = trainer(tmp_path, model, normalizer=normalizer, gradient_accumulation_steps=3)
+    # The same prompts three times: any normaliser gives them the loss of once.
+    batch = collate(rows, ours.loss_options)
+    expected, _ = eager_loss(model.train(), batch, ours.loss_options)
+    expected = expected + 0.5 * model(**batch.model_inputs(), use_cache=False).aux_loss
+    expected_grads = eager_gradients(model, expected)
+    assert step_gradients(ours, [rows] * 3) == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(model, expected_grads)
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:

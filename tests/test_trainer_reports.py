@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_trainer import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 from tiny import make_model, make_rows
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.hf import samples, stream
 from clha_fast.hf.card import CARD_FILE, MARK, model_card
@@ -97,6 +97,18 @@ def test_samples_stop_at_the_end_of_a_response(tmp_path: Path) -> None:
     assert answers == [[TOKENIZER.eos_token_id]]
     line = samples.describe(3, [[0, 5, 7]], answers, ends, TOKENIZER)[0]
     assert (line["completion"], line["tokens"], line["finished"]) == ("", 1, True)
+
+
+def test_samples_end_with_the_model_s_positions(tmp_path: Path) -> None:
+    """Learned positions are rows of an embedding: the one past the last would end training (on a GPU, the process)."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    prompts = [list(range(5, 5 + size)) for size in (3, 7, 8, 9)]
+    answers = samples.generate(model, prompts, TOKENIZER, [1], torch.device("cpu"), 6)
+    assert [len(answer) for answer in answers] == [5, 1, 0, 0]
+    assert [len(answer) for answer in samples.generate(model, prompts[:1], TOKENIZER, [1], torch.device("cpu"), 2)] == [
+        2
+    ]
 
 
 def test_samples_of_a_resumed_run_are_written_once(tmp_path: Path) -> None:

@@ -92,11 +92,15 @@ def publish(staged: str, final: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def rotate(folder: str, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints in `folder` until `limit` are left; the newest and `best` always are."""
+def rotate(folder: str, limit: int | None, best: str | None, written: str | None = None) -> None:
+    """Delete the oldest checkpoints in `folder` until `limit` are left; the newest, `best` and `written` always are.
+
+    Args:
+        written: the checkpoint that has just appeared. In a run resumed from an earlier step it is not the newest.
+    """
     found = [(int(match[1]), match[0]) for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
     names = [name for _, name in sorted(found)]
-    keep = {names[-1] if names else "", os.path.basename(best or "")}
+    keep = {names[-1] if names else "", os.path.basename(best or ""), os.path.basename(written or "")}
     for name in names:
         if limit is None or limit <= 0 or len(names) <= max(limit, len(keep & set(names))):
             return

@@ -86,8 +86,9 @@ def token_logps(
     rows = hidden if row_index is None else hidden[row_index]
     count = rows.shape[0]
     if count == 0:
-        # One row goes through, so that whatever the head reads has a gradient (of zeros).
-        return forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
+        # One row goes through, so that whatever the head reads has a gradient (of zeros), and so does the bias.
+        nothing = forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
+        return nothing if bias is None else nothing + bias[:0]
     # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more.
     row_bytes = forward.vocab_size * (4 if head.softcap is None else 5) * _wide(hidden.dtype).itemsize
     budget = head.workspace_bytes or max(_MIN_WORKSPACE, forward.vocab_size * hidden.shape[1])

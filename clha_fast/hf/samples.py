@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from clha_fast.hf.adapters import virtual_tokens
 from clha_fast.hf.collator import RankedCollator
 
 SAMPLES_FILE = "samples.jsonl"
@@ -63,12 +64,13 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens for each prompt; greedy at temperature 0. Leaves training mode and random state as they were.
 
-    Prompts run one by one, so padding plays no part. Where the weights are spread over processes, all must call with
-    the same prompts.
+    Prompts run one by one, so padding plays no part. An answer ends where the model has no position left: past the
+    last one an embedding of positions would stop training. Where the weights are spread over processes, all must call
+    with the same prompts.
     """
     pad = tokenizer.pad_token_id
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         eos_token_id=list(ends),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
@@ -76,12 +78,19 @@ def generate(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
     )
     training = model.training
-    found = []
+    found: list[list[int]] = []
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_SEED)
             for prompt in prompts:
+                room = max_new_tokens
+                if positions is not None:
+                    room = min(room, positions - virtual_tokens(model) - len(prompt))
+                if room < 1:
+                    found.append([])
+                    continue
+                config.max_new_tokens = room
                 ids = torch.tensor([list(prompt)], device=device)
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
                 found.append(output[0, ids.shape[1] :].tolist())

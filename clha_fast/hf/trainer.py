@@ -200,18 +200,19 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         """The loss of one micro-batch; with `return_outputs` also a dictionary with its `CLHAMetrics`."""
         batch = CandidateBatch.from_dict(inputs)
         counts = self._step_counts if model.training else None
-        loss, metrics = self._loss(model, batch, counts)
         scale = 1
         if counts is not None:
             # The terms of all micro-batches and processes sum to the loss; Trainer and wrappers take means of them.
             scale = self.current_gradient_accumulation_steps * self._data_processes
-            loss = loss * scale
+        loss, metrics = self._loss(model, batch, counts, scale)
         if model.training:
             self._train_metrics.add(metrics, batch.num_inert, scale)
             self._note_shape(batch)
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
-    def _loss(self, model: nn.Module, batch: CandidateBatch, counts: GlobalCounts | None) -> tuple[Tensor, CLHAMetrics]:
+    def _loss(
+        self, model: nn.Module, batch: CandidateBatch, counts: GlobalCounts | None = None, scale: int = 1
+    ) -> tuple[Tensor, CLHAMetrics]:
         tensors = batch.loss_inputs()
         if counts is not None:
             tensors = {**tensors, "pair_counts": counts.pairs, "prompt_count": counts.prompts}
@@ -230,7 +231,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         inner = base_model(self.accelerator.unwrap_model(model))
         with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info.module, head):
             outputs = model(**batch.model_inputs(), **self._model_flags)
-        loss: Tensor = outputs.logits
+        loss: Tensor = outputs.logits * scale
+        # A mean of each micro-batch's own, whatever the loss divides by.
         auxiliary = getattr(outputs, "aux_loss", None)  # a mixture of experts that was asked for router logits
         if auxiliary is not None:
             loss = loss + auxiliary_coefficient(inner) * auxiliary.to(loss.device)
@@ -294,7 +296,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 # The last batch was filled up with prompts seen before; they must not count twice.
                 batch = first_prompts(batch, own)
             # Also where none is its own: the model may be spread over the processes, which all have to take part.
-            loss, metrics = self._loss(model, batch, None)
+            loss, metrics = self._loss(model, batch)
         if own == 0:
             return loss, None, None
         self._eval_metrics.add(metrics, batch.num_inert)

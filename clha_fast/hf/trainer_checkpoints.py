@@ -55,7 +55,7 @@ class CheckpointingTrainer(Trainer):
                 publish(os.path.join(staging, name), final)
         wait_for_everyone()
         if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
