@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import clha_fast
-from clha_fast.hf.heads import UnsupportedHeadError
-from clha_fast.hf.hooks import is_wrappers, through_hooks
+from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError
+from clha_fast.hf.hooks import is_wrappers, other_hooks, through_hooks
 
 
 def test_models_without_an_output_embedding() -> None:
@@ -69,6 +69,22 @@ def test_other_peoples_hooks_on_the_head_are_measured() -> None:
         attach(model)
 
 
+def test_a_hook_that_nobody_measured_is_refused() -> None:
+    """Added or removed behind attach: the loss would go on as if nothing had changed."""
+    model, batch = base().train(), collate().as_dict()
+    kept = model.lm_head.register_forward_hook(doubled)
+    with attach(model):
+        before = model(**batch).loss
+        added = model.lm_head.register_forward_pre_hook(halved)
+        with pytest.raises(UnsupportedHeadError, match=r"the 1 forward hook.* got 2 or others"):
+            model(**batch)
+        added.remove()
+        assert model(**batch).loss == before
+        kept.remove()
+        with pytest.raises(UnsupportedHeadError, match=r"the 1 forward hook.* got 0 or others"):
+            model(**batch)
+
+
 class Fused:
     """What `through_hooks` reads of a fused head."""
 
@@ -88,7 +104,7 @@ def test_the_loss_passes_wrappers_hooks_alone() -> None:
     hooks = list(head._forward_hooks)
     assert [is_wrappers(hook) for hook in head._forward_hooks.values()] == [False, True]
     head.forward = lambda hidden: torch.tensor(7.0)
-    with through_hooks(head, fused):
+    with through_hooks(HeadInfo(head, vocab_size=2, hooks=other_hooks(head)), fused):
         assert head(torch.zeros(1, 2)) == 14  # the model gets its constant, which other people's hooks have seen
     assert seen == [3.0]
     assert fused.result[0] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from clha_fast.hf.embedding import (
 )
 from clha_fast.hf.head_loss import head_loss
 from clha_fast.hf.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
-from clha_fast.hf.hooks import through_hooks, without_wrappers_hooks
+from clha_fast.hf.hooks import other_hooks, through_hooks, without_wrappers_hooks
 from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
@@ -227,7 +228,7 @@ class Attached:
 
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
-        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info.module, fused):
+        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
             output = self.ordinary(**inputs, **others, **self._flags)
         if not fused.called:
             raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
@@ -340,6 +341,7 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     """
     with _bare(output_embedding(model)):
         info = inspect_head(model, own_forward=True)
+    info = dataclasses.replace(info, hooks=other_hooks(info.module))
     reshard(model)
     if info.own_forward is not None:
         check_backend(backend, info.own_forward)

@@ -75,6 +75,7 @@ class HeadInfo:
             streams); None where it is called with [B, T, H].
         own_forward: the head as a function where its weight is not what it computes with; None for a linear head.
         virtual_tokens: positions that prompt tuning puts in front of the tokens, and that are not scored.
+        hooks: keys of the forward hooks on the head that are no wrapper's, whose effect was measured with it.
     """
 
     module: nn.Module
@@ -85,6 +86,7 @@ class HeadInfo:
     stream: int | None = None
     own_forward: HeadForward | None = None
     virtual_tokens: int = 0
+    hooks: tuple[int, ...] = ()
 
     def options(
         self,

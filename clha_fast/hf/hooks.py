@@ -11,17 +11,30 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from clha_fast.hf.heads import FusedHead
+from clha_fast.hf.heads import FusedHead, HeadInfo, UnsupportedHeadError
 
 # Whose hooks shard, gather or move what the head reads and returns, and leave its values alone.
 _WRAPPERS = ("torch", "deepspeed", "accelerate", "transformers")
 
 
-def is_wrappers(hook: Any) -> bool:
-    """Whether a hook comes from one of the wrapping libraries; any other may change the head's values."""
+def _library(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in _WRAPPERS
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
+
+
+def is_wrappers(hook: Any) -> bool:
+    """Whether a hook comes from one of the wrapping libraries; any other may change the head's values."""
+    return _library(hook) in _WRAPPERS
+
+
+def other_hooks(head: nn.Module) -> tuple[int, ...]:
+    """Keys of the head's forward hooks and pre-hooks that come from nobody that wraps.
+
+    peft's do not count: for the time of a call they hand the head an argument, which the head itself takes or refuses.
+    """
+    kinds: tuple[Any, ...] = (head._forward_pre_hooks, head._forward_hooks)
+    return tuple(k for kind in kinds for k, hook in kind.items() if _library(hook) not in (*_WRAPPERS, "peft"))
 
 
 @contextlib.contextmanager
@@ -38,7 +51,7 @@ def without_wrappers_hooks(head: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def through_hooks(head: nn.Module, fused: FusedHead) -> Iterator[None]:
+def through_hooks(info: HeadInfo, fused: FusedHead) -> Iterator[None]:
     """Inside, the result passes through the wrappers' hooks on the head, which would else see a constant.
 
     A wrapper that shards the head by itself (`fully_shard(model.lm_head)`, ZeRO-3) gathers its weight again for the
@@ -46,9 +59,19 @@ def through_hooks(head: nn.Module, fused: FusedHead) -> Iterator[None]:
     behind it gets the constant. So do hooks of other people's, whatever they do to logits: that was measured.
 
     Args:
-        head: the output embedding. fused: of `heads.fused_head`, whose `compute` returns a tuple that begins with the
+        info: the head as measured. fused: of `heads.fused_head`, whose `compute` returns a tuple that begins with the
             loss; its result is the one that has passed.
+
+    Raises:
+        UnsupportedHeadError: other people's hooks on the head have come or gone since it was measured.
     """
+    head = info.module
+    if other_hooks(head) != info.hooks:
+        raise UnsupportedHeadError(
+            f"model: expected the {len(info.hooks)} forward hook(s) on its output embedding that were there when it "
+            f"was measured, got {len(other_hooks(head))} or others (one may change the logits); detach and attach "
+            "again, or make the trainer after them"
+        )
     hooks: Any = head._forward_hooks
     order = list(hooks.items())
     others = [key for key, hook in order if not is_wrappers(hook)]

@@ -229,7 +229,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             )
 
         inner = base_model(self.accelerator.unwrap_model(model))
-        with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info.module, head):
+        with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info, head):
             outputs = model(**batch.model_inputs(), **self._model_flags)
         loss: Tensor = outputs.logits * scale
         # A mean of each micro-batch's own, whatever the loss divides by.
