@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.torch_head import Scan, TorchHead
+from clha_fast.torch_ranking import accumulate
 
 
 def kept_blocks(masses: Tensor, max_dropped_mass: float) -> Tensor:
@@ -84,7 +85,8 @@ class Route:
                     head.dweight[a:b].zero_()
                 continue
             rows, words = head.hidden[source[t]].to(head.dtype), head.weight[a:b].to(head.dtype)
-            p = words @ rows.t()
+            # With `out=`, which autocast leaves alone.
+            p = torch.mm(words, rows.t(), out=words.new_empty(b - a, t.numel()))
             if head.bias is not None:
                 p += head.bias[a:b].unsqueeze(1)
             head.softmax_minus_target(p, word[t] - a, own[t], peak[t], log_total[t])
@@ -94,5 +96,5 @@ class Route:
             if head.dweight is not None:
                 torch.mm(p, rows, out=head.dweight[a:b])
             if head.dhidden is not None:
-                head.dhidden.index_add_(0, source[t], p.t() @ words)
+                accumulate(head.dhidden, source[t], torch.mm(p.t(), words, out=rows))
         head.weight_is_fresh = False

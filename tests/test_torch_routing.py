@@ -287,3 +287,17 @@ def test_a_loss_twice_the_size_drops_the_same():
     twice = torch.autograd.grad(loss, leaves, torch.tensor(2.0, dtype=loss.dtype))
     for a, b in zip(once, twice, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("rows", [None, 5], ids=["own rows", "shared rows"])
+def test_autocast_takes_its_dtype(rows):
+    """The sweep runs under autocast: its own float32 products must stay what they are."""
+    case, head = peaked_case(torch.float32, rows=rows), HeadOptions(max_dropped_mass=0.01)
+    loss, expected = case.to(torch.bfloat16).gradients(head=head)
+    leaves = case.leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_loss = case.loss(head=head)[0]
+        assert torch.equal(cast_loss, loss)
+        gradients = torch.autograd.grad(cast_loss, leaves)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, wanted.float())
