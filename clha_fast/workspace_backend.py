@@ -132,7 +132,8 @@ class Loaded:
         if self.rows.dtype == torch.float16:
             # z keeps a mantissa, for float16 has no exponents to spare; the power of two goes where it costs no bit.
             grad, exponent = torch.frexp(grad)
-            power = torch.ldexp(torch.ones_like(grad), exponent).unsqueeze(1)
+            # A gradient of 0 has exponent 0: its power would be the largest beside small ones, and they underflow.
+            power = torch.ldexp((grad != 0).to(grad.dtype), exponent).unsqueeze(1)
         gradient(self.z, self.targets, lse.contiguous(), grad, sweep.ready)
         z = self.z[:, : sweep.vocabulary]
         if sweep.dhidden is not None:

@@ -266,6 +266,25 @@ def test_small_and_large_coefficients_survive_float16(power: int) -> None:
         torch.testing.assert_close(other.double(), one.double() * 2.0**power, rtol=0, atol=2.0 ** (max(power, 0) - 24))
 
 
+@pytest.mark.parametrize("power", [-16, -40])
+def test_small_coefficients_survive_float16_beside_tokens_without_one(power: int) -> None:
+    """The sums before their rounding, which an upstream gradient scales: no worse for tokens that have no gradient."""
+    p = problem(24, 70, 40, dtype=torch.float16)
+    grad = upstream(p)
+    grad[::3] = 0
+    lse = forward(p).lse
+    wide = []
+    for n in (0, power):
+        sweep = workspace_backend._Sweep(p.inputs, p.head, Needs(True, True, False))
+        sweep.reserve(24)
+        sweep.load(0, 24).backward(grad * 2.0**n, lse)
+        wide.append((sweep.dhidden, sweep.dweight))
+    for one, other in zip(*wide, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(other, one * 2.0**power)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
 def test_layouts(layout: str) -> None:
     p = problem()
