@@ -35,7 +35,17 @@ from clha_fast.triton_head import Head, on
 from clha_fast.triton_softmax import gradient, padded_width, statistics
 
 _MIN_WORKSPACE = 64 * 2**20
+# Before torch 2.10 `addmm` with a wide result refuses a wide matrix to add to.
+_ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _NOTHING = Needs(False, False, False)
+
+
+def _add_in_parts(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a . b in 16 bits with a wide result, some rows of `out` at a time."""
+    step = max(1, _MIN_WORKSPACE // max(1, out.shape[1] * out.itemsize))
+    for first in range(0, out.shape[0], step):
+        rows = slice(first, first + step)
+        out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -47,8 +57,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif add:
+    elif add and _ADDS_WIDE:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif add:
+        _add_in_parts(a, b, out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

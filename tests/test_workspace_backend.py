@@ -285,6 +285,23 @@ def test_small_coefficients_survive_float16_beside_tokens_without_one(power: int
         assert torch.equal(other, one * 2.0**power)
 
 
+def test_sums_in_parts_where_torch_cannot_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.8 and 2.9: rows of the sum a few at a time, the last part shorter. A CPU widens instead."""
+    real = torch.mm
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        return real(a.to(out_dtype), b.to(out_dtype))
+
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((5, 7), (5, 6)))
+    start = torch.randn(7, 6, generator=draw)
+    out = start.clone()
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 2 * 6 * 4)
+    workspace_backend._add_in_parts(a.t(), b, out)
+    torch.testing.assert_close(out, start + real(a.t().float(), b.float()))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
 def test_layouts(layout: str) -> None:
     p = problem()
