@@ -100,6 +100,16 @@ def _data_text(summary: DataSummary) -> str:
     )
 
 
+def _cut_text(dataset: Any, summary: DataSummary) -> str:
+    """What the limits have cut; "" where they have cut nothing."""
+    if not (dataset.cut_prompts or dataset.cut_completions):
+        return ""
+    return (
+        f"; cut to the length limits: prompts {_share(dataset.cut_prompts, summary.prompts)}, "
+        f"responses {_share(dataset.cut_completions, summary.candidates)}"
+    )
+
+
 def header(run: Run) -> str:
     """What will be trained, on what, how."""
     trainer, args = run.trainer, run.args
@@ -118,8 +128,8 @@ def header(run: Run) -> str:
         "loss": f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "
         f"({options.noise_rule}), {options.reduction}, SFT {options.sft} x {options.sft_weight:g}; "
         f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}",
-        "training": _data_text(train),
-        "held out": _data_text(held_out),
+        "training": _data_text(train) + _cut_text(trainer.train_dataset, train),
+        "held out": _data_text(held_out) + _cut_text(trainer.eval_dataset, held_out),
         "folder": run.folder if run.checkpoint is None else f"{run.folder}, resumed from {run.checkpoint}",
     }
     if run.skipped:
