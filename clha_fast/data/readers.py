@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
+from clha_fast.data.columns import check_columns
 from clha_fast.data.formats import FORMATS, PARSERS, Row, detect_format
 from clha_fast.data.records import RankedRecord, RecordError
 
@@ -66,6 +67,7 @@ def iter_records(
         if parser is None:
             parser = PARSERS[detect_format(row, place)]
         try:
+            check_columns(row, place)
             record = parser(row, place, rank_by_reward)
         except RecordError as error:
             _collect(error, errors)
@@ -78,6 +80,7 @@ def iter_records(
 
 def record_from_row(row: Row, source: str = "record", rank_by_reward: bool = False) -> RankedRecord:
     """One record from one mapping in any known format; `source` is named in errors."""
+    check_columns(row, source)
     return PARSERS[detect_format(row, source)](row, source, rank_by_reward)
 
 

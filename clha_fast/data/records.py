@@ -149,7 +149,10 @@ def check_text(value: object, source: str, field: str) -> str:
 
 
 def check_messages(value: object, source: str, field: str) -> tuple[Message, ...]:
-    """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise."""
+    """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise.
+
+    Content in parts, `[{"type": "text", "text": ...}]`, becomes their joined text.
+    """
     if not isinstance(value, Iterable) or not is_sequence(value):
         raise RecordError.of(source, field, "a list of messages", value)
     messages = []
@@ -160,12 +163,25 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
         for key in ("role", "content"):
             if key not in message:
                 raise RecordError.of(source, name, f'a message with "{key}"', sorted(map(str, message)))
-            check_text(message[key], source, f"{name}.{key}")
+        content = _joined_parts(message["content"], source, f"{name}.content")
+        check_text(message["role"], source, f"{name}.role")
+        check_text(content, source, f"{name}.content")
         # Tables give every message every key that any message has, as None.
-        messages.append({str(key): item for key, item in message.items() if item is not None})
+        messages.append({**{str(key): item for key, item in message.items() if item is not None}, "content": content})
     if not messages:
         raise RecordError.of(source, field, "at least one message", value)
     return tuple(messages)
+
+
+def _joined_parts(content: object, source: str, field: str) -> object:
+    if not isinstance(content, Iterable) or not is_sequence(content):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise RecordError.of(source, f"{field}[{number}]", 'a part {"type": "text", "text": ...}', part)
+        texts.append(check_text(part.get("text"), source, f"{field}[{number}].text"))
+    return "".join(texts)
 
 
 def _check_prompt(prompt: object, source: str) -> Prompt:

@@ -1,0 +1,66 @@
+"""Content in parts, and columns that other libraries read: used, refused or warned of, never left out unsaid."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clha_fast.data import RecordError, read_records, record_from_row
+
+ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "one ", "image": None}, {"type": "text", "text": "two"}]
+    prompt = [{"role": "user", "content": parts}]
+    plain = [{"role": "user", "content": "one two"}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    record = record_from_row({"prompt": prompt, "completions": [answer, "no"]})
+    assert record == record_from_row({"prompt": plain, "completions": ["yes", "no"]})
+    chosen, rejected = ([*prompt, {"role": "assistant", "content": text}] for text in ("yes", "no"))
+    assert record_from_row({"chosen": chosen, "rejected": rejected}) == record
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image", "image": "x"}, r"f:3: prompt\[0\].content\[0\]: expected a part .*\"text\".*, got .*image"),
+        ("text", r"f:3: prompt\[0\].content\[0\]: expected a part"),
+        ({"type": "text"}, r"f:3: prompt\[0\].content\[0\].text: expected a text, got None"),
+    ],
+)
+def test_other_parts_are_refused(part: Any, message: str) -> None:
+    row = {"prompt": [{"role": "user", "content": [part]}], "completions": ["a", "b"]}
+    with pytest.raises(RecordError, match=f"^{message}"):
+        record_from_row(row, "f:3")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nothing"),
+    [
+        ("system", "be kind", ""),
+        ("tools", [{"name": "f"}], []),
+        ("chat_template_kwargs", {"enable_thinking": False}, {}),
+    ],
+)
+def test_columns_that_would_change_the_prompt_are_refused(tmp_path: Path, name: str, value: Any, nothing: Any) -> None:
+    with pytest.raises(RecordError, match=f"^f:3: {name}: expected no such column .*, got "):
+        record_from_row({**ROW, name: value}, "f:3")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**ROW, name: value}) + "\n")
+    with pytest.raises(RecordError, match=f"rows.jsonl:1: {name}: expected no such column"):
+        read_records(path)
+    for empty in (None, nothing):
+        assert record_from_row({**ROW, name: empty}) == record_from_row(ROW)
+
+
+def test_a_margin_column_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"^margin: this column is not used; .* margin \* \(j - i\)"):
+        assert record_from_row({**ROW, "margin": 0.5}) == record_from_row(ROW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record_from_row({**ROW, "margin": None})
