@@ -33,6 +33,7 @@ from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, fil
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
 from clha_fast.hf.samples import SAMPLES_FILE
+from clha_fast.hf.settings import check_best_metric, evaluation_metrics
 from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.hf.trainer_checkpoints import wait_for_everyone
 
@@ -151,6 +152,7 @@ class Run:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         self.args = CLHAConfig(**settings)
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics())
         self.folder: str = self.args.output_dir
         # Before anything is written: a backend that was asked for runs or is refused.
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
