@@ -53,6 +53,8 @@ class RankedRecord:
             ranking.
         sft_index: position in `completions` of the response that the SFT term imitates.
         source: "file:line", named in every error; not part of equality.
+        template: what the chat template gets beside the messages: `tools`, a list of them, and any variables of
+            its own; for messages only.
 
     Raises:
         RecordError: for anything else, naming source, field, what was expected and what came.
@@ -63,6 +65,7 @@ class RankedRecord:
     rewards: tuple[float, ...] | None = None
     sft_index: int = 0
     source: str = field(default="record", compare=False)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
@@ -71,6 +74,9 @@ class RankedRecord:
         if self.rewards is not None:
             object.__setattr__(self, "rewards", _check_rewards(self.rewards, size, self.source))
         object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
+        if self.template and isinstance(self.prompt, str):
+            name = "tools" if "tools" in self.template else "chat_template_kwargs"
+            raise RecordError.of(self.source, name, "messages as prompt, for a chat template", self.prompt)
 
     def as_dict(self) -> dict[str, Any]:
         """The canonical JSON object; rewards only where there are any, sft_index only where it is not 0."""
@@ -80,6 +86,11 @@ class RankedRecord:
             out["rewards"] = list(self.rewards)
         if self.sft_index:
             out["sft_index"] = self.sft_index
+        variables = dict(self.template)
+        if "tools" in variables:
+            out["tools"] = variables.pop("tools")
+        if variables:
+            out["chat_template_kwargs"] = variables
         return out
 
 

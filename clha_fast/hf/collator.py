@@ -160,13 +160,13 @@ class RankedCollator:
     def _texts(self, record: RankedRecord) -> tuple[list[int], int, Sequence[str], bool]:
         """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
-            text, _ = render_prompt(record.prompt, self.tokenizer, record.source)
+            text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
             own = self._encode([text])[0]
             prefix = self._prefix(text, own)
             responses: Sequence[str] = record.completions
             closed = False
         else:
-            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source)
+            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source, record.template)
             text, responses, closed = chat.prompt, chat.responses, chat.closed
             own = self._encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
