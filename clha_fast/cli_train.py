@@ -33,7 +33,7 @@ usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
 
 Options stand in the YAML file under the same names; flags win. `--model_config.hidden_size 128` sets one entry.
 
-files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1  --format auto  --rank_by_reward
+files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1 (0: none)  --format auto  --rank_by_reward
           --skip_bad_records (leave malformed records out and say how many)
 folder    --output_dir DIR  --resume | --overwrite
           (resume takes the same settings; to train further, --model OLD_DIR and a new folder)
@@ -100,6 +100,24 @@ def _data_text(summary: DataSummary) -> str:
     )
 
 
+def _cut_text(dataset: Any, summary: DataSummary) -> str:
+    """What the limits have cut; "" where they have cut nothing."""
+    if not (dataset.cut_prompts or dataset.cut_completions):
+        return ""
+    return (
+        f"; cut to the length limits: prompts {_share(dataset.cut_prompts, summary.prompts)}, "
+        f"responses {_share(dataset.cut_completions, summary.candidates)}"
+    )
+
+
+def _folder_text(run: Run) -> str:
+    if run.checkpoint is not None:
+        return f"{run.folder}, resumed from {run.checkpoint}"
+    if run.options.resume:
+        return f"{run.folder}, whose run has no checkpoint yet: training starts from the beginning"
+    return run.folder
+
+
 def header(run: Run) -> str:
     """What will be trained, on what, how."""
     trainer, args = run.trainer, run.args
@@ -118,9 +136,11 @@ def header(run: Run) -> str:
         "loss": f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "
         f"({options.noise_rule}), {options.reduction}, SFT {options.sft} x {options.sft_weight:g}; "
         f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}",
-        "training": _data_text(train),
-        "held out": _data_text(held_out),
-        "folder": run.folder if run.checkpoint is None else f"{run.folder}, resumed from {run.checkpoint}",
+        "training": _data_text(train) + _cut_text(trainer.train_dataset, train),
+        "held out": (
+            "no held-out set" if held_out is None else _data_text(held_out) + _cut_text(trainer.eval_dataset, held_out)
+        ),
+        "folder": _folder_text(run),
     }
     if run.skipped:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
@@ -205,7 +225,7 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     run.finish()
     if run.args.process_index != 0:
         return
-    print(f"\n{report.evaluation_table(run.before, run.after)}")
+    print(f"\n{report.evaluation_table(run.before, run.after) if run.held_out else 'no held-out set: not evaluated'}")
     log = run.trainer.state.log_history
     if not command.get("plot", True):
         pass

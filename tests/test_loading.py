@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clha_fast.batch import CandidateBatch
 from clha_fast.data import RankedRecord, RecordError
+from clha_fast.hf import stream
 from clha_fast.hf.collator import RankedCollator, RankedDataset
 from clha_fast.hf.sampling import LengthSampler, TokenBudgetSampler
 from clha_fast.hf.stream import RankedStream
@@ -312,6 +313,42 @@ def test_a_stream_is_resumed_where_it_was(tmp_path: Path) -> None:
     rest = stream_run("half")
     rest.train(resume_from_checkpoint=True)
     assert losses(rest) == losses(whole)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("table", [False, True])
+def test_what_the_limits_cut_is_counted(table: bool, num_proc: int | None) -> None:
+    rows = [
+        {"prompt": "a b", "completions": ["c", "d"]},  # 4 bytes with BOS, and 2 with EOS: fits
+        {"prompt": "a b", "completions": ["c", "d e f g h"]},  # the responses do not fit, nor the prompt beside them
+        {"prompt": "a b c d e f g", "completions": ["c"]},  # the prompt alone is cut
+    ]
+    tokenizer = make_tokenizer()
+    lengths = [
+        [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in row["completions"]] for row in rows
+    ]
+    assert lengths == [[1, 1], [1, 9], [1]]
+    data = datasets.Dataset.from_list(rows) if table else rows
+    found = RankedDataset(data, RankedCollator(tokenizer, max_length=6), num_proc=num_proc)
+    assert (found.cut_prompts, found.cut_completions) == (2, 1)
+    assert set(found[0]) == {"prompt_ids", "completion_ids", "rewards", "sft_index", "source"}
+    whole = RankedDataset(data, RankedCollator(tokenizer), num_proc=num_proc)
+    assert (whole.cut_prompts, whole.cut_completions) == (0, 0)
+
+
+def test_the_trainer_says_what_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stream.logger, "warning", said.append)
+    rows = [{"prompt": "a", "completions": ["c", "d e f g h"]}, {"prompt": "a", "completions": ["c", "d"]}]
+    CLHATrainer(
+        make_model(len(TOKENIZER)),
+        config(tmp_path, max_length=6, max_prompt_length=2),
+        train_dataset=rows,
+        eval_dataset=rows[1:],
+        processing_class=TOKENIZER,
+    )
+    expected = "train_dataset: 0 of 2 prompts and 1 of 4 responses were cut to max_length=6, max_prompt_length=2"
+    assert said == [expected]
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens_per_batch": 200}, {"train_sampling_strategy": "group_by_length"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib
 import itertools
@@ -12,7 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
-from clha_fast.data.formats import FORMATS, PARSERS, Row, detect_format
+from clha_fast.data.columns import check_columns, template_of
+from clha_fast.data.formats import FORMATS, PARSERS, Parser, Row, detect_format
 from clha_fast.data.records import RankedRecord, RecordError
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -66,7 +68,7 @@ def iter_records(
         if parser is None:
             parser = PARSERS[detect_format(row, place)]
         try:
-            record = parser(row, place, rank_by_reward)
+            record = _parse(parser, row, place, rank_by_reward)
         except RecordError as error:
             _collect(error, errors)
         else:
@@ -78,7 +80,14 @@ def iter_records(
 
 def record_from_row(row: Row, source: str = "record", rank_by_reward: bool = False) -> RankedRecord:
     """One record from one mapping in any known format; `source` is named in errors."""
-    return PARSERS[detect_format(row, source)](row, source, rank_by_reward)
+    return _parse(PARSERS[detect_format(row, source)], row, source, rank_by_reward)
+
+
+def _parse(parser: Parser, row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
+    check_columns(row, source)
+    record = parser(row, source, rank_by_reward)
+    template = template_of(row, source)
+    return dataclasses.replace(record, template=template) if template else record
 
 
 def _collect(error: RecordError, errors: list[RecordError] | None) -> None:

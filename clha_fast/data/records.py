@@ -53,6 +53,8 @@ class RankedRecord:
             ranking.
         sft_index: position in `completions` of the response that the SFT term imitates.
         source: "file:line", named in every error; not part of equality.
+        template: what the chat template gets beside the messages: `tools`, a list of them, and any variables of
+            its own; for messages only.
 
     Raises:
         RecordError: for anything else, naming source, field, what was expected and what came.
@@ -63,6 +65,7 @@ class RankedRecord:
     rewards: tuple[float, ...] | None = None
     sft_index: int = 0
     source: str = field(default="record", compare=False)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
@@ -71,6 +74,9 @@ class RankedRecord:
         if self.rewards is not None:
             object.__setattr__(self, "rewards", _check_rewards(self.rewards, size, self.source))
         object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
+        if self.template and isinstance(self.prompt, str):
+            name = "tools" if "tools" in self.template else "chat_template_kwargs"
+            raise RecordError.of(self.source, name, "messages as prompt, for a chat template", self.prompt)
 
     def as_dict(self) -> dict[str, Any]:
         """The canonical JSON object; rewards only where there are any, sft_index only where it is not 0."""
@@ -80,6 +86,11 @@ class RankedRecord:
             out["rewards"] = list(self.rewards)
         if self.sft_index:
             out["sft_index"] = self.sft_index
+        variables = dict(self.template)
+        if "tools" in variables:
+            out["tools"] = variables.pop("tools")
+        if variables:
+            out["chat_template_kwargs"] = variables
         return out
 
 
@@ -149,7 +160,10 @@ def check_text(value: object, source: str, field: str) -> str:
 
 
 def check_messages(value: object, source: str, field: str) -> tuple[Message, ...]:
-    """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise."""
+    """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise.
+
+    Content in parts, `[{"type": "text", "text": ...}]`, becomes their joined text.
+    """
     if not isinstance(value, Iterable) or not is_sequence(value):
         raise RecordError.of(source, field, "a list of messages", value)
     messages = []
@@ -160,12 +174,25 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
         for key in ("role", "content"):
             if key not in message:
                 raise RecordError.of(source, name, f'a message with "{key}"', sorted(map(str, message)))
-            check_text(message[key], source, f"{name}.{key}")
+        content = _joined_parts(message["content"], source, f"{name}.content")
+        check_text(message["role"], source, f"{name}.role")
+        check_text(content, source, f"{name}.content")
         # Tables give every message every key that any message has, as None.
-        messages.append({str(key): item for key, item in message.items() if item is not None})
+        messages.append({**{str(key): item for key, item in message.items() if item is not None}, "content": content})
     if not messages:
         raise RecordError.of(source, field, "at least one message", value)
     return tuple(messages)
+
+
+def _joined_parts(content: object, source: str, field: str) -> object:
+    if not isinstance(content, Iterable) or not is_sequence(content):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise RecordError.of(source, f"{field}[{number}]", 'a part {"type": "text", "text": ...}', part)
+        texts.append(check_text(part.get("text"), source, f"{field}[{number}].text"))
+    return "".join(texts)
 
 
 def _check_prompt(prompt: object, source: str) -> Prompt:

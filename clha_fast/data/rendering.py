@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clha_fast.data.records import Message, Prompt, RecordError
@@ -20,7 +20,9 @@ def plain_template(messages: Iterable[Message]) -> str:
     return "\n\n".join(turns)
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any, source: str = "record") -> tuple[str, bool]:
+def render_prompt(
+    prompt: Prompt, tokenizer: Any, source: str = "record", template: Mapping[str, Any] | None = None
+) -> tuple[str, bool]:
     """The prompt's text, and whether it holds its own special tokens.
 
     Args:
@@ -29,17 +31,25 @@ def render_prompt(prompt: Prompt, tokenizer: Any, source: str = "record") -> tup
             none.
         tokenizer: a transformers tokenizer.
         source: named in errors.
+        template: as `RankedRecord.template`.
 
     Returns:
         (text, True when a chat template wrote it: the template writes BOS itself, so none must be added).
 
     Raises:
-        RecordError: the chat template refuses the messages (many demand strictly alternating roles).
+        RecordError: the chat template refuses the messages (many demand strictly alternating roles); there is none, or
+            one that writes no tools, where `template` needs it.
     """
     if isinstance(prompt, str):
         return prompt, False
     if not getattr(tokenizer, "chat_template", None):
+        if template:
+            name = "tools" if "tools" in template else "chat_template_kwargs"
+            raise RecordError.of(source, name, "a tokenizer with a chat template", type(tokenizer).__name__)
         return plain_template(prompt), False
+    if template and "tools" in template and "tools" not in tokenizer.get_chat_template(tools=template["tools"]):
+        message = f"{source}: tools: expected a chat template that writes tools, got one that does not"
+        raise RecordError(message, source=source, field="tools")
     from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
 
     continues = prompt[-1]["role"] == "assistant"
@@ -49,6 +59,7 @@ def render_prompt(prompt: Prompt, tokenizer: Any, source: str = "record") -> tup
             tokenize=False,
             add_generation_prompt=not continues,
             continue_final_message=continues,
+            **(template or {}),
         )
     except TemplateError as error:
         message = f"{source}: prompt: the tokenizer's chat template refuses these messages: {error}"

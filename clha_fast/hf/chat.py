@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,13 @@ class _Turn:
     rest: str
 
 
-def render_chat(messages: Sequence[Message], completions: Sequence[str], tokenizer: Any, source: str) -> ChatTexts:
+def render_chat(
+    messages: Sequence[Message],
+    completions: Sequence[str],
+    tokenizer: Any,
+    source: str,
+    template: Mapping[str, Any] | None = None,
+) -> ChatTexts:
     r"""Where the responses begin and end is learnt from the template itself, with a text that stands for any response.
 
     The prompt is the rendering with the generation prompt. What the template puts between that and the response goes
@@ -55,18 +61,19 @@ def render_chat(messages: Sequence[Message], completions: Sequence[str], tokeniz
     response, whose first token they are part of ("[/INST] Yes"). A response ends with the first special token behind
     it ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"), and what the template writes after that is left out.
     Where the template marks `{% generation %}`, the mark decides, only never without the end of turn. A final
-    assistant message is continued by the responses.
+    assistant message is continued by the responses. `template` is `RankedRecord.template`.
 
     Raises:
         RecordError: the template refuses the messages; its rendering of prompt and response does not begin with the
             prompt's, or does not end as with another response; it leaves out some of a response's text.
     """
-    start, _ = render_prompt(tuple(messages), tokenizer, source)
-    turn = _learn_turn(messages, start, tokenizer, source)
+    given = template or {}
+    start, _ = render_prompt(tuple(messages), tokenizer, source, given)
+    turn = _learn_turn(messages, start, tokenizer, source, given)
     bodies = []
     for number, completion in enumerate(completions):
         name = f"completions[{number}]"
-        whole = _render(_with_response(messages, completion), tokenizer, source, name)
+        whole = _render(_with_response(messages, completion), tokenizer, source, name, given)
         if not whole.startswith(start):
             raise _broken(source, name, start, whole)
         if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
@@ -87,12 +94,14 @@ def render_chat(messages: Sequence[Message], completions: Sequence[str], tokeniz
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
 
 
-def _learn_turn(messages: Sequence[Message], start: str, tokenizer: Any, source: str) -> _Turn:
+def _learn_turn(
+    messages: Sequence[Message], start: str, tokenizer: Any, source: str, template: Mapping[str, Any]
+) -> _Turn:
     stand_in = "response"
     while stand_in in start:
         stand_in += "0"
     chat = _with_response(messages, stand_in)
-    whole = _render(chat, tokenizer, source, "prompt")
+    whole = _render(chat, tokenizer, source, "prompt", template)
     if not whole.startswith(start):
         raise _broken(source, "prompt", start, whole)
     at = whole.find(stand_in, len(start))
@@ -102,7 +111,7 @@ def _learn_turn(messages: Sequence[Message], start: str, tokenizer: Any, source:
     found = _special_tokens(tokenizer).search(rest)
     end = len(rest.rstrip()) if found is None else found.end()
     lead = before if before.strip() else ""
-    span = _generation_span(chat, tokenizer, at)
+    span = _generation_span(chat, tokenizer, at, template)
     if span is not None:
         lead = before[: max(span[0] - len(start), 0)]
         end = max(end, span[1] - at - len(stand_in))
@@ -116,11 +125,11 @@ def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def _render(messages: list[Message], tokenizer: Any, source: str, field: str) -> str:
+def _render(messages: list[Message], tokenizer: Any, source: str, field: str, template: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template))
     except TemplateError as error:
         message = f"{source}: {field}: the tokenizer's chat template refuses these messages: {error}"
         raise RecordError(message, source=source, field=field) from error
@@ -141,16 +150,18 @@ def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
-def _generation_span(messages: list[Message], tokenizer: Any, at: int) -> tuple[int, int] | None:
+def _generation_span(
+    messages: list[Message], tokenizer: Any, at: int, given: Mapping[str, Any]
+) -> tuple[int, int] | None:
     """The characters that the template marks as generated around position `at`, if it marks any there."""
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=given.get("tools"))
     if not _GENERATION.search(template):
         return None
     _, spans = render_jinja_template(
         conversations=[messages],
         chat_template=template,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **{**tokenizer.special_tokens_map, **given},
     )
     return next(((start, end) for start, end in spans[0] if start <= at < end), None)
 

@@ -168,16 +168,21 @@ def check_folder(folder: str, identity: RunIdentity, *, resume: bool = False, ov
     """The checkpoint to resume from, if any; writes nothing.
 
     Args:
-        resume: continue the run that `folder` holds; it must be the same one. Nothing to continue is a new run.
+        resume: continue the run that `folder` holds; it must be the same one. One without a checkpoint begins anew.
         overwrite: a run that `folder` holds may be removed.
 
     Raises:
-        RunFolderError: the folder holds a run and neither is set; the run to resume is another one; the folder holds
-            files that no run of this program has written.
+        RunFolderError: the folder holds a run and neither is set; there is no run to resume, or it is another one; the
+            folder holds files that no run of this program has written, or is a file itself.
     """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise RunFolderError(f"output_dir: expected a folder, got {folder}, which is a file")
     path = os.path.join(folder, RUN_FILE)
     content = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     known = os.path.isfile(path)
+    if resume and not content:
+        state = "empty" if os.path.isdir(folder) else "not there"
+        raise RunFolderError(f"resume: expected a folder that holds a run, got {folder} ({state})")
     if overwrite or not content:
         return None
     if not known:

@@ -119,15 +119,21 @@ class RankedCollator:
                 the tokenizer puts no BOS (the first response token needs a row to read); a limit that leaves the
                 prompt no token of its own.
         """
-        record = as_record(record, "record")
+        feature, _, _ = self.tokenize_counted(as_record(record, "record"))
+        return feature
+
+    def tokenize_counted(self, record: RankedRecord) -> tuple[CandidateFeature, int, int]:
+        """(`tokenize_record`'s result, 1 when a limit cut the prompt and otherwise 0, the number of responses cut)."""
         eos = self.tokenizer.eos_token_id
         prompt, prefix_length, responses, closed = self._texts(record)
         completions = self._encode_responses(responses, record.source)
+        whole_lengths = []
         for number, ids in enumerate(completions):
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
             whole = ids if closed or ids[-1] == eos else [*ids, eos]
+            whole_lengths.append(len(whole))
             completions[number] = whole[: self.max_completion_length]
 
         needed = prefix_length + (len(prompt) > prefix_length)
@@ -136,28 +142,31 @@ class RankedCollator:
         if self.max_length is not None:
             self._check_limit("max_length", self.max_length, needed + 1, record.source)
             limit = min(limit, max(self.max_length - max(map(len, completions)), needed))
-        if len(prompt) > limit:
+        prompt_cut = len(prompt) > limit
+        if prompt_cut:
             prompt = prompt[:prefix_length] + prompt[len(prompt) - (limit - prefix_length) :]
         if self.max_length is not None:
             completions = [ids[: self.max_length - len(prompt)] for ids in completions]
-        return {
+        feature: CandidateFeature = {
             "prompt_ids": prompt,
             "completion_ids": completions,
             "rewards": None if record.rewards is None else list(record.rewards),
             "sft_index": record.sft_index,
             "source": record.source,
         }
+        cut = sum(len(ids) < length for ids, length in zip(completions, whole_lengths, strict=True))
+        return feature, int(prompt_cut), cut
 
     def _texts(self, record: RankedRecord) -> tuple[list[int], int, Sequence[str], bool]:
         """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
-            text, _ = render_prompt(record.prompt, self.tokenizer, record.source)
+            text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
             own = self._encode([text])[0]
             prefix = self._prefix(text, own)
             responses: Sequence[str] = record.completions
             closed = False
         else:
-            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source)
+            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source, record.template)
             text, responses, closed = chat.prompt, chat.responses, chat.closed
             own = self._encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
@@ -218,6 +227,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
     Attributes:
         lengths: tokens of every prompt's longest row, for samplers that group by length.
         skipped: the errors of records left out; the list given as `skipped`, or an empty one.
+        cut_prompts, cut_completions: how many the collator's limits have shortened.
 
     Raises:
         ValueError: no record, or some records with rewards and some without; a bad `num_proc`.
@@ -233,11 +243,13 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         skipped: list[RecordError] | None = None,
     ) -> None:
         self.skipped: list[RecordError] = [] if skipped is None else skipped
-        self._features: Sequence[CandidateFeature]
-        if is_table(records):
-            self._features = tokenise_table(records, collator.tokenize_record, num_proc, skipped)
-        else:
-            self._features = tokenise_all(records, collator.tokenize_record, num_proc, skipped, progress)
+        found = (
+            tokenise_table(records, collator.tokenize_counted, num_proc, skipped)
+            if is_table(records)
+            else tokenise_all(records, collator.tokenize_counted, num_proc, skipped, progress)
+        )
+        self._features: Sequence[CandidateFeature] = found.features
+        self.cut_prompts, self.cut_completions = found.cut_prompts, found.cut_completions
         if not len(self._features):
             raise RecordError("records: expected at least one, got none")
         check_features(self._features)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from clha_fast.dispatch import BACKENDS
 from clha_fast.hf.loading import check_loading
+from clha_fast.hf.settings import check_machine, check_numbers
 from clha_fast.options import CLHAOptions, HeadOptions
 
 _PRESET = {"help": "None: as the preset says."}
@@ -46,8 +47,8 @@ class CLHAConfig(TrainingArguments):
             eval_sample_temperature: 0 is greedy. Training goes on as if there had been none.
 
     Raises:
-        ValueError: a value outside its choices, a setting that this trainer does not carry (Liger's kernels, label
-            smoothing, batches dispatched by one process).
+        ValueError: a value outside its choices, fp16 on a CPU, a reporter or DeepSpeed that is not installed, a setting
+            that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
 
     preset: str = field(default="published", metadata={"help": "published, paper or sft_only."})
@@ -84,7 +85,9 @@ class CLHAConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in logs."})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         super().__post_init__()
+        check_machine(self)
         self.loss_options()
         _choice("normalizer", self.normalizer, ("batch", "global"))
         _choice("backend", self.backend, BACKENDS)

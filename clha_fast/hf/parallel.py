@@ -10,6 +10,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
@@ -19,12 +20,22 @@ from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
 
 Example = RankedRecord | Mapping[str, Any]
-Tokenise = Callable[[RankedRecord], CandidateFeature]
+Counted = tuple[CandidateFeature, int, int]  # tokens, prompts cut (0 or 1), responses cut
+Tokenise = Callable[[RankedRecord], Counted]
 
 _tokenise: Tokenise  # of a process of the pool, set when it starts
 
 _CHUNK = 64  # records that a process takes at a time
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+
+
+@dataclass
+class Tokenised:
+    """Tokenised records, and how many prompts and responses of them a limit has cut."""
+
+    features: Sequence[CandidateFeature]
+    cut_prompts: int
+    cut_completions: int
 
 
 def as_record(example: Example, source: str) -> RankedRecord:
@@ -44,11 +55,11 @@ def tokenise_all(
     num_proc: int | None = None,
     skipped: list[RecordError] | None = None,
     progress: bool | None = None,
-) -> list[CandidateFeature]:
+) -> Tokenised:
     """Every example tokenised, in order, the same whatever the number of processes.
 
     Args:
-        tokenise: of one record; it travels to the processes.
+        tokenise: of one record, `RankedCollator.tokenize_counted`; it travels to the processes.
         num_proc: processes; None and 1 are this one.
         skipped: None raises the first `RecordError`; a list collects them, and their records are left out.
         progress: show a bar; None shows it for more than 2000 records.
@@ -62,6 +73,7 @@ def tokenise_all(
         disable=not (len(rows) > _LARGE if progress is None else progress),
     )
     features = []
+    cut_prompts = cut_completions = 0
     with bar:
         for result in _results(rows, tokenise, min(num_proc or 1, max(len(rows), 1))):
             if isinstance(result, RecordError):
@@ -69,12 +81,15 @@ def tokenise_all(
                     raise result
                 skipped.append(result)
             else:
-                features.append(result)
+                feature, prompts, completions = result
+                features.append(feature)
+                cut_prompts += prompts
+                cut_completions += completions
             bar.update(1)
-    return features
+    return Tokenised(features, cut_prompts, cut_completions)
 
 
-def _results(rows: list[Example], tokenise: Tokenise, num_proc: int) -> Iterator[CandidateFeature | RecordError]:
+def _results(rows: list[Example], tokenise: Tokenise, num_proc: int) -> Iterator[Counted | RecordError]:
     if num_proc == 1:
         yield from (_one(row, number, tokenise) for number, row in enumerate(rows))
         return
@@ -98,16 +113,17 @@ def _start_process(tokenise: Tokenise) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _chunk(chunk: tuple[int, list[Example]]) -> list[CandidateFeature | RecordError]:
+def _chunk(chunk: tuple[int, list[Example]]) -> list[Counted | RecordError]:
     start, rows = chunk
     return [_one(row, start + number, _tokenise) for number, row in enumerate(rows)]
 
 
-def _one(row: Example, number: int, tokenise: Tokenise) -> CandidateFeature | RecordError:
+def _one(row: Example, number: int, tokenise: Tokenise) -> Counted | RecordError:
     try:
-        return compact(tokenise(as_record(row, f"record {number}")))
+        feature, prompts, completions = tokenise(as_record(row, f"record {number}"))
     except RecordError as error:
         return error
+    return compact(feature), prompts, completions
 
 
 def compact(feature: CandidateFeature) -> CandidateFeature:
@@ -124,7 +140,7 @@ def is_table(value: Any) -> bool:
 
 def tokenise_table(
     table: Any, tokenise: Tokenise, num_proc: int | None = None, skipped: list[RecordError] | None = None
-) -> Sequence[CandidateFeature]:
+) -> Tokenised:
     """A `datasets.Dataset` of rows in a known format, tokenised by its own `map`; arguments as `tokenise_all`.
 
     The result is a table in memory, four bytes a token. It is not cached on disk: a cache is looked up by the name of
@@ -140,6 +156,8 @@ def tokenise_table(
         "sft_index": number,
         "source": datasets.Value("string"),
         "error": datasets.Value("string"),
+        "cut_prompts": number,
+        "cut_completions": number,
     }
     done = table.map(
         functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None),
@@ -156,15 +174,17 @@ def tokenise_table(
     if skipped is not None and any(error is not None for error in errors):
         skipped += [RecordError(error, source=error.partition(": ")[0]) for error in errors if error is not None]
         done = done.select([index for index, error in enumerate(errors) if error is None])
-    features: Sequence[CandidateFeature] = done.remove_columns("error")
-    return features
+    counts = [sum(done[name]) for name in ("cut_prompts", "cut_completions")]
+    return Tokenised(done.remove_columns(["error", "cut_prompts", "cut_completions"]), *counts)
 
 
 def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool) -> dict[str, Any]:
     try:
-        return {**tokenise(as_record(row, f"record {index}")), "error": None}
+        feature, prompts, completions = tokenise(as_record(row, f"record {index}"))
+        return {**feature, "error": None, "cut_prompts": prompts, "cut_completions": completions}
     except RecordError as error:
         if not skip:
             raise
         nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
+        nothing |= {"cut_prompts": 0, "cut_completions": 0}
         return {**nothing, "source": error.source, "error": str(error)}

@@ -33,6 +33,7 @@ from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, fil
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
 from clha_fast.hf.samples import SAMPLES_FILE
+from clha_fast.hf.settings import check_best_metric, evaluation_metrics
 from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.hf.trainer_checkpoints import wait_for_everyone
 
@@ -63,7 +64,7 @@ class RunOptions:
 
     Attributes:
         train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
-            file's prompts are held out.
+            file's prompts are held out; with 0 none are, and nothing is evaluated.
         format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
@@ -151,6 +152,7 @@ class Run:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         self.args = CLHAConfig(**settings)
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics())
         self.folder: str = self.args.output_dir
         # Before anything is written: a backend that was asked for runs or is refused.
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
@@ -170,12 +172,12 @@ class Run:
             self.model,
             self.args,
             train_dataset=self.train_records,
-            eval_dataset=self.held_out,
+            eval_dataset=self.held_out or None,
             processing_class=self.tokenizer,
             peft_config=adapter,
             callbacks=[self._stop],
         )
-        for dataset in (self.trainer.train_dataset, self.trainer.eval_dataset):
+        for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             self.skipped += dataset.skipped
         files = (options.train_file, options.eval_file)
         self.trainer.dataset_names = [os.path.basename(path) for path in files if path is not None]
@@ -192,8 +194,19 @@ class Run:
         records = read_records(options.train_file, options.format, options.rank_by_reward, skipped)
         if options.eval_file is None:
             fraction = 0.1 if options.eval_fraction is None else options.eval_fraction
+            if fraction == 0:
+                self._check_no_evaluation()
+                return records, []
             return split_records(records, fraction, self.args.seed)
         return records, read_records(options.eval_file, options.format, options.rank_by_reward, skipped)
+
+    def _check_no_evaluation(self) -> None:
+        """ValueError for what needs a held-out set."""
+        for name, none in (("eval_strategy", "no"), ("eval_samples", 0), ("eval_on_start", False)):
+            value = getattr(self.args, name)
+            value = getattr(value, "value", value)
+            if value != none:
+                raise ValueError(f"{name}: expected {none!r} with eval_fraction 0 (no held-out set), got {value!r}")
 
     def _identity(self, settings: Mapping[str, Any]) -> RunIdentity:
         options = self.options
@@ -226,11 +239,12 @@ class Run:
         assert options.model is not None
         return load_model(options.model, dtype, options.attn_implementation)
 
-    def summary(self) -> tuple[DataSummary, DataSummary, int]:
-        """(training, evaluation, evaluation prompts that training has too)."""
+    def summary(self) -> tuple[DataSummary, DataSummary | None, int]:
+        """(training, evaluation, evaluation prompts that training has too); None without a held-out set."""
         loss = self.trainer.loss_options
         shared = shared_prompts(self.train_records, self.held_out)
-        return summarise(self.train_records, loss), summarise(self.held_out, loss), shared
+        held_out = summarise(self.held_out, loss) if self.held_out else None
+        return summarise(self.train_records, loss), held_out, shared
 
     def evaluate_before(self) -> None:
         """Claim the folder and evaluate the untrained model; a resumed run reads what it found then.
@@ -246,6 +260,9 @@ class Run:
         if self.args.process_index == 0:
             claim_folder(self.folder, self.identity, owned=(METRICS_FILE, CURVE_FILE, SAMPLES_FILE))
         wait_for_everyone()
+        if not self.held_out:
+            self.write_metrics()
+            return
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             self.args.eval_on_start = True
             return
@@ -278,7 +295,8 @@ class Run:
 
     def finish(self) -> None:
         """Evaluate the trained model and save it, its tokenizer and the metrics."""
-        self.after = self.trainer.evaluate()
+        if self.held_out:
+            self.after = self.trainer.evaluate()
         self.trainer.save_model()
         self.write_metrics()
 

@@ -106,7 +106,10 @@ def describe(
     ends: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """One line of the file for each prompt: step, index, prompt, completion, tokens, finished (it ended by itself)."""
+    """One line of the file for each prompt: step, index, prompt, completion, tokens, finished (it ended by itself).
+
+    Texts are without special tokens.
+    """
     lines = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         text = tokenizer.decode(list(answer), skip_special_tokens=True)
@@ -114,7 +117,7 @@ def describe(
             {
                 "step": step,
                 "index": index,
-                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=False),
+                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=True),
                 "completion": text,
                 "tokens": len(answer),
                 "finished": bool(answer) and answer[-1] in ends,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -295,7 +296,7 @@ class _Run:
         out = []
         for record, indices in zip(self.records, self.rows_of, strict=True):
             values = tuple(rewards[index] for index in indices)
-            out.append(RankedRecord(record.prompt, record.completions, values, record.sft_index, record.source))
+            out.append(dataclasses.replace(record, rewards=values))
         return out
 
 

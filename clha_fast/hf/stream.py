@@ -155,7 +155,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
             return dataset
         if hasattr(dataset, "__len__"):
-            found = _tokenised(dataset, collator, args)
+            found = _tokenised(dataset, collator, args, name)
             if training:
                 _warn_if_nothing_is_ranked(found, collator.options)
             return found
@@ -201,9 +201,16 @@ def _warn_if_nothing_is_ranked(dataset: RankedDataset, options: CLHAOptions) -> 
     )
 
 
-def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig) -> RankedDataset:
+def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
     skipped: list[RecordError] | None = [] if args.skip_bad_records else None
     found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
     if skipped:
         logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
+    if found.cut_prompts or found.cut_completions:
+        limits = ("max_length", "max_prompt_length", "max_completion_length")
+        given = ", ".join(f"{limit}={getattr(collator, limit)}" for limit in limits if getattr(collator, limit))
+        logger.warning(
+            f"{name}: {found.cut_prompts:,} of {len(found):,} prompts and {found.cut_completions:,} of "
+            f"{sum(len(found[k]['completion_ids']) for k in range(len(found))):,} responses were cut to {given}"
+        )
     return found

@@ -38,7 +38,8 @@ DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
     "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
-    "score_rejected prefix suffix reward query responses scores answers instruction fill"
+    "score_rejected prefix suffix reward query responses scores answers instruction fill "
+    "system tools chat_template_kwargs margin"
 )
 
 

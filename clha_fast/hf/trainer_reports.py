@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from clha_fast.hf import card, samples
+from clha_fast.hf.settings import check_best_metric
 from clha_fast.hf.sharding import reshard
 from clha_fast.hf.trainer_checkpoints import CheckpointingTrainer
 from clha_fast.options import CLHAOptions
@@ -38,6 +39,10 @@ class ReportingTrainer(CheckpointingTrainer):
             self._sampled_step = self.state.global_step
             self._write_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        check_best_metric(self.args.metric_for_best_model, metrics)
+        return super()._determine_best_metric(metrics, trial)
 
     def _write_samples(self, dataset: Any) -> None:
         """Every process takes part, since the weights may be spread over them; the first one writes."""

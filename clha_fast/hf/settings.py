@@ -1,0 +1,82 @@
+"""Settings of transformers that end in a traceback, or in something else than was asked for, far from their cause."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import importlib.util
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import SchedulerType
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
+
+from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+
+_LEAST = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        ("a whole number of at least 1", 1),
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), ("a finite number of at least 0", 0)),
+}
+_CHOICES: dict[str, type[enum.Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+# transformers does not say of these whether they are installed.
+_UNKNOWN_REPORTERS = set(INTEGRATION_TO_CALLBACK) & {"codecarbon", "flyte"}
+
+
+def check_numbers(args: Any) -> None:
+    """Before `TrainingArguments` makes anything of them.
+
+    Raises:
+        ValueError: a size below 1, a negative or infinite rate, an unknown optimizer or schedule, DeepSpeed without its
+            package.
+    """
+    for name, (expected, least) in _LEAST.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        known = [str(choice.value) for choice in choices]
+        if isinstance(value, str) and not isinstance(value, enum.Enum) and value not in known:
+            close = difflib.get_close_matches(value, known, n=1)
+            raise ValueError(
+                f"{name}: expected one of transformers' {choices.__name__}, got {value!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    if args.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("deepspeed: expected the package deepspeed to be installed, got none")
+
+
+def check_machine(args: Any) -> None:
+    """After `TrainingArguments` has found devices and reporters.
+
+    Raises:
+        ValueError: fp16 on a CPU, where the Trainer computes float32; a reporter that is unknown or not installed.
+    """
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: expected False on a CPU (float32 would be computed; bf16 works there), got True")
+    available = {*get_available_reporting_integrations(), *_UNKNOWN_REPORTERS}
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
+        if name not in available:
+            raise ValueError(f"report_to: expected a reporter whose package is installed, got {name!r}")
+
+
+def check_best_metric(name: str | None, metrics: Iterable[str]) -> None:
+    """ValueError where `metric_for_best_model` is none of an evaluation's `metrics` (with or without `eval_`)."""
+    known = [metric.removeprefix("eval_") for metric in metrics]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {name!r}")
+
+
+def evaluation_metrics() -> list[str]:
+    """What an evaluation of `CLHATrainer` with one dataset is known to hold."""
+    metrics = CLHAMetrics(torch.zeros(len(METRIC_NAMES)), torch.zeros(0)).as_dict()
+    return ["loss", *metrics, "inert_candidates", "runtime", "samples_per_second", "steps_per_second"]
