@@ -7,10 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# How long an example takes says something of the machine, and nothing of the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,7 +39,7 @@ def test_sizes_that_are_not_on_the_host_are_not_read() -> None:
     assert prompt_chunks(ranking, 9, 2) == [Chunk(0, 2, 0, 3, 0, 9)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20), capacity=st.integers(1, 40))
 def test_chunks_cover_everything_once(lengths: list[int], capacity: int) -> None:
     ranking = make_case(lengths, [1] * len(lengths)).ranking

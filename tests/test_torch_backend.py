@@ -185,7 +185,7 @@ def ragged_batches(draw):
 
 
 @given(ragged_batches())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_any_ragged_batch(batch):
     case, head, options = batch
     assert_same_loss(case, head=head, options=options)

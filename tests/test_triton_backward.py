@@ -84,7 +84,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions, wor
         assert error(value, wanted) <= 1.05 * error(eager, wanted)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 70),

@@ -66,7 +66,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions) -> 
     assert error(forward(p)[0], exact) <= 1.05 * error(eager_logps(p, p.leaves(dtype)), exact)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 70),

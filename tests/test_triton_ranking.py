@@ -139,7 +139,7 @@ def test_more_candidates_than_a_tile_holds(preset: str, sizes: list[int]) -> Non
     check(problem(int(r.candidate_lengths.sum()), 20, 8), r, PRESETS[preset].replace(margin=0.1))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     longest=st.integers(0, 9),

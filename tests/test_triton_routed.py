@@ -123,7 +123,7 @@ def test_gradients_over_the_kept_pairs(
         close(value, exact, tolerance)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 400),

@@ -146,7 +146,7 @@ def test_rows_beyond_int32(tmp_path: Path) -> None:
     assert float(far[3, :101].abs().max()) > 0
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     tokens=st.integers(0, 40),
     vocabulary=st.integers(1, 150),
