@@ -1,4 +1,4 @@
-"""Renders the README's tables and the plots from committed results: `python -m benchmarks.render`.
+"""Renders the tables of README.md and docs/benchmarks.md and the plots: `python -m benchmarks.render`.
 
 `--check` only compares the tables. The plots need matplotlib and the figures of `python -m benchmarks.cpu --scaling`.
 """
@@ -37,10 +37,10 @@ def _label(name: str, row: dict[str, Any]) -> str:
     )
 
 
-def render(report: dict[str, Any]) -> str:
-    """Markdown of the report: one table a workload, its origin below."""
+def render(report: dict[str, Any], names: list[str]) -> str:
+    """Markdown of the report: one table for each of the workloads `names`, their origin below."""
     parts = []
-    for workload in report["workloads"].values():
+    for workload in (report["workloads"][name] for name in names):
         methods = workload["methods"]
         entropy = workload.get("softmax_entropy")
         softmax = "" if entropy is None else f"; mean softmax entropy {entropy:.2f} nats"
@@ -105,15 +105,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the README is not what would be rendered")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
     report = json.loads(RESULTS.read_text())
-    new = f"{before}{START}\n{render(report)}\n{END}{after}"
-    if args.check and new != text:
-        raise SystemExit("README.md: the CPU table is not the one that benchmarks/results/cpu.json renders to")
-    readme.write_text(new)
+    names = list(report["workloads"])
+    for page, shown in (("README.md", names[:1]), ("docs/benchmarks.md", names)):
+        path = ROOT / page
+        text = path.read_text()
+        before, rest = text.split(START)
+        after = rest.split(END)[1]
+        new = f"{before}{START}\n{render(report, shown)}\n{END}{after}"
+        if args.check and new != text:
+            raise SystemExit(f"{page}: the CPU table is not the one that benchmarks/results/cpu.json renders to")
+        path.write_text(new)
     if "scaling" in report and not args.check:
         plot(report["scaling"], PLOTS)
 
