@@ -3,11 +3,14 @@
 A prompt's coefficients dL/dS_i need that prompt's scores only, so whole prompts go from logits to gradients while their
 exponentials are stored: three GEMMs, no recompute. The weight's gradient is memory that nobody uses before the first
 prompts have been ranked: it stores the exponentials of as many tokens as a word has numbers. Only of a prompt that
-exceeds the store is a part swept twice: its first tokens are scored at the start and recomputed at the end.
+exceeds the store is a part swept twice: its first tokens are scored at the start, and recomputed in the pass over the
+weight's gradient that takes the others.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +20,7 @@ from clha_fast import torch_routing
 from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.torch_head import Scan, TorchHead, block_bytes
+from clha_fast.torch_head import Part, Scan, TorchHead, block_bytes
 from clha_fast.torch_ranking import Plan, Ranking, make_plan
 
 _MIN_WORKSPACE = 16 * 2**20
@@ -32,9 +35,9 @@ class _Sweep(TorchHead):
         vocabulary, width = self.weight.shape
         # Passes without a store take this many tokens at a time: enough for a GEMM's full speed.
         self.batch = max(128, width)
-        budget = head.workspace_bytes or _default_workspace(self.weight, self.dtype.itemsize)
-        self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
         count = self.targets.numel()
+        budget = head.workspace_bytes or self._default_workspace()
+        self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
         self.capacity = min(self.capacity, max(1, count))
         self._store: Tensor | None = None
         self.logps, self.peak, self.log_total, self.lse = (
@@ -43,6 +46,20 @@ class _Sweep(TorchHead):
         self.scored = self.targets != head.ignore_index
         # Checked before on a CPU; on a GPU such a target makes its token NaN, as in the kernels, without a wait.
         self.valid = (self.targets >= 0) & (self.targets < vocabulary)
+
+    def _default_workspace(self) -> int:
+        """What 0.26 of the weight's gradient leaves beside one block and two matrices of the first prompts' rows.
+
+        Rows of `hidden` that no token reads get their zeros when logits are gone: their memory is there for those.
+        """
+        vocabulary, width = self.weight.shape
+        later = self.hidden.shape[0] - self.targets.numel() if self.by_token else 0
+        share = 26 * vocabulary * width // 100 - 2 * width**2 + later * width
+        return max(_MIN_WORKSPACE, share * self.dtype.itemsize - block_bytes(self.device))
+
+    def gradients(self, dtype: torch.dtype) -> Gradients:
+        self._store = None
+        return super().gradients(dtype)
 
     def tokens(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.device)
@@ -83,13 +100,6 @@ class _Sweep(TorchHead):
         return grad.nonzero().squeeze(1) if grad.device.type == "cpu" else self.tokens(0, grad.numel())
 
 
-def _default_workspace(weight: Tensor, itemsize: int) -> int:
-    """What 0.28 of the weight's gradient leaves beside one block and two matrices of the first prompts' rows."""
-    vocabulary, width = weight.shape
-    share = 28 * itemsize * vocabulary * width // 100
-    return max(_MIN_WORKSPACE, share - 2 * itemsize * width**2 - block_bytes(weight.device))
-
-
 def _score(sweep: _Sweep, tokens: Tensor, route: torch_routing.Route | None = None) -> None:
     """Scores tokens without storing anything of their logits."""
     for part in tokens.split(sweep.batch):
@@ -98,12 +108,12 @@ def _score(sweep: _Sweep, tokens: Tensor, route: torch_routing.Route | None = No
             route.add(scan)
 
 
-def _recompute(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> None:
-    """Adds the gradients of scored tokens from logits formed anew."""
+def _recomputed(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> Iterator[Part]:
+    """Scored tokens whose logits have to be formed anew, as many at a time as one pass takes."""
     at = sweep.active(grad)
-    for part in at.split(sweep.batch):
-        t = tokens[part]
-        sweep.recomputed_backward(t, sweep.peak[t], sweep.log_total[t], grad[part])
+    for piece in at.split(sweep.batch):
+        t = tokens[piece]
+        yield sweep.recomputed(t, sweep.peak[t], sweep.log_total[t], grad[piece])
 
 
 def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
@@ -134,8 +144,7 @@ def token_logps_backward(
     while tokens.numel():
         now, tokens = tokens[: sweep.room()], tokens[sweep.room() :]
         scans = [(sweep.scan(part, store), store) for part, store in sweep.stores(now)]
-        for scan, store in scans:
-            sweep.stored_backward(scan, store, grad[scan.tokens])
+        sweep.add_gradients([sweep.stored(scan, store, grad[scan.tokens]) for scan, store in scans])
     return sweep.gradients(inputs.hidden.dtype)
 
 
@@ -174,12 +183,13 @@ def _sweep_groups(sweep: _Sweep, plan: Plan, ranked: Ranking) -> None:
             (sweep.note(sweep.scan(part, store)), store) for part, store in sweep.stores(sweep.tokens(g.kept, g.stop))
         ]
         ranked.rank(g.first, g.last, sweep.logps[g.start : g.stop])
-        coefficients = ranked.token_coefficients(g.first, g.last)[g.kept - g.start :]
-        grad = sweep.usable(coefficients, sweep.tokens(g.kept, g.stop))
-        for scan, store in scans:
-            sweep.stored_backward(scan, store, grad[scan.tokens - g.kept])
-    coefficients = ranked.token_coefficients(0, len(plan.candidate_offsets) - 1)
-    _recompute(sweep, early, sweep.usable(coefficients[early], early))
+        grad = sweep.usable(ranked.token_coefficients(g.first, g.last), sweep.tokens(g.start, g.stop))
+        parts = [sweep.stored(scan, store, grad[scan.tokens - g.start]) for scan, store in scans]
+        again = _recomputed(sweep, sweep.tokens(g.start, g.kept), grad[: g.kept - g.start])
+        # One pass over the weight's gradient for what is stored and the first that is not.
+        sweep.add_gradients([*parts, *itertools.islice(again, 1)])
+        for part in again:
+            sweep.add_gradients([part])
 
 
 def clha_sweep(

@@ -23,8 +23,8 @@ _LARGEST_BLOCK_BYTES = 64 * 2**20
 # Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
 _PIECE_BYTES = 2**19
 
-# (first word, last word, the words' rows, the tokens' rows) -> softmax - target [words, n]
-Probabilities = Callable[[int, int, Tensor, Tensor], Tensor]
+# (first word, last word, the words' rows, out [words, n]): writes softmax - target
+Fill = Callable[[int, int, Tensor, Tensor], None]
 
 
 def block_bytes(device: torch.device) -> int:
@@ -64,6 +64,15 @@ class Scan:
         return (self.peak + self.total.log()).to(self.peak.dtype)
 
 
+@dataclass
+class Part:
+    """Tokens [n] of a backward, the gradients of their log-probabilities [n], and how their softmax is come by."""
+
+    tokens: Tensor
+    grad: Tensor
+    fill: Fill
+
+
 def _words(part: Tensor) -> list[tuple[int, Tensor]]:
     """A part [words, n] as (first block, [blocks, words a block, n]): the whole blocks, then a shorter last one."""
     whole = part.shape[0] // ROUTE_WORDS
@@ -86,6 +95,9 @@ class TorchHead:
         self.device = self.hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
         self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
+        # Rows of the tokens wait for their places in `hidden` while those are more: prompts and padding need no memory
+        # beside logits.
+        self.by_token = self.row_index is not None and self.targets.numel() < self.hidden.shape[0]
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
@@ -95,7 +107,8 @@ class TorchHead:
     def allocate(self, needs: Needs) -> None:
         """Buffers of the gradients that are wanted; the first tokens write the weight's, so it is not cleared."""
         if needs.hidden:
-            self.dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.dtype)
+            count = (self.targets if self.by_token else self.hidden).shape[0]
+            self.dhidden = self.hidden.new_zeros(count, self.hidden.shape[1], dtype=self.dtype)
         if needs.weight:
             self.dweight = torch.empty(self.weight.shape, dtype=self.dtype, device=self.device)
             self.weight_is_fresh = True
@@ -106,6 +119,10 @@ class TorchHead:
         """The gradients in `dtype`."""
         if self.dweight is not None and self.weight_is_fresh:
             self.dweight.zero_()
+        if self.dhidden is not None and self.row_index is not None and self.by_token:
+            rows, self.dhidden = self.dhidden, self.hidden.new_zeros(self.hidden.shape, dtype=self.dtype)
+            accumulate(self.dhidden, self.row_index, rows)
+            self.by_token = False
         return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
 
     def token_rows(self, tokens: Tensor) -> Tensor:
@@ -202,8 +219,8 @@ class TorchHead:
             total += (sums[piece].double() * torch.exp(peaks[piece].double() - peak.double())).sum(0)
         return Scan(tokens, peak, total, raw, slope, peaks, sums)
 
-    def stored_backward(self, scan: Scan, store: Tensor, grad: Tensor) -> None:
-        """Adds the gradients of sum_t grad_t * logp_t [n] from a store that `scan` filled.
+    def stored(self, scan: Scan, store: Tensor, grad: Tensor) -> Part:
+        """Tokens whose exponentials `scan` left in a store, for `add_gradients`; grad [n].
 
         On a CPU tokens with a zero gradient are left out. The store may be the memory of the weight's gradient.
         """
@@ -218,32 +235,26 @@ class TorchHead:
         word, own = self.columns(tokens)
         lse = pick(scan.peak + scan.total.log())
         true_class = own.to(self.dtype) if scan.slope is None else own * pick(scan.slope)
-        scratch = self.scratch(tokens.numel())
 
-        def probabilities(a: int, b: int, _words_: Tensor, _rows: Tensor) -> Tensor:
-            p = scratch[: b - a]
-            kept = store[a:b] if keep is None else torch.index_select(store[a:b], 1, keep, out=p)
+        def fill(a: int, b: int, _words_: Tensor, out: Tensor) -> None:
             blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
             share = torch.exp(pick(scan.block_peaks[blocks]).double() - lse).to(self.dtype)
-            for (first, out), (_, source) in zip(_words(p), _words(kept), strict=True):
-                torch.mul(source, share[first : first + out.shape[0]].unsqueeze(1), out=out)
-            self._subtract_target(p, word - a, own, true_class)
-            return p
+            for (first, p), (_, source) in zip(_words(out), _words(pick(store[a:b])), strict=True):
+                torch.mul(source, share[first : first + p.shape[0]].unsqueeze(1), out=p)
+            self._subtract_target(out, word - a, own, true_class)
 
-        self._accumulate(tokens, grad, probabilities, recompute=False)
+        return Part(tokens, grad, fill)
 
-    def recomputed_backward(self, tokens: Tensor, peak: Tensor, log_total: Tensor, grad: Tensor) -> None:
-        """Adds the gradients of sum_t grad_t * logp_t [n] with logits formed anew, for known log-sum-exps."""
+    def recomputed(self, tokens: Tensor, peak: Tensor, log_total: Tensor, grad: Tensor) -> Part:
+        """Tokens whose logits `add_gradients` forms anew, for known log-sum-exps; all [n]."""
         word, own = self.columns(tokens)
-        scratch = self.scratch(tokens.numel())
+        rows = self.token_rows(tokens)
 
-        def probabilities(a: int, b: int, words: Tensor, rows: Tensor) -> Tensor:
-            p = scratch[: b - a]
-            self._logits(words, rows, a, p)
-            self.softmax_minus_target(p, word - a, own, peak, log_total)
-            return p
+        def fill(a: int, _b: int, words: Tensor, out: Tensor) -> None:
+            self._logits(words, rows, a, out)
+            self.softmax_minus_target(out, word - a, own, peak, log_total)
 
-        self._accumulate(tokens, grad, probabilities, recompute=True)
+        return Part(tokens, grad, fill)
 
     def softmax_minus_target(self, z: Tensor, at: Tensor, own: Tensor, peak: Tensor, log_total: Tensor) -> None:
         """Raw logits [words, n] become d(-logp) / d(raw logits), but for scale / temperature, in place."""
@@ -269,19 +280,23 @@ class TorchHead:
         here = own & (at >= 0) & (at < p.shape[0])
         p.scatter_add_(0, at.clamp(0, p.shape[0] - 1).unsqueeze(0), -torch.where(here, value, 0.0).unsqueeze(0))
 
-    def _accumulate(self, tokens: Tensor, grad: Tensor, probabilities: Probabilities, recompute: bool) -> None:
-        """Adds the gradients of sum_t grad_t * logp_t, where `probabilities` gives softmax - target of a block."""
-        if tokens.numel() == 0:
+    def add_gradients(self, parts: list[Part]) -> None:
+        """Adds the gradients of sum_t grad_t * logp_t over all parts, in one pass over the weight and its gradient."""
+        parts = [part for part in parts if part.tokens.numel()]
+        if not parts:
             return
-        rows = self.token_rows(tokens)
-        factor = -grad.to(self.dtype) * (self.head.scale / self.head.temperature)
-        # Rows that no logits are formed from are scaled in place.
-        scaled, unit = self._scaled_rows(rows, factor, in_place=not recompute)
-        count, width = rows.shape
+        tokens = torch.cat([part.tokens for part in parts])
+        factor = -torch.cat([part.grad for part in parts]).to(self.dtype) * (self.head.scale / self.head.temperature)
+        count, width = tokens.numel(), self.weight.shape[1]
+        scaled, unit = self._scaled_rows(tokens, factor)
         dhidden = None if self.dhidden is None else torch.zeros(count, width, dtype=self.dtype, device=self.device)
+        scratch = self.scratch(count)
         for a, b in self.blocks(count):
             words = self.word_rows(a, b)
-            p = probabilities(a, b, words, rows)
+            p = scratch[: b - a]
+            # Every part is out of the store before its memory becomes the weight's gradient.
+            for part, out in zip(parts, p.split([part.tokens.numel() for part in parts], dim=1), strict=True):
+                part.fill(a, b, words, out)
             if self.dbias is not None:
                 # Products in pieces, sums in float64: a GEMV is twice as far off as the eager loss's own sum.
                 for piece in self._pieces(p):
@@ -292,19 +307,20 @@ class TorchHead:
                     dhidden += torch.mm(low.t(), words, out_dtype=self.dtype)
                 else:
                     dhidden.addmm_(low.t(), words)
-            if self.dweight is not None:
+            if self.dweight is not None and scaled is not None:
                 self._add_weight(self.dweight[a:b], low, scaled, unit)
         if self.dweight is not None:
             self.weight_is_fresh = False
         if dhidden is not None:
             self.add_hidden(tokens, dhidden.mul_(factor.unsqueeze(1)))
 
-    def _scaled_rows(self, rows: Tensor, factor: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
+    def _scaled_rows(self, tokens: Tensor, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""
         if self.dweight is None:
-            return rows, None
+            return None, None
+        rows = self.token_rows(tokens)
         if not self.narrow:
-            return rows.mul_(factor.unsqueeze(1)) if in_place else rows * factor.unsqueeze(1), None
+            return rows.mul_(factor.unsqueeze(1)), None
         scaled = rows.to(self.dtype) * factor.unsqueeze(1)
         # Else float16 underflows.
         unit = scaled.abs().amax().clamp(min=torch.finfo(self.dtype).tiny)
@@ -323,9 +339,9 @@ class TorchHead:
             out.addmm_(p, scaled)
 
     def add_hidden(self, tokens: Tensor, rows: Tensor) -> None:
-        """Adds the tokens' rows [n, H] to the gradient of `hidden`; without a row_index a token comes once."""
+        """Adds the tokens' rows [n, H] to `dhidden`; a token that has a row of its own there comes once."""
         assert self.dhidden is not None
-        if self.row_index is not None:
-            accumulate(self.dhidden, self.row_index[tokens], rows)
-        else:
+        if self.row_index is None or self.by_token:
             self.dhidden[tokens] = rows
+        else:
+            accumulate(self.dhidden, self.row_index[tokens], rows)

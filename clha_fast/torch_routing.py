@@ -75,6 +75,7 @@ class Route:
         peak, log_total = peak[tokens], log_total[tokens]
         word, own = head.columns(tokens)
         source = tokens if head.row_index is None else head.row_index[tokens]
+        target = tokens if head.by_token else source
         ends = kept.sum(1).cumsum(0).tolist()
         chosen = kept.nonzero()[:, 1]
         for block in range(self.num_blocks):
@@ -96,5 +97,5 @@ class Route:
             if head.dweight is not None:
                 torch.mm(p, rows, out=head.dweight[a:b])
             if head.dhidden is not None:
-                accumulate(head.dhidden, source[t], torch.mm(p.t(), words, out=rows))
+                accumulate(head.dhidden, target[t], torch.mm(p.t(), words, out=rows))
         head.weight_is_fresh = False

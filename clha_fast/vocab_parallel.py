@@ -62,7 +62,7 @@ class _ShardedHead(TorchHead):
         grad = torch.where(self.targets == self.head.ignore_index, 0, grad_logps.to(self.dtype))
         order = grad.nonzero().squeeze(1) if self.device.type == "cpu" else torch.arange(len(grad), device=self.device)
         for tokens in order.split(self.batch):
-            self.recomputed_backward(tokens, peak[tokens], log_total[tokens], grad[tokens])
+            self.add_gradients([self.recomputed(tokens, peak[tokens], log_total[tokens], grad[tokens])])
 
 
 class _TokenLogps(torch.autograd.Function):
