@@ -31,12 +31,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-cpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
+bench-cpu: $(VENV)/.peers
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.cpu --scaling --output benchmarks/results/cpu.json $(ARGS)
+	$(BIN)/python -m benchmarks.render
 
-# Peers (liger-kernel, cut-cross-entropy, trl) are timed where they are installed.
-bench-gpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+bench-gpu: $(VENV)/.peers
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run
@@ -55,4 +55,9 @@ $(VENV)/.plot: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# In a folder of their own: the tests' environment does without them.
+$(VENV)/.peers: $(VENV)/.dev benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers -r benchmarks/peers.txt
 	touch $@

@@ -8,19 +8,23 @@ Peers are optional: `trl`, `cut_cross_entropy` and a C++ compiler are used where
 the rounds of one interleaved loop, and ratios are medians of the rounds' own ratios: absolute times on a shared machine
 say little. Memory is the resident high-water mark above the inputs, one fresh process a method. `--scaling` adds time
 and memory over the number of tokens and of candidates, the routed path over its kept share, and 65,536 tokens at once.
+`--output` is written anew, with a CSV beside it, after every workload: an interrupted run keeps what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +176,39 @@ def over_kept_share(workload: Workload, rounds: int) -> dict[str, Any]:
     return {"softmax_entropy": softmax_entropy(batch), "rows": rows}
 
 
-def scaling(rounds: int) -> dict[str, Any]:
-    peaked = [w for w in WORKLOADS.values() if w.peaked]
-    return {
-        "tokens": over_sizes([f"tokens-{n}" for n in TOKENS], rounds),
-        "candidates": over_sizes([f"candidates-{n}" for n in CANDIDATES], rounds),
-        "long": over_sizes(["tokens-65536"], 1),
-        "kept_share": {w.name: over_kept_share(w, rounds) for w in peaked},
-    }
+def scaling(rounds: int, origin: Row, save: Callable[[Row], None]) -> Row:
+    """Time and memory over sizes and over the kept share; `save` gets what there is after every part."""
+    found: Row = {"rounds": rounds, "environment": origin}
+
+    def add(part: str, rows: Any) -> None:
+        found[part] = rows
+        save(found)
+
+    add("tokens", over_sizes([f"tokens-{n}" for n in TOKENS], rounds))
+    add("candidates", over_sizes([f"candidates-{n}" for n in CANDIDATES], rounds))
+    add("long", over_sizes(["tokens-65536"], 1))
+    add("kept_share", {w.name: over_kept_share(w, rounds) for w in WORKLOADS.values() if w.peaked})
+    return found
+
+
+COLUMNS = (
+    *("workload", "scored_tokens", "softmax_entropy", "method", "seconds", "spread", "over_eager", f"over_{BOUND}"),
+    *("peak_bytes", "gradient_bytes", "kept_block_share", "dropped_mass", "dhidden_error", "dweight_error", "status"),
+)
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """The report as JSON and its workloads as CSV, replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(unfinished, path)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for name, workload in report["workloads"].items():
+            for method, row in workload["methods"].items():
+                writer.writerow(workload | {"workload": name, "method": method} | row)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -211,16 +240,20 @@ def main() -> None:
     methods = list(dict.fromkeys(["eager", *args.method]))
     report: dict[str, Any] = {"environment": environment(), "workloads": {}}
     print(json.dumps(report["environment"]))
+
+    def keep(part: dict[str, Any]) -> None:
+        report.update(part)
+        if args.output:
+            save(report, args.output)
+
     for workload in (WORKLOADS[name] for name in args.workload):
         chosen = [m for m in methods if m in PEAKED] if workload.peaked else [m for m in methods if "routed" not in m]
-        report["workloads"][workload.name] = measure(workload, chosen, args.rounds)
-        print("\n" + table(report["workloads"][workload.name]) + "\n", flush=True)
+        found = measure(workload, chosen, args.rounds)
+        keep({"workloads": report["workloads"] | {workload.name: found}})
+        print("\n" + table(found) + "\n", flush=True)
     if args.scaling:
-        report["scaling"] = scaling(min(args.rounds, 3))
-        print(json.dumps(report["scaling"], indent=1), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        found = scaling(min(args.rounds, 3), report["environment"], lambda part: keep({"scaling": part}))
+        print(json.dumps(found, indent=1), flush=True)
 
 
 if __name__ == "__main__":

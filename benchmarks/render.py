@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 START, END = "<!-- cpu-table: rendered by benchmarks/render.py -->", "<!-- /cpu-table -->"
+SCALING = ("<!-- cpu-scaling: rendered by benchmarks/render.py -->", "<!-- /cpu-scaling -->")
 PLOTS = RESULTS.parent
 LABELS = {
     "clha_fast_torch": "**clha-fast, torch backend**",
@@ -66,6 +67,26 @@ def render(report: dict[str, Any], names: list[str]) -> str:
     return "\n\n".join([*parts, origin])
 
 
+def scaling_origin(scaling: dict[str, Any]) -> str:
+    """Where the plots come from, and the longest input."""
+    text = (
+        f"Over the sizes at V 32000, and over the kept share at V 128256; {scaling['rounds']} interleaved rounds, "
+        f"commit {scaling['environment']['commit']}."
+    )
+    for row in scaling.get("long", []):
+        peak, gradients = (row[name] / 1e6 for name in ("peak_bytes", "gradient_bytes"))
+        text += (
+            f" {row['tokens']} scored tokens in one call: {peak:.0f} MB above inputs, of which {gradients:.0f} MB are "
+            "gradients."
+        )
+    return text
+
+
+def _fill(text: str, marks: tuple[str, str], content: str) -> str:
+    before, rest = text.split(marks[0])
+    return f"{before}{marks[0]}\n{content}\n{marks[1]}{rest.split(marks[1])[1]}"
+
+
 def plot(scaling: dict[str, Any], folder: Path) -> None:
     """Time and memory over the sizes, time over the kept share: one PNG each."""
     import matplotlib as mpl
@@ -110,11 +131,11 @@ def main() -> None:
     for page, shown in (("README.md", names[:1]), ("docs/benchmarks.md", names)):
         path = ROOT / page
         text = path.read_text()
-        before, rest = text.split(START)
-        after = rest.split(END)[1]
-        new = f"{before}{START}\n{render(report, shown)}\n{END}{after}"
+        new = _fill(text, (START, END), render(report, shown))
+        if SCALING[0] in text and "scaling" in report:
+            new = _fill(new, SCALING, scaling_origin(report["scaling"]))
         if args.check and new != text:
-            raise SystemExit(f"{page}: the CPU table is not the one that benchmarks/results/cpu.json renders to")
+            raise SystemExit(f"{page}: a CPU table is not the one that benchmarks/results/cpu.json renders to")
         path.write_text(new)
     if "scaling" in report and not args.check:
         plot(report["scaling"], PLOTS)
