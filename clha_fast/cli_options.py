@@ -123,7 +123,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def _value(text: str, hint: Any) -> Any:
-    if _kinds(hint) <= {str, type(None)} and text != "null":
+    # Any is a class from Python 3.11 on; before, it has no kinds.
+    if hint is not Any and _kinds(hint) <= {str, type(None)} and text != "null":
         return text
     try:
         return yaml.safe_load(text)
