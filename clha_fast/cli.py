@@ -62,6 +62,7 @@ def _env(words: Sequence[str]) -> int:
 
     lines = {"clha-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: _version(name) for name in PACKAGES}
+    lines["torch"] = torch.__version__  # the build, too: a package's own version may leave out +cu130
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines["device"] = device_text(device)
     for number in range(torch.cuda.device_count()):
