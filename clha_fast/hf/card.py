@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCardData
 
 from clha_fast import __version__
@@ -34,7 +35,7 @@ _SETTINGS = (
     *("gradient_accumulation_steps", "world_size", "normalizer", "temperature", "optim", "weight_decay"),
     *("max_length", "max_prompt_length", "max_completion_length", "bf16", "fp16", "seed"),
 )
-_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed")
+_PACKAGES = ("transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed")
 CITATION = """\
 @inproceedings{fang2024clha,
   title     = {{CLHA}: A Simple yet Effective Contrastive Learning Framework for Human Alignment},
@@ -148,7 +149,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    found = {"clha-fast": __version__}
+    found = {"clha-fast": __version__, "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
