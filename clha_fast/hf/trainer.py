@@ -159,10 +159,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         )
         self._check_wrappers()
 
-    @property
-    def _is_sharded_by_transformers(self) -> bool:
-        return getattr(self, "is_distributed_loading_by_transformers", False)  # not known before transformers 5.20
-
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -173,7 +169,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "use_cpu=True, and under DeepSpeed PartialState(backend='gloo') first, see docs/trainer.md"
             )
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        if sharded and not self._is_sharded_by_transformers:
+        if sharded and not self.is_distributed_loading_by_transformers:
             raise ValueError(
                 "model: expected one that is whole, or sharded by from_pretrained(distributed_config=...), got DTensor "
                 "weights of somebody else's (fully_shard, parallelize_module), which Trainer would wrap again; give "
@@ -338,7 +334,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         `Trainer` has accelerate prepare it without a wrapper then; accelerate marks it as prepared, and training would
         get it back as it is: no DistributedDataParallel, every process trains a model of its own.
         """
-        data_parallel = self.accelerator.distributed_type in DDP_TYPES and not self._is_sharded_by_transformers
+        data_parallel = (
+            self.accelerator.distributed_type in DDP_TYPES and not self.is_distributed_loading_by_transformers
+        )
         if self.is_in_train or self.accelerator._models or not data_parallel:
             yield
             return
