@@ -205,7 +205,9 @@ def clha_sweep(
     ranked = Ranking(plan, options)
     num_prompts, num_tokens = len(plan.candidate_offsets) - 1, inputs.targets.numel()
     sweep.allocate(needs)
-    route = None if head.max_dropped_mass is None else torch_routing.Route(sweep, head.max_dropped_mass)
+    route = None
+    if head.max_dropped_mass is not None:
+        route = torch_routing.Route(sweep, head.max_dropped_mass, gradients=any(needs))
     if any(needs) and route is None:
         _sweep_groups(sweep, plan, ranked)
     else:

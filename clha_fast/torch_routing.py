@@ -1,12 +1,21 @@
 """The torch backend's routed gradients: tokens go to the vocabulary blocks in which their softmax has mass.
 
 A token leaves out its lightest blocks of `ROUTE_WORDS` words, as long as their masses sum to at most d. With c the
-gradient of its log-probability, m <= d the mass left out (outside the target's block) and w_v the rows of the weight,
-the exact gradient is -c * sum_v (p_v - [v = target]) * w_v and the error |c| * |sum_{v left out} p_v * w_v|, so
+gradient of its log-probability and w_v the rows of the weight, the exact gradient is -c * sum_v (p_v - [v = target]) *
+w_v. Of a block b that is left out, dhidden gets the block's exact mass m_b = sum_{v in b} p_v times the mean of its
+rows, wbar_b, instead of sum_{v in b} p_v * w_v; dweight and dbias get nothing. So
 
-    |error of dhidden_t| <= |c_t| * d * max_v |w_v|,    |error of dweight_v| <= sum_{t without v} |c_t| * p_tv * |x_t|
+    |error of dhidden_t| <= |c_t| * sum_{b left out} m_tb * max_{v in b} |w_v - wbar_b|
+    |error of dweight_v| <= sum_{t without v} |c_t| * p_tv * |x_t|
 
-(scale / temperature times that, softcap's slope is at most 1). What is kept is exact: nothing is renormalised.
+(scale / temperature times that). The first is at most |c_t| * d times the largest distance of a row from the mean of
+its block: what the rows of a block have in common, as those of neighbours in a vocabulary sorted by frequency do, costs
+nothing. What is kept is exact: nothing is renormalised. dweight has no such term: a mean word's share of m_tb says
+little of p_tv, and it took less than 4% off the error of dweight on all workloads simulated.
+
+With a softcap the slope of a logit, s_v <= 1, stands before w_v. The mean is multiplied by s_b, the slope at the logit
+whose exponential is the block's mean one, lse_t + log(m_tb / |b|): exact where the logits of a block are equal, and
+near its heavy words where they are not. |s_v * w_v - s_b * wbar_b| takes the place of the distance above.
 """
 
 from __future__ import annotations
@@ -15,7 +24,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.options import ROUTE_WORDS
-from clha_fast.torch_head import Scan, TorchHead
+from clha_fast.torch_head import Scan, TorchHead, block_bytes
 from clha_fast.torch_ranking import accumulate
 
 
@@ -31,14 +40,33 @@ def kept_blocks(masses: Tensor, max_dropped_mass: float) -> Tensor:
     return ~(masses < threshold)
 
 
-class Route:
-    """Which tokens go to which vocabulary blocks: filled scan by scan, then walked block by block."""
+def block_means(head: TorchHead) -> Tensor:
+    """Means of the weight's rows, [blocks, H] in the head's float32 or float64: a few blocks at a time are widened."""
+    vocabulary, width = head.weight.shape
+    whole = vocabulary // ROUTE_WORDS
+    means = torch.empty(-(-vocabulary // ROUTE_WORDS), width, dtype=head.dtype, device=head.device)
+    step = max(1, block_bytes(head.device) // (ROUTE_WORDS * max(1, width) * head.dtype.itemsize))
+    for first in range(0, whole, step):
+        last = min(first + step, whole)
+        rows = head.weight[first * ROUTE_WORDS : last * ROUTE_WORDS].to(head.dtype)
+        torch.mean(rows.unflatten(0, (last - first, ROUTE_WORDS)), 1, out=means[first:last])
+    if whole < means.shape[0]:
+        torch.mean(head.weight[whole * ROUTE_WORDS :].to(head.dtype), 0, out=means[whole])
+    return means
 
-    def __init__(self, head: TorchHead, max_dropped_mass: float) -> None:
-        self.head, self.max_dropped_mass = head, max_dropped_mass
+
+class Route:
+    """Which tokens go to which vocabulary blocks: filled scan by scan, then walked block by block.
+
+    Without `gradients` it counts what would be left out, for the metrics, and remembers nothing of the tokens.
+    """
+
+    def __init__(self, head: TorchHead, max_dropped_mass: float, gradients: bool = True) -> None:
+        self.head, self.max_dropped_mass, self.gradients = head, max_dropped_mass, gradients
         self.num_blocks = -(-head.weight.shape[0] // ROUTE_WORDS)
         self._tokens: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        # [blocks, n] a scan: the masses of pairs that are kept, positive or NaN, and minus those of pairs left out.
+        self._masses: list[Tensor] = []
         self._sums = torch.zeros(3, dtype=torch.float64, device=head.device)
 
     def add(self, scan: Scan) -> None:
@@ -53,8 +81,11 @@ class Route:
         self._sums[0] += (kept & scored).sum()
         self._sums[1] += scored.sum() * self.num_blocks
         self._sums[2] += torch.where(scored, left_out, 0.0).sum()
+        if not self.gradients:
+            return
         self._tokens.append(scan.tokens)
-        self._kept.append(kept)
+        # The target's block may have a mass of 0 and is kept.
+        self._masses.append(torch.where(kept, masses.clamp(min=torch.finfo(masses.dtype).tiny), -masses))
 
     def metrics(self) -> Tensor:
         """(kept_blocks, routable_blocks, dropped_mass) of the scored tokens."""
@@ -70,12 +101,12 @@ class Route:
         if active.numel() == 0:
             return
         tokens = torch.cat(self._tokens)[active]
-        kept = torch.cat(self._kept, dim=1)[:, active]
         factor = -grad[active].to(head.dtype) * (head.head.scale / head.head.temperature)
         peak, log_total = peak[tokens], log_total[tokens]
         word, own = head.columns(tokens)
         source = tokens if head.row_index is None else head.row_index[tokens]
         target = tokens if head.by_token else source
+        kept = self._add_means(grad, factor, target, peak + log_total)
         ends = kept.sum(1).cumsum(0).tolist()
         chosen = kept.nonzero()[:, 1]
         for block in range(self.num_blocks):
@@ -99,3 +130,33 @@ class Route:
             if head.dhidden is not None:
                 accumulate(head.dhidden, target[t], torch.mm(p.t(), words, out=rows))
         head.weight_is_fresh = False
+
+    def _add_means(self, grad: Tensor, factor: Tensor, target: Tensor, lse: Tensor) -> Tensor:
+        """Adds what the left-out blocks' means give to dhidden, scan by scan; returns the pairs kept [blocks, active].
+
+        `grad` is of all tokens, the others of those whose gradient is not zero. Forgets the masses.
+        """
+        head, kept, start = self.head, [], 0
+        wanted = head.dhidden is not None and self.max_dropped_mass > 0
+        means = block_means(head) if wanted else None
+        for part in grad.split([masses.shape[1] for masses in self._masses]):
+            masses = self._masses.pop(0)[:, part.nonzero().squeeze(1)]
+            kept.append(~(masses <= 0))
+            here = slice(start, start + masses.shape[1])
+            start = here.stop
+            if head.dhidden is not None and means is not None:
+                share = self._left_out(masses, lse[here])
+                rows = torch.mm(share.t(), means, out=means.new_empty(share.shape[1], means.shape[1]))
+                accumulate(head.dhidden, target[here], rows.mul_(factor[here].unsqueeze(1)))
+        return torch.cat(kept, dim=1)
+
+    def _left_out(self, masses: Tensor, lse: Tensor) -> Tensor:
+        """The masses [blocks, n] of pairs left out, 0 for the others, times the softcap's slope at their mean logit."""
+        share = torch.where(masses < 0, -masses, 0.0)
+        head = self.head.head
+        if head.softcap is None:
+            return share
+        words = torch.full((self.num_blocks, 1), float(ROUTE_WORDS), dtype=share.dtype, device=share.device)
+        words[-1] = self.head.weight.shape[0] - (self.num_blocks - 1) * ROUTE_WORDS
+        z = lse + (share / words).log()
+        return share * (1 - (z * (head.temperature / head.softcap)).clamp(-1, 1).square())

@@ -31,6 +31,16 @@ def peaked_case(dtype=torch.float64, seed=0, lengths=(3, 5, 0, 4, 6, 2), sizes=(
     return make_case(lengths, sizes, dtype=dtype, seed=seed, bias=True, rewards=True, **{**settings, **changes})
 
 
+def zipf_case(dtype=torch.float64) -> Case:
+    """Logits fall with a word's place through a coordinate that all hidden states share: 16 blocks, the last of 80."""
+    case = make_case([30, 20, 30], [3], dtype=torch.float64, hidden_size=24, vocab_size=2000, rewards=True)
+    weight, hidden = case.weight * 0.13, case.hidden * 5.0
+    hidden[:, 0] = 8.0
+    weight[:, 0] = torch.arange(1, 2001).double().log() * (-1.69 / 8)
+    targets = (hidden @ weight.T).argmax(1)
+    return case.replace(weight=weight.to(dtype), hidden=hidden.to(dtype), targets=targets)
+
+
 def logits(case: Case, head: HeadOptions) -> torch.Tensor:
     rows = case.hidden if case.row_index is None else case.hidden[case.row_index]
     return reference.logits(
@@ -55,18 +65,33 @@ def plain_route(case: Case, head: HeadOptions, dropped_mass: float) -> tuple[tor
     return kept, masses
 
 
-def plain_gradients(case: Case, head: HeadOptions, kept: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of sum_t upstream_t * logp_t in which every token's other blocks are left out, by autograd."""
+def plain_gradients(
+    case: Case, head: HeadOptions, route: tuple[torch.Tensor, torch.Tensor], upstream: torch.Tensor, means: bool = True
+) -> list[torch.Tensor]:
+    """Gradients of sum_t upstream_t * logp_t over the kept pairs, by autograd; then dhidden's means of the others."""
+    kept, masses = route
     case = case.to(torch.float64)
     leaves = case.leaves()
     rows = case.hidden if case.row_index is None else case.hidden[case.row_index]
     z = reference.logits(rows, case.weight, case.bias, head)
+    lse = z.detach().logsumexp(1)
     scored = case.targets != IGNORE
+    upstream = torch.where(scored, upstream.double(), 0.0)
     slope = z.detach().softmax(-1)
     slope = torch.nn.functional.one_hot(torch.where(scored, case.targets, 0), z.shape[1]) - slope
     keep = kept.repeat_interleave(ROUTE_WORDS, dim=1)[:, : z.shape[1]]
     slope = torch.where(keep & scored.unsqueeze(1), slope, 0.0) * upstream.unsqueeze(1)
-    return list(torch.autograd.grad(z, leaves, slope))
+    gradients = list(torch.autograd.grad(z, leaves, slope))
+    if means:
+        row = range(len(scored)) if case.row_index is None else case.row_index.tolist()
+        for block, words in enumerate(case.weight.detach().split(ROUTE_WORDS)):
+            for t in (~kept[:, block] & scored & (upstream != 0)).nonzero().flatten().tolist():
+                size = float(upstream[t] * masses[t, block]) * head.scale / head.temperature
+                if head.softcap is not None:
+                    logit = float(lse[t] + (masses[t, block] / len(words)).log()) * head.temperature
+                    size *= 1 - (logit / head.softcap) ** 2
+                gradients[0][row[t]] -= size * words.mean(0)
+    return gradients
 
 
 def routed_gradients(case: Case, head: HeadOptions, upstream: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -84,32 +109,95 @@ def test_gradients_are_exactly_those_of_the_kept_blocks(head, drop, rows):
     case = peaked_case(rows=rows)
     upstream = torch.linspace(-1, 2, len(case.targets), dtype=torch.float64)
     upstream[::5] = 0
-    kept, masses = plain_route(case, head, drop)
+    kept, masses = route = plain_route(case, head, drop)
     logps, gradients = routed_gradients(case, head.replace(max_dropped_mass=drop), upstream)
     expected_logps, _ = routed_gradients(case, head, upstream)
     torch.testing.assert_close(logps, expected_logps, rtol=0, atol=0)
     assert bool((torch.where(kept, 0.0, masses).sum(1) <= drop).all())
-    for gradient, expected in zip(gradients, plain_gradients(case, head, kept, upstream), strict=True):
+    for gradient, expected in zip(gradients, plain_gradients(case, head, route, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("drop", DROPS[2:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_error_is_bounded(dtype, drop):
-    """|error of dhidden_t| <= |c_t| * d * max |w_v| * scale / temperature, and some error there is."""
+    """|error of dhidden_t| <= |c_t| * sum of m_tb * max |w_v - wbar_b| * scale / temperature; some error there is."""
     head = HEADS["scale and temperature"]
-    # What the dtype holds, in float32: the dtype's own rounding comes last.
-    case = peaked_case(dtype=dtype, rows=None).to(torch.float32)
-    upstream = torch.linspace(-1, 2, len(case.targets))
+    # What the dtype holds, in float64: the dtype's own rounding comes last.
+    case = peaked_case(dtype=dtype, rows=None).to(torch.float64)
+    upstream = torch.linspace(-1, 2, len(case.targets), dtype=torch.float64)
     _, exact = routed_gradients(case, head, upstream)
     _, routed = routed_gradients(case, head.replace(max_dropped_mass=drop), upstream)
     error = (routed[0] - exact[0]).norm(dim=1)
-    bound = upstream.abs() * drop * float(case.weight.norm(dim=1).max()) * head.scale / head.temperature
-    assert (error <= bound + 1e-6).all()
+    kept, masses = plain_route(case, head, drop)
+    spread = torch.stack([(words - words.mean(0)).norm(dim=1).max() for words in case.weight.split(ROUTE_WORDS)])
+    bound = upstream.abs() * (torch.where(kept, 0.0, masses) @ spread) * head.scale / head.temperature
+    assert (error <= bound + 1e-12).all()
     assert error.max() > 0.01 * bound.max()
+    _, routed = routed_gradients(case.to(torch.float32), head.replace(max_dropped_mass=drop), upstream)
     _, narrow = routed_gradients(case.to(dtype), head.replace(max_dropped_mass=drop), upstream)
     for got, want in zip(narrow, routed, strict=True):
         assert (got.float() - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("drop", DROPS[1:])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("rows", [None, 9])
+def test_blocks_of_equal_rows_lose_nothing(head, drop, rows):
+    """Every row of a block is its mean, every logit of it the logit of its mean: dhidden is exact for any d."""
+    case = peaked_case(rows=rows, hidden_size=3, weight_scale=1.5)
+    weight, bias = (
+        torch.cat([part[:1].expand_as(part) for part in t.split(ROUTE_WORDS)]) for t in (case.weight, case.bias)
+    )
+    case = case.replace(weight=weight, bias=bias)
+    upstream = torch.linspace(-1, 2, len(case.targets), dtype=torch.float64)
+    route = plain_route(case, head, drop)
+    assert not route[0].all()
+    _, exact = routed_gradients(case, head, upstream)
+    _, routed = routed_gradients(case, head.replace(max_dropped_mass=drop), upstream)
+    torch.testing.assert_close(routed[0], exact[0], rtol=1e-11, atol=1e-12)
+    without = plain_gradients(case, head, route, upstream, means=False)
+    assert (without[0] - exact[0]).norm() > 1e-5 * exact[0].norm()
+
+
+@pytest.mark.parametrize("drop", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_rows_of_a_block_have_in_common_is_not_lost(dtype, drop):
+    """Words sorted by frequency, which one coordinate carries: with the means dhidden is three times as close."""
+    case = zipf_case(dtype)
+    upstream = torch.linspace(-1, 2, len(case.targets), dtype=torch.float64)
+    route = plain_route(case, HEADS["plain"], drop)
+    assert 0.03 < route[0].double().mean() < 0.85
+    _, exact = routed_gradients(case.to(torch.float64), HEADS["plain"], upstream)
+    _, routed = routed_gradients(case, HeadOptions(max_dropped_mass=drop), upstream)
+    without = plain_gradients(case, HEADS["plain"], route, upstream, means=False)
+    errors = [float((dhidden.double() - exact[0]).norm() / exact[0].norm()) for dhidden in (routed[0], without[0])]
+    assert errors[0] < errors[1] / 3, errors
+
+
+def test_means_of_what_has_no_mass_add_nothing():
+    """d = 0 forms no means; a d too small for any block, or for more than blocks of mass 0, gives the same bits."""
+    case = peaked_case(dtype=torch.float32)
+    bias = case.bias.clone()
+    bias[ROUTE_WORDS : 2 * ROUTE_WORDS] = -math.inf
+    for bias_now in (case.bias, bias):
+        now = case.replace(bias=bias_now, targets=case.targets.clamp(max=ROUTE_WORDS - 1))
+        upstream = torch.linspace(-1, 2, len(now.targets))
+        _, nothing = routed_gradients(now, HeadOptions(max_dropped_mass=0.0), upstream)
+        _, little = routed_gradients(now, HeadOptions(max_dropped_mass=1e-30), upstream)
+        for a, b in zip(nothing, little, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_token_without_a_gradient_is_not_multiplied_by_zero():
+    """The prompt of one candidate has the coefficient 0: its NaN reaches no gradient, by means neither."""
+    case = peaked_case(rows=None, ignored=0.0, dtype=torch.float32)
+    case.hidden[9] = math.nan
+    head = HeadOptions(max_dropped_mass=0.5)
+    result, gradients = torch_backend.clha_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
+    assert result.coefficients[3] == 0
+    assert result.scores[3].isnan()
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
@@ -155,8 +243,8 @@ def test_the_loss_routes_as_its_log_probabilities_do():
     result, gradients = torch_backend.clha_sweep(case.head, case.ranking, routed, PAPER, Needs(True, True, True))
     upstream = result.coefficients.repeat_interleave(case.candidate_lengths)
     assert (upstream == 0).any()
-    kept, _ = plain_route(case, head, 0.1)
-    for gradient, expected in zip(gradients, plain_gradients(case, head, kept, upstream), strict=True):
+    route = plain_route(case, head, 0.1)
+    for gradient, expected in zip(gradients, plain_gradients(case, head, route, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -185,6 +273,7 @@ def test_a_nan_token_keeps_everything(value):
     assert result.loss.isnan()
     assert gradients.hidden is not None
     assert gradients.weight is not None
+    assert gradients.hidden.isnan().any(1).nonzero().flatten().tolist() == [1]
     assert gradients.hidden[1].isnan().all()
     assert gradients.weight.isnan().all()  # every block has the NaN token
     kept, _ = plain_route(case.replace(hidden=case.hidden[2:], targets=case.targets[2:]), HEADS["plain"], 0.5)
@@ -231,11 +320,11 @@ def test_only_the_gradients_asked_for(needs):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_poisoned_memory_stays_out():
     case, head = peaked_case(), HeadOptions(max_dropped_mass=0.9)
-    kept, _ = plain_route(case, HeadOptions(), 0.9)
+    kept, _ = route = plain_route(case, HeadOptions(), 0.9)
     assert not kept.any(0).all() or kept.float().mean() < 0.6
     upstream = torch.ones(len(case.targets), dtype=torch.float64)
     _, gradients = routed_gradients(case, head, upstream)
-    for gradient, expected in zip(gradients, plain_gradients(case, HeadOptions(), kept, upstream), strict=True):
+    for gradient, expected in zip(gradients, plain_gradients(case, HeadOptions(), route, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
 
 
