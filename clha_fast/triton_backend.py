@@ -213,7 +213,7 @@ def token_logps_backward(
     Recomputes the logits in chunks of at most `head.workspace_bytes` (64 MiB; at least one tile). Sums run in float32
     and in a fixed order: two calls give the same bits. Tokens with a zero gradient are skipped. None is returned, and
     nothing launched or allocated, for what is not needed. With `head.max_dropped_mass` only the (token, vocabulary
-    block) pairs that `route` keeps are computed.
+    block) pairs that `route` keeps are computed; of the others dhidden gets their mass times the block's mean row.
     """
     hidden, weight, bias = inputs[:3]
     needs = Needs(needs.hidden, needs.weight, needs.bias and bias is not None)
@@ -226,7 +226,7 @@ def token_logps_backward(
     with on(hidden.device):
         active = Active.of(grad_logps, ready, hidden.shape[0])
         if head.max_dropped_mass is not None:
-            return routed_backward(hidden, ready, active, lse, route, head.workspace_bytes, needs)
+            return routed_backward(hidden, ready, active, lse, route, head, needs)
         kind = PersistentBackward if ready.is_persistent else Backward
         sweep = kind(hidden, ready, active, lse, head.workspace_bytes, needs)
         sweep.run()

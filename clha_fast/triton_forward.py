@@ -131,7 +131,8 @@ def make_route(
 ) -> tuple[Tensor, Tensor]:
     """(route [cdiv(V, ROUTE_WORDS), N], and the last three metrics [3]), float32.
 
-    route is 0 where a (token, block) pair is left out of the gradients, else the block's softmax mass.
+    route is the block's softmax mass where a (token, block) pair counts, positive or NaN. Where it is left out of the
+    gradients, the mass has a minus sign or is 0; of ignored tokens it is 0.
     """
     num_tokens, vocabulary = head.targets.shape[0], head.weight.shape[0]
     blocks = tiles(vocabulary, ROUTE_WORDS)

@@ -1,6 +1,7 @@
 """The Triton backend's routed backward: lists of tokens for every vocabulary block, and the three grouped GEMMs.
 
-Cost, in GEMMs of 2 N H V operations: 3 rho for a kept share rho of the (token, block) pairs, beside the forward's 1.
+Cost, in GEMMs of 2 N H V operations: 3 rho for a kept share rho of the (token, block) pairs, beside the forward's 1,
+and 1/128 for the means of blocks that are left out, a product of the vendor's library.
 Every grid and every buffer is that of the worst case, all pairs kept: the host never learns how many there are.
 """
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from clha_fast.inputs import Gradients, Needs
-from clha_fast.options import ROUTE_WORDS
+from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.triton_backward import WORKSPACE_BYTES, Active, sum_rows
 from clha_fast.triton_head import Head, gather, round_up, tiles
 from csrc_triton import routed, routing
+
+# Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
+_MASS_SCALE = 2.0**15
 
 
 def routed_backward(
@@ -24,19 +28,23 @@ def routed_backward(
     active: Active,
     lse: Tensor,
     route: Tensor,
-    workspace_bytes: int | None,
+    options: HeadOptions,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of sum_t grad_t * logp_t over the pairs with a nonzero entry in route [cdiv(V, ROUTE_WORDS), N].
+    """Gradients of sum_t grad_t * logp_t over the pairs that route [cdiv(V, ROUTE_WORDS), N] keeps.
 
+    Of a pair that is left out, with a mass of -route, dhidden gets the mass times the mean of the block's rows.
     `workspace_bytes` (64 MiB) bounds dL/dlogits of the blocks that are worked on at a time, at least one block of all
     tokens. A block that no token with a gradient keeps gets zeros. Sums run in float32 and in a fixed order.
     """
-    sweep = _Routed.of(hidden, head, active, lse, route, workspace_bytes)
+    sweep = _Routed.of(hidden, head, active, lse, route, options.workspace_bytes)
     vocabulary, width = head.weight.shape
     drows = None
     if needs.hidden:
-        drows = torch.zeros(sweep.capacity, width, dtype=torch.float32, device=hidden.device)
+        empty = torch.empty if options.max_dropped_mass else torch.zeros
+        drows = empty(sweep.capacity, width, dtype=torch.float32, device=hidden.device)
+        if options.max_dropped_mass:
+            sweep.start_from_means(drows)
     dweight = head.weight.new_empty(head.weight.shape) if needs.weight else None
     dbias = torch.empty(vocabulary, dtype=torch.float32, device=hidden.device) if needs.bias else None
     blocks = route.shape[0]
@@ -102,6 +110,46 @@ class _Routed:
     @property
     def factor(self) -> float:
         return self.head.pre_scale * self.head.post_scale
+
+    def start_from_means(self, drows: Tensor) -> None:
+        """drows = -grad / peak * the left-out masses [N, blocks] . the blocks' mean rows [blocks, H].
+
+        Both operands are in the inputs' dtype. Masses and product stand in the memory of dlogits, which is free yet;
+        some tokens at a time where it is not long enough.
+        """
+        head, config = self.head, self.head.config("dropped_mass")
+        num_tokens, (vocabulary, width) = self.route.shape[1], head.weight.shape
+        means, unit = _block_means(head.weight)
+        columns = means.shape[0]
+        room = self.dlogits.view(-1)
+        if room.numel() < columns + width:
+            room = room.new_empty(columns + width)
+        grad = self.active.grad[self.active.order] / self.active.peak * (unit / -_MASS_SCALE)
+        step = room.numel() // (columns + width)
+        for first in range(0, num_tokens, step):
+            rows = min(step, num_tokens - first)
+            masses = room[: rows * columns].view(rows, columns)
+            product = room[rows * columns : rows * (columns + width)].view(rows, width)
+            routing.dropped_mass_kernel[(tiles(rows, config["BLOCK_N"]) * tiles(columns, config["BLOCK_B"]),)](
+                self.route,
+                self.active.order,
+                self.active.count,
+                self.lse,
+                masses,
+                first,
+                rows,
+                num_tokens,
+                vocabulary,
+                self.route.shape[0],
+                columns,
+                head.post_scale,
+                _MASS_SCALE,
+                HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
+                ROUTE_WORDS=ROUTE_WORDS,
+                **config,
+            )
+            torch.mm(masses, means, out=product)
+            torch.mul(product, grad[first : first + rows].unsqueeze(1), out=drows[first : first + rows])
 
     def list_pairs(self, first: int, count: int) -> None:
         segments = self.ends.shape[1]
@@ -224,3 +272,22 @@ def _count_pairs(route: Tensor, head: Head, active: Active) -> Tensor:
         route, active.order, active.count, counts, num_tokens, blocks, segments, **config
     )
     return counts.cumsum(1, dtype=torch.int32)
+
+
+def _block_means(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(means of the weight's rows by block, in its dtype and in units of a power of two; that power of two []).
+
+    [blocks, H], with rows of zeros up to a multiple of 8 blocks, as 16-bit products want their strides. In that unit
+    the largest number is at most 1: with masses below `_MASS_SCALE` no float16 product overflows.
+    """
+    vocabulary, width = weight.shape
+    whole, blocks = vocabulary // ROUTE_WORDS, tiles(vocabulary, ROUTE_WORDS)
+    means = torch.zeros(round_up(blocks, 8), width, dtype=torch.float32, device=weight.device)
+    if whole:
+        rows = weight[: whole * ROUTE_WORDS].unflatten(0, (whole, ROUTE_WORDS))
+        torch.mean(rows, 1, dtype=torch.float32, out=means[:whole])
+    if whole < blocks:
+        torch.mean(weight[whole * ROUTE_WORDS :], 0, dtype=torch.float32, out=means[whole])
+    largest = torch.linalg.vector_norm(means, torch.inf)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return means.div_(unit).to(weight.dtype), unit

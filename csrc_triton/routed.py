@@ -181,7 +181,7 @@ def routed_hidden_grad_kernel(
     """drows [padded N, H] float32 += dlogits . weight[block], for the chunk's blocks one after another.
 
     A program owns one segment of tokens and one tile of H: nobody else adds to them, and every token's sum runs over
-    its blocks in ascending order. drows must come zeroed.
+    its blocks in ascending order. drows comes with what every sum starts from.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)

@@ -36,12 +36,12 @@ def route_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """route [num_blocks, N]: the softmax mass of every pair that counts, 0 for one that is left out; float32.
+    """route [num_blocks, N]: the softmax mass of every pair that counts, minus it for one that is left out; float32.
 
     Per token the lightest blocks are left out as long as their masses sum to at most max_dropped_mass: all whose mass
     is at most a threshold, the largest that keeps the bound, found by bisection over the bits of a float32. Equal
     masses go together. The target's own block always counts, as do all blocks of a token with a mass that is not
-    finite. Ignored tokens have none. kept and dropped [N] float32: pairs that count, and the mass left out.
+    finite. Ignored tokens have none: zeros. kept and dropped [N] float32: pairs that count, and the mass left out.
     RATIO statistics make one block.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,7 +95,7 @@ def route_kernel(
         kept += tl.sum(is_kept.to(tl.float32), axis=0)
         dropped += tl.sum(tl.where(inside & (is_kept == 0), mass, 0.0), axis=0)
         # A mass of 0 that counts must not read as one left out.
-        mass = tl.where(is_kept, tl.where(mass == 0, 2e-38, mass), 0.0)
+        mass = tl.where(is_kept, tl.where(mass == 0, 2e-38, mass), tl.where(is_scored[None, :], -mass, 0.0))
         tl.store(route_ptr + block.to(tl.int64)[:, None] * N + n[None, :], mass, mask=inside)
     tl.store(kept_ptr + n, kept, mask=is_token)
     tl.store(dropped_ptr + n, tl.where(is_scored, dropped, 0.0), mask=is_token)
@@ -108,7 +108,8 @@ def keeps(route_ptr, order_ptr, count_ptr, block, k, N):
     token = tl.load(order_ptr + k, mask=is_active, other=0)
     inside = (block >= 0)[:, None] & is_active[None, :]
     mass = tl.load(route_ptr + block.to(tl.int64)[:, None] * N + token[None, :], mask=inside, other=0.0)
-    return inside & (mass != 0)
+    # Compared this way round, a NaN is kept.
+    return inside & ((mass <= 0) == 0)
 
 
 @triton.jit
@@ -161,3 +162,48 @@ def route_list_kernel(
     # From the segment's end backwards: the prefix sum includes the element itself.
     place = end - tl.sum(kept, axis=0) + tl.cumsum(kept, axis=0) - 1
     tl.store(list_ptr + local.to(tl.int64) * capacity + place, k, mask=kept > 0)
+
+
+@triton.jit
+def dropped_mass_kernel(
+    route_ptr,
+    order_ptr,
+    count_ptr,
+    lse_ptr,
+    mass_ptr,
+    first_position,
+    num_rows,
+    N,
+    V,
+    num_blocks,
+    num_columns,
+    post_scale,
+    factor,
+    HAS_SOFTCAP: tl.constexpr,
+    ROUTE_WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """mass [num_rows, num_columns] = factor * what the sorted tokens first_position and after leave out of each block.
+
+    0 for pairs that are kept, for tokens without a gradient and behind the last block. With a softcap times its slope
+    at lse + log(mass / |block|), the logit whose exponential is the block's mean one.
+    """
+    tiles_b = tl.cdiv(num_columns, BLOCK_B)
+    pid = tl.program_id(0)
+    row = (pid // tiles_b) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = (pid % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    is_active = (row < num_rows) & (first_position + row < tl.load(count_ptr))
+    token = tl.load(order_ptr + first_position + row, mask=is_active, other=0)
+    inside = (block < num_blocks)[:, None] & is_active[None, :]
+    # Read as it lies in memory, tokens along the rows, and turned for the store.
+    mass = tl.load(route_ptr + block.to(tl.int64)[:, None] * N + token[None, :], mask=inside, other=0.0)
+    mass = tl.where(mass < 0, -mass, 0.0)
+    if HAS_SOFTCAP:
+        lse = tl.load(lse_ptr + token, mask=is_active, other=0.0).to(tl.float32)
+        words = tl.maximum(tl.minimum(V - block * ROUTE_WORDS, ROUTE_WORDS), 1).to(tl.float32)
+        tanh = (lse[None, :] + tl.log(tl.maximum(mass, 2e-38) / words[:, None])) / post_scale
+        mass *= 1.0 - tl.minimum(tanh * tanh, 1.0)
+    out = mass_ptr + row.to(tl.int64)[:, None] * num_columns + block[None, :]
+    whole = (row < num_rows)[:, None] & (block < num_columns)[None, :]
+    tl.store(out, tl.trans(mass * factor).to(mass_ptr.dtype.element_ty), mask=whole)

@@ -55,6 +55,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
         "weight_ptr": x,
         "rows_ptr": x,
         "dlogits_ptr": x,
+        "mass_ptr": x,
         "dweight_ptr": x,
         "dhidden_ptr": x,
         "targets_ptr": "*i64",
@@ -72,6 +73,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
     # The second block on: it is 1, too.
     sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
         operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}
         pointers |= {
@@ -120,6 +122,7 @@ KERNELS = {
     "route": routing.route_kernel,
     "route_count": routing.route_count_kernel,
     "route_list": routing.route_list_kernel,
+    "dropped_mass": routing.dropped_mass_kernel,
     "head_forward": forward.head_forward_kernel,
     "head_forward_softcap": forward.head_forward_kernel,
     "logit_grad": backward.logit_grad_kernel,
@@ -178,6 +181,7 @@ def cases() -> list[tuple[str, str, str, str]]:
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     listed += [(kernel, "sm_90", "16-bit", "plain") for kernel in ENTRIES]
+    listed += [("dropped_mass", arch, "16-bit", "bias+softcap") for arch in GPU]
     for kernel in ("statistics", "gradient"):
         listed += [(kernel, arch, "16-bit", "softcap") for arch in ("sm_90", "gfx942")]
         listed += [(kernel, "sm_90", "16-bit", "odd"), (kernel, "sm_90", "fp32", "plain")]

@@ -58,6 +58,11 @@ def by_block(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, ROUTE_WORDS)).transpose(0, 1)
 
 
+def keeps(p: Problem) -> Tensor:
+    """[blocks, N] bool: the pairs that the forward's route keeps."""
+    return ~(forward(p).route <= 0)
+
+
 def kept_pairs(p: Problem, most: float) -> Tensor:
     """[blocks, N] bool, by sorting each token's masses: the rule as it is written down."""
     mass = by_block(all_logps(p)[2].detach().exp()).sum(2)
@@ -69,15 +74,34 @@ def kept_pairs(p: Problem, most: float) -> Tensor:
     return ~dropped & scored
 
 
-def masked_gradients(p: Problem, grad: Tensor, kept: Tensor) -> list[Tensor]:
-    """Float64 gradients over the kept pairs alone, by hand: dlogits masked, then the two products."""
+def routed_gradients(p: Problem, grad: Tensor, kept: Tensor, means: bool = True) -> list[Tensor]:
+    """Float64 gradients over the kept pairs by hand: dlogits masked, then products; dhidden's means of the others."""
     leaves, raw, logps = all_logps(p)
     scored = p.targets != p.head.ignore_index
     picked = logps.gather(1, torch.where(scored, p.targets, 0)[:, None])[:, 0]
     (dz,) = torch.autograd.grad((picked * torch.where(scored, grad, 0).double()).sum(), raw, retain_graph=True)
     words = torch.arange(p.weight.shape[0], device=DEVICE)
     dz = torch.where(kept.T[:, words // ROUTE_WORDS], dz, 0.0)
-    return list(torch.autograd.grad(raw, leaves, dz))
+    values = list(torch.autograd.grad(raw, leaves, dz))
+    if means:
+        values[0] += mean_part(p, torch.where(scored, grad, 0).double(), ~kept & scored)
+    return values
+
+
+def mean_part(p: Problem, grad: Tensor, dropped: Tensor) -> Tensor:
+    """Float64 [rows, H]: -grad * mass * slope of the softcap * mean row, over each token's dropped blocks."""
+    leaves, raw, logps = all_logps(p)
+    mass = by_block(logps.detach().exp()).sum(2)
+    factor, slope = p.head.scale / p.head.temperature, torch.ones_like(mass)
+    if p.head.softcap is not None:
+        z = p.head.softcap * torch.tanh(raw.detach() * p.head.scale / p.head.softcap) / p.head.temperature
+        words = by_block(torch.ones_like(z)).sum(2)
+        mean_logit = by_block(z.exp()).sum(2).div(words).log() * p.head.temperature
+        slope = 1 - (mean_logit / p.head.softcap) ** 2
+    share = torch.where(dropped & (grad != 0), mass * slope, 0.0) * grad * -factor
+    means = torch.stack([part.mean(0) for part in p.weight.double().split(ROUTE_WORDS)])
+    row = torch.arange(grad.shape[0], device=DEVICE) if p.row_index is None else p.row_index
+    return torch.zeros_like(leaves[0]).detach().index_add(0, row, share.T @ means)
 
 
 def close(value: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
@@ -96,14 +120,16 @@ def test_three_blocks_by_hand() -> None:
         head = PLAIN.replace(max_dropped_mass=most)
         route = forward(Problem(hidden, weight, None, targets, None, head)).route
         assert route.shape == (3, 4)
-        assert (route != 0).sum(0).tolist() == kept, most
-        torch.testing.assert_close(route[0].cpu(), torch.full((4,), 0.901), rtol=1e-5, atol=0)
+        assert (route > 0).sum(0).tolist() == kept, most
+        # The masses are there for pairs that are left out, too.
+        masses = share.float()[:, None].expand(3, 4)
+        torch.testing.assert_close(route.abs().cpu(), masses, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("most", "head"), [(0.0, PLAIN), (1e-3, RICH), (0.05, PLAIN), (0.5, RICH)], ids=str)
 def test_the_rule_of_what_is_kept(most: float, head: HeadOptions) -> None:
     p = peaked(30, head=head.replace(max_dropped_mass=most), ignored=0.1, bias=True, rows=11)
-    assert torch.equal(forward(p).route != 0, kept_pairs(p, most))
+    assert torch.equal(keeps(p), kept_pairs(p, most))
 
 
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
@@ -118,9 +144,82 @@ def test_gradients_over_the_kept_pairs(
     assert 0.1 < float(kept.float().mean()) < 0.9
     # A logit's rounding error is multiplied by the head's slope, and what it does to the gradient once more.
     tolerance = 1e-6 * max(1.0, head.scale / head.temperature) ** 2
-    wanted = masked_gradients(p, upstream(p), kept)
+    wanted = routed_gradients(p, upstream(p), kept)
     for value, exact in zip([g for g in gradients(p, upstream(p)) if g is not None], wanted, strict=True):
         close(value, exact, tolerance)
+
+
+def equal_rows(p: Problem) -> Problem:
+    """The problem with every block's rows and biases made its first: each row is its block's mean."""
+    for t in (p.weight, p.bias):
+        for part in () if t is None else t.split(ROUTE_WORDS):
+            part[:] = part[:1].clone()
+    return p
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("most", "head"), [(0.02, PLAIN), (0.9, PLAIN), (0.1, RICH)], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_blocks_of_equal_rows_lose_nothing(most: float, head: HeadOptions, dtype: torch.dtype) -> None:
+    """dhidden is the exact gradient whatever is left out: there is nothing but means."""
+    head = head.replace(max_dropped_mass=most)
+    p = equal_rows(peaked(30, width=5, dtype=dtype, head=head, bias=True, rows=11, ignored=0.1))
+    grad = upstream(p)
+    kept = keeps(p)
+    exact = eager_gradients(p, grad, torch.float64)[0]
+    value = gradients(p, grad)[0]
+    assert value is not None
+    assert error(value, exact) <= 1.05 * error(eager_gradients(p, grad, dtype)[0], exact)
+    assert error(routed_gradients(p, grad, kept, means=False)[0], exact) > 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [1e-2, 1e-1])
+def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: torch.dtype) -> None:
+    """Words sorted by frequency, which one coordinate carries: with the means dhidden is three times as close."""
+    p = peaked(30, 1100, 24, factor=1.5, dtype=dtype, head=PLAIN.replace(max_dropped_mass=most))
+    p.hidden *= 4
+    p.hidden[:, 0] = 8
+    p.weight[:, 0] = torch.arange(1, 1101, device=DEVICE).log() * (-1.69 / 8)
+    p.targets = (p.hidden.double() @ p.weight.double().T).argmax(1)
+    grad = upstream(p)
+    kept = keeps(p)
+    exact = eager_gradients(p, grad, torch.float64)[0]
+    value = gradients(p, grad)[0]
+    assert value is not None
+    assert error(value, exact) < error(routed_gradients(p, grad, kept, means=False)[0], exact) / 3
+
+
+@pytest.mark.parametrize(("tokens", "width", "scale"), [(50, 200, 1.0), (2, 2200, 1.0), (20, 5, 600.0)])
+def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, scale: float) -> None:
+    """A workspace that holds masses and products of some tokens, of none, and sums of rows beyond 65504."""
+    head = PLAIN.replace(max_dropped_mass=0.9, workspace_bytes=1)
+    p = equal_rows(problem(tokens, 2 * ROUTE_WORDS + 9, width, dtype=torch.float16, head=head))
+    p.weight *= scale
+    p.hidden *= 8 / (width**0.5 * scale)
+    grad = torch.ones_like(upstream(p))
+    assert not keeps(p).all()
+    value = gradients(p, grad, (True, False, False))[0]
+    assert value is not None
+    exact = eager_gradients(p, grad, torch.float64)[0]
+    assert error(value, exact) <= 1.05 * error(eager_gradients(p, grad, torch.float16)[0], exact)
+
+
+def test_means_of_what_has_no_mass_add_nothing() -> None:
+    """d = 0 forms no means; a d that only blocks of mass 0 are within gives the same bits."""
+    p = peaked(20, bias=True)
+    assert p.bias is not None
+    p.bias[ROUTE_WORDS : 2 * ROUTE_WORDS] = float("-inf")
+    p.targets %= ROUTE_WORDS
+    p.head = KEEP_ALL
+    nothing = gradients(p, upstream(p))
+    p.head = PLAIN.replace(max_dropped_mass=1e-30)
+    for value, wanted in zip(gradients(p, upstream(p)), nothing, strict=True):
+        assert value is not None
+        assert wanted is not None
+        assert torch.equal(value, wanted)
+    none = gradients(problem(0, 300, 8, head=PERCENT), torch.zeros(0, device=DEVICE))
+    assert [tuple(value.shape) for value in none[:2] if value is not None] == [(0, 8), (300, 8)]
 
 
 @settings(max_examples=5)
@@ -184,13 +283,15 @@ def test_tokens_without_a_gradient_keep_nothing() -> None:
     grad = upstream(p)
     grad[::2] = 0
     route = forward(p).route
-    wanted = masked_gradients(p, grad, route != 0)
+    wanted = routed_gradients(p, grad, route > 0)
     p.hidden[::2] = float("nan")  # Not multiplied by 0: not read.
-    lse = forward(p).lse
-    values = triton_backend.token_logps_backward(grad, p.inputs, lse, route, p.head, Needs(True, True, False))
-    for value, exact in zip(values[:2], wanted, strict=True):
-        assert value is not None
-        close(value, exact)
+    _, lse, poisoned = forward(p)
+    assert poisoned[:, ::2].isnan().all()
+    for masses in (route, poisoned):
+        values = triton_backend.token_logps_backward(grad, p.inputs, lse, masses, p.head, Needs(True, True, False))
+        for value, exact in zip(values[:2], wanted, strict=True):
+            assert value is not None
+            close(value, exact)
     none = triton_backend.token_logps_backward(grad * 0, p.inputs, lse, route, p.head, Needs(True, True, False))
     for value in none[:2]:
         assert value is not None
@@ -201,9 +302,9 @@ def test_tokens_without_a_gradient_keep_nothing() -> None:
 def test_a_token_that_is_not_finite_keeps_everything(poison: float) -> None:
     p = peaked(20, 300)
     p.hidden[5, 3] = poison
-    route = forward(p).route
-    assert (route[:, 5] != 0).all()
-    assert not (route != 0).all()
+    kept = keeps(p)
+    assert kept[:, 5].all()
+    assert not kept.all()
     dhidden, dweight, _ = gradients(p, upstream(p))
     assert dhidden is not None
     assert dweight is not None
@@ -219,9 +320,9 @@ def test_a_row_that_is_not_finite_stays_out_of_the_blocks_its_token_drops() -> N
     p.weight[:] = p.weight.abs() + 0.1
     p.weight[ROUTE_WORDS:] *= -1
     p.targets[0] = 3
-    route = forward(p).route
-    assert (route[:, 0] != 0).tolist() == [True, False, False]
-    assert (route[:, 1:] != 0).all()
+    kept = keeps(p)
+    assert kept[:, 0].tolist() == [True, False, False]
+    assert kept[:, 1:].all()
     _, dweight, _ = gradients(p, upstream(p))
     assert dweight is not None
     assert dweight[ROUTE_WORDS:].isfinite().all()
@@ -243,7 +344,7 @@ def test_masses_of_zero_are_dropped_even_at_zero_but_for_the_target() -> None:
     assert p.bias is not None
     p.bias[ROUTE_WORDS:] = float("-inf")
     p.targets[:] = torch.tensor([0, 1, 2, 3, 4, 3 * ROUTE_WORDS], device=DEVICE)
-    kept = forward(p).route != 0
+    kept = keeps(p)
     assert kept[0].all()
     assert not kept[1:3].any()
     assert kept[3].tolist() == [False] * 5 + [True]
@@ -252,12 +353,12 @@ def test_masses_of_zero_are_dropped_even_at_zero_but_for_the_target() -> None:
 def test_one_token_heavier_than_the_bound_in_every_block() -> None:
     p = problem(10, 4 * ROUTE_WORDS, 8, head=PLAIN.replace(max_dropped_mass=0.2))
     p.weight *= 0.0  # all masses are 1/4
-    assert (forward(p).route != 0).all()
+    assert keeps(p).all()
     p.head = PLAIN.replace(max_dropped_mass=0.6)
     # Two of the three others would fit, but equal masses go together.
-    assert (forward(p).route != 0).all()
+    assert keeps(p).all()
     p.head = PLAIN.replace(max_dropped_mass=0.75)
-    assert ((forward(p).route != 0).sum(0) == 1).all()
+    assert (keeps(p).sum(0) == 1).all()
 
 
 def test_metrics_tell_what_was_left_out() -> None:
@@ -307,7 +408,7 @@ def test_through_autograd_twice() -> None:
     logps = functional.token_logps(hidden, weight, p.targets, head=p.head, backend="triton")
     first = torch.autograd.grad(logps.sum(), [hidden, weight], retain_graph=True)
     second = torch.autograd.grad(logps.sum(), [hidden, weight])
-    wanted = masked_gradients(p, torch.ones(20, device=DEVICE), kept_pairs(p, 1e-2))
+    wanted = routed_gradients(p, torch.ones(20, device=DEVICE), kept_pairs(p, 1e-2))
     for one, other, exact in zip(first, second, wanted, strict=True):
         assert torch.equal(one, other)
         close(one, exact)
