@@ -91,7 +91,7 @@ def cost(
 ) -> Cost:
     """The model of a path: "bound", "bound_forward", "workspace", "fused", "fused_forward", "routed" or "eager".
 
-    kept_share: of (token, block) pairs, for "routed". chunk_tokens: of the workspace, None for its default.
+    kept_share: of (token, block) pairs, for "routed", whose dropped mass is not 0. chunk_tokens: of the workspace, None for its default.
     weight_gradient: False for a frozen head ("bound", "workspace", "fused" and "routed").
     """
     n, h, v, size = shape.tokens, shape.width, shape.vocabulary, shape.dtype.itemsize
@@ -123,6 +123,11 @@ def cost(
             total.product(n, h, v, size, share, TRITON_EFFICIENCY)
             if weight_gradient:
                 total.product(v, h, n, size, share, TRITON_EFFICIENCY)
+        if path == "routed":
+            # The left-out blocks' means: formed in one read of the weight, masses turned into an operand, a product of
+            # the vendor's, and what it gives as the start of the float32 sums.
+            total.traffic(float(size) * v * h + (4.0 + size) * blocks * n + (4.0 + size) * n * h)
+            total.product(n, h, blocks, size)
     elif path == "eager":
         total.product(n, v, h, size)
         total.product(n, h, v, size)

@@ -62,11 +62,18 @@ def test_a_product_is_bound_by_its_slower_side() -> None:
     assert cost("bound_forward", thin, H200).seconds == pytest.approx(2 * (4096 + 128256 * 4097) / 4.3e12)
 
 
-def test_routed_costs_one_product_and_three_shares() -> None:
+def test_routed_costs_one_product_three_shares_and_the_means() -> None:
     dense, forward = cost("fused", BIG, H200), cost("fused_forward", BIG, H200)
-    assert cost("routed", BIG, H200, kept_share=1.0) == dense
-    assert cost("routed", BIG, H200, kept_share=0.0).flops == forward.flops
+    means = 2 * 8192 * 4096 * 1002
+    assert cost("routed", BIG, H200, kept_share=1.0).flops == dense.flops + means
+    assert cost("routed", BIG, H200, kept_share=0.0).flops == forward.flops + means
     assert dense.flops == 4 * forward.flops
+    # One read of the weight is most of it, and little beside the step.
+    free = Ceilings("", 1e30, 1e12, "")
+    extra = cost("routed", BIG, free, kept_share=1.0).bytes - cost("fused", BIG, free).bytes
+    weight = 2 * 128256 * 4096
+    assert weight < extra < 1.5 * weight
+    assert cost("routed", BIG, H200, kept_share=1.0).seconds < 1.02 * dense.seconds
 
 
 def _report(dry_run: bool) -> dict:
