@@ -91,7 +91,8 @@ def cost(
 ) -> Cost:
     """The model of a path: "bound", "bound_forward", "workspace", "fused", "fused_forward", "routed" or "eager".
 
-    kept_share: of (token, block) pairs, for "routed", whose dropped mass is not 0. chunk_tokens: of the workspace, None for its default.
+    kept_share: of (token, block) pairs, for "routed", whose dropped mass is not 0. chunk_tokens: of the workspace, None
+    for its default.
     weight_gradient: False for a frozen head ("bound", "workspace", "fused" and "routed").
     """
     n, h, v, size = shape.tokens, shape.width, shape.vocabulary, shape.dtype.itemsize

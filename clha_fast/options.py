@@ -72,10 +72,10 @@ class HeadOptions(_Settings):
             size, which is its gradient's) for the workspace backend.
         max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
-            d of it together; the target's own block always counts. The gradient of hidden gets each left-out block's
-            exact mass times the mean of its rows instead (the mean is left out with the rest of the block for weight
-            and bias): a token's is off by at most |dL/dlogp| * d * the largest distance between a row and the mean of
-            its block, times scale / temperature without a softcap. Loss and log-probabilities stay exact.
+            d of it together; the target's own block always counts. Weight and bias get nothing of such a block; hidden
+            gets its exact mass times the mean of its rows, and is off by at most |dL/dlogp| * d * the largest distance
+            of a row from the mean of its block (times scale / temperature; with a softcap see `torch_routing`). Loss
+            and log-probabilities stay exact.
     """
 
     scale: float = 1.0
