@@ -18,6 +18,7 @@ from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss, 
 from clha_fast.inputs import HeadResult, Needs
 from clha_fast.options import PRESETS, PUBLISHED
 from clha_fast.sweep import Chunk
+from clha_fast.triton_head import Head
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 PAPER = PRESETS["paper"]
@@ -232,6 +233,42 @@ def test_extreme_logits() -> None:
         for value, wanted in zip(gradients(p, upstream(p))[:2], exact, strict=True):
             assert value is not None
             close(value, wanted, 3e-6)
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [float("-inf")],
+        [float("-inf"), LOWEST],
+        [-1e38, -2e38, -3e38, LOWEST],
+        [-2e38],
+        [float("-inf"), -1e38, 3e38],
+        [0.0, float("inf")],
+        [float("-inf"), float("inf"), LOWEST],
+        [-2e38, float("nan")],
+        [float("-inf"), float("nan"), float("inf")],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("at", [0, 64, 299])
+def test_statistics_of_logits_at_the_end_of_float32(row: list[float], at: int) -> None:
+    """One value everywhere, the others from word `at` on: the same log-probabilities as float64's, inf and NaN too."""
+    vocabulary = 300
+    p = problem(4, vocabulary, 8)
+    z = torch.full((4, triton_softmax.padded_width(vocabulary)), float("nan"), device=DEVICE)
+    z[:, :vocabulary] = row[0]
+    for n, value in enumerate(row):
+        z[:, (at + n) % vocabulary] = value
+    p.targets[:] = torch.tensor([at, (at + len(row) - 1) % vocabulary, (at + 150) % vocabulary, -100], device=DEVICE)
+    logps, lse = triton_softmax.statistics(z, p.targets, Head.of(p.inputs, PLAIN))
+    exact = z[:, :vocabulary].double().log_softmax(1).gather(1, p.targets.clamp(min=0)[:, None])[:, 0]
+    torch.testing.assert_close(logps[:3].double(), exact[:3].float().double(), rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert logps[3] == 0
+    if not z[:, :vocabulary].isnan().any() and float("inf") not in row:
+        torch.testing.assert_close(lse, z[:, :vocabulary].double().logsumexp(1), rtol=1e-12, atol=1e-6)
 
 
 def test_large_logits_close_together() -> None:
