@@ -13,7 +13,9 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
 
 * A coefficient is folded into z before z is rounded. Multiplied into X, as the CPU path does in float32, it is one
   more rounding to 16 bits: dweight's error came to 1.43 times eager's, with float32 logits too. Folded, it is 1.00.
-  float16 takes the coefficient's mantissa into z and its power of two into X and dhidden, exactly: 1.01.
+  float16 takes the coefficient's mantissa into z and its power of two into X and dhidden, exactly: 1.01. The chunks'
+  largest powers differ and no product takes a factor from the device: a later chunk is added to dweight some rows at
+  a time, 16 * V * H bytes instead of 8.
 * Hence two passes over z with the ranking between them: 6 bytes a logit in all instead of 4, 1.5% of the step at
   H = 4096.
 * Adding a chunk to the float32 dweight moves 8 * V * H bytes, about 245 / tokens of the three GEMMs' time: chunks must
@@ -23,6 +25,8 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,29 +44,37 @@ _ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 _NOTHING = Needs(False, False, False)
 
 
-def _add_in_parts(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a . b in 16 bits with a wide result, some rows of `out` at a time."""
-    step = max(1, _MIN_WORKSPACE // max(1, out.shape[1] * out.itemsize))
-    for first in range(0, out.shape[0], step):
-        rows = slice(first, first + step)
-        out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, unit: Tensor | None = None) -> None:
+    """out = a . b, or out += unit * a . b, summed in out's dtype."""
+    if add and (unit is not None or (out.dtype != a.dtype and not _ADDS_WIDE)):
+        _add_in_parts(a, b, out, unit)
+    else:
+        _library_product(a, b, out, add)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= a . b, summed in out's dtype. With `out=`, which autocast leaves alone."""
+def _library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= a . b by the vendor's library. With `out=`, which autocast leaves alone."""
     if out.dtype != a.dtype and not out.is_cuda:  # the interpreter: a CPU's library has no 16-bit product in float32
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if out.dtype == a.dtype:
-        if add:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
-    elif add and _ADDS_WIDE:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif add:
-        _add_in_parts(a, b, out)
+    kind: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **kind)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out=out, **kind)
+
+
+def _add_in_parts(a: Tensor, b: Tensor, out: Tensor, unit: Tensor | None) -> None:
+    """out += unit * a . b, some rows of `out` at a time, for the product stands beside it in memory."""
+    # Whole vectors of 16-bit elements: the library's fast kernels want its operands aligned.
+    step = max(64, _MIN_WORKSPACE // max(1, out.shape[1] * out.itemsize) // 64 * 64)
+    for first in range(0, out.shape[0], step):
+        rows = out[first : first + step]
+        part = torch.empty_like(rows)
+        _library_product(a[first : first + step], b, part, add=False)
+        if unit is None:
+            rows += part
+        else:
+            rows.addcmul_(part, unit)
 
 
 class _Sweep:
@@ -140,47 +152,50 @@ class Loaded:
         """Adds the gradients of sum_t grad_logps_t * logp_t; the logits are gone afterwards."""
         sweep = self.sweep
         grad = torch.where(self.targets == sweep.ready.ignore_index, 0.0, grad_logps.to(torch.float32)) * sweep.factor
-        power = None
+        power = unit = share = None
         if self.rows.dtype == torch.float16:
             # z keeps a mantissa, for float16 has no exponents to spare; the power of two goes where it costs no bit.
             grad, exponent = torch.frexp(grad)
             # A gradient of 0 has exponent 0: its power would be the largest beside small ones, and they underflow.
             power = torch.ldexp((grad != 0).to(grad.dtype), exponent).unsqueeze(1)
+            # In sums over tokens the largest power is 1 for the product, and comes back in float32. On the device.
+            unit = power.amax().clamp(min=torch.finfo(torch.float32).tiny)
+            share = (power / unit).to(self.rows.dtype)
         gradient(self.z, self.targets, lse.contiguous(), grad, sweep.ready)
         z = self.z[:, : sweep.vocabulary]
         if sweep.dhidden is not None:
             self._add_hidden(sweep.dhidden, z, power)
         if sweep.dweight is not None:
-            self._add_weight(sweep.dweight, z, power, grad)
+            # What has no gradient is not multiplied by 0: its hidden state may be NaN.
+            rows = torch.where((grad == 0).unsqueeze(1), 0, self.rows)
+            self._add_weight(sweep.dweight, z, rows if share is None else rows * share, unit)
         if sweep.dbias is not None:
-            sweep.dbias += (z if power is None else z * power).sum(0, dtype=torch.float64)
+            self._add_bias(sweep.dbias, z, share, unit)
 
     def _add_hidden(self, dhidden: Tensor, z: Tensor, power: Tensor | None) -> None:
         own = self.index is None
         drows = dhidden[self.start : self.stop] if own else dhidden.new_empty(z.shape[0], dhidden.shape[1])
-        _product(z, self.sweep.weight, drows, add=False)
+        _product(z, self.sweep.weight, drows)
         if power is not None:
             drows *= power
         if self.index is not None:
             accumulate(dhidden, self.index, drows)
 
-    def _add_weight(self, dweight: Tensor, z: Tensor, power: Tensor | None, grad: Tensor) -> None:
+    def _add_weight(self, dweight: Tensor, z: Tensor, rows: Tensor, unit: Tensor | None) -> None:
         fresh = self.sweep.weight_is_fresh
         self.sweep.weight_is_fresh = False
-        # What has no gradient is not multiplied by 0: its hidden state may be NaN.
-        rows = torch.where((grad == 0).unsqueeze(1), 0, self.rows)
-        if power is None:
-            _product(z.t(), rows, dweight, add=not fresh)
+        _product(z.t(), rows, dweight, not fresh, unit)
+        if fresh and unit is not None:
+            dweight *= unit
+
+    def _add_bias(self, dbias: Tensor, z: Tensor, share: Tensor | None, unit: Tensor | None) -> None:
+        if share is None or unit is None:
+            dbias += z.sum(0, dtype=torch.float64)
             return
-        # The largest power becomes 1 for the product, on the device, and comes back in float32.
-        peak = power.amax().clamp(min=torch.finfo(torch.float32).tiny)
-        rows = rows * (power / peak).to(rows.dtype)
-        chunk = dweight if fresh else torch.empty_like(dweight)
-        _product(z.t(), rows, chunk, add=False)
-        if fresh:
-            dweight *= peak
-        else:
-            dweight.addcmul_(chunk, peak)
+        # A product, exact but for its sums: z times powers of two would be a float32 copy of the workspace.
+        column = torch.empty(z.shape[1], 1, dtype=torch.float32, device=z.device)
+        _product(z.t(), share, column)
+        dbias += column.squeeze(1).double() * unit
 
 
 def _no_route(inputs: HeadInputs) -> Tensor:

@@ -53,8 +53,8 @@ def statistics_kernel(
     row, part, first, last = row_part(width, SPLITS, BLOCK_K * BLOCK_V)
     z_ptr += row * stride_z
     # Each lane keeps its own maximum and sum over BLOCK_K words at a time: nothing crosses threads inside the loop,
-    # and a word costs 1 + 1 / BLOCK_K exponentials. (-inf) - (-inf) would be NaN: the start is the lowest finite number,
-    # which no logit but -inf lies below.
+    # and a word costs 1 + 1 / BLOCK_K exponentials. (-inf) - (-inf) would be NaN: the start is the lowest finite
+    # number, which nothing but -inf lies below.
     peak = tl.full((BLOCK_V,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     word = tl.arange(0, BLOCK_K)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]

@@ -12,6 +12,7 @@ from helpers import Case, make_case, rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton_harness import DEVICE, DTYPES, PLAIN, RICH, Problem, eager_gradients, error, exact_logps, problem
 
 from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss, ops, triton_softmax, workspace_backend
@@ -322,21 +323,58 @@ def test_small_coefficients_survive_float16_beside_tokens_without_one(power: int
         assert torch.equal(other, one * 2.0**power)
 
 
-def test_sums_in_parts_where_torch_cannot_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.8 and 2.9: rows of the sum a few at a time, the last part shorter. A CPU widens instead."""
-    real = torch.mm
-
-    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-        return real(a.to(out_dtype), b.to(out_dtype))
-
+@pytest.mark.parametrize("unit", [None, 0.25])
+def test_sums_in_parts(unit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the sum 64 at a time, the last part shorter: float16, and any 16 bits in torch 2.8 and 2.9."""
     draw = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((5, 7), (5, 6)))
-    start = torch.randn(7, 6, generator=draw)
-    out = start.clone()
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 2 * 6 * 4)
-    workspace_backend._add_in_parts(a.t(), b, out)
-    torch.testing.assert_close(out, start + real(a.t().float(), b.float()))
+    a, b = (torch.randn(*shape, generator=draw).to(DEVICE, torch.float16) for shape in ((5, 150), (5, 6)))
+    start = torch.randn(150, 6, generator=draw).to(DEVICE)
+    out, scale = start.clone(), None if unit is None else torch.tensor(unit, device=DEVICE)
+    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 1)
+    workspace_backend._add_in_parts(a.t(), b, out, scale)
+    torch.testing.assert_close(out, start + (unit or 1.0) * (a.t().float() @ b.float()))
+
+
+class Sizes(TorchDispatchMode):
+    """The bytes of everything that is allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.taken.append(result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_as_large_as_the_workspace_or_the_gradient_stands_beside_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later chunk's backward, all gradients; products and kernels aside, which a CPU widens."""
+    p = problem(64, 400, 48, bias=True, dtype=dtype)
+    lse = forward(p).lse
+    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 1)
+
+    def unseen(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            with _disable_current_modes():
+                function(*args, **kwargs)
+
+        return call
+
+    sweep = workspace_backend._Sweep(p.inputs, p.head, Needs(True, True, True))
+    sweep.reserve(32)
+    sweep.load(0, 32).backward(upstream(p)[:32], lse[:32])
+    loaded = sweep.load(32, 64)
+    for name in ("gradient", "_library_product"):
+        monkeypatch.setattr(workspace_backend, name, unseen(getattr(workspace_backend, name)))
+    with Sizes() as sizes:
+        loaded.backward(upstream(p)[32:], lse[32:])
+    assert 0 < max(sizes.taken) < min(4 * 400 * 48, 4 * 32 * 400) / 2
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
