@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from clha_fast.triton_head import Head, round_up, tiles
-from csrc_triton import ranking, softmax
+from clha_fast.triton_ranking import combine
+from csrc_triton import softmax
 
 # Programs that keep a GPU's memory busy; where there are fewer tokens, their rows are cut into parts.
 _PROGRAMS = 1024
@@ -32,8 +33,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     config = head.config("statistics")
     splits = _splits(count, width, config["BLOCK_K"] * config["BLOCK_V"])
     block_peak, block_sum = (torch.empty(splits, count, dtype=torch.float32, device=z.device) for _ in range(2))
-    target_logit, logps = (torch.empty(count, dtype=torch.float32, device=z.device) for _ in range(2))
-    lse = torch.empty(count, dtype=torch.float64, device=z.device)
+    target_logit = torch.empty(count, dtype=torch.float32, device=z.device)
     softmax.statistics_kernel[(count * splits,)](
         z,
         targets,
@@ -51,32 +51,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         SPLITS=splits,
         **config,
     )
-    config = head.config("combine")
-    ranking.combine_kernel[(tiles(count, config["BLOCK_N"]),)](
-        block_peak,
-        block_sum,
-        target_logit,
-        targets,
-        logps,
-        lse,
-        None,
-        None,
-        None,
-        None,
-        None,
-        count,
-        0,
-        splits,
-        head.ignore_index,
-        0.0,
-        HAS_PROMPTS=False,
-        HAS_REWARDS=False,
-        NOISE=ranking.NOISE_NONE,
-        REDUCE=ranking.REDUCE_SUM,
-        COUNT_PAIRS=False,
-        **config,
-    )
-    return logps, lse
+    return combine(block_peak, block_sum, target_logit, targets, head)
 
 
 def gradient(z: Tensor, targets: Tensor, lse: Tensor, coefficients: Tensor, head: Head) -> None:

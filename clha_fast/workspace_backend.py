@@ -34,8 +34,8 @@ from torch import Tensor
 from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.sweep import accumulate, even_share, prompt_chunks
-from clha_fast.triton_chunks import ChunkRanking
 from clha_fast.triton_head import Head, on
+from clha_fast.triton_ranking import Ranking
 from clha_fast.triton_softmax import gradient, padded_width, statistics
 
 _MIN_WORKSPACE = 64 * 2**20
@@ -261,7 +261,8 @@ def clha_sweep(
     """
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)
-        ranked = ChunkRanking(ranking, options, sweep.ready)
+        ranked = Ranking(ranking, options, sweep.ready)
+        ranked.count()
         lse = torch.empty(inputs.targets.shape, dtype=torch.float64, device=inputs.hidden.device)
         chunks = prompt_chunks(ranking, inputs.targets.shape[0], sweep.capacity)
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
@@ -274,7 +275,7 @@ def clha_sweep(
                 loaded = sweep.load(edge, stop)
                 late, lse[edge:stop] = loaded.statistics()
                 logps = late if edge == start else torch.cat([logps, late])
-            ranked.rank(chunk, logps)
+            ranked.rank(logps, chunk)
             if not any(needs):
                 continue
             if loaded is not None:

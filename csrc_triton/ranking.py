@@ -1,8 +1,9 @@
-"""From block statistics to the CLHA loss and its slope: three launches.
+"""From block statistics to the CLHA loss and its slope: three launches, or a few for every chunk of whole prompts.
 
 1. `combine_kernel`: a token's log-probability needs all of its vocabulary blocks. The same launch counts each
    candidate's scored tokens and the kept pairs of the batch, which depend on no logit.
-2. `prompts_kernel`: a pair's weight needs the finished counts of the whole batch, hence a launch of its own.
+2. `prompts_kernel`: a pair's weight needs the finished counts of the whole batch, hence a launch of its own. Where the
+   prompts come in chunks, `count_kernel` has counted beforehand.
 3. `finish_kernel`: adds the prompts' shares in a fixed order, so that the loss is bitwise repeatable.
 
 Sums over tokens, pairs and prompts run in float64: they are a few thousand numbers, and a candidate may have 100,000
@@ -187,7 +188,48 @@ def combine_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C"])
+def count_kernel(
+    targets_ptr,
+    token_ends_ptr,
+    prompt_ends_ptr,
+    rewards_ptr,
+    lengths_ptr,
+    pair_counts_ptr,
+    N,
+    C,
+    ignore_index,
+    reward_margin,
+    HAS_REWARDS: tl.constexpr,
+    NOISE: tl.constexpr,
+    REDUCE: tl.constexpr,
+    COUNT_PAIRS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One prompt a program: lengths [C] and the batch's kept pairs, which every chunk's weights need beforehand."""
+    count_prompt(
+        tl.program_id(0),
+        targets_ptr,
+        token_ends_ptr,
+        prompt_ends_ptr,
+        rewards_ptr,
+        lengths_ptr,
+        pair_counts_ptr,
+        N,
+        C,
+        ignore_index,
+        reward_margin,
+        HAS_REWARDS,
+        NOISE,
+        REDUCE,
+        COUNT_PAIRS,
+        BLOCK_C,
+        BLOCK_T,
+    )
+
+
+@triton.jit(do_not_specialize=["N", "C", "P", "num_distances", "first_prompt", "first_token"])
 def prompts_kernel(
     logps_ptr,
     lengths_ptr,
@@ -205,6 +247,8 @@ def prompts_kernel(
     C,
     P,
     num_distances,
+    first_prompt,
+    first_token,
     margin,
     reward_margin,
     rank_weight,
@@ -222,9 +266,11 @@ def prompts_kernel(
 ):
     """One prompt a program: scores [C], dL/dS [C], and the prompt's share of the 16 metrics, partials [P, 16].
 
+    Programs take the prompts first_prompt and after, of a batch of P; logps are those of tokens [first_token, N).
     sums [C] float64 is scratch. pair_counts: [D] kept pairs by distance, [1] for the pair mean, unused for the sum.
     """
-    p = tl.program_id(0)
+    p = first_prompt + tl.program_id(0)
+    logps_ptr -= first_token
     first, last = span(prompt_ends_ptr, p, p >= 0, C)
     size = (last - first).to(tl.float64)
     prompts = tl.cast(P, tl.float64)

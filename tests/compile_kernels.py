@@ -102,7 +102,7 @@ def ranking_arguments(variant: str) -> dict[str, Any]:
         | dict.fromkeys(floats, 1.0)
         | {"lse_ptr": "*fp64"}
         | {"N": tokens, "C": candidates, "P": prompts, "num_blocks": 501, "num_distances": 1, "ignore_index": -100}
-        | {"first_prompt": 8, "first_candidate": 31, "METRICS": ranking.METRICS.value}
+        | {"first_prompt": 8, "first_token": 310}
     )
 
 
@@ -137,11 +137,10 @@ KERNELS = {
     "finish": ranking.finish_kernel,
     "statistics": softmax.statistics_kernel,
     "gradient": softmax.gradient_kernel,
-    "count": softmax.count_kernel,
-    "chunk_prompts": softmax.chunk_prompts_kernel,
+    "count": ranking.count_kernel,
 }
 # Kernels that take another's entry of the table.
-ENTRIES = {"count": "prompts", "chunk_prompts": "prompts"}
+ENTRIES = {"count": "prompts"}
 
 
 def workspace_arguments(dtype: str, variant: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from helpers import ROOT, run_python
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
 KERNELS = ("triton", "csrc_triton", "clha_fast.triton_backend")
 TORCH_BACKEND = ("clha_fast.torch_backend", "clha_fast.torch_ranking")
-WORKSPACE_BACKEND = ("clha_fast.workspace_backend", "clha_fast.triton_chunks", "clha_fast.triton_softmax")
+WORKSPACE_BACKEND = ("clha_fast.workspace_backend", "clha_fast.triton_ranking", "clha_fast.triton_softmax")
 BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
