@@ -11,14 +11,7 @@ from torch import Tensor
 from clha_fast.inputs import RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-
-
-def accumulate(target: Tensor, index: Tensor, source: Tensor) -> None:
-    """target[index] += source, repeats summed, the same bits every time."""
-    if target.is_cuda:
-        target.index_put_((index,), source, accumulate=True)  # sorts; index_add_ there uses float atomics
-    else:
-        target.index_add_(0, index, source)
+from clha_fast.sweep import accumulate
 
 
 @dataclass
