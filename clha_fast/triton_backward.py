@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class Active:
             peak=torch.where(peak > 0, peak, 1.0),
             row_ends=row_ends,
         )
+
+
+class Chunk(NamedTuple):
+    """What is worked on at a time: where it starts, its words, and dlogits [tokens, words] of it in whole tiles."""
+
+    first_token: int
+    first_word: int
+    words: int
+    dlogits: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,13 +140,14 @@ class Backward:
         gather(self.hidden, self.head, self.rows, order=self.active.order, count=self.active.count)
         for first_word in range(0, self.vocabulary, self.chunks.words):
             for first_token in range(0, self.num_tokens, self.chunks.tokens):
-                self._logit_grad(first_token, first_word)
+                chunk = self._chunk(first_token, first_word)
+                self._logit_grad(chunk)
                 if self.dhidden is not None:
-                    self._hidden_grad(first_token, first_word)
+                    self._hidden_grad(chunk)
                 if self.dweight is not None:
-                    self._weight_grad(first_token, first_word)
+                    self._weight_grad(chunk)
                 if self.dbias is not None:
-                    self._bias_grad(first_token, first_word)
+                    self._bias_grad(chunk)
             if self.dweight is not None and self.partial is not None:
                 rows = self.dweight[first_word : first_word + self.chunks.words]
                 torch.mul(self.partial[: rows.shape[0]], self.active.peak * self.factor, out=rows)
@@ -145,21 +156,36 @@ class Backward:
         if self.dbias is not None:
             self.dbias *= self.active.peak * self.factor
 
-    def _tokens_from(self, first_token: int) -> int:
-        """Tokens of the chunk that starts there, in whole tiles."""
-        return min(self.chunks.tokens, self.rows.shape[0] - first_token)
-
-    def _words_from(self, first_word: int) -> tuple[int, int]:
-        """Words of the chunk that starts there, and the same in whole tiles."""
+    def _chunk(self, first_token: int, first_word: int) -> Chunk:
         words = min(self.chunks.words, self.vocabulary - first_word)
-        return words, round_up(words, self.config["logit_grad"]["BLOCK_V"])
+        padded = round_up(words, self.config["logit_grad"]["BLOCK_V"])
+        tokens = min(self.chunks.tokens, self.rows.shape[0] - first_token)
+        return Chunk(first_token, first_word, words, self.dlogits.as_strided((tokens, padded), (padded, 1)))
 
-    def _logit_grad(self, first_token: int, first_word: int) -> None:
-        config, head = self.config["logit_grad"], self.head
-        tokens, padded_words = self._tokens_from(first_token), self._words_from(first_word)[1]
-        backward.logit_grad_kernel[(tokens // config["BLOCK_N"] * (padded_words // config["BLOCK_V"]),)](
-            self.rows,
-            head.weight,
+    def _kernel(self, name: str) -> Any:
+        return getattr(backward, f"{name}_kernel")
+
+    def _grid(self, most: int) -> tuple[int]:
+        return (most,)
+
+    def _operand(self, matrix: Tensor, block_rows: int, block_columns: int) -> Any:
+        """How a GEMM takes a matrix that it reads in such blocks."""
+        return matrix
+
+    def _by_pointers(self, config: dict[str, int], reads_weight: bool, **more: int) -> dict[str, Any]:
+        """What a GEMM's kernel must be told of operands that it addresses itself."""
+        arguments = {"EVEN_H": self.width % config["BLOCK_H"] == 0, "PRECISION": self.head.flags["PRECISION"]}
+        if reads_weight:
+            strides = dict(zip(("stride_weight_v", "stride_weight_h"), self.head.weight.stride(), strict=True))
+            arguments |= {**strides, "WIDE": self.head.is_wide}
+        return arguments | more
+
+    def _logit_grad(self, chunk: Chunk) -> None:
+        config, head, (tokens, padded_words) = self.config["logit_grad"], self.head, chunk.dlogits.shape
+        block_n, block_v, block_h = config["BLOCK_N"], config["BLOCK_V"], config["BLOCK_H"]
+        self._kernel("logit_grad")[self._grid(tokens // block_n * (padded_words // block_v))](
+            self._operand(self.rows, block_n, block_h),
+            self._operand(head.weight, block_v, block_h),
             head.bias,
             head.targets,
             self.lse,
@@ -167,79 +193,69 @@ class Backward:
             self.active.order,
             self.active.count,
             self.active.peak,
-            self.dlogits,
-            first_token,
-            first_word,
+            chunk.dlogits,
+            chunk.first_token,
+            chunk.first_word,
             tokens,
             padded_words,
             self.vocabulary,
             self.width,
-            *head.weight.stride(),
-            head.pre_scale,
-            head.post_scale,
-            **head.flags,
-            EVEN_H=self.width % config["BLOCK_H"] == 0,
-            WIDE=head.is_wide,
+            pre_scale=head.pre_scale,
+            post_scale=head.post_scale,
+            HAS_BIAS=head.flags["HAS_BIAS"],
+            HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
+            **self._by_pointers(config, reads_weight=True),
             **config,
         )
 
-    def _bias_grad(self, first_token: int, first_word: int) -> None:
+    def _bias_grad(self, chunk: Chunk) -> None:
         config = self.head.config("bias_grad")
-        tokens, (words, padded_words) = self._tokens_from(first_token), self._words_from(first_word)
-        backward.bias_grad_kernel[(tiles(words, config["BLOCK_V"]),)](
-            self.dlogits,
+        backward.bias_grad_kernel[(tiles(chunk.words, config["BLOCK_V"]),)](
+            chunk.dlogits,
             self.dbias,
             self.active.count,
-            first_token,
-            first_word,
-            words,
-            tokens,
-            padded_words,
+            chunk.first_token,
+            chunk.first_word,
+            chunk.words,
+            *chunk.dlogits.shape,
             **config,
         )
 
-    def _hidden_grad(self, first_token: int, first_word: int) -> None:
-        config = self.config["hidden_grad"]
-        tokens, (words, padded_words) = self._tokens_from(first_token), self._words_from(first_word)
-        programs = tokens // config["BLOCK_N"] * tiles(self.width, config["BLOCK_H"])
-        backward.hidden_grad_kernel[(programs,)](
-            self.dlogits,
-            self.head.weight,
+    def _hidden_grad(self, chunk: Chunk) -> None:
+        config, (tokens, padded_words) = self.config["hidden_grad"], chunk.dlogits.shape
+        block_n, block_v, block_h = config["BLOCK_N"], config["BLOCK_V"], config["BLOCK_H"]
+        self._kernel("hidden_grad")[self._grid(tokens // block_n * tiles(self.width, block_h))](
+            self._operand(chunk.dlogits, block_n, block_v),
+            self._operand(self.head.weight, block_v, block_h),
             self.drows,
             self.active.count,
-            first_token,
-            first_word,
+            chunk.first_token,
+            chunk.first_word,
             tokens,
             padded_words,
-            words,
-            self.width,
-            *self.head.weight.stride(),
-            EVEN_H=self.width % config["BLOCK_H"] == 0,
-            WIDE=self.head.is_wide,
-            PRECISION=self.head.flags["PRECISION"],
+            H=self.width,
+            **self._by_pointers(config, reads_weight=True, num_words=chunk.words),
             **config,
         )
 
-    def _weight_grad(self, first_token: int, first_word: int) -> None:
-        config = self.config["weight_grad"]
-        tokens, (words, padded_words) = self._tokens_from(first_token), self._words_from(first_word)
-        programs = padded_words // config["BLOCK_V"] * tiles(self.width, config["BLOCK_H"])
-        backward.weight_grad_kernel[(programs,)](
-            self.dlogits,
-            self.rows,
+    def _weight_grad(self, chunk: Chunk) -> None:
+        config, (tokens, padded_words) = self.config["weight_grad"], chunk.dlogits.shape
+        block_n, block_v, block_h = config["BLOCK_N"], config["BLOCK_V"], config["BLOCK_H"]
+        self._kernel("weight_grad")[self._grid(padded_words // block_v * tiles(self.width, block_h))](
+            self._operand(chunk.dlogits, block_n, block_v),
+            self._operand(self.rows, block_n, block_h),
             self.partial,
             self.dweight,
             self.active.count,
             self.active.peak,
-            first_token,
-            first_word,
-            words,
+            chunk.first_token,
+            chunk.first_word,
+            chunk.words,
             tokens,
             padded_words,
             self.width,
             self.factor,
             HAS_PARTIAL=self.partial is not None,
-            EVEN_H=self.width % config["BLOCK_H"] == 0,
-            PRECISION=self.head.flags["PRECISION"],
+            **self._by_pointers(config, reads_weight=False),
             **config,
         )

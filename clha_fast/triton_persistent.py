@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.triton_backward import Backward
-from clha_fast.triton_head import programs, round_up, tiles
+from clha_fast.triton_head import programs, round_up
 from csrc_triton import persistent_backward
 
 
@@ -19,81 +21,19 @@ class PersistentBackward(Backward):
         # TMA wants rows that start on 16 bytes.
         return self.hidden.new_empty(padded, round_up(self.width, 8))[:, : self.width]
 
+    def run(self) -> None:
+        if self.partial is not None:
+            self.config["weight_grad"] = self.head.config("persistent_weight_grad_partial")
+        super().run()
+
+    def _kernel(self, name: str) -> Any:
+        return getattr(persistent_backward, f"persistent_{name}_kernel")
+
     def _grid(self, most: int) -> tuple[int]:
         return (min(programs(self.hidden.device), most),)
 
-    def _dlogits(self, tokens: int, words: int, block: list[int]) -> TensorDescriptor:
-        """The workspace as the launch at hand cuts it: [tokens, words], contiguous."""
-        return TensorDescriptor(self.dlogits, [tokens, words], [words, 1], block)
+    def _operand(self, matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_columns])
 
-    def _logit_grad(self, first_token: int, first_word: int) -> None:
-        config, head = self.config["logit_grad"], self.head
-        tokens, padded_words = self._tokens_from(first_token), self._words_from(first_word)[1]
-        grid = self._grid(tokens // config["BLOCK_N"] * (padded_words // config["BLOCK_V"]))
-        persistent_backward.persistent_logit_grad_kernel[grid](
-            _descriptor(self.rows, config["BLOCK_N"], config["BLOCK_H"]),
-            _descriptor(head.weight, config["BLOCK_V"], config["BLOCK_H"]),
-            head.bias,
-            head.targets,
-            self.lse,
-            self.active.grad,
-            self.active.order,
-            self.active.count,
-            self.active.peak,
-            self.dlogits,
-            first_token,
-            first_word,
-            tokens,
-            padded_words,
-            self.vocabulary,
-            self.width,
-            head.pre_scale,
-            head.post_scale,
-            HAS_BIAS=head.flags["HAS_BIAS"],
-            HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
-            **config,
-        )
-
-    def _hidden_grad(self, first_token: int, first_word: int) -> None:
-        config = self.config["hidden_grad"]
-        tokens, padded_words = self._tokens_from(first_token), self._words_from(first_word)[1]
-        grid = self._grid(tokens // config["BLOCK_N"] * tiles(self.width, config["BLOCK_H"]))
-        persistent_backward.persistent_hidden_grad_kernel[grid](
-            self._dlogits(tokens, padded_words, [config["BLOCK_N"], config["BLOCK_V"]]),
-            _descriptor(self.head.weight, config["BLOCK_V"], config["BLOCK_H"]),
-            self.drows,
-            self.active.count,
-            first_token,
-            first_word,
-            tokens,
-            padded_words,
-            self.width,
-            **config,
-        )
-
-    def _weight_grad(self, first_token: int, first_word: int) -> None:
-        has_partial = self.partial is not None
-        config = self.head.config("persistent_weight_grad_partial") if has_partial else self.config["weight_grad"]
-        tokens, (words, padded_words) = self._tokens_from(first_token), self._words_from(first_word)
-        grid = self._grid(padded_words // config["BLOCK_V"] * tiles(self.width, config["BLOCK_H"]))
-        persistent_backward.persistent_weight_grad_kernel[grid](
-            self._dlogits(tokens, padded_words, [config["BLOCK_N"], config["BLOCK_V"]]),
-            _descriptor(self.rows, config["BLOCK_N"], config["BLOCK_H"]),
-            self.partial,
-            self.dweight,
-            self.active.count,
-            self.active.peak,
-            first_token,
-            first_word,
-            words,
-            tokens,
-            padded_words,
-            self.width,
-            self.factor,
-            HAS_PARTIAL=has_partial,
-            **config,
-        )
-
-
-def _descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_columns])
+    def _by_pointers(self, config: dict[str, int], reads_weight: bool, **more: int) -> dict[str, Any]:
+        return {}
