@@ -58,9 +58,15 @@ def persistent_logit_grad_kernel(
             z = tl.dot(x, w.T, z)
         local_k, local_word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
         first_v = first_word + tile_v.to(tl.int64) * BLOCK_V
+        # A padding word has logit 0: exp(-lse) may be infinite, and meets a 0 of the weight. With this logit it has no
+        # share. Not with an infinite one, which a scale of 0 would turn into NaN.
+        is_word = local_word < tl.minimum(V - first_v, BLOCK_V).to(tl.int32)
+        lowest = tl.where(pre_scale < 0, 1e30, -1e30)
         if HAS_BIAS:
-            inside = local_word < tl.minimum(V - first_v, BLOCK_V).to(tl.int32)
-            z += tl.load(bias_ptr + first_v + local_word, mask=inside, other=0.0).to(tl.float32)[None, :]
+            bias = tl.load(bias_ptr + first_v + local_word, mask=is_word, other=0.0).to(tl.float32)
+            z += tl.where(is_word, bias, lowest)[None, :]
+        else:
+            z = tl.where(is_word[None, :], z, lowest)
         position = first_token + tile_n * BLOCK_N + local_k
         g = logit_gradient(
             z,

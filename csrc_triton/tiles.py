@@ -122,5 +122,5 @@ def logit_gradient(
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
     g = tl.exp((z - lse_high[:, None]) - lse_low[:, None]) - tl.where(word[None, :] == column[:, None], 1.0, 0.0)
     g = -grad[:, None] * g * slope
-    # Padding tokens must be zeros: 0 * inf is NaN. Padding words repeat the last one, and nobody reads them unmasked.
+    # Padding tokens must be zeros: 0 * inf is NaN. Padding words need a finite gradient, by the logits they come with.
     return tl.where(is_active[:, None], g, 0.0)

@@ -6,7 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-from triton_harness import DEVICE, PLAIN, RICH, Problem, exact_logps, forward, problem
+from triton_harness import (
+    DEVICE,
+    PLAIN,
+    RICH,
+    Problem,
+    eager_gradients,
+    exact_logps,
+    forward,
+    gradients,
+    problem,
+)
 
 from clha_fast import triton_forward
 from clha_fast.inputs import Needs
@@ -94,6 +104,19 @@ def test_gradients_have_the_same_bits(
             assert value is wanted is None or torch.equal(value, wanted)
         elif value is not None:
             torch.testing.assert_close(value, wanted, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("shift", "scale"), [(-20.0, 1.0), (-200.0, 1.0), (200.0, -1.0), (200.0, 0.0)])
+def test_words_behind_the_last_are_nothing(shift: float, scale: float, bias: bool) -> None:
+    """A tile's padding words have logit 0, whose exponential is infinite beside a log-sum-exp far below: no NaN."""
+    p = problem(20, 50, 40, dtype=HALF, bias=bias, head=PLAIN.replace(scale=scale))
+    p.hidden[:, 0], p.weight[:, 0] = 1.0, shift
+    grad = torch.randn(20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    exact = eager_gradients(p, grad, torch.float64)
+    for value, eager, wanted in zip(gradients(p, grad), eager_gradients(p, grad, HALF), exact, strict=False):
+        assert value is not None
+        assert float((value.double() - wanted).norm()) <= 1.05 * float((eager.double() - wanted).norm())
 
 
 @pytest.mark.parametrize(
