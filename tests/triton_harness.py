@@ -1,8 +1,9 @@
-"""Builders and comparisons for the tests of the Triton backend: on a GPU where there is one, else interpreted."""
+"""Builders and comparisons for the tests of what runs Triton kernels: on a GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ def problem(
     )
 
 
-def forward(p: Problem) -> HeadResult:
-    return triton_backend.token_logps_forward(p.inputs, p.head)
+def forward(p: Problem, backend: ModuleType = triton_backend) -> HeadResult:
+    result: HeadResult = backend.token_logps_forward(p.inputs, p.head)
+    return result
 
 
 def exact_logps(p: Problem) -> Tensor:
@@ -78,10 +80,16 @@ def eager_logps(p: Problem, leaves: list[Tensor]) -> Tensor:
     return reference.token_logps(leaves[0], leaves[1], bias, p.targets, p.row_index, p.head)
 
 
-def gradients(p: Problem, grad: Tensor, needs: tuple[bool, bool, bool] | None = None) -> list[Tensor | None]:
+def gradients(
+    p: Problem, grad: Tensor, needs: tuple[bool, bool, bool] | None = None, backend: ModuleType = triton_backend
+) -> list[Tensor | None]:
     needs = needs or (True, True, p.bias is not None)
-    _, lse, route = forward(p)
-    return list(triton_backend.token_logps_backward(grad, p.inputs, lse, route, p.head, Needs(*needs)))
+    _, lse, route = forward(p, backend)
+    return list(backend.token_logps_backward(grad, p.inputs, lse, route, p.head, Needs(*needs)))
+
+
+def upstream(p: Problem, seed: int = 1) -> Tensor:
+    return torch.randn(p.targets.shape[0], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def eager_gradients(p: Problem, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -94,6 +102,24 @@ def error(value: Tensor, exact: Tensor) -> float:
     """Norm of the difference over norm of the exact value."""
     exact = exact.detach().double()
     return float((value.detach().double() - exact).norm() / exact.norm())
+
+
+def close(value: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Within tolerance of the largest element: sums of terms of both signs are no nearer to their own size."""
+    size = 1 + float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(value.double(), wanted.double(), rtol=0, atol=tolerance * size)
+
+
+def check(p: Problem, grad: Tensor, tolerance: float = 1e-6, backend: ModuleType = triton_backend) -> None:
+    """Log-probabilities and gradients against float64."""
+    exact = eager_gradients(p, grad, torch.float64)
+    # A logit's rounding error is multiplied by the head's slope, and what it does to the gradient once more.
+    tolerance *= max(1.0, p.head.scale / p.head.temperature) ** 2
+    close(forward(p, backend).logps, exact_logps(p), tolerance)
+    for value, wanted in zip([g for g in gradients(p, grad, backend=backend) if g is not None], exact, strict=True):
+        assert value.shape == wanted.shape
+        assert value.dtype == p.hidden.dtype
+        close(value, wanted, tolerance)
 
 
 def loss(p: Problem, r: RankingInputs, options: CLHAOptions) -> LossResult:
