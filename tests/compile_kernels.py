@@ -36,17 +36,19 @@ WIDTH = {"odd": 1001, "ragged": 2320}
 def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
     """Values as the host passes them; strings stand for pointers."""
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
-    if variant == "ones":
+    ones = variant == "ones"
+    if ones:
         n = v = h = 1
     bias = softcap = variant == "bias+softcap"
     partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
     chunk = {
         "first_token": 0,
-        "first_word": 4096,
-        "chunk_tokens": CHUNK_N,
+        "first_word": 0 if ones else 4096,
+        # The backward's are padded to whole tiles.
+        "chunk_tokens": 1 if ones and kernel == "persistent_forward" else CHUNK_N,
         "chunk_words": CHUNK_V,
-        "num_words": CHUNK_V,
+        "num_words": 1 if ones else CHUNK_V,
     }
     scales = {"pre_scale": 1.0, "post_scale": 1.0, "factor": 1.0, "ignore_index": -100}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
@@ -171,12 +173,8 @@ def cases() -> list[tuple[str, str, str, str]]:
                 variants.append("routed")
             listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
-    # Sizes and strides of 1, which triton turns into constants.
-    listed += [
-        (kernel, "sm_90", "16-bit", "ones")
-        for kernel in KERNELS
-        if not kernel.endswith("_softcap") and not kernel.startswith("persistent")
-    ]
+    # Sizes and strides of 1, which triton turns into constants. TMA takes one column of rows that are 16 bytes apart.
+    listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in KERNELS if not kernel.endswith("_softcap")]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     listed += [(kernel, "sm_90", "16-bit", "plain") for kernel in ENTRIES]
