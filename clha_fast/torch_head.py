@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clha_fast.inputs import Gradients, HeadInputs, Needs
 from clha_fast.options import ROUTE_WORDS, HeadOptions
-from clha_fast.torch_ranking import accumulate
+from clha_fast.sweep import accumulate
 
 # One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
 _BLOCK_BYTES = 2 * 2**20

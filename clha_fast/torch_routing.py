@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from clha_fast.options import ROUTE_WORDS
+from clha_fast.sweep import accumulate
 from clha_fast.torch_head import Scan, TorchHead, block_bytes
-from clha_fast.torch_ranking import accumulate
 
 
 def kept_blocks(masses: Tensor, max_dropped_mass: float) -> Tensor:
