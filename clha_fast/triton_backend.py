@@ -96,7 +96,7 @@ def token_logps_backward(
         active = Active.of(grad_logps, ready, hidden.shape[0])
         if head.max_dropped_mass is not None:
             return routed_backward(hidden, ready, active, lse, route, head, needs)
-        kind = PersistentBackward if ready.is_persistent else Backward
+        kind = PersistentBackward if ready.is_persistent_backward else Backward
         sweep = kind(hidden, ready, active, lse, head.workspace_bytes, needs)
         sweep.run()
         dbias = None if sweep.dbias is None else sweep.dbias.to(weight.dtype)

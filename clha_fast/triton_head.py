@@ -142,11 +142,18 @@ class Head:
         """
         return self.weight_descriptor and self.arch in configs.PERSISTENT["persistent_forward"]
 
+    @property
+    def is_persistent_backward(self) -> bool:
+        """Whether the persistent kernels run in the dense backward, too: rows of gradients start on 16 elements.
+
+        Where they do not, every element is stored on its own, and the addresses push the sums out of the registers.
+        """
+        return self.is_persistent and self.weight.shape[1] % 16 == 0
+
     def config(self, kernel: str) -> dict[str, int]:
-        """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap."""
-        if self.flags["HAS_SOFTCAP"] and f"{kernel}_softcap" in configs.GEMMS:
-            kernel = f"{kernel}_softcap"
-        if f"{kernel}_softcap" in configs.PERSISTENT and (self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]):
+        """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap or a bias."""
+        extended = self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]
+        if extended and f"{kernel}_softcap" in configs.GEMMS | configs.PERSISTENT:
             kernel = f"{kernel}_softcap"
         return configs.select(kernel, self.arch, self.tile_class)
 

@@ -86,7 +86,7 @@ class Ranking:
             self.head.ignore_index,
             float(self.options.reward_margin),
             **self.count_flags,
-            **self.head.config("prompts"),
+            **self.head.config("count"),
         )
 
     def rank(self, logps: Tensor, chunk: Chunk | None = None) -> None:

@@ -87,8 +87,9 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     },
 }
 
-# With a softcap: tanh and its slope need registers beside the logits.
+# With a softcap or a bias: tanh, its slope, or one more operand need registers beside the logits.
 GEMMS["head_forward_softcap"] = GEMMS["head_forward"] | {
+    ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
@@ -134,7 +135,7 @@ GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
     ("sm_100", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
     ("gfx942", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
     ("sm_80", "fp32"): _tile(32, 32, 64, 1, 8, 2),
-    ("sm_90", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("sm_90", "fp32"): _tile(32, 16, 64, 1, 8, 2),
     ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),
@@ -148,7 +149,7 @@ def _persistent(tile: Config, flatten: bool, warp_specialize: bool) -> Config:
 
 # Operands by tensor descriptors (TMA), 16-bit only, where the hardware has it. FLATTEN fetches the next tile's operands
 # during the epilogue of the last; on sm_100 a warp of its own does. Not flattened: what would spill, and the weight's
-# gradient, whose inner loop may be empty. The softcap's rows serve heads with a bias too.
+# gradient, whose inner loop may be empty. The softcap's rows serve heads with a bias, too.
 _INTERPRETED = _persistent(_tile(32, 32, 32, 2, 4, 1), True, False)
 PERSISTENT: dict[str, dict[str, Config]] = {
     "persistent_forward": {
@@ -157,7 +158,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_forward_softcap": {
-        "sm_90": _persistent(_tile(128, 256, 64, 16, 8, 4), True, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
         "interpreter": _INTERPRETED,
     },
@@ -195,8 +196,12 @@ SPECIALISES_WARPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 # The small kernels: the same on every GPU, and small enough in the interpreter that a test crosses every border.
 SMALL: dict[str, tuple[Config, Config]] = {
     "combine": (
-        {"BLOCK_N": 32, "BLOCK_B": 64, "BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},
+        {"BLOCK_N": 32, "BLOCK_B": 64, "BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
         {"BLOCK_N": 64, "BLOCK_B": 2, "BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
+    ),
+    "count": (
+        {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
+        {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "prompts": (
         {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},

@@ -39,7 +39,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     ones = variant == "ones"
     if ones:
         n = v = h = 1
-    bias = softcap = variant == "bias+softcap"
+    bias, softcap = "bias" in variant, "softcap" in variant
     partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
     chunk = {
@@ -83,7 +83,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
             for name, axes in operands.items()
         }
     # A routed forward's statistics are of the blocks that it routes to.
-    statistic = min(launch.get("BLOCK_V", ROUTE_WORDS), ROUTE_WORDS if variant == "routed" else 256)
+    statistic = min(launch.get("BLOCK_V", ROUTE_WORDS), ROUTE_WORDS if "routed" in variant else 256)
     flags |= {"STATISTIC": statistic, "ROUTE_WORDS": ROUTE_WORDS, "RATIO": 1, "HAS_ORDER": True}
     scales["max_dropped_mass"] = 0.01
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
@@ -141,8 +141,6 @@ KERNELS = {
     "gradient": softmax.gradient_kernel,
     "count": ranking.count_kernel,
 }
-# Kernels that take another's entry of the table.
-ENTRIES = {"count": "prompts"}
 
 
 def workspace_arguments(dtype: str, variant: str) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def cases() -> list[tuple[str, str, str, str]]:
     listed = []
     for arch in GPU:
         for kernel in configs.GEMMS:
-            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
             if kernel == "weight_grad":
                 variants.append("partial")
             if kernel == "head_forward":
@@ -168,16 +166,17 @@ def cases() -> list[tuple[str, str, str, str]]:
             listed.append((kernel, arch, "fp32", variants[-1]))
         listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
         for kernel, entries in configs.PERSISTENT.items():
-            variants = ["bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
             if kernel == "persistent_forward":
                 variants.append("routed")
+            if kernel == "persistent_forward_softcap":
+                variants.append("routed softcap")
             listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     # Sizes and strides of 1, which triton turns into constants. TMA takes one column of rows that are 16 bytes apart.
     listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in KERNELS if not kernel.endswith("_softcap")]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
-    listed += [(kernel, "sm_90", "16-bit", "plain") for kernel in ENTRIES]
     listed += [("dropped_mass", arch, "16-bit", "bias+softcap") for arch in GPU]
     for kernel in ("statistics", "gradient"):
         listed += [(kernel, arch, "16-bit", "softcap") for arch in ("sm_90", "gfx942")]
@@ -207,19 +206,19 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     kernel, arch, dtype, variant = case
     is_pass = kernel in ("statistics", "gradient")
     entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide", "ones")) else "fp32"
-    launch = configs.select(ENTRIES.get(kernel, kernel), arch, entry)
+    launch = configs.select(kernel, arch, entry)
     values = (
         workspace_arguments(dtype, variant)
         if is_pass
         else ranking_arguments(variant)
-        if ENTRIES.get(kernel, kernel) in ("combine", "prompts", "finish")
+        if kernel in ("combine", "count", "prompts", "finish")
         else head_arguments(kernel, dtype, variant, launch)
     )
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
     signature, constants, attributes = specialise(kernel, values, launch)
     source = ASTSource(KERNELS[kernel], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
-    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else _nvidia(compiled.asm["cubin"], MATRIX[arch])
+    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
     return {
         "kernel": kernel,
         "arch": arch,
@@ -249,28 +248,35 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
-def _nvidia(cubin: bytes, matrix: str) -> dict[str, Any]:
-    import triton.backends.nvidia as nvidia
-
-    tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / f"{os.getpid()}.cubin"
-    path.write_bytes(cubin)
-
-    def dump(flag: str) -> str:
-        return subprocess.run([tool, flag, str(path)], check=True, capture_output=True, text=True).stdout
-
-    usage, sass = dump("-res-usage"), dump("-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
+    """Registers and spills of a kernel for NVIDIA, and how many of its instructions are of the kinds that matter."""
+    sass = cuobjdump("-sass", cubin)
+    resources = nvidia_registers(cubin)
     return {
-        "registers": int(found.group(1)),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)) + int(found.group(3)),
-        "stack": int(found.group(2)),
+        "registers": resources["registers"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)) + resources["local"],
+        "stack": resources["stack"],
         "matrix": len(re.findall(matrix, sass)),
         "fma": len(re.findall(r"\bFFMA2?\b", sass)),
         "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b", sass)),
         "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
     }
+
+
+def nvidia_registers(cubin: bytes) -> dict[str, int]:
+    """Registers, and the stack and local memory, in bytes, that a spill takes."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", cuobjdump("-res-usage", cubin))
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def cuobjdump(flag: str, cubin: bytes) -> str:
+    import triton.backends.nvidia as nvidia
+
+    tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / f"{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([tool, flag, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

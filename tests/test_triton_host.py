@@ -73,7 +73,7 @@ def test_nothing_depends_on_the_data(head: HeadOptions, dtype: torch.dtype, step
     head = head.replace(workspace_bytes=20_000)
     taken = []
     for seed, ignored, sizes in [(0, 0.0, [10, 10, 10, 40]), (1, 0.5, [0, 70, 0, 0]), (2, 1.1, [20, 20, 20, 10])]:
-        p = problem(70, 300, 40, dtype=dtype, head=head, bias=True, rows=30, ignored=ignored, seed=seed)
+        p = problem(70, 300, 48, dtype=dtype, head=head, bias=True, rows=30, ignored=ignored, seed=seed)
         grad = torch.full((70,), float(seed), device=DEVICE)
         taken.append(run(p, grad, sizes, steps))
     assert taken[0] == taken[1] == taken[2]

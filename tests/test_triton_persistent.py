@@ -12,6 +12,7 @@ from triton_harness import (
     RICH,
     Problem,
     eager_gradients,
+    error,
     exact_logps,
     forward,
     gradients,
@@ -155,6 +156,19 @@ def test_when_it_runs(case: str, persistent: bool, copied: bool) -> None:
         assert head.is_persistent == persistent
     assert not persistent or head.hidden_descriptor != copied
     torch.testing.assert_close(forward(p).logps.double(), exact_logps(p), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("width", "persistent"), [(48, True), (40, False)])
+def test_the_backward_runs_where_rows_of_gradients_start_on_16_elements(width: int, persistent: bool) -> None:
+    p = problem(37, 101, width, dtype=HALF)
+    head = Head.of(p.inputs, p.head)
+    if DEVICE == "cpu":  # A GPU may have no TMA.
+        assert head.is_persistent
+        assert head.is_persistent_backward == persistent
+    grad = torch.linspace(-1, 1, 37, device=DEVICE)
+    for value, wanted in zip(gradients(p, grad)[:2], eager_gradients(p, grad, torch.float64), strict=True):
+        assert value is not None
+        assert error(value, wanted) < torch.finfo(HALF).eps
 
 
 def test_one_token_one_word_one_unit() -> None:
