@@ -1,0 +1,44 @@
+"""What a driver knows of a GPU, told where there is none: for tensors that only say that they are on one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+# Places in torch's table of device guards.
+_CUDA, _META = 1, 14
+
+
+def _set_device_guard() -> None:
+    """A build without CUDA has no guard for its devices; the one for meta tensors does nothing, as is right here."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    if guards[_CUDA] is None:
+        guards[_CUDA] = guards[_META]
+
+
+@contextlib.contextmanager
+def told(capability: int, multiprocessors: int) -> Iterator[None]:
+    """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100)."""
+    _set_device_guard()
+    properties = SimpleNamespace(multi_processor_count=multiprocessors, name=f"sm_{capability}, not there")
+    facts = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: divmod(capability, 10),
+        "get_device_properties": lambda device=None: properties,
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
+        "_lazy_init": lambda: None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, fact in facts.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, fact))
+        yield
