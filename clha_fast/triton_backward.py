@@ -125,7 +125,6 @@ class Backward:
         self.dbias: Tensor | None = None
         if needs.hidden:
             self.drows = torch.empty(padded, self.width, dtype=torch.float32, device=device)
-            self.dhidden = hidden.new_empty(hidden.shape)
         if needs.weight:
             self.dweight = head.weight.new_empty(head.weight.shape)
             if chunks.tokens < padded:
@@ -138,11 +137,21 @@ class Backward:
 
     def run(self) -> None:
         gather(self.hidden, self.head, self.rows, order=self.active.order, count=self.active.count)
+        self._walk()
+        if self.drows is not None:
+            # The memory of the sorted rows becomes that of dhidden.
+            del self.rows, self.dlogits, self.partial
+            self.dhidden = self.hidden.new_empty(self.hidden.shape)
+            sum_rows(self.drows, self.active, self.head, self.factor, self.dhidden)
+        if self.dbias is not None:
+            self.dbias *= self.active.peak * self.factor
+
+    def _walk(self) -> None:
         for first_word in range(0, self.vocabulary, self.chunks.words):
             for first_token in range(0, self.num_tokens, self.chunks.tokens):
                 chunk = self._chunk(first_token, first_word)
                 self._logit_grad(chunk)
-                if self.dhidden is not None:
+                if self.drows is not None:
                     self._hidden_grad(chunk)
                 if self.dweight is not None:
                     self._weight_grad(chunk)
@@ -151,10 +160,6 @@ class Backward:
             if self.dweight is not None and self.partial is not None:
                 rows = self.dweight[first_word : first_word + self.chunks.words]
                 torch.mul(self.partial[: rows.shape[0]], self.active.peak * self.factor, out=rows)
-        if self.dhidden is not None and self.drows is not None:
-            sum_rows(self.drows, self.active, self.head, self.factor, self.dhidden)
-        if self.dbias is not None:
-            self.dbias *= self.active.peak * self.factor
 
     def _chunk(self, first_token: int, first_word: int) -> Chunk:
         words = min(self.chunks.words, self.vocabulary - first_word)

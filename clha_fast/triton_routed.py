@@ -60,8 +60,11 @@ def routed_backward(
             sweep.bias_grad(first, count, dbias)
     dhidden = None
     if drows is not None:
+        factor = sweep.factor
+        # The memory of the sorted rows becomes that of dhidden.
+        del sweep
         dhidden = hidden.new_empty(hidden.shape)
-        sum_rows(drows, active, head, sweep.factor, dhidden)
+        sum_rows(drows, active, head, factor, dhidden)
     return Gradients(dhidden, dweight, None if dbias is None else dbias.to(head.weight.dtype))
 
 

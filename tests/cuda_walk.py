@@ -306,13 +306,14 @@ def allowed(case: Case) -> tuple[int, int]:
         chunk = min(n, workspace // (2 * v))
         # Logits of a chunk beside the float32 gradients and a copy of its rows; later, their rounding to 16 bits.
         return 0, max(wide + min(workspace, 2 * n * (v + 64)) + 3 * chunk * h, wide // 2 * 3) + small
-    gradients, sorted_rows = 2 * (n + v) * h, 6 * round_up(n, 128) * h
+    # dhidden comes last, in the place of the sorted rows.
+    dweight, rows = 2 * v * h, 6 * round_up(n, 128) * h
     # Tokens go in chunks of 8192 by 4096 words; with several, a chunk's words are summed in float32.
     partial = 4 * 4096 * h if n > 8192 else 0
     if case.head.max_dropped_mass is None:
-        return 8 * n * tiles(v, 256) + small, gradients + 64 * MIB + sorted_rows + partial + small
+        return 8 * n * tiles(v, 256) + small, dweight + 64 * MIB + rows + partial + small
     route = 4 * n * tiles(v, 128)
-    return 3 * route + small, gradients + 65 * MIB + sorted_rows + route + 8 * tiles(v, 128) * tiles(n, 512) + small
+    return 3 * route + small, dweight + 65 * MIB + rows + route + 8 * tiles(v, 128) * tiles(n, 512) + small
 
 
 def table(rows: list[dict[str, Any]]) -> str:
