@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.inputs import HeadInputs, RankingInputs
+from clha_fast.options import CLHAOptions, HeadOptions
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -23,15 +24,23 @@ def require_tensors(**tensors: Tensor | None) -> None:
         _expect(tensor is None or isinstance(tensor, Tensor), name, "a tensor", tensor)
 
 
+def settings(head: HeadOptions, options: CLHAOptions | None = None) -> None:
+    """Names of presets and mappings are refused with what makes settings of them."""
+    if not isinstance(head, HeadOptions):
+        raise ValueError(f"head: expected HeadOptions(...), got {head!r}")
+    if options is not None and not isinstance(options, CLHAOptions):
+        raise ValueError(f"options: expected CLHAOptions, such as CLHAOptions.preset('paper'), got {options!r}")
+
+
 def _expect(ok: bool, name: str, expected: str, tensor: Tensor | None) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {_shape(tensor)}")
 
 
-def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str) -> None:
+def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str, hint: str = "") -> None:
     ok = tensor.dim() == 1 and tensor.dtype in _INTEGERS and (length is None or tensor.shape[0] == length)
     size = "" if length is None else f" = {length}"
-    _expect(ok, name, f"integers of shape [{meaning}{size}]", tensor)
+    _expect(ok, name, f"integers of shape [{meaning}{size}]{hint}", tensor)
 
 
 def head_inputs(inputs: HeadInputs) -> None:
@@ -54,7 +63,8 @@ def head_inputs(inputs: HeadInputs) -> None:
         ok = bias.shape == (vocabulary,) and bias.dtype == dtype and bias.device == device
         _expect(ok, "bias", f"[V = {vocabulary}] of hidden's dtype and device", bias)
     _expect(targets.dtype == torch.int64, "targets", "int64", targets)
-    _index_tensor("targets", targets, None if row_index is not None else hidden.shape[0], "N")
+    size, hint = (hidden.shape[0], ", or a row_index") if row_index is None else (None, "")
+    _index_tensor("targets", targets, size, "N", hint)
     _expect(targets.device == device, "targets", f"hidden's device {device}", targets)
     _expect(hidden.shape[0] > 0 or targets.shape[0] == 0, "hidden", "at least one row for the targets to read", hidden)
     if row_index is not None:

@@ -142,6 +142,8 @@ def header(run: Run) -> str:
         ),
         "folder": _folder_text(run),
     }
+    if args.max_dropped_mass is not None:
+        lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
     if run.skipped:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if shared:

@@ -35,6 +35,8 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         if _interpreting():
+            if dtype == torch.bfloat16:
+                return "Triton's interpreter computes bfloat16 wrongly: it needs a GPU, or float32 or float16"
             return None
         return f"the tensors are on {device.type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
     if torch.version.hip is not None:

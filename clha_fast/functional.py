@@ -76,6 +76,7 @@ def token_logps(
         ValueError: shapes, dtypes or devices do not fit; on CPU tensors also targets or row indices out of range.
         BackendError: the backend asked for cannot run here.
     """
+    checks.settings(head)
     inputs = head_inputs(hidden, weight, bias, targets, row_index)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
@@ -138,6 +139,7 @@ def linear_clha_loss(
             `sft_index` out of range, rewards that are not finite.
         BackendError: the backend asked for cannot run here.
     """
+    checks.settings(head, options)
     inputs = head_inputs(hidden, weight, bias, targets, row_index)
     ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
     checks.ranking_inputs(ranking)

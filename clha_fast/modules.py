@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from clha_fast import checks
 from clha_fast.dispatch import Backend
 from clha_fast.functional import linear_clha_loss
 from clha_fast.metrics import CLHAMetrics
@@ -16,7 +17,7 @@ class CLHALoss(nn.Module):
     Args:
         options: what is done with log-probabilities; `CLHAOptions.preset("published")` by default.
         head: how log-probabilities come from hidden states.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "workspace", "torch" or "reference".
 
     Example::
 
@@ -36,6 +37,7 @@ class CLHALoss(nn.Module):
         self.options = options
         self.head = HeadOptions() if head is None else head
         self.backend: Backend = backend
+        checks.settings(self.head, self.options)
 
     def forward(
         self,

@@ -20,12 +20,16 @@ near its heavy words where they are not. |s_v * w_v - s_b * wbar_b| takes the pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.sweep import accumulate
 from clha_fast.torch_head import Scan, TorchHead, block_bytes
+
+_LISTED_BLOCKS = 32
 
 
 def kept_blocks(masses: Tensor, max_dropped_mass: float) -> Tensor:
@@ -53,6 +57,14 @@ def block_means(head: TorchHead) -> Tensor:
     if whole < means.shape[0]:
         torch.mean(head.weight[whole * ROUTE_WORDS :].to(head.dtype), 0, out=means[whole])
     return means
+
+
+def _tokens_by_block(kept: Tensor) -> Iterator[Tensor]:
+    """The positions that each row of kept [blocks, n] holds; some rows at a time, for one found takes 16 bytes."""
+    counts = kept.sum(1).tolist()
+    for first in range(0, len(counts), _LISTED_BLOCKS):
+        rows = slice(first, first + _LISTED_BLOCKS)
+        yield from kept[rows].nonzero()[:, 1].split(counts[rows])
 
 
 class Route:
@@ -107,11 +119,8 @@ class Route:
         source = tokens if head.row_index is None else head.row_index[tokens]
         target = tokens if head.by_token else source
         kept = self._add_means(grad, factor, target, peak + log_total)
-        ends = kept.sum(1).cumsum(0).tolist()
-        chosen = kept.nonzero()[:, 1]
-        for block in range(self.num_blocks):
+        for block, t in enumerate(_tokens_by_block(kept)):
             a, b = block * ROUTE_WORDS, min((block + 1) * ROUTE_WORDS, head.weight.shape[0])
-            t = chosen[(ends[block - 1] if block else 0) : ends[block]]
             if t.numel() == 0:
                 if head.dweight is not None:
                     head.dweight[a:b].zero_()

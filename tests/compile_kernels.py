@@ -8,10 +8,10 @@ of 16 and pointers are known as such, None is a constant.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -274,9 +274,10 @@ def cuobjdump(flag: str, cubin: bytes) -> str:
     import triton.backends.nvidia as nvidia
 
     tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / f"{os.getpid()}.cubin"
-    path.write_bytes(cubin)
-    return subprocess.run([tool, flag, str(path)], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

@@ -41,8 +41,14 @@ HEAD_ERRORS = [
     ),
     ({"bias": torch.zeros(7)}, "bias: expected [V = 7] of hidden's dtype and device, got [7] float32 on cpu"),
     ({"targets": torch.zeros(8, dtype=torch.int32)}, "targets: expected int64, got [8] int32 on cpu"),
-    ({"targets": torch.zeros(9, dtype=I64)}, "targets: expected integers of shape [N = 8], got [9] int64 on cpu"),
-    ({"targets": torch.zeros(8, 1, dtype=I64)}, "targets: expected integers of shape [N = 8], got [8, 1] int64 on cpu"),
+    (
+        {"targets": torch.zeros(9, dtype=I64)},
+        "targets: expected integers of shape [N = 8], or a row_index, got [9] int64 on cpu",
+    ),
+    (
+        {"targets": torch.zeros(8, 1, dtype=I64)},
+        "targets: expected integers of shape [N = 8], or a row_index, got [8, 1] int64 on cpu",
+    ),
     (
         {"targets": torch.zeros(8, dtype=I64, device="meta")},
         "targets: expected hidden's device cpu, got [8] int64 on meta",
@@ -132,6 +138,16 @@ def test_bad_tensors_are_named(backend, changes, message):
 
 
 @BACKENDS
+def test_settings_of_another_kind_are_named(backend):
+    with pytest.raises(ValueError, match=r"^options: expected CLHAOptions, such as .*, got 'published'$"):
+        small().loss(backend, options="published")
+    with pytest.raises(ValueError, match=r"^head: expected HeadOptions\(...\), got \{'softcap': 3.0\}$"):
+        small().loss(backend, head={"softcap": 3.0})
+    with pytest.raises(ValueError, match=r"^options: "):
+        CLHALoss("paper", backend=backend)
+
+
+@BACKENDS
 @pytest.mark.parametrize(("changes", "message"), HEAD_ERRORS, ids=lambda x: x if isinstance(x, str) else "")
 def test_token_logps_names_them_too(backend, changes, message):
     case = small().replace(**changes)
@@ -198,11 +214,16 @@ print(float(linear_clha_loss(*head, *ranking)[0]))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "environment"), [(torch.float64, "1"), (torch.float32, "0")], ids=["float64", "no interpreter"]
+    ("dtype", "environment", "reason"),
+    [
+        (torch.float64, "1", "not float64"),
+        (torch.float32, "0", "the tensors are on 'cpu'"),
+        (torch.bfloat16, "1", "Triton's interpreter computes bfloat16 wrongly"),
+    ],
+    ids=["float64", "no interpreter", "bfloat16 in the interpreter"],
 )
-def test_triton_says_what_it_cannot_take(dtype, environment, monkeypatch):
+def test_triton_says_what_it_cannot_take(dtype, environment, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", environment)
-    reason = "not float64" if dtype == torch.float64 else "the tensors are on 'cpu'"
     with pytest.raises(RuntimeError, match=f"^backend 'triton' cannot run: .*{reason}"):
         small(dtype=dtype).loss("triton")
 

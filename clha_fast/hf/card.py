@@ -32,7 +32,15 @@ _METRICS = {
 }
 _SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "world_size", "normalizer", "temperature", "optim", "weight_decay"),
+    *(
+        "gradient_accumulation_steps",
+        "world_size",
+        "normalizer",
+        "temperature",
+        "max_dropped_mass",
+        "optim",
+        "weight_decay",
+    ),
     *("max_length", "max_prompt_length", "max_completion_length", "bf16", "fp16", "seed"),
 )
 _PACKAGES = ("transformers", "tokenizers", "accelerate", "datasets", "peft", "deepspeed")
