@@ -139,6 +139,7 @@ def measure(workload: Workload, methods: list[str], rounds: int) -> dict[str, An
         rows[method]["peak_bytes"] = measure_memory(workload.name, method)
     return {
         "shape": workload.describe(),
+        "rounds": rounds,
         "scored_tokens": tokens,
         "softmax_entropy": entropy,
         "gradient_bytes": gradient_bytes,
@@ -229,11 +230,23 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        help="beside eager and the bare products, which always run",
+    )
+    parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--scaling", action="store_true", help="also over tokens, candidates and the kept share")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()

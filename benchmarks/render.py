@@ -29,49 +29,55 @@ LABELS = {
 }
 
 
-def _label(name: str, row: dict[str, Any]) -> str:
-    if "max_dropped_mass" not in row:
-        return LABELS[name]
-    return (
-        f"{LABELS[name]}, `max_dropped_mass={row['max_dropped_mass']:g}`: {row['kept_block_share']:.1%} of the blocks "
-        f"kept, dhidden off by {row['dhidden_error']:.1e}, dweight by {row['dweight_error']:.1e}"
-    )
+def _routed(methods: dict[str, Any]) -> str:
+    """What routed gradients left out and how wrong they were, a sentence."""
+    text = ""
+    for row in (row for row in methods.values() if "kept_block_share" in row):
+        text += (
+            f" Routed, `max_dropped_mass={row['max_dropped_mass']:g}`: {row['kept_block_share']:.1%} of the (token, "
+            f"block) pairs kept, dhidden off by {row['dhidden_error']:.1e} and dweight by {row['dweight_error']:.1e} "
+            "of their norm."
+        )
+    return text
 
 
 def render(report: dict[str, Any], names: list[str]) -> str:
     """Markdown of the report: one table for each of the workloads `names`, their origin below."""
     parts = []
-    for workload in (report["workloads"][name] for name in names):
+    for name, workload in ((name, report["workloads"][name]) for name in names):
         methods = workload["methods"]
-        entropy = workload.get("softmax_entropy")
-        softmax = "" if entropy is None else f"; mean softmax entropy {entropy:.2f} nats"
+        tokens, entropy = workload["scored_tokens"], workload["softmax_entropy"]
+        size = workload["gradient_bytes"] / 1e6
         lines = [
-            f"{workload['shape']}{softmax}; the gradients alone are {workload['gradient_bytes'] / 1e6:.0f} MB.",
+            f"{name}: {workload['shape']}, {tokens} scored tokens; mean softmax entropy {entropy:.2f} nats; the "
+            f"gradients alone are {size:.0f} MB.{_routed(methods)}",
             "",
             "| forward + backward of the loss | time over eager | time over the bound | peak memory above inputs |",
             "|---|---|---|---|",
         ]
-        for name, row in ((name, methods[name]) for name in LABELS if name in methods):
+        for method, row in ((method, methods[method]) for method in LABELS if method in methods):
             if "status" in row:
-                lines.append(f"| {LABELS[name]} | {row['status']} | - | - |")
+                lines.append(f"| {LABELS[method]} | {row['status']} | - | - |")
                 continue
             memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
             times = f"{row['over_eager']:.2f} x | {row['over_bare_gemms']:.2f} x"
-            lines.append(f"| {_label(name, row)} | {times} | {memory} |")
+            lines.append(f"| {LABELS[method]} | {times} | {memory} |")
         parts.append("\n".join(lines))
     e = report["environment"]
+    rounds = report["workloads"][names[0]]["rounds"]
     origin = (
         f"Measured by `make bench-cpu` on {e['date']}: {e['cpu']}, {e['threads']} threads, torch {e['torch']}, "
-        f"commit {e['commit']}; medians of interleaved rounds. GPU: not measured."
+        f"commit {e['commit']}; medians of the ratios within each of {rounds} interleaved rounds. GPU: not measured."
     )
     return "\n\n".join([*parts, origin])
 
 
 def scaling_origin(scaling: dict[str, Any]) -> str:
     """Where the plots come from, and the longest input."""
+    rounds = scaling["rounds"]
     text = (
-        f"Over the sizes at V 32000, and over the kept share at V 128256; {scaling['rounds']} interleaved rounds, "
-        f"commit {scaling['environment']['commit']}."
+        f"Over the sizes at V 32000, and over the kept share at V 128256; {rounds} interleaved "
+        f"round{'s' if rounds > 1 else ''}, commit {scaling['environment']['commit']}."
     )
     for row in scaling.get("long", []):
         peak, gradients = (row[name] / 1e6 for name in ("peak_bytes", "gradient_bytes"))

@@ -1,4 +1,4 @@
-"""Predicts each path's time from its operations, its bytes and measured ceilings, beside what was measured.
+"""Predicts each path's time from its operations, its bytes and a device's ceilings, beside what was measured.
 
     python -m benchmarks.roofline [--device "NVIDIA H200"] [--results benchmarks/results]
 
@@ -40,7 +40,7 @@ class Ceilings:
 
 
 DEVICES = {
-    "NVIDIA H200": Ceilings("NVIDIA H200", 790e12, 4.3e12, "measured ceilings of an H200"),
+    "NVIDIA H200": Ceilings("NVIDIA H200", 790e12, 4.3e12, "taken as an H200's, not measured here"),
     # 3 * 2 * 8192 * 4096 * 151936 operations in the 42 ms published for a bare cuBLAS head.
     "NVIDIA H100": Ceilings("NVIDIA H100", 728e12, 3.0e12, "published 42 ms of a bare head at 8192 x 4096 x 151936"),
 }
@@ -244,7 +244,9 @@ def _with_shapes(report: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default=None, help="ceilings to use; default: the report's, else NVIDIA H200")
+    parser.add_argument(
+        "--device", choices=list(DEVICES), help="ceilings to use; default: the report's, else NVIDIA H200"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()
     gpu = args.results / "gpu.json"
