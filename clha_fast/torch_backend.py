@@ -141,11 +141,16 @@ def token_logps_backward(
         _score(sweep, tokens, kept)
         kept.backward(grad[tokens], sweep.peak, sweep.log_total)
         return sweep.gradients(inputs.hidden.dtype)
+    _sweep_tokens(sweep, tokens, grad)
+    return sweep.gradients(inputs.hidden.dtype)
+
+
+def _sweep_tokens(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> None:
+    """Stored and turned into gradients, as many at a time as there is room for. Nothing here outlives the stores."""
     while tokens.numel():
         now, tokens = tokens[: sweep.room()], tokens[sweep.room() :]
         scans = [(sweep.scan(part, store), store) for part, store in sweep.stores(now)]
         sweep.add_gradients([sweep.stored(scan, store, grad[scan.tokens]) for scan, store in scans])
-    return sweep.gradients(inputs.hidden.dtype)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -64,6 +65,46 @@ def test_rows_that_no_token_reads_take_memory_last():
     after = allocations.shapes[allocations.shapes.index((rows, width)) :]
     assert set(after) <= {(rows, width), (60, width)}
     assert (capacity * words,) in allocations.shapes
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the operators' results that are alive, at the moment when one of some shape comes."""
+
+    def __init__(self, shape: tuple[int, ...], *given: torch.Tensor) -> None:
+        super().__init__()
+        self.shape, self.then = shape, []
+        self.alive = {t.untyped_storage()._cdata: 0 for t in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor):
+                memory = t.untyped_storage()
+                key = memory._cdata
+                if key not in self.alive:
+                    self.alive[key] = memory.nbytes()
+                    weakref.finalize(memory, self.alive.pop, key)
+                    if tuple(t.shape) == self.shape:
+                        self.then.append(sum(self.alive.values()) - memory.nbytes())
+        return result
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("entry", ["loss", "logps"])
+def test_logits_are_gone_when_rows_that_no_token_reads_come(entry):
+    """Only the weight's gradient and numbers a token stand beside the zeros of prompts and padding."""
+    rows, width, words, capacity, tokens = 500, 24, 1280, 20, 60
+    case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32, rows=rows)
+    head = HeadOptions(workspace_bytes=capacity * words * 4)
+    _, lse, route = torch_backend.token_logps_forward(case.head, head)
+    needs = Needs(True, True, False)
+    with Live((rows, width), *(t for t in case.arguments().values() if t is not None)) as live:
+        if entry == "loss":
+            torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED, needs)
+        else:
+            torch_backend.token_logps_backward(torch.ones(tokens), case.head, lse, route, head, needs)
+    (beside,) = live.then
+    assert 0 < beside - 4 * words * width < 4 * capacity * words // 2
 
 
 class Products(TorchDispatchMode):
