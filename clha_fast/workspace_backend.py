@@ -189,13 +189,16 @@ class Loaded:
             dweight *= unit
 
     def _add_bias(self, dbias: Tensor, z: Tensor, share: Tensor | None, unit: Tensor | None) -> None:
-        if share is None or unit is None:
-            dbias += z.sum(0, dtype=torch.float64)
+        if z.dtype == torch.float32:
+            # Some words at a time: a sum in float64 first copies what it adds up.
+            step = max(1, _MIN_WORKSPACE // (8 * z.shape[0]))
+            for words, total in zip(z.split(step, 1), dbias.split(step), strict=True):
+                total += words.sum(0, dtype=torch.float64)
             return
-        # A product, exact but for its sums: z times powers of two would be a float32 copy of the workspace.
+        # A product, exact but for its sums: z in float64, or times powers of two, would be a copy of the workspace.
         column = torch.empty(z.shape[1], 1, dtype=torch.float32, device=z.device)
-        _product(z.t(), share, column)
-        dbias += column.squeeze(1).double() * unit
+        _product(z.t(), z.new_ones(z.shape[0], 1) if share is None else share, column)
+        dbias += column.squeeze(1).double() if unit is None else column.squeeze(1).double() * unit
 
 
 def _no_route(inputs: HeadInputs) -> Tensor:
@@ -238,7 +241,7 @@ def token_logps_backward(
 ) -> Gradients:
     """Gradients of sum_t grad_logps_t * logp_t in the inputs' dtypes, by forming the logits again.
 
-    Sums run in float32 (the bias's in float64) and in a fixed order: two calls give the same bits.
+    Sums run in float32 (the bias's over chunks in float64) and in a fixed order: two calls give the same bits.
     """
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)

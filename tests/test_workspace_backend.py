@@ -358,3 +358,26 @@ def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(BackendError, match="backend 'torch' is that path without kernels"):
             case.to(torch.float32).loss("workspace")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_bias_takes_no_copy_of_the_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum in float64 first copies what it adds up, inside the operator: a profiler alone sees that."""
+    tokens, words = 64, 500
+    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 2**14)
+    head = PLAIN.replace(workspace_bytes=2**20)
+    p = problem(tokens, words, 16, dtype=dtype, bias=True, head=head)
+    _, lse, route = forward(p, workspace_backend)
+    exact = eager_gradients(p, upstream(p), torch.float64)[2]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        dbias = workspace_backend.token_logps_backward(
+            upstream(p), p.inputs, lse, route, head, Needs(False, False, True)
+        ).bias
+    assert dbias is not None
+    close(dbias, exact, 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    largest = max(max(event.cpu_memory_usage, event.device_memory_usage) for event in profile.events())
+    # The workspace itself; the interpreter's products of 16 bits widen it to float32.
+    assert tokens * words * dtype.itemsize <= largest < 8 * tokens * words
