@@ -39,9 +39,10 @@ def test_closed_form() -> None:
 @pytest.mark.parametrize(
     "head", [HeadOptions(), HeadOptions(scale=0.5, softcap=2.0, temperature=0.7, workspace_bytes=600)]
 )
-def test_error_is_within_the_eager_one(dtype: torch.dtype, head: HeadOptions) -> None:
+@pytest.mark.parametrize("rows_of_hidden", [7, 19], ids=["fewer than tokens", "more"])
+def test_error_is_within_the_eager_one(dtype: torch.dtype, head: HeadOptions, rows_of_hidden: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 16), (53, 16), (53,))]
+    leaves = [torch.randn(shape, generator=generator).to(dtype) for shape in ((rows_of_hidden, 16), (53, 16), (53,))]
     targets, rows = torch.randint(53, (11,), generator=generator), torch.randint(7, (11,), generator=generator)
     targets[2] = head.ignore_index
     upstream = torch.randn(11, generator=generator)
