@@ -66,9 +66,10 @@ class HeadOptions(_Settings):
         temperature: divisor of the logits, applied last.
         ignore_index: target value of a token that is not scored.
         workspace_bytes: memory that logits may take at a time, whatever the number of tokens. None chooses for the
-            torch backend about a quarter of the weight's float32 size (at least 16 MiB), in which it keeps the logits
-            of prompts until they are ranked, beside the memory of the weight's gradient before that is needed (more
-            spares large prompts a second pass); 64 MiB for the Triton backend; and max(64 MiB, the weight's float32
+            torch backend about a quarter of the weight's float32 size (at least 16 MiB), and the size of the gradient
+            of rows of hidden that no token reads, which comes last; in it stand the logits of prompts until they are
+            ranked, beside the memory of the weight's gradient before that is needed (more spares large prompts a
+            second pass); 64 MiB for the Triton backend; and max(64 MiB, the weight's float32
             size, which is its gradient's) for the workspace backend.
         max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most

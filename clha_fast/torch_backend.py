@@ -30,13 +30,13 @@ _ROUTED_METRICS = METRIC_NAMES.index("kept_blocks")
 class _Sweep(TorchHead):
     """A head with a store for the exponentials of some tokens."""
 
-    def __init__(self, inputs: HeadInputs, head: HeadOptions) -> None:
+    def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs) -> None:
         super().__init__(inputs, head)
         vocabulary, width = self.weight.shape
         # Passes without a store take this many tokens at a time: enough for a GEMM's full speed.
         self.batch = max(128, width)
         count = self.targets.numel()
-        budget = head.workspace_bytes or self._default_workspace()
+        budget = head.workspace_bytes or self._default_workspace(needs)
         self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
         self.capacity = min(self.capacity, max(1, count))
         self._store: Tensor | None = None
@@ -47,13 +47,13 @@ class _Sweep(TorchHead):
         # Checked before on a CPU; on a GPU such a target makes its token NaN, as in the kernels, without a wait.
         self.valid = (self.targets >= 0) & (self.targets < vocabulary)
 
-    def _default_workspace(self) -> int:
+    def _default_workspace(self, needs: Needs) -> int:
         """What 0.26 of the weight's gradient leaves beside one block and two matrices of the first prompts' rows.
 
         Rows of `hidden` that no token reads get their zeros when logits are gone: their memory is there for those.
         """
         vocabulary, width = self.weight.shape
-        later = self.hidden.shape[0] - self.targets.numel() if self.by_token else 0
+        later = self.hidden.shape[0] - self.targets.numel() if self.by_token and needs.hidden else 0
         share = 26 * vocabulary * width // 100 - 2 * width**2 + later * width
         return max(_MIN_WORKSPACE, share * self.dtype.itemsize - block_bytes(self.device))
 
@@ -118,7 +118,7 @@ def _recomputed(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> Iterator[Part]:
 
 def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
     """logps and lse of `reference.token_logps`, one block of logits at a time."""
-    sweep = _Sweep(inputs, head)
+    sweep = _Sweep(inputs, head, Needs(False, False, False))
     _score(sweep, sweep.tokens(0, inputs.targets.numel()))
     return HeadResult(sweep.logps, sweep.lse, _no_route(sweep))
 
@@ -132,7 +132,7 @@ def token_logps_backward(
     grad_logps: Tensor, inputs: HeadInputs, lse: Tensor, route: Tensor, head: HeadOptions, needs: Needs
 ) -> Gradients:
     """Gradients of sum_t grad_logps_t * logp_t by recomputing the logits; tokens with a zero gradient are skipped."""
-    sweep = _Sweep(inputs, head)
+    sweep = _Sweep(inputs, head, needs)
     sweep.allocate(needs)
     grad = sweep.usable(grad_logps, sweep.tokens(0, inputs.targets.numel()))
     tokens = sweep.active(grad)
@@ -205,7 +205,7 @@ def clha_sweep(
     Reads `candidate_lengths` and `candidates_per_prompt` on the host: with CPU tensors that costs a GPU nothing.
     The gradients of 16-bit inputs are float32, for they are rounded after the upstream gradient has been multiplied in.
     """
-    sweep = _Sweep(inputs, head)
+    sweep = _Sweep(inputs, head, needs)
     plan = make_plan(inputs.targets, ranking, head, options, sweep.dtype)
     ranked = Ranking(plan, options)
     num_prompts, num_tokens = len(plan.candidate_offsets) - 1, inputs.targets.numel()

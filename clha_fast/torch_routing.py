@@ -1,6 +1,7 @@
 """The torch backend's routed gradients: tokens go to the vocabulary blocks in which their softmax has mass.
 
-A token leaves out its lightest blocks of `ROUTE_WORDS` words, as long as their masses sum to at most d. With c the
+A token leaves out its lightest blocks of `ROUTE_WORDS` words, its target's aside, as long as their masses sum to at
+most d. With c the
 gradient of its log-probability and w_v the rows of the weight, the exact gradient is -c * sum_v (p_v - [v = target]) *
 w_v. Of a block b that is left out, dhidden gets the block's exact mass m_b = sum_{v in b} p_v times the mean of its
 rows, wbar_b, instead of sum_{v in b} p_v * w_v; dweight and dbias get nothing. So
@@ -84,10 +85,10 @@ class Route:
     def add(self, scan: Scan) -> None:
         """Routes a scan's tokens by the masses of its blocks."""
         masses = scan.block_sums * torch.exp(scan.block_peaks - scan.peak) / scan.total.to(scan.peak.dtype)
-        # A block of -inf alone beside a finite peak.
-        kept = kept_blocks(masses, self.max_dropped_mass)
         word, own = self.head.columns(scan.tokens)
-        kept |= own & (torch.arange(self.num_blocks, device=word.device).unsqueeze(1) == word // ROUTE_WORDS)
+        own_block = own & (torch.arange(self.num_blocks, device=word.device).unsqueeze(1) == word // ROUTE_WORDS)
+        # The target's block always stays, so its mass takes nothing of what the others may leave out.
+        kept = kept_blocks(masses.masked_fill(own_block, torch.inf), self.max_dropped_mass)
         scored = self.head.targets[scan.tokens] != self.head.head.ignore_index
         left_out = torch.where(kept, 0.0, masses).sum(0, dtype=torch.float64)
         self._sums[0] += (kept & scored).sum()

@@ -10,7 +10,7 @@ import torch
 from helpers import IGNORE, Case, make_case
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference, token_logps, torch_backend
-from clha_fast.inputs import Needs
+from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.torch_routing import kept_blocks
 
@@ -54,14 +54,14 @@ def plain_route(case: Case, head: HeadOptions, dropped_mass: float) -> tuple[tor
     masses = torch.stack([part.sum(-1) for part in probabilities.split(ROUTE_WORDS, dim=1)], dim=1)
     kept = torch.ones_like(masses, dtype=torch.bool)
     for t, row in enumerate(masses):
-        left = 0.0
+        left, own = 0.0, int(case.targets[t]) // ROUTE_WORDS if case.targets[t] != IGNORE else -1
         for block in row.argsort().tolist():
+            if block == own:
+                continue
             left += float(row[block])
             if left > dropped_mass:
                 break
             kept[t, block] = False
-        if case.targets[t] != IGNORE:
-            kept[t, int(case.targets[t]) // ROUTE_WORDS] = True
     return kept, masses
 
 
@@ -326,6 +326,17 @@ def test_poisoned_memory_stays_out():
     _, gradients = routed_gradients(case, head, upstream)
     for gradient, expected in zip(gradients, plain_gradients(case, HeadOptions(), route, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_targets_block_takes_nothing_of_the_bound():
+    """Masses 0.3 (the target's), 0.5 and 0.2: at d = 0.75 both others go, which with the 0.3 would be too much."""
+    masses = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+    weight = (masses / ROUTE_WORDS).log().repeat_interleave(ROUTE_WORDS).unsqueeze(1)
+    head = HeadOptions(max_dropped_mass=0.75)
+    inputs = HeadInputs(torch.ones(1, 1, dtype=torch.float64), weight, None, torch.tensor([5]), None)
+    ranking = RankingInputs(torch.tensor([1]), torch.tensor([1]), None, None, None, None)
+    result, _ = torch_backend.clha_sweep(inputs, ranking, head, PUBLISHED, Needs(True, True, False))
+    assert result.metrics[-3:].tolist() == pytest.approx([1, 3, 0.7])
 
 
 def test_no_tokens():

@@ -130,6 +130,21 @@ def test_three_blocks_by_hand() -> None:
 def test_the_rule_of_what_is_kept(most: float, head: HeadOptions) -> None:
     p = peaked(30, head=head.replace(max_dropped_mass=most), ignored=0.1, bias=True, rows=11)
     assert torch.equal(keeps(p), kept_pairs(p, most))
+    values = []
+    for backend in ("triton", "torch"):
+        _, metrics = functional.linear_clha_loss(
+            p.hidden,
+            p.weight,
+            p.targets,
+            torch.tensor([30]),
+            torch.tensor([1]),
+            bias=p.bias,
+            row_index=p.row_index,
+            head=p.head,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        values.append(metrics.values[-3:].cpu())
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
