@@ -18,7 +18,7 @@ from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.sweep import accumulate
 
 # One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
-_BLOCK_BYTES = 2 * 2**20
+_BLOCK_BYTES = 3 * 2**20
 _LARGEST_BLOCK_BYTES = 64 * 2**20
 # Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
 _PIECE_BYTES = 2**19
