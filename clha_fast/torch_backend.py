@@ -48,13 +48,13 @@ class _Sweep(TorchHead):
         self.valid = (self.targets >= 0) & (self.targets < vocabulary)
 
     def _default_workspace(self, needs: Needs) -> int:
-        """What 0.26 of the weight's gradient leaves beside one block and two matrices of the first prompts' rows.
+        """What a quarter of the weight's gradient leaves beside one block and two matrices of the first prompts' rows.
 
         Rows of `hidden` that no token reads get their zeros when logits are gone: their memory is there for those.
         """
         vocabulary, width = self.weight.shape
         later = self.hidden.shape[0] - self.targets.numel() if self.by_token and needs.hidden else 0
-        share = 26 * vocabulary * width // 100 - 2 * width**2 + later * width
+        share = vocabulary * width // 4 - 2 * width**2 + later * width
         return max(_MIN_WORKSPACE, share * self.dtype.itemsize - block_bytes(self.device))
 
     def gradients(self, dtype: torch.dtype) -> Gradients:
