@@ -36,6 +36,9 @@ class _Sweep(TorchHead):
         # Passes without a store take this many tokens at a time: enough for a GEMM's full speed.
         self.batch = max(128, width)
         count = self.targets.numel()
+        # Rows of prompts and padding need no memory beside logits. At the end both kinds of rows exist, in the place of
+        # the logits' store: where the tokens' are larger than that, nothing is won.
+        self.by_token = self.row_index is not None and count < self.hidden.shape[0] and 4 * count <= vocabulary
         budget = head.workspace_bytes or self._default_workspace(needs)
         self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
         self.capacity = min(self.capacity, max(1, count))

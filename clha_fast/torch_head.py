@@ -95,9 +95,8 @@ class TorchHead:
         self.device = self.hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
         self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
-        # Rows of the tokens wait for their places in `hidden` while those are more: prompts and padding need no memory
-        # beside logits.
-        self.by_token = self.row_index is not None and self.targets.numel() < self.hidden.shape[0]
+        # True where the gradient of `hidden` is summed in rows of the tokens' own, and put in its places at the end.
+        self.by_token = False
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None

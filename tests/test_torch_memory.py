@@ -107,6 +107,19 @@ def test_logits_are_gone_when_rows_that_no_token_reads_come(entry):
     assert 0 < beside - 4 * words * width < 4 * capacity * words // 2
 
 
+@pytest.mark.parametrize(("words", "by_token"), [(240, True), (239, False)])
+def test_rows_exist_twice_only_in_the_place_of_the_store(words, by_token):
+    """Of many tokens the rows would take more than the logits' store leaves behind."""
+    rows, width = 70, 24
+    case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32, rows=rows)
+    with Allocations(*(t for t in case.arguments().values() if t is not None)) as allocations:
+        torch_backend.clha_sweep(case.head, case.ranking, HeadOptions(), PUBLISHED, Needs(True, False, False))
+    large = [shape for shape in allocations.shapes if shape == (rows, width)]
+    assert large
+    store = max(allocations.shapes, key=math.prod)
+    assert (allocations.shapes.index((rows, width)) > allocations.shapes.index(store)) == by_token
+
+
 class Products(TorchDispatchMode):
     """Operations of every matrix product, in-place sums included (torch's own counter does not know addmm_)."""
 
