@@ -73,7 +73,8 @@ def token_logps(
         `F.linear` casts them. On a GPU a target out of range gives NaN, without a synchronisation.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; on CPU tensors also targets or row indices out of range.
+        ValueError: shapes, dtypes, devices or the kind of `head` do not fit; on CPU tensors also targets or row indices
+            out of range.
         BackendError: the backend asked for cannot run here.
     """
     checks.settings(head)
@@ -135,8 +136,8 @@ def linear_clha_loss(
         Nothing kept and no open gate gives exactly 0, with zero gradients.
 
     Raises:
-        ValueError: shapes or dtypes do not fit; for CPU tensors also sums that do not match, targets or
-            `sft_index` out of range, rewards that are not finite.
+        ValueError: shapes, dtypes or kinds of settings do not fit; for CPU tensors also sums that do not match,
+            targets or `sft_index` out of range, rewards that are not finite.
         BackendError: the backend asked for cannot run here.
     """
     checks.settings(head, options)

@@ -19,6 +19,9 @@ class CLHALoss(nn.Module):
         head: how log-probabilities come from hidden states.
         backend: "auto", "triton", "workspace", "torch" or "reference".
 
+    Raises:
+        ValueError: `options` is not a `CLHAOptions`, or `head` not a `HeadOptions`.
+
     Example::
 
         criterion = CLHALoss(CLHAOptions.preset("paper"))

@@ -1,10 +1,10 @@
 """The torch backend's routed gradients: tokens go to the vocabulary blocks in which their softmax has mass.
 
 A token leaves out its lightest blocks of `ROUTE_WORDS` words, its target's aside, as long as their masses sum to at
-most d. With c the
-gradient of its log-probability and w_v the rows of the weight, the exact gradient is -c * sum_v (p_v - [v = target]) *
-w_v. Of a block b that is left out, dhidden gets the block's exact mass m_b = sum_{v in b} p_v times the mean of its
-rows, wbar_b, instead of sum_{v in b} p_v * w_v; dweight and dbias get nothing. So
+most d. With c the gradient of its log-probability and w_v the rows of the weight, the exact gradient is
+-c * sum_v (p_v - [v = target]) * w_v. Of a block b that is left out, dhidden gets the block's exact mass
+m_b = sum_{v in b} p_v times the mean of its rows, wbar_b, instead of sum_{v in b} p_v * w_v; dweight and dbias get
+nothing. So
 
     |error of dhidden_t| <= |c_t| * sum_{b left out} m_tb * max_{v in b} |w_v - wbar_b|
     |error of dweight_v| <= sum_{t without v} |c_t| * p_tv * |x_t|
@@ -30,6 +30,7 @@ from clha_fast.options import ROUTE_WORDS
 from clha_fast.sweep import accumulate
 from clha_fast.torch_head import Scan, TorchHead, block_bytes
 
+# Blocks whose tokens are listed at a time.
 _LISTED_BLOCKS = 32
 
 
