@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.types import HeadInputs, RankingInputs
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from clha_fast import checks, ops, reference
 from clha_fast.dispatch import Backend, resolve
-from clha_fast.inputs import HeadInputs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast.types import HeadInputs, RankingInputs
 
 _DEFAULT_HEAD = HeadOptions()
 

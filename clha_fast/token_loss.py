@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from clha_fast import checks
-from clha_fast.inputs import RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.torch_ranking import Plan, Ranking, make_plan
+from clha_fast.types import RankingInputs
 
 
 class _Rank(torch.autograd.Function):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import Gradients, HeadInputs, Needs
+from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
-from clha_fast.sweep import accumulate
+from clha_fast.types import Gradients, HeadInputs, Needs
 
 # One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
 _BLOCK_BYTES = 3 * 2**20

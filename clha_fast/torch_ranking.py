@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import RankingInputs
+from clha_fast.layout import accumulate
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.sweep import accumulate
+from clha_fast.types import RankingInputs
 
 
 @dataclass

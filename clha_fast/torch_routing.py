@@ -26,8 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS
-from clha_fast.sweep import accumulate
 from clha_fast.torch_head import Scan, TorchHead, block_bytes
 
 # Blocks whose tokens are listed at a time.

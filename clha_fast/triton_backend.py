@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clha_fast.inputs import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.triton_backward import Active, Backward
 from clha_fast.triton_forward import launch_head, make_route
@@ -17,6 +16,7 @@ from clha_fast.triton_head import Head, on
 from clha_fast.triton_persistent import PersistentBackward
 from clha_fast.triton_ranking import Ranking, combine
 from clha_fast.triton_routed import routed_backward
+from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from csrc_triton.ranking import METRICS
 
 

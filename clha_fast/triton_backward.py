@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import Needs
 from clha_fast.triton_head import Head, gather, round_up, tiles
+from clha_fast.types import Needs
 from csrc_triton import backward
 
 WORKSPACE_BYTES = 64 * 2**20

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clha_fast.errors import BackendError
-from clha_fast.inputs import HeadInputs
 from clha_fast.options import HeadOptions
+from clha_fast.types import HeadInputs
 from csrc_triton import backward, configs
 
 

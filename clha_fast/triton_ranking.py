@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import LossResult, RankingInputs
+from clha_fast.layout import Chunk
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions
-from clha_fast.sweep import Chunk
 from clha_fast.triton_head import Head, tiles
+from clha_fast.types import LossResult, RankingInputs
 from csrc_triton import ranking
 
 _NOISE = {"none": ranking.NOISE_NONE, "abs": ranking.NOISE_ABS, "signed": ranking.NOISE_SIGNED}

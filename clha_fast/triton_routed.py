@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clha_fast.inputs import Gradients, Needs
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.triton_backward import WORKSPACE_BYTES, Active, sum_rows
 from clha_fast.triton_head import Head, gather, round_up, tiles
+from clha_fast.types import Gradients, Needs
 from csrc_triton import routed, routing
 
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.

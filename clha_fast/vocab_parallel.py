@@ -15,11 +15,11 @@ from torch import Tensor
 
 from clha_fast import checks
 from clha_fast.functional import head_inputs
-from clha_fast.inputs import HeadInputs, Needs, RankingInputs
 from clha_fast.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
 from clha_fast.torch_head import TorchHead
+from clha_fast.types import HeadInputs, Needs, RankingInputs
 
 _DEFAULT_HEAD = HeadOptions()
 

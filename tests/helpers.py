@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, reference, torch_backend
-from clha_fast.inputs import HeadInputs, RankingInputs
+from clha_fast.types import HeadInputs, RankingInputs
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -100

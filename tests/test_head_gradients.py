@@ -24,8 +24,8 @@ from triton_harness import (
 )
 
 from clha_fast import triton_backend, workspace_backend
-from clha_fast.inputs import Needs
 from clha_fast.options import HeadOptions
+from clha_fast.types import Needs
 
 pytestmark = pytest.mark.parametrize("backend", [triton_backend, workspace_backend], ids=["triton", "workspace"])
 

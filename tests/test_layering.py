@@ -33,7 +33,7 @@ FORBIDDEN = {
         "clha_fast.ops",
         "clha_fast.reference",
     ),
-    "clha_fast/sweep.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.reference"),
+    "clha_fast/layout.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_harness import DEVICE, DTYPES
 
 from clha_fast import HeadOptions
-from clha_fast.inputs import Needs
 from clha_fast.options import PUBLISHED
+from clha_fast.types import Needs
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 BACKENDS = ["workspace", "triton"]

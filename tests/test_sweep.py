@@ -9,7 +9,7 @@ from helpers import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clha_fast.sweep import Chunk, accumulate, even_share, prompt_chunks
+from clha_fast.layout import Chunk, accumulate, even_share, prompt_chunks
 
 
 def test_chunks_are_whole_prompts() -> None:

@@ -11,7 +11,7 @@ from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clha_fast import CLHAOptions, HeadOptions, torch_backend
-from clha_fast.inputs import Needs
+from clha_fast.types import Needs
 
 PUBLISHED = CLHAOptions.preset("published")
 

@@ -24,9 +24,9 @@ from triton_harness import (
 )
 
 from clha_fast import functional, triton_backend, triton_backward
-from clha_fast.inputs import Needs
 from clha_fast.options import PUBLISHED, HeadOptions
 from clha_fast.triton_backward import Chunks
+from clha_fast.types import Needs
 from csrc_triton import backward
 
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_harness import DEVICE, PLAIN, RICH, Problem, problem
 
 from clha_fast import triton_backend
-from clha_fast.inputs import Needs, RankingInputs
 from clha_fast.options import PUBLISHED, HeadOptions
+from clha_fast.types import Needs, RankingInputs
 from csrc_triton import backward, forward, persistent_backward, ranking, routed, routing
 
 # What brings values of a tensor to the host, or makes a shape of them.

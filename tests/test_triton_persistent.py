@@ -20,11 +20,11 @@ from triton_harness import (
 )
 
 from clha_fast import triton_forward
-from clha_fast.inputs import Needs
 from clha_fast.options import HeadOptions
 from clha_fast.triton_backward import Active, Backward
 from clha_fast.triton_head import Head, programs, tiles
 from clha_fast.triton_persistent import PersistentBackward
+from clha_fast.types import Needs
 from csrc_triton import configs
 
 HALF = torch.float16

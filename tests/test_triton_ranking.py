@@ -12,10 +12,10 @@ from torch import Tensor
 from triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
 from clha_fast import reference, triton_backend
-from clha_fast.inputs import RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.triton_head import Head
+from clha_fast.types import RankingInputs
 
 
 def integers(*values: int) -> Tensor:

@@ -22,9 +22,9 @@ from triton_harness import (
 )
 
 from clha_fast import functional, triton_backend
-from clha_fast.inputs import Needs, RankingInputs
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import PUBLISHED, ROUTE_WORDS, HeadOptions
+from clha_fast.types import Needs, RankingInputs
 
 KEEP_ALL = PLAIN.replace(max_dropped_mass=0.0)
 PERCENT = PLAIN.replace(max_dropped_mass=1e-2)

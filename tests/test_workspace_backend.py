@@ -27,10 +27,10 @@ from triton_harness import (
 )
 
 from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss, ops, triton_softmax, workspace_backend
-from clha_fast.inputs import Needs
+from clha_fast.layout import Chunk
 from clha_fast.options import PRESETS, PUBLISHED
-from clha_fast.sweep import Chunk
 from clha_fast.triton_head import Head
+from clha_fast.types import Needs
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 PAPER = PRESETS["paper"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clha_fast import reference, triton_backend
-from clha_fast.inputs import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.types import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 is wrong; it is tested where it is real.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from clha_fast.inputs import RankingInputs
+from clha_fast.types import RankingInputs
 
 
 class Chunk(NamedTuple):
