@@ -20,9 +20,16 @@ from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import ROUTE_WORDS, CLHAOptions, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, LossResult, Needs, RankingInputs
 
+# Imported when they are asked for: Triton's need triton.
+_MODULES = {
+    "torch": "clha_fast.backends.torch.backend",
+    "triton": "clha_fast.triton_backend",
+    "workspace": "clha_fast.workspace_backend",
+}
+
 
 def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"clha_fast.{backend}_backend")
+    return importlib.import_module(_MODULES[backend])
 
 
 def _or_empty(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,5 +40,5 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend's blocks and pieces of 128 words, the smallest there are, whatever the number of tokens."""
-    monkeypatch.setattr("clha_fast.torch_head._BLOCK_BYTES", 1)
-    monkeypatch.setattr("clha_fast.torch_head._PIECE_BYTES", 1)
+    monkeypatch.setattr("clha_fast.backends.torch.head._BLOCK_BYTES", 1)
+    monkeypatch.setattr("clha_fast.backends.torch.head._PIECE_BYTES", 1)

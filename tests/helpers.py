@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, reference, torch_backend
+from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, reference
+from clha_fast.backends.torch import backend as torch_backend
 from clha_fast.types import HeadInputs, RankingInputs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from helpers import ROOT, run_python
 
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
 KERNELS = ("triton", "csrc_triton", "clha_fast.triton_backend")
-TORCH_BACKEND = ("clha_fast.torch_backend", "clha_fast.torch_ranking")
+TORCH_BACKEND = ("clha_fast.backends.torch.backend", "clha_fast.torch_ranking")
 WORKSPACE_BACKEND = ("clha_fast.workspace_backend", "clha_fast.triton_ranking", "clha_fast.triton_softmax")
 BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
@@ -34,7 +34,7 @@ FORBIDDEN = {
         "clha_fast.reference",
     ),
     "clha_fast/layout.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.reference"),
-    "clha_fast/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
+    "clha_fast/backends/torch/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},
     "clha_fast/batch.py": (*BACKENDS, *MODELS, "clha_fast.hf"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_harness import DEVICE, DTYPES
 
-from clha_fast import HeadOptions
+from clha_fast import HeadOptions, ops
 from clha_fast.options import PUBLISHED
 from clha_fast.types import Needs
 
@@ -39,7 +38,7 @@ def test_the_host_reads_nothing_back(backend: str, dtype: torch.dtype) -> None:
     case = make_case(*RAGGED, rows=9, bias=True, rewards=True, sft_index=True, dtype=dtype)
     head = [None if t is None else t.to(DEVICE) for t in case.head]
     inputs, needs = case.head._replace(**dict(zip(case.head._fields, head, strict=True))), Needs(True, True, True)
-    module = importlib.import_module(f"clha_fast.{backend}_backend")
+    module = ops._module(backend)
     with NoWaiting():
         if backend == "workspace":
             module.clha_sweep(inputs, case.ranking, HEAD, PUBLISHED, needs)

@@ -10,7 +10,8 @@ import torch
 from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clha_fast import CLHAOptions, HeadOptions, torch_backend
+from clha_fast import CLHAOptions, HeadOptions
+from clha_fast.backends.torch import backend as torch_backend
 from clha_fast.types import Needs
 
 PUBLISHED = CLHAOptions.preset("published")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import IGNORE, Case, make_case
 
-from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference, token_logps, torch_backend
+from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference, token_logps
+from clha_fast.backends.torch import backend as torch_backend
+from clha_fast.backends.torch.routing import kept_blocks
 from clha_fast.options import ROUTE_WORDS
-from clha_fast.torch_routing import kept_blocks
 from clha_fast.types import HeadInputs, Needs, RankingInputs
 
 PUBLISHED = CLHAOptions.preset("published")

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference
-from clha_fast import vocab_parallel as vp
-from clha_fast.vocab_parallel import VocabShard
+from clha_fast.backends.torch import vocab_parallel as vp
+from clha_fast.backends.torch.vocab_parallel import VocabShard
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from clha_fast import torch_routing
+from clha_fast.backends.torch import routing as torch_routing
+from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.torch_head import Part, Scan, TorchHead, block_bytes
 from clha_fast.torch_ranking import Plan, Ranking, make_plan
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from torch import Tensor
 
 _MIN_WORKSPACE = 16 * 2**20
 _ROUTED_METRICS = METRIC_NAMES.index("kept_blocks")
