@@ -23,8 +23,8 @@ from clha_fast.types import Gradients, HeadInputs, LossResult, Needs, RankingInp
 # Imported when they are asked for: Triton's need triton.
 _MODULES = {
     "torch": "clha_fast.backends.torch.backend",
-    "triton": "clha_fast.triton_backend",
-    "workspace": "clha_fast.workspace_backend",
+    "triton": "clha_fast.backends.triton.backend",
+    "workspace": "clha_fast.backends.triton.workspace",
 }
 
 

@@ -24,8 +24,8 @@ from fake_gpu import FakeGPU
 from torch import Tensor
 
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
+from clha_fast.backends.triton.head import round_up, tiles
 from clha_fast.options import PUBLISHED, CLHAOptions
-from clha_fast.triton_head import round_up, tiles
 
 RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
 ROUTED = HeadOptions(max_dropped_mass=0.01)

@@ -23,7 +23,8 @@ from triton_harness import (
     upstream,
 )
 
-from clha_fast import triton_backend, workspace_backend
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
 

@@ -11,9 +11,13 @@ import pytest
 from helpers import ROOT, run_python
 
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
-KERNELS = ("triton", "csrc_triton", "clha_fast.triton_backend")
+KERNELS = ("triton", "csrc_triton", "clha_fast.backends.triton.backend")
 TORCH_BACKEND = ("clha_fast.backends.torch.backend", "clha_fast.torch_ranking")
-WORKSPACE_BACKEND = ("clha_fast.workspace_backend", "clha_fast.triton_ranking", "clha_fast.triton_softmax")
+WORKSPACE_BACKEND = (
+    "clha_fast.backends.triton.workspace",
+    "clha_fast.backends.triton.clha",
+    "clha_fast.backends.triton.softmax",
+)
 BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
@@ -22,11 +26,11 @@ FORBIDDEN = {
     "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.dispatch", "clha_fast.functional"),
     "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
     "clha_fast/token_loss.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
-    "clha_fast/workspace_backend.py": (
+    "clha_fast/backends/triton/workspace.py": (
         "triton",
         "csrc_triton",
-        "clha_fast.triton_backend",
-        "clha_fast.triton_backward",
+        "clha_fast.backends.triton.backend",
+        "clha_fast.backends.triton.backward",
         *TORCH_BACKEND,
         *ABOVE,
         *MODELS,
@@ -83,7 +87,7 @@ def test_the_triton_backend_alone_knows_the_kernels():
     knowing = {
         file for file in FILES if not file.startswith("csrc_triton/") and breaches(file, ("triton", "csrc_triton"))
     }
-    assert "clha_fast/triton_backend.py" in knowing
+    assert "clha_fast/backends/triton/backend.py" in knowing
     assert {file for file in knowing if not fnmatch(file, "clha_fast/triton_*.py")} == set()
 
 
@@ -95,11 +99,11 @@ def test_kernel_files_import_triton_only(file):
 
 def test_backends_are_told_apart():
     """The rules above see what they are meant to see."""
-    assert "csrc_triton.ranking" in imports("clha_fast/triton_backend.py")
-    assert breaches("clha_fast/triton_backend.py", ("csrc_triton",))
+    assert "csrc_triton.ranking" in imports("clha_fast/backends/triton/backend.py")
+    assert breaches("clha_fast/backends/triton/backend.py", ("csrc_triton",))
     assert breaches("clha_fast/hf/trainer.py", ("transformers",))
     assert breaches("clha_fast/cli.py", ("clha_fast.cli*",))
-    assert not breaches("clha_fast/triton_backend.py", ("triton",))
+    assert not breaches("clha_fast/backends/triton/backend.py", ("triton",))
 
 
 def test_importing_loads_nothing_optional(tmp_path: Path):

@@ -23,9 +23,11 @@ from triton_harness import (
     upstream,
 )
 
-from clha_fast import functional, triton_backend, triton_backward
+from clha_fast import functional
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.backends.triton import backward as triton_backward
+from clha_fast.backends.triton.backward import Chunks
 from clha_fast.options import PUBLISHED, HeadOptions
-from clha_fast.triton_backward import Chunks
 from clha_fast.types import Needs
 from csrc_triton import backward
 

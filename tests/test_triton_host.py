@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_harness import DEVICE, PLAIN, RICH, Problem, problem
 
-from clha_fast import triton_backend
+from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.options import PUBLISHED, HeadOptions
 from clha_fast.types import Needs, RankingInputs
 from csrc_triton import backward, forward, persistent_backward, ranking, routed, routing

@@ -19,11 +19,11 @@ from triton_harness import (
     problem,
 )
 
-from clha_fast import triton_forward
+from clha_fast.backends.triton import forward as triton_forward
+from clha_fast.backends.triton.backward import Active, Backward
+from clha_fast.backends.triton.head import Head, programs, tiles
+from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.options import HeadOptions
-from clha_fast.triton_backward import Active, Backward
-from clha_fast.triton_head import Head, programs, tiles
-from clha_fast.triton_persistent import PersistentBackward
 from clha_fast.types import Needs
 from csrc_triton import configs
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
-from clha_fast import reference, triton_backend
+from clha_fast import reference
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.backends.triton.head import Head
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions
-from clha_fast.triton_head import Head
 from clha_fast.types import RankingInputs
 
 

@@ -21,7 +21,8 @@ from triton_harness import (
     problem,
 )
 
-from clha_fast import functional, triton_backend
+from clha_fast import functional
+from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.metrics import METRIC_NAMES
 from clha_fast.options import PUBLISHED, ROUTE_WORDS, HeadOptions
 from clha_fast.types import Needs, RankingInputs

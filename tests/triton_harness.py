@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from clha_fast import reference, triton_backend
+from clha_fast import reference
+from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.types import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from clha_fast.backends.triton.backward import Active, Backward
+from clha_fast.backends.triton.clha import Ranking, combine
+from clha_fast.backends.triton.forward import launch_head, make_route
+from clha_fast.backends.triton.head import Head, on
+from clha_fast.backends.triton.persistent import PersistentBackward
+from clha_fast.backends.triton.routed import routed_backward
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.triton_backward import Active, Backward
-from clha_fast.triton_forward import launch_head, make_route
-from clha_fast.triton_head import Head, on
-from clha_fast.triton_persistent import PersistentBackward
-from clha_fast.triton_ranking import Ranking, combine
-from clha_fast.triton_routed import routed_backward
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from csrc_triton.ranking import METRICS
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clha_fast.backends.triton.backward import WORKSPACE_BYTES, Active, sum_rows
+from clha_fast.backends.triton.head import Head, gather, round_up, tiles
 from clha_fast.options import ROUTE_WORDS, HeadOptions
-from clha_fast.triton_backward import WORKSPACE_BYTES, Active, sum_rows
-from clha_fast.triton_head import Head, gather, round_up, tiles
 from clha_fast.types import Gradients, Needs
 from csrc_triton import routed, routing
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clha_fast.triton_head import Head, round_up, tiles
-from clha_fast.triton_ranking import combine
+from clha_fast.backends.triton.clha import combine
+from clha_fast.backends.triton.head import Head, round_up, tiles
 from csrc_triton import softmax
 
 # Programs that keep a GPU's memory busy; where there are fewer tokens, their rows are cut into parts.

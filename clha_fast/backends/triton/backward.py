@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clha_fast.triton_head import Head, gather, round_up, tiles
+from clha_fast.backends.triton.head import Head, gather, round_up, tiles
 from clha_fast.types import Needs
 from csrc_triton import backward
 

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clha_fast.backends.triton.clha import Ranking
+from clha_fast.backends.triton.head import Head, on
+from clha_fast.backends.triton.softmax import gradient, padded_width, statistics
 from clha_fast.layout import accumulate, even_share, prompt_chunks
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.triton_head import Head, on
-from clha_fast.triton_ranking import Ranking
-from clha_fast.triton_softmax import gradient, padded_width, statistics
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 
 _MIN_WORKSPACE = 64 * 2**20
