@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from clha_fast.errors import BackendError
 from clha_fast.functional import linear_clha_loss, token_logps
-from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.modules import CLHALoss
+from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions, HeadOptions
 
 if TYPE_CHECKING:

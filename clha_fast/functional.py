@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clha_fast import checks, ops, reference
 from clha_fast.dispatch import Backend, resolve
-from clha_fast.metrics import CLHAMetrics
+from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs
 

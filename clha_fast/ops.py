@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clha_fast import checks
 from clha_fast.dispatch import SWEEPING
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import ROUTE_WORDS, CLHAOptions, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, LossResult, Needs, RankingInputs
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from clha_fast import checks
-from clha_fast.metrics import CLHAMetrics
+from clha_fast.objectives.clha import Plan, Ranking, make_plan
+from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
-from clha_fast.torch_ranking import Plan, Ranking, make_plan
 from clha_fast.types import RankingInputs
 
 

@@ -12,7 +12,7 @@ from helpers import ROOT, run_python
 
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
 KERNELS = ("triton", "csrc_triton", "clha_fast.backends.triton.backend")
-TORCH_BACKEND = ("clha_fast.backends.torch.backend", "clha_fast.torch_ranking")
+TORCH_BACKEND = ("clha_fast.backends.torch.backend", "clha_fast.objectives.clha")
 WORKSPACE_BACKEND = (
     "clha_fast.backends.triton.workspace",
     "clha_fast.backends.triton.clha",

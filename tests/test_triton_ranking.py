@@ -14,7 +14,7 @@ from triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_lo
 from clha_fast import reference
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.backends.triton.head import Head
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.types import RankingInputs
 

@@ -23,7 +23,7 @@ from triton_harness import (
 
 from clha_fast import functional
 from clha_fast.backends.triton import backend as triton_backend
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import PUBLISHED, ROUTE_WORDS, HeadOptions
 from clha_fast.types import Needs, RankingInputs
 

@@ -34,7 +34,7 @@ from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
 from clha_fast.hf.sharding import reshard
-from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PUBLISHED, CLHAOptions
 
 _MODEL_FIELDS = ("input_ids", "attention_mask")

@@ -15,7 +15,7 @@ from clha_fast.functional import linear_clha_loss
 from clha_fast.hf.embedding import head_name
 from clha_fast.hf.heads import HeadForward
 from clha_fast.hf.own_forward import head_clha_loss
-from clha_fast.metrics import CLHAMetrics
+from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.options import CLHAOptions, HeadOptions
 
 

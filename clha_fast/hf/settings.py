@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 
 _LEAST = {
     **dict.fromkeys(

@@ -32,7 +32,7 @@ from clha_fast.hf.sharding import reshard, whole_weights
 from clha_fast.hf.stream import as_dataset
 from clha_fast.hf.trainer_metrics import RunningMetrics
 from clha_fast.hf.trainer_reports import ReportingTrainer
-from clha_fast.metrics import CLHAMetrics
+from clha_fast.objectives.metrics import CLHAMetrics
 
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clha_fast.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 
 
 class RunningMetrics:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from clha_fast.backends.torch import routing as torch_routing
 from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.clha import Plan, Ranking, make_plan
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.torch_ranking import Plan, Ranking, make_plan
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from torch import Tensor
 

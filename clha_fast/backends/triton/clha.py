@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clha_fast.backends.triton.head import Head, tiles
 from clha_fast.layout import Chunk
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions
 from clha_fast.types import LossResult, RankingInputs
 from csrc_triton import ranking

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.layout import accumulate
-from clha_fast.metrics import METRIC_NAMES
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.types import RankingInputs
 
