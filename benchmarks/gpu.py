@@ -35,7 +35,7 @@ from benchmarks.gpu_memory import Job, in_a_fresh_process
 from benchmarks.gpu_methods import METHODS, methods_of
 from benchmarks.roofline import ceilings_of, cost
 from clha_fast import HeadOptions
-from clha_fast.dispatch import ROUTING
+from clha_fast.ops.dispatch import ROUTING
 
 ROOT = Path(__file__).resolve().parent
 CPU_METHODS = ("bound", "bound_forward", "workspace", "fused", "fused_forward", "routed", "eager_hf", "published")

@@ -18,7 +18,7 @@ from benchmarks.gpu_inputs import SHAPES, TINY, Batch, Shape, make_batch
 from benchmarks.gpu_measure import FAILURES, Clock, Deadline, clean, describe, interleaved
 from benchmarks.gpu_methods import bare_gemms, clha
 from clha_fast import HeadOptions, linear_clha_loss
-from clha_fast.dispatch import ROUTING
+from clha_fast.ops.dispatch import ROUTING
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKING_KERNELS = ("combine_kernel", "prompts_kernel", "finish_kernel", "count_kernel")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clha_fast import checks, ops, reference
-from clha_fast.dispatch import Backend, resolve
+from clha_fast import reference
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.ops import checks
+from clha_fast.ops import head as ops
+from clha_fast.ops.dispatch import Backend, resolve
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs
 

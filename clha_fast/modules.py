@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from clha_fast import checks
-from clha_fast.dispatch import Backend
 from clha_fast.functional import linear_clha_loss
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.ops import checks
+from clha_fast.ops.dispatch import Backend
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 
 

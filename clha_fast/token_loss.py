@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast import checks
 from clha_fast.objectives.clha import Plan, Ranking, make_plan
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.ops import checks
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.types import RankingInputs
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clha_fast import ops
+from clha_fast.ops import head as ops
 
 # Multiprocessors and shared memory a program (bytes) of an A100, an H200 and a B200.
 DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}

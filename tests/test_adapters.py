@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clha_fast
-from clha_fast import HeadOptions, dispatch
+from clha_fast import HeadOptions
 from clha_fast.errors import BackendError
 from clha_fast.hf.attach import empty_batch
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.heads import HeadForward, UnsupportedHeadError, inspect_head
 from clha_fast.hf.own_forward import token_logps
 from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.ops import dispatch
 
 SAID = {
     "LoRA on the head, attached before get_peft_model": "detach, change the head and attach again",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import IGNORE, make_case, run_python
 
-from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, auto, dispatch, linear_clha_loss, token_logps
+from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from clha_fast.ops import auto, dispatch
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 I64 = torch.int64

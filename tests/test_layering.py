@@ -18,14 +18,14 @@ WORKSPACE_BACKEND = (
     "clha_fast.backends.triton.clha",
     "clha_fast.backends.triton.softmax",
 )
-BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops")
+BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops.head")
 ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
 CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics", "modules", "ops", "options")
 FORBIDDEN = {
-    "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.dispatch", "clha_fast.functional"),
-    "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
-    "clha_fast/token_loss.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
+    "clha_fast/reference.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.ops.dispatch", "clha_fast.functional"),
+    "clha_fast/torch_*.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops.head", "clha_fast.reference"),
+    "clha_fast/token_loss.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.ops.head", "clha_fast.reference"),
     "clha_fast/backends/triton/workspace.py": (
         "triton",
         "csrc_triton",
@@ -34,12 +34,12 @@ FORBIDDEN = {
         *TORCH_BACKEND,
         *ABOVE,
         *MODELS,
-        "clha_fast.ops",
+        "clha_fast.ops.head",
         "clha_fast.reference",
     ),
     "clha_fast/layout.py": (*BACKENDS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/backends/torch/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
-    "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops", "clha_fast.reference"),
+    "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops.head", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},
     "clha_fast/batch.py": (*BACKENDS, *MODELS, "clha_fast.hf"),
     "clha_fast/data/*.py": (*BACKENDS, *MODELS, "clha_fast.hf", "clha_fast.functional"),

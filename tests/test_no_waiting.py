@@ -10,7 +10,8 @@ from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_harness import DEVICE, DTYPES
 
-from clha_fast import HeadOptions, ops
+from clha_fast import HeadOptions
+from clha_fast.ops import head as ops
 from clha_fast.options import PUBLISHED
 from clha_fast.types import Needs
 

@@ -26,11 +26,12 @@ from triton_harness import (
     upstream,
 )
 
-from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss, ops
+from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss
 from clha_fast.backends.triton import softmax as triton_softmax
 from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.backends.triton.head import Head
 from clha_fast.layout import Chunk
+from clha_fast.ops import head as ops
 from clha_fast.options import PRESETS, PUBLISHED
 from clha_fast.types import Needs
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clha_fast import ops
+from clha_fast.ops import head as ops
 
 GPU = torch.device("cuda", 0)
 # What brings values to the host, or makes a shape of them.

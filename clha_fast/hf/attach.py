@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 from clha_fast.batch import CandidateBatch
-from clha_fast.dispatch import BACKENDS, Backend
 from clha_fast.hf.adapters import base_model
 from clha_fast.hf.embedding import (
     UnsupportedHeadError,
@@ -35,6 +34,7 @@ from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
 from clha_fast.hf.sharding import reshard
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.ops.dispatch import BACKENDS, Backend
 from clha_fast.options import PUBLISHED, CLHAOptions
 
 _MODEL_FIELDS = ("input_ids", "attention_mask")

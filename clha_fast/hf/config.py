@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from clha_fast.dispatch import BACKENDS
 from clha_fast.hf.loading import check_loading
 from clha_fast.hf.settings import check_machine, check_numbers
+from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import CLHAOptions, HeadOptions
 
 _PRESET = {"help": "None: as the preset says."}

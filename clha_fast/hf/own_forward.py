@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clha_fast import checks
-from clha_fast.dispatch import _say_once
 from clha_fast.errors import BackendError
 from clha_fast.hf.embedding import UnsupportedHeadError, head_name
 from clha_fast.hf.heads import HeadForward
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.ops import checks
+from clha_fast.ops.dispatch import _say_once
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
 from clha_fast.types import HeadInputs, RankingInputs

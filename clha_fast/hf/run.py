@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.dispatch import resolve
 from clha_fast.hf.build import (
     adapter_config,
     build_model,
@@ -36,6 +35,7 @@ from clha_fast.hf.samples import SAMPLES_FILE
 from clha_fast.hf.settings import check_best_metric, evaluation_metrics
 from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.hf.trainer_checkpoints import wait_for_everyone
+from clha_fast.ops.dispatch import resolve
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from clha_fast import checks
 from clha_fast.backends.torch.head import TorchHead
 from clha_fast.functional import head_inputs
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.ops import checks
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 from clha_fast.token_loss import clha_loss
 from clha_fast.types import HeadInputs, Needs, RankingInputs

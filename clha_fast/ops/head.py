@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast import checks
-from clha_fast.dispatch import SWEEPING
 from clha_fast.objectives.metrics import METRIC_NAMES
+from clha_fast.ops import checks
+from clha_fast.ops.dispatch import SWEEPING
 from clha_fast.options import ROUTE_WORDS, CLHAOptions, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, LossResult, Needs, RankingInputs
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from clha_fast.auto import choose
 from clha_fast.errors import BackendError
+from clha_fast.ops.auto import choose
 
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference")
