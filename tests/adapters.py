@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import clha_fast
 from clha_fast import CLHAOptions, HeadOptions, reference
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.errors import BackendError
 from clha_fast.hf.attach import Attached
-from clha_fast.hf.collator import RankedCollator
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

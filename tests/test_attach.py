@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clha_fast
 from clha_fast import CLHAOptions, HeadOptions, reference
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.hf.attach import empty_batch
-from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.heads import UnsupportedHeadError
 
 TOKENIZER = make_tokenizer()

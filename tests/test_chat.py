@@ -11,9 +11,9 @@ from chat_templates import CHATML, IM, MESSAGES, SHAPES, TEXTS, Shape, blank_tok
 from test_trainer import config
 from tiny import make_model
 
+from clha_fast.batching.chat import render_chat
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.hf.chat import render_chat
-from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.trainer import CLHATrainer
 
 ANSWERS = ("Because it reflects the sea.", "Air scatters short wavelengths\nof sunlight")

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data import RankedRecord, RecordError, plain_template, render_prompt
-from clha_fast.hf.collator import RankedCollator, RankedDataset
 from clha_fast.options import PUBLISHED
 
 TEXTS = [

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clha_fast import reference
-from clha_fast.batch import CandidateBatch, inert_mask, pack_candidates
+from clha_fast.batching.batch import CandidateBatch, inert_mask, pack_candidates
 from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
 
 

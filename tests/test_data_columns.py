@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny import make_tokenizer
 
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RecordError, read_records, record_from_row
-from clha_fast.hf.collator import RankedCollator
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
 

@@ -19,7 +19,14 @@ WORKSPACE_BACKEND = (
     "clha_fast.backends.triton.softmax",
 )
 BACKENDS = (*KERNELS, *TORCH_BACKEND, *WORKSPACE_BACKEND, "clha_fast.ops.head")
-ABOVE = ("clha_fast.hf", "clha_fast.data", "clha_fast.batch", "clha_fast.cli*", "clha_fast.memory", "clha_fast.report")
+ABOVE = (
+    "clha_fast.hf",
+    "clha_fast.data",
+    "clha_fast.batching.batch",
+    "clha_fast.cli*",
+    "clha_fast.memory",
+    "clha_fast.report",
+)
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
 CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics", "modules", "ops", "options")
 FORBIDDEN = {
@@ -41,7 +48,7 @@ FORBIDDEN = {
     "clha_fast/backends/torch/vocab_parallel.py": (*KERNELS, *ABOVE, *MODELS, "clha_fast.reference"),
     "clha_fast/triton_*.py": (*TORCH_BACKEND, *ABOVE, *MODELS, "clha_fast.ops.head", "clha_fast.reference"),
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},
-    "clha_fast/batch.py": (*BACKENDS, *MODELS, "clha_fast.hf"),
+    "clha_fast/batching/batch.py": (*BACKENDS, *MODELS, "clha_fast.hf"),
     "clha_fast/data/*.py": (*BACKENDS, *MODELS, "clha_fast.hf", "clha_fast.functional"),
     "clha_fast/hf/*.py": (*BACKENDS, "clha_fast.cli*"),
     "clha_fast/cli*.py": BACKENDS,
@@ -139,7 +146,7 @@ loss.backward()
 print(round(float(loss), 4), hidden.grad.shape, metrics.as_dict()["kept_pair_share"])
 print(token_logps(hidden, weight, torch.tensor([0, 1])).shape)
 import clha_fast.data
-import clha_fast.batch
+import clha_fast.batching.batch
 """,
         cwd=tmp_path,
     )

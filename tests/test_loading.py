@@ -16,12 +16,12 @@ from test_trainer import trainer as make_trainer
 from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching import stream
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler
+from clha_fast.batching.stream import RankedStream
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.hf import stream
-from clha_fast.hf.collator import RankedCollator, RankedDataset
-from clha_fast.hf.sampling import LengthSampler, TokenBudgetSampler
-from clha_fast.hf.stream import RankedStream
 from clha_fast.hf.trainer import CLHATrainer
 
 TOKENIZER = make_tokenizer()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import clha_fast
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
 from clha_fast.hf.attach import Attached
 from clha_fast.hf.heads import UnsupportedHeadError
 from clha_fast.hf.router import auxiliary_coefficient

@@ -10,8 +10,15 @@ from accelerate.data_loader import BatchSamplerShard
 from tiny import make_rows, make_tokenizer
 from torch.utils.data import BatchSampler, RandomSampler
 
-from clha_fast.hf.collator import RankedCollator, RankedDataset
-from clha_fast.hf.sampling import LengthSampler, Shape, TokenBudgetSampler, padded_tokens, prompt_shapes, row_lengths
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.sampling import (
+    LengthSampler,
+    Shape,
+    TokenBudgetSampler,
+    padded_tokens,
+    prompt_shapes,
+    row_lengths,
+)
 from clha_fast.options import CLHAOptions
 
 TOKENIZER = make_tokenizer()

@@ -12,8 +12,8 @@ from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 
 from clha_fast import CLHAOptions, reference
-from clha_fast.batch import CandidateBatch
-from clha_fast.hf.collator import RankedCollator, RankedDataset
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.heads import UnsupportedHeadError
 from clha_fast.hf.trainer import CLHATrainer

@@ -16,7 +16,8 @@ from test_trainer import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trai
 from tiny import make_model, make_rows
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from clha_fast.hf import samples, stream
+from clha_fast.batching import stream
+from clha_fast.hf import samples
 from clha_fast.hf.card import CARD_FILE, MARK, model_card
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.samples import SAMPLES_FILE

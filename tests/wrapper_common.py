@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clha_fast
 from clha_fast import CLHAOptions, reference
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.hf.attach import Attached
-from clha_fast.hf.collator import RankedCollator
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clha_fast.hf.collator import RankedCollator, RankedDataset
+    from clha_fast.batching.collator import RankedCollator, RankedDataset
+    from clha_fast.batching.sampling import TokenBudgetSampler
+    from clha_fast.batching.stream import RankedStream
     from clha_fast.hf.config import CLHAConfig
     from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
-    from clha_fast.hf.sampling import TokenBudgetSampler
-    from clha_fast.hf.stream import RankedStream
     from clha_fast.hf.trainer import CLHATrainer
 
 _WHERE = {

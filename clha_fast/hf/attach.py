@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.totals import GlobalCounts, local_counts
 from clha_fast.hf.adapters import base_model
 from clha_fast.hf.embedding import (
     UnsupportedHeadError,
@@ -29,7 +30,6 @@ from clha_fast.hf.embedding import (
 from clha_fast.hf.head_loss import head_loss
 from clha_fast.hf.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
 from clha_fast.hf.hooks import other_hooks, through_hooks, without_wrappers_hooks
-from clha_fast.hf.normalizer import GlobalCounts, local_counts
 from clha_fast.hf.own_forward import check_backend
 from clha_fast.hf.router import auxiliary_coefficient
 from clha_fast.hf.sharding import reshard

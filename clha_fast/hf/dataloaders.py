@@ -9,10 +9,9 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer
 
-from clha_fast.batch import CandidateBatch
-from clha_fast.hf.collator import RankedCollator, RankedDataset
-from clha_fast.hf.loading import sampling_strategy
-from clha_fast.hf.sampling import (
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.sampling import (
     LengthSampler,
     TokenBudgetSampler,
     budget_loader,
@@ -20,7 +19,8 @@ from clha_fast.hf.sampling import (
     prompt_shapes,
     row_lengths,
 )
-from clha_fast.hf.stream import RankedStream, as_dataset
+from clha_fast.batching.stream import RankedStream, as_dataset
+from clha_fast.hf.loading import sampling_strategy
 from clha_fast.options import CLHAOptions
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from clha_fast.batch import inert_mask
+from clha_fast.batching.batch import inert_mask
+from clha_fast.batching.totals import kept_pairs
 from clha_fast.data.records import RankedRecord
-from clha_fast.hf.normalizer import kept_pairs
 from clha_fast.options import CLHAOptions
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.hf.adapters import virtual_tokens
-from clha_fast.hf.collator import RankedCollator
 
 SAMPLES_FILE = "samples.jsonl"
 # Of the generator that draws tokens at a temperature: the same at every evaluation.

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.convert import convert
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord, make_record
 from clha_fast.hf.checkpoint import RunIdentity
-from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.reward_model import RewardModel, load_reward_model
 
 __all__ = [

@@ -16,20 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.stream import as_dataset
+from clha_fast.batching.totals import GlobalCounts, first_prompts, local_counts
 from clha_fast.data.records import shorten
 from clha_fast.hf.adapters import base_model, with_adapter
 from clha_fast.hf.attach import measure_head
-from clha_fast.hf.collator import RankedCollator
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.dataloaders import RankedLoaders
 from clha_fast.hf.head_loss import head_loss
 from clha_fast.hf.heads import HeadForward, cache_flags, fused_head
 from clha_fast.hf.hooks import through_hooks
-from clha_fast.hf.normalizer import GlobalCounts, first_prompts, local_counts
 from clha_fast.hf.router import auxiliary_coefficient
 from clha_fast.hf.sharding import reshard, whole_weights
-from clha_fast.hf.stream import as_dataset
 from clha_fast.hf.trainer_metrics import RunningMetrics
 from clha_fast.hf.trainer_reports import ReportingTrainer
 from clha_fast.objectives.metrics import CLHAMetrics
@@ -63,7 +63,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         train_dataset, eval_dataset: a `RankedDataset`, any list or `datasets.Dataset` of rows in a known format (they
             are tokenised once, at construction), a stream of such rows (`datasets.IterableDataset` or any other
             iterable dataset, tokenised as it comes; training needs `max_steps`, see
-            `clha_fast.hf.stream.as_dataset`), or for evaluation a dictionary of them.
+            `clha_fast.batching.stream.as_dataset`), or for evaluation a dictionary of them.
         processing_class: the tokenizer; needed unless `data_collator` is given.
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
         peft_config: a configuration of peft's, such as `LoraConfig`: the model gets that adapter, and only it trains.

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
-from clha_fast.batch import CandidateFeature, inert_mask
+from clha_fast.batching.batch import CandidateFeature, inert_mask
 from clha_fast.options import CLHAOptions
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clha_fast.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch
 from clha_fast.options import CLHAOptions
 
 

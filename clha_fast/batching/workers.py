@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from clha_fast.batch import CandidateFeature
+from clha_fast.batching.batch import CandidateFeature
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
 

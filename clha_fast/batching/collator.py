@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from clha_fast.batch import CandidateFeature, check_features, inert_mask, pack_candidates
+from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
+from clha_fast.batching.chat import render_chat
+from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
-from clha_fast.hf.chat import render_chat
-from clha_fast.hf.parallel import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.options import PUBLISHED, CLHAOptions
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
@@ -31,7 +31,7 @@ class RankedCollator:
 
     A text prompt keeps the special tokens that the tokenizer puts in front (BOS), and a response is closed by EOS.
     Messages go through the tokenizer's chat template, which writes BOS itself, and a response is closed by the
-    template's own end of turn (`clha_fast.hf.chat.render_chat`), by EOS where the template has none. What closes a
+    template's own end of turn (`clha_fast.batching.chat.render_chat`), by EOS where the template has none. What closes a
     response is scored with it, once, unless the response was truncated.
 
     Truncation, the same for all candidates of a prompt and whether or not some are dropped: responses are cut
@@ -46,7 +46,7 @@ class RankedCollator:
         options: the loss's options, which decide what is inert.
         max_length: tokens of prompt and response together. max_prompt_length, max_completion_length: of
             either. None is no limit.
-        drop_inert: leave inert candidates out of the model's batch (see `clha_fast.batch.inert_mask`).
+        drop_inert: leave inert candidates out of the model's batch (see `clha_fast.batching.batch.inert_mask`).
         pad_to_multiple_of: rows are padded to a multiple of it.
 
     Raises:
@@ -91,7 +91,7 @@ class RankedCollator:
         Where examples at the end only fill the batch up (`RankedStream`), "num_fill" says how many.
 
         Raises:
-            ValueError: as `tokenize_record` and `clha_fast.batch.pack_candidates`.
+            ValueError: as `tokenize_record` and `clha_fast.batching.batch.pack_candidates`.
         """
         features = [
             cast(CandidateFeature, example)

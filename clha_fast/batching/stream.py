@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
-from clha_fast.batch import CandidateFeature
+from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.workers import Example, as_record
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.hf.collator import RankedCollator, RankedDataset
 from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.parallel import Example, as_record
 from clha_fast.options import CLHAOptions
 
 logger = logging.get_logger(__name__)
