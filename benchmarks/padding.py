@@ -17,7 +17,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler, prompt_shapes
 from clha_fast.data import RecordError, read_records
-from clha_fast.hf.build import build_tokenizer, load_tokenizer, texts_of
+from clha_fast.models.loading import build_tokenizer, load_tokenizer, texts_of
 
 EPOCHS = 3
 

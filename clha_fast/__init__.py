@@ -11,7 +11,7 @@ from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions, HeadOptions
 
 if TYPE_CHECKING:
-    from clha_fast.hf.attach import attach
+    from clha_fast.models.attach import attach
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only this one needs transformers, whose import takes seconds.
     if name == "attach":
-        from clha_fast.hf.attach import attach
+        from clha_fast.models.attach import attach
 
         return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

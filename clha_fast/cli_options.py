@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from clha_fast.hf.build import nearest
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.run import RunOptions
+from clha_fast.models.loading import nearest
 
 # Of the command itself.
 PRINTING: dict[str, Any] = {"memory_report": bool, "plot": bool}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import clha_fast
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data.readers import read_records
-from clha_fast.hf.build import build_model, build_tokenizer, texts_of
+from clha_fast.models.loading import build_model, build_tokenizer, texts_of
 
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 ACCUMULATION = 2

@@ -24,9 +24,9 @@ from clha_fast import CLHAMetrics
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.cli_options import read_config
 from clha_fast.data.readers import read_records
-from clha_fast.hf.attach import empty_batch
-from clha_fast.hf.build import build_model, build_tokenizer, texts_of
-from clha_fast.hf.sharding import reshard
+from clha_fast.models.attach import empty_batch
+from clha_fast.models.loading import build_model, build_tokenizer, texts_of
+from clha_fast.models.sharding import reshard
 
 
 def evaluate(model, dataset, collator, batch_size, device):

@@ -27,9 +27,9 @@ from wrapper_common import Measured, compare, mine, plain_name, step, whole
 
 import clha_fast
 from clha_fast import HeadOptions
-from clha_fast.hf.attach import empty_batch
-from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import HeadForward
+from clha_fast.models.attach import empty_batch
+from clha_fast.models.head_loss import head_loss
+from clha_fast.models.heads import HeadForward
 
 ROWS = make_rows(4, seed=3)
 

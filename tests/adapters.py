@@ -21,7 +21,7 @@ from clha_fast import CLHAOptions, HeadOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.errors import BackendError
-from clha_fast.hf.attach import Attached
+from clha_fast.models.attach import Attached
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clha_fast import token_logps
-from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
-from clha_fast.hf.router import auxiliary_coefficient
+from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+from clha_fast.models.router import auxiliary_coefficient
 from tests.architecture_configs import FREE_TOKENS, shrink
 
 NATS = 1e-4

@@ -19,8 +19,8 @@ import clha_fast
 from clha_fast import CLHAOptions, HeadOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.hf.attach import empty_batch
-from clha_fast.hf.heads import UnsupportedHeadError
+from clha_fast.models.attach import empty_batch
+from clha_fast.models.heads import UnsupportedHeadError
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import clha_fast
-from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError
-from clha_fast.hf.hooks import is_wrappers, other_hooks, through_hooks
+from clha_fast.models.heads import HeadInfo, UnsupportedHeadError
+from clha_fast.models.hooks import is_wrappers, other_hooks, through_hooks
 
 
 def test_models_without_an_output_embedding() -> None:

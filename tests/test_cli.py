@@ -23,7 +23,7 @@ import clha_fast
 from clha_fast import cli, cli_options, cli_train, report
 from clha_fast.cli_options import OptionError
 from clha_fast.hf import run
-from clha_fast.hf.build import build_model, build_tokenizer
+from clha_fast.models.loading import build_model, build_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "model_config": {

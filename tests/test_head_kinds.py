@@ -10,7 +10,7 @@ from test_heads import Behind, V, assert_same, build, inputs
 from torch import Tensor, nn
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
-from clha_fast.hf.heads import UnsupportedHeadError, fused_head, inspect_head
+from clha_fast.models.heads import UnsupportedHeadError, fused_head, inspect_head
 
 
 class OwnLinear(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from clha_fast import token_logps
-from clha_fast.hf.heads import UnsupportedHeadError, fused_head, inspect_head
-from clha_fast.hf.probe import UnsupportedTransform, fit_transform, probe_values
+from clha_fast.models.heads import UnsupportedHeadError, fused_head, inspect_head
+from clha_fast.models.probe import UnsupportedTransform, fit_transform, probe_values
 
 V, T = 67, 9
 SIZES = {

@@ -20,9 +20,9 @@ from transformers import (
 
 import clha_fast
 from clha_fast.batching.batch import CandidateBatch
-from clha_fast.hf.attach import Attached
-from clha_fast.hf.heads import UnsupportedHeadError
-from clha_fast.hf.router import auxiliary_coefficient
+from clha_fast.models.attach import Attached
+from clha_fast.models.heads import UnsupportedHeadError
+from clha_fast.models.router import auxiliary_coefficient
 
 V = len(TOKENIZER)
 TEXT: dict[str, Any] = {

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.sharding import reshard
 from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.models.sharding import reshard
 
 TOKENIZER = make_tokenizer()
 GLOBAL_BATCH = 4

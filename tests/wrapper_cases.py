@@ -51,7 +51,7 @@ from clha_fast import reference
 from clha_fast.backends.torch import vocab_parallel
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.hf.attach import empty_batch
+from clha_fast.models.attach import empty_batch
 
 # ---- DDP ----
 

@@ -19,7 +19,7 @@ import clha_fast
 from clha_fast import CLHAOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.hf.attach import Attached
+from clha_fast.models.attach import Attached
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

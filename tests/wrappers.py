@@ -170,14 +170,14 @@ NOTES = """
 - What the loss divides by (kept pairs, prompts) differs from process to process. `counts = attached.counts(batches)`
   takes the global batch's; `model(**batch, **counts)` then gives losses whose mean over processes and micro-batches is
   the loss of the one large batch. Without it every process and micro-batch divides by its own.
-- A process that has run out of prompts passes `clha_fast.hf.attach.empty_batch()`: loss 0, gradients of zeros, and the
+- A process that has run out of prompts passes `clha_fast.models.attach.empty_batch()`: loss 0, gradients of zeros, and the
   collectives of the others go on. The same holds for a batch in which no pair is kept and no gate is open.
 - A head that tensor parallelism has spread by rows is computed vocabulary-parallel: two all-reduces of [N] numbers in
   the forward, one of the hidden states' gradient in the backward; the logits exist one bounded workspace at a time.
   All processes of the tensor-parallel group get the same batch.
 - Attaching runs the model once, after which FSDP2's outermost module would keep its gathered weights, and an optimizer
   made then would step those; `attach` hands the shards back. After a forward of your own without a backward, do so
-  with `clha_fast.hf.sharding.reshard(model)` before you make an optimizer.
+  with `clha_fast.models.sharding.reshard(model)` before you make an optimizer.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
 - `nn.DataParallel` is refused: its copies of the model share one head.
 - What the table does not show: GPUs and NCCL, more than two processes, tensor parallelism together with FSDP2, and

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from clha_fast.batching.sampling import TokenBudgetSampler
     from clha_fast.batching.stream import RankedStream
     from clha_fast.hf.config import CLHAConfig
-    from clha_fast.hf.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
     from clha_fast.hf.trainer import CLHATrainer
+    from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
 
 _WHERE = {
-    "CLHAConfig": "config",
-    "CLHATrainer": "trainer",
-    "HeadInfo": "heads",
-    "RankedCollator": "collator",
-    "RankedDataset": "collator",
-    "RankedStream": "stream",
-    "TokenBudgetSampler": "sampling",
-    "UnsupportedHeadError": "heads",
-    "fused_head": "heads",
-    "inspect_head": "heads",
+    "CLHAConfig": "clha_fast.hf.config",
+    "CLHATrainer": "clha_fast.hf.trainer",
+    "HeadInfo": "clha_fast.models.heads",
+    "RankedCollator": "clha_fast.batching.collator",
+    "RankedDataset": "clha_fast.batching.collator",
+    "RankedStream": "clha_fast.batching.stream",
+    "TokenBudgetSampler": "clha_fast.batching.sampling",
+    "UnsupportedHeadError": "clha_fast.models.heads",
+    "fused_head": "clha_fast.models.heads",
+    "inspect_head": "clha_fast.models.heads",
 }
 
 __all__ = [
@@ -46,4 +46,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(_WHERE[name]), name)

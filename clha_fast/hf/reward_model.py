@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.hf.build import check_vocabulary
+from clha_fast.models.loading import check_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.hf.adapters import virtual_tokens
+from clha_fast.models.adapters import virtual_tokens
 
 SAMPLES_FILE = "samples.jsonl"
 # Of the generator that draws tokens at a temperature: the same at every evaluation.

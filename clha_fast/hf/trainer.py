@@ -21,17 +21,17 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.stream import as_dataset
 from clha_fast.batching.totals import GlobalCounts, first_prompts, local_counts
 from clha_fast.data.records import shorten
-from clha_fast.hf.adapters import base_model, with_adapter
-from clha_fast.hf.attach import measure_head
 from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.dataloaders import RankedLoaders
-from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import HeadForward, cache_flags, fused_head
-from clha_fast.hf.hooks import through_hooks
-from clha_fast.hf.router import auxiliary_coefficient
-from clha_fast.hf.sharding import reshard, whole_weights
 from clha_fast.hf.trainer_metrics import RunningMetrics
 from clha_fast.hf.trainer_reports import ReportingTrainer
+from clha_fast.models.adapters import base_model, with_adapter
+from clha_fast.models.attach import measure_head
+from clha_fast.models.head_loss import head_loss
+from clha_fast.models.heads import HeadForward, cache_flags, fused_head
+from clha_fast.models.hooks import through_hooks
+from clha_fast.models.router import auxiliary_coefficient
+from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]

@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from clha_fast.hf import card, samples
 from clha_fast.hf.settings import check_best_metric
-from clha_fast.hf.sharding import reshard
 from clha_fast.hf.trainer_checkpoints import CheckpointingTrainer
+from clha_fast.models.sharding import reshard
 from clha_fast.options import CLHAOptions
 
 logger = logging.get_logger(__name__)

@@ -20,19 +20,19 @@ from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.totals import GlobalCounts, local_counts
-from clha_fast.hf.adapters import base_model
-from clha_fast.hf.embedding import (
+from clha_fast.models.adapters import base_model
+from clha_fast.models.embedding import (
     UnsupportedHeadError,
     has_own_forward,
     input_embedding_weight,
     output_embedding,
 )
-from clha_fast.hf.head_loss import head_loss
-from clha_fast.hf.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
-from clha_fast.hf.hooks import other_hooks, through_hooks, without_wrappers_hooks
-from clha_fast.hf.own_forward import check_backend
-from clha_fast.hf.router import auxiliary_coefficient
-from clha_fast.hf.sharding import reshard
+from clha_fast.models.head_loss import head_loss
+from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
+from clha_fast.models.hooks import other_hooks, through_hooks, without_wrappers_hooks
+from clha_fast.models.own_forward import check_backend
+from clha_fast.models.router import auxiliary_coefficient
+from clha_fast.models.sharding import reshard
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.ops.dispatch import BACKENDS, Backend
 from clha_fast.options import PUBLISHED, CLHAOptions

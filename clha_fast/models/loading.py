@@ -22,7 +22,7 @@ from transformers import (
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
-from clha_fast.hf.adapters import import_peft
+from clha_fast.models.adapters import import_peft
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clha_fast.errors import BackendError
-from clha_fast.hf.embedding import UnsupportedHeadError, head_name
-from clha_fast.hf.heads import HeadForward
+from clha_fast.models.embedding import UnsupportedHeadError, head_name
+from clha_fast.models.heads import HeadForward
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import _say_once

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from clha_fast.backends.torch import vocab_parallel
 from clha_fast.backends.torch.vocab_parallel import VocabShard
 from clha_fast.functional import linear_clha_loss
-from clha_fast.hf.embedding import head_name
-from clha_fast.hf.heads import HeadForward
-from clha_fast.hf.own_forward import head_clha_loss
+from clha_fast.models.embedding import head_name
+from clha_fast.models.heads import HeadForward
+from clha_fast.models.own_forward import head_clha_loss
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend
 from clha_fast.options import CLHAOptions, HeadOptions

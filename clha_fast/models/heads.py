@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clha_fast.hf.adapters import virtual_tokens
-from clha_fast.hf.embedding import (
+from clha_fast.models.adapters import virtual_tokens
+from clha_fast.models.embedding import (
     UnsupportedHeadError,
     head_name,
     head_of,
@@ -28,7 +28,7 @@ from clha_fast.hf.embedding import (
     tensor_of,
     why_not_linear,
 )
-from clha_fast.hf.probe import Transform, UnsupportedTransform, fit_transform, probe_values
+from clha_fast.models.probe import Transform, UnsupportedTransform, fit_transform, probe_values
 from clha_fast.options import HeadOptions
 
 # (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a

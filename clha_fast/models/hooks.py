@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from clha_fast.hf.heads import FusedHead, HeadInfo, UnsupportedHeadError
+from clha_fast.models.heads import FusedHead, HeadInfo, UnsupportedHeadError
 
 # Whose hooks shard, gather or move what the head reads and returns, and leave its values alone.
 _WRAPPERS = ("torch", "deepspeed", "accelerate", "transformers")

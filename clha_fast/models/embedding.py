@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clha_fast.hf.adapters import active_module
-from clha_fast.hf.probe import is_linear
+from clha_fast.models.adapters import active_module
+from clha_fast.models.probe import is_linear
 
 
 class UnsupportedHeadError(ValueError):
