@@ -10,10 +10,10 @@ from typing import Any
 
 from clha_fast import report
 from clha_fast.data import FORMATS, read_records
-from clha_fast.hf.noise import NoiseCounts, NoiseReport, measure_noise
-from clha_fast.hf.reward_model import DTYPES, RewardModel, load_reward_model
-from clha_fast.hf.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
 from clha_fast.options import PUBLISHED, CLHAOptions
+from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
+from clha_fast.rewards.reward_model import DTYPES, RewardModel, load_reward_model
+from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
 
 FAILED = 1
 INTERRUPTED = 130  # what a shell reports for Ctrl-C

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from clha_fast.data import RankedRecord, RecordError, read_records
-from clha_fast.hf.noise import measure_noise
 from clha_fast.hf.prepare import summarise
-from clha_fast.hf.reward_model import RewardModel, load_reward_model
-from clha_fast.hf.scoring import ScoringError, score_file
 from clha_fast.options import CLHAOptions
+from clha_fast.rewards.noise import measure_noise
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.scoring import ScoringError, score_file
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

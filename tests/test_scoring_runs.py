@@ -22,9 +22,9 @@ from transformers import LlamaForSequenceClassification
 import clha_fast
 from clha_fast import cli, cli_score
 from clha_fast.data import read_records
-from clha_fast.hf.noise import measure_noise
-from clha_fast.hf.reward_model import RewardModel, load_reward_model
-from clha_fast.hf.scoring import ScoringError, score_file
+from clha_fast.rewards.noise import measure_noise
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.scoring import ScoringError, score_file
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_destinations(tmp_path: Path, reward_model: RewardModel) -> None:
 
 SLOW_CHILD = """
 import sys, time
-from clha_fast.hf.scoring import load_reward_model, score_file
+from clha_fast.rewards.scoring import load_reward_model, score_file
 reward_model = load_reward_model(sys.argv[1])
 reward_model.model.register_forward_hook(lambda *_: time.sleep(0.05))
 score_file(sys.argv[2], sys.argv[3], reward_model, batch_size=2)
