@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.run import RunOptions
 from clha_fast.models.loading import nearest
+from clha_fast.training.config import CLHAConfig
 
 # Of the command itself.
 PRINTING: dict[str, Any] = {"memory_report": bool, "plot": bool}

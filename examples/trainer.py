@@ -10,9 +10,9 @@ import argparse
 from importlib.resources import files
 
 from clha_fast.data.readers import read_records
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.models.loading import build_model, build_tokenizer, texts_of
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 

@@ -40,12 +40,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clha_fast
 from clha_fast import HeadOptions
 from clha_fast.errors import BackendError
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import HeadForward, UnsupportedHeadError, inspect_head
 from clha_fast.models.own_forward import token_logps
 from clha_fast.ops import dispatch
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 SAID = {
     "LoRA on the head, attached before get_peft_model": "detach, change the head and attach again",

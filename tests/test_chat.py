@@ -14,7 +14,7 @@ from tiny import make_model
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.training.trainer import CLHATrainer
 
 ANSWERS = ("Because it reflects the sea.", "Air scatters short wavelengths\nof sunlight")
 

@@ -12,7 +12,7 @@ from test_cli import command, one_sentence
 from test_trainer import trainer
 
 from clha_fast import cli
-from clha_fast.hf.settings import evaluation_metrics
+from clha_fast.training.validation import evaluation_metrics
 
 
 def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_backends_are_told_apart():
     """The rules above see what they are meant to see."""
     assert "csrc_triton.ranking" in imports("clha_fast/backends/triton/backend.py")
     assert breaches("clha_fast/backends/triton/backend.py", ("csrc_triton",))
-    assert breaches("clha_fast/hf/trainer.py", ("transformers",))
+    assert breaches("clha_fast/training/trainer.py", ("transformers",))
     assert breaches("clha_fast/cli.py", ("clha_fast.cli*",))
     assert not breaches("clha_fast/backends/triton/backend.py", ("triton",))
 

@@ -22,7 +22,7 @@ from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler
 from clha_fast.batching.stream import RankedStream
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.training.trainer import CLHATrainer
 
 TOKENIZER = make_tokenizer()
 COLLATOR = RankedCollator(TOKENIZER, max_length=40)

@@ -15,9 +15,9 @@ from test_cli import command, one_sentence
 from tiny import make_rows
 
 from clha_fast import cli
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.models.loading import adapter_config, load_model
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 LORA = ["--peft_config.r", "4", "--peft_config.target_modules", "[q_proj, v_proj]"]
 SHORT = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "num_train_epochs": 1, "learning_rate": 1e-2}

@@ -28,8 +28,8 @@ from clha_fast.hf.checkpoint import (
     write_json,
     writing,
 )
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 TOKENIZER = make_tokenizer()
 

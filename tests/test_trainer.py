@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from clha_fast import CLHAOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.models.heads import UnsupportedHeadError
 from clha_fast.options import HeadOptions
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 TOKENIZER = make_tokenizer()
 PLAIN = HeadOptions()

@@ -15,7 +15,7 @@ import torch
 from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast
-from clha_fast.hf.samples import SAMPLES_FILE
+from clha_fast.training.samples import SAMPLES_FILE
 
 ROOT = Path(clha_fast.__file__).parents[1]
 TORCHRUN = ["torch.distributed.run", "--standalone"]
@@ -163,8 +163,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import two_processes
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 messages = []
 trainer = two_processes.make("fsdp", sys.argv[1])
@@ -195,7 +195,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from clha_fast import cli
 from clha_fast.hf import run
-from clha_fast.hf.config import CLHAConfig
+from clha_fast.training.config import CLHAConfig
 
 class OnCpus(CLHAConfig):
     def __post_init__(self):

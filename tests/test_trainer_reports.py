@@ -17,12 +17,12 @@ from tiny import make_model, make_rows
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.batching import stream
-from clha_fast.hf import samples
-from clha_fast.hf.card import CARD_FILE, MARK, model_card
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.samples import SAMPLES_FILE
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.options import CLHAOptions
+from clha_fast.training import samples
+from clha_fast.training.card import CARD_FILE, MARK, model_card
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.samples import SAMPLES_FILE
+from clha_fast.training.trainer import CLHATrainer
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from test_resume import CutAfter, PowerCut
 from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor
 
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 WORLD = int(os.environ["WORLD_SIZE"])
 TOKENIZER = make_tokenizer()

@@ -18,9 +18,9 @@ from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.trainer import CLHATrainer
 from clha_fast.models.sharding import reshard
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
 
 TOKENIZER = make_tokenizer()
 GLOBAL_BATCH = 4

@@ -15,8 +15,8 @@ from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.workers import Example, as_record
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.hf.config import CLHAConfig
 from clha_fast.options import CLHAOptions
+from clha_fast.training.config import CLHAConfig
 
 logger = logging.get_logger(__name__)
 

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from clha_fast.batching.collator import RankedCollator, RankedDataset
     from clha_fast.batching.sampling import TokenBudgetSampler
     from clha_fast.batching.stream import RankedStream
-    from clha_fast.hf.config import CLHAConfig
-    from clha_fast.hf.trainer import CLHATrainer
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+    from clha_fast.training.config import CLHAConfig
+    from clha_fast.training.trainer import CLHATrainer
 
 _WHERE = {
-    "CLHAConfig": "clha_fast.hf.config",
-    "CLHATrainer": "clha_fast.hf.trainer",
+    "CLHAConfig": "clha_fast.training.config",
+    "CLHATrainer": "clha_fast.training.trainer",
     "HeadInfo": "clha_fast.models.heads",
     "RankedCollator": "clha_fast.batching.collator",
     "RankedDataset": "clha_fast.batching.collator",

@@ -19,12 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, file_hash, write_json
-from clha_fast.hf.config import CLHAConfig
 from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
-from clha_fast.hf.samples import SAMPLES_FILE
-from clha_fast.hf.settings import check_best_metric, evaluation_metrics
-from clha_fast.hf.trainer import CLHATrainer
-from clha_fast.hf.trainer_checkpoints import wait_for_everyone
 from clha_fast.models.loading import (
     adapter_config,
     build_model,
@@ -36,6 +31,11 @@ from clha_fast.models.loading import (
     texts_of,
 )
 from clha_fast.ops.dispatch import resolve
+from clha_fast.training.checkpoints import wait_for_everyone
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.samples import SAMPLES_FILE
+from clha_fast.training.trainer import CLHATrainer
+from clha_fast.training.validation import check_best_metric, evaluation_metrics
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"

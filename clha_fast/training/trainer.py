@@ -21,10 +21,6 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.stream import as_dataset
 from clha_fast.batching.totals import GlobalCounts, first_prompts, local_counts
 from clha_fast.data.records import shorten
-from clha_fast.hf.config import CLHAConfig
-from clha_fast.hf.dataloaders import RankedLoaders
-from clha_fast.hf.trainer_metrics import RunningMetrics
-from clha_fast.hf.trainer_reports import ReportingTrainer
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.models.attach import measure_head
 from clha_fast.models.head_loss import head_loss
@@ -33,6 +29,10 @@ from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.dataloaders import RankedLoaders
+from clha_fast.training.reports import ReportingTrainer
+from clha_fast.training.running_metrics import RunningMetrics
 
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from clha_fast.hf.loading import check_loading
-from clha_fast.hf.settings import check_machine, check_numbers
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.training.loading import check_loading
+from clha_fast.training.validation import check_machine, check_numbers
 
 _PRESET = {"help": "None: as the preset says."}
 _LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers.utils import logging
 
-from clha_fast.hf import card, samples
-from clha_fast.hf.settings import check_best_metric
-from clha_fast.hf.trainer_checkpoints import CheckpointingTrainer
 from clha_fast.models.sharding import reshard
 from clha_fast.options import CLHAOptions
+from clha_fast.training import card, samples
+from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.validation import check_best_metric
 
 logger = logging.get_logger(__name__)
 

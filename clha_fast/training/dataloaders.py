@@ -20,8 +20,8 @@ from clha_fast.batching.sampling import (
     row_lengths,
 )
 from clha_fast.batching.stream import RankedStream, as_dataset
-from clha_fast.hf.loading import sampling_strategy
 from clha_fast.options import CLHAOptions
+from clha_fast.training.loading import sampling_strategy
 
 
 class RankedLoaders(Trainer):
