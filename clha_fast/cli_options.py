@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from clha_fast.hf.run import RunOptions
+from clha_fast.experiments.run import RunOptions
 from clha_fast.models.loading import nearest
 from clha_fast.training.config import CLHAConfig
 

@@ -18,9 +18,9 @@ from transformers.utils import logging
 from clha_fast import memory, report
 from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.errors import BackendError
-from clha_fast.hf.checkpoint import CheckpointError, survivors
-from clha_fast.hf.prepare import DataSummary
-from clha_fast.hf.run import CURVE_FILE, METRICS_FILE, Run
+from clha_fast.experiments.data_summary import DataSummary
+from clha_fast.experiments.folder import CheckpointError, survivors
+from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
 from clha_fast.models.adapters import base_model
 from clha_fast.ops.auto import choose
 from clha_fast.ops.dispatch import resolve

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import clha_fast
 from clha_fast import cli, cli_options, cli_train, report
 from clha_fast.cli_options import OptionError
-from clha_fast.hf import run
+from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer
 
 SETTINGS: dict[str, Any] = {

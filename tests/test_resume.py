@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import clha_fast
-from clha_fast.hf.checkpoint import (
+from clha_fast.experiments.folder import (
     WRITING,
     CheckpointError,
     RunFolderError,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from clha_fast.data import RankedRecord, RecordError, read_records
-from clha_fast.hf.prepare import summarise
+from clha_fast.experiments.data_summary import summarise
 from clha_fast.options import CLHAOptions
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model

@@ -194,7 +194,7 @@ import sys
 import torch
 from accelerate import DistributedType, PartialState
 from clha_fast import cli
-from clha_fast.hf import run
+from clha_fast.experiments import run
 from clha_fast.training.config import CLHAConfig
 
 class OnCpus(CLHAConfig):

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.hf.checkpoint import RunIdentity, check_folder, claim_folder, file_hash, write_json
-from clha_fast.hf.prepare import DataSummary, shared_prompts, split_records, summarise
+from clha_fast.experiments.data_summary import DataSummary, shared_prompts, split_records, summarise
+from clha_fast.experiments.folder import RunIdentity, check_folder, claim_folder, file_hash, write_json
 from clha_fast.models.loading import (
     adapter_config,
     build_model,
