@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest = [word for word in rest if word != "--traceback"]
     # What a user can cause has a message that is a whole sentence; anything else is a bug and keeps its traceback.
     from clha_fast.errors import BackendError
-    from clha_fast.report import as_flags
+    from clha_fast.evaluation.tables import as_flags
 
     try:
         return COMMANDS[name](rest)

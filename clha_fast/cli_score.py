@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clha_fast import report
 from clha_fast.data import FORMATS, read_records
+from clha_fast.evaluation import tables as report
 from clha_fast.options import PUBLISHED, CLHAOptions
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
 from clha_fast.rewards.reward_model import DTYPES, RewardModel, load_reward_model

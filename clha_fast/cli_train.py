@@ -15,9 +15,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from clha_fast import memory, report
 from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.errors import BackendError
+from clha_fast.evaluation import memory
+from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
 from clha_fast.experiments.folder import CheckpointError, survivors
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run

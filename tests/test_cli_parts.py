@@ -12,9 +12,11 @@ from test_cli import SETTINGS
 from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast
-from clha_fast import cli, cli_options, memory, report
+from clha_fast import cli, cli_options
 from clha_fast.cli_options import OptionError, coerce, read_flags
 from clha_fast.data import make_record
+from clha_fast.evaluation import memory
+from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import shared_prompts, split_records, summarise
 from clha_fast.models.loading import build_model, build_tokenizer
 from clha_fast.options import PUBLISHED, CLHAOptions

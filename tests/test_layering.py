@@ -24,8 +24,8 @@ ABOVE = (
     "clha_fast.data",
     "clha_fast.batching.batch",
     "clha_fast.cli*",
-    "clha_fast.memory",
-    "clha_fast.report",
+    "clha_fast.evaluation.memory",
+    "clha_fast.evaluation.tables",
 )
 MODELS = ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "huggingface_hub")
 CORE = ("auto", "checks", "dispatch", "errors", "functional", "inputs", "metrics", "modules", "ops", "options")
@@ -53,8 +53,8 @@ FORBIDDEN = {
     "clha_fast/hf/*.py": (*BACKENDS, "clha_fast.cli*"),
     "clha_fast/cli*.py": BACKENDS,
     "clha_fast/__main__.py": BACKENDS,
-    "clha_fast/memory.py": BACKENDS,
-    "clha_fast/report.py": (*BACKENDS, *MODELS),
+    "clha_fast/evaluation/memory.py": BACKENDS,
+    "clha_fast/evaluation/tables.py": (*BACKENDS, *MODELS),
 }
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("clha_fast", "csrc_triton") for path in (ROOT / top).rglob("*.py")

@@ -164,7 +164,7 @@ def measure(variant: str, shapes: LossShapes) -> int:
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
-    command = [sys.executable, "-m", "clha_fast.memory", variant]
+    command = [sys.executable, "-m", "clha_fast.evaluation.memory", variant]
     shapes_text = json.dumps(dataclasses.asdict(shapes))
     done = subprocess.run(command, input=shapes_text, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -175,7 +175,7 @@ def measure(variant: str, shapes: LossShapes) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Child process: shapes as JSON on standard input, {"peak_bytes": ...} on standard output."""
-    parser = argparse.ArgumentParser(prog="python -m clha_fast.memory", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m clha_fast.evaluation.memory", description=main.__doc__)
     parser.add_argument("variant", choices=VARIANTS)
     variant = parser.parse_args(arguments).variant
     print(json.dumps({"peak_bytes": peak_in_this_process(variant, LossShapes(**json.load(sys.stdin)))}))
