@@ -2,7 +2,7 @@
 
 import sys
 
-from clha_fast.cli import main
+from clha_fast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

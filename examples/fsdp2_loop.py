@@ -22,7 +22,7 @@ from transformers import get_scheduler
 import clha_fast
 from clha_fast import CLHAMetrics
 from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.cli_options import read_config
+from clha_fast.cli.options import read_config
 from clha_fast.data.readers import read_records
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.loading import build_model, build_tokenizer, texts_of

@@ -20,8 +20,10 @@ from tiny import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clha_fast
-from clha_fast import cli, cli_options, cli_train
-from clha_fast.cli_options import OptionError
+from clha_fast.cli import main as cli
+from clha_fast.cli import options as cli_options
+from clha_fast.cli import train as cli_train
+from clha_fast.cli.options import OptionError
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer

@@ -12,8 +12,9 @@ from test_cli import SETTINGS
 from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast
-from clha_fast import cli, cli_options
-from clha_fast.cli_options import OptionError, coerce, read_flags
+from clha_fast.cli import main as cli
+from clha_fast.cli import options as cli_options
+from clha_fast.cli.options import OptionError, coerce, read_flags
 from clha_fast.data import make_record
 from clha_fast.evaluation import memory
 from clha_fast.evaluation import tables as report

@@ -11,7 +11,7 @@ import pytest
 from test_cli import command, one_sentence
 from test_trainer import trainer
 
-from clha_fast import cli
+from clha_fast.cli import main as cli
 from clha_fast.training.validation import evaluation_metrics
 
 

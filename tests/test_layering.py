@@ -23,7 +23,7 @@ ABOVE = (
     "clha_fast.hf",
     "clha_fast.data",
     "clha_fast.batching.batch",
-    "clha_fast.cli*",
+    "clha_fast.cli.main*",
     "clha_fast.evaluation.memory",
     "clha_fast.evaluation.tables",
 )
@@ -50,7 +50,7 @@ FORBIDDEN = {
     **{f"clha_fast/{name}.py": (*ABOVE, *MODELS, "matplotlib") for name in CORE},
     "clha_fast/batching/batch.py": (*BACKENDS, *MODELS, "clha_fast.hf"),
     "clha_fast/data/*.py": (*BACKENDS, *MODELS, "clha_fast.hf", "clha_fast.functional"),
-    "clha_fast/hf/*.py": (*BACKENDS, "clha_fast.cli*"),
+    "clha_fast/hf/*.py": (*BACKENDS, "clha_fast.cli.main*"),
     "clha_fast/cli*.py": BACKENDS,
     "clha_fast/__main__.py": BACKENDS,
     "clha_fast/evaluation/memory.py": BACKENDS,
@@ -109,7 +109,7 @@ def test_backends_are_told_apart():
     assert "csrc_triton.ranking" in imports("clha_fast/backends/triton/backend.py")
     assert breaches("clha_fast/backends/triton/backend.py", ("csrc_triton",))
     assert breaches("clha_fast/training/trainer.py", ("transformers",))
-    assert breaches("clha_fast/cli.py", ("clha_fast.cli*",))
+    assert breaches("clha_fast/cli/main.py", ("clha_fast.cli.main*",))
     assert not breaches("clha_fast/backends/triton/backend.py", ("triton",))
 
 

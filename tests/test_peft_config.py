@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_cli import command, one_sentence
 from tiny import make_rows
 
-from clha_fast import cli
+from clha_fast.cli import main as cli
 from clha_fast.models.loading import adapter_config, load_model
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer

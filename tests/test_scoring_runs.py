@@ -20,7 +20,8 @@ from tiny import make_rows
 from transformers import LlamaForSequenceClassification
 
 import clha_fast
-from clha_fast import cli, cli_score
+from clha_fast.cli import main as cli
+from clha_fast.cli import score as cli_score
 from clha_fast.data import read_records
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -185,7 +186,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, folder: str, capsys: pyte
 
 FULL_DISK_CHILD = """
 import json, os, resource, sys
-from clha_fast import cli_score
+from clha_fast.cli import score as cli_score
 folder, source, out, *limits = sys.argv[1:]
 for limit in limits:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))

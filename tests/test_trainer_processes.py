@@ -193,7 +193,7 @@ COMMAND = """
 import sys
 import torch
 from accelerate import DistributedType, PartialState
-from clha_fast import cli
+from clha_fast.cli import main as cli
 from clha_fast.experiments import run
 from clha_fast.training.config import CLHAConfig
 

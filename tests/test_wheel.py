@@ -46,7 +46,7 @@ def test_it_is_pure_and_complete(wheel):
     data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clha_fast" / "demo").glob("*.[jy]*")}
     assert any(name.endswith(".jsonl") for name in data)
     assert packed == sources | data | {"clha_fast/py.typed"}
-    assert "clha-fast = clha_fast.cli:main" in entry_points
+    assert "clha-fast = clha_fast.cli.main:main" in entry_points
     for extra in ("flash-attn", "eval", "plot", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in headers
 

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from clha_fast.cli_options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
+from clha_fast.cli.options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.errors import BackendError
 from clha_fast.evaluation import memory
 from clha_fast.evaluation import tables as report

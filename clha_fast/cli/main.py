@@ -58,7 +58,7 @@ def _env(words: Sequence[str]) -> int:
     import torch
 
     from clha_fast import __version__
-    from clha_fast.cli_train import backend_text, device_text
+    from clha_fast.cli.train import backend_text, device_text
 
     lines = {"clha-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: _version(name) for name in PACKAGES}
@@ -76,19 +76,19 @@ def _env(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from clha_fast import cli_train
+    from clha_fast.cli import train as cli_train
 
     return cli_train.train(words)
 
 
 def _demo(words: Sequence[str]) -> int:
-    from clha_fast import cli_train
+    from clha_fast.cli import train as cli_train
 
     return cli_train.demo(words)
 
 
 def _score(words: Sequence[str]) -> int:
-    from clha_fast import cli_score
+    from clha_fast.cli import score as cli_score
 
     return cli_score.score(words)
 
