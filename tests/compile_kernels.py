@@ -16,7 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from csrc_triton import backward, configs, forward, persistent_backward, ranking, routed, routing, softmax
+from csrc_triton import backward, configs, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import clha as ranking
 
 GPU = {
     "sm_80": ("cuda", 80, 32),

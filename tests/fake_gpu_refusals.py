@@ -10,7 +10,7 @@ import torch
 from fake_gpu import FakeGPU, LaunchError, WaitError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_triton import ranking
+from csrc_triton import clha as ranking
 
 
 def waits(a: Any, i: Any) -> dict[str, Callable[[], Any]]:

@@ -16,7 +16,8 @@ from triton_harness import DEVICE, PLAIN, RICH, Problem, problem
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.options import PUBLISHED, HeadOptions
 from clha_fast.types import Needs, RankingInputs
-from csrc_triton import backward, forward, persistent_backward, ranking, routed, routing
+from csrc_triton import backward, forward, persistent_backward, routed, routing
+from csrc_triton import clha as ranking
 
 # What brings values of a tensor to the host, or makes a shape of them.
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount", "item")

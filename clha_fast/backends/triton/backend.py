@@ -17,7 +17,7 @@ from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.backends.triton.routed import routed_backward
 from clha_fast.options import CLHAOptions, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
-from csrc_triton.ranking import METRICS
+from csrc_triton.clha import METRICS
 
 
 def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:

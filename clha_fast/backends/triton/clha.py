@@ -13,7 +13,7 @@ from clha_fast.layout import Chunk
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import CLHAOptions
 from clha_fast.types import LossResult, RankingInputs
-from csrc_triton import ranking
+from csrc_triton import clha as ranking
 
 _NOISE = {"none": ranking.NOISE_NONE, "abs": ranking.NOISE_ABS, "signed": ranking.NOISE_SIGNED}
 _REDUCE = {
