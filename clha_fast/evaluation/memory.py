@@ -159,7 +159,7 @@ def measure(variant: str, shapes: LossShapes) -> int:
     environment = {
         **os.environ,
         # The package of this process, from wherever it was imported.
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         # Otherwise glibc keeps freed blocks for later, and they would hide in the inputs.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
