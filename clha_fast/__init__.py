@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clha_fast.errors import BackendError
-from clha_fast.functional import linear_clha_loss, token_logps
-from clha_fast.modules import CLHALoss
+from clha_fast.functional import linear_clha_loss, linear_loss, ranking_loss, token_logps
+from clha_fast.modules import CLHALoss, LinearLoss
+from clha_fast.objectives import Objective, PROOptions, SFTOptions
+from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
-from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast.options import HeadOptions
+from clha_fast.types import RankingInputs
+from clha_fast.version import __version__
 
 if TYPE_CHECKING:
     from clha_fast.models.attach import attach
-
-__version__ = "0.1.0"
 
 __all__ = [
     "METRIC_NAMES",
@@ -24,9 +26,16 @@ __all__ = [
     "CLHAMetrics",
     "CLHAOptions",
     "HeadOptions",
+    "LinearLoss",
+    "Objective",
+    "PROOptions",
+    "RankingInputs",
+    "SFTOptions",
     "__version__",
     "attach",
     "linear_clha_loss",
+    "linear_loss",
+    "ranking_loss",
     "token_logps",
 ]
 

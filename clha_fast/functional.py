@@ -1,41 +1,28 @@
-"""The functional face: token log-probabilities and the CLHA loss from hidden states and an output embedding."""
+"""The functional face: token log-probabilities, and losses of them, from hidden states and an output embedding."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from clha_fast import reference
+from clha_fast import ops, reference
+from clha_fast.objectives import Group, Objective, as_objective, encode
+from clha_fast.objectives.additive import check_adds_up
+from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.ops import checks
-from clha_fast.ops import head as ops
 from clha_fast.ops.dispatch import Backend, resolve
-from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs
 
+if TYPE_CHECKING:
+    from clha_fast.backends.torch.vocab_parallel import VocabShard
+
 _DEFAULT_HEAD = HeadOptions()
-
-
-def head_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_index: Tensor | None
-) -> HeadInputs:
-    """The head's inputs, checked; floating ones in autocast's dtype where that is on, as `F.linear` takes them.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-    """
-    checks.require_tensors(hidden=hidden, weight=weight, bias=bias)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-
-        def cast(tensor: Tensor) -> Tensor:
-            # Like autocast itself, float64 is left alone.
-            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
-    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
-    checks.head_inputs(inputs)
-    return inputs
 
 
 def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: bool) -> str:
@@ -80,7 +67,7 @@ def token_logps(
         BackendError: the backend asked for cannot run here.
     """
     checks.settings(head)
-    inputs = head_inputs(hidden, weight, bias, targets, row_index)
+    inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
@@ -143,17 +130,143 @@ def linear_clha_loss(
         BackendError: the backend asked for cannot run here.
     """
     checks.settings(head, options)
-    inputs = head_inputs(hidden, weight, bias, targets, row_index)
-    ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    checks.ranking_inputs(ranking)
+    given = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
+    return linear_loss(
+        hidden, weight, targets, given, options, bias=bias, row_index=row_index, head=head, backend=backend
+    )
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    given: RankingInputs,
+    objective: Objective | Callable[[Group], Tensor] = PUBLISHED,
+    *,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    head: HeadOptions = _DEFAULT_HEAD,
+    shard: VocabShard | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, CLHAMetrics]:
+    """Any objective of ranked candidates' token log-probabilities, fused with the output embedding.
+
+    Replaces::
+
+        logps = token_logps(hidden, weight, targets)                          # never as [N, V] logits here
+        s = torch.stack([part.mean() for part in logps.split(lengths)])
+        loss = ...                                                            # of all prompts, as the objective says
+
+    Args:
+        hidden, weight, targets, bias, row_index, head, backend: as in `token_logps`; tokens are packed candidate
+            after candidate, prompt after prompt.
+        given: whose tokens are whose, and what the objective reads: ``RankingInputs(candidate_lengths,
+            candidates_per_prompt, rewards=rewards)``. On the CPU or on hidden's device; sizes are read on the host,
+            except for CLHA's kernels on the backends "triton" and, with all sizes on a GPU, "workspace".
+        objective: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own or a function of a `Group` of
+            whole prompts that returns their loss; the last two are checked once to add up over prompts, and run
+            eagerly only.
+        shard: this process's rows of an output embedding that is spread over a process group, see `VocabShard`; all
+            processes of the group call with the same `hidden` and `given`. Backends "auto" and "torch".
+
+    Returns:
+        (loss, metrics): a scalar in nats, float32 (float64 for float64 input), and `CLHAMetrics` without a graph.
+        Where no term is left the loss is exactly 0, with zero gradients.
+
+    Raises:
+        ValueError: shapes, dtypes or kinds of settings do not fit; a signal that the objective needs is missing, or one
+            is given that it does not read; an objective of your own does not add up; for CPU tensors also sums that do
+            not match, targets or `sft_index` out of range, rewards that are not finite.
+        BackendError: the backend asked for cannot run here.
+    """
+    checks.settings(head)
+    objective = check_adds_up(as_objective(objective))
+    if shard is not None:
+        return _sharded(hidden, weight, targets, given, objective, bias, row_index, head, shard, backend)
+    inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
+    checks.ranking_inputs(given, targets.shape[0], objective)
     name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
-        checks.ranking_values(targets.shape[0], ranking)
         logps = reference.token_logps(*inputs, head)
-        loss, values, scores = reference.clha_loss(logps, targets, *ranking, head, options)
-        return loss, CLHAMetrics(values, scores.detach())
+        if objective.name not in reference.LOSSES:
+            return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+        checks.ranking_values(targets.shape[0], given)
+        loss, values, scores = reference.loss(logps, targets, given, head, objective)
+        return loss, CLHAMetrics(values, scores.detach(), names=objective.metric_names)
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in inputs[:3]]
-    loss, values, scores, *_ = ops.linear_clha(*inputs, *ranking, head.encoded, options.encoded, name, *needs)
-    return loss, CLHAMetrics(values, scores)
+    loss, values, scores, *_ = ops.linear_loss(*inputs, *given, head.encoded, encode(objective), name, *needs)
+    return loss, CLHAMetrics(values, scores, names=objective.metric_names)
+
+
+def _sharded(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    given: RankingInputs,
+    objective: Objective,
+    bias: Tensor | None,
+    row_index: Tensor | None,
+    head: HeadOptions,
+    shard: VocabShard,
+    backend: Backend,
+) -> tuple[Tensor, CLHAMetrics]:
+    from clha_fast.backends.torch import vocab_parallel
+
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
+    # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
+    checks.ranking_inputs(given, targets.shape[0], objective)
+    checks.ranking_values(targets.shape[0], given)
+    logps = vocab_parallel.token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
+    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+
+
+class _Rank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype))
+        loss, metrics, scores = ranked.finish(logps)
+        ctx.mark_non_differentiable(metrics, scores)
+        return loss, metrics, scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grads[0], None
+
+
+def ranking_loss(
+    logps: Tensor,
+    given: RankingInputs,
+    objective: Objective | Callable[[Group], Tensor] = PUBLISHED,
+    *,
+    scored: Tensor | None = None,
+) -> tuple[Tensor, CLHAMetrics]:
+    """A loss of token log-probabilities that somebody else has computed: n-way, any objective.
+
+    Replaces, for callers with log-probabilities of their own::
+
+        s = torch.stack([part.mean() for part in logps.split(lengths)])
+        loss = ...                                                            # of all prompts, as the objective says
+
+    Args:
+        logps: [N] nats, float32 or float64, packed candidate after candidate, prompt after prompt.
+        given, objective: as in `linear_loss`; sizes are read on the host.
+        scored: bool [N], tokens that count; the others' log-probabilities must be 0. None is all of them.
+
+    Returns:
+        (loss, metrics) in the dtype of `logps`; the loss has a gradient for `logps`, and no second one.
+
+    Raises:
+        ValueError: as `linear_loss`.
+    """
+    objective = check_adds_up(as_objective(objective))
+    checks.log_probabilities(logps, scored)
+    checks.ranking_inputs(given, logps.shape[0], objective)
+    checks.ranking_values(logps.shape[0], given)
+    if scored is None:
+        scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
+    loss, values, scores = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
+    return loss, CLHAMetrics(values, scores, names=objective.metric_names)

@@ -1,50 +1,149 @@
-"""What paths that sweep over chunks of whole prompts share: where the chunks end, and sums into repeated rows."""
+"""Which token is whose: packed tokens, their candidates, and chunks of whole prompts. Sizes are host integers."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from clha_fast.types import RankingInputs
+
+@dataclass(frozen=True)
+class Layout:
+    """Tokens packed candidate after candidate, candidates prompt after prompt, best rank first.
+
+    Attributes:
+        token_offsets: [C + 1], tokens of candidate c are [token_offsets[c], token_offsets[c + 1]).
+        candidate_offsets: [P + 1], candidates of prompt p likewise.
+        scored: bool [N], tokens that count. lengths: float64 [C], how many of them each candidate has.
+    """
+
+    token_offsets: list[int]
+    candidate_offsets: list[int]
+    scored: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, candidate_lengths: Tensor, candidates_per_prompt: Tensor, scored: Tensor) -> Layout:
+        """The layout of [C] and [P] integers, which are read on the host, on the device of `scored` [N]."""
+        token_offsets = [0, *itertools.accumulate(candidate_lengths.tolist())]
+        candidate_offsets = [0, *itertools.accumulate(candidates_per_prompt.tolist())]
+        before = torch.zeros(len(scored) + 1, dtype=torch.long, device=scored.device)
+        torch.cumsum(scored, 0, out=before[1:])
+        edges = before[torch.tensor(token_offsets, device=scored.device)]
+        lengths = (edges[1:] - edges[:-1]).to(torch.float64)
+        return cls(token_offsets, candidate_offsets, scored, lengths)
+
+    @classmethod
+    def whole(cls, candidates_per_prompt: Tensor, device: torch.device | str = "cpu") -> Layout:
+        """One scored token a candidate: for what depends on ranks and rewards alone."""
+        count = int(candidates_per_prompt.sum())
+        ones = torch.ones(count, dtype=torch.long)
+        return cls.of(ones, candidates_per_prompt, torch.ones(count, dtype=torch.bool, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.token_offsets) - 1
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.candidate_offsets) - 1
+
+    @cached_property
+    def largest(self) -> int:
+        """The most candidates of a prompt."""
+        return max((b - a for a, b in itertools.pairwise(self.candidate_offsets)), default=0)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """The tokens of prompts [first, last)."""
+        return self.token_offsets[self.candidate_offsets[first]], self.token_offsets[self.candidate_offsets[last]]
+
+    @cached_property
+    def prompt_edges(self) -> list[int]:
+        """As the function `prompt_edges`."""
+        return [self.token_offsets[c] for c in self.candidate_offsets]
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """int64 [N], the candidate of each token."""
+        return _owners(self.token_offsets, self.device)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """int64 [C], the prompt of each candidate."""
+        return _owners(self.candidate_offsets, self.device)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [P], the first candidate of each prompt."""
+        return torch.tensor(self.candidate_offsets[:-1], dtype=torch.long, device=self.device)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """float64 [P], candidates of each prompt."""
+        offsets = torch.tensor(self.candidate_offsets, dtype=torch.float64, device=self.device)
+        return offsets.diff()
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """int64 [C], each candidate's place in its prompt, 0 the best."""
+        return torch.arange(self.num_candidates, device=self.device) - self.starts[self.prompt]
+
+
+def _owners(offsets: Sequence[int], device: torch.device) -> Tensor:
+    """Which of the segments between `offsets` each element lies in."""
+    sizes = torch.tensor(offsets, device=device).diff()
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), sizes, output_size=offsets[-1])
 
 
 class Chunk(NamedTuple):
-    """Prompts [first_prompt, last_prompt), their candidates and their tokens."""
+    """Prompts [first, last), whose tokens are [start, stop); what fits the store of logits is [kept, stop)."""
 
-    first_prompt: int
-    last_prompt: int
-    first_candidate: int
-    last_candidate: int
+    first: int
+    last: int
     start: int
+    kept: int
     stop: int
 
 
-def prompt_chunks(ranking: RankingInputs, num_tokens: int, capacity: int) -> list[Chunk]:
-    """Chunks of whole prompts of at most `capacity` tokens; a larger prompt stands alone.
+def prompt_edges(candidate_lengths: Tensor, candidates_per_prompt: Tensor) -> list[int]:
+    """[P + 1] tokens at which prompts begin and end, of sizes [C] and [P] on the CPU."""
+    offsets = [0, *itertools.accumulate(candidate_lengths.tolist())]
+    return [offsets[c] for c in (0, *itertools.accumulate(candidates_per_prompt.tolist()))]
 
-    As few and as even as whole prompts allow: every chunk costs a pass over the weight's gradient, a short one too.
-    Only sizes that lie on the CPU are read. Sizes on a GPU would cost a synchronisation: the batch is one chunk then.
+
+def prompt_chunks(edges: Sequence[int], capacity: int, first: int | None = None) -> list[Chunk]:
+    """Chunks of whole prompts of at most `capacity` tokens (the first one of `first`); a larger prompt stands alone.
+
+    Args:
+        edges: [P + 1] tokens at which prompts begin and end, P >= 1.
     """
-    lengths, sizes = ranking.candidate_lengths, ranking.candidates_per_prompt
-    if lengths.device.type != "cpu" or sizes.device.type != "cpu":
-        return [Chunk(0, sizes.shape[0], 0, lengths.shape[0], 0, num_tokens)]
-    candidates = [0, *itertools.accumulate(sizes.tolist())]
-    offsets = [0, *itertools.accumulate(lengths.tolist())]
-    edges = [offsets[c] for c in candidates]
-    largest = max((b - a for a, b in itertools.pairwise(edges)), default=0)
-    # Chunks that end within a prompt of this share are no more than there must be.
-    limit = min(capacity, largest + even_share(edges[-1], capacity))
-    cuts = [0]
+    chunks: list[Chunk] = []
+    begin, limit = 0, capacity if first is None else first
     for last in range(1, len(edges)):
-        if edges[last] - edges[cuts[-1]] > limit and last - 1 > cuts[-1]:
-            cuts.append(last - 1)
-    cuts.append(len(edges) - 1)
-    return [
-        Chunk(first, last, candidates[first], candidates[last], edges[first], edges[last])
-        for first, last in itertools.pairwise(cuts)
-    ]
+        if last == len(edges) - 1 or edges[last + 1] - edges[begin] > limit:
+            start, stop = edges[begin], edges[last]
+            chunks.append(Chunk(begin, last, start, max(start, stop - limit), stop))
+            begin, limit = last, capacity
+    return chunks
+
+
+def even_capacity(edges: Sequence[int], capacity: int) -> int:
+    """The size of chunks of whole prompts that are as few and as even as `capacity` allows.
+
+    Chunks that end within a prompt of an even share are no more than there must be: each costs a pass over the weight's
+    gradient, a short one too.
+    """
+    largest = max((b - a for a, b in itertools.pairwise(edges)), default=0)
+    return min(capacity, largest + even_share(edges[-1], capacity))
 
 
 def even_share(total: int, capacity: int) -> int:

@@ -1,7 +1,7 @@
-"""The two settings objects that travel through the library unchanged.
+"""Settings objects, which travel through the library unchanged and through operators as one string.
 
-`HeadOptions` says how token log-probabilities come from hidden states (a property of the model);
-`CLHAOptions` says what is done with them (a property of the training run).
+`HeadOptions` says how token log-probabilities come from hidden states (a property of the model); an objective (see
+`objectives`) says what is done with them (a property of the training run).
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
-
-NoiseRule = Literal["abs", "signed", "none"]
-Reduction = Literal["sum", "distance_mean", "pair_mean"]
-SFTForm = Literal["sum", "mean"]
-SFTFactor = Literal["squared", "one"]
+from typing import Any, TypeVar
 
 # Words of a vocabulary block that a routed backward keeps or leaves out as a whole.
 ROUTE_WORDS = 128
 
-_T = TypeVar("_T", bound="_Settings")
+_T = TypeVar("_T", bound="Settings")
 
 
-def _require(name: str, value: Any, ok: bool, expected: str) -> None:
+def require(name: str, value: Any, ok: bool, expected: str) -> None:
+    """ValueError that names a setting, what was expected and what came, unless `ok`."""
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """Frozen fields that are checked where they are made; `encoded` is the string that carries them."""
+
+    encoded: str = dataclasses.field(init=False, repr=False, compare=False, default="")
+
     def __post_init__(self) -> None:
         # Computed once: a compiled graph reads it as a constant, where json.dumps would break the graph.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
@@ -52,12 +52,12 @@ class _Settings:
         """A copy with some fields changed; unknown names raise ValueError."""
         known = {field.name for field in dataclasses.fields(self) if field.init}
         for name in changes:
-            _require("option", name, name in known, f"one of {', '.join(sorted(known))}")
+            require("option", name, name in known, f"one of {', '.join(sorted(known))}")
         return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
-class HeadOptions(_Settings):
+class HeadOptions(Settings):
     """How logits come from hidden states: z = softcap(scale * (hidden . weight^T + bias)) / temperature.
 
     Attributes:
@@ -86,89 +86,23 @@ class HeadOptions(_Settings):
     workspace_bytes: int | None = None
     max_dropped_mass: float | None = None
 
-    encoded: str = dataclasses.field(init=False, repr=False, compare=False, default="")
-
     def __post_init__(self) -> None:
-        _require("scale", self.scale, _is_number(self.scale) and math.isfinite(self.scale), "a finite number")
+        require("scale", self.scale, is_number(self.scale) and math.isfinite(self.scale), "a finite number")
         cap = self.softcap
-        _require("softcap", cap, cap is None or (_is_number(cap) and 0 < cap < math.inf), "a positive number")
+        require("softcap", cap, cap is None or (is_number(cap) and 0 < cap < math.inf), "a positive number")
         temperature = self.temperature
-        _require(
+        require(
             "temperature",
             temperature,
-            _is_number(temperature) and 0 < temperature < math.inf,
+            is_number(temperature) and 0 < temperature < math.inf,
             "a positive number",
         )
         ignored = self.ignore_index
-        _require("ignore_index", ignored, _is_integer(ignored) and ignored < 0, "a negative integer")
+        require("ignore_index", ignored, is_integer(ignored) and ignored < 0, "a negative integer")
         budget = self.workspace_bytes
-        ok = budget is None or (_is_integer(budget) and budget > 0)
-        _require("workspace_bytes", budget, ok, "a positive number of bytes or None")
+        ok = budget is None or (is_integer(budget) and budget > 0)
+        require("workspace_bytes", budget, ok, "a positive number of bytes or None")
         mass = self.max_dropped_mass
-        ok = mass is None or (_is_number(mass) and 0 <= mass < 1)
-        _require("max_dropped_mass", mass, ok, "a number in [0, 1) or None")
+        ok = mass is None or (is_number(mass) and 0 <= mass < 1)
+        require("max_dropped_mass", mass, ok, "a number in [0, 1) or None")
         super().__post_init__()
-
-
-@dataclass(frozen=True)
-class CLHAOptions(_Settings):
-    """Options of the CLHA loss (Fang et al. 2024, Eq. 3-6); the defaults are the published training code's.
-
-    Attributes:
-        margin: m_ij = margin * (j - i), Eq. 6.
-        reward_margin: threshold of the noise rule.
-        noise_rule: "abs" keeps a pair when |r_i - r_j| > reward_margin, "signed" when
-            r_i - r_j > reward_margin, "none" keeps all. Without rewards all pairs are kept.
-        reduction: "sum" (Eq. 5: over a prompt's pairs, mean over prompts), "distance_mean" (published: mean over the
-            kept pairs of each rank distance, summed over distances) or "pair_mean" (over all kept pairs).
-        rank_weight: factor on the ranking term; 0 leaves SFT alone.
-        sft: "sum" uses S_t, the target's summed log-probability; "mean" uses s_t = S_t / |y_t|.
-        sft_weight: factor on the SFT term; 0 leaves ranking alone.
-        sft_factor: "squared" multiplies by (n_p - 1)^2, "one" does not.
-        reward_floor: the SFT gate of a prompt is open when its target's reward is above this.
-    """
-
-    margin: float = 3.0
-    reward_margin: float = 3.0
-    noise_rule: NoiseRule = "abs"
-    reduction: Reduction = "distance_mean"
-    rank_weight: float = 1.0
-    sft: SFTForm = "sum"
-    sft_weight: float = 0.05
-    sft_factor: SFTFactor = "squared"
-    reward_floor: float = 0.0
-
-    encoded: str = dataclasses.field(init=False, repr=False, compare=False, default="")
-
-    def __post_init__(self) -> None:
-        for name in ("margin", "reward_margin", "rank_weight", "sft_weight"):
-            value = getattr(self, name)
-            ok = _is_number(value) and 0 <= value < math.inf
-            _require(name, value, ok, "a finite number that is not negative")
-        floor = self.reward_floor
-        _require("reward_floor", floor, _is_number(floor) and not math.isnan(floor), "a number or -inf")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            _require(name, value, value in allowed, f"one of {', '.join(allowed)}")
-        super().__post_init__()
-
-    @classmethod
-    def preset(cls, name: str) -> CLHAOptions:
-        """A named preset: "published" (the training code), "paper" (Eq. 5 as printed) or "sft_only" (targets' NLL)."""
-        _require("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}")
-        return PRESETS[name]
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "noise_rule": ("abs", "signed", "none"),
-    "reduction": ("sum", "distance_mean", "pair_mean"),
-    "sft": ("sum", "mean"),
-    "sft_factor": ("squared", "one"),
-}
-
-PUBLISHED = CLHAOptions()
-PRESETS: dict[str, CLHAOptions] = {
-    "published": PUBLISHED,
-    "paper": CLHAOptions(reduction="sum", sft="mean"),
-    "sft_only": CLHAOptions(rank_weight=0.0, sft="mean", sft_weight=1.0, sft_factor="one", reward_floor=-math.inf),
-}

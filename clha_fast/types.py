@@ -1,6 +1,6 @@
-"""What travels between the custom operators and the backends: one tuple for a head, one for a ranking, one a result.
+"""What travels between the custom operators and the backends: one tuple for a head, one for candidates, one a result.
 
-Shapes are those of `functional.token_logps` and `functional.linear_clha_loss`.
+The schemas of operators are made from the fields: a tensor more is one line here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,21 @@ class HeadInputs(NamedTuple):
 
 
 class RankingInputs(NamedTuple):
-    """candidate_lengths [C], candidates_per_prompt [P], and where given rewards [C], sft_index [P], counts."""
+    """What is known of packed candidates before a model has run: whose tokens are whose, signals, and denominators.
+
+    Everything floating is data: no gradient flows into it.
+
+    Attributes:
+        candidate_lengths: [C] integers, tokens of each candidate, sum N. 0 stands for a candidate that was not run.
+        candidates_per_prompt: [P] integers >= 1, sum C; best rank first within a prompt.
+        rewards: [C] floating, a reward model's scores.
+        sft_index: [P] integers, position of each prompt's SFT target; None is 0, the best.
+        pair_counts: [D] kept pairs at rank distance 1..D of the whole step. prompt_count, candidate_count, token_count,
+            target_token_count: [] prompts, candidates with a scored token, scored tokens, and those of the SFT targets.
+            Denominators: None counts this batch's own. Given, they make the loss independent of how a step is split.
+        reference_logps: [N] or [C] nats, of a frozen model. old_logps: [N] nats, of the model that sampled.
+        advantages: [N] or [C]. token_weights: [N].
+    """
 
     candidate_lengths: Tensor
     candidates_per_prompt: Tensor
@@ -29,6 +43,18 @@ class RankingInputs(NamedTuple):
     sft_index: Tensor | None = None
     pair_counts: Tensor | None = None
     prompt_count: Tensor | None = None
+    candidate_count: Tensor | None = None
+    token_count: Tensor | None = None
+    target_token_count: Tensor | None = None
+    reference_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+    advantages: Tensor | None = None
+    token_weights: Tensor | None = None
+
+
+# What an objective reads only if it says so; the other fields mean the same to all of them.
+SIGNALS = ("reference_logps", "old_logps", "advantages", "token_weights")
+COUNTS = ("pair_counts", "prompt_count", "candidate_count", "token_count", "target_token_count")
 
 
 class Needs(NamedTuple):
@@ -56,11 +82,11 @@ class HeadResult(NamedTuple):
 
 
 class LossResult(NamedTuple):
-    """loss [], metrics [19], scores [C], coefficients dL/dS [C], lse [N], and `route` as in `HeadResult`."""
+    """loss [], metrics [19 and the objective's own], scores [C], slopes dL/dlogp [N], lse [N], `route` as above."""
 
     loss: Tensor
     metrics: Tensor
     scores: Tensor
-    coefficients: Tensor
+    slopes: Tensor
     lse: Tensor
     route: Tensor

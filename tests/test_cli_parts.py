@@ -16,9 +16,10 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
 from clha_fast.cli.options import OptionError, coerce, read_flags
 from clha_fast.data import make_record
+from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.evaluation import memory
 from clha_fast.evaluation import tables as report
-from clha_fast.experiments.data_summary import shared_prompts, split_records, summarise
+from clha_fast.experiments.data_summary import summarise
 from clha_fast.models.loading import build_model, build_tokenizer
 from clha_fast.options import PUBLISHED, CLHAOptions
 

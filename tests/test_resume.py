@@ -16,18 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import clha_fast
-from clha_fast.experiments.folder import (
-    WRITING,
-    CheckpointError,
-    RunFolderError,
-    RunIdentity,
-    check_folder,
-    claim_folder,
-    publish,
-    rotate,
-    write_json,
-    writing,
-)
+from clha_fast.experiments.folder import RunFolderError, check_folder, claim_folder
+from clha_fast.files import WRITING, CheckpointError, RunIdentity, publish, rotate, write_json, writing
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
 

@@ -170,7 +170,7 @@ NOTES = """
 - What the loss divides by (kept pairs, prompts) differs from process to process. `counts = attached.counts(batches)`
   takes the global batch's; `model(**batch, **counts)` then gives losses whose mean over processes and micro-batches is
   the loss of the one large batch. Without it every process and micro-batch divides by its own.
-- A process that has run out of prompts passes `clha_fast.models.attach.empty_batch()`: loss 0, gradients of zeros, and the
+- A process that has run out of prompts passes `models.attach.empty_batch()`: loss 0, gradients of zeros, and the
   collectives of the others go on. The same holds for a batch in which no pair is kept and no gate is open.
 - A head that tensor parallelism has spread by rows is computed vocabulary-parallel: two all-reduces of [N] numbers in
   the forward, one of the hidden states' gradient in the backward; the logits exist one bounded workspace at a time.

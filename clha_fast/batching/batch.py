@@ -10,7 +10,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from clha_fast.options import PUBLISHED, CLHAOptions
+from clha_fast.layout import Layout
+from clha_fast.objectives import Objective
+from clha_fast.objectives.clha import PUBLISHED
 
 
 class CandidateFeature(TypedDict):
@@ -126,13 +128,13 @@ def inert_mask(
     rewards: Tensor | None,
     candidates_per_prompt: Tensor,
     sft_index: Tensor | None = None,
-    options: CLHAOptions = PUBLISHED,
+    objective: Objective = PUBLISHED,
 ) -> Tensor:
     """Which candidates neither the loss nor its gradients depend on, whatever the model says.
 
-    A candidate is inert when it is in no kept pair (or `rank_weight` is 0) and is not an open SFT target
-    whose weight and factor are positive. Backends compare rewards in float32 or in float64; a candidate that
-    counts in either is not inert, so dropping is exact for both.
+    The objective's own rule. CLHA's: a candidate is inert when it is in no kept pair (or `rank_weight` is 0) and is not
+    an open SFT target whose weight and factor are positive. Backends compare rewards in float32 or in float64; a
+    candidate that counts in either is not inert, so dropping is exact for both.
 
     Args:
         rewards: [C] or None. candidates_per_prompt: [P] int64. sft_index: [P] int64 or None (0).
@@ -143,52 +145,31 @@ def inert_mask(
     Raises:
         ValueError: the counts do not sum to the number of rewards, or an sft_index is outside its prompt.
     """
-    sizes: list[int] = candidates_per_prompt.tolist()
-    positions: list[int] = [0] * len(sizes) if sft_index is None else sft_index.tolist()
-    if rewards is not None and rewards.numel() != sum(sizes):
+    total = int(candidates_per_prompt.sum())
+    if rewards is not None and rewards.numel() != total:
         got = f"rewards for {rewards.numel()}"
-        raise ValueError(f"candidates_per_prompt: expected counts of {sum(sizes)} candidates in all, got {got}")
-    device = candidates_per_prompt.device if rewards is None else rewards.device
-    used = torch.zeros(sum(sizes), dtype=torch.bool, device=device)
-    start = 0
-    for size, position in zip(sizes, positions, strict=True):
-        if not 0 <= position < size:
+        raise ValueError(f"candidates_per_prompt: expected counts of {total} candidates in all, got {got}")
+    if sft_index is not None:
+        outside = ((sft_index < 0) | (sft_index >= candidates_per_prompt)).nonzero()
+        if outside.numel():
+            size, position = int(candidates_per_prompt[outside[0]]), int(sft_index[outside[0]])
             raise ValueError(f"sft_index: expected a position from 0 to {size - 1}, got {position}")
-        span = slice(start, start + size)
-        values = None if rewards is None else rewards[span].to(torch.float32)
-        versions = [None] if values is None else [values, values.to(torch.float64)]
-        for version in versions:
-            used[span] |= _in_kept_pair(version, size, options, device)
-        weight = options.sft_weight * ((size - 1) ** 2 if options.sft_factor == "squared" else 1)
-        if weight > 0:
-            gates = [v is None or bool(v[position] > options.reward_floor) for v in versions]
-            used[start + position] |= any(gates)
-        start += size
-    return ~used
-
-
-def _in_kept_pair(rewards: Tensor | None, size: int, options: CLHAOptions, device: torch.device) -> Tensor:
-    if options.rank_weight == 0:
-        return torch.zeros(size, dtype=torch.bool, device=device)
-    kept = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
-    if rewards is not None and options.noise_rule != "none":
-        gap = rewards.unsqueeze(1) - rewards.unsqueeze(0)
-        kept &= (gap.abs() if options.noise_rule == "abs" else gap) > options.reward_margin
-    return kept.any(0) | kept.any(1)
+    device = candidates_per_prompt.device if rewards is None else rewards.device
+    return objective.inert(Layout.whole(candidates_per_prompt, device), rewards, sft_index)
 
 
 def pack_candidates(
     features: Sequence[CandidateFeature],
     *,
     pad_token_id: int,
-    options: CLHAOptions = PUBLISHED,
+    objective: Objective = PUBLISHED,
     drop_inert: bool = True,
     pad_to_multiple_of: int | None = None,
 ) -> CandidateBatch:
     """A `CandidateBatch` of tokenised prompts, in order.
 
     Args:
-        options: decides which candidates are inert; give the loss's own.
+        objective: decides which candidates are inert; give the loss's own.
         drop_inert: leave inert candidates out of `input_ids` (their `candidate_lengths` become 0). When all
             are inert, one row of one token remains.
         pad_to_multiple_of: T is rounded up to a multiple of it.
@@ -205,7 +186,7 @@ def pack_candidates(
     rewards = None
     if features[0]["rewards"] is not None:
         rewards = torch.tensor([r for f in features for r in f["rewards"] or ()], dtype=torch.float32)
-    inert = inert_mask(rewards, sizes, sft_index, options) if drop_inert else torch.zeros(int(sizes.sum())).bool()
+    inert = inert_mask(rewards, sizes, sft_index, objective) if drop_inert else torch.zeros(int(sizes.sum())).bool()
 
     pairs = [(f["prompt_ids"], completion) for f in features for completion in f["completion_ids"]]
     kept = [pair for pair, dropped in zip(pairs, inert.tolist(), strict=True) if not dropped]
@@ -261,3 +242,20 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
+
+
+def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
+    """The batch without the prompts after the first `count`; the model's rows stay as they are."""
+    candidates = int(batch.candidates_per_prompt[:count].sum())
+    lengths = batch.candidate_lengths[:candidates]
+    tokens = int(lengths.sum())
+    return dataclasses.replace(
+        batch,
+        targets=batch.targets[:tokens],
+        row_index=batch.row_index[:tokens],
+        candidate_lengths=lengths,
+        candidates_per_prompt=batch.candidates_per_prompt[:count],
+        rewards=None if batch.rewards is None else batch.rewards[:candidates],
+        sft_index=batch.sft_index[:count],
+        num_inert=int((lengths == 0).sum()) if batch.num_inert else 0,
+    )

@@ -14,7 +14,8 @@ from clha_fast.batching.chat import render_chat
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
-from clha_fast.options import PUBLISHED, CLHAOptions
+from clha_fast.objectives import Objective
+from clha_fast.objectives.clha import PUBLISHED
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
@@ -31,7 +32,7 @@ class RankedCollator:
 
     A text prompt keeps the special tokens that the tokenizer puts in front (BOS), and a response is closed by EOS.
     Messages go through the tokenizer's chat template, which writes BOS itself, and a response is closed by the
-    template's own end of turn (`clha_fast.batching.chat.render_chat`), by EOS where the template has none. What closes a
+    template's own end of turn (`batching.chat.render_chat`), by EOS where the template has none. What closes a
     response is scored with it, once, unless the response was truncated.
 
     Truncation, the same for all candidates of a prompt and whether or not some are dropped: responses are cut
@@ -56,7 +57,7 @@ class RankedCollator:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        options: CLHAOptions = PUBLISHED,
+        options: Objective = PUBLISHED,
         max_length: int | None = None,
         max_prompt_length: int | None = None,
         max_completion_length: int | None = None,
@@ -104,7 +105,7 @@ class RankedCollator:
         batch = pack_candidates(
             features,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            options=self.options,
+            objective=self.options,
             drop_inert=self.drop_inert,
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).as_dict()

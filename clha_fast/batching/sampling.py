@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, inert_mask
-from clha_fast.options import CLHAOptions
+from clha_fast.objectives import Objective
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ _TRIALS = 4
 
 
 def prompt_shapes(
-    features: Sequence[CandidateFeature], options: CLHAOptions, drop_inert: bool = True, multiple: int | None = None
+    features: Sequence[CandidateFeature], options: Objective, drop_inert: bool = True, multiple: int | None = None
 ) -> list[Shape]:
     """(rows, tokens of the longest row) that each prompt puts into a batch.
 

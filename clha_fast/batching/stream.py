@@ -1,24 +1,17 @@
-"""Streams of ranked rows, tokenised as they come; and what a trainer makes of the datasets that it is given."""
+"""Streams of ranked rows, tokenised as they come."""
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
-from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.workers import Example, as_record
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.options import CLHAOptions
-from clha_fast.training.config import CLHAConfig
-
-logger = logging.get_logger(__name__)
 
 # More loader workers than anyone starts; each counts in a place of its own, so that no count is lost.
 _WORKERS = 1024
@@ -126,91 +119,3 @@ class RankedStream(IterableDataset[Any]):
         if self.skip_bad_records:
             return self.collator.tokenize_record(record), rewarded, record.source
         return record, rewarded, record.source
-
-
-def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
-    """Rows become a `RankedDataset`, streams a `RankedStream`; what is tokenised, or has its own collator, stays.
-
-    A training stream is repeated without end, so `max_steps` alone ends training, and every process has as many
-    batches as the others. An evaluation stream's end is filled up to full batches for all processes.
-
-    Raises:
-        ValueError: a path; something that can be read only once; a stream with `max_tokens_per_batch`.
-        RecordError: as `RankedDataset`.
-    """
-    if (
-        dataset is None
-        or isinstance(dataset, (RankedDataset, RankedStream))
-        or not isinstance(collator, RankedCollator)
-    ):
-        return dataset
-    name = "train_dataset" if training else "eval_dataset"
-    if isinstance(dataset, (str, os.PathLike)):
-        raise ValueError(
-            f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
-            f"{os.fspath(dataset)!r}"
-        )
-    if not isinstance(dataset, IterableDataset):
-        tokenised = "completion_ids" in (getattr(dataset, "column_names", None) or ())
-        if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
-            return dataset
-        if hasattr(dataset, "__len__"):
-            found = _tokenised(dataset, collator, args, name)
-            if training:
-                _warn_if_nothing_is_ranked(found, collator.options)
-            return found
-        if not hasattr(dataset, "__iter__"):
-            return dataset
-    if isinstance(dataset, Iterator):
-        got = type(dataset).__name__
-        raise ValueError(f"{name}: expected rows that can be read again for every pass, got a {got}, which ends")
-    if training and args.max_tokens_per_batch is not None:
-        raise ValueError(
-            f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
-            f"{args.max_tokens_per_batch}"
-        )
-    return RankedStream(
-        dataset,
-        collator,
-        repeat=training,
-        fill_to=1 if training or args.world_size == 1 else args.world_size * args.eval_batch_size,
-        skip_bad_records=args.skip_bad_records,
-    )
-
-
-def _keeps_a_pair(feature: CandidateFeature, options: CLHAOptions) -> bool:
-    rewards = feature.get("rewards")
-    if rewards is None or options.noise_rule == "none":
-        return len(feature["completion_ids"]) > 1
-    if options.noise_rule == "abs":
-        return max(rewards) - min(rewards) > options.reward_margin
-    best = itertools.accumulate(rewards, max)
-    return any(before - reward > options.reward_margin for before, reward in zip(best, rewards, strict=True))
-
-
-def _warn_if_nothing_is_ranked(dataset: RankedDataset, options: CLHAOptions) -> None:
-    """A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing."""
-    if options.rank_weight == 0 or any(_keeps_a_pair(dataset[k], options) for k in range(len(dataset))):
-        return
-    logger.warning(
-        f"train_dataset: no pair of responses is ranked, the SFT term alone trains; reward_margin="
-        f"{options.reward_margin:g} with noise_rule={options.noise_rule!r} drops all pairs as noise. Set a margin that "
-        "fits the rewards, or noise_rule='none'"
-        if any(len(dataset[k]["completion_ids"]) > 1 for k in range(len(dataset)))
-        else "train_dataset: no pair of responses is ranked, the SFT term alone trains; every prompt has one response"
-    )
-
-
-def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
-    skipped: list[RecordError] | None = [] if args.skip_bad_records else None
-    found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
-    if skipped:
-        logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
-    if found.cut_prompts or found.cut_completions:
-        limits = ("max_length", "max_prompt_length", "max_completion_length")
-        given = ", ".join(f"{limit}={getattr(collator, limit)}" for limit in limits if getattr(collator, limit))
-        logger.warning(
-            f"{name}: {found.cut_prompts:,} of {len(found):,} prompts and {found.cut_completions:,} of "
-            f"{sum(len(found[k]['completion_ids']) for k in range(len(found))):,} responses were cut to {given}"
-        )
-    return found

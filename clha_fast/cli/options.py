@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from clha_fast.experiments.run import RunOptions
-from clha_fast.models.loading import nearest
+from clha_fast.messages import nearest
 from clha_fast.training.config import CLHAConfig
 
 # Of the command itself.

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from clha_fast.cli.text import as_flags
 from clha_fast.data import FORMATS, read_records
+from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
-from clha_fast.options import PUBLISHED, CLHAOptions
+from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
 from clha_fast.rewards.reward_model import DTYPES, RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
@@ -79,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except ScoringError as error:
-        print(f"clha-fast score: {report.as_flags(str(error))}", file=sys.stderr)
+        print(f"clha-fast score: {as_flags(str(error))}", file=sys.stderr)
         return FAILED
     except ScoringInterrupted as error:
-        print(f"clha-fast score: {report.as_flags(str(error))}", file=sys.stderr)
+        print(f"clha-fast score: {as_flags(str(error))}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("clha-fast score: interrupted before anything was scored", file=sys.stderr)
@@ -134,7 +136,7 @@ def _check_plot(path: str | None) -> str | None:
         raise ValueError(f"--plot: expected a name that ends in .png, got {path!r}")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"--plot: expected an existing folder, got {os.path.dirname(path)!r}")
-    if not report.can_plot():
+    if not plots.can_plot():
         print("no histogram: it needs matplotlib (pip install 'clha-fast[plot]')")
         return None
     return path

@@ -17,14 +17,13 @@ from transformers.utils import logging
 
 from clha_fast.cli.options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
 from clha_fast.errors import BackendError
-from clha_fast.evaluation import memory
+from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
-from clha_fast.experiments.folder import CheckpointError, survivors
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
+from clha_fast.files import CheckpointError, survivors
 from clha_fast.models.adapters import base_model
-from clha_fast.ops.auto import choose
-from clha_fast.ops.dispatch import resolve
+from clha_fast.ops.dispatch import choose, resolve
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -128,7 +127,7 @@ def header(run: Run) -> str:
     part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
-    options = trainer.loss_options
+    options = args.loss_options()
     lines = {
         "model": f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}, "
         f"vocabulary {config.vocab_size:,}",
@@ -232,9 +231,9 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     log = run.trainer.state.log_history
     if not command.get("plot", True):
         pass
-    elif report.can_plot():
+    elif plots.can_plot():
         path = os.path.join(run.folder, CURVE_FILE)
-        report.loss_curve(log, run.before, run.after, path)
+        plots.loss_curve(log, run.before, run.after, path)
         print(f"\nloss curve      {path}")
     else:
         print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from clha_fast import reference
 from clha_fast.functional import linear_clha_loss
-from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from clha_fast.options import HeadOptions
 
 # name -> what it is, in the order of the table
 VARIANTS = {

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.experiments.data_summary import DataSummary, shared_prompts, split_records, summarise
-from clha_fast.experiments.folder import RunIdentity, check_folder, claim_folder, file_hash, write_json
+from clha_fast.data.split import shared_prompts, split_records
+from clha_fast.experiments.data_summary import DataSummary, summarise
+from clha_fast.experiments.folder import check_folder, claim_folder
+from clha_fast.files import RunIdentity, file_hash, write_json
+from clha_fast.messages import nearest
 from clha_fast.models.loading import (
     adapter_config,
     build_model,
@@ -27,7 +30,6 @@ from clha_fast.models.loading import (
     check_vocabulary,
     load_model,
     load_tokenizer,
-    nearest,
     texts_of,
 )
 from clha_fast.ops.dispatch import resolve

@@ -14,37 +14,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch
-from clha_fast.batching.totals import GlobalCounts, local_counts
+from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import (
-    UnsupportedHeadError,
     has_own_forward,
-    input_embedding_weight,
     output_embedding,
 )
-from clha_fast.models.head_loss import head_loss
-from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head, inspect_head
-from clha_fast.models.hooks import other_hooks, through_hooks, without_wrappers_hooks
+from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
+from clha_fast.models.heads import HeadInfo, inspect_head
+from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
 from clha_fast.models.own_forward import check_backend
-from clha_fast.models.router import auxiliary_coefficient
 from clha_fast.models.sharding import reshard
-from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.objectives import Objective
+from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import BACKENDS, Backend
-from clha_fast.options import PUBLISHED, CLHAOptions
+from clha_fast.types import RankingInputs
 
-_MODEL_FIELDS = ("input_ids", "attention_mask")
-_LOSS_FIELDS = (
-    *("targets", "row_index", "candidate_lengths", "candidates_per_prompt", "rewards", "sft_index"),
-    *("pair_counts", "prompt_count"),
-)
-_NEEDED = (*_MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
+_LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
+_NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
-_OWN_FIELDS = {*_MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "labels", "num_items_in_batch"}
+_OWN_FIELDS = {*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "labels", "num_items_in_batch"}
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
 _STATE = "_clha_attached"
@@ -72,13 +66,12 @@ class Attached:
         model: the unwrapped model. info: its head as measured. options, backend: as given.
     """
 
-    def __init__(self, model: nn.Module, info: HeadInfo, options: CLHAOptions, backend: Backend, **head: Any) -> None:
+    def __init__(self, model: nn.Module, info: HeadInfo, options: Objective, backend: Backend, **head: Any) -> None:
         self.model, self.info, self.options, self.backend = model, info, options, backend
         self.head_options = info.options(**head)
+        self._forward = CandidateForward(model, info, self.head_options, options, backend)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
-        self._flags = cache_flags(model)
-        self._embeddings = input_embedding_weight(model).shape[0]
 
     def __enter__(self) -> Attached:
         return self
@@ -130,12 +123,13 @@ class Attached:
                 sums them.
 
         Returns:
-            pair_counts float32 [D], prompt_count float32 [], loss_scale float32 [].
+            What the objective divides by, named as in `RankingInputs` (CLHA: pair_counts [D] and prompt_count []), and
+            loss_scale [], float32.
 
         Raises:
             ValueError: no batch, or a bad one; where it is another process's, on this one too, so that none waits.
         """
-        counts, device, problem = torch.zeros(1, dtype=torch.float64), torch.device("cpu"), None
+        counts, device, problem = torch.zeros(SCALARS, dtype=torch.float64), torch.device("cpu"), None
         try:
             parts = [part if isinstance(part, CandidateBatch) else CandidateBatch.from_dict(part) for part in batches]
             if not parts:
@@ -157,15 +151,14 @@ class Attached:
             longest, failed = shared.tolist()
             if failed:
                 raise problem or ValueError("batches: expected batches on every process, got an error on another one")
-            counts = torch.cat([counts[:-1], counts.new_zeros(longest - len(counts)), counts[-1:]])
+            pairs, scalars = counts[:-SCALARS], counts[-SCALARS:]
+            counts = torch.cat([pairs, counts.new_zeros(longest - len(counts)), scalars])
             dist.all_reduce(counts, group=group)
         if problem is not None:
             raise problem
-        total = GlobalCounts.of(counts)
         scale = len(batches) * processes if losses is None else losses
         return {
-            "pair_counts": total.pairs,
-            "prompt_count": total.prompts,
+            **step_counts(counts, self.options),
             "loss_scale": torch.tensor(float(scale), device=device),
         }
 
@@ -182,11 +175,6 @@ class Attached:
             raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
         if kwargs.get("labels") is not None:
             raise ValueError("labels: expected none beside a batch of candidates (its targets are scored), got some")
-        if output_embedding(self.model) is not self.info.module:
-            raise UnsupportedHeadError(
-                "model: expected the output embedding that was there when it was attached, got another one (an adapter "
-                "on the head, or another one active?); detach, change the head and attach again"
-            )
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
@@ -196,50 +184,16 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
-        if not torch.compiler.is_compiling():
-            self._check_vocabulary(kwargs["input_ids"], kwargs["targets"])
-        inputs = {name: kwargs[name] for name in _MODEL_FIELDS}
+        inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
-        return self._loss(inputs, tensors, kwargs.get("loss_scale"), others)
-
-    def _check_vocabulary(self, input_ids: Tensor, targets: Tensor) -> None:
-        """Names the likely reason of a token beyond the model. On CPU tensors: a GPU would have to be waited for."""
-        sizes = (("input_ids", input_ids, self._embeddings), ("targets", targets, self.info.vocab_size))
-        for name, ids, rows in sizes:
-            if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
-                where = "input" if name == "input_ids" else "output"
-                raise ValueError(
-                    f"{name}: expected tokens below the {rows} rows of the model's {where} embedding, got "
-                    f"{int(ids.max())}; is the tokenizer larger than the model? "
-                    "(model.resize_token_embeddings(len(tokenizer)), then attach)"
-                )
-
-    def _loss(
-        self, inputs: dict[str, Tensor], tensors: dict[str, Tensor], scale: Tensor | None, others: dict[str, Any]
-    ) -> CLHAOutput:
-        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            if tensors["candidates_per_prompt"].shape[0] == 0:
-                return _no_prompts(hidden, weight, bias)
-            loss, metrics = head_loss(
-                hidden, weight, bias, tensors, head=self.head_options, options=self.options, backend=self.backend
-            )
-            return loss, metrics.values, metrics.scores
-
-        if not inputs["input_ids"].numel():  # a model must run, on every process
-            inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
-        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
-            output = self.ordinary(**inputs, **others, **self._flags)
-        if not fused.called:
-            raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
-        loss, values, scores = fused.result
+        scale = kwargs.get("loss_scale")
+        found = self._forward(self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others)
+        metrics = found.metrics
         if scale is not None:
-            loss = loss * scale.to(loss)
-            values = torch.cat([values[:2] * scale.to(values), values[2:]])
-        auxiliary = getattr(output, "aux_loss", None)
-        if auxiliary is not None:
-            loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
-        return CLHAOutput(loss=loss, metrics=CLHAMetrics(values, scores), aux_loss=auxiliary)
+            values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
+            metrics = CLHAMetrics(values, metrics.scores, names=metrics.names)
+        return CLHAOutput(loss=found.loss, metrics=metrics, aux_loss=found.auxiliary)
 
 
 def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
@@ -247,15 +201,6 @@ def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
     none = torch.empty(0, dtype=torch.int64, device=device)
     rows = none.reshape(0, 0)
     return CandidateBatch(rows, rows, none, none, none, none, none.to(torch.float32), none)
-
-
-def _no_prompts(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss 0 whose gradients are zeros for all that the head reads, and metrics of nothing."""
-    if isinstance(weight, HeadForward):
-        weight = weight(hidden[:1])
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
-    zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
-    return zero, zero.new_zeros(len(METRIC_NAMES)), zero.new_zeros(0)
 
 
 def _is_ours(forward: Any) -> bool:
@@ -350,7 +295,7 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
 
 def attach(
     model: nn.Module,
-    options: CLHAOptions = PUBLISHED,
+    options: Objective = PUBLISHED,
     *,
     backend: Backend = "auto",
     temperature: float = 1.0,
@@ -377,7 +322,7 @@ def attach(
     Args:
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
             (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `hf.own_forward`.
-        options: the loss, see `CLHAOptions`.
+        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions` or an `Objective` of your own.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
             see `HeadOptions`.

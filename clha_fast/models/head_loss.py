@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from clha_fast.backends.torch import vocab_parallel
 from clha_fast.backends.torch.vocab_parallel import VocabShard
-from clha_fast.functional import linear_clha_loss
+from clha_fast.functional import linear_loss
 from clha_fast.models.embedding import head_name
 from clha_fast.models.heads import HeadForward
-from clha_fast.models.own_forward import head_clha_loss
+from clha_fast.models.own_forward import head_loss as own_forward_loss
+from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.options import HeadOptions
+from clha_fast.types import RankingInputs
 
 
 def head_loss(
@@ -26,16 +27,16 @@ def head_loss(
     tensors: Mapping[str, Tensor | None],
     *,
     head: HeadOptions,
-    options: CLHAOptions,
+    objective: Objective,
     backend: Backend = "auto",
 ) -> tuple[Tensor, CLHAMetrics]:
-    """`linear_clha_loss` on what `heads.fused_head` hands to its `compute`.
+    """`functional.linear_loss` on what `heads.fused_head` hands to its `compute`.
 
     Args:
         hidden: [B * T, H]. weight: [V, H], plain, or a DTensor that is replicated or has its rows sharded over one
             mesh dimension (a column-parallel head); hidden may be a DTensor with it. A `HeadForward` is called a
             chunk of tokens at a time, see `own_forward`. bias: [V] or None.
-        tensors: `CandidateBatch.loss_inputs()`, and `pair_counts` and `prompt_count` of a larger batch if given.
+        tensors: `CandidateBatch.loss_inputs()`, and the counts of a larger batch if given.
         backend: a sharded head is computed in torch; "auto" and "torch" take it. A `HeadForward` is taken by "auto",
             and by "reference", which forms all of its logits at once.
 
@@ -43,16 +44,20 @@ def head_loss(
         ValueError: the weight is laid out in another way, or `backend` names one that has no sharded form.
         BackendError: `backend` names one that cannot call a `HeadForward`.
     """
+    targets, row_index = tensors["targets"], tensors.get("row_index")
+    assert targets is not None
+    given = RankingInputs(**{name: tensors.get(name) for name in RankingInputs._fields})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"head": head, "objective": objective}
     if isinstance(weight, HeadForward):
         if isinstance(hidden, DTensor):
             raise ValueError(
                 f"hidden: expected a plain tensor before {head_name(weight.module)}, got {hidden.placements} "
                 "(adapters on a tensor-parallel head are not computed)"
             )
-        return head_clha_loss(hidden, weight, bias, tensors, head=head, options=options, backend=backend)
-    given: dict[str, Any] = {**tensors, "head": head, "options": options}
+        return own_forward_loss(hidden, weight, bias, targets, row_index, given, backend=backend, **settings)
+    settings |= {"given": given, "row_index": row_index, "backend": backend}
     if not isinstance(weight, DTensor):
-        return linear_clha_loss(hidden, weight, bias=bias, backend=backend, **given)
+        return linear_loss(hidden, weight, targets, bias=bias, **settings)
     shard = _shard_of(weight, reduce_hidden=not isinstance(hidden, DTensor))
     if isinstance(hidden, DTensor):
         if tuple(hidden.placements) != (Replicate(),):
@@ -71,11 +76,7 @@ def head_loss(
                 "process would have the gradient of its own rows only"
             )
         bias = bias[shard.start : shard.start + rows.shape[0]]
-    if shard is None:
-        return linear_clha_loss(hidden, rows, bias=bias, backend=backend, **given)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
-    return vocab_parallel.linear_clha_loss(hidden, rows, shard=shard, bias=bias, **given)
+    return linear_loss(hidden, rows, targets, bias=bias, shard=shard, **settings)
 
 
 def _shard_of(weight: DTensor, reduce_hidden: bool) -> VocabShard | None:

@@ -280,13 +280,13 @@ class FusedHead:
     """The head of one forward, with `compute` in its place; made by `fused_head`.
 
     Attributes:
-        result: what `compute` returned, once the model has run.
+        result: what `compute` returned, once the model has run. in_output: whether the model's output carries it.
     """
 
     def __init__(self, model: nn.Module, info: HeadInfo, compute: HeadCompute) -> None:
         self._model, self._info, self._compute = model, info, compute
         self._model_forward = model.forward
-        self.called = False
+        self.called = self.in_output = False
         self.result: Any = None
         self._length: int | None = None
 
@@ -338,6 +338,7 @@ class FusedHead:
             raise refuse(self._model, self._info.module, seen)
         # Wrappers hang their backward hooks on what the model returns, so the result must be in it.
         output.logits = self.result[0] if isinstance(self.result, tuple) else self.result
+        self.in_output = True
         return output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,23 +21,10 @@ from transformers import (
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
+from clha_fast.messages import check_keys, nearest
 from clha_fast.models.adapters import import_peft
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the known name that is closest, "" when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def check_keys(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """ValueError for the first key of `given` that is not `known`; `what` is the option it stands in."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what}: unknown key {name!r}{nearest(str(name), known)}")
 
 
 def texts_of(records: Iterable[RankedRecord]) -> Iterator[str]:

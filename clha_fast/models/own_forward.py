@@ -7,21 +7,19 @@ the price of a second forward of the head and of autograd's memory for one chunk
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clha_fast.errors import BackendError
+from clha_fast.functional import ranking_loss
 from clha_fast.models.embedding import UnsupportedHeadError, head_name
 from clha_fast.models.heads import HeadForward
+from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import _say_once
-from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.token_loss import clha_loss
+from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs
 
 _MIN_WORKSPACE = 64 * 2**20
@@ -124,26 +122,26 @@ def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | N
     return torch.where(scored, torch.where(valid, chosen, torch.nan), 0.0)
 
 
-def head_clha_loss(
+def head_loss(
     hidden: Tensor,
     forward: HeadForward,
     bias: Tensor | None,
-    tensors: Mapping[str, Any],
+    targets: Tensor,
+    row_index: Tensor | None,
+    given: RankingInputs,
     *,
     head: HeadOptions,
-    options: CLHAOptions,
+    objective: Objective,
     backend: str = "auto",
 ) -> tuple[Tensor, CLHAMetrics]:
-    """`functional.linear_clha_loss` with a head that is a function; arguments as in `head_loss.head_loss`.
+    """`functional.linear_loss` with a head that is a function.
 
     Raises:
         BackendError: `backend` is neither "auto" nor "reference" (which forms all logits at once).
-        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_clha_loss`.
+        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_loss`.
     """
     check_backend(backend, forward)
-    targets, row_index = tensors["targets"], tensors.get("row_index")
-    ranking = RankingInputs(**{name: tensors[name] for name in RankingInputs._fields if name in tensors})
     logps = token_logps(
         hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
     )
-    return clha_loss(logps, targets, ranking, ignore_index=head.ignore_index, options=options)
+    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)

@@ -1,0 +1,83 @@
+"""Losses of token log-probabilities: one small file each, and the table that names them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from clha_fast.objectives.base import Group, Objective, Plan, Terms, Totals
+from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.pro import PROOptions
+from clha_fast.objectives.sft import SFTOptions
+
+__all__ = [
+    "OBJECTIVES",
+    "CLHAOptions",
+    "Group",
+    "Objective",
+    "PROOptions",
+    "Plan",
+    "SFTOptions",
+    "Terms",
+    "Totals",
+    "as_objective",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (CLHAOptions, PROOptions, SFTOptions)}
+
+# Objectives that no string can carry; they live as long as the call that brought them.
+_LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class FromFunction(Objective):
+    """A function of a `Group` as an objective: it returns the loss of these prompts, a scalar."""
+
+    function: Callable[[Group], Tensor] | None = None
+
+    name: ClassVar[str] = "function"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoded", "")
+
+    def terms(self, group: Group) -> Terms:
+        assert self.function is not None
+        loss = self.function(group)
+        return Terms(loss, torch.zeros_like(loss))
+
+
+def as_objective(objective: Objective | Callable[[Group], Tensor]) -> Objective:
+    """An objective as it is; a function of a `Group` as one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective) or isinstance(objective, type):
+        raise ValueError(
+            f"objective: expected one of {', '.join(c.__name__ for c in OBJECTIVES.values())}, an Objective of your "
+            f"own or a function of a Group, got {objective!r}"
+        )
+    return FromFunction(objective)
+
+
+def encode(objective: Objective) -> str:
+    """The string that carries an objective through an operator: its settings, or where it is to be found."""
+    if OBJECTIVES.get(objective.name) is type(objective):
+        return objective.encoded
+    place = f"@{id(objective)}"
+    _LIVE[place] = objective
+    return place
+
+
+def decode(encoded: str) -> Objective:
+    """The objective of `encode`."""
+    if encoded.startswith("@"):
+        return _LIVE[encoded]
+    return OBJECTIVES[encoded.partition(" ")[0]].decode(encoded)

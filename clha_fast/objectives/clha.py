@@ -1,195 +1,204 @@
-"""The torch backend's small half: which pairs count, scores, hinges and coefficients of candidates."""
+"""CLHA (Fang et al. 2024, Eq. 3-6): a margin hinge on all pairs that are no noise, and adaptive SFT.
+
+With s_i the length-normalised log-probabilities (nats a token), S_i their sums, i < j in one prompt (i ranked better):
+
+    h_ij = (1 - k_ij) * max(0, s_j - s_i + margin * (j - i))                 k_ij = 1 for noise
+    L    = reduction of h_ij + sft_weight * (n_p - 1)^2 * mean over prompts of -(g_p * S_t)
+"""
 
 from __future__ import annotations
 
-import itertools
+import math
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from clha_fast.layout import accumulate
-from clha_fast.objectives.metrics import METRIC_NAMES
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.layout import Layout, accumulate
+from clha_fast.objectives.base import Group, Objective, Plan, Terms
+from clha_fast.objectives.pairs import Pairs
+from clha_fast.options import is_number, require
 from clha_fast.types import RankingInputs
 
-
-@dataclass
-class Plan:
-    """All of the loss that rewards, lengths and counts decide: which pairs count, and how much."""
-
-    token_offsets: list[int]
-    candidate_offsets: list[int]
-    pair_offsets: list[int]
-    i: Tensor
-    j: Tensor
-    distance: Tensor
-    order: Tensor
-    present: Tensor
-    kept: Tensor
-    pair_weight: Tensor
-    lengths: Tensor
-    sft_target: Tensor
-    sft_coefficient: Tensor
-    gate: Tensor
+NoiseRule = Literal["abs", "signed", "none"]
+Reduction = Literal["sum", "distance_mean", "pair_mean"]
+SFTForm = Literal["sum", "mean"]
+SFTFactor = Literal["squared", "one"]
 
 
-def make_plan(
-    targets: Tensor, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, dtype: torch.dtype
-) -> Plan:
-    """The plan of targets [N] and their ranking; rewards are compared in `dtype`, as the reference does."""
-    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count = ranking
-    score_dtype = dtype
-    # A few thousand numbers: float64 on the targets' device costs nothing and rounds nowhere.
-    device, dtype = targets.device, torch.float64
-    spans: list[int] = candidate_lengths.tolist()
-    sizes: list[int] = candidates_per_prompt.tolist()
-    num_candidates = len(spans)
-    token_offsets = [0, *itertools.accumulate(spans)]
-    candidate_offsets = [0, *itertools.accumulate(sizes)]
+@dataclass(frozen=True)
+class CLHAOptions(Objective):
+    """Options of the CLHA loss (Fang et al. 2024, Eq. 3-6); the defaults are the published training code's.
 
-    scored = torch.zeros(len(targets) + 1, dtype=torch.long, device=device)
-    torch.cumsum(targets != head.ignore_index, 0, out=scored[1:])
-    edges = scored[torch.tensor(token_offsets, device=device)]
-    lengths = (edges[1:] - edges[:-1]).to(dtype)
+    Attributes:
+        margin: m_ij = margin * (j - i), Eq. 6.
+        reward_margin: threshold of the noise rule.
+        noise_rule: "abs" keeps a pair when |r_i - r_j| > reward_margin, "signed" when
+            r_i - r_j > reward_margin, "none" keeps all. Without rewards all pairs are kept.
+        reduction: "sum" (Eq. 5: over a prompt's pairs, mean over prompts), "distance_mean" (published: mean over the
+            kept pairs of each rank distance, summed over distances) or "pair_mean" (over all kept pairs).
+        rank_weight: factor on the ranking term; 0 leaves SFT alone.
+        sft: "sum" uses S_t, the target's summed log-probability; "mean" uses s_t = S_t / |y_t|.
+        sft_weight: factor on the SFT term; 0 leaves ranking alone.
+        sft_factor: "squared" multiplies by (n_p - 1)^2, "one" does not.
+        reward_floor: the SFT gate of a prompt is open when its target's reward is above this.
+    """
 
-    # Pair (i, j) for every j after i in i's prompt, in the order of i.
-    later = [size - 1 - q for size in sizes for q in range(size)]
-    pair_offsets = [0, *itertools.accumulate(later)]
-    later_tensor = torch.tensor(later, dtype=torch.long, device=device)
-    i = torch.repeat_interleave(torch.arange(num_candidates, device=device), later_tensor)
-    first = torch.tensor(pair_offsets[:-1], dtype=torch.long, device=device)
-    distance = torch.arange(pair_offsets[-1], device=device) - first[i] + 1
-    j = i + distance
+    margin: float = 3.0
+    reward_margin: float = 3.0
+    noise_rule: NoiseRule = "abs"
+    reduction: Reduction = "distance_mean"
+    rank_weight: float = 1.0
+    sft: SFTForm = "sum"
+    sft_weight: float = 0.05
+    sft_factor: SFTFactor = "squared"
+    reward_floor: float = 0.0
 
-    present = (lengths[i] > 0) & (lengths[j] > 0)
-    if rewards is None:
-        order = torch.ones_like(distance)
-        kept = present
-    else:
-        rewards = rewards.to(device=device, dtype=score_dtype)
-        lead = rewards[i] - rewards[j]
-        order = torch.sign(lead).to(torch.long)
-        if options.noise_rule == "abs":
-            kept = present & (lead.abs() > options.reward_margin)
-        elif options.noise_rule == "signed":
-            kept = present & (lead > options.reward_margin)
+    name: ClassVar[str] = "clha"
+    divides_by: ClassVar[tuple[str, ...]] = ("pair_counts", "prompt_count")
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "reward_margin", "rank_weight", "sft_weight"):
+            value = getattr(self, name)
+            ok = is_number(value) and 0 <= value < math.inf
+            require(name, value, ok, "a finite number that is not negative")
+        floor = self.reward_floor
+        require("reward_floor", floor, is_number(floor) and not math.isnan(floor), "a number or -inf")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            require(name, value, value in allowed, f"one of {', '.join(allowed)}")
+        super().__post_init__()
+
+    @classmethod
+    def preset(cls, name: str) -> CLHAOptions:
+        """A named preset: "published" (the training code), "paper" (Eq. 5 as printed) or "sft_only" (targets' NLL)."""
+        require("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def kept(self, pairs: Pairs) -> Tensor:
+        return pairs.kept(self.noise_rule, self.reward_margin)
+
+    def gates(self, rewards: Tensor | None) -> Tensor | bool:
+        return True if rewards is None else rewards > self.reward_floor
+
+    def plan(self, layout: Layout, given: RankingInputs, dtype: torch.dtype) -> CLHAPlan:
+        plan = super().plan(layout, given, dtype)
+        pairs, kept, prompts = plan.pairs, plan.kept, plan.totals.prompts
+        # A few thousand numbers: float64 on the targets' device costs nothing and rounds nowhere.
+        if self.reduction == "sum":
+            weight = torch.ones_like(pairs.distance, dtype=torch.float64) / prompts
         else:
-            kept = present
+            if given.pair_counts is None:
+                counts = pairs.at_distances(kept, layout.largest)
+            else:
+                counts = given.pair_counts.to(device=layout.device, dtype=torch.float64)
+            if self.reduction == "pair_mean":
+                weight = (1 / counts.sum()).expand(pairs.distance.shape)
+            else:
+                weight = 1 / counts[pairs.distance - 1]
+        return CLHAPlan(
+            **vars(plan),
+            margins=self.margin * pairs.distance.to(torch.float64),
+            pair_weight=torch.where(kept, self.rank_weight * weight, 0.0),
+            sft_coefficient=self._sft_coefficient(plan),
+        )
 
-    num_prompts = len(sizes)
-    prompts = torch.tensor(num_prompts, device=device) if prompt_count is None else prompt_count.to(device)
-    prompts = prompts.to(dtype)
-    if options.reduction == "sum":
-        weight = torch.ones_like(distance, dtype=dtype) / prompts
-    else:
-        if pair_counts is None:
-            counts = torch.zeros(max(sizes), dtype=dtype, device=device)
-            accumulate(counts, distance - 1, kept.to(dtype))
-        else:
-            counts = pair_counts.to(device=device, dtype=dtype)
-        if options.reduction == "pair_mean":
-            weight = (1 / counts.sum()).expand(distance.shape)
-        else:
-            weight = 1 / counts[distance - 1]
-    pair_weight = torch.where(kept, options.rank_weight * weight, 0.0)
+    def _sft_coefficient(self, plan: Plan) -> Tensor:
+        """[P] d(SFT term) / dS_t, 0 behind a closed gate."""
+        size = plan.layout.sizes
+        factor = (size - 1) ** 2 if self.sft_factor == "squared" else torch.ones_like(size)
+        coefficient = -self.sft_weight * factor / plan.totals.prompts
+        if self.sft == "mean":
+            coefficient = coefficient / plan.layout.lengths[plan.target].clamp(min=1)
+        return torch.where(plan.gate, coefficient, 0.0)
 
-    starts = torch.tensor(candidate_offsets[:-1], dtype=torch.long, device=device)
-    sft_target = starts if sft_index is None else starts + sft_index.to(device)
-    gate = lengths[sft_target] > 0
-    if rewards is not None:
-        gate = gate & (rewards[sft_target] > options.reward_floor)
-    size = torch.tensor(sizes, dtype=dtype, device=device)
-    factor = (size - 1) ** 2 if options.sft_factor == "squared" else torch.ones_like(size)
-    coefficient = -options.sft_weight * factor / prompts
-    if options.sft == "mean":
-        coefficient = coefficient / lengths[sft_target].clamp(min=1)
-    return Plan(
-        token_offsets=token_offsets,
-        candidate_offsets=candidate_offsets,
-        pair_offsets=pair_offsets,
-        i=i,
-        j=j,
-        distance=distance,
-        order=order,
-        present=present,
-        kept=kept,
-        pair_weight=pair_weight,
-        lengths=lengths,
-        sft_target=sft_target,
-        sft_coefficient=torch.where(gate, coefficient, 0.0),
-        gate=gate,
-    )
-
-
-class Ranking:
-    """Scores, hinges and coefficients, prompt range by prompt range."""
-
-    def __init__(self, plan: Plan, options: CLHAOptions) -> None:
-        self.plan = plan
-        # Converted first: an integer tensor times a Python float is float32.
-        self.margins = options.margin * plan.distance.to(plan.lengths.dtype)
-        self.sums = torch.zeros_like(plan.lengths)
-        self.scores = torch.zeros_like(plan.lengths)
-        self.coefficients = torch.zeros_like(plan.lengths)
-
-    def rank(self, first: int, last: int, logps: Tensor) -> None:
-        """Takes the log-probabilities of prompts [first, last) and fills their scores and dL/dS."""
-        plan = self.plan
-        c0, c1 = plan.candidate_offsets[first], plan.candidate_offsets[last]
-        spans = torch.tensor(plan.token_offsets[c0 : c1 + 1], device=logps.device).diff()
-        owner = torch.repeat_interleave(torch.arange(c0, c1, device=logps.device), spans)
-        accumulate(self.sums, owner, logps.to(self.sums.dtype))
-        lengths = plan.lengths[c0:c1].clamp(min=1)
-        self.scores[c0:c1] = self.sums[c0:c1] / lengths
-
-        pairs = slice(plan.pair_offsets[c0], plan.pair_offsets[c1])
-        i, j = plan.i[pairs], plan.j[pairs]
-        # Compared this way round, a NaN counts as active and reaches the gradient as it reaches the loss.
-        inactive = self.scores[j] - self.scores[i] + self.margins[pairs] <= 0
-        push = torch.where(inactive, 0.0, plan.pair_weight[pairs])
-        slope = torch.zeros_like(self.coefficients)
-        accumulate(slope, j, push)
-        accumulate(slope, i, -push)
-        self.coefficients[c0:c1] = slope[c0:c1] / lengths
-        accumulate(self.coefficients, plan.sft_target[first:last], plan.sft_coefficient[first:last])
-
-    def token_coefficients(self, first: int, last: int) -> Tensor:
-        """dL/dlogp of every token of prompts [first, last)."""
-        plan = self.plan
-        c0, c1 = plan.candidate_offsets[first], plan.candidate_offsets[last]
-        spans = torch.tensor(plan.token_offsets[c0 : c1 + 1], device=self.sums.device).diff()
-        return torch.repeat_interleave(self.coefficients[c0:c1], spans)
-
-    def finish(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, metrics, scores) once every prompt has been ranked."""
-        plan = self.plan
-        gap = self.scores[plan.j] - self.scores[plan.i]
-        slack = gap + self.margins
+    def terms(self, group: Group) -> Terms:
+        plan = _own(group)
+        weight, slack = plan.pair_weight[group.pairs], _slack(group)
         # where, not a product: a dropped pair stays dropped even when its scores are NaN.
-        hinge = torch.where(plan.pair_weight > 0, plan.pair_weight * torch.relu(slack), 0.0)
-        sft = torch.where(plan.sft_coefficient != 0, plan.sft_coefficient * self.sums[plan.sft_target], 0.0)
-        rank_loss, sft_loss = hinge.sum(), sft.sum()
-        kept_gap, slack = gap[plan.kept], slack[plan.kept]
-        agreement = -(plan.order * gap)[plan.present & (plan.order != 0)]
-        metrics = [
-            rank_loss,
-            sft_loss,
-            plan.kept.sum(),
-            plan.i.numel(),
-            (kept_gap < 0).sum(),
-            -kept_gap.sum(),
-            self.scores[plan.i][plan.kept].sum(),
-            self.scores[plan.j][plan.kept].sum(),
-            (slack > 0).sum(),
-            agreement.numel(),
-            (agreement > 0).sum(),
-            (agreement < 0).sum(),
-            plan.gate.sum(),
-            plan.gate.numel(),
-            plan.lengths.sum(),
-            (plan.lengths > 0).sum(),
-        ]
-        values = torch.zeros(len(METRIC_NAMES), device=gap.device)
-        values[: len(metrics)] = torch.stack([torch.as_tensor(m, device=gap.device).to(torch.float32) for m in metrics])
-        return (rank_loss + sft_loss).to(dtype), values, self.scores.to(dtype)
+        rank = torch.where(weight > 0, weight * torch.relu(slack), 0.0)
+        coefficient = plan.sft_coefficient[group.prompts]
+        sft = torch.where(coefficient != 0, coefficient * group.sums[group.target], 0.0)
+        return Terms(rank.sum(), sft.sum())
+
+    def slopes(self, group: Group) -> Tensor:
+        """dL/dS_i of each candidate, which is dL/dlogp of its tokens."""
+        plan = _own(group)
+        # Compared this way round, a NaN counts as active and reaches the gradient as it reaches the loss.
+        push = torch.where(_slack(group) <= 0, 0.0, plan.pair_weight[group.pairs])
+        slope = torch.zeros_like(group.lengths)
+        accumulate(slope, group.j, push)
+        accumulate(slope, group.i, -push)
+        slope = slope / group.lengths.clamp(min=1)
+        accumulate(slope, group.target, plan.sft_coefficient[group.prompts])
+        return slope[group.owner]
+
+    def active(self, group: Group) -> Tensor:
+        return _slack(group) > 0
+
+    def inert(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
+        """Candidates in no kept pair that are no open SFT target.
+
+        Rewards are compared in float32 and in float64: what either would use is not inert.
+        """
+        used = torch.zeros(layout.num_candidates, dtype=torch.bool, device=layout.device)
+        target = self.targets(layout, rewards, sft_index)
+        weight = self.sft_weight * ((layout.sizes - 1) ** 2 if self.sft_factor == "squared" else 1)
+        weighs = torch.as_tensor(weight > 0, device=layout.device).expand(layout.num_prompts)
+        for dtype in (torch.float32, torch.float64):
+            # A float32 reward widens exactly, but not the thresholds that it is held to.
+            values = None if rewards is None else rewards.to(dtype)
+            if self.rank_weight > 0:
+                pairs = Pairs.of(layout, values)
+                kept = self.kept(pairs)
+                used[pairs.i[kept]] = True
+                used[pairs.j[kept]] = True
+            gate = weighs & self.gates(None if values is None else values[target])
+            used[target[gate]] = True
+        return ~used
+
+    @property
+    def ranks(self) -> bool:
+        return self.rank_weight > 0
+
+    @property
+    def noise_hint(self) -> str:
+        return (
+            f"reward_margin={self.reward_margin:g} with noise_rule={self.noise_rule!r} drops all pairs as noise. Set a "
+            "margin that fits the rewards, or noise_rule='none'"
+        )
+
+
+@dataclass(frozen=True)
+class CLHAPlan(Plan):
+    """`Plan` with m_ij [pairs] (Eq. 6), the weight of each pair's hinge [pairs], and d(SFT term) / dS_t [P]."""
+
+    margins: Tensor
+    pair_weight: Tensor
+    sft_coefficient: Tensor
+
+
+def _own(group: Group) -> CLHAPlan:
+    assert isinstance(group.plan, CLHAPlan)
+    return group.plan
+
+
+def _slack(group: Group) -> Tensor:
+    """s_j - s_i + m_ij [pairs], what the hinge cuts off at 0."""
+    return group.scores[group.j] - group.scores[group.i] + _own(group).margins[group.pairs]
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "noise_rule": ("abs", "signed", "none"),
+    "reduction": ("sum", "distance_mean", "pair_mean"),
+    "sft": ("sum", "mean"),
+    "sft_factor": ("squared", "one"),
+}
+
+PUBLISHED = CLHAOptions()
+PRESETS: dict[str, CLHAOptions] = {
+    "published": PUBLISHED,
+    "paper": CLHAOptions(reduction="sum", sft="mean"),
+    "sft_only": CLHAOptions(rank_weight=0.0, sft="mean", sft_weight=1.0, sft_factor="one", reward_floor=-math.inf),
+}

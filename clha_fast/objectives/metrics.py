@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-# The order of the metrics vector that every backend fills (float32 [19]); every entry is a sum. The last three stay 0
-# where gradients are exact: (token, vocabulary block) pairs that a routed backward keeps, all such pairs of the scored
-# tokens, and the softmax mass that it leaves out, summed over the scored tokens.
+from clha_fast.objectives.base import Group, Objective, Terms
+
+# The order of the metrics vector that every backend fills (float32 [19], and behind them what the objective names);
+# every entry is a sum. The last three stay 0 where gradients are exact: (token, vocabulary block) pairs that a routed
+# backward keeps, all such pairs of the scored tokens, and the softmax mass that it leaves out, summed over the scored
+# tokens.
 METRIC_NAMES = (
     "rank_loss",
     "sft_loss",
@@ -34,24 +37,61 @@ METRIC_NAMES = (
 _INDEX = {name: index for index, name in enumerate(METRIC_NAMES)}
 
 
+def metric_names(objective: Objective) -> tuple[str, ...]:
+    """The entries of the metrics vector of a loss: the common ones, then the objective's own."""
+    return (*METRIC_NAMES, *objective.metric_names)
+
+
+def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
+    """The metrics vector, float32, of a group that is the whole batch; a routed backward fills its three itself."""
+    plan, kept, lengths = group.plan, group.kept, group.lengths
+    better, worse = group.scores[group.i], group.scores[group.j]
+    gap = worse - better
+    order = plan.pairs.order
+    agreement = -(order * gap)[plan.pairs.present & (order != 0)]
+    common = [
+        terms.rank,
+        terms.sft,
+        kept.sum(),
+        kept.numel(),
+        (gap[kept] < 0).sum(),
+        -gap[kept].sum(),
+        better[kept].sum(),
+        worse[kept].sum(),
+        (objective.active(group) & kept).sum(),
+        agreement.numel(),
+        (agreement > 0).sum(),
+        (agreement < 0).sum(),
+        plan.gate.sum(),
+        plan.gate.numel(),
+        lengths.sum(),
+        (lengths > 0).sum(),
+    ]
+    routed = [0.0] * (len(METRIC_NAMES) - len(common))
+    own = objective.report(group)
+    sums = [*common, *routed, *(own[name] for name in objective.metric_names)]
+    return torch.stack([torch.as_tensor(value, device=gap.device).to(torch.float32) for value in sums])
+
+
 class CLHAMetrics:
     """Metrics of one or several loss calls, on the loss's device; reading a number synchronises, nothing else does.
 
     A mean over nothing (no kept pair) is NaN, never 0.
 
     Attributes:
-        values: float32 [19], sums in the order of `METRIC_NAMES`.
+        values: float32 [19 or more], sums in the order of `METRIC_NAMES`, then of `names`, the objective's own.
         scores: [C] length-normalised log-probability s_i of every candidate (Eq. 3); 0 for one without tokens.
     """
 
-    def __init__(self, values: Tensor, scores: Tensor, calls: int = 1) -> None:
+    def __init__(self, values: Tensor, scores: Tensor, calls: int = 1, names: Sequence[str] = ()) -> None:
         self.values = values
         self.scores = scores
+        self.names = tuple(names)
         self._calls = calls
 
     def sum_of(self, name: str) -> Tensor:
-        """The raw sum called `name` in `METRIC_NAMES`, a scalar tensor."""
-        return self.values[_INDEX[name]]
+        """The raw sum called `name` in `METRIC_NAMES` or by the objective, a scalar tensor."""
+        return self.values[_INDEX[name] if name in _INDEX else len(METRIC_NAMES) + self.names.index(name)]
 
     def _per_kept_pair(self, name: str) -> Tensor:
         return self.sum_of(name) / self.sum_of("kept_pairs")
@@ -118,11 +158,12 @@ class CLHAMetrics:
         if not parts:
             raise ValueError("parts: expected at least one CLHAMetrics, got none")
         values = torch.stack([part.values for part in parts]).sum(0)
-        return cls(values, torch.cat([part.scores for part in parts]), sum(part._calls for part in parts))
+        calls = sum(part._calls for part in parts)
+        return cls(values, torch.cat([part.scores for part in parts]), calls, parts[0].names)
 
     def as_dict(self) -> dict[str, float]:
         """All metrics as Python floats under their usual names (one synchronisation)."""
-        sums = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
+        sums = dict(zip((*METRIC_NAMES, *self.names), self.values.tolist(), strict=True))
 
         def ratio(top: float, bottom: float) -> float:
             return top / bottom if bottom else float("nan")
@@ -144,6 +185,7 @@ class CLHAMetrics:
             "open_gate_share": ratio(sums["open_gates"], sums["prompts"]),
             "kendall_tau": ratio(sums["concordant_pairs"] - sums["discordant_pairs"], sums["ordered_pairs"]),
             "num_tokens": sums["scored_tokens"],
+            **{name: ratio(sums[name], sums["prompts"]) for name in self.names},
             **(routed if blocks else {}),
         }
 

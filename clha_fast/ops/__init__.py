@@ -1,0 +1,6 @@
+"""Custom operators, input checks and the choice of a backend."""
+
+from clha_fast.ops.head import token_logps, token_logps_backward
+from clha_fast.ops.loss import linear_loss
+
+__all__ = ["linear_loss", "token_logps", "token_logps_backward"]

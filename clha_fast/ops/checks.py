@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.types import HeadInputs, RankingInputs
+from clha_fast.objectives import CLHAOptions, Objective
+from clha_fast.options import HeadOptions
+from clha_fast.types import COUNTS, SIGNALS, HeadInputs, RankingInputs
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -43,7 +44,29 @@ def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str, h
     _expect(ok, name, f"integers of shape [{meaning}{size}]{hint}", tensor)
 
 
-def head_inputs(inputs: HeadInputs) -> None:
+def head_inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_index: Tensor | None
+) -> HeadInputs:
+    """The head's inputs, checked; floating ones in autocast's dtype where that is on, as `F.linear` takes them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    require_tensors(hidden=hidden, weight=weight, bias=bias)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            # Like autocast itself, float64 is left alone.
+            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+    inputs = HeadInputs(hidden, weight, bias, targets, row_index)
+    _check_head(inputs)
+    return inputs
+
+
+def _check_head(inputs: HeadInputs) -> None:
     """Shapes, dtypes and devices of what token log-probabilities are made from."""
     require_tensors(**inputs._asdict())
     hidden, weight, bias, targets, row_index = inputs
@@ -73,24 +96,42 @@ def head_inputs(inputs: HeadInputs) -> None:
         _expect(row_index.device == device, "row_index", f"hidden's device {device}", row_index)
 
 
-def ranking_inputs(ranking: RankingInputs) -> None:
-    """Shapes and dtypes of what ranks the candidates."""
-    require_tensors(**ranking._asdict())
-    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count = ranking
-    _index_tensor("candidate_lengths", candidate_lengths, None, "C")
-    _index_tensor("candidates_per_prompt", candidates_per_prompt, None, "P")
-    if candidates_per_prompt.shape[0] == 0:
+def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) -> None:
+    """Shapes and dtypes of what is known of the candidates, and that the objective has and reads what there is."""
+    require_tensors(**given._asdict())
+    count, prompts = given.candidate_lengths.shape[:1], given.candidates_per_prompt.shape[:1]
+    _index_tensor("candidate_lengths", given.candidate_lengths, None, "C")
+    _index_tensor("candidates_per_prompt", given.candidates_per_prompt, None, "P")
+    if prompts[0] == 0:
         raise ValueError("candidates_per_prompt: expected at least one prompt, got none")
-    if rewards is not None:
-        count = candidate_lengths.shape[0]
-        ok = rewards.shape == (count,) and rewards.is_floating_point()
-        _expect(ok, "rewards", f"floating [C = {count}]", rewards)
-    if sft_index is not None:
-        _index_tensor("sft_index", sft_index, candidates_per_prompt.shape[0], "P")
-    if pair_counts is not None:
-        _expect(pair_counts.dim() == 1, "pair_counts", "[D], one count a rank distance", pair_counts)
-    if prompt_count is not None:
-        _expect(prompt_count.dim() == 0, "prompt_count", "a scalar tensor", prompt_count)
+    if given.rewards is not None:
+        ok = given.rewards.shape == count and given.rewards.is_floating_point()
+        _expect(ok, "rewards", f"floating [C = {count[0]}]", given.rewards)
+    if given.sft_index is not None:
+        _index_tensor("sft_index", given.sft_index, prompts[0], "P")
+    if given.pair_counts is not None:
+        _expect(given.pair_counts.dim() == 1, "pair_counts", "[D], one count a rank distance", given.pair_counts)
+    for name in COUNTS[1:]:
+        value = getattr(given, name)
+        _expect(value is None or value.dim() == 0, name, "a scalar tensor", value)
+    for name in SIGNALS:
+        value = getattr(given, name)
+        if value is not None:
+            a_candidate = name in ("reference_logps", "advantages")
+            ok = value.shape == (num_tokens,) or (a_candidate and value.shape == count)
+            shapes = f"[N = {num_tokens}]" + (f" or [C = {count[0]}]" if a_candidate else "")
+            _expect(ok and value.is_floating_point(), name, f"floating {shapes}", value)
+    objective.check(given)
+
+
+def log_probabilities(logps: Tensor, scored: Tensor | None) -> None:
+    """What a loss of log-probabilities is given in the head's place."""
+    require_tensors(logps=logps, scored=scored)
+    ok = logps.dim() == 1 and logps.dtype in (torch.float32, torch.float64)
+    _expect(ok, "logps", "float32 or float64 of shape [N]", logps)
+    if scored is not None:
+        ok = scored.shape == logps.shape and scored.dtype == torch.bool
+        _expect(ok, "scored", f"booleans of shape [N = {logps.shape[0]}]", scored)
 
 
 def _cpu(tensor: Tensor | None) -> bool:
@@ -125,7 +166,7 @@ def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None 
 
 def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
     """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
-    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, _ = ranking
+    candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts = ranking[:5]
     count = candidate_lengths.shape[0]
     if _cpu(candidate_lengths):
         if count and int(candidate_lengths.min()) < 0:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.options import CLHAOptions
+from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.pairs import keeps
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,16 @@ def measure_noise(
         gap = (rewards[:, better] - rewards[:, worse]).flatten()
         targets = torch.tensor([record.sft_index for record in group])
         target_rewards = rewards.gather(1, targets[:, None])
+        outside, ahead = (keeps(gap, rule, options.reward_margin) for rule in ("abs", "signed"))
         counts.append(
             NoiseCounts(
                 size=size,
                 prompts=len(group),
                 pairs=gap.numel(),
                 reversed=int((gap < 0).sum()),
-                inside_margin=int((gap.abs() <= options.reward_margin).sum()),
-                reversed_outside=int((gap < -options.reward_margin).sum()),
-                closed_gates=int((target_rewards <= options.reward_floor).sum()),
+                inside_margin=int((~outside).sum()),
+                reversed_outside=int((outside & ~ahead).sum()),
+                closed_gates=int((~torch.as_tensor(options.gates(target_rewards))).sum()),
             )
         )
         gaps.append(gap)

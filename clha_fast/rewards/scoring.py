@@ -19,7 +19,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.convert import convert
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord, make_record
-from clha_fast.experiments.folder import RunIdentity
+from clha_fast.files import RunIdentity
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 
 __all__ = [

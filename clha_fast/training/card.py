@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
-from clha_fast import __version__
-from clha_fast.options import CLHAOptions
+from clha_fast.objectives import Objective
+from clha_fast.version import __version__
 
 CARD_FILE = "README.md"
 TAGS = ("clha", "preference-ranking")
@@ -81,7 +81,7 @@ def write(folder: str, text: str) -> None:
 
 def model_card(
     name: str,
-    options: CLHAOptions,
+    options: Objective,
     settings: Any,
     log: Sequence[Mapping[str, Any]],
     *,
@@ -134,7 +134,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _options(options: CLHAOptions) -> dict[str, Any]:
+def _options(options: Objective) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.init}
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 
-from clha_fast.experiments.folder import WRITING, publish, publish_files, rotate, writing
+from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 
 TRAINER_STATE = "trainer_state.json"
 

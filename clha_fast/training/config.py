@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.ops.dispatch import BACKENDS
-from clha_fast.options import CLHAOptions, HeadOptions
-from clha_fast.training.loading import check_loading
-from clha_fast.training.validation import check_machine, check_numbers
+from clha_fast.options import HeadOptions
+from clha_fast.training.validation import check_loading, check_machine, check_numbers
 
 _PRESET = {"help": "None: as the preset says."}
 _LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
@@ -34,7 +34,7 @@ class CLHAConfig(TrainingArguments):
         pad_to_multiple_of: rows are padded to a multiple of it.
         max_tokens_per_batch: padded tokens (rows times the longest) of a training micro-batch on each process, in
             `per_device_train_batch_size`'s place: as many whole prompts of like length as fit, see
-            `clha_fast.batching.sampling.TokenBudgetSampler`. Micro-batches then hold different numbers of prompts, which
+            `batching.sampling.TokenBudgetSampler`. Micro-batches then hold different numbers of prompts, which
             normalizer="global" weighs alike.
         dataset_num_proc: processes that tokenise; None and 1 are the training process itself.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.

@@ -19,9 +19,10 @@ from clha_fast.batching.sampling import (
     prompt_shapes,
     row_lengths,
 )
-from clha_fast.batching.stream import RankedStream, as_dataset
-from clha_fast.options import CLHAOptions
-from clha_fast.training.loading import sampling_strategy
+from clha_fast.batching.stream import RankedStream
+from clha_fast.objectives import Objective
+from clha_fast.training.datasets import as_dataset
+from clha_fast.training.validation import sampling_strategy
 
 
 class RankedLoaders(Trainer):
@@ -30,7 +31,7 @@ class RankedLoaders(Trainer):
     args: Any  # a CLHAConfig
     data_collator: Any
     eval_collator: Any
-    loss_options: CLHAOptions
+    loss_options: Objective
     _signature_columns: list[str] | None
 
     def get_train_dataloader(self) -> DataLoader:

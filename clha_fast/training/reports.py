@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from clha_fast.models.sharding import reshard
-from clha_fast.options import CLHAOptions
+from clha_fast.objectives import Objective
 from clha_fast.training import card, samples
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.validation import check_best_metric
@@ -24,7 +24,7 @@ class ReportingTrainer(CheckpointingTrainer):
         loss_options, eval_collator: of the trainer that is built on it.
     """
 
-    loss_options: CLHAOptions
+    loss_options: Objective
     eval_collator: Any
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None

@@ -16,21 +16,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch, first_prompts
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.batching.stream import as_dataset
-from clha_fast.batching.totals import GlobalCounts, first_prompts, local_counts
+from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.models.attach import measure_head
-from clha_fast.models.head_loss import head_loss
-from clha_fast.models.heads import HeadForward, cache_flags, fused_head
-from clha_fast.models.hooks import through_hooks
-from clha_fast.models.router import auxiliary_coefficient
+from clha_fast.models.forward import CandidateForward
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
+from clha_fast.training.datasets import as_dataset
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
 
@@ -63,7 +60,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         train_dataset, eval_dataset: a `RankedDataset`, any list or `datasets.Dataset` of rows in a known format (they
             are tokenised once, at construction), a stream of such rows (`datasets.IterableDataset` or any other
             iterable dataset, tokenised as it comes; training needs `max_steps`, see
-            `clha_fast.batching.stream.as_dataset`), or for evaluation a dictionary of them.
+            `clha_fast.training.datasets.as_dataset`), or for evaluation a dictionary of them.
         processing_class: the tokenizer; needed unless `data_collator` is given.
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
         peft_config: a configuration of peft's, such as `LoraConfig`: the model gets that adapter, and only it trains.
@@ -128,20 +125,26 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             model = with_adapter(model, peft_config)
         # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
         inner = base_model(model)
+        budget = None if args.workspace_mb is None else args.workspace_mb << 20
         with whole_weights(inner, *_embeddings_of(inner)):
             self.head_info = measure_head(inner, args.backend)
+            self.head_options = self.head_info.options(
+                args.temperature, workspace_bytes=budget, max_dropped_mass=args.max_dropped_mass
+            )
+            self._forward = CandidateForward(
+                inner,
+                self.head_info,
+                self.head_options,
+                self.loss_options,
+                args.backend,  # type: ignore[arg-type]
+            )
         if isinstance(processing_class, PreTrainedTokenizerBase) and len(processing_class) > self.head_info.vocab_size:
             raise ValueError(
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
                 f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
             )
-        budget = None if args.workspace_mb is None else args.workspace_mb << 20
-        self.head_options = self.head_info.options(
-            args.temperature, workspace_bytes=budget, max_dropped_mass=args.max_dropped_mass
-        )
-        self._model_flags = cache_flags(model)
         self._train_metrics, self._eval_metrics = RunningMetrics(), RunningMetrics()
-        self._step_counts: GlobalCounts | None = None
+        self._step_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None
         self.dataset_names = []
         super().__init__(
@@ -212,32 +215,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
     def _loss(
-        self, model: nn.Module, batch: CandidateBatch, counts: GlobalCounts | None = None, scale: int = 1
+        self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
-        tensors = batch.loss_inputs()
-        if counts is not None:
-            tensors = {**tensors, "pair_counts": counts.pairs, "prompt_count": counts.prompts}
-
-        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, CLHAMetrics]:
-            return head_loss(
-                hidden,
-                weight,
-                bias,
-                tensors,
-                head=self.head_options,
-                options=self.loss_options,
-                backend=self.args.backend,
-            )
-
-        inner = base_model(self.accelerator.unwrap_model(model))
-        with fused_head(inner, compute, self.head_info) as head, through_hooks(self.head_info, head):
-            outputs = model(**batch.model_inputs(), **self._model_flags)
-        loss: Tensor = outputs.logits * scale
-        # A mean of each micro-batch's own, whatever the loss divides by.
-        auxiliary = getattr(outputs, "aux_loss", None)  # a mixture of experts that was asked for router logits
-        if auxiliary is not None:
-            loss = loss + auxiliary_coefficient(inner) * auxiliary.to(loss.device)
-        return loss, head.result[1]
+        tensors = {**batch.loss_inputs(), **(counts or {})}
+        found = self._forward(model, batch.model_inputs(), tensors, scale=scale)
+        return found.loss, found.metrics
 
     def _note_shape(self, batch: CandidateBatch) -> None:
         size = batch.targets.numel()
@@ -256,7 +238,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             if self.accelerator.num_processes > 1:
                 most = int(self.accelerator.gather(torch.tensor([most], device=device)).max())
             counts = local_counts(parts, self.loss_options, most).to(device)
-            self._step_counts = GlobalCounts.of(self._sum_over_processes(counts))
+            self._step_counts = step_counts(self._sum_over_processes(counts), self.loss_options)
         return samples, items
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:

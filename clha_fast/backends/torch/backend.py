@@ -1,26 +1,28 @@
 """The torch backend: loss and both gradients in one sweep, in bounded memory, with torch's own matrix products.
 
-A prompt's coefficients dL/dS_i need that prompt's scores only, so whole prompts go from logits to gradients while their
-exponentials are stored: three GEMMs, no recompute. The weight's gradient is memory that nobody uses before the first
-prompts have been ranked: it stores the exponentials of as many tokens as a word has numbers. Only of a prompt that
-exceeds the store is a part swept twice: its first tokens are scored at the start, and recomputed in the pass over the
-weight's gradient that takes the others.
+Whole prompts go from logits to gradients while their exponentials are stored: three GEMMs, no recompute. The weight's
+gradient is memory that nobody uses before the first prompts have been ranked: it stores the exponentials of as many
+tokens as a word has numbers. Only of a prompt that exceeds the store is a part swept twice: its first tokens are scored
+at the start, and recomputed in the pass over the weight's gradient that takes the others.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+
+from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.torch import routing as torch_routing
 from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
-from clha_fast.objectives.clha import Plan, Ranking, make_plan
+from clha_fast.layout import Chunk, prompt_chunks
+from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import METRIC_NAMES
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.objectives.ranked import RankedBatch
+from clha_fast.options import HeadOptions
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
-from torch import Tensor
 
 _MIN_WORKSPACE = 16 * 2**20
 _ROUTED_METRICS = METRIC_NAMES.index("kept_blocks")
@@ -155,83 +157,73 @@ def _sweep_tokens(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> None:
         sweep.add_gradients([sweep.stored(scan, store, grad[scan.tokens]) for scan, store in scans])
 
 
-@dataclass
-class _Group:
-    """Prompts [first, last) with tokens [start, stop), of which [kept, stop) are stored until they are ranked."""
+class _Store:
+    """`sweep.LogitStore` over a `_Sweep`."""
 
-    first: int
-    last: int
-    start: int
-    kept: int
-    stop: int
+    def __init__(self, sweep: _Sweep) -> None:
+        self.sweep = sweep
+        self.held: list[tuple[Scan, Tensor]] = []
 
+    @property
+    def logps(self) -> Tensor:
+        return self.sweep.logps
 
-def _groups(plan: Plan, room: int, capacity: int) -> list[_Group]:
-    """Ranges of whole prompts: the first of at most `room` tokens, others of `capacity`; a larger one stands alone."""
-    edges = [plan.token_offsets[c] for c in plan.candidate_offsets]
-    groups: list[_Group] = []
-    first = 0
-    for last in range(1, len(edges)):
-        limit = capacity if groups else room
-        if last == len(edges) - 1 or edges[last + 1] - edges[first] > limit:
-            start, stop = edges[first], edges[last]
-            groups.append(_Group(first, last, start, max(start, stop - limit), stop))
-            first = last
-    return groups
+    def chunks(self, edges: Sequence[int]) -> list[Chunk]:
+        return prompt_chunks(edges, self.sweep.capacity, first=self.sweep.room())
 
+    def score(self, spans: Sequence[tuple[int, int]]) -> None:
+        _score(self.sweep, torch.cat([self.sweep.tokens(*span) for span in spans]))
 
-def _sweep_groups(sweep: _Sweep, plan: Plan, ranked: Ranking) -> None:
-    """Groups of prompts one after another: stored, ranked, and turned into gradients."""
-    groups = _groups(plan, sweep.room(), sweep.capacity)
-    early = torch.cat([sweep.tokens(g.start, g.kept) for g in groups])
-    _score(sweep, early)
-    for g in groups:
-        scans = [
-            (sweep.note(sweep.scan(part, store)), store) for part, store in sweep.stores(sweep.tokens(g.kept, g.stop))
+    def hold(self, start: int, stop: int) -> None:
+        sweep = self.sweep
+        self.held = [
+            (sweep.note(sweep.scan(part, store)), store) for part, store in sweep.stores(sweep.tokens(start, stop))
         ]
-        ranked.rank(g.first, g.last, sweep.logps[g.start : g.stop])
-        grad = sweep.usable(ranked.token_coefficients(g.first, g.last), sweep.tokens(g.start, g.stop))
-        parts = [sweep.stored(scan, store, grad[scan.tokens - g.start]) for scan, store in scans]
-        again = _recomputed(sweep, sweep.tokens(g.start, g.kept), grad[: g.kept - g.start])
+
+    def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
+        sweep, start = self.sweep, chunk.start
+        grad = sweep.usable(slopes, sweep.tokens(start, chunk.stop))
+        parts = [sweep.stored(scan, store, grad[scan.tokens - start]) for scan, store in self.held]
+        again = _recomputed(sweep, sweep.tokens(start, chunk.kept), grad[: chunk.kept - start])
         # One pass over the weight's gradient for what is stored and the first that is not.
         sweep.add_gradients([*parts, *itertools.islice(again, 1)])
         for part in again:
             sweep.add_gradients([part])
+        # Nothing here outlives the stores: their memory is wanted for the gradient of rows that no token reads.
+        self.held = []
 
 
-def clha_sweep(
-    inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, needs: Needs
+def loss_sweep(
+    inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective, needs: Needs
 ) -> tuple[LossResult, Gradients]:
-    """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_clha_loss`.
+    """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_loss`.
 
-    Reads `candidate_lengths` and `candidates_per_prompt` on the host: with CPU tensors that costs a GPU nothing.
-    The gradients of 16-bit inputs are float32, for they are rounded after the upstream gradient has been multiplied in.
+    Reads the sizes on the host: with CPU tensors that costs a GPU nothing. The gradients of 16-bit inputs are float32,
+    for they are rounded after the upstream gradient has been multiplied in.
     """
     sweep = _Sweep(inputs, head, needs)
-    plan = make_plan(inputs.targets, ranking, head, options, sweep.dtype)
-    ranked = Ranking(plan, options)
-    num_prompts, num_tokens = len(plan.candidate_offsets) - 1, inputs.targets.numel()
+    ranked = RankedBatch(objective, given, sweep.scored, sweep.dtype)
+    num_prompts, num_tokens = ranked.layout.num_prompts, inputs.targets.numel()
     sweep.allocate(needs)
     route = None
     if head.max_dropped_mass is not None:
         route = torch_routing.Route(sweep, head.max_dropped_mass, gradients=any(needs))
     if any(needs) and route is None:
-        _sweep_groups(sweep, plan, ranked)
+        store = _Store(sweep)
+        slopes = sweep_prompts(store, store.chunks(ranked.layout.prompt_edges), ranked, gradients=True)
     else:
         everything = sweep.tokens(0, num_tokens)
         _score(sweep, everything, route)
-        ranked.rank(0, num_prompts, sweep.logps)
+        slopes = ranked.rank(0, num_prompts, sweep.logps)
         if any(needs) and route is not None:
-            grad = sweep.usable(ranked.token_coefficients(0, num_prompts), everything)
-            route.backward(grad, sweep.peak, sweep.log_total)
-    loss, metrics, scores = ranked.finish(sweep.dtype)
+            route.backward(sweep.usable(slopes, everything), sweep.peak, sweep.log_total)
+    loss, metrics, scores = ranked.finish(sweep.logps)
     if route is not None:
         metrics[_ROUTED_METRICS : _ROUTED_METRICS + 3] = route.metrics()
-    coefficients = ranked.coefficients.to(sweep.dtype)
-    result = LossResult(loss, metrics, scores, coefficients, sweep.lse, _no_route(sweep))
+    result = LossResult(loss, metrics, scores, slopes.to(sweep.dtype), sweep.lse, _no_route(sweep))
     return result, sweep.gradients(sweep.dtype)
 
 
-def clha_forward(inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions) -> LossResult:
-    """`clha_sweep` without gradients."""
-    return clha_sweep(inputs, ranking, head, options, Needs(False, False, False))[0]
+def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective) -> LossResult:
+    """`loss_sweep` without gradients."""
+    return loss_sweep(inputs, given, head, objective, Needs(False, False, False))[0]

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, Needs
-from torch import Tensor
 
 # One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
 _BLOCK_BYTES = 3 * 2**20

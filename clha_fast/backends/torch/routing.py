@@ -24,10 +24,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from clha_fast.backends.torch.head import Scan, TorchHead, block_bytes
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS
-from torch import Tensor
 
 # Blocks whose tokens are listed at a time.
 _LISTED_BLOCKS = 32

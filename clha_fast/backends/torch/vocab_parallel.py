@@ -1,4 +1,4 @@
-"""Token log-probabilities and the CLHA loss when the output embedding's rows are spread over a process group.
+"""Token log-probabilities when the output embedding's rows are spread over a process group.
 
 Every process holds some rows of the vocabulary and the same hidden states. The log-sum-exp is reduced over the group
 (the maximum, then the rescaled sum together with the target's logit): two collectives over [N] numbers for any N * V.
@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from clha_fast.backends.torch.head import TorchHead
-from clha_fast.functional import head_inputs
-from clha_fast.objectives.metrics import CLHAMetrics
-from clha_fast.ops import checks
-from clha_fast.options import PUBLISHED, CLHAOptions, HeadOptions
-from clha_fast.token_loss import clha_loss
-from clha_fast.types import HeadInputs, Needs, RankingInputs
 from torch import Tensor
+
+from clha_fast.backends.torch.head import TorchHead
+from clha_fast.ops import checks
+from clha_fast.options import HeadOptions
+from clha_fast.types import HeadInputs, Needs
 
 _DEFAULT_HEAD = HeadOptions()
 
@@ -66,17 +64,9 @@ class _ShardedHead(TorchHead):
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        row_index: Tensor | None,
-        shard: VocabShard,
-        head: HeadOptions,
-    ) -> Tensor:
-        sweep = _ShardedHead(shard, HeadInputs(hidden, weight, bias, targets, row_index), head)
+    def forward(ctx: Any, shard: VocabShard, head: HeadOptions, *tensors: Tensor | None) -> Tensor:
+        inputs = HeadInputs(*tensors)  # type: ignore[arg-type]
+        sweep = _ShardedHead(shard, inputs, head)
         local_peak, total, chosen = sweep.local_softmax()
         peak = local_peak.clone()
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=shard.group)
@@ -87,20 +77,20 @@ class _TokenLogps(torch.autograd.Function):
         log_total = sums[0].log()
         # A target that no shard holds is out of the vocabulary: NaN, as in the kernels.
         logps = torch.where(sums[2] == 1, (sums[1] - peak) - log_total, torch.nan)
-        ctx.save_for_backward(hidden, weight, bias, targets, row_index, peak, log_total)
+        ctx.save_for_backward(*inputs, peak, log_total)
         ctx.shard, ctx.head = shard, head
-        return torch.where(targets == head.ignore_index, torch.zeros_like(logps), logps)
+        return torch.where(inputs.targets == head.ignore_index, torch.zeros_like(logps), logps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, peak, log_total = ctx.saved_tensors
         inputs = HeadInputs(*tensors)
         sweep = _ShardedHead(ctx.shard, inputs, ctx.head)
-        sweep.allocate(Needs(*ctx.needs_input_grad[:3]))
+        sweep.allocate(Needs(*ctx.needs_input_grad[2:5]))
         sweep.accumulate_gradients(grads[0], peak, log_total)
         if sweep.dhidden is not None and ctx.shard.reduce_hidden:
             dist.all_reduce(sweep.dhidden, group=ctx.shard.group)  # before it is rounded to the input's dtype
-        return (*sweep.gradients(inputs.hidden.dtype), None, None, None, None)
+        return (None, None, *sweep.gradients(inputs.hidden.dtype), None, None)
 
 
 def _check(inputs: HeadInputs, shard: VocabShard, head: HeadOptions) -> None:
@@ -147,44 +137,6 @@ def token_logps(
     Raises:
         ValueError: shapes or dtypes do not fit; on CPU tensors also targets or row indices out of range.
     """
-    inputs = head_inputs(hidden, weight, bias, targets, row_index)
+    inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     _check(inputs, shard, head)
-    return _TokenLogps.apply(*inputs, shard, head)
-
-
-def linear_clha_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    candidate_lengths: Tensor,
-    candidates_per_prompt: Tensor,
-    shard: VocabShard,
-    *,
-    rewards: Tensor | None = None,
-    sft_index: Tensor | None = None,
-    bias: Tensor | None = None,
-    row_index: Tensor | None = None,
-    pair_counts: Tensor | None = None,
-    prompt_count: Tensor | None = None,
-    head: HeadOptions = _DEFAULT_HEAD,
-    options: CLHAOptions = PUBLISHED,
-) -> tuple[Tensor, CLHAMetrics]:
-    """`functional.linear_clha_loss` (Fang et al. 2024, Eq. 3-6) with this process's rows of the output embedding.
-
-    Args:
-        weight, bias, shard: as in `token_logps` here. All others as in `functional.linear_clha_loss`, the same on
-            every process of the group.
-
-    Returns:
-        (loss, metrics), the same on every process. `candidate_lengths` and `candidates_per_prompt` are read on the
-        host.
-
-    Raises:
-        ValueError: as `functional.linear_clha_loss`.
-    """
-    ranking = RankingInputs(candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts, prompt_count)
-    # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
-    checks.ranking_inputs(ranking)
-    checks.ranking_values(targets.shape[0], ranking)
-    logps = token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
-    return clha_loss(logps, targets, ranking, ignore_index=head.ignore_index, options=options)
+    return _TokenLogps.apply(shard, head, *inputs)

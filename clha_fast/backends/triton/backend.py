@@ -7,15 +7,20 @@ backward walks chunks of dL/dlogits through one workspace.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from clha_fast.backends.triton.backward import Active, Backward
-from clha_fast.backends.triton.clha import Ranking, combine
+from clha_fast.backends.triton.clha import CLHARanking
+from clha_fast.backends.triton.combine import combine
 from clha_fast.backends.triton.forward import launch_head, make_route
 from clha_fast.backends.triton.head import Head, on
+from clha_fast.backends.triton.launchers import launcher
 from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.backends.triton.routed import routed_backward
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.objectives import Objective
+from clha_fast.objectives.metrics import METRIC_NAMES
+from clha_fast.options import HeadOptions
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 from csrc_triton.clha import METRICS
 
@@ -41,17 +46,16 @@ def _statistics(inputs: HeadInputs, ready: Head, head: HeadOptions) -> tuple[Ten
     return launch_head(inputs.hidden, ready, head.workspace_bytes, routed=head.max_dropped_mass is not None)
 
 
-def clha_forward(
-    inputs: HeadInputs, ranking_inputs: RankingInputs, head: HeadOptions, options: CLHAOptions
-) -> LossResult:
-    """Loss, metrics, scores and coefficients with one GEMM and no logits; all float32 but lse.
+def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective) -> LossResult:
+    """Loss, metrics, scores and slopes with one GEMM and no logits; all float32 but lse.
 
-    lse is float64 for the backward's sake. Shapes and meaning as in `functional.linear_clha_loss`. Counts that do not
-    add up or an SFT index outside its prompt read nothing out of bounds. Raises as `token_logps_forward` does.
+    lse is float64 for the backward's sake. Shapes and meaning as in `functional.linear_loss`. With CLHA's kernels the
+    host never waits, and counts that do not add up or an SFT index outside its prompt read nothing out of bounds; any
+    other objective reads the sizes on the host. Raises as `token_logps_forward` does.
     """
     ready = Head.of(inputs, head)
     with on(inputs.hidden.device):
-        return rank(*_statistics(inputs, ready, head), ready, ranking_inputs, options, head.max_dropped_mass)
+        return rank(*_statistics(inputs, ready, head), ready, given, objective, head.max_dropped_mass)
 
 
 def rank(
@@ -59,19 +63,21 @@ def rank(
     block_sum: Tensor,
     target_logit: Tensor,
     head: Head,
-    ranking_inputs: RankingInputs,
-    options: CLHAOptions,
+    given: RankingInputs,
+    objective: Objective,
     max_dropped_mass: float | None = None,
 ) -> LossResult:
-    """What `clha_forward` returns, from the head kernel's block statistics."""
-    ranked = Ranking(ranking_inputs, options, head)
-    logps, lse = combine(block_peak, block_sum, target_logit, head.targets, head, ranked)
-    ranked.rank(logps)
-    result = ranked.finish(lse)
-    if max_dropped_mass is None:
-        return result
-    route, result.metrics[METRICS.value :] = make_route(block_peak, block_sum, lse, head, max_dropped_mass)
-    return result._replace(route=route)
+    """What `loss_forward` returns, from the head kernel's block statistics."""
+    ranked = launcher(objective, given, head)
+    counting = ranked if isinstance(ranked, CLHARanking) else None
+    logps, lse = combine(block_peak, block_sum, target_logit, head.targets, head, counting)
+    slopes = ranked.rank(0, given.candidates_per_prompt.shape[0], logps).to(torch.float32)
+    loss, metrics, scores = ranked.finish(logps)
+    route = logps.new_empty(0)
+    if max_dropped_mass is not None:
+        common = slice(METRICS.value, len(METRIC_NAMES))
+        route, metrics[common] = make_route(block_peak, block_sum, lse, head, max_dropped_mass)
+    return LossResult(loss, metrics, scores, slopes, lse, route)
 
 
 def token_logps_backward(

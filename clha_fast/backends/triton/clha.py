@@ -1,4 +1,4 @@
-"""The ranking's launches, for all prompts at once or for chunks of whole prompts; nothing is read back."""
+"""The CLHA kernels' launches, for all prompts at once or for chunks of whole prompts; nothing is read back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.backends.triton.head import Head, tiles
-from clha_fast.layout import Chunk
+from clha_fast.backends.triton.head import Head
+from clha_fast.objectives import CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES
-from clha_fast.options import CLHAOptions
-from clha_fast.types import LossResult, RankingInputs
+from clha_fast.types import RankingInputs
 from csrc_triton import clha as ranking
 
 _NOISE = {"none": ranking.NOISE_NONE, "abs": ranking.NOISE_ABS, "signed": ranking.NOISE_SIGNED}
@@ -21,17 +20,16 @@ _REDUCE = {
     "distance_mean": ranking.REDUCE_DISTANCE_MEAN,
     "pair_mean": ranking.REDUCE_PAIR_MEAN,
 }
-_NO_RANKING = {"HAS_REWARDS": False, "NOISE": _NOISE["none"], "REDUCE": _REDUCE["sum"], "COUNT_PAIRS": False}
 
 
-class Ranking:
-    """Counts, scores, coefficients and metrics of a batch, on the device.
+class CLHARanking:
+    """`objectives.ranked.Ranked` for CLHA: counts, scores, slopes and metrics of a batch, on the device.
 
-    `count` (or `combine`, whose launch does the same) comes first, then `rank` for the whole batch or for one chunk
-    after the other, then `finish`: a launch each.
+    `count` (or `combine.combine`, whose launch does the same) comes first, then `rank` for the whole batch or for one
+    chunk after the other, then `finish`: a launch each.
     """
 
-    def __init__(self, inputs: RankingInputs, options: CLHAOptions, head: Head) -> None:
+    def __init__(self, options: CLHAOptions, inputs: RankingInputs, head: Head) -> None:
         self.head, self.options = head, options
         self.device = head.targets.device
         self.num_candidates = inputs.candidate_lengths.shape[0]
@@ -46,6 +44,7 @@ class Ranking:
         self.lengths = self._empty(self.num_candidates, torch.int32)
         self.scores, self.coefficients = (self._empty(self.num_candidates, torch.float32) for _ in range(2))
         self.sums = self._empty(self.num_candidates, torch.float64)
+        self._seen = 0
         self.partials = torch.empty(self.num_prompts, ranking.METRICS.value, dtype=torch.float64, device=self.device)
         self.flags: dict[str, Any] = {
             "HAS_REWARDS": rewards is not None,
@@ -89,10 +88,12 @@ class Ranking:
             **self.head.config("count"),
         )
 
-    def rank(self, logps: Tensor, chunk: Chunk | None = None) -> None:
-        """Takes the log-probabilities of a chunk's tokens, or of all, and fills its candidates' scores and slopes."""
-        first, last = (0, self.num_prompts) if chunk is None else (chunk.first_prompt, chunk.last_prompt)
-        first_token = 0 if chunk is None else chunk.start
+    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
+        """dL/dlogp of the tokens of prompts [first, last); fills their candidates' scores and coefficients."""
+        start = 0 if first == 0 else self._seen
+        stop = self._seen = start + logps.shape[0]
+        if logps.storage_offset():
+            logps = logps.clone()  # a view in the middle of a tensor would make Triton compile for its alignment
         options = self.options
         ranking.prompts_kernel[(last - first,)](
             logps,
@@ -107,12 +108,12 @@ class Ranking:
             self.scores,
             self.coefficients,
             self.partials,
-            first_token + logps.shape[0],
+            stop,
             self.num_candidates,
             self.num_prompts,
             0 if self.pair_counts is None else self.pair_counts.shape[0],
             first,
-            first_token,
+            start,
             float(options.margin),
             float(options.reward_margin),
             float(options.rank_weight),
@@ -125,6 +126,7 @@ class Ranking:
             **self.flags,
             **self.head.config("prompts"),
         )
+        return self.coefficients[self.owner[start:stop]]
 
     @cached_property
     def owner(self) -> Tensor:
@@ -133,52 +135,9 @@ class Ranking:
         # Lengths that do not add up must not become an access out of bounds.
         return torch.searchsorted(self.token_ends, tokens, right=True).clamp_(max=max(0, self.num_candidates - 1))
 
-    def token_coefficients(self, start: int, stop: int) -> Tensor:
-        """dL/dlogp of tokens [start, stop), whose prompts have been ranked."""
-        return self.coefficients[self.owner[start:stop]]
-
-    def finish(self, lse: Tensor) -> LossResult:
-        """The loss and what goes with it, once every prompt has been ranked; the route is empty."""
+    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, metrics, scores), once every prompt has been ranked; the metrics of a routed backward stay 0."""
         loss = torch.empty((), dtype=torch.float32, device=self.device)
-        # The kernel fills the ranking's own; those of a routed backward stay 0.
         metrics = torch.zeros(len(METRIC_NAMES), dtype=torch.float32, device=self.device)
         ranking.finish_kernel[(1,)](self.partials, loss, metrics, self.num_prompts, **self.head.config("finish"))
-        return LossResult(loss, metrics, self.scores, self.coefficients, lse, loss.new_empty(0))
-
-
-def combine(
-    block_peak: Tensor,
-    block_sum: Tensor,
-    target_logit: Tensor,
-    targets: Tensor,
-    head: Head,
-    ranked: Ranking | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(logps [N] float32, lse [N] float64) of block statistics [blocks, N]; the same launch does `ranked.count()`."""
-    logps, lse = torch.empty_like(target_logit), torch.empty_like(target_logit, dtype=torch.float64)
-    num_tokens = logps.shape[0]
-    config = head.config("combine")
-    programs = tiles(num_tokens, config["BLOCK_N"]) + (0 if ranked is None else ranked.num_prompts)
-    if programs:
-        ranking.combine_kernel[(programs,)](
-            block_peak,
-            block_sum,
-            target_logit,
-            targets,
-            logps,
-            lse,
-            None if ranked is None else ranked.token_ends,
-            None if ranked is None else ranked.prompt_ends,
-            None if ranked is None else ranked.rewards,
-            None if ranked is None else ranked.lengths,
-            None if ranked is None else ranked.pair_counts,
-            num_tokens,
-            0 if ranked is None else ranked.num_candidates,
-            block_peak.shape[0],
-            head.ignore_index,
-            0.0 if ranked is None else float(ranked.options.reward_margin),
-            HAS_PROMPTS=ranked is not None,
-            **(_NO_RANKING if ranked is None else ranked.count_flags),
-            **config,
-        )
-    return logps, lse
+        return loss, metrics, self.scores

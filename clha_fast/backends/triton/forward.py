@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.backends.triton.head import Head, gather, programs, round_up, tiles
 from clha_fast.options import ROUTE_WORDS
 from csrc_triton import forward, routing
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _COPY_BYTES = 64 * 2**20
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.backends.triton.backward import Backward
 from clha_fast.backends.triton.head import programs, round_up
 from csrc_triton import persistent_backward
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class PersistentBackward(Backward):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clha_fast.backends.triton.clha import combine
+from clha_fast.backends.triton.combine import combine
 from clha_fast.backends.triton.head import Head, round_up, tiles
 from csrc_triton import softmax
 

@@ -26,16 +26,20 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clha_fast.backends.triton.clha import Ranking
+from clha_fast.backends.sweep import sweep_prompts
+from clha_fast.backends.triton.clha import CLHARanking
 from clha_fast.backends.triton.head import Head, on
+from clha_fast.backends.triton.launchers import launcher
 from clha_fast.backends.triton.softmax import gradient, padded_width, statistics
-from clha_fast.layout import accumulate, even_share, prompt_chunks
-from clha_fast.options import CLHAOptions, HeadOptions
+from clha_fast.layout import Chunk, accumulate, even_capacity, even_share, prompt_chunks, prompt_edges
+from clha_fast.objectives import Objective
+from clha_fast.options import HeadOptions
 from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 
 _MIN_WORKSPACE = 64 * 2**20
@@ -251,43 +255,67 @@ def token_logps_backward(
     return sweep.gradients(inputs.hidden.dtype)
 
 
-def clha_sweep(
-    inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions, needs: Needs
-) -> tuple[LossResult, Gradients]:
-    """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_clha_loss`.
+class _Store:
+    """`sweep.LogitStore` over a `_Sweep`."""
 
-    Never waits for the GPU. Chunks end between prompts, which the host knows when `candidate_lengths` and
-    `candidates_per_prompt` are CPU tensors: three GEMMs. With both on the GPU, all tokens in front of the last
-    workspace's worth are formed twice: three GEMMs where the batch fits the workspace, up to four where it does not.
-    The same goes for a single prompt larger than the workspace. Gradients are float32, for they are rounded after the
-    upstream gradient has been multiplied in.
+    def __init__(self, sweep: _Sweep, count: int) -> None:
+        self.sweep = sweep
+        self.logps = torch.empty(count, dtype=torch.float32, device=sweep.hidden.device)
+        self.lse = torch.empty(count, dtype=torch.float64, device=sweep.hidden.device)
+        self.loaded: Loaded | None = None
+
+    def score(self, spans: Sequence[tuple[int, int]]) -> None:
+        for start, stop in spans:
+            self.logps[start:stop], self.lse[start:stop] = _statistics(self.sweep, start, stop)
+
+    def hold(self, start: int, stop: int) -> None:
+        self.loaded = None
+        if start < stop:
+            self.loaded = self.sweep.load(start, stop)
+            self.logps[start:stop], self.lse[start:stop] = self.loaded.statistics()
+
+    def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
+        late = slopes[chunk.kept - chunk.start :]
+        if self.loaded is not None:
+            self.loaded.backward(late, self.lse[chunk.kept : chunk.stop])
+        for a, b in _pieces(chunk.start, chunk.kept, self.sweep.capacity):
+            self.sweep.load(a, b).backward(slopes[a - chunk.start : b - chunk.start], self.lse[a:b])
+
+
+def _chunks(given: RankingInputs, num_tokens: int, capacity: int) -> list[Chunk]:
+    """Chunks of whole prompts; one of all tokens where the sizes are on a GPU, for the host would have to wait."""
+    sizes = (given.candidate_lengths, given.candidates_per_prompt)
+    if any(size.device.type != "cpu" for size in sizes):
+        return [Chunk(0, sizes[1].shape[0], 0, max(0, num_tokens - capacity), num_tokens)]
+    edges = prompt_edges(*sizes)
+    return prompt_chunks(edges, even_capacity(edges, capacity))
+
+
+def loss_sweep(
+    inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective, needs: Needs
+) -> tuple[LossResult, Gradients]:
+    """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_loss`.
+
+    Never waits for the GPU where the objective has a kernel or the sizes are CPU tensors. Chunks end between prompts,
+    which the host knows when `candidate_lengths` and `candidates_per_prompt` are CPU tensors: three GEMMs. With both on
+    the GPU, all tokens in front of the last workspace's worth are formed twice: three GEMMs where the batch fits the
+    workspace, up to four where it does not. The same goes for a single prompt larger than the workspace. Gradients are
+    float32, for they are rounded after the upstream gradient has been multiplied in.
     """
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)
-        ranked = Ranking(ranking, options, sweep.ready)
-        ranked.count()
-        lse = torch.empty(inputs.targets.shape, dtype=torch.float64, device=inputs.hidden.device)
-        chunks = prompt_chunks(ranking, inputs.targets.shape[0], sweep.capacity)
+        ranked = launcher(objective, given, sweep.ready)
+        if isinstance(ranked, CLHARanking):
+            ranked.count()
+        store = _Store(sweep, inputs.targets.shape[0])
+        chunks = _chunks(given, inputs.targets.shape[0], sweep.capacity)
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
-        for chunk in chunks:
-            start, stop = chunk.start, chunk.stop
-            edge = max(start, stop - sweep.capacity)
-            logps, lse[start:edge] = _statistics(sweep, start, edge)
-            loaded = None
-            if edge < stop:
-                loaded = sweep.load(edge, stop)
-                late, lse[edge:stop] = loaded.statistics()
-                logps = late if edge == start else torch.cat([logps, late])
-            ranked.rank(logps, chunk)
-            if not any(needs):
-                continue
-            if loaded is not None:
-                loaded.backward(ranked.token_coefficients(edge, stop), lse[edge:stop])
-            for a, b in _pieces(start, edge, sweep.capacity):
-                sweep.load(a, b).backward(ranked.token_coefficients(a, b), lse[a:b])
-        return ranked.finish(lse), sweep.gradients(torch.float32)
+        slopes = sweep_prompts(store, chunks, ranked, gradients=any(needs))
+        loss, metrics, scores = ranked.finish(store.logps)
+        result = LossResult(loss, metrics, scores, slopes.to(torch.float32), store.lse, _no_route(inputs))
+        return result, sweep.gradients(torch.float32)
 
 
-def clha_forward(inputs: HeadInputs, ranking: RankingInputs, head: HeadOptions, options: CLHAOptions) -> LossResult:
-    """`clha_sweep` without gradients."""
-    return clha_sweep(inputs, ranking, head, options, _NOTHING)[0]
+def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective) -> LossResult:
+    """`loss_sweep` without gradients."""
+    return loss_sweep(inputs, given, head, objective, _NOTHING)[0]

@@ -1,0 +1,44 @@
+"""Records for training and evaluation, split by prompt: no prompt is on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from clha_fast.data.records import RankedRecord
+
+
+def prompt_key(record: RankedRecord) -> str:
+    """The same text for the same prompt: outer blanks do not count."""
+    if isinstance(record.prompt, str):
+        return record.prompt.strip()
+    return json.dumps([dict(message) for message in record.prompt], sort_keys=True)
+
+
+def split_records(
+    records: Sequence[RankedRecord], fraction: float, seed: int
+) -> tuple[list[RankedRecord], list[RankedRecord]]:
+    """(training, evaluation), by a hash of prompt and seed: a prompt is on one side, whatever else the file holds.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, or one side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction: expected a number between 0 and 1, got {fraction!r}")
+    train: list[RankedRecord] = []
+    held_out: list[RankedRecord] = []
+    for record in records:
+        digest = hashlib.sha256(f"{seed}\n{prompt_key(record)}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        (held_out if share < fraction else train).append(record)
+    if not train or not held_out:
+        side = "training" if not train else "evaluation"
+        raise ValueError(f"eval_fraction: {fraction} of {len(records)} records leaves none for {side}")
+    return train, held_out
+
+
+def shared_prompts(train: Sequence[RankedRecord], held_out: Sequence[RankedRecord]) -> int:
+    """How many evaluation records have a prompt that training also has."""
+    seen = {prompt_key(record) for record in train}
+    return sum(prompt_key(record) in seen for record in held_out)

@@ -1,0 +1,122 @@
+"""The way from a batch of candidates through a model to a loss, for a loop's attached model and for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
+from clha_fast.models.head_loss import head_loss
+from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head
+from clha_fast.models.hooks import through_hooks
+from clha_fast.models.router import auxiliary_coefficient
+from clha_fast.objectives import Objective
+from clha_fast.objectives.metrics import CLHAMetrics, metric_names
+from clha_fast.ops.dispatch import Backend
+from clha_fast.options import HeadOptions
+
+MODEL_FIELDS = ("input_ids", "attention_mask")
+
+
+class Scored(NamedTuple):
+    """loss: a scalar in nats, with a graph and the auxiliary loss in it; auxiliary: a mixture of experts' own."""
+
+    loss: Tensor
+    metrics: CLHAMetrics
+    auxiliary: Tensor | None
+
+
+class CandidateForward:
+    """A model whose head, as measured, gives place to a loss.
+
+    Args:
+        model: the unwrapped model, its embeddings whole. info: from `attach.measure_head`.
+        head, objective, backend: as `functional.linear_loss` takes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, info: HeadInfo, head: HeadOptions, objective: Objective, backend: Backend
+    ) -> None:
+        self.model, self.info, self.head, self.objective, self.backend = model, info, head, objective, backend
+        self._flags = cache_flags(model)
+        self._embeddings = input_embedding_weight(model).shape[0]
+
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | None],
+        *,
+        scale: Tensor | int = 1,
+        others: Mapping[str, Any] | None = None,
+    ) -> Scored:
+        """One forward of `run`, which is the model or a wrapper around it.
+
+        Args:
+            inputs: `MODEL_FIELDS`. tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
+            scale: multiplies the loss, not the auxiliary loss nor the metrics. others: more arguments for `run`.
+
+        Raises:
+            ValueError: tokens beyond the model's embeddings; as `functional.linear_loss`.
+            UnsupportedHeadError: the head, or hooks on it, are not those that were measured.
+        """
+        self._check(inputs["input_ids"], tensors["targets"])
+
+        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            sizes = tensors["candidates_per_prompt"]
+            if sizes is not None and sizes.shape[0] == 0:
+                return self._no_prompts(hidden, weight, bias)
+            settings: dict[str, Any] = {"head": self.head, "objective": self.objective, "backend": self.backend}
+            loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
+            return loss, metrics.values, metrics.scores
+
+        if not inputs["input_ids"].numel():  # a model must run, on every process
+            inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
+        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
+            output = run(**inputs, **(others or {}), **self._flags)
+        if not fused.called:
+            raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
+        loss, values, scores = fused.result
+        if fused.in_output:  # a wrapper may have put a node of its own behind it
+            loss = output.logits
+        if isinstance(scale, Tensor):
+            loss = loss * scale.to(loss)
+        elif scale != 1:
+            loss = loss * scale
+        auxiliary = getattr(output, "aux_loss", None)  # a mixture of experts that was asked for router logits
+        if auxiliary is not None:
+            loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
+        return Scored(loss, CLHAMetrics(values, scores, names=self.objective.metric_names), auxiliary)
+
+    def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:
+        if output_embedding(self.model) is not self.info.module:
+            raise UnsupportedHeadError(
+                "model: expected the output embedding that was there when it was attached, got another one (an adapter "
+                "on the head, or another one active?); detach, change the head and attach again"
+            )
+        if torch.compiler.is_compiling():
+            return
+        # On CPU tensors: a GPU would have to be waited for.
+        sizes = (("input_ids", input_ids, self._embeddings), ("targets", targets, self.info.vocab_size))
+        for name, ids, rows in sizes:
+            if ids is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
+                where = "input" if name == "input_ids" else "output"
+                raise ValueError(
+                    f"{name}: expected tokens below the {rows} rows of the model's {where} embedding, got "
+                    f"{int(ids.max())}; is the tokenizer larger than the model? "
+                    "(model.resize_token_embeddings(len(tokenizer)), then attach)"
+                )
+
+    def _no_prompts(
+        self, hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss 0 whose gradients are zeros for all that the head reads, and metrics of nothing."""
+        if isinstance(weight, HeadForward):
+            weight = weight(hidden[:1])
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
+        zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
+        return zero, zero.new_zeros(len(metric_names(self.objective))), zero.new_zeros(0)

@@ -1,0 +1,91 @@
+"""The check that an objective of somebody else's adds up over prompts; the library's own are held to it by tests."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clha_fast.objectives import OBJECTIVES, FromFunction
+from clha_fast.objectives.base import Objective
+from clha_fast.objectives.ranked import RankedBatch
+from clha_fast.types import COUNTS, SIGNALS, RankingInputs
+
+_LENGTHS, _SIZES = ((2, 3, 1), (4,), (2, 0), (1, 3, 2, 2)), (3, 1, 2, 4)
+_CHECKED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def check_adds_up(objective: Objective) -> Objective:
+    """The objective, once its loss of a small random batch was the sum of its losses of the single prompts.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if OBJECTIVES.get(objective.name) is type(objective):
+        return objective
+    subject: Any = objective.function if isinstance(objective, FromFunction) else objective
+    if _CHECKED.get(id(subject)) is not subject:
+        compare(objective)
+        with contextlib.suppress(TypeError):  # what cannot be referred to weakly is checked every time
+            _CHECKED[id(subject)] = subject
+    return objective
+
+
+def compare(objective: Objective) -> None:
+    """Runs an objective on a batch and prompt by prompt, with the batch's totals; ValueError where they differ."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [length for part in _LENGTHS for length in part]
+    logps = -torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.1
+    given = RankingInputs(
+        torch.tensor(lengths),
+        torch.tensor(_SIZES),
+        rewards=torch.tensor([4.0, 1.0, -3.0, 2.0, 5.0, 1.0, 9.0, 4.0, 2.0, -6.0]),
+        **{name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.reads},
+    )
+    whole = _batch(objective, given, len(logps))
+    counts = dict(zip(COUNTS[1:], whole.plan.totals, strict=True))
+    given = given._replace(pair_counts=whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES)), **counts)
+    parts = [_prompt(given, p) for p in range(len(_SIZES))]
+    edges = whole.layout.prompt_edges
+    one = _evaluate(objective, [(given, logps)])
+    many = _evaluate(objective, [(part, logps[edges[p] : edges[p + 1]]) for p, part in enumerate(parts)])
+    for what, a, b in (("loss", one[0], many[0]), ("slope", one[1], many[1])):
+        if not torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True):
+            at = int((a - b).abs().argmax())
+            raise ValueError(
+                f"objective {objective.name!r}: expected a loss that adds up over prompts (what it divides by comes "
+                f"from group.totals, never from a mean), got a {what} of {float(a.flatten()[at]):.6g} for a batch and "
+                f"{float(b.flatten()[at]):.6g} for its prompts one by one; a loss that mixes prompts takes token_logps"
+            )
+
+
+def _batch(objective: Objective, given: RankingInputs, tokens: int) -> RankedBatch:
+    return RankedBatch(objective, given, torch.ones(tokens, dtype=torch.bool), torch.float64)
+
+
+def _evaluate(objective: Objective, parts: Sequence[tuple[RankingInputs, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(loss, slopes) over some batches."""
+    losses, slopes = [], []
+    for given, logps in parts:
+        batch = _batch(objective, given, len(logps))
+        slopes.append(batch.rank(0, batch.layout.num_prompts, logps))
+        losses.append(batch.finish(logps)[0])
+    return torch.stack(losses).sum(), torch.cat(slopes)
+
+
+def _prompt(given: RankingInputs, p: int) -> RankingInputs:
+    """Prompt p alone, with the totals of all."""
+    candidates = slice(sum(_SIZES[:p]), sum(_SIZES[: p + 1]))
+    before = int(given.candidate_lengths[: candidates.start].sum())
+    tokens = slice(before, before + int(given.candidate_lengths[candidates].sum()))
+    cut: dict[str, Any] = {"candidates_per_prompt": given.candidates_per_prompt[p : p + 1]}
+    for name in ("candidate_lengths", "rewards"):
+        cut[name] = getattr(given, name)[candidates]
+    for name in SIGNALS:
+        value = getattr(given, name)
+        cut[name] = None if value is None else value[tokens]
+    return given._replace(**cut)

@@ -1,0 +1,71 @@
+"""Pairs of one prompt's candidates, the better one first, and the noise rule: which of them an objective keeps."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clha_fast.layout import Layout, accumulate
+
+
+def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
+    """The rescoring strategy (Eq. 5's 1 - k_ij) on lead = r_i - r_j, i ranked better; "none" keeps all."""
+    if noise_rule == "abs":
+        return lead.abs() > reward_margin
+    if noise_rule == "signed":
+        return lead > reward_margin
+    return torch.ones_like(lead, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs (i, j), i ranked better than j in the same prompt, in the order of i, then of j.
+
+    Attributes:
+        offsets: host integers [C + 1], the pairs of candidate i are [offsets[i], offsets[i + 1]).
+        i, j, distance: int64 [pairs]; distance = j - i. present: bool, both have a scored token.
+        lead: r_i - r_j in the dtype of the rewards, None without rewards.
+    """
+
+    offsets: list[int]
+    i: Tensor
+    j: Tensor
+    distance: Tensor
+    present: Tensor
+    lead: Tensor | None
+
+    @classmethod
+    def of(cls, layout: Layout, rewards: Tensor | None) -> Pairs:
+        """The pairs of a layout; rewards [C] on its device."""
+        device, ends = layout.device, layout.candidate_offsets
+        later = [end - 1 - c for start, end in itertools.pairwise(ends) for c in range(start, end)]
+        offsets = [0]
+        for count in later:
+            offsets.append(offsets[-1] + count)
+        counts = torch.tensor(later, dtype=torch.long, device=device)
+        i = torch.repeat_interleave(torch.arange(layout.num_candidates, device=device), counts, output_size=offsets[-1])
+        first = torch.tensor(offsets[:-1], dtype=torch.long, device=device)
+        distance = torch.arange(offsets[-1], device=device) - first[i] + 1
+        j = i + distance
+        present = (layout.lengths[i] > 0) & (layout.lengths[j] > 0)
+        return cls(offsets, i, j, distance, present, None if rewards is None else rewards[i] - rewards[j])
+
+    def kept(self, noise_rule: str, reward_margin: float) -> Tensor:
+        """bool [pairs]: present, and no noise; without rewards nothing is noise."""
+        if self.lead is None:
+            return self.present
+        return self.present & keeps(self.lead, noise_rule, reward_margin)
+
+    @property
+    def order(self) -> Tensor:
+        """What the rewards say of the order, 1, 0 or -1; without rewards the given one is right."""
+        return torch.ones_like(self.distance) if self.lead is None else torch.sign(self.lead).to(torch.long)
+
+    def at_distances(self, kept: Tensor, distances: int) -> Tensor:
+        """float64 [distances]: how many of the `kept` pairs have rank distance 1..distances."""
+        counts = torch.zeros(distances, dtype=torch.float64, device=kept.device)
+        accumulate(counts, self.distance - 1, kept.to(counts.dtype))
+        return counts

@@ -1,0 +1,82 @@
+"""An objective at work on one batch: groups of prompts become slopes, and all of them the loss and its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clha_fast.layout import Layout
+from clha_fast.objectives.base import Group, Objective
+from clha_fast.objectives.metrics import metric_sums
+from clha_fast.types import RankingInputs
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView")
+
+
+class Ranked(Protocol):
+    """What turns log-probabilities into slopes; a kernel that is fused for one objective is another one."""
+
+    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
+        """dL/dlogp of the tokens of prompts [first, last), whose log-probabilities are given [n]."""
+
+    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss [], metrics, scores [C]) of all tokens [N]; a kernel takes what `rank` has left."""
+
+
+class RankedBatch:
+    """`Ranked` in torch, for any objective; float64 inside, on the device of `scored`.
+
+    Reads the sizes on the host: with CPU tensors that costs a GPU nothing.
+
+    Args:
+        given: as `functional.linear_loss` takes it. scored: bool [N]. dtype: rewards are compared in it.
+    """
+
+    def __init__(self, objective: Objective, given: RankingInputs, scored: Tensor, dtype: torch.dtype) -> None:
+        self.objective, self.dtype = objective, dtype
+        self.layout = Layout.of(given.candidate_lengths, given.candidates_per_prompt, scored)
+        self.plan = objective.plan(self.layout, given, dtype)
+
+    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
+        return slopes(self.objective, Group(self.plan, first, last, logps))
+
+    @torch.no_grad()
+    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        group = Group(self.plan, 0, self.layout.num_prompts, logps)
+        terms = self.objective.terms(group)
+        loss = (terms.rank + terms.sft).to(self.dtype)
+        return loss, metric_sums(self.objective, group, terms), group.scores.to(self.dtype)
+
+
+def slopes(objective: Objective, group: Group) -> Tensor:
+    """float64 [n], d(rank + sft) / dlogp: the objective's closed form, else autograd's on this group alone."""
+    found = objective.slopes(group)
+    if found is not None:
+        return found
+    with recording():
+        leaf = group.logps.detach().requires_grad_()
+        terms = objective.terms(Group(group.plan, group.first, group.last, leaf))
+        loss = terms.rank + terms.sft
+        if not loss.requires_grad:
+            return torch.zeros_like(leaf)
+        (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+    return slope
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Inside, autograd records, also within a custom operator, below which torch takes it to be done.
+
+    `torch.autograd.grad` finds no graph there, and `torch.func.grad` none under `torch.compile`: an operator's body
+    runs with autograd's dispatch keys excluded.
+    """
+    core = torch._C
+    included, excluded = core._dispatch_tls_local_include_set(), core._dispatch_tls_local_exclude_set()
+    for name in _AUTOGRAD:
+        excluded = excluded.remove(getattr(core.DispatchKey, name))
+    with core._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -1,0 +1,103 @@
+"""What a trainer makes of the datasets that it is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers.utils import logging
+
+from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.stream import RankedStream
+from clha_fast.data.records import RecordError
+from clha_fast.layout import Layout
+from clha_fast.objectives import Objective
+from clha_fast.objectives.pairs import Pairs
+from clha_fast.training.config import CLHAConfig
+
+logger = logging.get_logger(__name__)
+
+
+def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
+    """Rows become a `RankedDataset`, streams a `RankedStream`; what is tokenised, or has its own collator, stays.
+
+    A training stream is repeated without end, so `max_steps` alone ends training, and every process has as many
+    batches as the others. An evaluation stream's end is filled up to full batches for all processes.
+
+    Raises:
+        ValueError: a path; something that can be read only once; a stream with `max_tokens_per_batch`.
+        RecordError: as `RankedDataset`.
+    """
+    if (
+        dataset is None
+        or isinstance(dataset, (RankedDataset, RankedStream))
+        or not isinstance(collator, RankedCollator)
+    ):
+        return dataset
+    name = "train_dataset" if training else "eval_dataset"
+    if isinstance(dataset, (str, os.PathLike)):
+        raise ValueError(
+            f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
+            f"{os.fspath(dataset)!r}"
+        )
+    if not isinstance(dataset, IterableDataset):
+        tokenised = "completion_ids" in (getattr(dataset, "column_names", None) or ())
+        if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
+            return dataset
+        if hasattr(dataset, "__len__"):
+            found = _tokenised(dataset, collator, args, name)
+            if training:
+                _warn_if_nothing_is_ranked(found, collator.options)
+            return found
+        if not hasattr(dataset, "__iter__"):
+            return dataset
+    if isinstance(dataset, Iterator):
+        got = type(dataset).__name__
+        raise ValueError(f"{name}: expected rows that can be read again for every pass, got a {got}, which ends")
+    if training and args.max_tokens_per_batch is not None:
+        raise ValueError(
+            f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
+            f"{args.max_tokens_per_batch}"
+        )
+    return RankedStream(
+        dataset,
+        collator,
+        repeat=training,
+        fill_to=1 if training or args.world_size == 1 else args.world_size * args.eval_batch_size,
+        skip_bad_records=args.skip_bad_records,
+    )
+
+
+def _warn_if_nothing_is_ranked(dataset: RankedDataset, objective: Objective) -> None:
+    """A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing."""
+    if not objective.ranks or any(_keeps_a_pair(dataset[k], objective) for k in range(len(dataset))):
+        return
+    several = any(len(dataset[k]["completion_ids"]) > 1 for k in range(len(dataset)))
+    why = objective.noise_hint if several else "every prompt has one response"
+    logger.warning(f"train_dataset: no pair of responses is ranked, the SFT term alone trains; {why}")
+
+
+def _keeps_a_pair(feature: CandidateFeature, objective: Objective) -> bool:
+    layout = Layout.whole(torch.tensor([len(feature["completion_ids"])]))
+    rewards = feature.get("rewards")
+    pairs = Pairs.of(layout, None if rewards is None else torch.tensor(rewards, dtype=torch.float32))
+    return bool(objective.kept(pairs).any())
+
+
+def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
+    skipped: list[RecordError] | None = [] if args.skip_bad_records else None
+    found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
+    if skipped:
+        logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
+    if found.cut_prompts or found.cut_completions:
+        limits = ("max_length", "max_prompt_length", "max_completion_length")
+        given = ", ".join(f"{limit}={getattr(collator, limit)}" for limit in limits if getattr(collator, limit))
+        logger.warning(
+            f"{name}: {found.cut_prompts:,} of {len(found):,} prompts and {found.cut_completions:,} of "
+            f"{sum(len(found[k]['completion_ids']) for k in range(len(found))):,} responses were cut to {given}"
+        )
+    return found
