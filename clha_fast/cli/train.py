@@ -224,7 +224,7 @@ def memory_report(run: Run) -> dict[str, int]:
 
 
 def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
-    run.finish()
+    run.report()
     if run.args.process_index != 0:
         return
     print(f"\n{report.evaluation_table(run.before, run.after) if run.held_out else 'no held-out set: not evaluated'}")
@@ -310,7 +310,7 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
             raise ValueError("--config: expected the path of a YAML file, got none")
     run_options, config, command = split(merge(options, read_flags(words)))
     logging.set_verbosity_error()
-    run = Run(run_options, config)
+    run = Run(run_options, config).prepare()
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
     try:

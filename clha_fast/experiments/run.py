@@ -130,21 +130,31 @@ class _StopAsked(TrainerCallback):
 
 
 class Run:
-    """Files, tokenizer, model, trainer and folder of one run; building it reads everything and trains nothing.
+    """One run from files to a folder, in stages: read, split, build, train, report.
 
     Args:
         options: a `RunOptions`.
         settings: fields of `CLHAConfig`; `DEFAULTS` fill in what is not there.
 
     Attributes:
-        trainer: the `CLHATrainer`. train, held_out: its records. before, after: evaluation metrics, {} until known.
-        skipped: the errors of records left out (`skip_bad_records`).
+        train_records, held_out: the records, once split. skipped: the errors of those left out (`skip_bad_records`).
+        trainer: the `CLHATrainer`, once built. before, after: evaluation metrics, {} until known.
         checkpoint: what will be resumed from, None for a new run. interrupted: whether training was asked to stop.
 
     Raises:
-        ValueError, OSError: bad options, files, models and folders, each named.
-        BackendError: the backend that was asked for cannot run here.
+        ValueError: bad options. BackendError: the backend that was asked for cannot run here.
+
+    Example::
+
+        run = Run(options, settings).prepare()   # reads, splits and builds; writes nothing
+        run.evaluate_before()
+        run.train()
+        run.report()
     """
+
+    trainer: CLHATrainer
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
 
     def __init__(self, options: RunOptions, settings: Mapping[str, Any]) -> None:
         options.check()
@@ -153,30 +163,65 @@ class Run:
         if settings.get("output_dir") is None:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-        self.args = CLHAConfig(**settings)
+        self.settings, self.args = settings, CLHAConfig(**settings)
         check_best_metric(self.args.metric_for_best_model, evaluation_metrics())
         self.folder: str = self.args.output_dir
         # Before anything is written: a backend that was asked for runs or is refused.
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
-        adapter = None if options.peft_config is None else adapter_config(options.peft_config)
+        self._adapter = None if options.peft_config is None else adapter_config(options.peft_config)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.interrupted = False
         self.skipped: list[RecordError] = []
-        self.train_records, self.held_out = self._read()
-        self.identity = self._identity(settings)
+        self.train_records: list[RankedRecord] = []
+        self.held_out: list[RankedRecord] = []
+        self._stop = _StopAsked()
+
+    def prepare(self) -> Run:
+        """Everything before training: read, split, build. Writes nothing.
+
+        Raises:
+            ValueError, OSError: bad files, models and folders, each named.
+        """
+        self.split(*self.read())
+        self.build()
+        return self
+
+    def read(self) -> tuple[list[RankedRecord], list[RankedRecord] | None]:
+        """The records of the training file, and of the evaluation file where there is one."""
+        options = self.options
+        assert options.train_file is not None
+        skipped = self.skipped if options.skip_bad_records else None
+        files = [path for path in (options.train_file, options.eval_file) if path is not None]
+        train, *held_out = (read_records(path, options.format, options.rank_by_reward, skipped) for path in files)
+        return train, held_out[0] if held_out else None
+
+    def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:
+        """Which records train, and which are held out."""
+        fraction = 0.1 if self.options.eval_fraction is None else self.options.eval_fraction
+        if held_out is not None:
+            self.train_records, self.held_out = records, held_out
+        elif fraction == 0:
+            self._check_no_evaluation()
+            self.train_records, self.held_out = records, []
+        else:
+            self.train_records, self.held_out = split_records(records, fraction, self.args.seed)
+
+    def build(self) -> None:
+        """Tokenizer, model and trainer, new or from the checkpoint that is resumed; tokenises the records."""
+        options = self.options
+        self.identity = self._identity()
         self.checkpoint = check_folder(self.folder, self.identity, resume=options.resume, overwrite=options.overwrite)
         self.tokenizer = self._tokenizer()
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
-        self._stop = _StopAsked()
         self.trainer = CLHATrainer(
             self.model,
             self.args,
             train_dataset=self.train_records,
             eval_dataset=self.held_out or None,
             processing_class=self.tokenizer,
-            peft_config=adapter,
+            peft_config=self._adapter,
             callbacks=[self._stop],
         )
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
@@ -189,19 +234,6 @@ class Run:
             return torch.bfloat16 if self.args.bf16 else torch.float16
         return DTYPES[self.options.dtype]
 
-    def _read(self) -> tuple[list[RankedRecord], list[RankedRecord]]:
-        options = self.options
-        assert options.train_file is not None
-        skipped = self.skipped if options.skip_bad_records else None
-        records = read_records(options.train_file, options.format, options.rank_by_reward, skipped)
-        if options.eval_file is None:
-            fraction = 0.1 if options.eval_fraction is None else options.eval_fraction
-            if fraction == 0:
-                self._check_no_evaluation()
-                return records, []
-            return split_records(records, fraction, self.args.seed)
-        return records, read_records(options.eval_file, options.format, options.rank_by_reward, skipped)
-
     def _check_no_evaluation(self) -> None:
         """ValueError for what needs a held-out set."""
         for name, none in (("eval_strategy", "no"), ("eval_samples", 0), ("eval_on_start", False)):
@@ -210,11 +242,11 @@ class Run:
             if value != none:
                 raise ValueError(f"{name}: expected {none!r} with eval_fraction 0 (no held-out set), got {value!r}")
 
-    def _identity(self, settings: Mapping[str, Any]) -> RunIdentity:
+    def _identity(self) -> RunIdentity:
         options = self.options
         files = {"train_file": options.train_file, "eval_file": options.eval_file}
         skip = {*files, "resume", "overwrite"}
-        given = {**vars(options), **settings}
+        given = {**vars(options), **self.settings}
         defaults = {f.name: f.default for cls in (RunOptions, CLHAConfig) for f in dataclasses.fields(cls)}
         # What is spelled out as it would be anyway makes no other run.
         changed = {
@@ -295,7 +327,7 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def finish(self) -> None:
+    def report(self) -> None:
         """Evaluate the trained model and save it, its tokenizer and the metrics."""
         if self.held_out:
             self.after = self.trainer.evaluate()
