@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 from chat_templates import CHATML, IM, MESSAGES, SHAPES, TEXTS, Shape, blank_tokenizer, chat_tokenizer
-from test_trainer import config
 from tiny import make_model
+from trainers import config
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator

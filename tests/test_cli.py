@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from tiny import make_rows
+from command_line import command, one_sentence, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clha_fast
@@ -27,46 +26,6 @@ from clha_fast.cli.options import OptionError
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer
-
-SETTINGS: dict[str, Any] = {
-    "model_config": {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_dropout": 0.1,
-    },
-    "build_tokenizer": {"vocab_size": 300},
-    "eval_fraction": 0.25,
-    "max_steps": 8,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 2,
-    "save_steps": 3,
-    "max_length": 64,
-    "use_cpu": True,
-}
-
-
-def write_rows(path: Path, count: int = 16, **changes: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(count, **changes)))
-    return path
-
-
-def command(folder: Path, *flags: str, **changes: Any) -> list[str]:
-    """`train` with a configuration file in `folder`; its run goes to `folder`/run."""
-    settings = {**SETTINGS, **changes}
-    data = folder / "train.jsonl"
-    if not data.exists():
-        write_rows(data)
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
-    return [
-        *("train", "--config", str(config), "--train_file", str(data)),
-        *("--output_dir", str(folder / "run"), *flags),
-    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -176,14 +135,6 @@ def test_folder_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(command(tmp_path, "--resume", max_steps=1)) == 2
     assert "train_file changed" in capsys.readouterr().err
     assert cli.main(command(tmp_path, "--overwrite", max_steps=1)) == 0
-
-
-def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize(

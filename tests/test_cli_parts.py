@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import SETTINGS
+from command_line import SETTINGS
 from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast

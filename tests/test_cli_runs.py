@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import command, one_sentence
-from test_trainer import trainer
+from command_line import command, one_sentence
+from trainers import trainer
 
 from clha_fast.cli import main as cli
 from clha_fast.training.validation import evaluation_metrics

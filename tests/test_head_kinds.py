@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_heads import Behind, V, assert_same, build, inputs
+from head_models import Behind, V, assert_same, build, inputs
 from torch import Tensor, nn
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 

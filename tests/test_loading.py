@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from test_resume import CutAfter, PowerCut, weights
-from test_trainer import assert_same_gradients, config, eager_gradients, step_gradients
-from test_trainer import trainer as make_trainer
+from power_cuts import CutAfter, PowerCut, weights
 from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from trainers import assert_same_gradients, config, eager_gradients, step_gradients
+from trainers import trainer as make_trainer
 
 from clha_fast.batching import stream
 from clha_fast.batching.batch import CandidateBatch

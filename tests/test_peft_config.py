@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapters import BODY, TOKENIZER, base, lora
+from command_line import command, one_sentence
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_cli import command, one_sentence
 from tiny import make_rows
 
 from clha_fast.cli import main as cli

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_rows, make_tokenizer
-from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from power_cuts import PowerCut, dropout_model, trainer, weights
+from transformers import AutoModelForCausalLM
 
 import clha_fast
 from clha_fast.experiments.folder import (
@@ -28,65 +27,7 @@ from clha_fast.experiments.folder import (
     write_json,
     writing,
 )
-from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
-
-TOKENIZER = make_tokenizer()
-
-
-def dropout_model() -> nn.Module:
-    """GPT-2 has dropout in three places, so the random state matters."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    )
-    return GPT2LMHeadModel(config)
-
-
-class PowerCut(Exception):
-    pass
-
-
-class CutAfter(TrainerCallback):
-    """Ends the process's work without warning, right after the checkpoint of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise PowerCut
-
-
-def trainer(folder: Path, cut: int | None = None, **changes: Any) -> CLHATrainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 12,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 3e-3,
-        "warmup_steps": 2,
-        "save_steps": 3,
-        "save_total_limit": 2,
-        "logging_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "dataloader_pin_memory": False,
-    }
-    return CLHATrainer(
-        dropout_model(),
-        CLHAConfig(**{**settings, **changes}),
-        train_dataset=make_rows(9),
-        eval_dataset=make_rows(4, seed=5),
-        processing_class=TOKENIZER,
-        callbacks=[] if cut is None else [CutAfter(cut)],
-    )
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 # 9 prompts, 2 a batch: 5 batches an epoch. A cut at 6 is inside an epoch; with 5 steps a save, at 5, between two.
@@ -147,7 +88,9 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
-from test_resume import CheckpointError, trainer, TrainerCallback
+from power_cuts import trainer
+from transformers import TrainerCallback
+from clha_fast.experiments.folder import CheckpointError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder, what = Path(sys.argv[1]), sys.argv[2]

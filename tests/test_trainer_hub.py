@@ -21,7 +21,7 @@ import clha_fast
 SCRIPT = """
 from pathlib import Path
 import sys
-from test_trainer import trainer
+from trainers import trainer
 
 ours = trainer(Path(sys.argv[1]), max_steps=2, push_to_hub=True, hub_model_id="me/tiny", hub_token="hf_secret",
                save_strategy="steps", save_steps=1, save_total_limit=1, hub_strategy="checkpoint")

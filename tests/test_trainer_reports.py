@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from test_trainer import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 from tiny import make_model, make_rows
+from trainers import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.batching import stream

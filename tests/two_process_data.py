@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from test_resume import CutAfter, PowerCut
+from power_cuts import CutAfter, PowerCut
 from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor
 
