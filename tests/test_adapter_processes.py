@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+from tests.support.helpers import ROOT
 
 
 def launch(out: Path, what: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    script = str(TESTS / "adapter_processes.py")
     run = [
         sys.executable,
         "-m",
@@ -30,7 +29,8 @@ def launch(out: Path, what: str) -> subprocess.CompletedProcess[str]:
         "--standalone",
         "--nproc_per_node",
         "2",
-        script,
+        "-m",
+        "tests.support.adapter_processes",
         str(out),
         what,
     ]

@@ -9,8 +9,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_table import render
-from adapters import (
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import clha_fast
+from clha_fast import HeadOptions
+from clha_fast.errors import BackendError
+from clha_fast.models.attach import empty_batch
+from clha_fast.models.heads import HeadForward, UnsupportedHeadError, inspect_head
+from clha_fast.models.own_forward import token_logps
+from clha_fast.ops import dispatch
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.adapter_table import render
+from tests.support.adapters import (
     BODY,
     CASES,
     HEAD,
@@ -33,19 +45,7 @@ from adapters import (
     virtual,
     with_head,
 )
-from tiny import make_rows
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import clha_fast
-from clha_fast import HeadOptions
-from clha_fast.errors import BackendError
-from clha_fast.models.attach import empty_batch
-from clha_fast.models.heads import HeadForward, UnsupportedHeadError, inspect_head
-from clha_fast.models.own_forward import token_logps
-from clha_fast.ops import dispatch
-from clha_fast.training.config import CLHAConfig
-from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_rows
 
 SAID = {
     "LoRA on the head, attached before get_peft_model": "detach, change the head and attach again",

@@ -1,4 +1,4 @@
-"""The fused head on transformers' causal language models, walked by `tests.architectures` in processes of their own."""
+"""The fused head on transformers' causal language models, walked by `architectures.py` in processes of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.helpers import ROOT
+
 # What each of the sample shows, and what has to be found behind its head.
 SAMPLE = {
     "falcon_h1": "scale 0.6",
@@ -31,7 +32,7 @@ NOT_BUILDABLE = {"gemma4_assistant", "musicgen", "musicgen_melody"}
 def walk(folder: Path, *arguments: str, timeout: int) -> list[dict[str, Any]]:
     """The harness's results; a process of its own, since it forks."""
     found = folder / "found.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.architectures", "--json", str(found), *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.architectures", "--json", str(found), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert found.exists(), run.stdout + run.stderr

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import UnsupportedHeadError
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

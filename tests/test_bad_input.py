@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import OPTIONS, TOKENIZER, attach, base, collate, compare
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import clha_fast
 from clha_fast.models.heads import HeadInfo, UnsupportedHeadError
 from clha_fast.models.hooks import is_wrappers, other_hooks, through_hooks
+from tests.support.adapters import OPTIONS, TOKENIZER, attach, base, collate, compare
 
 
 def test_models_without_an_output_embedding() -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import datasets
 import pytest
-from chat_templates import CHATML, IM, MESSAGES, SHAPES, TEXTS, Shape, blank_tokenizer, chat_tokenizer
-from tiny import make_model
-from trainers import config
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord, RecordError
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.chat_templates import CHATML, IM, MESSAGES, SHAPES, TEXTS, Shape, blank_tokenizer, chat_tokenizer
+from tests.support.tiny import make_model
+from tests.support.trainers import config
 
 ANSWERS = ("Because it reflects the sea.", "Air scatters short wavelengths\nof sunlight")
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import command, one_sentence, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clha_fast
@@ -26,6 +25,7 @@ from clha_fast.cli.options import OptionError
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer
+from tests.support.command_line import command, one_sentence, write_rows
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SETTINGS
-from tiny import make_model, make_rows, make_tokenizer
 
 import clha_fast
 from clha_fast.cli import main as cli
@@ -21,6 +19,9 @@ from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import shared_prompts, split_records, summarise
 from clha_fast.models.loading import build_model, build_tokenizer
 from clha_fast.options import PUBLISHED, CLHAOptions
+from tests.support.command_line import SETTINGS
+from tests.support.helpers import ROOT
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 
 def test_values_become_what_options_are() -> None:
@@ -128,7 +129,7 @@ def test_example_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
-    words = ["train", "--config", str(Path(__file__).parents[1] / "examples" / "one_gpu.yaml")]
+    words = ["train", "--config", str(ROOT / "examples" / "one_gpu.yaml")]
     words += ["--model", str(tmp_path / "model"), "--train_file", str(tmp_path / "train.jsonl")]
     words += ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--max_steps", "2", "--eval_steps", "1"]
     words += ["--save_steps", "1", "--eval_sample_tokens", "3", "--logging_steps", "1", "--plot", "false"]

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import command, one_sentence
-from trainers import trainer
 
 from clha_fast.cli import main as cli
 from clha_fast.training.validation import evaluation_metrics
+from tests.support.command_line import command, one_sentence
+from tests.support.trainers import trainer
 
 
 def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_case
 
 from clha_fast import CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from tests.support.helpers import make_case
 
 HEAD = HeadOptions(scale=0.9, softcap=4.0)
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]

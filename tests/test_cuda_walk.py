@@ -1,6 +1,6 @@
 """The CUDA host code, walked without a GPU: nothing is read back, every launch is one that a GPU would take.
 
-`tests/cuda_walk.py` does it, in processes without the interpreter; what it replaces is in `tests/fake_gpu.py`.
+`tests.support.cuda_walk` does it, in processes without the interpreter; what it replaces is in `fake_gpu.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 
 from csrc_triton import backward, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
+from tests.support.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -25,7 +25,7 @@ def start(cache: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "cuda_walk.py"), *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.cuda_walk", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,10 +84,9 @@ def test_memory_is_what_the_design_says(found: dict[str, Found]) -> None:
 
 def test_what_a_gpu_would_refuse_is_refused() -> None:
     """The walk's own checks, each against something that breaks it."""
-    program = ROOT / "tests" / "fake_gpu_refusals.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", str(program)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.fake_gpu_refusals"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

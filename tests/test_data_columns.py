@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RecordError, read_records, record_from_row
+from tests.support.tiny import make_tokenizer
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
 

@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from helpers import IGNORE, make_case, run_python
 
 from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
 from clha_fast.ops import auto, dispatch
+from tests.support.helpers import IGNORE, make_case, run_python
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 I64 = torch.int64

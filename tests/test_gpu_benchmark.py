@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 
 from benchmarks import gpu_report
 from benchmarks.gpu_correct import IncorrectError, _Bar
@@ -22,6 +21,7 @@ from benchmarks.gpu_memory import Job, measure
 from benchmarks.gpu_methods import METHODS, methods_of
 from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 from clha_fast import PUBLISHED, HeadOptions, reference
+from tests.support.helpers import ROOT
 
 H200 = DEVICES["NVIDIA H200"]
 BIG = Shape(8192, 4096, 128256)

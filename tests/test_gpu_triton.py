@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from triton_harness import PLAIN, RICH, Problem, eager_gradients, error, gradients, problem
 
 from clha_fast import functional, reference
 from clha_fast.options import PUBLISHED, HeadOptions
+from tests.support.triton_harness import PLAIN, RICH, Problem, eager_gradients, error, gradients, problem
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_harness import (
+
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.backends.triton import workspace as workspace_backend
+from clha_fast.options import HeadOptions
+from clha_fast.types import Needs
+from tests.support.triton_harness import (
     DEVICE,
     DTYPES,
     PLAIN,
@@ -22,11 +27,6 @@ from triton_harness import (
     problem,
     upstream,
 )
-
-from clha_fast.backends.triton import backend as triton_backend
-from clha_fast.backends.triton import workspace as workspace_backend
-from clha_fast.options import HeadOptions
-from clha_fast.types import Needs
 
 pytestmark = pytest.mark.parametrize("backend", [triton_backend, workspace_backend], ids=["triton", "workspace"])
 

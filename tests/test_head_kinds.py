@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from head_models import Behind, V, assert_same, build, inputs
 from torch import Tensor, nn
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
 from clha_fast.models.heads import UnsupportedHeadError, fused_head, inspect_head
+from tests.support.head_models import Behind, V, assert_same, build, inputs
 
 
 class OwnLinear(nn.Module):

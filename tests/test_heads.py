@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from head_models import MODELS, Behind, V, assert_same, build, eager, fused, gradients, inputs
 from torch import Tensor, nn
 
 from clha_fast import token_logps
 from clha_fast.models.heads import UnsupportedHeadError, fused_head, inspect_head
 from clha_fast.models.probe import UnsupportedTransform, fit_transform, probe_values
+from tests.support.head_models import MODELS, Behind, V, assert_same, build, eager, fused, gradients, inputs
 
 TRANSFORMS = {"gemma2": (1.0, 7.0), "cohere": (0.3, None), "granite": (1 / 13, None)}
 

@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_python
+
+from tests.support.helpers import ROOT, run_python
 
 # Third-party and own modules that no file of the pattern imports, anywhere in it.
 KERNELS = ("triton", "csrc_triton", "clha_fast.backends.triton.backend")

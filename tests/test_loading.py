@@ -10,11 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from power_cuts import CutAfter, PowerCut, weights
-from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from trainers import assert_same_gradients, config, eager_gradients, step_gradients
-from trainers import trainer as make_trainer
 
 from clha_fast.batching import stream
 from clha_fast.batching.batch import CandidateBatch
@@ -23,6 +19,10 @@ from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler
 from clha_fast.batching.stream import RankedStream
 from clha_fast.data import RankedRecord, RecordError
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.power_cuts import CutAfter, PowerCut, weights
+from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.trainers import assert_same_gradients, config, eager_gradients, step_gradients
+from tests.support.trainers import trainer as make_trainer
 
 TOKENIZER = make_tokenizer()
 COLLATOR = RankedCollator(TOKENIZER, max_length=40)

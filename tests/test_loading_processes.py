@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import clha_fast
+from tests.support.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -20,13 +19,12 @@ pytestmark = pytest.mark.slow
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of one process and of two."""
     folder = tmp_path_factory.mktemp("data")
-    script = Path(__file__).with_name("two_process_data.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(clha_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = []
     for processes in (1, 2):
         out = folder / f"result-{processes}.json"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command += ["--standalone", str(script), str(folder / f"run-{processes}"), str(out)]
+        command += ["--standalone", "-m", "tests.support.two_process_data", str(folder / f"run-{processes}"), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads(out.read_text()))

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import Case, make_case, plain_loss
 
 from clha_fast import METRIC_NAMES, CLHAMetrics, CLHAOptions, token_logps
+from tests.support.helpers import Case, make_case, plain_loss
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 # Every sum different from every other, so that a swapped index shows.

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import OPTIONS, TOKENIZER, Measured, attach, collate, compare, eager_loss, gradients, measure, stir
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,6 +22,18 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.models.attach import Attached
 from clha_fast.models.heads import UnsupportedHeadError
 from clha_fast.models.router import auxiliary_coefficient
+from tests.support.adapters import (
+    OPTIONS,
+    TOKENIZER,
+    Measured,
+    attach,
+    collate,
+    compare,
+    eager_loss,
+    gradients,
+    measure,
+    stir,
+)
 
 V = len(TOKENIZER)
 TEXT: dict[str, Any] = {

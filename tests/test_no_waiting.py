@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_harness import DEVICE, DTYPES
 
 from clha_fast import HeadOptions
 from clha_fast.ops import head as ops
 from clha_fast.options import PUBLISHED
 from clha_fast.types import Needs
+from tests.support.helpers import make_case
+from tests.support.triton_harness import DEVICE, DTYPES
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 BACKENDS = ["workspace", "triton"]

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import BODY, TOKENIZER, base, lora
-from command_line import command, one_sentence
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny import make_rows
 
 from clha_fast.cli import main as cli
 from clha_fast.models.loading import adapter_config, load_model
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.adapters import BODY, TOKENIZER, base, lora
+from tests.support.command_line import command, one_sentence
+from tests.support.tiny import make_rows
 
 LORA = ["--peft_config.r", "4", "--peft_config.target_modules", "[q_proj, v_proj]"]
 SHORT = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "num_train_epochs": 1, "learning_rate": 1e-2}

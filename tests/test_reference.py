@@ -11,9 +11,9 @@ import random
 
 import pytest
 import torch
-from helpers import make_case, plain_loss, rank
 
 from clha_fast import METRIC_NAMES, CLHAOptions, HeadOptions, reference
+from tests.support.helpers import make_case, plain_loss, rank
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 PUBLISHED = CLHAOptions.preset("published")

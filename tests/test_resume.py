@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from power_cuts import PowerCut, dropout_model, trainer, weights
 from transformers import AutoModelForCausalLM
 
-import clha_fast
 from clha_fast.experiments.folder import (
     WRITING,
     CheckpointError,
@@ -28,6 +26,8 @@ from clha_fast.experiments.folder import (
     writing,
 )
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.helpers import ROOT
+from tests.support.power_cuts import PowerCut, dropout_model, trainer, weights
 
 
 # 9 prompts, 2 a batch: 5 batches an epoch. A cut at 6 is inside an epoch; with 5 steps a save, at 5, between two.
@@ -86,9 +86,8 @@ def test_checkpoints_are_safetensors_and_rotated(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys
-sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
-from power_cuts import trainer
+from tests.support.power_cuts import trainer
 from transformers import TrainerCallback
 from clha_fast.experiments.folder import CheckpointError
 
@@ -115,10 +114,8 @@ except CheckpointError as error:
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, what: str) -> None:
     size = sum(p.numel() * 4 for p in dropout_model().parameters())
     assert 20_000 < size < 200_000 < 2 * size, "the limits of the script stand between weights and optimizer state"
-    tests, root = str(Path(__file__).parent), str(Path(clha_fast.__file__).parents[1])
-    script = FULL_DISK.format(tests=tests, root=root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path / "half"), what]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "half"), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     sentence = next(line for line in done.stdout.splitlines() if line.startswith("CheckpointError:"))

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from tiny import make_rows, make_tokenizer
 from torch.utils.data import BatchSampler, RandomSampler
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
@@ -20,6 +19,7 @@ from clha_fast.batching.sampling import (
     row_lengths,
 )
 from clha_fast.options import CLHAOptions
+from tests.support.tiny import make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 

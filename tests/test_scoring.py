@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from reward_models import SIZES, TOKENIZER, alone, bert, gpt2, llama, plain_ids, save_llama, spread, write
-from tiny import WORDS, make_rows, make_tokenizer
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -29,6 +27,8 @@ from clha_fast.options import CLHAOptions
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoringError, score_file
+from tests.support.reward_models import SIZES, TOKENIZER, alone, bert, gpt2, llama, plain_ids, save_llama, spread, write
+from tests.support.tiny import WORDS, make_rows, make_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

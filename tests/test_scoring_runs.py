@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from reward_models import save_llama, write
-from tiny import make_rows
 from transformers import LlamaForSequenceClassification
 
 import clha_fast
@@ -26,6 +24,8 @@ from clha_fast.data import read_records
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoringError, score_file
+from tests.support.reward_models import save_llama, write
+from tests.support.tiny import make_rows
 
 
 @pytest.fixture(scope="module")

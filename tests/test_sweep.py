@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import torch
-from helpers import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clha_fast.layout import Chunk, accumulate, even_share, prompt_chunks
+from tests.support.helpers import make_case
 
 
 def test_chunks_are_whole_prompts() -> None:

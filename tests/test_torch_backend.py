@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import IGNORE, Case, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from tests.support.helpers import IGNORE, Case, make_case
 
 PUBLISHED = CLHAOptions.preset("published")
 PAPER = CLHAOptions.preset("paper")

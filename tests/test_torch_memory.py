@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from helpers import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clha_fast import CLHAOptions, HeadOptions
 from clha_fast.backends.torch import backend as torch_backend
 from clha_fast.types import Needs
+from tests.support.helpers import make_case
 
 PUBLISHED = CLHAOptions.preset("published")
 

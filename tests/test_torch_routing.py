@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from helpers import IGNORE, Case, make_case
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference, token_logps
 from clha_fast.backends.torch import backend as torch_backend
 from clha_fast.backends.torch.routing import kept_blocks
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.types import HeadInputs, Needs, RankingInputs
+from tests.support.helpers import IGNORE, Case, make_case
 
 PUBLISHED = CLHAOptions.preset("published")
 PAPER = CLHAOptions.preset("paper")

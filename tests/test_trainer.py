@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_rows
 from torch import nn
-from trainers import (
+
+from clha_fast import CLHAOptions
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedDataset
+from clha_fast.models.heads import UnsupportedHeadError
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import (
     EVAL_SEED,
     TOKENIZER,
     assert_same_gradients,
@@ -21,12 +27,6 @@ from trainers import (
     step_gradients,
     trainer,
 )
-
-from clha_fast import CLHAOptions
-from clha_fast.batching.batch import CandidateBatch
-from clha_fast.batching.collator import RankedDataset
-from clha_fast.models.heads import UnsupportedHeadError
-from clha_fast.training.trainer import CLHATrainer
 
 
 def test_a_tokenizer_with_more_tokens_than_the_head(tmp_path: Path) -> None:

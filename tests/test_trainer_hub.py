@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-import clha_fast
+from tests.support.helpers import ROOT
 
 SCRIPT = """
 from pathlib import Path
 import sys
-from trainers import trainer
+from tests.support.trainers import trainer
 
 ours = trainer(Path(sys.argv[1]), max_steps=2, push_to_hub=True, hub_model_id="me/tiny", hub_token="hf_secret",
                save_strategy="steps", save_steps=1, save_total_limit=1, hub_strategy="checkpoint")
@@ -84,8 +84,7 @@ def commits(seen: list[tuple[str, str, str]]) -> list[tuple[str, dict[str, bytes
 
 @pytest.mark.slow
 def test_push_to_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(Path(clha_fast.__file__).parents[1]), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
     folder = tmp_path / "run"
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_rows, make_tokenizer
 
-import clha_fast
 from clha_fast.training.samples import SAMPLES_FILE
+from tests.support.helpers import ROOT
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
-ROOT = Path(clha_fast.__file__).parents[1]
 TORCHRUN = ["torch.distributed.run", "--standalone"]
 # With --cpu it starts one process, whatever --num_processes says; the script itself asks for the CPU.
 LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
@@ -28,7 +27,7 @@ def start(wrapper: str, folder: Path, processes: int, launcher: list[str] = TORC
     out = folder / f"{wrapper}-{processes}.pt"
     count = "--num_processes" if launcher is LAUNCH else "--nproc_per_node"
     command = [sys.executable, "-W", "ignore", "-m", *launcher, count, str(processes)]
-    command += [str(Path(__file__).with_name("two_processes.py")), wrapper, str(folder / wrapper), str(out)]
+    command += ["-m", "tests.support.two_processes", wrapper, str(folder / wrapper), str(out)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment = {**os.environ, "PYTHONPATH": path, **cpu, **env}
@@ -146,8 +145,7 @@ def test_what_a_cpu_cannot_do_is_said(tmp_path: Path) -> None:
     """Not DDP in FSDP's stead, nor DTensor weights in DDP."""
     script = tmp_path / "refused.py"
     script.write_text(REFUSED)
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-m", *TORCHRUN, "--nproc_per_node", "2", str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -162,7 +160,7 @@ import json, os, sys
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-import two_processes
+from tests.support import two_processes
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from tiny import make_model, make_rows
-from trainers import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.batching import stream
@@ -23,6 +21,8 @@ from clha_fast.training.card import CARD_FILE, MARK, model_card
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

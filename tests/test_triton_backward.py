@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_harness import (
+
+from clha_fast import functional
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.backends.triton import backward as triton_backward
+from clha_fast.backends.triton.backward import Chunks
+from clha_fast.options import PUBLISHED, HeadOptions
+from clha_fast.types import Needs
+from csrc_triton import backward
+from tests.support.triton_harness import (
     DEVICE,
     DTYPES,
     PLAIN,
@@ -22,14 +30,6 @@ from triton_harness import (
     problem,
     upstream,
 )
-
-from clha_fast import functional
-from clha_fast.backends.triton import backend as triton_backend
-from clha_fast.backends.triton import backward as triton_backward
-from clha_fast.backends.triton.backward import Chunks
-from clha_fast.options import PUBLISHED, HeadOptions
-from clha_fast.types import Needs
-from csrc_triton import backward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,11 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_harness import DEVICE, DTYPES, PLAIN, RICH, Problem, eager_logps, error, exact_logps, forward, problem
 
 from clha_fast.backends.triton.head import architecture
 from clha_fast.errors import BackendError
 from clha_fast.options import HeadOptions
+from tests.support.triton_harness import (
+    DEVICE,
+    DTYPES,
+    PLAIN,
+    RICH,
+    Problem,
+    eager_logps,
+    error,
+    exact_logps,
+    forward,
+    problem,
+)
 
 
 def closed_form(weight: Tensor, targets: list[int], bias: Tensor | None = None, head: HeadOptions = PLAIN) -> Problem:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_harness import DEVICE, PLAIN, RICH, Problem, problem
 
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.options import PUBLISHED, HeadOptions
 from clha_fast.types import Needs, RankingInputs
 from csrc_triton import backward, forward, persistent_backward, routed, routing
 from csrc_triton import clha as ranking
+from tests.support.triton_harness import DEVICE, PLAIN, RICH, Problem, problem
 
 # What brings values of a tensor to the host, or makes a shape of them.
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount", "item")

@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from triton_harness import (
+
+from clha_fast.backends.triton import forward as triton_forward
+from clha_fast.backends.triton.backward import Active, Backward
+from clha_fast.backends.triton.head import Head, programs, tiles
+from clha_fast.backends.triton.persistent import PersistentBackward
+from clha_fast.options import HeadOptions
+from clha_fast.types import Needs
+from csrc_triton import configs
+from tests.support.triton_harness import (
     DEVICE,
     PLAIN,
     RICH,
@@ -18,14 +26,6 @@ from triton_harness import (
     gradients,
     problem,
 )
-
-from clha_fast.backends.triton import forward as triton_forward
-from clha_fast.backends.triton.backward import Active, Backward
-from clha_fast.backends.triton.head import Head, programs, tiles
-from clha_fast.backends.triton.persistent import PersistentBackward
-from clha_fast.options import HeadOptions
-from clha_fast.types import Needs
-from csrc_triton import configs
 
 HALF = torch.float16
 

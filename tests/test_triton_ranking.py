@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
 from clha_fast import reference
 from clha_fast.backends.triton import backend as triton_backend
@@ -17,6 +16,7 @@ from clha_fast.backends.triton.head import Head
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.types import RankingInputs
+from tests.support.triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
 
 def integers(*values: int) -> Tensor:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_harness import (
+
+from clha_fast import functional
+from clha_fast.backends.triton import backend as triton_backend
+from clha_fast.objectives.metrics import METRIC_NAMES
+from clha_fast.options import PUBLISHED, ROUTE_WORDS, HeadOptions
+from clha_fast.types import Needs, RankingInputs
+from tests.support.triton_harness import (
     DEVICE,
     DTYPES,
     PLAIN,
@@ -20,12 +26,6 @@ from triton_harness import (
     loss,
     problem,
 )
-
-from clha_fast import functional
-from clha_fast.backends.triton import backend as triton_backend
-from clha_fast.objectives.metrics import METRIC_NAMES
-from clha_fast.options import PUBLISHED, ROUTE_WORDS, HeadOptions
-from clha_fast.types import Needs, RankingInputs
 
 KEEP_ALL = PLAIN.replace(max_dropped_mass=0.0)
 PERCENT = PLAIN.replace(max_dropped_mass=1e-2)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, make_case
 from torch import Tensor
-from value_gpu import OnGPU, ValueGPU
 
 from clha_fast import HeadOptions, reference, token_logps
 from clha_fast.options import PUBLISHED
+from tests.support.helpers import Case, make_case
+from tests.support.value_gpu import OnGPU, ValueGPU
 
 CHUNKS = HeadOptions(workspace_bytes=2**15)
 RICH = HeadOptions(scale=0.9, softcap=8.0, temperature=0.7)

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_python
+
+from tests.support.helpers import ROOT, run_python
 
 SOURCES = ("clha_fast", "csrc_triton", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 

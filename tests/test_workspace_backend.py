@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, make_case, rank
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton_harness import (
+
+from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss
+from clha_fast.backends.triton import softmax as triton_softmax
+from clha_fast.backends.triton import workspace as workspace_backend
+from clha_fast.backends.triton.head import Head
+from clha_fast.layout import Chunk
+from clha_fast.ops import head as ops
+from clha_fast.options import PRESETS, PUBLISHED
+from clha_fast.types import Needs
+from tests.support.helpers import Case, make_case, rank
+from tests.support.triton_harness import (
     DEVICE,
     DTYPES,
     PLAIN,
@@ -25,15 +34,6 @@ from triton_harness import (
     problem,
     upstream,
 )
-
-from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss
-from clha_fast.backends.triton import softmax as triton_softmax
-from clha_fast.backends.triton import workspace as workspace_backend
-from clha_fast.backends.triton.head import Head
-from clha_fast.layout import Chunk
-from clha_fast.ops import head as ops
-from clha_fast.options import PRESETS, PUBLISHED
-from clha_fast.types import Needs
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 PAPER = PRESETS["paper"]

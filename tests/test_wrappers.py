@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from wrappers import Result, case_names, render, run
+
+from tests.support.wrappers import Result, case_names, render, run
 
 SAMPLE = (
     "DDP, gradient accumulation, uneven",

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import make_rows
+
+from tests.support.tiny import make_rows
 
 SETTINGS: dict[str, Any] = {
     "model_config": {

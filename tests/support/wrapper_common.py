@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +19,7 @@ from clha_fast import CLHAOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.attach import Attached
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

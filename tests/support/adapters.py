@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 
 import clha_fast
@@ -22,6 +21,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.errors import BackendError
 from clha_fast.models.attach import Attached
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)

@@ -1,7 +1,7 @@
 """Every causal language model that transformers can build, tiny: the fused head against eager logits.
 
-``python -m tests.architectures`` walks all of `MODEL_FOR_CAUSAL_LM_MAPPING`, prints a line for each model and, with
-``--write PATH``, renders the list; ``--types llama bert`` takes some of them.
+``python -m tests.support.architectures`` walks all of `MODEL_FOR_CAUSAL_LM_MAPPING`, prints a line for each model and,
+with ``--write PATH``, renders the list; ``--types llama bert`` takes some of them.
 
 What is compared, in float32 on a padded batch: log-probabilities of chosen tokens and the gradients of all parameters,
 once by way of the model's own logits and once by way of `fused_head`. Both run the same operations up to the head, so
@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from clha_fast import token_logps
 from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
 from clha_fast.models.router import auxiliary_coefficient
-from tests.architecture_configs import FREE_TOKENS, shrink
+from tests.support.architecture_configs import FREE_TOKENS, shrink
 
 NATS = 1e-4
 RELATIVE = 1e-4
@@ -307,7 +307,8 @@ def render(results: list[Result]) -> str:
     total = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     return f"""# Architectures
 
-Written by `python -m tests.architectures --write docs/architectures.md` with {versions}.
+Written by `python -m tests.support.architectures --write docs/architectures.md` with
+{versions}.
 
 Every model type of transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`, built tiny and random, with tied and with untied
 embeddings where it has both, and with every scale, cap, multiplier and head bias of its configuration set to something

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fake_gpu import FakeGPU, LaunchError, WaitError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton import clha as ranking
+from tests.support.fake_gpu import FakeGPU, LaunchError, WaitError
 
 
 def waits(a: Any, i: Any) -> dict[str, Callable[[], Any]]:

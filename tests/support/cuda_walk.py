@@ -1,8 +1,9 @@
 """Walks the CUDA branches of the Triton and workspace backends without a GPU, and counts their memory.
 
-A program of its own (`python tests/cuda_walk.py`), because the tests' own process runs Triton's interpreter. Every
-launch that the host code makes goes through Triton's specialisation and compiler. It prints JSON: a row for each case,
-a row for each compiled specialisation. `--cases memory` prints the table of counted memory of docs/kernels.md instead.
+A program of its own (`python -m tests.support.cuda_walk`), because the tests' own process runs Triton's interpreter.
+Every launch that the host code makes goes through Triton's specialisation and compiler. It prints JSON: a row for each
+case, a row for each compiled specialisation. `--cases memory` prints the table of counted memory of docs/kernels.md
+instead.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from compile_kernels import nvidia_registers
-from fake_gpu import FakeGPU
 from torch import Tensor
 
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
 from clha_fast.backends.triton.head import round_up, tiles
 from clha_fast.options import PUBLISHED, CLHAOptions
+from tests.support.compile_kernels import nvidia_registers
+from tests.support.fake_gpu import FakeGPU
 
 RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
 ROUTED = HeadOptions(max_dropped_mass=0.01)

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for GPUs that are not there, and reports what the compilers made of them, as JSON.
 
-A program of its own (`python tests/compile_kernels.py`), because the tests' own process runs Triton's interpreter,
-under which nothing can be compiled. Arguments are specialised as a launch would: an int 1 becomes a constant, multiples
-of 16 and pointers are known as such, None is a constant.
+A program of its own (`python -m tests.support.compile_kernels`), because the tests' own process runs Triton's
+interpreter, under which nothing can be compiled. Arguments are specialised as a launch would: an int 1 becomes a
+constant, multiples of 16 and pointers are known as such, None is a constant.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What `test_trainer_processes.py` starts in one process or two: one run of CLHATrainer under a wrapper; no test.
+"""What `test_trainer_processes` starts in one process or two: one run of CLHATrainer under a wrapper; no test.
 
-two_processes.py WRAPPER FOLDER OUT: trains four steps with a checkpoint after two, evaluates, and where the wrapper
-can be resumed trains the last two again from the checkpoint. The first process writes weights and metrics to OUT.
+`python -m tests.support.two_processes WRAPPER FOLDER OUT` trains four steps with a checkpoint after two, evaluates, and
+where the wrapper can be resumed trains the last two again from the checkpoint. The first process writes weights and
+metrics to OUT.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clha_fast.models.sharding import reshard
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.helpers import ROOT
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 GLOBAL_BATCH = 4
@@ -28,7 +29,7 @@ FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
 def zero(stage: int) -> dict[str, Any]:
-    with open(Path(__file__).parents[1] / "examples" / "zero3.json", encoding="utf-8") as file:
+    with open(ROOT / "examples" / "zero3.json", encoding="utf-8") as file:
         given: dict[str, Any] = json.load(file)
     # 0: or all of so small a model would be held whole everywhere.
     given["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}

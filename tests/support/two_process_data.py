@@ -13,12 +13,12 @@ from typing import Any
 
 import datasets
 import torch
-from power_cuts import CutAfter, PowerCut
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor
 
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.power_cuts import CutAfter, PowerCut
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 WORLD = int(os.environ["WORLD_SIZE"])
 TOKENIZER = make_tokenizer()

@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 import triton
-from no_gpu import told
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.ops import head as ops
+from tests.support.no_gpu import told
 
 # Multiprocessors and shared memory a program (bytes) of an A100, an H200 and a B200.
 DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}

@@ -1,4 +1,4 @@
-"""What `test_adapter_processes.py` starts twice under torch.distributed.run: adapters in wrappers; holds no test."""
+"""What `test_adapter_processes` starts twice under torch.distributed.run: adapters in wrappers; holds no test."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from adapters import BODY, HEAD, OPTIONS, collate, eager_loss, lora, virtual
-from tiny import make_rows
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from wrapper_common import Measured, compare, mine, plain_name, step, whole
 
 import clha_fast
 from clha_fast import HeadOptions
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.head_loss import head_loss
 from clha_fast.models.heads import HeadForward
+from tests.support.adapters import BODY, HEAD, OPTIONS, collate, eager_loss, lora, virtual
+from tests.support.tiny import make_rows
+from tests.support.wrapper_common import Measured, compare, mine, plain_name, step, whole
 
 ROWS = make_rows(4, seed=3)
 

@@ -1,4 +1,4 @@
-"""What `tests/wrappers.py` starts on every process of a group: one case after the other, results as JSON lines.
+"""What `wrappers.py` starts on every process of a group: one case after the other, results as JSON lines.
 
 Every case gives the largest difference, on any process, between what a wrapped and attached model computes and one
 process's eager loss (full logits, `reference.clha_loss`) of the same global batch. Holds no test.
@@ -26,7 +26,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from wrapper_common import (
+
+import clha_fast
+from clha_fast import reference
+from clha_fast.backends.torch import vocab_parallel
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.models.attach import empty_batch
+from tests.support.wrapper_common import (
     EXACT,
     INERT,
     OPTIONS,
@@ -45,13 +52,6 @@ from wrapper_common import (
     untied,
     whole,
 )
-
-import clha_fast
-from clha_fast import reference
-from clha_fast.backends.torch import vocab_parallel
-from clha_fast.batching.batch import CandidateBatch
-from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.models.attach import empty_batch
 
 # ---- DDP ----
 

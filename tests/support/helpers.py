@@ -19,7 +19,7 @@ from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, r
 from clha_fast.backends.torch import backend as torch_backend
 from clha_fast.types import HeadInputs, RankingInputs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IGNORE = -100
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from no_gpu import told
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -22,6 +21,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.ops import head as ops
+from tests.support.no_gpu import told
 
 GPU = torch.device("cuda", 0)
 # What brings values to the host, or makes a shape of them.

@@ -1,6 +1,6 @@
 """Runs the cases of `adapters.py` and renders the table of docs/adapters.md.
 
-``python -m tests.adapter_table`` prints it; ``--write PATH`` renders it into a file.
+``python -m tests.support.adapter_table`` prints it; ``--write PATH`` renders it into a file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from adapters import CASES, REFUSED, TOLERANCE, Measured, sentence
+from tests.support.adapters import CASES, REFUSED, TOLERANCE, Measured, sentence
 
 
 def render(results: dict[str, Measured]) -> str:
@@ -41,7 +41,7 @@ TABLE = ("| case | head | loss error | gradient error | |", "|---|---|---|---|--
 HEADER = """
 # Adapters, quantised heads, virtual tokens
 
-`clha_fast.attach(model)` on what peft makes of a model. Rendered by `python -m tests.adapter_table --write
+`clha_fast.attach(model)` on what peft makes of a model. Rendered by `python -m tests.support.adapter_table --write
 docs/adapters.md` from real runs: a two-layer Llama in float32 on the CPU, three ranked prompts, adapters stirred so
 that they matter, against the same PeftModel's own full logits and the reference loss. The errors are relative: of the
 loss, and the largest of any trained parameter's gradient over the norm of all. Right is at most {tolerance:g}; merges
@@ -81,7 +81,7 @@ NOTES = """
   `from_pretrained(load_in_4bit or load_in_8bit)`, with and without `prepare_model_for_kbit_training`, were right there
   beside their own logits after that, body and head.
 - Under DDP and FSDP2 in two processes: LoRA on the body and on the head (also tied, and with gradient checkpointing),
-  `modules_to_save` and prompt tuning, to 5e-7 (`tests/adapter_processes.py`).
+  `modules_to_save` and prompt tuning, to 5e-7 (`tests/test_adapter_processes.py`).
 - What none of this shows: GPUs.
 """
 

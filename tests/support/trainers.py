@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_model, make_rows, make_tokenizer
 from torch import Tensor, nn
 
 from clha_fast import CLHAOptions, reference
@@ -15,6 +14,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.options import HeadOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 PLAIN = HeadOptions()

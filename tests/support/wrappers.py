@@ -1,6 +1,6 @@
 """Runs the wrapper matrix: every case of `wrapper_cases.py` in real processes on the CPU, compared with one process.
 
-``python -m tests.wrappers`` runs them all and prints the table; ``--write PATH`` renders it into a file.
+``python -m tests.support.wrappers`` runs them all and prints the table; ``--write PATH`` renders it into a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from tests.support.helpers import ROOT
+
 PROCESSES = 2
 # For a case; the first of a group also pays for the imports.
 SECONDS = 180
@@ -51,7 +52,7 @@ def _free_port() -> int:
 def _start(out: Path, names: Sequence[str], rank: int, port: int) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(PROCESSES),
@@ -63,7 +64,7 @@ def _start(out: Path, names: Sequence[str], rank: int, port: int) -> subprocess.
         "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(TESTS / "wrapper_cases.py"), str(out), *names]
+    command = [sys.executable, "-m", "tests.support.wrapper_cases", str(out), *names]
     log = out.with_suffix(f".{rank}.log").open("w", encoding="utf-8")
     with log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
@@ -120,8 +121,8 @@ def run(names: Sequence[str], seconds: float = SECONDS) -> list[Result]:
 
 def case_names() -> list[str]:
     """All cases that can run here: DeepSpeed's need it installed."""
-    code = "import json, wrapper_cases; print(json.dumps(list(wrapper_cases.CASES)))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    code = "import json; from tests.support import wrapper_cases; print(json.dumps(list(wrapper_cases.CASES)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     listed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     names: list[str] = json.loads(listed.stdout.splitlines()[-1])
@@ -142,7 +143,7 @@ def render(results: Sequence[Result]) -> str:
     text = [
         "# Wrappers",
         "",
-        "`clha_fast.attach(model)` under what people train with. Rendered by `python -m tests.wrappers --write",
+        "`clha_fast.attach(model)` under what people train with. Rendered by `python -m tests.support.wrappers --write",
         "docs/wrappers.md` from real runs: a two-layer Llama in two processes on the CPU (gloo, loopback), four ranked",
         "prompts, against one process's eager loss (full logits, float32) of the same global batch. The errors are",
         "relative: of the loss, and the largest of any parameter's gradient over the norm of all gradients.",
@@ -170,8 +171,8 @@ NOTES = """
 - What the loss divides by (kept pairs, prompts) differs from process to process. `counts = attached.counts(batches)`
   takes the global batch's; `model(**batch, **counts)` then gives losses whose mean over processes and micro-batches is
   the loss of the one large batch. Without it every process and micro-batch divides by its own.
-- A process that has run out of prompts passes `clha_fast.models.attach.empty_batch()`: loss 0, gradients of zeros, and the
-  collectives of the others go on. The same holds for a batch in which no pair is kept and no gate is open.
+- A process that has run out of prompts passes `clha_fast.models.attach.empty_batch()`: loss 0, gradients of zeros, and
+  the collectives of the others go on. The same holds for a batch in which no pair is kept and no gate is open.
 - A head that tensor parallelism has spread by rows is computed vocabulary-parallel: two all-reduces of [N] numbers in
   the forward, one of the hidden states' gradient in the backward; the logits exist one bounded workspace at a time.
   All processes of the tensor-parallel group get the same batch.

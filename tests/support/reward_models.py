@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+
+from tests.support.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 SIZES: dict[str, Any] = {

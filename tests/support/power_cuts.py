@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_rows, make_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 
