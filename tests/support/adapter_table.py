@@ -81,7 +81,7 @@ NOTES = """
   `from_pretrained(load_in_4bit or load_in_8bit)`, with and without `prepare_model_for_kbit_training`, were right there
   beside their own logits after that, body and head.
 - Under DDP and FSDP2 in two processes: LoRA on the body and on the head (also tied, and with gradient checkpointing),
-  `modules_to_save` and prompt tuning, to 5e-7 (`tests/test_adapter_processes.py`).
+  `modules_to_save` and prompt tuning, to 5e-7 (`tests/models/test_adapter_processes.py`).
 - What none of this shows: GPUs.
 """
 

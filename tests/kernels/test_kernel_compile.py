@@ -1,6 +1,6 @@
 """Every entry of the kernels' table, compiled for GPUs that are not there: no spills, matrix units, memory that fits.
 
-`pytest -s tests/test_kernel_compile.py` prints the table.
+`pytest -s tests/kernels/test_kernel_compile.py` prints the table.
 """
 
 from __future__ import annotations
