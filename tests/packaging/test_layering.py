@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -60,18 +61,27 @@ FORBIDDEN = {
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("clha_fast", "csrc_triton") for path in (ROOT / top).rglob("*.py")
 )
+TEST_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))
 
 
-def imports(file: str) -> set[str]:
-    """Dotted names that a file imports at any depth; `from a import b` counts as a and a.b."""
+def imports(file: str, programs: bool = False) -> set[str]:
+    """Dotted names that a file imports at any depth; `from a import b` counts as a and a.b.
+
+    With `programs` also what its strings import that are Python themselves.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file}: a relative import"
-            assert node.module
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    trees = [ast.parse((ROOT / file).read_text(encoding="utf-8"))]
+    while trees:
+        for node in ast.walk(trees.pop()):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file}: a relative import"
+                assert node.module
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif programs and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                with contextlib.suppress(SyntaxError, ValueError):
+                    trees.append(ast.parse(node.value))
     return names
 
 
@@ -112,6 +122,12 @@ def test_backends_are_told_apart():
     assert breaches("clha_fast/training/trainer.py", ("transformers",))
     assert breaches("clha_fast/cli/main.py", ("clha_fast.cli.main*",))
     assert not breaches("clha_fast/backends/triton/backend.py", ("triton",))
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_no_test_file_is_imported(file):
+    """What two of them need stands in tests/support; a program in a string counts as its file."""
+    assert {name for name in imports(file, programs=True) if name.split(".")[-1].startswith("test_")} == set()
 
 
 def test_importing_loads_nothing_optional(tmp_path: Path):
