@@ -18,13 +18,13 @@ test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
 
 test-architectures: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures --write docs/architectures.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.architectures --write docs/architectures.md $(ARGS)
 
 test-wrappers: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.wrappers --write docs/wrappers.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.wrappers --write docs/wrappers.md $(ARGS)
 
 test-adapters: $(VENV)/.dev
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapter_table --write docs/adapters.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.adapter_table --write docs/adapters.md $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

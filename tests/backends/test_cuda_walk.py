@@ -1,0 +1,105 @@
+"""The CUDA host code, walked without a GPU: nothing is read back, every launch is one that a GPU would take.
+
+`tests.support.cuda_walk` does it, in processes without the interpreter; what it replaces is in `fake_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csrc_triton import backward, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import clha as ranking
+from tests.support.helpers import ROOT
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+def start(cache: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.cuda_walk", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> Found:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found: Found = json.loads(output)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """Three processes at once: compiling takes longest."""
+    cache = tmp_path_factory.mktemp("triton")
+    running = {
+        "triton": start(cache, "--backend", "triton"),
+        "workspace": start(cache, "--backend", "workspace"),
+        "shapes": start(cache, "--cases", "shapes", "--no-compile"),
+    }
+    return {name: finish(process) for name, process in running.items()}
+
+
+def failures(found: Found) -> str:
+    return "\n".join(f"{row['case']}: {row['error']}" for row in found["cases"] if "error" in row)
+
+
+def spills(found: Found) -> list[dict[str, Any]]:
+    return [row for row in found["kernels"] if row["stack"] or row["local"]]
+
+
+@pytest.mark.parametrize("which", ["triton", "workspace", "shapes"])
+def test_every_call_ends_without_a_wait_or_a_launch_that_fails(found: dict[str, Found], which: str) -> None:
+    assert len(found[which]["cases"]) >= 4
+    assert not failures(found[which])
+
+
+def test_every_kernel_was_launched(found: dict[str, Found]) -> None:
+    launched = {name for part in found.values() for row in part["cases"] for name in row["kernels"]}
+    modules = (backward, forward, persistent_backward, ranking, routed, routing, softmax)
+    assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize("which", ["triton", "workspace"])
+def test_no_register_is_spilled(found: dict[str, Found], which: str) -> None:
+    assert len(found[which]["kernels"]) >= 10
+    assert not spills(found[which])
+
+
+def test_memory_is_what_the_design_says(found: dict[str, Found]) -> None:
+    """Peaks above the inputs at the large shapes: at most `cuda_walk.allowed`, and no less than nine tenths of it."""
+    for row in found["shapes"]["cases"]:
+        assert 0.9 * row["allowed"] <= row["peak"] <= row["allowed"], row
+        if row["allowed_forward"]:
+            assert 0.9 * row["allowed_forward"] <= row["forward_peak"] <= row["allowed_forward"], row
+
+
+def test_what_a_gpu_would_refuse_is_refused() -> None:
+    """The walk's own checks, each against something that breaks it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.fake_gpu_refusals"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+def test_every_mode(tmp_path: Path, capability: str) -> None:
+    running = [
+        start(tmp_path, "--cases", "full", "--capability", capability, "--backend", backend)
+        for backend in ("triton", "workspace")
+    ]
+    for process in running:
+        result = finish(process)
+        assert len(result["cases"]) > 300
+        assert not failures(result)
+        assert not spills(result)

@@ -1,0 +1,148 @@
+"""Every entry of the kernels' table, compiled for GPUs that are not there: no spills, matrix units, memory that fits.
+
+`pytest -s tests/kernels/test_kernel_compile.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from clha_fast.options import ROUTE_WORDS
+from csrc_triton import configs
+from tests.support.helpers import ROOT
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """One child process compiles everything, for this one may be running the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "tests.support.compile_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled: list[Row] = json.loads(done.stdout)
+    print("\n" + table(compiled))
+    return compiled
+
+
+def table(rows: list[Row]) -> str:
+    columns = list(rows[0])
+    cells = [columns, *([str(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def none_of(rows: list[Row], what: str) -> None:
+    assert not rows, f"{what}:\n{table(rows)}"
+
+
+def test_every_entry_was_compiled(rows: list[Row]) -> None:
+    done = {(row["kernel"], row["arch"], row["entry"]) for row in rows}
+    for kernel, entries in configs.GEMMS.items():
+        assert done >= {(kernel, arch, dtype) for arch, dtype in entries if arch != "interpreter"}
+    assert done >= {(kernel, arch, "16-bit") for kernel in configs.SMALL for arch in configs.SHARED_MEMORY}
+    for kernel, entries in configs.PERSISTENT.items():
+        assert done >= {(kernel, arch, "16-bit") for arch in entries if arch != "interpreter"}
+
+
+def test_no_register_is_spilled(rows: list[Row]) -> None:
+    none_of([row for row in rows if row["spills"] or row["stack"]], "spilled")
+
+
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    none_of([row for row in rows if row["shared"] > configs.SHARED_MEMORY[row["arch"]]], "more than the device has")
+    # sm_80's entries serve compute capabilities 8.6, 8.9 and 12.x too, which have 99 KiB.
+    none_of([row for row in rows if row["arch"] == "sm_80" and row["shared"] > 99 * 1024], "more than 99 KiB")
+
+
+def test_matrix_units_are_used(rows: list[Row]) -> None:
+    """HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942; ieee float32 has them on AMD only."""
+    gemms = [row for row in rows if row["kernel"] in configs.GEMMS | configs.PERSISTENT]
+    # One unit of H is too little for a matrix instruction on its own.
+    gemms = [row for row in gemms if row["variant"] != "ones"]
+    expected = [row for row in gemms if row["dtype"] != "fp32" or row["arch"] == "gfx942"]
+    none_of([row for row in expected if not row["matrix"]], "no matrix instruction")
+    ieee = [row for row in gemms if row["dtype"] == "fp32" and row["arch"] != "gfx942"]
+    none_of([row for row in ieee if row["matrix"] or not row["fma"]], "float32 rounded to tensor-core precision")
+
+
+def test_operands_come_by_tma_and_warps_are_specialised_where_the_table_says_so(rows: list[Row]) -> None:
+    """UTMALDG; USETMAXREG is how the warps of a specialised kernel divide the registers among them."""
+    persistent = [row for row in rows if row["kernel"] in configs.PERSISTENT]
+    none_of([row for row in persistent if not row["tma"]], "no TMA load")
+    none_of([row for row in rows if row["tma"] and row not in persistent], "TMA where nobody made a descriptor")
+    specialised = [row for row in persistent if configs.PERSISTENT[row["kernel"]][row["arch"]]["WARP_SPECIALIZE"]]
+    assert {row["arch"] for row in specialised} == {"sm_100"}
+    none_of([row for row in specialised if not row["maxreg"]], "warps not specialised")
+    none_of([row for row in rows if row["maxreg"] and row not in specialised], "warps specialised unasked")
+
+
+def test_registers_leave_room_for_the_programs_meant_to_share_a_multiprocessor(rows: list[Row]) -> None:
+    """Of 65,536 registers and 227 KiB: two programs of the routed recompute, four of the routed dhidden on sm_90."""
+    for kernel, together in (("routed_logit_grad", 2), ("routed_hidden_grad", 4)):
+        (row,) = [
+            row
+            for row in rows
+            if (row["kernel"], row["arch"], row["entry"], row["variant"]) == (kernel, "sm_90", "16-bit", "plain")
+        ]
+        assert row["registers"] * row["warps"] * 32 * together <= 65536, table([row])
+        assert (row["shared"] + 1024) * together <= 228 * 1024, table([row])
+
+
+def test_blocks_fit_together() -> None:
+    """The GEMMs of the backward walk a workspace that `logit_grad` cuts into whole tiles of its own."""
+    for name in ("logit_grad", "logit_grad_softcap"):
+        for (arch, dtype), tile in configs.GEMMS[name].items():
+            for other in ("hidden_grad", "weight_grad"):
+                inner = configs.GEMMS[other][arch, dtype]
+                assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch, dtype)
+                assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch, dtype)
+    for name in ("persistent_logit_grad", "persistent_logit_grad_softcap"):
+        for arch, tile in configs.PERSISTENT[name].items():
+            for other in ("persistent_hidden_grad", "persistent_weight_grad", "persistent_weight_grad_partial"):
+                inner = configs.PERSISTENT[other][arch]
+                assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch)
+                assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch)
+    for name in ("routed_logit_grad", "routed_logit_grad_softcap"):
+        for (arch, dtype), tile in configs.GEMMS[name].items():
+            # The sum over a block's tokens reads whole tiles, to whose end this kernel writes zeros.
+            assert tile["BLOCK_N"] % configs.GEMMS["routed_weight_grad"][arch, dtype]["BLOCK_N"] == 0
+            for other in (name, "routed_weight_grad", "routed_hidden_grad"):
+                assert ROUTE_WORDS % configs.GEMMS[other][arch, dtype]["BLOCK_V"] == 0, (other, arch, dtype)
+    for kernel in (*configs.GEMMS, *configs.PERSISTENT):
+        if "forward" in kernel:
+            tiles = {**configs.GEMMS, **configs.PERSISTENT}[kernel].values()
+            assert all(max(tile["BLOCK_V"], ROUTE_WORDS) % min(tile["BLOCK_V"], ROUTE_WORDS) == 0 for tile in tiles)
+    for column in (0, 1):
+        assert configs.SMALL["route_count"][column]["SEGMENT"] == configs.SMALL["route_list"][column]["SEGMENT"]
+        assert ROUTE_WORDS % configs.SMALL["routed_bias_grad"][column]["BLOCK_V"] == 0
+
+
+def test_the_table_is_whole() -> None:
+    expected = {(arch, dtype) for arch in configs.ARCHITECTURES for dtype in configs.DTYPES}
+    for kernel, entries in configs.GEMMS.items():
+        assert set(entries) == expected, kernel
+        # The host takes offsets within a tile for int32 on the strength of this.
+        assert max(tile[name] for tile in entries.values() for name in tile if name.startswith("BLOCK")) <= 256
+    for arguments, name in ((("x", "sm_90", "fp32"), "kernel"), (("gather", "sm_75", "fp32"), "arch")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got "):
+            configs.select(*arguments)
+    with pytest.raises(ValueError, match=r"^dtype: expected one of 16-bit, fp32, got 'bf16'$"):
+        configs.select("gather", "sm_90", "bf16")
+
+
+def test_passes_over_the_workspace_load_whole_vectors(rows: list[Row]) -> None:
+    """At most 80 registers without a softcap: three programs of eight warps an SM, loads enough in flight."""
+    passes = [row for row in rows if row["kernel"] in ("statistics", "gradient") and row["arch"].startswith("sm_")]
+    assert len(passes) >= 12
+    none_of([row for row in passes if row["vectors"] == 0], "no 16-byte access")
+    none_of([row for row in passes if row["variant"] != "softcap" and row["registers"] > 80], "too many registers")

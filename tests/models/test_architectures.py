@@ -1,0 +1,66 @@
+"""The fused head on transformers' causal language models, walked by `architectures.py` in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.helpers import ROOT
+
+# What each of the sample shows, and what has to be found behind its head.
+SAMPLE = {
+    "falcon_h1": "scale 0.6",
+    "hyperclovax": "scale 1.9",  # multiplies where Granite divides
+    "inkling2_text": "softcap 3.5, 91 of 96 rows",
+    "xlnet": "bias",
+    "minicpm3": "identity",  # hidden states divided before the head
+    "prophetnet": "stream 0",
+    "qwen3_moe": "identity",  # a router's loss
+    "gemma4": "softcap 3.5",  # nested configurations
+}
+REFUSED = {"gemma4_unified_assistant"}  # drafts for another model, from that model's states
+NOT_BUILDABLE = {"gemma4_assistant", "musicgen", "musicgen_melody"}
+
+
+def walk(folder: Path, *arguments: str, timeout: int) -> list[dict[str, Any]]:
+    """The harness's results; a process of its own, since it forks."""
+    found = folder / "found.json"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.architectures", "--json", str(found), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert found.exists(), run.stdout + run.stderr
+    return json.loads(found.read_text())
+
+
+def test_sample(tmp_path: Path) -> None:
+    results = walk(tmp_path, "--variants", "untied", "--types", *SAMPLE, timeout=120)
+    assert [(r["model_type"], r["outcome"], r["reason"]) for r in results] == [(t, "right", "") for t in SAMPLE]
+    assert {r["model_type"]: r["transform"] for r in results} == SAMPLE
+    # The comparison would have seen a lost transform.
+    felt = {r["model_type"]: r["felt"] for r in results if r["felt"] is not None}
+    assert felt.keys() == {name for name, transform in SAMPLE.items() if "scale" in transform or "softcap" in transform}
+    assert min(felt.values()) > 0.1
+    assert {r["model_type"] for r in results if r["aux_loss"]} == {"qwen3_moe"}
+
+
+@pytest.mark.slow
+def test_every_architecture(tmp_path: Path) -> None:
+    page = tmp_path / "architectures.md"
+    results = walk(tmp_path, "--write", str(page), timeout=3600)
+    outcomes: dict[str, set[str]] = {}
+    for result in results:
+        assert bool(result["reason"]) == (result["outcome"] != "right")
+        outcomes.setdefault(result["model_type"], set()).add(result["outcome"])
+    assert not [r for r in results if r["outcome"] == "wrong"]
+    assert {name for name, seen in outcomes.items() if "refused" in seen} <= REFUSED
+    missing = set() if importlib.util.find_spec("timm") else {"gemma3n"}
+    assert {name for name, seen in outcomes.items() if seen == {"not buildable"}} <= NOT_BUILDABLE | missing
+    assert len(outcomes) > 100
+    assert all(f"| {name} |" in page.read_text() for name in outcomes)

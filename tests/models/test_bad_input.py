@@ -1,0 +1,111 @@
+"""What no loss can be made of, and other people's hooks on the head: a sentence, or the right number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import clha_fast
+from clha_fast.models.heads import HeadInfo, UnsupportedHeadError
+from clha_fast.models.hooks import is_wrappers, other_hooks, through_hooks
+from tests.support.adapters import OPTIONS, TOKENIZER, attach, base, collate, compare
+
+
+def test_models_without_an_output_embedding() -> None:
+    model = base()
+    for other in (AutoModelForSequenceClassification.from_config(model.config), model.model, nn.Linear(2, 2)):
+        kind = type(other).__name__
+        with pytest.raises(UnsupportedHeadError, match=f"got {kind} with no output embedding: it returns no logits"):
+            clha_fast.attach(other, OPTIONS)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(UnsupportedHeadError, match="LlamaForCausalLM with no output embedding"):
+        clha_fast.attach(model, OPTIONS)
+
+
+def test_a_tokenizer_larger_than_the_model() -> None:
+    batch = collate().as_dict()
+    largest = int(batch["input_ids"].max())
+    small = base()
+    small.resize_token_embeddings(largest)
+    few = base()
+    few.lm_head = nn.Linear(32, largest, bias=False)
+    for model, name, where in ((small, "input_ids", "input"), (few, "targets", "output")):
+        said = (
+            rf"{name}: expected tokens below the {largest} rows of the model's {where} embedding, got {largest}; "
+            r"is the tokenizer larger than the model\? \(model.resize_token_embeddings"
+        )
+        with attach(model), pytest.raises(ValueError, match=said):
+            model(**batch)
+    small.resize_token_embeddings(len(TOKENIZER))
+    assert compare(small).right
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def cubed(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output**3
+
+
+def halved(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0] / 2,)
+
+
+def test_other_peoples_hooks_on_the_head_are_measured() -> None:
+    model = base().train()
+    handles = [model.lm_head.register_forward_hook(doubled), model.lm_head.register_forward_pre_hook(halved)]
+    with attach(model) as attached:
+        assert attached.info.scale == 2.0
+    assert compare(model).right
+    for handle in handles:
+        handle.remove()
+    model.lm_head.register_forward_hook(cubed)
+    with pytest.raises(UnsupportedHeadError, match="no scale, softcap or added bias"):
+        attach(model)
+
+
+def test_a_hook_that_nobody_measured_is_refused() -> None:
+    """Added or removed behind attach: the loss would go on as if nothing had changed."""
+    model, batch = base().train(), collate().as_dict()
+    kept = model.lm_head.register_forward_hook(doubled)
+    with attach(model):
+        before = model(**batch).loss
+        added = model.lm_head.register_forward_pre_hook(halved)
+        with pytest.raises(UnsupportedHeadError, match=r"the 1 forward hook.* got 2 or others"):
+            model(**batch)
+        added.remove()
+        assert model(**batch).loss == before
+        kept.remove()
+        with pytest.raises(UnsupportedHeadError, match=r"the 1 forward hook.* got 0 or others"):
+            model(**batch)
+
+
+class Fused:
+    """What `through_hooks` reads of a fused head."""
+
+    result: tuple[Tensor, ...] = (torch.tensor(3.0), torch.tensor(0.5))
+
+
+def test_the_loss_passes_wrappers_hooks_alone() -> None:
+    head, seen, fused = nn.Linear(2, 2), [], Fused()
+
+    def wrapper(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output)
+        return output + 1
+
+    wrapper.__module__ = "torch.distributed.fsdp"
+    head.register_forward_hook(doubled)
+    head.register_forward_hook(wrapper)
+    hooks = list(head._forward_hooks)
+    assert [is_wrappers(hook) for hook in head._forward_hooks.values()] == [False, True]
+    head.forward = lambda hidden: torch.tensor(7.0)
+    with through_hooks(HeadInfo(head, vocab_size=2, hooks=other_hooks(head)), fused):
+        assert head(torch.zeros(1, 2)) == 14  # the model gets its constant, which other people's hooks have seen
+    assert seen == [3.0]
+    assert fused.result[0] == 4
+    assert list(head._forward_hooks) == hooks

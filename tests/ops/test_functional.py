@@ -1,0 +1,449 @@
+"""The public face: error messages, choice of backend, autocast, backward passes, the module."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+
+from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from clha_fast.ops import auto, dispatch
+from tests.support.helpers import IGNORE, make_case, run_python
+
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+I64 = torch.int64
+
+
+def small(**settings):
+    """Two prompts of two candidates, 8 tokens, H = 4, V = 7."""
+    return make_case([2, 1, 3, 2], [2, 2], hidden_size=4, vocab_size=7, **settings)
+
+
+# What is changed, and the whole message: argument, expected, got.
+HEAD_ERRORS = [
+    ({"hidden": torch.zeros(8)}, "hidden: expected a floating tensor [M, H], got [8] float32 on cpu"),
+    ({"hidden": torch.zeros(8, 4, dtype=I64)}, "hidden: expected a floating tensor [M, H], got [8, 4] int64 on cpu"),
+    ({"weight": torch.zeros(7, 5)}, "weight: expected [V, H = 4] with V > 0, got [7, 5] float32 on cpu"),
+    ({"weight": torch.zeros(0, 4)}, "weight: expected [V, H = 4] with V > 0, got [0, 4] float32 on cpu"),
+    (
+        {"weight": torch.zeros(7, 4, dtype=torch.bfloat16)},
+        "weight: expected hidden's dtype float64 (cast one, or use torch.autocast), got [7, 4] bfloat16 on cpu",
+    ),
+    (
+        {"weight": torch.zeros(7, 4, dtype=torch.float64, device="meta")},
+        "weight: expected hidden's device cpu, got [7, 4] float64 on meta",
+    ),
+    (
+        {"bias": torch.zeros(6, dtype=torch.float64)},
+        "bias: expected [V = 7] of hidden's dtype and device, got [6] float64 on cpu",
+    ),
+    ({"bias": torch.zeros(7)}, "bias: expected [V = 7] of hidden's dtype and device, got [7] float32 on cpu"),
+    ({"targets": torch.zeros(8, dtype=torch.int32)}, "targets: expected int64, got [8] int32 on cpu"),
+    (
+        {"targets": torch.zeros(9, dtype=I64)},
+        "targets: expected integers of shape [N = 8], or a row_index, got [9] int64 on cpu",
+    ),
+    (
+        {"targets": torch.zeros(8, 1, dtype=I64)},
+        "targets: expected integers of shape [N = 8], or a row_index, got [8, 1] int64 on cpu",
+    ),
+    (
+        {"targets": torch.zeros(8, dtype=I64, device="meta")},
+        "targets: expected hidden's device cpu, got [8] int64 on meta",
+    ),
+    ({"row_index": torch.zeros(8)}, "row_index: expected int64, got [8] float32 on cpu"),
+    ({"row_index": torch.zeros(7, dtype=I64)}, "row_index: expected integers of shape [N = 8], got [7] int64 on cpu"),
+    (
+        {"row_index": torch.zeros(8, dtype=I64, device="meta")},
+        "row_index: expected hidden's device cpu, got [8] int64 on meta",
+    ),
+    (
+        {"targets": torch.tensor([0, 1, 2, 7, 0, 0, 0, 0])},
+        "targets: expected values in [0, V = 7) or -100, got 7 at position 3",
+    ),
+    (
+        {"targets": torch.tensor([0, 1, 2, 6, IGNORE, -1, 0, 0])},
+        "targets: expected values in [0, V = 7) or -100, got -1 at position 5",
+    ),
+    (
+        {"row_index": torch.tensor([0, 8, 0, 0, 0, 0, 0, 0])},
+        "row_index: expected values in [0, M = 8), got 8 at position 1",
+    ),
+    (
+        {"row_index": torch.tensor([0, 1, 0, 0, 0, 0, 0, -1])},
+        "row_index: expected values in [0, M = 8), got -1 at position 7",
+    ),
+]
+RANKING_ERRORS = [
+    (
+        {"candidate_lengths": torch.ones(4)},
+        "candidate_lengths: expected integers of shape [C], got [4] float32 on cpu",
+    ),
+    (
+        {"candidate_lengths": torch.tensor([2, 1, 3, 1])},
+        "candidate_lengths: expected a sum of N = 8 tokens, got 7",
+    ),
+    (
+        {"candidate_lengths": torch.tensor([4, 3, -1, 2])},
+        "candidate_lengths: expected no negative length, got -1 at position 2",
+    ),
+    (
+        {"candidates_per_prompt": torch.ones(2, 1, dtype=I64)},
+        "candidates_per_prompt: expected integers of shape [P], got [2, 1] int64 on cpu",
+    ),
+    (
+        {"candidates_per_prompt": torch.zeros(0, dtype=I64)},
+        "candidates_per_prompt: expected at least one prompt, got none",
+    ),
+    (
+        {"candidates_per_prompt": torch.tensor([4, 0])},
+        "candidates_per_prompt: expected at least 1 candidate a prompt, got 0 at position 1",
+    ),
+    (
+        {"candidates_per_prompt": torch.tensor([2, 3])},
+        "candidates_per_prompt: expected a sum of C = 4 candidates, got 5",
+    ),
+    ({"rewards": torch.zeros(3)}, "rewards: expected floating [C = 4], got [3] float32 on cpu"),
+    ({"rewards": torch.zeros(4, dtype=I64)}, "rewards: expected floating [C = 4], got [4] int64 on cpu"),
+    (
+        {"rewards": torch.tensor([0.0, math.nan, 1.0, 2.0])},
+        "rewards: expected finite values, got nan at position 1",
+    ),
+    (
+        {"rewards": torch.tensor([0.0, 1.0, 1.0, -math.inf])},
+        "rewards: expected finite values, got -inf at position 3",
+    ),
+    ({"sft_index": torch.zeros(1, dtype=I64)}, "sft_index: expected integers of shape [P = 2], got [1] int64 on cpu"),
+    ({"sft_index": torch.tensor([0, 2])}, "sft_index: expected a value in [0, 2) for prompt 1, got 2"),
+    ({"sft_index": torch.tensor([-1, 0])}, "sft_index: expected a value in [0, 2) for prompt 0, got -1"),
+    (
+        {"pair_counts": torch.ones(1, 1)},
+        "pair_counts: expected [D], one count a rank distance, got [1, 1] float32 on cpu",
+    ),
+    ({"pair_counts": torch.ones(0)}, "pair_counts: expected at least 1 rank distances, got 0"),
+    ({"prompt_count": torch.ones(1)}, "prompt_count: expected a scalar tensor, got [1] float32 on cpu"),
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("changes", "message"), HEAD_ERRORS + RANKING_ERRORS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_bad_tensors_are_named(backend, changes, message):
+    case = small().replace(**changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        case.loss(backend)
+
+
+@BACKENDS
+def test_settings_of_another_kind_are_named(backend):
+    with pytest.raises(ValueError, match=r"^options: expected CLHAOptions, such as .*, got 'published'$"):
+        small().loss(backend, options="published")
+    with pytest.raises(ValueError, match=r"^head: expected HeadOptions\(...\), got \{'softcap': 3.0\}$"):
+        small().loss(backend, head={"softcap": 3.0})
+    with pytest.raises(ValueError, match=r"^options: "):
+        CLHALoss("paper", backend=backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("changes", "message"), HEAD_ERRORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_token_logps_names_them_too(backend, changes, message):
+    case = small().replace(**changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        token_logps(case.hidden, case.weight, case.targets, bias=case.bias, row_index=case.row_index, backend=backend)
+
+
+@BACKENDS
+def test_another_ignore_index(backend):
+    """-1 instead of -100: the same loss, and -100 is then a target like any other that does not exist."""
+    case = small(ignored=0.4)
+    moved = case.replace(targets=case.targets.masked_fill(case.targets == IGNORE, -1))
+    loss, gradients = moved.gradients(backend, head=HeadOptions(ignore_index=-1))
+    torch.testing.assert_close((loss, gradients), case.gradients(backend), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"^targets: expected values in \[0, V = 7\) or -1, got -100 at position"):
+        case.loss(backend, head=HeadOptions(ignore_index=-1))
+
+
+def test_unknown_backend():
+    message = "^backend: expected one of auto, triton, workspace, torch, reference, got 'cuda'$"
+    with pytest.raises(ValueError, match=message):
+        small().loss("cuda")
+    with pytest.raises(ValueError, match=message):
+        token_logps(torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1).long(), backend="cuda")
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(tmp_path):
+    """In a process without the interpreter: triton on a CPU says why, and so it does where triton is missing."""
+    out = run_python(
+        """
+import sys
+import torch
+from clha_fast import BackendError, CLHALoss, linear_clha_loss, token_logps
+
+head = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
+ranking = torch.tensor([1, 1]), torch.tensor([2])
+calls = [
+    lambda: token_logps(*head, backend="triton"),
+    lambda: linear_clha_loss(*head, *ranking, backend="triton"),
+    lambda: CLHALoss(backend="triton")(*head, *ranking),
+]
+def attempt():
+    for call in calls:
+        try:
+            print("ran", call())
+        except BackendError as error:
+            print(error)
+attempt()
+sys.modules["triton"] = None
+attempt()
+print(float(linear_clha_loss(*head, *ranking)[0]))
+""",
+        cwd=tmp_path,
+        TRITON_INTERPRET=None,
+    )
+    on_cpu = (
+        "backend 'triton' cannot run: the tensors are on 'cpu': it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
+    )
+    missing = "backend 'triton' cannot run: the package triton is not installed"
+    *lines, loss = out.splitlines()
+    assert lines == [on_cpu] * 3 + [missing] * 3
+    # Uniform over 5 words: h = 3, SFT 0.05 * log 5.
+    assert float(loss) == pytest.approx(3 + 0.05 * math.log(5), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "environment", "reason"),
+    [
+        (torch.float64, "1", "not float64"),
+        (torch.float32, "0", "the tensors are on 'cpu'"),
+        (torch.bfloat16, "1", "Triton's interpreter computes bfloat16 wrongly"),
+    ],
+    ids=["float64", "no interpreter", "bfloat16 in the interpreter"],
+)
+def test_triton_says_what_it_cannot_take(dtype, environment, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", environment)
+    with pytest.raises(RuntimeError, match=f"^backend 'triton' cannot run: .*{reason}"):
+        small(dtype=dtype).loss("triton")
+
+
+def test_auto_says_its_choice_once(caplog):
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="clha_fast"):
+        chosen = [small().loss("auto")[0] for _ in range(3)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend auto: torch (the device is cpu; {auto.RULES[-1].origin})"
+    ]
+    torch.testing.assert_close(chosen[0], small().loss("torch")[0], rtol=0, atol=0)
+
+
+def test_the_table_of_auto_takes_every_call():
+    """Every row names a backend and its origin, every call finds a row, and none is out of reach."""
+    taken = set()
+    for device in ("cpu", "cuda", "mps"):
+        for kernels in (True, False):
+            for gradients in (True, False):
+                rule = auto.choose(device, kernels, gradients)
+                taken.add(rule)
+                assert rule.backend in dispatch.BACKENDS[1:-1]
+                assert rule.origin
+                assert rule.backend == "torch" or (device == "cuda" and kernels)
+    assert taken == set(auto.RULES)
+
+
+@pytest.mark.parametrize("backend", ["reference", "workspace"])
+def test_exact_backends_refuse_to_drop_mass(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    message = f"^backend '{backend}' forms every gradient whole: expected max_dropped_mass None"
+    with pytest.raises(BackendError, match=message):
+        small(dtype=torch.float32).loss(backend, head=HeadOptions(max_dropped_mass=0.01))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_its_dtype(backend, dtype):
+    """Under autocast: the result of inputs cast to its dtype, the gradients in the parameters' own dtype."""
+    case = small(dtype=torch.float32, bias=True)
+    expected_loss, expected = case.to(dtype).gradients(backend)
+    full_loss, _ = case.gradients(backend)
+    leaves = case.leaves()
+    with torch.autocast("cpu", dtype=dtype):
+        loss, _ = case.loss(backend)
+        logps = token_logps(case.hidden, case.weight, case.targets, bias=case.bias, backend=backend)
+    assert loss.dtype == torch.float32
+    assert logps.dtype == torch.float32
+    assert loss != full_loss
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=0)
+    for gradient, expected_gradient in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, expected_gradient.float(), rtol=0, atol=0)
+    cast = case.to(dtype)
+    expected_logps = token_logps(cast.hidden, cast.weight, cast.targets, bias=cast.bias, backend=backend)
+    torch.testing.assert_close(logps, expected_logps, rtol=0, atol=0)
+
+
+def test_autocast_leaves_float64_alone():
+    expected = small().loss()[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = small().loss()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@BACKENDS
+def test_the_module_is_the_function(backend):
+    case = small(rewards=True, bias=True, sft_index=True, rows=5)
+    options = CLHAOptions.preset("paper").replace(margin=1.0)
+    head = HeadOptions(softcap=5.0)
+    module = CLHALoss(options, head, backend)
+    loss, metrics = module(**case.arguments())
+    expected, expected_metrics = case.loss(backend, options=options, head=head)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(metrics.values, expected_metrics.values, rtol=0, atol=0)
+    assert not list(module.parameters())
+    assert "margin=1.0" in repr(module)
+    default = CLHALoss()
+    assert default.options == CLHAOptions.preset("published")
+    assert default.head == HeadOptions()
+
+
+@BACKENDS
+def test_ranking_tensors_may_be_int32(backend):
+    case = small(rewards=True, sft_index=True)
+    narrow = case.replace(
+        candidate_lengths=case.candidate_lengths.int(),
+        candidates_per_prompt=case.candidates_per_prompt.int(),
+        sft_index=case.sft_index.int(),
+    )
+    torch.testing.assert_close(narrow.gradients(backend), case.gradients(backend), rtol=0, atol=0)
+
+
+@BACKENDS
+def test_metrics_carry_no_graph(backend):
+    case = small()
+    case.leaves()
+    loss, metrics = case.loss(backend)
+    assert loss.requires_grad
+    assert not metrics.values.requires_grad
+    assert not metrics.scores.requires_grad
+
+
+@BACKENDS
+@pytest.mark.parametrize("upstream", [0.0, 1.0, -2.5])
+def test_upstream_gradient_of_the_loss(backend, upstream):
+    _, unit = small(bias=True).gradients(backend)
+    _, gradients = small(bias=True).gradients(backend, upstream)
+    for gradient, expected in zip(gradients, unit, strict=True):
+        torch.testing.assert_close(gradient, upstream * expected, rtol=1e-12, atol=1e-15)
+
+
+@BACKENDS
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_inputs_get_no_gradient(backend, frozen):
+    case = small(bias=True)
+    _, expected = case.gradients(backend)
+    case.leaves()
+    getattr(case, frozen).requires_grad_(False)
+    case.loss(backend)[0].backward()
+    for name, gradient in zip(("hidden", "weight", "bias"), expected, strict=True):
+        got = getattr(case, name).grad
+        if name == frozen:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, gradient, rtol=1e-12, atol=1e-15)
+    upstream = torch.ones(8, dtype=torch.float64)
+    for name in ("hidden", "weight", "bias"):
+        getattr(case, name).grad = None
+    token_logps(case.hidden, case.weight, case.targets, bias=case.bias, backend=backend).backward(upstream)
+    assert [n for n in ("hidden", "weight", "bias") if getattr(case, n).grad is None] == [frozen]
+
+
+@BACKENDS
+def test_no_grad_is_forward_only(backend):
+    case = small()
+    expected = case.loss(backend)[0]
+    case.leaves()
+    with torch.no_grad():
+        loss, _ = case.loss(backend)
+        logps = token_logps(case.hidden, case.weight, case.targets, backend=backend)
+    with torch.inference_mode():
+        inferred, _ = case.loss(backend)
+    assert not loss.requires_grad
+    assert not logps.requires_grad
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(inferred, expected, rtol=0, atol=0)
+
+
+def test_a_graph_can_be_walked_twice_with_upstream_one():
+    case = small()
+    _, expected = case.gradients()
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    for _ in range(2):
+        torch.testing.assert_close(list(torch.autograd.grad(loss, leaves, retain_graph=True)), expected, rtol=0, atol=0)
+
+
+def test_a_gradient_in_somebodys_hands_stays_as_it_is():
+    case = small()
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    held = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [gradient.clone() for gradient in held]
+    tripled = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    for gradient, copy, triple in zip(held, copies, tripled, strict=True):
+        torch.testing.assert_close(gradient, copy, rtol=0, atol=0)
+        torch.testing.assert_close(triple, 3 * copy, rtol=1e-12, atol=0)
+
+
+def test_accumulated_gradients_add_up():
+    """loss.backward() and then (3 loss).backward() into the same .grad: four times the gradient."""
+    case = small()
+    _, expected = case.gradients()
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    loss.backward(retain_graph=True)
+    (3 * loss).backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 4 * gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_a_scaled_graph_says_that_it_is_spent():
+    case = small()
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear_clha_loss: .*scaled in place by an earlier backward pass"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_second_derivatives_are_refused():
+    case = small()
+    leaves = case.leaves()
+    with pytest.raises(RuntimeError, match=r"linear_clha_loss: .*no second derivative"):
+        torch.autograd.grad(case.loss()[0], leaves, create_graph=True)
+    logps = token_logps(case.hidden, case.weight, case.targets, backend="torch")
+    (gradient,) = torch.autograd.grad(logps.sum(), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()
+
+
+def test_keywords_follow_the_tensors():
+    """Options are not positional: a signature that grows cannot silently change what a call means."""
+    case = small(rewards=True)
+    head = (case.hidden, case.weight, case.targets)
+    with pytest.raises(TypeError):
+        linear_clha_loss(*head, case.candidate_lengths, case.candidates_per_prompt, case.rewards)
+
+
+@pytest.mark.parametrize("name", ["candidate_lengths", "candidates_per_prompt", "rewards", "targets"])
+def test_lists_are_refused_by_name(name: str) -> None:
+    given = {
+        "targets": torch.zeros(6, dtype=torch.long),
+        "candidate_lengths": torch.tensor([2, 2, 2]),
+        "candidates_per_prompt": torch.tensor([3]),
+        "rewards": torch.tensor([4.0, 0.0, -4.0]),
+    }
+    given[name] = given[name].tolist()
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor, got a list"):
+        linear_clha_loss(torch.randn(6, 4), torch.randn(9, 4), **given)

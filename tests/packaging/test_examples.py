@@ -1,0 +1,72 @@
+"""The examples run as they are written, and learn: every epoch sees the same prompts, the last one does better."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.helpers import ROOT
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "epoch"),
+    [
+        (["examples/bare_loop.py"], 4),
+        (["examples/accelerate_loop.py", "--cpu"], 4),
+        ([*TORCHRUN, "examples/accelerate_loop.py", "--cpu"], 2),
+        (["examples/trainer.py"], 4),
+    ],
+    ids=["bare", "accelerate", "accelerate, two processes", "trainer"],
+)
+def test_example(command: list[str], epoch: int, tmp_path: Path) -> None:
+    if command[-1].endswith("trainer.py"):
+        command = [*command, "--output-dir", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command, "--steps", "12"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(value) for value in re.findall(r"^step \d+ loss (\S+)", done.stdout, re.MULTILINE)]
+    assert len(losses) == 12
+    assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])
+
+
+@pytest.mark.slow
+def test_fsdp2_loop_is_the_same_in_two_processes(tmp_path: Path) -> None:
+    """On the demonstration records; losses of every step and held-out metrics."""
+    records = (ROOT / "clha_fast" / "demo" / "ranked_demo.jsonl").read_text("utf-8").splitlines(keepends=True)
+    data = str(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text("".join(records[:16]), "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    results = []
+    for processes in ("1", "2"):
+        out = tmp_path / f"{processes}.json"
+        command = [sys.executable, *TORCHRUN[:-1], processes, "examples/fsdp2_loop.py", "--cpu", "--steps", "3"]
+        command += ["--train-file", data, "--eval-file", data, "--write", str(out), "--dtype", "float64"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    one, two = results
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert max(one["losses"]) > 0
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)  # the losses are kept in float32
+    for part in ("before", "after"):
+        assert two[part] == pytest.approx(one[part], rel=1e-5), part

@@ -1,0 +1,209 @@
+"""The GPU benchmark where there is no GPU: its cost model in closed form, its parts, and a dry run from end to end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_report
+from benchmarks.gpu_correct import IncorrectError, _Bar
+from benchmarks.gpu_inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
+from benchmarks.gpu_measure import Clock, Deadline, interleaved
+from benchmarks.gpu_memory import Job, measure
+from benchmarks.gpu_methods import METHODS, methods_of
+from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
+from clha_fast import PUBLISHED, HeadOptions, reference
+from tests.support.helpers import ROOT
+
+H200 = DEVICES["NVIDIA H200"]
+BIG = Shape(8192, 4096, 128256)
+
+
+def test_three_products_in_closed_form() -> None:
+    # 3 products of 2 * 8192 * 4096 * 128256 operations: 25.8 TFLOP, 32.7 ms at 790 TFLOP/s.
+    found = cost("bound", BIG, H200)
+    assert found.flops == 3 * 2 * 8192 * 4096 * 128256
+    assert found.flops == pytest.approx(25.82e12, rel=1e-3)
+    assert found.seconds == pytest.approx(32.68e-3, rel=1e-3)
+    # Each product reads two of X, W and Z and writes the third, 2 bytes an element.
+    assert found.bytes == 3 * 2 * (8192 * 4096 + 128256 * 4096 + 8192 * 128256)
+    assert cost("bound_forward", BIG, H200).flops == found.flops / 3
+
+
+def test_the_workspace_pays_for_its_passes_and_its_sums() -> None:
+    """With products for free what is left is 6 bytes a logit, the float32 sums and the final rounding."""
+    free = Ceilings("", 1e30, 1e12, "")
+    extra = cost("workspace", BIG, free).seconds - cost("bound", BIG, free).seconds
+    # One chunk: 2 * H = 8192 tokens fit.
+    assert extra == pytest.approx((6 * 8192 * 128256 + 6 * (128256 + 8192) * 4096) / 1e12)
+    twice = dataclasses.replace(BIG, tokens=16384)
+    extra = cost("workspace", twice, free).seconds - cost("bound", twice, free).seconds
+    assert extra == pytest.approx((6 * 16384 * 128256 + 8 * 128256 * 4096 + 6 * (128256 + 16384) * 4096) / 1e12)
+
+
+def test_a_frozen_head_and_a_short_workspace() -> None:
+    frozen = [cost(path, BIG, H200, weight_gradient=False) for path in ("bound", "workspace", "fused")]
+    assert [round(c.flops / cost("bound_forward", BIG, H200).flops) for c in frozen] == [2, 2, 3]
+    # Sixteen chunks of 512: fifteen times the sum is read and written, 8 bytes an element.
+    short, whole = (cost("workspace", BIG, H200, chunk_tokens=n) for n in (512, 8192))
+    assert short.seconds - whole.seconds == pytest.approx(15 * 8 * 128256 * 4096 / 4.3e12)
+
+
+def test_a_product_is_bound_by_its_slower_side() -> None:
+    thin = Shape(1, 4096, 128256)
+    assert cost("bound_forward", thin, H200).seconds == pytest.approx(2 * (4096 + 128256 * 4097) / 4.3e12)
+
+
+def test_routed_costs_one_product_three_shares_and_the_means() -> None:
+    dense, forward = cost("fused", BIG, H200), cost("fused_forward", BIG, H200)
+    means = 2 * 8192 * 4096 * 1002
+    assert cost("routed", BIG, H200, kept_share=1.0).flops == dense.flops + means
+    assert cost("routed", BIG, H200, kept_share=0.0).flops == forward.flops + means
+    assert dense.flops == 4 * forward.flops
+    # One read of the weight is most of it, and little beside the step.
+    free = Ceilings("", 1e30, 1e12, "")
+    extra = cost("routed", BIG, free, kept_share=1.0).bytes - cost("fused", BIG, free).bytes
+    weight = 2 * 128256 * 4096
+    assert weight < extra < 1.5 * weight
+    assert cost("routed", BIG, H200, kept_share=1.0).seconds < 1.02 * dense.seconds
+
+
+def _report(dry_run: bool) -> dict:
+    methods = {"bound": {"seconds": 0.035}, "eager_hf": {"seconds": 0.05}}
+    entry = {"shape": BIG.name, "mode": "scored", "entropy": 11.7, "methods": methods}
+    return {"dry_run": dry_run, "environment": {"device": "NVIDIA H200"}, "shapes": [entry], "extras": {}}
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    report = _report(dry_run=False)
+    assert measured_seconds(report, BIG, "eager") == 0.05
+    assert measured_seconds(report, BIG, "workspace") is None
+    assert measured_seconds(_report(dry_run=True), BIG, "bound") is None
+    assert ceilings_of(report, "NVIDIA H200").flops == pytest.approx(25.82e12 / 0.035, rel=1e-3)
+    assert ceilings_of(_report(dry_run=True), "NVIDIA H200") == H200
+    lines = [line for line in table(report, H200).splitlines() if line.startswith(f"| {BIG.name} ")]
+    assert sum(NOT_MEASURED in line for line in lines) == len(lines) - 2
+    with pytest.raises(ValueError, match=r"^device: expected one of NVIDIA H200, NVIDIA H100, got 'x'$"):
+        ceilings_of(None, "x")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_batches_are_what_their_shape_says(padded: bool) -> None:
+    shape = dataclasses.replace(TINY[0], tokens=100)
+    batch = make_batch(shape, "cpu", padded=padded)
+    assert batch.targets.shape == (100,)
+    assert sum(batch.lengths) == 100
+    assert min(batch.lengths) >= 1
+    assert sum(batch.sizes) == len(batch.lengths)
+    assert (batch.labels != IGNORE).sum() == 100
+    if padded:
+        assert batch.rows == len(batch.lengths) * batch.width
+        assert torch.equal(batch.labels[batch.row_index], batch.targets)
+
+
+def test_a_peaked_softmax_has_the_entropy_asked_for() -> None:
+    batch = make_batch(dataclasses.replace(TINY[0], vocabulary=2000), "cpu", nats=2.0)
+    assert batch.entropy == pytest.approx(2.0, abs=0.05)
+    assert batch.entropy == softmax_entropy(batch.hidden, batch.weight)
+    # Drawn from the softmax: the mean surprise of the targets is its entropy.
+    logp = (batch.hidden.detach() @ batch.weight.detach().t()).log_softmax(-1)
+    assert float(-logp.gather(1, batch.targets[:, None]).mean()) == pytest.approx(2.0, abs=0.6)
+
+
+def test_the_loss_around_peers_is_the_reference_s() -> None:
+    batch = make_batch(TINY[0], "cpu")
+    logps = -torch.rand(48, generator=torch.Generator().manual_seed(0)) * 5
+    ranking = (batch.candidate_lengths, batch.candidates_per_prompt, batch.rewards, None, None, None)
+    wanted = reference.clha_loss(logps, batch.targets, *ranking, HeadOptions(), PUBLISHED)[0]
+    torch.testing.assert_close(PairLoss(batch)(logps), wanted)
+
+
+def test_a_method_that_fails_leaves_the_loop_with_its_reason() -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel\nof this name")
+
+    steps = {"bound": lambda: None, "broken": broken, "absent": lambda: __import__("no_such_peer")}
+    found = interleaved(steps, Clock("cpu"), 2, Deadline(60))
+    assert found["bound"]["rounds"] == 2
+    assert found["bound"]["over_bound"] == 1.0
+    assert found["broken"] == {"failed": "RuntimeError: no kernel"}
+    assert found["absent"]["failed"].startswith("not installed: ")
+
+
+def test_rounds_stop_when_the_time_is_over() -> None:
+    found = interleaved({"bound": lambda: None}, Clock("cpu"), 50, Deadline(-1))
+    assert found["bound"]["rounds"] == 1
+
+
+def test_an_error_over_the_bar_ends_the_run() -> None:
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    bar = _Bar.__new__(_Bar)
+    bar.case, bar.dtype, bar.floor, bar.rows = "case", torch.float32, 0.0, []
+    bar.exact, bar.eager = [[one.double()]] * 4, [[one + 2**-20]] * 4
+    bar.compare("path", [[one + 2**-20]] * 4, ("dhidden",))
+    with pytest.raises(IncorrectError, match="path, float32, case: error of dweight is 1, expected"):
+        bar.compare("path", [[two]] * 4, ("dweight",))
+
+
+def test_every_method_belongs_to_a_mode() -> None:
+    for mode in ("scored", "padded", "pairs", "peaked"):
+        assert methods_of(mode)[0] == "bound"
+    listed = {name for mode in ("scored", "padded", "pairs", "peaked") for name in methods_of(mode)}
+    assert listed == set(METHODS)
+    assert "not installed" in measure(Job("cce", TINY[0]), "cpu")["failed"] or "cut_cross_entropy" in sys.modules
+
+
+def test_jobs_survive_the_way_to_another_process() -> None:
+    for job in (Job("fused", SHAPES[1]), Job("eager_hf", TINY[0], padded=True)):
+        assert Job.decode(job.encode()) == job
+
+
+def test_files_of_a_report(tmp_path: Path) -> None:
+    report = _report(dry_run=True)
+    gpu_report.save(report, tmp_path)
+    assert json.loads((tmp_path / "gpu.json").read_text()) == report
+    with (tmp_path / "gpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["bound", "eager_hf"]
+    assert rows[1]["seconds"] == "0.05"
+    assert gpu_report.plots(report, tmp_path) == []
+    assert len(gpu_report.plots(_report(dry_run=False), tmp_path)) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--cpu-dry-run", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=560)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["dry_run"] is True
+    assert not list(tmp_path.glob("*.png"))
+    modes = {entry["mode"] for entry in report["shapes"]}
+    assert modes == {"scored", "peaked", "padded", "pairs"}
+    for entry in report["shapes"]:
+        for name in ("bound", "workspace", "fused"):
+            assert entry["methods"][name]["seconds"] > 0, (entry["mode"], entry["methods"][name])
+            assert entry["methods"][name]["flops"] > 0
+    assert len(report["correctness"]["paths"]) >= 3 * 2 * 2 * 3
+    for name in ("ranking_share", "over_candidates", "long_input", "memory_over_tokens", "synchronisation"):
+        assert "failed" not in report["extras"][name], report["extras"][name]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert done.returncode == 2
+    assert "no GPU here" in done.stderr

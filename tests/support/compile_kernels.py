@@ -1,0 +1,290 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reports what the compilers made of them, as JSON.
+
+A program of its own (`python -m tests.support.compile_kernels`), because the tests' own process runs Triton's
+interpreter, under which nothing can be compiled. Arguments are specialised as a launch would: an int 1 becomes a
+constant, multiples of 16 and pointers are known as such, None is a constant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from csrc_triton import backward, configs, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import clha as ranking
+
+GPU = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+POINTERS = {"16-bit": "*bf16", "fp32": "*fp32", "tf32": "*fp32"}
+MATRIX = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma_"}
+
+ROUTE_WORDS = 128
+N, V, H, CHUNK_N, CHUNK_V, P, C = 8192, 128256, 4096, 8192, 4096, 64, 512
+# H of each variant that is not plain: rows not aligned, and aligned rows that end within a block.
+WIDTH = {"odd": 1001, "ragged": 2320}
+
+
+def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
+    """Values as the host passes them; strings stand for pointers."""
+    x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
+    ones = variant == "ones"
+    if ones:
+        n = v = h = 1
+    bias, softcap = "bias" in variant, "softcap" in variant
+    partial = variant == "partial" or kernel.endswith("_partial")
+    common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
+    chunk = {
+        "first_token": 0,
+        "first_word": 0 if ones else 4096,
+        # The backward's are padded to whole tiles.
+        "chunk_tokens": 1 if ones and kernel == "persistent_forward" else CHUNK_N,
+        "chunk_words": CHUNK_V,
+        "num_words": 1 if ones else CHUNK_V,
+    }
+    scales = {"pre_scale": 1.0, "post_scale": 1.0, "factor": 1.0, "ignore_index": -100}
+    flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    pointers = {
+        "hidden_ptr": x,
+        "weight_ptr": x,
+        "rows_ptr": x,
+        "dlogits_ptr": x,
+        "mass_ptr": x,
+        "dweight_ptr": x,
+        "dhidden_ptr": x,
+        "targets_ptr": "*i64",
+        "row_index_ptr": "*i64",
+        "order_ptr": "*i64",
+        "row_ends_ptr": "*i64",
+        "count_ptr": "*i32",
+        "lse_ptr": "*fp64",
+        "list_ptr": "*i32",
+        "ends_ptr": "*i32",
+        "counts_ptr": "*i32",
+    }
+    sizes = {"M": n, "padded": n, "N": n, "stride_hidden_n": h, "stride_hidden_h": 1, "stride_rows_n": h}
+    blocks = -(-v // ROUTE_WORDS)
+    sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
+    # The second block on: it is 1, too.
+    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
+    if kernel.startswith("persistent"):
+        operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}
+        pointers |= {
+            name: "tensordesc<bf16[{}, {}]>".format(*(launch[f"BLOCK_{axis}"] for axis in axes))
+            for name, axes in operands.items()
+        }
+    # A routed forward's statistics are of the blocks that it routes to.
+    statistic = min(launch.get("BLOCK_V", ROUTE_WORDS), ROUTE_WORDS if "routed" in variant else 256)
+    flags |= {"STATISTIC": statistic, "ROUTE_WORDS": ROUTE_WORDS, "RATIO": 1, "HAS_ORDER": True}
+    scales["max_dropped_mass"] = 0.01
+    variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
+    variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
+    return common | chunk | scales | flags | pointers | sizes | variants
+
+
+def ranking_arguments(variant: str) -> dict[str, Any]:
+    prompts, candidates, tokens = (1, 1, 1) if variant == "ones" else (P, C, N)
+    flags = {"HAS_PROMPTS": True, "HAS_REWARDS": True, "HAS_SFT_INDEX": True, "HAS_PROMPT_COUNT": True}
+    flags |= {"NOISE": 1, "REDUCE": 1, "COUNT_PAIRS": True, "SFT_MEAN": False, "SFT_SQUARED": True}
+    pointers = dict.fromkeys(("targets_ptr", "token_ends_ptr", "prompt_ends_ptr", "sft_index_ptr"), "*i64")
+    pointers |= {"lengths_ptr": "*i32", "pair_counts_ptr": "*i32", "sums_ptr": "*fp64", "partials_ptr": "*fp64"}
+    floats = ("margin", "reward_margin", "rank_weight", "sft_weight", "reward_floor")
+    return (
+        flags
+        | pointers
+        | dict.fromkeys(floats, 1.0)
+        | {"lse_ptr": "*fp64"}
+        | {"N": tokens, "C": candidates, "P": prompts, "num_blocks": 501, "num_distances": 1, "ignore_index": -100}
+        | {"first_prompt": 8, "first_token": 310}
+    )
+
+
+KERNELS = {
+    "persistent_forward": forward.persistent_forward_kernel,
+    "persistent_forward_softcap": forward.persistent_forward_kernel,
+    "persistent_logit_grad": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_logit_grad_softcap": persistent_backward.persistent_logit_grad_kernel,
+    "persistent_hidden_grad": persistent_backward.persistent_hidden_grad_kernel,
+    "persistent_weight_grad": persistent_backward.persistent_weight_grad_kernel,
+    "persistent_weight_grad_partial": persistent_backward.persistent_weight_grad_kernel,
+    "routed_logit_grad": routed.routed_logit_grad_kernel,
+    "routed_logit_grad_softcap": routed.routed_logit_grad_kernel,
+    "routed_weight_grad": routed.routed_weight_grad_kernel,
+    "routed_hidden_grad": routed.routed_hidden_grad_kernel,
+    "routed_bias_grad": routed.routed_bias_grad_kernel,
+    "route": routing.route_kernel,
+    "route_count": routing.route_count_kernel,
+    "route_list": routing.route_list_kernel,
+    "dropped_mass": routing.dropped_mass_kernel,
+    "head_forward": forward.head_forward_kernel,
+    "head_forward_softcap": forward.head_forward_kernel,
+    "logit_grad": backward.logit_grad_kernel,
+    "logit_grad_softcap": backward.logit_grad_kernel,
+    "hidden_grad": backward.hidden_grad_kernel,
+    "weight_grad": backward.weight_grad_kernel,
+    "bias_grad": backward.bias_grad_kernel,
+    "gather": backward.gather_kernel,
+    "row_sum": backward.row_sum_kernel,
+    "combine": ranking.combine_kernel,
+    "prompts": ranking.prompts_kernel,
+    "finish": ranking.finish_kernel,
+    "statistics": softmax.statistics_kernel,
+    "gradient": softmax.gradient_kernel,
+    "count": ranking.count_kernel,
+}
+
+
+def workspace_arguments(dtype: str, variant: str) -> dict[str, Any]:
+    """The passes over the workspace: a vocabulary of whole vectors, or one that only its padding makes so."""
+    words = 50257 if variant == "odd" else V
+    pointers = {"z_ptr": POINTERS[dtype], "targets_ptr": "*i64", "lse_ptr": "*fp64"}
+    sizes = {"N": N, "V": words, "width": (words + 63) // 64 * 64, "stride_z": 50304, "ignore_index": -100}
+    scales = {"pre_scale": 1.0, "post_scale": 1.5, "HAS_SOFTCAP": variant == "softcap"}
+    return pointers | sizes | scales | {"SPLITS": 1}
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    """(kernel, architecture, dtype, variant) of everything that is compiled: the table, and what changes code."""
+    listed = []
+    for arch in GPU:
+        for kernel in configs.GEMMS:
+            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            if kernel == "weight_grad":
+                variants.append("partial")
+            if kernel == "head_forward":
+                variants.append("routed")
+            listed += [(kernel, arch, "16-bit", variant) for variant in variants]
+            listed.append((kernel, arch, "fp32", variants[-1]))
+        listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
+        for kernel, entries in configs.PERSISTENT.items():
+            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            if kernel == "persistent_forward":
+                variants.append("routed")
+            if kernel == "persistent_forward_softcap":
+                variants.append("routed softcap")
+            listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
+    listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
+    # Sizes and strides of 1, which triton turns into constants. TMA takes one column of rows that are 16 bytes apart.
+    listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in KERNELS if not kernel.endswith("_softcap")]
+    for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
+        listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
+    listed += [("dropped_mass", arch, "16-bit", "bias+softcap") for arch in GPU]
+    for kernel in ("statistics", "gradient"):
+        listed += [(kernel, arch, "16-bit", "softcap") for arch in ("sm_90", "gfx942")]
+        listed += [(kernel, "sm_90", "16-bit", "odd"), (kernel, "sm_90", "fp32", "plain")]
+    return listed
+
+
+def specialise(kernel: str, values: dict[str, Any], launch: dict[str, int]) -> tuple[dict, dict, dict]:
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(KERNELS[kernel].params):
+        name = parameter.name
+        value = launch[name] if name in launch else values.get(name, "*fp32")
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = value if isinstance(value, str) else "fp32" if isinstance(value, float) else "i32"
+        if (isinstance(value, str) and value.startswith("*")) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arch, dtype, variant = case
+    is_pass = kernel in ("statistics", "gradient")
+    entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide", "ones")) else "fp32"
+    launch = configs.select(kernel, arch, entry)
+    values = (
+        workspace_arguments(dtype, variant)
+        if is_pass
+        else ranking_arguments(variant)
+        if kernel in ("combine", "count", "prompts", "finish")
+        else head_arguments(kernel, dtype, variant, launch)
+    )
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    signature, constants, attributes = specialise(kernel, values, launch)
+    source = ASTSource(KERNELS[kernel], signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
+    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
+    return {
+        "kernel": kernel,
+        "arch": arch,
+        "entry": entry,
+        "dtype": dtype,
+        "variant": variant,
+        "blocks": "x".join(str(launch[name]) for name in launch if name.startswith("BLOCK")),
+        "warps": options["num_warps"],
+        "shared": compiled.metadata.shared,
+        **usage,
+    }
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", assembly).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "stack": number("private_segment_fixed_size"),
+        "matrix": len(re.findall(MATRIX["gfx942"], assembly)),
+        "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
+        "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
+        "tma": 0,
+        "maxreg": 0,
+    }
+
+
+def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
+    """Registers and spills of a kernel for NVIDIA, and how many of its instructions are of the kinds that matter."""
+    sass = cuobjdump("-sass", cubin)
+    resources = nvidia_registers(cubin)
+    return {
+        "registers": resources["registers"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)) + resources["local"],
+        "stack": resources["stack"],
+        "matrix": len(re.findall(matrix, sass)),
+        "fma": len(re.findall(r"\bFFMA2?\b", sass)),
+        "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
+        "tma": len(re.findall(r"\bUTMALDG\b", sass)),
+        "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
+    }
+
+
+def nvidia_registers(cubin: bytes) -> dict[str, int]:
+    """Registers, and the stack and local memory, in bytes, that a spill takes."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", cuobjdump("-res-usage", cubin))
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def cuobjdump(flag: str, cubin: bytes) -> str:
+    import triton.backends.nvidia as nvidia
+
+    tool = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    with ProcessPoolExecutor(2) as pool:
+        json.dump(list(pool.map(compile_case, cases(), chunksize=1)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

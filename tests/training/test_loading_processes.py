@@ -1,0 +1,56 @@
+"""Streams, budgets and samplers in two gloo processes: the results of one, and no process waits for the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support.helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of one process and of two."""
+    folder = tmp_path_factory.mktemp("data")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = []
+    for processes in (1, 2):
+        out = folder / f"result-{processes}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command += ["--standalone", "-m", "tests.support.two_process_data", str(folder / f"run-{processes}"), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(json.loads(out.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("case", ["stream", "stream_with_workers", "budget", "split_batches"])
+def test_two_processes_are_one(results: list[dict[str, Any]], case: str) -> None:
+    one, two = (result[case] for result in results)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-4, abs=1e-6)
+    assert one["eval"]["num_tokens"] > 0
+
+
+def test_every_prompt_once_an_epoch(results: list[dict[str, Any]]) -> None:
+    expected = sorted(f"record {number}" for number in [*range(26), *range(26)])
+    assert [result["epochs"]["prompts"] for result in results] == [expected, expected]
+
+
+@pytest.mark.parametrize("way", ["random", "budget", "like lengths"])
+def test_resume_inside_a_later_epoch(results: list[dict[str, Any]], way: str) -> None:
+    assert results[1][f"resumed, {way}"] == {"inside a later epoch": True, "same": True, "moved": True}
+
+
+def test_uneven_batches_are_refused(results: list[dict[str, Any]]) -> None:
+    one, two = (result["refused"]["error"] for result in results)
+    assert one is None
+    assert two.startswith("accelerator_config.even_batches: expected True with several processes")
