@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from csrc_triton import backward, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
 from tests.support.helpers import ROOT
 
@@ -64,7 +64,7 @@ def test_every_call_ends_without_a_wait_or_a_launch_that_fails(found: dict[str, 
 
 def test_every_kernel_was_launched(found: dict[str, Found]) -> None:
     launched = {name for part in found.values() for row in part["cases"] for name in row["kernels"]}
-    modules = (backward, forward, persistent_backward, ranking, routed, routing, softmax)
+    modules = (backward, combine, forward, persistent_backward, ranking, routed, routing, softmax)
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 

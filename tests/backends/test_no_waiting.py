@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clha_fast import HeadOptions
-from clha_fast.ops import head as ops
+from clha_fast import HeadOptions, backends
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.types import Needs
 from tests.support.helpers import make_case
@@ -39,12 +38,12 @@ def test_the_host_reads_nothing_back(backend: str, dtype: torch.dtype) -> None:
     case = make_case(*RAGGED, rows=9, bias=True, rewards=True, sft_index=True, dtype=dtype)
     head = [None if t is None else t.to(DEVICE) for t in case.head]
     inputs, needs = case.head._replace(**dict(zip(case.head._fields, head, strict=True))), Needs(True, True, True)
-    module = ops._module(backend)
+    module = backends.load(backend)
     with NoWaiting():
         if backend == "workspace":
-            module.clha_sweep(inputs, case.ranking, HEAD, PUBLISHED, needs)
+            module.loss_sweep(inputs, case.ranking, HEAD, PUBLISHED, needs)
         else:
-            module.clha_forward(inputs, case.ranking, HEAD, PUBLISHED)
+            module.loss_forward(inputs, case.ranking, HEAD, PUBLISHED)
         logps, lse, route = module.token_logps_forward(inputs, HEAD)
         module.token_logps_backward(torch.ones_like(logps), inputs, lse, route, HEAD, needs)
     with pytest.raises(AssertionError, match="reads a value back"), NoWaiting():

@@ -46,7 +46,7 @@ def test_memory_is_what_is_asked_for(needs, dtype):
     head = HeadOptions(workspace_bytes=capacity * words * 4)
     tensors = [t for t in case.arguments().values() if t is not None]
     with Allocations(*tensors) as allocations:
-        torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED, Needs(*map(bool, needs)))
+        torch_backend.loss_sweep(case.head, case.ranking, head, PUBLISHED, Needs(*map(bool, needs)))
     shapes = set(allocations.shapes)
     assert ((capacity * words,) in shapes) == any(needs)
     assert ((tokens, width) in shapes) >= needs[0]
@@ -62,7 +62,7 @@ def test_rows_that_no_token_reads_take_memory_last():
     case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32, rows=rows)
     head = HeadOptions(workspace_bytes=capacity * words * 4)
     with Allocations(*(t for t in case.arguments().values() if t is not None)) as allocations:
-        torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED, Needs(True, True, False))
+        torch_backend.loss_sweep(case.head, case.ranking, head, PUBLISHED, Needs(True, True, False))
     after = allocations.shapes[allocations.shapes.index((rows, width)) :]
     assert set(after) <= {(rows, width), (60, width)}
     assert (capacity * words,) in allocations.shapes
@@ -101,7 +101,7 @@ def test_logits_are_gone_when_rows_that_no_token_reads_come(entry):
     needs = Needs(True, True, False)
     with Live((rows, width), *(t for t in case.arguments().values() if t is not None)) as live:
         if entry == "loss":
-            torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED, needs)
+            torch_backend.loss_sweep(case.head, case.ranking, head, PUBLISHED, needs)
         else:
             torch_backend.token_logps_backward(torch.ones(tokens), case.head, lse, route, head, needs)
     (beside,) = live.then
@@ -114,7 +114,7 @@ def test_rows_exist_twice_only_in_the_place_of_the_store(words, by_token):
     rows, width = 70, 24
     case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32, rows=rows)
     with Allocations(*(t for t in case.arguments().values() if t is not None)) as allocations:
-        torch_backend.clha_sweep(case.head, case.ranking, HeadOptions(), PUBLISHED, Needs(True, False, False))
+        torch_backend.loss_sweep(case.head, case.ranking, HeadOptions(), PUBLISHED, Needs(True, False, False))
     large = [shape for shape in allocations.shapes if shape == (rows, width)]
     assert large
     store = max(allocations.shapes, key=math.prod)
@@ -162,7 +162,7 @@ def test_logits_are_formed_once(needs, capacity, token_products):
     head = HeadOptions(workspace_bytes=capacity * words * 4)
     wants = Needs(*map(bool, needs), bias=False)
     with Products() as products:
-        torch_backend.clha_sweep(case.head, case.ranking, head, PUBLISHED.replace(margin=20.0), wants)
+        torch_backend.loss_sweep(case.head, case.ranking, head, PUBLISHED.replace(margin=20.0), wants)
     assert products.count == token_products * 2 * width * words
 
 
@@ -173,7 +173,7 @@ def test_one_pass_over_the_weights_gradient_a_group():
     case = make_case([10] * 6, [2, 2, 2], hidden_size=width, vocab_size=words, dtype=torch.float32)
     head = HeadOptions(workspace_bytes=capacity * words * 4)
     with Products() as products:
-        torch_backend.clha_sweep(
+        torch_backend.loss_sweep(
             case.head, case.ranking, head, PUBLISHED.replace(margin=20.0), Needs(False, True, False)
         )
     # Three groups, one prompt of 20 tokens each: 16 of the first are kept in the gradient's memory, 5 of each other.

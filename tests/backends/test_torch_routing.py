@@ -195,8 +195,8 @@ def test_a_token_without_a_gradient_is_not_multiplied_by_zero():
     case = peaked_case(rows=None, ignored=0.0, dtype=torch.float32)
     case.hidden[9] = math.nan
     head = HeadOptions(max_dropped_mass=0.5)
-    result, gradients = torch_backend.clha_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
-    assert result.coefficients[3] == 0
+    result, gradients = torch_backend.loss_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
+    assert (result.slopes[9:12] == 0).all()
     assert result.scores[3].isnan()
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -225,7 +225,7 @@ def test_metrics_count_what_is_left_out(drop):
     scored = case.targets != IGNORE
     exact_loss, exact = case.loss("torch", head=head)
     for needs in (Needs(True, True, True), Needs(False, False, False)):
-        result, _ = torch_backend.clha_sweep(
+        result, _ = torch_backend.loss_sweep(
             case.head, case.ranking, head.replace(max_dropped_mass=drop), PUBLISHED, needs
         )
         metrics = exact.__class__(result.metrics, result.scores)
@@ -238,11 +238,11 @@ def test_metrics_count_what_is_left_out(drop):
 
 
 def test_the_loss_routes_as_its_log_probabilities_do():
-    """Gradients of the loss are those of the kept blocks under the loss's own coefficients."""
+    """Gradients of the loss are those of the kept blocks under the loss's own slopes."""
     case, head = peaked_case(), HEADS["softcap"]
     routed = head.replace(max_dropped_mass=0.1)
-    result, gradients = torch_backend.clha_sweep(case.head, case.ranking, routed, PAPER, Needs(True, True, True))
-    upstream = result.coefficients.repeat_interleave(case.candidate_lengths)
+    result, gradients = torch_backend.loss_sweep(case.head, case.ranking, routed, PAPER, Needs(True, True, True))
+    upstream = result.slopes
     assert (upstream == 0).any()
     route = plain_route(case, head, 0.1)
     for gradient, expected in zip(gradients, plain_gradients(case, head, route, upstream), strict=True):
@@ -270,7 +270,7 @@ def test_a_nan_token_keeps_everything(value):
     case = peaked_case(rows=None, ignored=0.0, dtype=torch.float32)
     case.hidden[1, 0] = value
     head = HeadOptions(max_dropped_mass=0.5)
-    result, gradients = torch_backend.clha_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
+    result, gradients = torch_backend.loss_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
     assert result.loss.isnan()
     assert gradients.hidden is not None
     assert gradients.weight is not None
@@ -310,8 +310,8 @@ def test_two_runs_are_bitwise_equal(dtype):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_only_the_gradients_asked_for(needs):
     case, head = peaked_case(), HeadOptions(max_dropped_mass=0.1)
-    _, everything = torch_backend.clha_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
-    _, some = torch_backend.clha_sweep(case.head, case.ranking, head, PAPER, Needs(*needs))
+    _, everything = torch_backend.loss_sweep(case.head, case.ranking, head, PAPER, Needs(True, True, True))
+    _, some = torch_backend.loss_sweep(case.head, case.ranking, head, PAPER, Needs(*needs))
     for need, got, want in zip(needs, some, everything, strict=True):
         assert (got is not None) == need
         if need:
@@ -336,7 +336,7 @@ def test_the_targets_block_takes_nothing_of_the_bound():
     head = HeadOptions(max_dropped_mass=0.75)
     inputs = HeadInputs(torch.ones(1, 1, dtype=torch.float64), weight, None, torch.tensor([5]), None)
     ranking = RankingInputs(torch.tensor([1]), torch.tensor([1]), None, None, None, None)
-    result, _ = torch_backend.clha_sweep(inputs, ranking, head, PUBLISHED, Needs(True, True, False))
+    result, _ = torch_backend.loss_sweep(inputs, ranking, head, PUBLISHED, Needs(True, True, False))
     assert result.metrics[-3:].tolist() == pytest.approx([1, 3, 0.7])
 
 

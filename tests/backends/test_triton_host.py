@@ -62,7 +62,7 @@ def run(p: Problem, grad: Tensor, sizes: list[int], steps: list[tuple[str, Any]]
     r = RankingInputs(lengths, torch.tensor([2, 2], device=DEVICE), rewards=lengths.float())
     steps.clear()
     with Recorder(steps):
-        result = triton_backend.clha_forward(p.inputs, r, p.head, PUBLISHED)
+        result = triton_backend.loss_forward(p.inputs, r, p.head, PUBLISHED)
         triton_backend.token_logps_backward(
             grad, p.inputs, result.lse, result.route, p.head, Needs(True, True, p.bias is not None)
         )

@@ -65,13 +65,13 @@ def exact(case: Case, head: HeadOptions, upstream: Tensor, entry: str) -> tuple[
     leaves = case.to(torch.float64).leaves()
     value = reference.token_logps(leaves[0], leaves[1], leaves[2], case.targets, case.row_index, head)
     if entry == "loss":
-        value = reference.clha_loss(value, case.targets, *case.ranking, head, PUBLISHED)[0]
+        value = reference.clha_loss(value, case.targets, *case.ranking[:6], head, PUBLISHED)[0]
     return value.detach(), torch.autograd.grad(value, leaves, upstream.double())
 
 
 def moved(case: Case, sizes: str) -> Case:
     names = (*case.head._fields, *(case.ranking._fields if sizes == "cuda" else ()))
-    return case.replace(**{name: OnGPU(t) for name in names if (t := getattr(case, name)) is not None})
+    return case.replace(**{name: OnGPU(t) for name in names if (t := getattr(case, name, None)) is not None})
 
 
 def check(value: Any, found: tuple[Any, ...], wanted: tuple[Tensor, tuple[Tensor, ...]], dtype: torch.dtype) -> None:

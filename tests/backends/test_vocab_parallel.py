@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, reference
+from clha_fast import CLHAOptions, HeadOptions, RankingInputs, linear_clha_loss, linear_loss, reference
 from clha_fast.backends.torch import vocab_parallel as vp
 from clha_fast.backends.torch.vocab_parallel import VocabShard
 
@@ -76,7 +76,9 @@ def test_loss_is_the_plain_one() -> None:
     for parallel in (True, False):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         if parallel:
-            loss, metrics = vp.linear_clha_loss(*leaves, targets, *ranking, VocabShard(0, 21), options=options, **given)
+            loss, metrics = linear_loss(
+                *leaves, targets, RankingInputs(*ranking, **given), options, shard=VocabShard(0, 21)
+            )
         else:
             loss, metrics = linear_clha_loss(*leaves, targets, *ranking, options=options, **given)
         results.append([loss.detach(), metrics.values, metrics.scores, *torch.autograd.grad(3 * loss, leaves)])

@@ -16,8 +16,8 @@ from clha_fast.backends.triton import softmax as triton_softmax
 from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.backends.triton.head import Head
 from clha_fast.layout import Chunk
-from clha_fast.ops import head as ops
 from clha_fast.objectives.clha import PRESETS, PUBLISHED
+from clha_fast.ops.loss import _rounded_product
 from clha_fast.types import Needs
 from tests.support.helpers import Case, make_case, rank
 from tests.support.triton_harness import (
@@ -291,8 +291,9 @@ def test_one_chunk_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) ->
     case = make_case(*RAGGED, rewards=True, dtype=torch.float32, rows=9)
     head = HeadOptions(workspace_bytes=6 * 64 * 4)
     loss, wanted = on_device(case).gradients("workspace", head=head)
-    everything = [Chunk(0, 4, 0, 9, 0, sum(RAGGED[0]))]
-    monkeypatch.setattr(workspace_backend, "prompt_chunks", lambda *_: everything)
+    tokens = sum(RAGGED[0])
+    everything = [Chunk(0, 4, 0, tokens - 6, tokens)]
+    monkeypatch.setattr(workspace_backend, "_chunks", lambda *_: everything)
     other, found = on_device(case).gradients("workspace", head=head)
     close(other, loss, 1e-6)
     for value, expected in zip(found, wanted, strict=True):
@@ -344,13 +345,13 @@ def test_operators_keep_their_contract(optional: bool) -> None:
     torch.library.opcheck(operators.token_logps, (*case.head, PLAIN.encoded, "workspace"), test_utils=tests)
     for needs in ((True, True, case.bias is not None), (False, True, False)):
         arguments = (*case.head, *case.ranking, PLAIN.encoded, PUBLISHED.encoded, "workspace", *needs)
-        torch.library.opcheck(operators.linear_clha, arguments, test_utils=tests)
+        torch.library.opcheck(operators.linear_loss, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_upstream_is_multiplied_in_with_one_rounding(dtype: torch.dtype) -> None:
     gradient, factor = torch.randn(40, 30), torch.tensor(0.3)
-    assert torch.equal(ops._rounded_product(gradient, factor, dtype), (gradient * factor).to(dtype))
+    assert torch.equal(_rounded_product(gradient, factor, dtype), (gradient * factor).to(dtype))
 
 
 def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

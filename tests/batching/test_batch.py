@@ -102,7 +102,7 @@ batches = st.booleans().flatmap(lambda given: st.lists(prompts(given), min_size=
 
 @given(batches, st.booleans(), options, st.sampled_from([None, 4]))
 def test_every_kept_row_holds_prompt_and_response(features, drop, option, step):
-    batch = pack(*features, drop_inert=drop, options=option, pad_to_multiple_of=step)
+    batch = pack(*features, drop_inert=drop, objective=option, pad_to_multiple_of=step)
     width = batch.input_ids.shape[1]
     rows = iter(batch.input_ids.tolist())
     tokens = iter(zip(batch.row_index.tolist(), batch.targets.tolist(), strict=True))
@@ -192,7 +192,7 @@ def test_dropping_changes_neither_loss_nor_gradients(features, option):
 
 def test_inert_mask_defaults():
     assert inert_mask(None, torch.tensor([2, 1])).tolist() == [False, False, True]
-    published = inert_mask(torch.tensor([5.0, 1.0, 0.5]), torch.tensor([2, 1]), options=PUBLISHED)
+    published = inert_mask(torch.tensor([5.0, 1.0, 0.5]), torch.tensor([2, 1]), objective=PUBLISHED)
     assert published.tolist() == [False, False, True]
 
 

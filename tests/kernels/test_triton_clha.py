@@ -13,8 +13,8 @@ from torch import Tensor
 from clha_fast import reference
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.backends.triton.head import Head
-from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.types import RankingInputs
 from tests.support.triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
 
@@ -56,13 +56,12 @@ def random_ranking(sizes: list[int], longest: int, seed: int, rewards: bool = Tr
 
 
 def check(p: Problem, r: RankingInputs, options: CLHAOptions) -> None:
-    total, metrics, scores, coefficients, *_ = loss(p, r, options)
+    total, metrics, scores, slopes, *_ = loss(p, r, options)
     exact, exact_metrics, exact_scores, slope = exact_loss(p, r, options)
     torch.testing.assert_close(total.double(), exact, rtol=3e-6, atol=1e-6)
     torch.testing.assert_close(metrics, exact_metrics, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(scores.double(), exact_scores, rtol=3e-6, atol=3e-6)
-    per_token = torch.repeat_interleave(coefficients, r.candidate_lengths)
-    per_token = torch.where(p.targets == p.head.ignore_index, 0.0, per_token)
+    per_token = torch.where(p.targets == p.head.ignore_index, 0.0, slopes)
     torch.testing.assert_close(per_token.double(), slope, rtol=1e-6, atol=1e-7)
 
 
@@ -70,10 +69,10 @@ def test_two_candidates_by_hand() -> None:
     # s = (-2, -1): S_0 = -1 - 3 over 2 tokens. h = max(0, -1 + 2 + 3) = 4 at distance 1, one pair.
     # SFT: 0.05 * (2 - 1)^2 * 4 = 0.2. dL/dS_0 = -1/2 - 0.05, dL/dS_1 = 1.
     p, lengths = with_scores([[-1.0, -3.0], [-1.0]])
-    total, metrics, scores, coefficients, *_ = loss(p, RankingInputs(lengths, integers(2), floats(5.0, 1.0)), PUBLISHED)
+    total, metrics, scores, slopes, *_ = loss(p, RankingInputs(lengths, integers(2), floats(5.0, 1.0)), PUBLISHED)
     torch.testing.assert_close(total.cpu(), torch.tensor(4.2))
     torch.testing.assert_close(scores.cpu(), torch.tensor([-2.0, -1.0]))
-    torch.testing.assert_close(coefficients.cpu(), torch.tensor([-0.55, 1.0]))
+    torch.testing.assert_close(slopes.cpu(), torch.tensor([-0.55, -0.55, 1.0]))
     expected = [4, 0.2, 1, 1, 0, -1, -2, -1, 1, 1, 0, 1, 1, 1, 3, 2, 0, 0, 0]
     torch.testing.assert_close(metrics.cpu(), torch.tensor(expected))
 
@@ -90,18 +89,18 @@ def test_three_candidates_by_hand_in_every_reduction() -> None:
         "pair_mean": [-2 / 3, 1 / 3, 1 / 3, -1 / 3, 1 / 3],
     }
     for reduction in ("distance_mean", "sum", "pair_mean"):
-        total, _, _, coefficients, *_ = loss(p, r, PUBLISHED.replace(reduction=reduction, sft_weight=0.0))
+        total, _, _, slopes, *_ = loss(p, r, PUBLISHED.replace(reduction=reduction, sft_weight=0.0))
         torch.testing.assert_close(float(total), rank[reduction], rtol=1e-6, atol=0)
-        torch.testing.assert_close(coefficients.cpu(), torch.tensor(slope[reduction]))
+        torch.testing.assert_close(slopes.cpu(), torch.tensor(slope[reduction]))
 
 
 def test_the_kink_and_equal_scores() -> None:
     # Equal scores and margin 0: the hinge's argument is exactly 0, and so are loss and slope.
     p, lengths = with_scores([[-1.5], [-1.5], [-1.5]])
     options = CLHAOptions(margin=0.0, sft_weight=0.0)
-    total, metrics, _, coefficients, *_ = loss(p, RankingInputs(lengths, integers(3)), options)
+    total, metrics, _, slopes, *_ = loss(p, RankingInputs(lengths, integers(3)), options)
     assert float(total) == 0
-    assert (coefficients == 0).all()
+    assert (slopes == 0).all()
     assert metric(metrics, "active_pairs") == metric(metrics, "correct_pairs") == 0
     assert metric(metrics, "kept_pairs") == metric(metrics, "ordered_pairs") == 3
 
@@ -157,32 +156,30 @@ def test_any_shape(sizes: list[int], longest: int, rewards: bool, preset: str, i
 def test_all_pairs_dropped_and_no_open_gate_is_exactly_zero() -> None:
     r = RankingInputs(integers(3, 2, 4), integers(3), floats(-1.0, -1.0, -1.0))
     for preset in ("published", "paper"):
-        total, metrics, _, coefficients, *_ = loss(problem(9), r, PRESETS[preset])
+        total, metrics, _, slopes, *_ = loss(problem(9), r, PRESETS[preset])
         assert float(total) == 0
-        assert (coefficients == 0).all()
+        assert (slopes == 0).all()
         assert metric(metrics, "kept_pairs") == metric(metrics, "open_gates") == 0
         assert metric(metrics, "total_pairs") == 3
 
 
 def test_a_single_candidate_and_no_token_at_all() -> None:
-    total, _, scores, coefficients, *_ = loss(problem(5), RankingInputs(integers(5), integers(1)), PUBLISHED)
+    total, _, scores, slopes, *_ = loss(problem(5), RankingInputs(integers(5), integers(1)), PUBLISHED)
     assert float(total) == 0
-    assert (coefficients == 0).all()
+    assert (slopes == 0).all()
     assert float(scores) < 0
-    total, metrics, scores, coefficients, lse, _ = loss(
-        problem(0), RankingInputs(integers(0, 0), integers(2)), PUBLISHED
-    )
+    total, metrics, scores, slopes, lse, _ = loss(problem(0), RankingInputs(integers(0, 0), integers(2)), PUBLISHED)
     assert (scores == 0).all()
-    assert (coefficients == 0).all()
+    assert (slopes == 0).all()
     assert float(total) == metric(metrics, "scored_tokens") == lse.numel() == 0
 
 
 def test_a_candidate_without_tokens_keeps_its_place() -> None:
     # Of ranks 0, 1, 2 the middle one has no token: its pairs are dropped, the others' distance stays 2.
     p, lengths = with_scores([[-1.0], [], [-1.0]])
-    total, _, scores, coefficients, *_ = loss(p, RankingInputs(lengths, integers(3)), CLHAOptions(sft_weight=0.0))
+    total, _, scores, slopes, *_ = loss(p, RankingInputs(lengths, integers(3)), CLHAOptions(sft_weight=0.0))
     torch.testing.assert_close(float(total), 6.0, rtol=1e-6, atol=0)
-    torch.testing.assert_close(coefficients.cpu(), torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(slopes.cpu(), torch.tensor([-1.0, 0.0, 1.0]))
     assert float(scores[1]) == 0
 
 
@@ -194,11 +191,11 @@ def test_nan_reaches_the_loss_only_through_what_counts() -> None:
         p.hidden[poisoned] = float("nan")
         options = CLHAOptions(noise_rule="signed", reward_margin=3.0)
         r = RankingInputs(lengths, integers(3), rewards if is_nan else floats(9.0, 1.0, 8.0))
-        total, _, scores, coefficients, *_ = loss(p, r, options)
+        total, _, scores, slopes, *_ = loss(p, r, options)
         assert math.isnan(float(total)) == is_nan
         assert math.isnan(float(scores[poisoned]))
-        assert coefficients.isfinite().all()
-        assert (float(coefficients[poisoned]) != 0) == is_nan
+        assert slopes.isfinite().all()
+        assert (float(slopes[poisoned]) != 0) == is_nan
 
 
 def test_an_sft_index_outside_its_prompt_is_nan() -> None:
@@ -231,7 +228,7 @@ def test_long_candidates_add_up(tokens: int) -> None:
     statistics = torch.zeros(1, tokens, device=DEVICE), torch.ones(1, tokens, device=DEVICE), logit
     r = RankingInputs(integers(tokens - 1, 1), integers(2))
     total, metrics, scores, *_ = triton_backend.rank(*statistics, ready, r, PUBLISHED)
-    exact, _, exact_scores = reference.clha_loss(logit.double(), p.targets, *r, PLAIN, PUBLISHED)
+    exact, _, exact_scores = reference.clha_loss(logit.double(), p.targets, *r[:6], PLAIN, PUBLISHED)
     torch.testing.assert_close(total.double(), exact, rtol=1e-7, atol=0)
     torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-7, atol=0)
     assert metric(metrics, "scored_tokens") == tokens
@@ -244,7 +241,7 @@ def test_no_worse_than_the_eager_path(dtype: torch.dtype) -> None:
         r = random_ranking([4, 3], 12, seed)
         p = problem(int(r.candidate_lengths.sum()), 150, 64, dtype=dtype, seed=seed)
         exact = float(exact_loss(p, r, PUBLISHED)[0])
-        eager, _, _ = reference.clha_loss(eager_logps(p, p.leaves(dtype)), p.targets, *r, PLAIN, PUBLISHED)
+        eager, _, _ = reference.clha_loss(eager_logps(p, p.leaves(dtype)), p.targets, *r[:6], PLAIN, PUBLISHED)
         # Both results are float32: neither can be expected to be nearer than its rounding.
         rounding = exact * 2.0**-24
         ours += max(abs(float(loss(p, r, PUBLISHED)[0]) - exact), rounding) ** 2

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clha_fast import functional
 from clha_fast.backends.triton import backend as triton_backend
-from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Needs, RankingInputs
 from tests.support.triton_harness import (

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from clha_fast import PRESETS, PUBLISHED, CLHAOptions, HeadOptions
+from clha_fast import PRESETS, PUBLISHED, CLHAOptions, HeadOptions, Objective
 
 
 def fields(settings):
@@ -110,7 +110,9 @@ def test_encoding_loses_nothing(settings):
     decoded = type(settings).decode(settings.encoded)
     assert decoded == settings
     assert decoded.encoded == settings.encoded
-    assert json.loads(settings.encoded) == fields(settings)
+    *name, values = settings.encoded.split(" ", 1) if isinstance(settings, Objective) else [settings.encoded]
+    assert name == ([settings.name] if name else [])
+    assert json.loads(values) == fields(settings)
     changed = settings.replace(**{next(iter(fields(settings))): 0.125})
     assert changed != settings
     assert type(settings).decode(changed.encoded) == changed

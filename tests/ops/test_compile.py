@@ -91,14 +91,14 @@ def test_operators_keep_their_contract(dtype, optional):
     case = next(batches(dtype)) if optional else make_case([2, 3], [2], dtype=dtype)
     case.leaves()
     head = (case.hidden, case.weight, case.bias, case.targets, case.row_index)
-    ranking = (case.candidate_lengths, case.candidates_per_prompt, case.rewards, case.sft_index, None, None)
+    ranking = case.ranking._replace(pair_counts=None, prompt_count=None)
     encoded = CLHAOptions.preset("published").encoded
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     operators = torch.ops.clha_fast
     torch.library.opcheck(operators.token_logps, (*head, HEAD.encoded, "torch"), test_utils=tests)
     for needs in ((True, True, case.bias is not None), (False, True, False), (False, False, False)):
         arguments = (*head, *ranking, HEAD.encoded, encoded, "torch", *needs)
-        torch.library.opcheck(operators.linear_clha, arguments, test_utils=tests)
+        torch.library.opcheck(operators.linear_loss, arguments, test_utils=tests)
     plain = [None if t is None else t.detach() for t in head]
     logps, lse, route = operators.token_logps(*plain, HEAD.encoded, "torch")
     for needs in ((True, True, case.bias is not None), (True, False, False)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
-from clha_fast.ops import auto, dispatch
+from clha_fast.ops import dispatch
 from tests.support.helpers import IGNORE, make_case, run_python
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -234,7 +234,7 @@ def test_auto_says_its_choice_once(caplog):
     with caplog.at_level(logging.INFO, logger="clha_fast"):
         chosen = [small().loss("auto")[0] for _ in range(3)]
     assert [record.getMessage() for record in caplog.records] == [
-        f"backend auto: torch (the device is cpu; {auto.RULES[-1].origin})"
+        f"backend auto: torch (the device is cpu; {dispatch.RULES[-1].origin})"
     ]
     torch.testing.assert_close(chosen[0], small().loss("torch")[0], rtol=0, atol=0)
 
@@ -245,12 +245,12 @@ def test_the_table_of_auto_takes_every_call():
     for device in ("cpu", "cuda", "mps"):
         for kernels in (True, False):
             for gradients in (True, False):
-                rule = auto.choose(device, kernels, gradients)
+                rule = dispatch.choose(device, kernels, gradients)
                 taken.add(rule)
                 assert rule.backend in dispatch.BACKENDS[1:-1]
                 assert rule.origin
                 assert rule.backend == "torch" or (device == "cuda" and kernels)
-    assert taken == set(auto.RULES)
+    assert taken == set(dispatch.RULES)
 
 
 @pytest.mark.parametrize("backend", ["reference", "workspace"])

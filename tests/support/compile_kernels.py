@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from csrc_triton import backward, configs, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import backward, combine, configs, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
 
 GPU = {
@@ -135,7 +135,7 @@ KERNELS = {
     "bias_grad": backward.bias_grad_kernel,
     "gather": backward.gather_kernel,
     "row_sum": backward.row_sum_kernel,
-    "combine": ranking.combine_kernel,
+    "combine": combine.combine_kernel,
     "prompts": ranking.prompts_kernel,
     "finish": ranking.finish_kernel,
     "statistics": softmax.statistics_kernel,

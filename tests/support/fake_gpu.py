@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clha_fast.ops import head as ops
+from clha_fast import ops
 from tests.support.no_gpu import told
 
 # Multiprocessors and shared memory a program (bytes) of an A100, an H200 and a B200.
@@ -236,7 +236,7 @@ class FakeGPU(TorchDispatchMode):
             stack.enter_context(told(self.capability, DEVICES[self.capability][0]))
             stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda tensor: self.memory.pointer(tensor)))
             # Eager tensors, not those of a compiler's trace.
-            stack.enter_context(mock.patch.object(ops, "Tensor", FakeTensor))
+            stack.enter_context(mock.patch("clha_fast.ops.loss.Tensor", FakeTensor))
             stack.enter_context(
                 mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: self.run(kernel, *a, **k))
             )

@@ -61,7 +61,7 @@ class Case:
 
     @property
     def ranking(self) -> RankingInputs:
-        return RankingInputs(*(getattr(self, name) for name in RankingInputs._fields))
+        return RankingInputs(*(getattr(self, name, None) for name in RankingInputs._fields))
 
     def loss(self, backend: str = "torch", **settings: Any) -> tuple[Tensor, CLHAMetrics]:
         return linear_clha_loss(**self.arguments(), backend=backend, **settings)
@@ -146,9 +146,8 @@ def rank(backend: str, logps: Sequence[float], options: CLHAOptions, **ranking: 
         assert leaf.grad is not None
         slopes = leaf.grad
     else:
-        result = torch_backend.clha_forward(case.head, case.ranking, HeadOptions(), options)
-        loss, values, scores, slope = result[:4]
-        slopes = slope.repeat_interleave(case.candidate_lengths)
+        result = torch_backend.loss_forward(case.head, case.ranking, HeadOptions(), options)
+        loss, values, scores, slopes = result[:4]
     metrics = CLHAMetrics(values, scores.detach()).as_dict()
     return Ranked(loss.item(), metrics, scores.tolist(), slopes.tolist())
 

@@ -125,12 +125,12 @@ def check(p: Problem, grad: Tensor, tolerance: float = 1e-6, backend: ModuleType
 
 
 def loss(p: Problem, r: RankingInputs, options: CLHAOptions) -> LossResult:
-    return triton_backend.clha_forward(p.inputs, r, p.head, options)
+    return triton_backend.loss_forward(p.inputs, r, p.head, options)
 
 
 def exact_loss(p: Problem, r: RankingInputs, options: CLHAOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, scores, dL/dlogp) of the reference in float64."""
     logps = exact_logps(p).detach().requires_grad_()
-    total, metrics, scores = reference.clha_loss(logps, p.targets, *r, p.head, options)
+    total, metrics, scores = reference.clha_loss(logps, p.targets, *r[:6], p.head, options)
     (slope,) = torch.autograd.grad(total, logps)
     return total.detach(), metrics, scores.detach(), torch.where(p.targets == p.head.ignore_index, 0.0, slope)

@@ -219,10 +219,9 @@ def vocabulary_parallel() -> Measured:
     shard = vocab_parallel.VocabShard(own.start, vocabulary)
     inputs = (hidden, weight[own], targets)
     got_logps = vocab_parallel.token_logps(*inputs, shard, bias=bias[own], row_index=rows, head=head)
-    names = ("candidate_lengths", "candidates_per_prompt", "rewards", "sft_index")
-    given = dict(zip(names, ranking, strict=False))
-    got_loss, got = vocab_parallel.linear_clha_loss(
-        *inputs, shard=shard, bias=bias[own], row_index=rows, head=head, options=OPTIONS, **given
+    given = clha_fast.RankingInputs(*ranking[:4])
+    got_loss, got = clha_fast.linear_loss(
+        *inputs, given, OPTIONS, shard=shard, bias=bias[own], row_index=rows, head=head
     )
     errors = [(got_logps - logps).abs().max(), (got_loss - loss).abs(), (got.scores - scores).abs().max()]
     values = torch.stack([*errors, (got.values - metrics).abs().max() / 1e6]).max()  # metrics are float32
