@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.plot
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clha-fast demo $(ARGS)
 
+# A file's tests stay in one worker, for some share what takes minutes to build; ARGS="-n 0" runs all in one process.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
 
 test-architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.architectures --write docs/architectures.md $(ARGS)
