@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import Backend, resolve
 from clha_fast.options import HeadOptions
-from clha_fast.types import HeadInputs, RankingInputs
-
-if TYPE_CHECKING:
-    from clha_fast.backends.torch.vocab_parallel import VocabShard
+from clha_fast.types import HeadInputs, RankingInputs, VocabShard
 
 _DEFAULT_HEAD = HeadOptions()
 
@@ -40,6 +37,7 @@ def token_logps(
     bias: Tensor | None = None,
     row_index: Tensor | None = None,
     head: HeadOptions = _DEFAULT_HEAD,
+    shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Log-probabilities of target tokens without the [N, V] logits; differentiable in hidden, weight and bias.
@@ -55,7 +53,11 @@ def token_logps(
         targets: [N] int64, the token each position must predict; `head.ignore_index` marks tokens not scored.
         row_index: [N] int64, token t reads `hidden[row_index[t]]`, repeats allowed; None when M == N.
         head: scale, softcap, temperature, workspace and `max_dropped_mass` of the gradients, see `HeadOptions`.
-        backend: "auto", "triton", "workspace", "torch" or "reference" (eager: it does form the logits).
+        shard: None where `weight` is whole; else [V_local, H] are this process's rows of it, V_local >= 1, and all
+            processes of the group call with the same `hidden`, `targets` and `row_index`. In the forward two
+            collectives over [N] numbers run, in the backward one over dhidden (`VocabShard.reduce_hidden`).
+        backend: "auto", "triton", "workspace", "torch" or "reference" (eager: it does form the logits); a `shard` is
+            taken by "auto" and "torch".
 
     Returns:
         [N] nats, float32 (float64 for float64 input); 0 for ignored tokens. Under autocast the inputs are cast as
@@ -68,6 +70,8 @@ def token_logps(
     """
     checks.settings(head)
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
+    if shard is not None:
+        return _sharded(inputs, head, shard, backend)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
@@ -166,8 +170,7 @@ def linear_loss(
         objective: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own or a function of a `Group` of
             whole prompts that returns their loss; the last two are checked once to add up over prompts, and run
             eagerly only.
-        shard: this process's rows of an output embedding that is spread over a process group, see `VocabShard`; all
-            processes of the group call with the same `hidden` and `given`. Backends "auto" and "torch".
+        shard: as in `token_logps`; all processes of the group give the same `given`.
 
     Returns:
         (loss, metrics): a scalar in nats, float32 (float64 for float64 input), and `CLHAMetrics` without a graph.
@@ -181,10 +184,13 @@ def linear_loss(
     """
     checks.settings(head)
     objective = check_adds_up(as_objective(objective))
-    if shard is not None:
-        return _sharded(hidden, weight, targets, given, objective, bias, row_index, head, shard, backend)
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     checks.ranking_inputs(given, targets.shape[0], objective)
+    if shard is not None:
+        # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
+        checks.ranking_values(targets.shape[0], given)
+        logps = _sharded(inputs, head, shard, backend)
+        return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
     name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
@@ -200,27 +206,11 @@ def linear_loss(
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)
 
 
-def _sharded(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    given: RankingInputs,
-    objective: Objective,
-    bias: Tensor | None,
-    row_index: Tensor | None,
-    head: HeadOptions,
-    shard: VocabShard,
-    backend: Backend,
-) -> tuple[Tensor, CLHAMetrics]:
+def _sharded(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: Backend) -> Tensor:
     from clha_fast.backends.torch import vocab_parallel
 
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
-    # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
-    checks.ranking_inputs(given, targets.shape[0], objective)
-    checks.ranking_values(targets.shape[0], given)
-    logps = vocab_parallel.token_logps(hidden, weight, targets, shard, bias=bias, row_index=row_index, head=head)
-    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+    checks.sharded_head(inputs, head, shard, backend)
+    return vocab_parallel.token_logps(inputs, shard, head)
 
 
 class _Rank(torch.autograd.Function):

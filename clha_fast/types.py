@@ -5,9 +5,12 @@ The schemas of operators are made from the fields: a tensor more is one line her
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class HeadInputs(NamedTuple):
@@ -18,6 +21,19 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None
     targets: Tensor
     row_index: Tensor | None
+
+
+class VocabShard(NamedTuple):
+    """Which rows of the vocabulary this process holds: `start` on, of `size` in all, spread over `group`.
+
+    `reduce_hidden` adds the gradients of the hidden states up over the group. False leaves each process its own part,
+    for callers whose own machinery (a DTensor's placement) adds them up.
+    """
+
+    start: int
+    size: int
+    group: ProcessGroup | None = None
+    reduce_hidden: bool = True
 
 
 class RankingInputs(NamedTuple):

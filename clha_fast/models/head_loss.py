@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from clha_fast.backends.torch.vocab_parallel import VocabShard
 from clha_fast.functional import linear_loss
 from clha_fast.models.embedding import head_name
 from clha_fast.models.heads import HeadForward
@@ -17,7 +16,7 @@ from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
-from clha_fast.types import RankingInputs
+from clha_fast.types import RankingInputs, VocabShard
 
 
 def head_loss(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.options import HeadOptions
-from clha_fast.types import COUNTS, SIGNALS, HeadInputs, RankingInputs
+from clha_fast.types import COUNTS, SIGNALS, HeadInputs, RankingInputs, VocabShard
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -94,6 +94,23 @@ def _check_head(inputs: HeadInputs) -> None:
         _expect(row_index.dtype == torch.int64, "row_index", "int64", row_index)
         _index_tensor("row_index", row_index, targets.shape[0], "N")
         _expect(row_index.device == device, "row_index", f"hidden's device {device}", row_index)
+
+
+def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: str) -> None:
+    """What a head that is spread over processes takes, and its values where they lie on the CPU."""
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
+    target_values(inputs, head.ignore_index, vocabulary=shard.size)
+    rows = inputs.weight.shape[0]
+    if not 0 <= shard.start <= shard.size - rows:
+        raise ValueError(
+            f"shard: expected rows {shard.start} to {shard.start + rows} within a vocabulary of {shard.size}, "
+            f"got a weight of {rows} rows"
+        )
+    if head.max_dropped_mass is not None:
+        raise ValueError(
+            f"max_dropped_mass: expected None for a head sharded over processes, got {head.max_dropped_mass}"
+        )
 
 
 def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) -> None:

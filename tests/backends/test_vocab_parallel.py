@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clha_fast import CLHAOptions, HeadOptions, RankingInputs, linear_clha_loss, linear_loss, reference
-from clha_fast.backends.torch import vocab_parallel as vp
-from clha_fast.backends.torch.vocab_parallel import VocabShard
+from clha_fast import CLHAOptions, HeadOptions, RankingInputs, linear_clha_loss, linear_loss, reference, token_logps
+from clha_fast.types import VocabShard
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +26,7 @@ def test_closed_form() -> None:
     """z = (0, ln 3): probabilities 1/4 and 3/4; dlogp/dz_v = 1[v = y] - p_v."""
     hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64, requires_grad=True)
-    logps = vp.token_logps(hidden, weight, torch.tensor([1]), VocabShard(0, 2))
+    logps = token_logps(hidden, weight, torch.tensor([1]), shard=VocabShard(0, 2))
     assert logps.item() == pytest.approx(math.log(0.75))
     dhidden, dweight = torch.autograd.grad(2 * logps.sum(), (hidden, weight))
     assert dweight.flatten().tolist() == pytest.approx([-0.5, 0.5])
@@ -51,7 +50,7 @@ def test_error_is_within_the_eager_one(dtype: torch.dtype, head: HeadOptions, ro
         inputs = [leaf.double() if exact else leaf.clone() for leaf in leaves]
         hidden, weight, bias = (leaf.requires_grad_() for leaf in inputs)
         if fused:
-            logps = vp.token_logps(hidden, weight, targets, VocabShard(0, 53), bias=bias, row_index=rows, head=head)
+            logps = token_logps(hidden, weight, targets, shard=VocabShard(0, 53), bias=bias, row_index=rows, head=head)
         else:
             logps = reference.token_logps(hidden, weight, bias, targets, rows, head)
         values = torch.autograd.grad(logps @ upstream.to(logps.dtype), (hidden, weight, bias))
@@ -89,24 +88,24 @@ def test_loss_is_the_plain_one() -> None:
 def test_degenerate() -> None:
     weight = torch.randn(5, 3, requires_grad=True)
     nothing = torch.empty(0, dtype=torch.int64)
-    logps = vp.token_logps(torch.randn(2, 3), weight, nothing, VocabShard(0, 5), row_index=nothing)
+    logps = token_logps(torch.randn(2, 3), weight, nothing, shard=VocabShard(0, 5), row_index=nothing)
     assert logps.shape == (0,)
     (dweight,) = torch.autograd.grad(logps.sum(), (weight,))
     assert torch.equal(dweight, torch.zeros_like(weight))
     hidden = torch.randn(2, 3)
     hidden[1, 0] = float("nan")
-    logps = vp.token_logps(hidden, weight, torch.tensor([4, 4]), VocabShard(0, 5))
+    logps = token_logps(hidden, weight, torch.tensor([4, 4]), shard=VocabShard(0, 5))
     assert logps.isnan().tolist() == [False, True]
-    ignored = vp.token_logps(hidden, weight, torch.tensor([4, -100]), VocabShard(0, 5))
+    ignored = token_logps(hidden, weight, torch.tensor([4, -100]), shard=VocabShard(0, 5))
     assert ignored[1].item() == 0
 
 
 def test_bad_arguments() -> None:
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"targets: expected values in \[0, V = 8\) or -100, got 8 at position 1"):
-        vp.token_logps(hidden, weight, torch.tensor([7, 8]), VocabShard(0, 8))
+        token_logps(hidden, weight, torch.tensor([7, 8]), shard=VocabShard(0, 8))
     with pytest.raises(ValueError, match="shard: expected rows 4 to 9 within a vocabulary of 8"):
-        vp.token_logps(hidden, weight, torch.tensor([0, 1]), VocabShard(4, 8))
+        token_logps(hidden, weight, torch.tensor([0, 1]), shard=VocabShard(4, 8))
     # In the vocabulary, but on no process: as an index out of range on a GPU.
-    logps = vp.token_logps(hidden, weight, torch.tensor([4, 7]), VocabShard(0, 8))
+    logps = token_logps(hidden, weight, torch.tensor([4, 7]), shard=VocabShard(0, 8))
     assert logps.isnan().tolist() == [False, True]

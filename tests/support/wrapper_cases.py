@@ -29,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clha_fast
 from clha_fast import reference
-from clha_fast.backends.torch import vocab_parallel
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.models.attach import empty_batch
+from clha_fast.types import VocabShard
 from tests.support.wrapper_common import (
     EXACT,
     INERT,
@@ -216,9 +216,9 @@ def vocabulary_parallel() -> Measured:
     ]
 
     own = slice(*(round(vocabulary * (rank + k) / size + 0.1) for k in (0, 1)))
-    shard = vocab_parallel.VocabShard(own.start, vocabulary)
+    shard = VocabShard(own.start, vocabulary)
     inputs = (hidden, weight[own], targets)
-    got_logps = vocab_parallel.token_logps(*inputs, shard, bias=bias[own], row_index=rows, head=head)
+    got_logps = clha_fast.token_logps(*inputs, shard=shard, bias=bias[own], row_index=rows, head=head)
     given = clha_fast.RankingInputs(*ranking[:4])
     got_loss, got = clha_fast.linear_loss(
         *inputs, given, OPTIONS, shard=shard, bias=bias[own], row_index=rows, head=head

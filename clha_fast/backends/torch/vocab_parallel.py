@@ -7,31 +7,15 @@ The logits of a process exist one block of words at a time and are recomputed fo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from clha_fast.backends.torch.head import TorchHead
-from clha_fast.ops import checks
 from clha_fast.options import HeadOptions
-from clha_fast.types import HeadInputs, Needs
-
-_DEFAULT_HEAD = HeadOptions()
-
-
-class VocabShard(NamedTuple):
-    """Which rows of the vocabulary this process holds: `start` on, of `size` in all, spread over `group`.
-
-    `reduce_hidden` adds the gradients of the hidden states up over the group. False leaves each process its own part,
-    for callers whose own machinery (a DTensor's placement) adds them up.
-    """
-
-    start: int
-    size: int
-    group: dist.ProcessGroup | None = None
-    reduce_hidden: bool = True
+from clha_fast.types import HeadInputs, Needs, VocabShard
 
 
 class _ShardedHead(TorchHead):
@@ -93,50 +77,17 @@ class _TokenLogps(torch.autograd.Function):
         return (None, None, *sweep.gradients(inputs.hidden.dtype), None, None)
 
 
-def _check(inputs: HeadInputs, shard: VocabShard, head: HeadOptions) -> None:
-    checks.target_values(inputs, head.ignore_index, vocabulary=shard.size)
-    rows = inputs.weight.shape[0]
-    if not 0 <= shard.start <= shard.size - rows:
-        raise ValueError(
-            f"shard: expected rows {shard.start} to {shard.start + rows} within a vocabulary of {shard.size}, "
-            f"got a weight of {rows} rows"
-        )
-    if head.max_dropped_mass is not None:
-        raise ValueError(
-            f"max_dropped_mass: expected None for a head sharded over processes, got {head.max_dropped_mass}"
-        )
-
-
-def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    shard: VocabShard,
-    *,
-    bias: Tensor | None = None,
-    row_index: Tensor | None = None,
-    head: HeadOptions = _DEFAULT_HEAD,
-) -> Tensor:
-    """`functional.token_logps` with this process's rows of the output embedding.
+def token_logps(inputs: HeadInputs, shard: VocabShard, head: HeadOptions) -> Tensor:
+    """`functional.token_logps` with this process's rows of the output embedding; inputs and shard checked.
 
     Replaces, on every process of the group::
 
         logits = all_gather(F.linear(hidden[row_index], weight, bias), dim=-1).float()     # [N, V] on each
         logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
-    Args:
-        hidden: [M, H], the same on every process of the group. weight: [V_local, H], V_local >= 1. bias: [V_local].
-        targets: [N] int64 in the whole vocabulary. row_index: [N] int64 or None, as in `functional.token_logps`.
-        shard: the rows' place, the group, and who adds up the gradient of `hidden`.
-
     Returns:
         [N] nats, float32 (float64 for float64), the same on every process; a target outside the vocabulary gives NaN
         on a GPU. Collectives run in the forward (two) and, for `reduce_hidden`, in the backward (one): all processes
         of the group must make both.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit; on CPU tensors also targets or row indices out of range.
     """
-    inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
-    _check(inputs, shard, head)
     return _TokenLogps.apply(shard, head, *inputs)
