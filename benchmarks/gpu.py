@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--output benchmarks/results] [--limit 520] [--quick] [--cpu-dry-run]
 
 In this order, saved after every step: correctness of every path on this device (a failure ends the run with exit
-status 1 and no speed), the shapes of `gpu_inputs.SHAPES`, then what `gpu_extras` measures. Times are medians between
+status 1 and no speed), the shapes of `inputs.SHAPES`, then what `extras` measures. Times are medians between
 events over interleaved rounds with a flushed L2; ratios are medians of each round's ratio to three bare GEMMs.
 Everything stops in time for `--limit` seconds; what was not reached is missing or says "out of time".
 
@@ -28,11 +28,12 @@ if "--cpu-dry-run" in sys.argv:
 
 import torch
 
-from benchmarks import gpu_correct, gpu_extras, gpu_report
-from benchmarks.gpu_inputs import SHAPES, TINY, Batch, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, Clock, Deadline, clean, describe, environment, interleaved
-from benchmarks.gpu_memory import Job, in_a_fresh_process
-from benchmarks.gpu_methods import METHODS, methods_of
+from benchmarks import correct, extras
+from benchmarks import report as report_files
+from benchmarks.inputs import SHAPES, TINY, Batch, Shape, make_batch
+from benchmarks.measure import FAILURES, Clock, Deadline, clean, describe, environment, interleaved
+from benchmarks.memory import Job, in_a_fresh_process
+from benchmarks.methods import METHODS, methods_of
 from benchmarks.roofline import ceilings_of, cost
 from clha_fast import HeadOptions
 from clha_fast.ops.dispatch import ROUTING
@@ -61,17 +62,17 @@ class Run:
 
     def save(self) -> None:
         self.report["seconds_left"] = round(self.deadline.left(), 1)
-        gpu_report.save(self.report, self.output)
+        report_files.save(self.report, self.output)
 
     def correctness(self) -> None:
         """Raises IncorrectError."""
         found = self.report["correctness"]
-        found["paths"] = gpu_correct.check_paths(self.device, tiny=self.dry)
+        found["paths"] = correct.check_paths(self.device, tiny=self.dry)
         if ROUTING:
-            found["routed"] = gpu_correct.check_routed(self.device, tiny=self.dry)
-        found["peers"] = gpu_correct.check_peers(self.device, tiny=self.dry)
+            found["routed"] = correct.check_routed(self.device, tiny=self.dry)
+        found["peers"] = correct.check_peers(self.device, tiny=self.dry)
         if not self.dry:
-            found["tests"] = gpu_correct.run_tests(min(120.0, self.deadline.left() / 3))
+            found["tests"] = correct.run_tests(min(120.0, self.deadline.left() / 3))
         self.save()
 
     def shape(self, shape: Shape, mode: str) -> None:
@@ -99,12 +100,12 @@ class Run:
             for name in (*steps, *failed)
         }
         if "seconds" in rows.get("routed", {}):
-            entry.update(gpu_extras.kept(batch, HeadOptions(max_dropped_mass=1e-2)))
+            entry.update(extras.kept(batch, HeadOptions(max_dropped_mass=1e-2)))
         self.report["shapes"].append(entry)
         del batch, steps
         clean()
         self.save()
-        print(gpu_report.table(entry) + "\n", flush=True)
+        print(report_files.table(entry) + "\n", flush=True)
 
     def methods(self, mode: str) -> list[str]:
         names = methods_of(mode)
@@ -172,13 +173,13 @@ class Run:
 
     def extras(self) -> None:
         device, dry, deadline = self.device, self.dry, self.deadline
-        self.extra("synchronisation", 10, lambda: gpu_extras.synchronisation(device, dry))
-        self.extra("graph_capture", 10, lambda: gpu_extras.graph_capture(device, dry))
-        self.extra("ranking_share", 10, lambda: gpu_extras.ranking_share(device, dry))
-        self.extra("over_candidates", 10, lambda: gpu_extras.over_candidates(device, dry, deadline))
-        self.extra("over_kept_share", 15, lambda: gpu_extras.over_kept_share(device, dry, deadline))
-        self.extra("long_input", 20, lambda: gpu_extras.long_input(device, dry, deadline))
-        self.extra("first_call", 30, lambda: gpu_extras.first_call(device, min(60.0, deadline.left() - 5)))
+        self.extra("synchronisation", 10, lambda: extras.synchronisation(device, dry))
+        self.extra("graph_capture", 10, lambda: extras.graph_capture(device, dry))
+        self.extra("ranking_share", 10, lambda: extras.ranking_share(device, dry))
+        self.extra("over_candidates", 10, lambda: extras.over_candidates(device, dry, deadline))
+        self.extra("over_kept_share", 15, lambda: extras.over_kept_share(device, dry, deadline))
+        self.extra("long_input", 20, lambda: extras.long_input(device, dry, deadline))
+        self.extra("first_call", 30, lambda: extras.first_call(device, min(60.0, deadline.left() - 5)))
 
     def all(self) -> None:
         self.save()
@@ -196,7 +197,7 @@ class Run:
                 if self.deadline.allows(40):
                     self.shape(shape, mode)
         self.memory("padded")
-        self.report["plots"] = gpu_report.plots(self.report, self.output)
+        self.report["plots"] = report_files.plots(self.report, self.output)
         self.save()
 
 
@@ -217,7 +218,7 @@ def main() -> int:
     print(json.dumps(run.report["environment"]), flush=True)
     try:
         run.all()
-    except gpu_correct.IncorrectError as wrong:
+    except correct.IncorrectError as wrong:
         run.report["correctness"]["failed"] = str(wrong)
         run.report["shapes"] = []
         run.save()

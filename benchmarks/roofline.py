@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import SHAPES, Shape
+from benchmarks.inputs import SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import SHAPES, TINY, Batch, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, Clock, Deadline, clean, describe, interleaved
-from benchmarks.gpu_methods import bare_gemms, clha
+from benchmarks.inputs import SHAPES, TINY, Batch, Shape, make_batch
+from benchmarks.measure import FAILURES, Clock, Deadline, clean, describe, interleaved
+from benchmarks.methods import bare_gemms, clha
 from clha_fast import HeadOptions, linear_clha_loss
 from clha_fast.ops.dispatch import ROUTING
 
@@ -127,7 +127,7 @@ def first_call(device: str, seconds: float) -> dict[str, Any]:
             "TRITON_CACHE_DIR": cache,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-m", "benchmarks.gpu_extras"]
+        command = [sys.executable, "-m", "benchmarks.extras"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_inputs import IGNORE, Batch, PairLoss
+from benchmarks.inputs import IGNORE, Batch, PairLoss
 from clha_fast import HeadOptions, linear_clha_loss
 
 Step = Callable[[], Any]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_inputs import TINY, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, describe
-from benchmarks.gpu_methods import LOGPS, METHODS, methods_of
+from benchmarks.inputs import TINY, Shape, make_batch
+from benchmarks.measure import FAILURES, describe
+from benchmarks.methods import LOGPS, METHODS, methods_of
 from clha_fast import HeadOptions, linear_clha_loss, reference, token_logps
 
 BAR = 1.05

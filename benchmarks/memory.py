@@ -1,6 +1,6 @@
 """Peak memory of methods in a process of its own: a job as a JSON line in, a result as a JSON line out.
 
-Run by `benchmarks.gpu`: `python -m benchmarks.gpu_memory`. The figure is the allocator's peak above the inputs, so
+Run by `benchmarks.gpu`: `python -m benchmarks.memory`. The figure is the allocator's peak above the inputs, so
 that gradients are in it. A method is run once before it is measured, for what its first call allocates for good.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, clean, describe, peak_bytes
-from benchmarks.gpu_methods import METHODS
+from benchmarks.inputs import Shape, make_batch
+from benchmarks.measure import FAILURES, clean, describe, peak_bytes
+from benchmarks.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +64,7 @@ def in_a_fresh_process(jobs: Sequence[Job], device: str, seconds: float) -> list
     """Results of the jobs that ended in time; the others are "out of time"."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu_memory", device],
+        [sys.executable, "-m", "benchmarks.memory", device],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
