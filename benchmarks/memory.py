@@ -1,7 +1,7 @@
 """Peak memory of methods in a process of its own: a job as a JSON line in, a result as a JSON line out.
 
-Run by `benchmarks.gpu`: `python -m benchmarks.memory`. The figure is the allocator's peak above the inputs, so
-that gradients are in it. A method is run once before it is measured, for what its first call allocates for good.
+Run by both benchmarks: `python -m benchmarks.memory DEVICE`. The figure is the peak above the inputs, so that gradients
+are in it; what it counts on a device says `measure.peak_bytes`.
 """
 
 from __future__ import annotations
@@ -17,50 +17,61 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import Shape, make_batch
+from benchmarks.inputs import TINY, Batch, Shape, Workload, make_batch, workload_batch
 from benchmarks.measure import FAILURES, clean, describe, peak_bytes
-from benchmarks.methods import METHODS
+from benchmarks.methods import CPU_METHODS, GPU_METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = {kind.__name__: kind for kind in (Shape, Workload)}
+TINY_WORKLOAD = Workload("tiny", hidden_size=64, vocabulary=512, prompts=1, candidates=2, prompt_tokens=4)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method at one shape, on scored rows or on the padded batch."""
+    """A method of the GPU at a shape, on scored rows or on the padded batch, or one of the CPU at a workload."""
 
     method: str
-    shape: Shape
+    inputs: Shape | Workload
     padded: bool = False
 
     def encode(self) -> str:
-        s = self.shape
-        values = [s.tokens, s.width, s.vocabulary, s.candidates, s.mean_response, str(s.dtype).removeprefix("torch.")]
-        return json.dumps([self.method, values, self.padded])
+        fields = vars(self.inputs) | {"dtype": str(self.inputs.dtype).removeprefix("torch.")}
+        return json.dumps([self.method, type(self.inputs).__name__, fields, self.padded])
 
     @classmethod
     def decode(cls, text: str) -> Job:
-        method, (*sizes, dtype), padded = json.loads(text)
-        return cls(method, Shape(*sizes, dtype=getattr(torch, dtype)), padded)
+        method, kind, fields, padded = json.loads(text)
+        return cls(method, KINDS[kind](**fields | {"dtype": getattr(torch, fields["dtype"])}), padded)
+
+    def find(self) -> Method:
+        return (CPU_METHODS if isinstance(self.inputs, Workload) else GPU_METHODS)[self.method]
+
+    def batch(self, device: str, tiny: bool = False) -> Batch:
+        if isinstance(self.inputs, Workload):
+            return workload_batch(TINY_WORKLOAD if tiny else self.inputs, device)
+        return make_batch(TINY[0] if tiny else self.inputs, device, padded=self.padded)
 
 
 def measure(job: Job, device: str) -> dict[str, Any]:
-    """{"peak_bytes": ...} or {"failed": ...}."""
+    """{"peak_bytes": ..., "gradient_bytes": ...} or {"failed": ...}."""
     clean()
     try:
-        batch = make_batch(job.shape, device, padded=job.padded)
-        step = METHODS[job.method].build(batch)
-        step()
-        batch.clear()
-        return {"peak_bytes": peak_bytes(step, device), "gradient_bytes": _gradient_bytes(job.shape, batch.rows)}
-    except FAILURES as failure:
+        method = job.find()
+        if device == "cpu":  # the libraries' own threads and buffers are not the method's
+            method.build(job.batch(device, tiny=True))()
+        batch = job.batch(device)
+        step = method.build(batch)
+        if device != "cpu" or method.compiles:  # nor what a first call allocates for good, nor a compiler's
+            step()
+            batch.clear()
+        else:
+            torch.mm(batch.hidden.detach()[:128], batch.weight.detach()[:128].t())
+        return {"peak_bytes": peak_bytes(step, device), "gradient_bytes": batch.gradient_bytes}
+    except (*FAILURES, OSError) as failure:
         return {"failed": describe(failure)}
 
 
-def _gradient_bytes(shape: Shape, rows: int) -> int:
-    return (rows + shape.vocabulary) * shape.width * shape.dtype.itemsize
-
-
-def in_a_fresh_process(jobs: Sequence[Job], device: str, seconds: float) -> list[dict[str, Any]]:
+def in_a_fresh_process(jobs: Sequence[Job], device: str, seconds: float | None = None) -> list[dict[str, Any]]:
     """Results of the jobs that ended in time; the others are "out of time"."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
@@ -72,7 +83,8 @@ def in_a_fresh_process(jobs: Sequence[Job], device: str, seconds: float) -> list
         env=environment,
     )
     try:
-        out, _ = process.communicate("\n".join(job.encode() for job in jobs), timeout=max(1.0, seconds))
+        timeout = None if seconds is None else max(1.0, seconds)
+        out, _ = process.communicate("\n".join(job.encode() for job in jobs), timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         out, _ = process.communicate()

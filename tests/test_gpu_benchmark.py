@@ -19,7 +19,7 @@ from benchmarks.correct import IncorrectError, _Bar
 from benchmarks.inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
 from benchmarks.measure import Clock, Deadline, interleaved
 from benchmarks.memory import Job, measure
-from benchmarks.methods import METHODS, methods_of
+from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 from clha_fast import PUBLISHED, HeadOptions, reference
 
@@ -157,7 +157,7 @@ def test_every_method_belongs_to_a_mode() -> None:
     for mode in ("scored", "padded", "pairs", "peaked"):
         assert methods_of(mode)[0] == "bound"
     listed = {name for mode in ("scored", "padded", "pairs", "peaked") for name in methods_of(mode)}
-    assert listed == set(METHODS)
+    assert listed == set(GPU_METHODS)
     assert "not installed" in measure(Job("cce", TINY[0]), "cpu")["failed"] or "cut_cross_entropy" in sys.modules
 
 
@@ -168,7 +168,7 @@ def test_jobs_survive_the_way_to_another_process() -> None:
 
 def test_files_of_a_report(tmp_path: Path) -> None:
     report = _report(dry_run=True)
-    report_files.save(report, tmp_path)
+    report_files.save(report, tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
