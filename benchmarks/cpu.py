@@ -14,26 +14,22 @@ and memory over the number of tokens and of candidates, the routed path over its
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
-import subprocess
+import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.correct import check
+from benchmarks.inputs import WORKLOADS, Batch, Workload, find, softmax_entropy, workload_batch
+from benchmarks.measure import Clock, Deadline, Step, cpu_environment, interleaved
+from benchmarks.memory import Job, in_a_fresh_process
+from benchmarks.methods import CPU_BOUND, CPU_METHODS, DROPPED, clha_arguments, routed, why_not
+from benchmarks.report import save, workload_table
+from clha_fast import HeadOptions, linear_clha_loss
 
-from benchmarks.cpu_methods import METHODS, Step, bare_gemms, check, routed, routed_metrics, training_step, why_not
-from benchmarks.workloads import WORKLOADS, Batch, Workload, find, make_batch, softmax_entropy
-
-BOUND = "bare_gemms"
 # Where the softmax is peaked, only what depends on it is worth the time.
 PEAKED = ("eager", "clha_fast_torch", "clha_fast_routed")
 TOKENS = (1024, 2048, 4096, 8192, 16384)
@@ -42,64 +38,49 @@ DROPPED_MASSES = (0.0, 1e-3, 1e-2, 1e-1, 0.5)
 Row = dict[str, Any]
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+def timed(batch: Batch, steps: dict[str, Step], rounds: int, bases: tuple[str, ...]) -> dict[str, Row]:
+    """Median seconds of every step, and medians of each round's ratio to the steps in `bases`; a failure is raised."""
+
+    def before() -> None:
+        batch.clear()
+        gc.collect()
+
+    rows = interleaved(
+        steps, Clock("cpu"), rounds, Deadline(math.inf), bases, before=before, failures=(), progress=True
+    )
+    return {name: {key: value for key, value in row.items() if key != "rounds"} for name, row in rows.items()}
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "trl", "cut-cross-entropy", "triton"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def measure_memory(workload: Workload, method: str) -> int:
+    (found,) = in_a_fresh_process([Job(method, workload)], "cpu")
+    if "failed" in found:
+        raise RuntimeError(f"{method} on {workload.name}: {found['failed']}")
+    return int(found["peak_bytes"])
 
 
-def environment() -> dict[str, Any]:
-    """Where the numbers come from."""
-    model = "unknown"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
+def routed_metrics(batch: Batch, dropped_mass: float = DROPPED) -> Row:
+    """Kept share, dropped mass and the gradients' errors (norm over norm) against the exact path's."""
+    batch.clear()
+    CPU_METHODS["clha_fast_torch"].build(batch)()
+    exact = batch.gradients()
+    batch.clear()
+    head = HeadOptions(max_dropped_mass=dropped_mass)
+    loss, metrics = linear_clha_loss(**clha_arguments(batch, "torch", head))
+    loss.backward()
+    hidden, weight = (
+        float((got - want).norm() / want.norm()) for got, want in zip(batch.gradients(), exact, strict=True)
+    )
     return {
-        "commit": _commit(),
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": _versions(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "max_dropped_mass": dropped_mass,
+        "kept_block_share": float(metrics.kept_block_share),
+        "dropped_mass": float(metrics.dropped_mass),
+        "dhidden_error": hidden,
+        "dweight_error": weight,
     }
 
 
-def interleaved(batch: Batch, steps: dict[str, Step], rounds: int, bases: tuple[str, ...]) -> dict[str, Row]:
-    """Median seconds of every step, and medians of each round's ratio to the steps in `bases`."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_index in range(rounds + 1):
-        for name, step in steps.items():
-            batch.clear()
-            gc.collect()
-            start = time.perf_counter()
-            step()
-            elapsed = time.perf_counter() - start
-            if round_index:  # the first round warms up
-                times[name].append(elapsed)
-        print(f"  round {round_index}/{rounds}", file=sys.stderr, flush=True)
-    result = {}
-    for name, own in times.items():
-        row = {"seconds": statistics.median(own), "spread": (max(own) - min(own)) / statistics.median(own)}
-        for base in bases:
-            row[f"over_{base}"] = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
-        result[name] = row
-    return result
-
-
-def measure_memory(workload: str, method: str) -> int:
-    command = [sys.executable, "-m", "benchmarks.peak", workload, method]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def entropy(batch: Batch) -> float:
+    return softmax_entropy(batch.scored(batch.hidden.detach()), batch.weight, most=None)
 
 
 def accepted(workload: Workload, methods: list[str]) -> tuple[list[str], dict[str, Row]]:
@@ -125,23 +106,22 @@ def measure(workload: Workload, methods: list[str], rounds: int) -> dict[str, An
     """Everything about one workload."""
     print(f"{workload.name}: checking results, then {rounds} rounds", file=sys.stderr, flush=True)
     usable, others = accepted(workload, methods)
-    batch = make_batch(workload)
-    entropy = softmax_entropy(batch)
-    steps = {method: training_step(method, batch) for method in usable}
-    steps[BOUND] = bare_gemms(batch)
-    rows = interleaved(batch, steps, rounds, ("eager", BOUND))
+    batch = workload_batch(workload)
+    nats = entropy(batch)
+    steps = {method: CPU_METHODS[method].build(batch) for method in (*usable, CPU_BOUND)}
+    rows = timed(batch, steps, rounds, ("eager", CPU_BOUND))
     if "clha_fast_routed" in rows:
         rows["clha_fast_routed"] |= routed_metrics(batch)
-    gradient_bytes, tokens = batch.gradient_bytes(), batch.targets.numel()
+    gradient_bytes, tokens = batch.gradient_bytes, batch.targets.numel()
     del batch, steps
     gc.collect()
     for method in usable:
-        rows[method]["peak_bytes"] = measure_memory(workload.name, method)
+        rows[method]["peak_bytes"] = measure_memory(workload, method)
     return {
         "shape": workload.describe(),
         "rounds": rounds,
         "scored_tokens": tokens,
-        "softmax_entropy": entropy,
+        "softmax_entropy": nats,
         "gradient_bytes": gradient_bytes,
         "methods": rows | others,
     }
@@ -152,14 +132,15 @@ def over_sizes(names: list[str], rounds: int) -> list[Row]:
     rows = []
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        batch = make_batch(find(name))
-        steps = {"clha_fast_torch": training_step("clha_fast_torch", batch), BOUND: bare_gemms(batch)}
-        row = interleaved(batch, steps, rounds, (BOUND,))["clha_fast_torch"]
-        row |= {"tokens": batch.targets.numel(), "candidates": batch.workload.candidates}
-        row |= {"gradient_bytes": batch.gradient_bytes()}
+        workload = find(name)
+        batch = workload_batch(workload)
+        steps = {method: CPU_METHODS[method].build(batch) for method in ("clha_fast_torch", CPU_BOUND)}
+        row = timed(batch, steps, rounds, (CPU_BOUND,))["clha_fast_torch"]
+        row |= {"tokens": batch.targets.numel(), "candidates": workload.candidates}
+        row |= {"gradient_bytes": batch.gradient_bytes}
         del batch, steps
         gc.collect()
-        row["peak_bytes"] = measure_memory(name, "clha_fast_torch")
+        row["peak_bytes"] = measure_memory(workload, "clha_fast_torch")
         rows.append(row)
     return rows
 
@@ -167,14 +148,13 @@ def over_sizes(names: list[str], rounds: int) -> list[Row]:
 def over_kept_share(workload: Workload, rounds: int) -> dict[str, Any]:
     """The routed path's time and errors for several dropped masses."""
     print(f"{workload.name}: over the kept share", file=sys.stderr, flush=True)
-    batch = make_batch(workload)
-    steps = {"clha_fast_torch": training_step("clha_fast_torch", batch), BOUND: bare_gemms(batch)}
-    for mass in DROPPED_MASSES:
-        steps[f"{mass:g}"] = training_step(routed(mass), batch)
-    rows = interleaved(batch, steps, rounds, (BOUND,))
+    batch = workload_batch(workload)
+    steps = {method: CPU_METHODS[method].build(batch) for method in ("clha_fast_torch", CPU_BOUND)}
+    steps |= {f"{mass:g}": routed(batch, "torch", mass) for mass in DROPPED_MASSES}
+    rows = timed(batch, steps, rounds, (CPU_BOUND,))
     for mass in DROPPED_MASSES:
         rows[f"{mass:g}"] |= routed_metrics(batch, mass)
-    return {"softmax_entropy": softmax_entropy(batch), "rows": rows}
+    return {"softmax_entropy": entropy(batch), "rows": rows}
 
 
 def scaling(rounds: int, origin: Row, save: Callable[[Row], None]) -> Row:
@@ -192,44 +172,6 @@ def scaling(rounds: int, origin: Row, save: Callable[[Row], None]) -> Row:
     return found
 
 
-COLUMNS = (
-    *("workload", "scored_tokens", "softmax_entropy", "method", "seconds", "spread", "over_eager", f"over_{BOUND}"),
-    *("peak_bytes", "gradient_bytes", "kept_block_share", "dropped_mass", "dhidden_error", "dweight_error", "status"),
-)
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    """The report as JSON and its workloads as CSV, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(unfinished, path)
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for name, workload in report["workloads"].items():
-            for method, row in workload["methods"].items():
-                writer.writerow(workload | {"workload": name, "method": method} | row)
-
-
-def table(report: dict[str, Any]) -> str:
-    lines = [
-        f"{report['shape']}; gradients {report['gradient_bytes'] / 1e6:.0f} MB; "
-        f"softmax entropy {report['softmax_entropy']:.2f} nats",
-        "",
-        "| method | time over eager | time over three bare GEMMs | median | peak memory above inputs |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in report["methods"].items():
-        if "status" in row:
-            lines.append(f"| {name} | {row['status']} | | | |")
-            continue
-        memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
-        cells = (f"{row['over_eager']:.2f} x", f"{row[f'over_{BOUND}']:.2f} x", f"{row['seconds']:.2f} s", memory)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
@@ -238,12 +180,13 @@ def _positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    named = [name for name in CPU_METHODS if name != CPU_BOUND]
     parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument(
         "--method",
         nargs="+",
-        choices=list(METHODS),
-        default=list(METHODS),
+        choices=named,
+        default=named,
         help="beside eager and the bare products, which always run",
     )
     parser.add_argument("--rounds", type=_positive, default=5)
@@ -251,7 +194,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     methods = list(dict.fromkeys(["eager", *args.method]))
-    report: dict[str, Any] = {"environment": environment(), "workloads": {}}
+    report: dict[str, Any] = {"environment": cpu_environment(), "workloads": {}}
     print(json.dumps(report["environment"]))
 
     def keep(part: dict[str, Any]) -> None:
@@ -263,7 +206,7 @@ def main() -> None:
         chosen = [m for m in methods if m in PEAKED] if workload.peaked else [m for m in methods if "routed" not in m]
         found = measure(workload, chosen, args.rounds)
         keep({"workloads": report["workloads"] | {workload.name: found}})
-        print("\n" + table(found) + "\n", flush=True)
+        print("\n" + workload_table(found) + "\n", flush=True)
     if args.scaling:
         found = scaling(min(args.rounds, 3), report["environment"], lambda part: keep({"scaling": part}))
         print(json.dumps(found, indent=1), flush=True)

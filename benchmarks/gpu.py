@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--output benchmarks/results] [--limit 520] [--quick] [--cpu-dry-run]
 
 In this order, saved after every step: correctness of every path on this device (a failure ends the run with exit
-status 1 and no speed), the shapes of `gpu_inputs.SHAPES`, then what `gpu_extras` measures. Times are medians between
+status 1 and no speed), the shapes of `inputs.SHAPES`, then what `extras` measures. Times are medians between
 events over interleaved rounds with a flushed L2; ratios are medians of each round's ratio to three bare GEMMs.
 Everything stops in time for `--limit` seconds; what was not reached is missing or says "out of time".
 
@@ -28,17 +28,17 @@ if "--cpu-dry-run" in sys.argv:
 
 import torch
 
-from benchmarks import gpu_correct, gpu_extras, gpu_report
-from benchmarks.gpu_inputs import SHAPES, TINY, Batch, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, Clock, Deadline, clean, describe, environment, interleaved
-from benchmarks.gpu_memory import Job, in_a_fresh_process
-from benchmarks.gpu_methods import METHODS, methods_of
+from benchmarks import correct, extras
+from benchmarks import report as report_files
+from benchmarks.inputs import SHAPES, TINY, Batch, Shape, make_batch
+from benchmarks.measure import FAILURES, Clock, Deadline, clean, describe, gpu_environment, interleaved
+from benchmarks.memory import Job, in_a_fresh_process
+from benchmarks.methods import DROPPED, GPU_METHODS, methods_of
 from benchmarks.roofline import ceilings_of, cost
 from clha_fast import HeadOptions
-from clha_fast.ops.dispatch import ROUTING
 
 ROOT = Path(__file__).resolve().parent
-CPU_METHODS = ("bound", "bound_forward", "workspace", "fused", "fused_forward", "routed", "eager_hf", "published")
+DRY = ("bound", "bound_forward", "workspace", "fused", "fused_forward", "routed", "eager_hf", "published")
 PEAK_NATS = 2.0
 
 
@@ -53,7 +53,7 @@ class Run:
         self.report: dict[str, Any] = {
             "dry_run": dry,
             "quick": quick,
-            "environment": environment(device),
+            "environment": gpu_environment(device),
             "correctness": {},
             "shapes": [],
             "extras": {},
@@ -61,17 +61,16 @@ class Run:
 
     def save(self) -> None:
         self.report["seconds_left"] = round(self.deadline.left(), 1)
-        gpu_report.save(self.report, self.output)
+        report_files.save(self.report, self.output / "gpu.json")
 
     def correctness(self) -> None:
         """Raises IncorrectError."""
         found = self.report["correctness"]
-        found["paths"] = gpu_correct.check_paths(self.device, tiny=self.dry)
-        if ROUTING:
-            found["routed"] = gpu_correct.check_routed(self.device, tiny=self.dry)
-        found["peers"] = gpu_correct.check_peers(self.device, tiny=self.dry)
+        found["paths"] = correct.check_paths(self.device, tiny=self.dry)
+        found["routed"] = correct.check_routed(self.device, tiny=self.dry)
+        found["peers"] = correct.check_peers(self.device, tiny=self.dry)
         if not self.dry:
-            found["tests"] = gpu_correct.run_tests(min(120.0, self.deadline.left() / 3))
+            found["tests"] = correct.run_tests(min(120.0, self.deadline.left() / 3))
         self.save()
 
     def shape(self, shape: Shape, mode: str) -> None:
@@ -79,17 +78,17 @@ class Run:
         rounds = 1 if self.dry else 3 if self.quick or shape.tokens > 20_000 else 5
         padded, nats = mode in ("padded", "pairs"), PEAK_NATS if mode == "peaked" else None
         if mode == "pairs":
-            shape = Shape(shape.tokens, shape.width, shape.vocabulary, 2, shape.mean_response, shape.dtype)
+            shape = dataclasses.replace(shape, candidates=2)
         clean()
         batch = make_batch(shape, self.device, padded=padded, nats=nats)
         steps: dict[str, Callable[[], Any]] = {}
         failed: dict[str, str] = {}
         for name in self.methods(mode):
-            if METHODS[name].compiles and not self.deadline.allows(150):
+            if GPU_METHODS[name].compiles and not self.deadline.allows(150):
                 failed[name] = "out of time"
                 continue
             try:
-                steps[name] = METHODS[name].build(batch)
+                steps[name] = GPU_METHODS[name].build(batch)
             except FAILURES as failure:
                 failed[name] = describe(failure)
         entry: dict[str, Any] = {"shape": shape.name, "mode": mode, "entropy": batch.entropy, "rows": batch.rows}
@@ -99,20 +98,20 @@ class Run:
             for name in (*steps, *failed)
         }
         if "seconds" in rows.get("routed", {}):
-            entry.update(gpu_extras.kept(batch, HeadOptions(max_dropped_mass=1e-2)))
+            entry.update(extras.kept(batch, HeadOptions(max_dropped_mass=DROPPED)))
         self.report["shapes"].append(entry)
         del batch, steps
         clean()
         self.save()
-        print(gpu_report.table(entry) + "\n", flush=True)
+        print(report_files.shape_table(entry) + "\n", flush=True)
 
     def methods(self, mode: str) -> list[str]:
         names = methods_of(mode)
-        return [name for name in names if name in CPU_METHODS] if self.dry else names
+        return [name for name in names if name in DRY] if self.dry else names
 
     def known(self, name: str, shape: Shape, batch: Batch, row: dict[str, Any]) -> dict[str, Any]:
         """Operations and bytes beside a time: of the cost model where there is one."""
-        method = METHODS[name]
+        method = GPU_METHODS[name]
         rows = batch.rows if name in ("eager_hf", "published", "torch_compile") else shape.tokens
         shape = dataclasses.replace(shape, tokens=rows)
         flops = 2.0 * method.gemms * rows * shape.width * shape.vocabulary
@@ -144,15 +143,12 @@ class Run:
     def memory_over_tokens(self) -> None:
         base = self.shapes[0]
         counts = (32, 64) if self.dry else (1024, 4096, 16384, 65536)
-        jobs = [
-            Job(name, Shape(n, base.width, base.vocabulary, base.candidates, base.mean_response, base.dtype))
-            for name in ("workspace", "fused", "eager_hf")
-            for n in counts
-        ]
+        points = [(name, n) for name in ("workspace", "fused", "eager_hf") for n in counts]
+        jobs = [Job(name, dataclasses.replace(base, tokens=n)) for name, n in points]
         if self.deadline.allows(20):
             self.report["extras"]["memory_over_tokens"] = [
-                {"method": job.method, "tokens": job.shape.tokens, **found}
-                for job, found in zip(jobs, self.fresh(jobs), strict=True)
+                {"method": name, "tokens": n, **found}
+                for (name, n), found in zip(points, self.fresh(jobs), strict=True)
             ]
         self.save()
 
@@ -172,13 +168,13 @@ class Run:
 
     def extras(self) -> None:
         device, dry, deadline = self.device, self.dry, self.deadline
-        self.extra("synchronisation", 10, lambda: gpu_extras.synchronisation(device, dry))
-        self.extra("graph_capture", 10, lambda: gpu_extras.graph_capture(device, dry))
-        self.extra("ranking_share", 10, lambda: gpu_extras.ranking_share(device, dry))
-        self.extra("over_candidates", 10, lambda: gpu_extras.over_candidates(device, dry, deadline))
-        self.extra("over_kept_share", 15, lambda: gpu_extras.over_kept_share(device, dry, deadline))
-        self.extra("long_input", 20, lambda: gpu_extras.long_input(device, dry, deadline))
-        self.extra("first_call", 30, lambda: gpu_extras.first_call(device, min(60.0, deadline.left() - 5)))
+        self.extra("synchronisation", 10, lambda: extras.synchronisation(device, dry))
+        self.extra("graph_capture", 10, lambda: extras.graph_capture(device, dry))
+        self.extra("ranking_share", 10, lambda: extras.ranking_share(device, dry))
+        self.extra("over_candidates", 10, lambda: extras.over_candidates(device, dry, deadline))
+        self.extra("over_kept_share", 15, lambda: extras.over_kept_share(device, dry, deadline))
+        self.extra("long_input", 20, lambda: extras.long_input(device, dry, deadline))
+        self.extra("first_call", 30, lambda: extras.first_call(device, min(60.0, deadline.left() - 5)))
 
     def all(self) -> None:
         self.save()
@@ -196,7 +192,7 @@ class Run:
                 if self.deadline.allows(40):
                     self.shape(shape, mode)
         self.memory("padded")
-        self.report["plots"] = gpu_report.plots(self.report, self.output)
+        self.report["plots"] = report_files.plots(self.report, self.output)
         self.save()
 
 
@@ -217,7 +213,7 @@ def main() -> int:
     print(json.dumps(run.report["environment"]), flush=True)
     try:
         run.all()
-    except gpu_correct.IncorrectError as wrong:
+    except correct.IncorrectError as wrong:
         run.report["correctness"]["failed"] = str(wrong)
         run.report["shapes"] = []
         run.save()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import SHAPES, Shape
+from benchmarks.inputs import SHAPES, WORKLOADS, Shape
 
 ROOT = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured"
@@ -218,28 +218,16 @@ def cpu_table(report: dict[str, Any], bandwidth: float) -> str:
     lines = ["| workload | GEMM rate of the run | predicted over the bound | measured |", "|---|---|---|---|"]
     for name, workload in report["workloads"].items():
         methods = workload["methods"]
-        shape = workload.get("model")
-        if shape is None:
+        known = WORKLOADS.get(name)
+        if known is None:
             lines.append(f"| {name} | {NOT_MEASURED} | - | {methods['clha_fast_torch']['over_bare_gemms']:.2f} x |")
             continue
-        n, h, v = shape
+        n, h, v = workload["scored_tokens"], known.hidden_size, known.vocabulary
         flops, bare = 6.0 * n * h * v, methods["bare_gemms"]["seconds"]
         passes = (4.0 * 4 * n * v + 8.0 * n * h) / bandwidth  # exponentials and their correction, in place; rows scaled
         measured = methods["clha_fast_torch"]["over_bare_gemms"]
         lines.append(f"| {name} | {flops / bare / 1e9:.0f} GFLOP/s | {1 + passes / bare:.2f} x | {measured:.2f} x |")
     return "\n".join(lines)
-
-
-def _with_shapes(report: dict[str, Any]) -> dict[str, Any]:
-    """Scored tokens, H and V of each CPU workload, from its definition."""
-    from benchmarks.workloads import WORKLOADS, make_batch
-
-    for name, workload in report["workloads"].items():
-        known = WORKLOADS.get(name)
-        if known is not None:
-            tokens = int(make_batch(known).candidate_lengths.sum())
-            workload["model"] = (tokens, known.hidden_size, known.vocabulary)
-    return report
 
 
 def main() -> None:
@@ -256,7 +244,7 @@ def main() -> None:
     cpu = args.results / "cpu.json"
     if cpu.exists():
         print("\nCPU, float32, copies measured now:\n")
-        print(cpu_table(_with_shapes(json.loads(cpu.read_text())), copy_bandwidth()))
+        print(cpu_table(json.loads(cpu.read_text()), copy_bandwidth()))
 
 
 if __name__ == "__main__":

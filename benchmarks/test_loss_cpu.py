@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cpu_methods import METHODS, bare_gemms, check, training_step, why_not
-from benchmarks.workloads import WORKLOADS, make_batch
+from benchmarks.correct import check
+from benchmarks.inputs import WORKLOADS, workload_batch
+from benchmarks.methods import CPU_BOUND, CPU_METHODS, why_not
 
 
-@pytest.mark.parametrize("method", [*(m for m in METHODS if why_not(m) is None), "bare_gemms"])
+@pytest.mark.parametrize("method", [name for name in CPU_METHODS if why_not(name) is None])
 @pytest.mark.parametrize("workload", ["small-vocabulary"])
 def test_training_step(benchmark, workload, method):
     chosen = WORKLOADS[workload]
-    batch = make_batch(chosen)
-    if method == "bare_gemms":
-        step = bare_gemms(batch)
-    else:
+    if method != CPU_BOUND:
         check(method, chosen)
-        step = training_step(method, batch)
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(CPU_METHODS[method].build(workload_batch(chosen)), rounds=3, warmup_rounds=1)

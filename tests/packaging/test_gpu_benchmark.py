@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report
-from benchmarks.gpu_correct import IncorrectError, _Bar
-from benchmarks.gpu_inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
-from benchmarks.gpu_measure import Clock, Deadline, interleaved
-from benchmarks.gpu_memory import Job, measure
-from benchmarks.gpu_methods import METHODS, methods_of
+from benchmarks import report as report_files
+from benchmarks.correct import IncorrectError, _Bar
+from benchmarks.inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
+from benchmarks.measure import Clock, Deadline, interleaved
+from benchmarks.memory import Job, measure
+from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 from clha_fast import PUBLISHED, HeadOptions, reference
 from tests.support.helpers import ROOT
@@ -157,7 +157,7 @@ def test_every_method_belongs_to_a_mode() -> None:
     for mode in ("scored", "padded", "pairs", "peaked"):
         assert methods_of(mode)[0] == "bound"
     listed = {name for mode in ("scored", "padded", "pairs", "peaked") for name in methods_of(mode)}
-    assert listed == set(METHODS)
+    assert listed == set(GPU_METHODS)
     assert "not installed" in measure(Job("cce", TINY[0]), "cpu")["failed"] or "cut_cross_entropy" in sys.modules
 
 
@@ -168,14 +168,14 @@ def test_jobs_survive_the_way_to_another_process() -> None:
 
 def test_files_of_a_report(tmp_path: Path) -> None:
     report = _report(dry_run=True)
-    gpu_report.save(report, tmp_path)
+    report_files.save(report, tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["bound", "eager_hf"]
     assert rows[1]["seconds"] == "0.05"
-    assert gpu_report.plots(report, tmp_path) == []
-    assert len(gpu_report.plots(_report(dry_run=False), tmp_path)) <= 1
+    assert report_files.plots(report, tmp_path) == []
+    assert len(report_files.plots(_report(dry_run=False), tmp_path)) <= 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Files of a GPU benchmark: JSON after every stage, a CSV of the main table, and plots."""
+"""Files of both benchmarks: JSON after every stage, a CSV of the main table, lines of text, and the GPU's plots."""
 
 from __future__ import annotations
 
@@ -6,44 +6,64 @@ import csv
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "shape",
-    "mode",
-    "entropy",
-    "method",
-    "computes",
-    "seconds",
-    "spread",
-    "rounds",
-    "over_bound",
-    "peak_bytes",
-    "flops",
-    "bytes",
-    "tflops_per_second",
-    "failed",
+GPU_COLUMNS = (
+    *("shape", "mode", "entropy", "method", "computes", "seconds", "spread", "rounds", "over_bound", "peak_bytes"),
+    *("flops", "bytes", "tflops_per_second", "failed"),
+)
+CPU_COLUMNS = (
+    *("workload", "scored_tokens", "softmax_entropy", "method", "seconds", "spread", "over_eager", "over_bare_gemms"),
+    *("peak_bytes", "gradient_bytes", "kept_block_share", "dropped_mass", "dhidden_error", "dweight_error", "status"),
 )
 
 
-def save(report: dict[str, Any], folder: Path) -> None:
-    """gpu.json and gpu.csv, replaced as a whole: an interrupted run leaves its last stage behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "gpu.json.part"
+def _rows(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for entry in report.get("shapes", []):
+        common = {name: entry.get(name) for name in ("shape", "mode", "entropy")}
+        for method, row in entry["methods"].items():
+            yield common | {"method": method} | row
+    for name, workload in report.get("workloads", {}).items():
+        for method, row in workload["methods"].items():
+            yield workload | {"workload": name, "method": method} | row
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """The report as JSON and its main table as CSV, each replaced: an interrupted run leaves its last stage behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".json.part")
     unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(unfinished, folder / "gpu.json")
-    with (folder / "gpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+    os.replace(unfinished, path)
+    columns = CPU_COLUMNS if "workloads" in report else GPU_COLUMNS
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for entry in report["shapes"]:
-            common = {name: entry.get(name) for name in ("shape", "mode", "entropy")}
-            for method, row in entry["methods"].items():
-                writer.writerow(common | {"method": method} | row)
+        writer.writerows(_rows(report))
 
 
-def table(entry: dict[str, Any]) -> str:
-    """One shape and mode as lines of text."""
+def workload_table(found: dict[str, Any]) -> str:
+    """One workload of a CPU as Markdown."""
+    lines = [
+        f"{found['shape']}; gradients {found['gradient_bytes'] / 1e6:.0f} MB; "
+        f"softmax entropy {found['softmax_entropy']:.2f} nats",
+        "",
+        "| method | time over eager | time over three bare GEMMs | median | peak memory above inputs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["methods"].items():
+        if "status" in row:
+            lines.append(f"| {name} | {row['status']} | | | |")
+            continue
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
+        cells = (f"{row['over_eager']:.2f} x", f"{row['over_bare_gemms']:.2f} x", f"{row['seconds']:.2f} s", memory)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shape_table(entry: dict[str, Any]) -> str:
+    """One shape and mode of a GPU as lines of text."""
     lines = [f"{entry['shape']}, {entry['mode']}, softmax entropy {entry['entropy']:.1f} nats"]
     for name, row in entry["methods"].items():
         if "failed" in row:

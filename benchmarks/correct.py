@@ -1,7 +1,8 @@
 """Before any speed is reported: every path of the library against float64, in every dtype the device has.
 
 The bar is the contract's: no more than 1.05 times the error of the same loss done eagerly in that dtype. A routed
-backward is held to its dtype's own rounding besides what it was allowed to drop.
+backward is held to its dtype's own rounding besides what it was allowed to drop. A CPU times each method that agrees
+with the eager loss (`check`); how far a GPU's peers are from it is recorded.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_inputs import TINY, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, describe
-from benchmarks.gpu_methods import LOGPS, METHODS, methods_of
+from benchmarks.inputs import TINY, Batch, Shape, Workload, make_batch, shrink, workload_batch
+from benchmarks.measure import FAILURES, Step, describe
+from benchmarks.methods import CPU_METHODS, DROPPED, GPU_METHODS, LOGPS, clha_arguments, methods_of, routed
 from clha_fast import HeadOptions, linear_clha_loss, reference, token_logps
 
 BAR = 1.05
@@ -52,7 +53,7 @@ def _run(inputs: Inputs, dtype: torch.dtype, backend: Any, head: HeadOptions, of
     for one in inputs:
         leaves = {name: one[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")}
         if of_loss:
-            value, _ = linear_clha_loss(**(one | leaves), head=head, backend=backend)
+            value, _ = linear_clha_loss(**(one | leaves | {"head": head, "backend": backend}))
             upstream = torch.tensor(0.5, dtype=value.dtype, device=value.device)
         else:
             names = ("targets", "row_index")
@@ -76,15 +77,11 @@ def _cases(device: str, tiny: bool) -> Iterator[tuple[str, torch.dtype, Inputs, 
             for seed in SEEDS:
                 batch = make_batch(shape, device, padded=True, nats=nats, seed=seed, on_device=seed != SEEDS[1])
                 inputs.append(
-                    {
+                    clha_arguments(batch, "reference")
+                    | {
                         "hidden": batch.hidden.detach().to(dtype),
                         "weight": batch.weight.detach().to(dtype),
                         "bias": (torch.arange(vocabulary, device=device) % 7 / 10).to(dtype),
-                        "targets": batch.targets,
-                        "row_index": batch.row_index,
-                        "candidate_lengths": batch.candidate_lengths,
-                        "candidates_per_prompt": batch.candidates_per_prompt,
-                        "rewards": batch.rewards,
                     }
                 )
             yield name, dtype, inputs, head
@@ -153,21 +150,46 @@ def check_routed(device: str, tiny: bool = False) -> list[Any]:
     return rows
 
 
+def errors(step: Step, batch: Batch, loss: Tensor, wanted: Batch) -> dict[str, float]:
+    """Norm over norm, how far a step's loss and gradients are from the wanted loss and the gradients in `wanted`."""
+    found = (step(), *batch.gradients())
+    pairs = zip(("loss", "dhidden", "dweight"), found, (loss, *wanted.gradients()), strict=True)
+    return {of: _error([value], [right.double()]) for of, value, right in pairs}
+
+
+def check(name: str, workload: Workload) -> None:
+    """Raises IncorrectError when loss or gradients differ from eager's in float32 by over 1e-4 in norm.
+
+    Routed gradients may differ by `DROPPED` in norm; with nothing dropped they must pass as the others do.
+    """
+    small = shrink(workload, 8)
+    wanted = workload_batch(small)
+    loss = CPU_METHODS["eager"].build(wanted)()
+    build = CPU_METHODS[name].build
+    runs = [(build, 1e-4)]
+    if name == "clha_fast_routed":
+        runs = [(build, DROPPED), (lambda batch: routed(batch, "torch", 0.0), 1e-4)]
+    for build, tolerance in runs:
+        batch = workload_batch(small)
+        for of, error in errors(build(batch), batch, loss, wanted).items():
+            if not error < (1e-4 if of == "loss" else tolerance):
+                raise IncorrectError(f"{name} on {workload.name}: {of} is off by {error:.2e}; no speed is reported")
+
+
 def check_peers(device: str, tiny: bool = False) -> dict[str, Any]:
     """How far each peer's gradients of the CLHA loss are from eager's on a small shape: recorded, not judged."""
     shape = TINY[0] if tiny else Shape(1024, 1024, 32000)
     wanted = make_batch(shape, device)
-    METHODS["eager_hf"].build(wanted)()
+    eager = GPU_METHODS["eager_hf"].build(wanted)()
     found: dict[str, Any] = {}
     for name in methods_of("scored"):
-        method = METHODS[name]
+        method = GPU_METHODS[name]
         if method.own or method.compiles or method.computes != LOGPS or name == "eager_hf":
             continue
         batch = make_batch(shape, device)
         try:
-            method.build(batch)()
-            pairs = zip(("dhidden", "dweight"), batch.gradients(), wanted.gradients(), strict=True)
-            found[name] = {of: _error([value], [eager.double()]) for of, value, eager in pairs}
+            off = errors(method.build(batch), batch, eager, wanted)
+            found[name] = {of: off[of] for of in ("dhidden", "dweight")}
         except FAILURES as failure:
             found[name] = {"failed": describe(failure)}
     return found

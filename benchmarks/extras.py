@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import SHAPES, TINY, Batch, Shape, make_batch
-from benchmarks.gpu_measure import FAILURES, Clock, Deadline, clean, describe, interleaved
-from benchmarks.gpu_methods import bare_gemms, clha
+from benchmarks.inputs import SHAPES, TINY, Batch, Shape, make_batch
+from benchmarks.measure import FAILURES, Clock, Deadline, clean, describe, interleaved
+from benchmarks.methods import bare_gemms, clha, clha_arguments, routed
 from clha_fast import HeadOptions, linear_clha_loss
-from clha_fast.ops.dispatch import ROUTING
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKING_KERNELS = ("combine_kernel", "prompts_kernel", "finish_kernel", "count_kernel")
@@ -127,7 +126,7 @@ def first_call(device: str, seconds: float) -> dict[str, Any]:
             "TRITON_CACHE_DIR": cache,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-m", "benchmarks.gpu_extras"]
+        command = [sys.executable, "-m", "benchmarks.extras"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -148,10 +147,8 @@ def _print_compile_times() -> None:
         slowest[src.name] = max(slowest.get(src.name, 0.0), times.total / 1e6)
 
     knobs.compilation.listener = listener
-    routed = [("triton", 1e-2)] if ROUTING else []
-    for path, mass in [("workspace", None), ("triton", None), *routed]:
-        batch = make_batch(Shape(1024, 2048, 32000), "cuda", padded=True)
-        clha(batch, path, HeadOptions(max_dropped_mass=mass))()
+    for build in (lambda b: clha(b, "workspace"), lambda b: clha(b, "triton"), lambda b: routed(b, "triton")):
+        build(make_batch(Shape(1024, 2048, 32000), "cuda", padded=True))()
     torch.cuda.synchronize()
     print(json.dumps({"seconds_by_kernel": slowest, "slowest": max(slowest.values())}))
 
@@ -192,8 +189,6 @@ def over_kept_share(device: str, tiny: bool, deadline: Deadline) -> list[dict[st
     """Time of the routed backward over the share of (token, block) pairs that it keeps."""
     base, clock = (TINY[0] if tiny else SHAPES[0]), Clock(device)
     rows: list[dict[str, Any]] = []
-    if not ROUTING:
-        return rows
     for nats in (2.2,) if tiny else (1.4, 2.2, 3.9):
         batch = make_batch(base, device, nats=nats)
         for mass in (0.0, 1e-2) if tiny else (0.0, 1e-3, 1e-2, 1e-1):
@@ -210,17 +205,7 @@ def over_kept_share(device: str, tiny: bool, deadline: Deadline) -> list[dict[st
 
 def kept(batch: Batch, head: HeadOptions) -> dict[str, float]:
     """Share of the pairs that a routed backward keeps, and the mass that it drops, of this batch."""
-    _, metrics = linear_clha_loss(
-        batch.hidden,
-        batch.weight,
-        batch.targets,
-        batch.candidate_lengths,
-        batch.candidates_per_prompt,
-        rewards=batch.rewards,
-        row_index=batch.row_index,
-        head=head,
-        backend="triton",
-    )
+    _, metrics = linear_clha_loss(**clha_arguments(batch, "triton", head))
     return {"kept_share": float(metrics.kept_block_share), "mean_dropped_mass": float(metrics.dropped_mass)}
 
 

@@ -1,4 +1,4 @@
-"""Clocks of the GPU benchmark: interleaved rounds between events, the allocator's peak, the time that is left."""
+"""Clocks and memory of a device: interleaved rounds, a call's peak memory, the time left, where numbers come from."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+
+try:
+    from triton import TritonError
+except ImportError:  # a CPU does without
+    TritonError = RuntimeError
 
 Step = Callable[[], Any]
 # What a foreign package may end in here; anything else is a mistake of ours and stops the run.
@@ -26,7 +32,7 @@ FAILURES = (
     AssertionError,
     KeyError,
     IndexError,
-    triton.TritonError,
+    TritonError,
 )
 # Larger than any L2 in sight.
 FLUSH_BYTES = 256 * 2**20
@@ -83,12 +89,21 @@ class Clock:
 
 
 def interleaved(
-    steps: dict[str, Step], clock: Clock, rounds: int, deadline: Deadline, base: str = "bound"
+    steps: dict[str, Step],
+    clock: Clock,
+    rounds: int,
+    deadline: Deadline,
+    bases: tuple[str, ...] = ("bound",),
+    *,
+    before: Step | None = None,
+    failures: tuple[type[BaseException], ...] = FAILURES,
+    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Medians and spreads over interleaved rounds, and medians of each round's ratio to `base`.
+    """Medians and spreads over interleaved rounds, and medians of each round's ratio to every method in `bases`.
 
     The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
-    reason. Rounds stop early, after at least one, when the deadline is near.
+    reason. Rounds stop early, after at least one, when the deadline is near. before: called ahead of every step, not
+    timed. progress: a line a round.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
@@ -100,9 +115,11 @@ def interleaved(
         for name, step in steps.items():
             if name in failed:
                 continue
+            if before is not None:
+                before()
             try:
                 seconds = clock.seconds(step)
-            except FAILURES as failure:
+            except failures as failure:
                 failed[name] = describe(failure)
             else:
                 if index:
@@ -110,6 +127,8 @@ def interleaved(
             if name in failed:  # outside of the handler, whose traceback holds what the method had allocated
                 clean()
         slowest = time.monotonic() - start if index else 0.0
+        if progress:
+            print(f"  round {index}/{rounds}", file=sys.stderr, flush=True)
     result: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         if name in failed or not own:
@@ -121,17 +140,28 @@ def interleaved(
             "spread": (max(own) - min(own)) / median,
             "rounds": len(own),
         }
-        if base in times and base not in failed and len(times[base]) == len(own):
-            row["over_bound"] = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
+        for base in bases:
+            if base in times and base not in failed and len(times[base]) == len(own):
+                row[f"over_{base}"] = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
         result[name] = row
     return result
 
 
-def peak_bytes(step: Step, device: str) -> int | None:
-    """The allocator's peak during one call above what was allocated before it; None where there is no allocator."""
-    if device != "cuda":
-        return None
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """One call's peak above what was held before: the allocator's on a GPU, resident memory of the process on a CPU."""
     clean()
+    if device != "cuda":
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        resident = _status("VmRSS")
+        step()
+        return _status("VmHWM") - resident
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -140,11 +170,14 @@ def peak_bytes(step: Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def _output(*command: str) -> str:
@@ -155,16 +188,34 @@ def _output(*command: str) -> str:
     return done.stdout.strip() or "unknown"
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where the numbers come from."""
-    query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
-    packages = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "clha-fast")
+def _origin() -> dict[str, Any]:
     return {
         "commit": _output("git", "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def gpu_environment(device: str) -> dict[str, Any]:
+    """Where a GPU's numbers come from, or a dry run's."""
+    query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm"
+    packages = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "clha-fast")
+    return _origin() | {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU dry run ({platform.machine()})",
         "gpu": _output("nvidia-smi", query, "--format=csv,noheader") if device == "cuda" else "none",
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "packages": _versions(*packages),
+    }
+
+
+def cpu_environment() -> dict[str, Any]:
+    """Where a CPU's numbers come from."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return _origin() | {
+        "cpu": models[0] if models else "unknown",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "versions": _versions("torch", "trl", "cut-cross-entropy", "triton"),
     }
