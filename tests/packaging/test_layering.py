@@ -14,7 +14,6 @@ from tests.support.helpers import ROOT, run_python
 # Room -> rooms that it may import, lowest first. docs/design.md says what each knows; a room of its own is a folder, a
 # folder of `backends/`, or a file at the top of `clha_fast/`.
 BASE = ("errors", "version", "messages", "files", "options", "types", "layout")
-FACE = ("functional", "modules", "face")
 ROOMS: dict[str, tuple[str, ...]] = {
     "csrc_triton": (),
     **dict.fromkeys(("errors", "version", "messages", "files", "options", "types", "layout"), ()),

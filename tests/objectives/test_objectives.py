@@ -1,0 +1,375 @@
+"""What every row of the table of objectives is held to, on every backend; and objectives of somebody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clha_fast import (
+    CLHAOptions,
+    HeadOptions,
+    LinearLoss,
+    Objective,
+    PROOptions,
+    RankingInputs,
+    SFTOptions,
+    linear_loss,
+    ranking_loss,
+    reference,
+)
+from clha_fast.layout import Layout
+from clha_fast.objectives import OBJECTIVES, Group, Terms, decode, encode
+from clha_fast.objectives.additive import compare
+from clha_fast.objectives.metrics import METRIC_NAMES, metric_names
+from clha_fast.objectives.ranked import RankedBatch, slopes
+from clha_fast.types import COUNTS
+from tests.support.helpers import IGNORE, make_case
+
+ROWS: list[Objective] = [
+    CLHAOptions(),
+    CLHAOptions.preset("paper"),
+    CLHAOptions.preset("sft_only"),
+    CLHAOptions(noise_rule="signed", reduction="pair_mean", margin=0.5, reward_margin=1.0, rank_weight=0.3),
+    PROOptions(form="paper"),
+    PROOptions(form="published", sft_weight=0.2),
+    SFTOptions(form="prompt_mean"),
+    SFTOptions(form="token_mean"),
+]
+NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
+every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
+# Ragged, a candidate without tokens, a prompt of one, a prompt of which nothing was run.
+SHAPES = [([3, 5, 0, 4, 7, 2, 6, 1, 9, 3], [3, 1, 4, 2]), ([2, 3], [2]), ([4], [1]), ([0, 0, 5, 2], [2, 2])]
+
+
+def batch(shape: tuple[list[int], list[int]], seed: int = 0, **given: Any) -> tuple[Tensor, Tensor, RankingInputs]:
+    """(logps [N], targets [N], inputs) in float64, some tokens ignored, rewards in no order."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths, sizes = shape
+    logps = -3 * torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.01
+    targets = torch.where(torch.rand(len(logps), generator=draw) < 0.2, IGNORE, 1)
+    logps = torch.where(targets == IGNORE, 0.0, logps)
+    fields = {
+        "rewards": 4 * torch.randn(len(lengths), generator=draw),
+        "sft_index": torch.tensor([int(torch.randint(size, (), generator=draw)) for size in sizes]),
+        **given,
+    }
+    return logps, targets, RankingInputs(torch.tensor(lengths), torch.tensor(sizes), **fields)
+
+
+def exact(objective: Objective, logps: Tensor, targets: Tensor, given: RankingInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dL/dlogp, metrics) of the reference and autograd."""
+    leaf = logps.clone().requires_grad_()
+    loss, metrics, _ = reference.loss(leaf, targets, given, HeadOptions(), objective)
+    (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+    return loss.detach(), torch.where(targets == IGNORE, 0.0, slope), metrics
+
+
+def ranked(objective: Objective, targets: Tensor, given: RankingInputs) -> RankedBatch:
+    return RankedBatch(objective, given, targets != IGNORE, torch.float64)
+
+
+def test_every_objective_of_the_table_is_tested_and_has_a_reference():
+    assert {type(row) for row in ROWS} == set(OBJECTIVES.values())
+    assert OBJECTIVES.keys() == reference.LOSSES.keys() == {cls.name for cls in OBJECTIVES.values()}
+
+
+@every_row
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_loss_slopes_and_metrics_are_the_references(objective, shape, seed):
+    logps, targets, given = batch(shape, seed)
+    loss, slope, metrics = exact(objective, logps, targets, given)
+    work = ranked(objective, targets, given)
+    found = work.rank(0, len(shape[1]), logps)
+    found_loss, found_metrics, _ = work.finish(logps)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, found), slope, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found_metrics, metrics, rtol=1e-6, atol=1e-6)
+    assert len(metrics) == len(metric_names(objective))
+
+
+@every_row
+def test_a_closed_form_is_autograds(objective):
+    """Where an objective writes its slopes down, autograd on its own terms says the same."""
+    logps, targets, given = batch(SHAPES[0], 3)
+    work = ranked(objective, targets, given)
+    group = Group(work.plan, 1, 4, logps[slice(*work.layout.span(1, 4))])
+    by_autograd = dataclasses.make_dataclass(
+        "Plain", [], bases=(type(objective),), frozen=True, namespace={"slopes": lambda self, group: None}
+    )
+    plain = by_autograd(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.init})
+    torch.testing.assert_close(slopes(objective, group), slopes(plain, group), rtol=1e-13, atol=1e-15)
+
+
+@every_row
+def test_it_adds_up(objective):
+    compare(objective)
+
+
+@every_row
+def test_chunks_and_processes_make_no_difference(objective):
+    """Two halves of a step with the step's counts, as two processes would compute them."""
+    logps, targets, whole = batch(SHAPES[0], 4)
+    loss, slope, _ = exact(objective, logps, targets, whole)
+    parts = [(slice(0, 4), slice(0, 2), slice(0, 12)), (slice(4, 10), slice(2, 4), slice(12, 40))]
+    halves = [
+        RankingInputs(whole.candidate_lengths[c], whole.candidates_per_prompt[p], whole.rewards[c], whole.sft_index[p])
+        for c, p, _ in parts
+    ]
+    counts: dict[str, Tensor] = {}
+    for half, (_, _, t) in zip(halves, parts, strict=True):
+        layout = Layout.of(half.candidate_lengths, half.candidates_per_prompt, targets[t] != IGNORE)
+        for name, value in objective.counts(layout, half, 3).items():
+            counts[name] = counts.get(name, 0) + value
+    total, found = torch.zeros((), dtype=torch.float64), []
+    for half, (_, _, t) in zip(halves, parts, strict=True):
+        work = ranked(objective, targets[t], half._replace(**counts))
+        found.append(work.rank(0, 2, logps[t]))
+        total += work.finish(logps[t])[0]
+    torch.testing.assert_close(total, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found)), slope, rtol=1e-12, atol=1e-13)
+    assert counts.keys() == set(COUNTS)
+
+
+@every_row
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inert_candidates_have_no_slope(objective, shape):
+    """Whatever the log-probabilities; and dropped, they leave loss and slopes as they were."""
+    logps, targets, given = batch(shape, 5)
+    whole = Layout.whole(given.candidates_per_prompt)
+    inert = objective.inert(whole, given.rewards, given.sft_index)
+    owner = torch.repeat_interleave(torch.arange(len(inert)), given.candidate_lengths)
+    loss, slope, _ = exact(objective, logps, targets, given)
+    assert (slope[inert[owner]] == 0).all()
+    kept = ~inert[owner]
+    less = given._replace(candidate_lengths=given.candidate_lengths.masked_fill(inert, 0))
+    other, other_slope, _ = exact(objective, logps[kept], targets[kept], less)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other_slope, slope[kept], rtol=1e-12, atol=1e-13)
+
+
+@every_row
+def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
+    """Candidates without tokens, everything ignored: loss 0, slopes 0."""
+    for lengths, sizes in (([0, 0], [2]), ([1, 2], [2]), ([0, 3, 0], [1, 2])):
+        inputs = RankingInputs(
+            torch.tensor(lengths), torch.tensor(sizes), torch.tensor([5.0, 1.0, 0.0])[: len(lengths)]
+        )
+        logps = torch.zeros(sum(lengths), dtype=torch.float64, requires_grad=True)
+        loss, _ = ranking_loss(logps, inputs, objective, scored=torch.zeros(len(logps), dtype=torch.bool))
+        assert float(loss.detach()) == 0
+        (slope,) = torch.autograd.grad(loss, logps)
+        assert (slope == 0).all()
+
+
+@every_row
+@pytest.mark.parametrize("backend", ["torch", "workspace", "triton"])
+@pytest.mark.parametrize("workspace_bytes", [None, 9 * 64 * 4])
+def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, workspace_bytes):
+    case = make_case(*SHAPES[0], rows=25, rewards=True, sft_index=True, ignored=0.1, dtype=torch.float32, bias=True)
+    upstream = torch.tensor(0.37)
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        here = case.to(dtype)
+        leaves = here.leaves()
+        loss, metrics = linear_loss(
+            *(here.hidden, here.weight, here.targets, here.ranking, objective),
+            bias=here.bias,
+            row_index=here.row_index,
+            head=HeadOptions(workspace_bytes=workspace_bytes, softcap=8.0),
+            backend=name,
+        )
+        grads = torch.autograd.grad(loss, leaves, upstream.to(dtype))
+        results.append([loss.detach(), *grads, metrics.values])
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want.double()).norm() <= 3e-6 * want.double().norm() + 1e-7
+
+
+@every_row
+def test_the_settings_travel_as_one_string(objective):
+    assert decode(encode(objective)) == objective
+    assert type(objective).decode(objective.encoded) == objective
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    row=st.sampled_from(range(len(ROWS))),
+)
+def test_any_batch_agrees_with_the_reference(sizes, seed, row):
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (sum(sizes),), generator=draw).tolist()
+    logps, targets, inputs = batch((lengths, sizes), seed)
+    loss, slope, metrics = exact(ROWS[row], logps, targets, inputs)
+    work = ranked(ROWS[row], targets, inputs)
+    cuts = sorted({0, len(sizes) // 2, len(sizes)})
+    found = [work.rank(a, b, logps[slice(*work.layout.span(a, b))]) for a, b in itertools.pairwise(cuts)]
+    torch.testing.assert_close(work.finish(logps)[0], loss, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found)), slope, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(work.finish(logps)[1], metrics, rtol=1e-5, atol=1e-5)
+
+
+# ---- closed forms, by hand ----
+
+
+def test_pro_of_two_candidates_is_a_logistic_loss():
+    """Paper: L_1 = log(1 + exp(s_2 - s_1)). Here s = (-1, -2): log(1 + e^-1); SFT 0.05 * 1 * 1."""
+    given = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]))
+    loss, metrics = ranking_loss(torch.tensor([-1.0, -2.0], dtype=torch.float64), given, PROOptions(form="paper"))
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-1)) + 0.05)
+    assert metrics.as_dict()["best_first"] == 1
+    loss, metrics = ranking_loss(torch.tensor([-2.0, -1.0], dtype=torch.float64), given, PROOptions(form="paper"))
+    assert float(loss) == pytest.approx(math.log1p(math.exp(1)) + 0.1)
+    assert metrics.as_dict()["best_first"] == 0
+
+
+def test_published_pro_by_hand():
+    """s = (-1, -2, -4), r = (3, 1, 0).
+
+    k = 1: T = (2, 3), T_1 = 3: log(1e-10 + e^-3 + e^-4 + e^-12) + 3. k = 2: T = 1: log(1e-10 + e^-2 + e^-4) + 2.
+    """
+    inputs = RankingInputs(torch.tensor([1, 1, 1]), torch.tensor([3]), torch.tensor([3.0, 1.0, 0.0]))
+    loss, _ = ranking_loss(torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64), inputs, PROOptions(sft_weight=0.0))
+    first = math.log(1e-10 + math.exp(-3) + math.exp(-4) + math.exp(-12)) + 3
+    second = math.log(1e-10 + math.exp(-2) + math.exp(-4)) + 2
+    assert float(loss) == pytest.approx(first + second, rel=1e-12)
+
+
+def test_the_epsilon_of_published_pro_rules_where_scores_are_far_below_zero():
+    """s = (-30, -40), r = (2, 0): beside 1e-10 stand e^-60 and e^-80; log(1e-10) + 60 is left, and no slope of s_2."""
+    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), torch.tensor([2.0, 0.0]))
+    logps = torch.tensor([-30.0, -40.0], dtype=torch.float64, requires_grad=True)
+    loss, _ = ranking_loss(logps, inputs, PROOptions(sft_weight=0.0))
+    assert float(loss.detach()) == pytest.approx(math.log(1e-10) + 60, rel=1e-12)
+    (slope,) = torch.autograd.grad(loss, logps)
+    assert slope.tolist() == pytest.approx([-2.0, 0.0], abs=1e-12)
+
+
+def test_published_pro_does_not_overflow_for_rewards_out_of_order():
+    """T = r_1 - r_2 = -200 turns s into exp(+2000): inf as an exponential, 0 as a difference of logarithms."""
+    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), torch.tensor([0.0, 200.0]))
+    logps = torch.tensor([-10.0, -10.0], requires_grad=True)
+    loss, _ = ranking_loss(logps, inputs, PROOptions(sft_weight=0.0))
+    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-4)
+    (slope,) = torch.autograd.grad(loss, logps)
+    assert slope.isfinite().all()
+
+
+def test_sft_means_over_prompts_or_over_tokens():
+    """Targets with scores -2 (two tokens) and -1 (one): (2 + 1) / 2 a prompt, (4 + 1) / 3 a token."""
+    inputs = RankingInputs(torch.tensor([2, 3, 1]), torch.tensor([2, 1]))
+    logps = torch.tensor([-1.0, -3.0, -9.0, -9.0, -9.0, -1.0], dtype=torch.float64)
+    assert float(ranking_loss(logps, inputs, SFTOptions())[0]) == pytest.approx(1.5)
+    loss, metrics = ranking_loss(logps, inputs, SFTOptions(form="token_mean"))
+    assert float(loss) == pytest.approx(5 / 3)
+    found = metrics.as_dict()
+    assert found["target_nll"] == pytest.approx(1.5)
+    assert found["active_pair_share"] == 0
+    assert found["rewards/accuracies"] == 1
+
+
+# ---- what is refused ----
+
+
+def test_an_objective_that_does_not_add_up_is_refused_by_name():
+    def mean_of_scores(group: Group) -> Tensor:
+        return -group.scores.mean()
+
+    @dataclasses.dataclass(frozen=True)
+    class BatchMean(Objective):
+        name = "batch-mean"
+
+        def terms(self, group: Group) -> Terms:
+            centred = group.scores - group.scores.mean()
+            return Terms((centred**2).sum() / group.totals.prompts, group.scores.new_zeros(()))
+
+    _, _, inputs = batch(SHAPES[1])
+    for objective, name in ((mean_of_scores, "function"), (BatchMean(), "batch-mean")):
+        with pytest.raises(ValueError, match=f"objective '{name}': expected a loss that adds up over prompts"):
+            ranking_loss(-torch.ones(5), inputs, objective)
+        with pytest.raises(ValueError, match="adds up"):
+            LinearLoss(objective)
+
+
+@pytest.mark.parametrize("backend", ["torch", "workspace", "triton", "reference"])
+def test_an_objective_of_your_own_runs_on_every_backend(backend):
+    """A squared error of the targets' scores, whose gradient is 2 (s + 1) / |y| / P a token."""
+
+    def towards_one(group: Group) -> Tensor:
+        return ((group.of_targets(group.scores) + 1) ** 2).sum() / group.totals.prompts
+
+    case = make_case([2, 3, 1], [2, 1], dtype=torch.float32)
+    leaves = case.leaves()
+    loss, metrics = linear_loss(*leaves, case.targets, case.ranking, towards_one, backend=backend)
+    logps = reference.token_logps(*leaves, None, case.targets)
+    wanted = ((logps[:2].mean() + 1) ** 2 + (logps[5] + 1) ** 2) / 2
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    found, expected = torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert metrics.values.shape == (len(METRIC_NAMES),)
+
+
+def test_signals_reach_the_objective_that_reads_them_and_no_other():
+    @dataclasses.dataclass(frozen=True)
+    class Weighted(Objective):
+        name = "weighted"
+        reads = ("token_weights", "advantages")
+
+        def terms(self, group: Group) -> Terms:
+            each = group.logps * group.per_token("token_weights") * group.per_token("advantages")
+            return Terms(-each.sum() / group.totals.tokens, each.new_zeros(()))
+
+    inputs = RankingInputs(torch.tensor([2, 1]), torch.tensor([2]))
+    logps = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    weights, advantages = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([3.0, -1.0])
+    loss, _ = ranking_loss(logps, inputs._replace(token_weights=weights, advantages=advantages), Weighted())
+    assert float(loss) == pytest.approx((0.5 * 3 + 2 * 3 - 6) / 3)
+    with pytest.raises(ValueError, match="token_weights: expected None, for the objective 'clha' does not read it"):
+        ranking_loss(logps, inputs._replace(token_weights=weights))
+    with pytest.raises(ValueError, match=r"old_logps: expected floating \[N = 3\], got \[2\]"):
+        ranking_loss(logps, inputs._replace(old_logps=torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("pro", "objective: expected one of CLHAOptions, PROOptions, SFTOptions, an Objective of your own or a"),
+        (PROOptions, "objective: expected one of CLHAOptions"),
+        (None, "objective: expected one of CLHAOptions"),
+    ],
+)
+def test_what_is_no_objective(objective, message):
+    with pytest.raises(ValueError, match=message):
+        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), objective)
+
+
+def test_settings_out_of_range_and_missing_rewards():
+    with pytest.raises(ValueError, match="form: expected one of paper, published, got 'eq2'"):
+        PROOptions(form="eq2")
+    with pytest.raises(ValueError, match="sft_weight: expected a finite number that is not negative, got -1"):
+        PROOptions(sft_weight=-1)
+    with pytest.raises(ValueError, match="form: expected one of prompt_mean, token_mean, got 'mean'"):
+        SFTOptions(form="mean")
+    with pytest.raises(ValueError, match="rewards: expected values, which the objective 'pro' needs, got None"):
+        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), PROOptions())
+
+
+def test_log_probabilities_of_another_kind():
+    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]))
+    for logps in (torch.ones(2, 1), torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"logps: expected float32 or float64 of shape \[N\]"):
+            ranking_loss(logps, inputs)
+    with pytest.raises(ValueError, match=r"scored: expected booleans of shape \[N = 2\]"):
+        ranking_loss(torch.ones(2), inputs, scored=torch.ones(2))
+    with pytest.raises(ValueError, match="candidate_lengths: expected a sum of N = 3 tokens, got 2"):
+        ranking_loss(torch.ones(3), inputs)

@@ -1,0 +1,41 @@
+"""The names that users import: none may go without a word in the changelog."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import clha_fast
+
+NAMES = {
+    "clha_fast": """
+        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions HeadOptions LinearLoss Objective
+        PROOptions RankingInputs SFTOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
+    """,
+    "clha_fast.hf": """
+        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream TokenBudgetSampler
+        UnsupportedHeadError fused_head inspect_head
+    """,
+    "clha_fast.reference": "LOSSES clha_loss logits loss pro_loss sft_loss token_logps",
+    "clha_fast.objectives": """
+        OBJECTIVES CLHAOptions Group Objective PROOptions Plan SFTOptions Terms Totals as_objective
+    """,
+    "clha_fast.data": """
+        FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records
+        record_from_row render_prompt
+    """,
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_every_name_is_there_and_no_other_is_promised(module):
+    found = importlib.import_module(module)
+    names = NAMES[module].split()
+    assert sorted(found.__all__) == sorted(names)
+    for name in names:
+        assert getattr(found, name) is not None
+
+
+def test_what_is_promised_can_be_found_by_looking():
+    assert set(clha_fast.__all__) <= set(dir(clha_fast))
