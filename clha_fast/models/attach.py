@@ -321,7 +321,7 @@ def attach(
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
-            (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `hf.own_forward`.
+            (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `models.own_forward`.
         options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions` or an `Objective` of your own.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
