@@ -75,8 +75,8 @@ class HeadOptions(Settings):
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
             d of it together; the target's own block always counts. Weight and bias get nothing of such a block; hidden
             gets its exact mass times the mean of its rows, and is off by at most |dL/dlogp| * d * the largest distance
-            of a row from the mean of its block (times scale / temperature; with a softcap see `backends.torch.routing`). Loss
-            and log-probabilities stay exact.
+            of a row from the mean of its block (times scale / temperature; with a softcap see
+            `backends.torch.routing`). Loss and log-probabilities stay exact.
     """
 
     scale: float = 1.0

@@ -29,7 +29,8 @@ from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
 from clha_fast.models.own_forward import check_backend
 from clha_fast.models.sharding import reshard
-from clha_fast.objectives import Objective
+from clha_fast.objectives import Group, Objective, as_objective
+from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import BACKENDS, Backend
@@ -295,7 +296,7 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
 
 def attach(
     model: nn.Module,
-    options: Objective = PUBLISHED,
+    options: Objective | Callable[[Group], Tensor] = PUBLISHED,
     *,
     backend: Backend = "auto",
     temperature: float = 1.0,
@@ -321,8 +322,10 @@ def attach(
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
-            (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see `models.own_forward`.
-        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions` or an `Objective` of your own.
+            (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see
+            `models.own_forward`.
+        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own, or a function of a
+            `Group` of whole prompts.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
             see `HeadOptions`.
@@ -344,6 +347,7 @@ def attach(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    objective = check_adds_up(as_objective(options))
     inner = _unwrap(model)
     if _STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
@@ -357,7 +361,7 @@ def attach(
     attached = Attached(
         inner,
         info,
-        options,
+        objective,
         backend,
         temperature=temperature,
         ignore_index=ignore_index,

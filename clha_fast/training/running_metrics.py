@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.objectives import Objective
+from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 
 
 class RunningMetrics:
-    """Metrics added up over calls, and over processes when read."""
+    """Metrics of one objective added up over calls, and over processes when read."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.reset()
 
     def reset(self) -> None:
@@ -25,7 +27,7 @@ class RunningMetrics:
         """One call's metrics; `loss_scale` is what its loss was multiplied by."""
         values = metrics.values.detach().clone()
         values[:2] *= loss_scale  # rank_loss and sft_loss, as the loss itself is scaled
-        plain = CLHAMetrics(values, metrics.scores[:0])
+        plain = CLHAMetrics(values, metrics.scores[:0], names=metrics.names)
         self.total = plain if self.total is None else CLHAMetrics.merge([self.total, plain])
         self.inert += inert
         self.calls += 1
@@ -38,10 +40,12 @@ class RunningMetrics:
         """
         total, inert, calls = self.total, self.inert, self.calls
         self.reset()
-        values = torch.zeros(len(METRIC_NAMES), device=device) if total is None else total.values.to(device)
+        names = metric_names(self.objective)
+        values = torch.zeros(len(names), device=device) if total is None else total.values.to(device)
         counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
         values, counts = reduce(values), reduce(counts)
         inert, calls = int(counts[0]), int(counts[1])
         if not calls:
             return None
-        return {**CLHAMetrics(values, values[:0], calls).as_dict(), "inert_candidates": float(inert)}
+        found = CLHAMetrics(values, values[:0], calls, self.objective.metric_names)
+        return {**found.as_dict(), "inert_candidates": float(inert)}

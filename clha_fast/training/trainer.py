@@ -143,7 +143,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
                 f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
             )
-        self._train_metrics, self._eval_metrics = RunningMetrics(), RunningMetrics()
+        self._train_metrics, self._eval_metrics = (RunningMetrics(self.loss_options) for _ in range(2))
         self._step_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None
         self.dataset_names = []
