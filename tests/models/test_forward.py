@@ -1,0 +1,133 @@
+"""The one way from a batch through a model to a loss: every objective, in a loop and in the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clha_fast
+from clha_fast import CLHAOptions, HeadOptions, Objective, PROOptions, RankingInputs, SFTOptions, reference
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.models.attach import empty_batch
+from clha_fast.models.heads import UnsupportedHeadError
+from clha_fast.objectives import Group
+from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.trainers import trainer
+
+TOKENIZER = make_tokenizer()
+OBJECTIVES = [
+    CLHAOptions(margin=0.5),
+    PROOptions(),
+    PROOptions(form="paper"),
+    SFTOptions(),
+    SFTOptions(form="token_mean"),
+]
+every_objective = pytest.mark.parametrize(
+    "objective", OBJECTIVES, ids=[f"{o.name}-{n}" for n, o in enumerate(OBJECTIVES)]
+)
+
+
+def collate(rows: list[dict[str, Any]], objective: Objective) -> CandidateBatch:
+    return CandidateBatch.from_dict(RankedCollator(TOKENIZER, objective)(rows))
+
+
+def eager(model: nn.Module, batch: CandidateBatch, objective: Objective) -> Tensor:
+    logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.row_index]
+    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    given = RankingInputs(batch.candidate_lengths, batch.candidates_per_prompt, batch.rewards, batch.sft_index)
+    return reference.loss(logps, batch.targets, given, HeadOptions(), objective)[0]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@every_objective
+def test_an_attached_model_has_the_eager_loss(objective: Objective) -> None:
+    model, batch = make_model(len(TOKENIZER)).train(), collate(make_rows(4, seed=2), objective)
+    wanted = eager(model, batch, objective)
+    expected = gradients(model, wanted)
+    clha_fast.attach(model, objective)
+    output = model(**batch.as_dict())
+    assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = gradients(model, output.loss)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert set(objective.metric_names) <= output.metrics.as_dict().keys()
+
+
+@every_objective
+def test_counts_make_the_split_invisible(objective: Objective) -> None:
+    model, rows = make_model(len(TOKENIZER)).train(), make_rows(5, seed=7)
+    wanted = eager(model, collate(rows, objective), objective)
+    expected = gradients(model, wanted)
+    attached = clha_fast.attach(model, objective)
+    parts = [collate(rows[:1], objective), collate(rows[1:4], objective), collate(rows[4:], objective)]
+    counts = attached.counts([*parts, empty_batch()])
+    assert counts.keys() == {*objective.divides_by, "loss_scale"}
+    total = sum(model(**part.as_dict(), **counts).loss for part in [*parts, empty_batch()]) / 4
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = gradients(model, total)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_function_of_whole_prompts_is_attached() -> None:
+    def best_answers(group: Group) -> Tensor:
+        return -group.of_targets(group.scores).sum() / group.totals.prompts
+
+    model, batch = make_model(len(TOKENIZER)), collate(make_rows(3), PROOptions())
+    wanted = eager(model, batch, SFTOptions())
+    clha_fast.attach(model, best_answers)
+    assert model(**batch.as_dict()).loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_what_is_no_objective_is_refused_before_the_model_changes() -> None:
+    model = make_model(len(TOKENIZER))
+    for wrong in ("pro", PROOptions, lambda group: group.scores.mean()):
+        with pytest.raises(ValueError, match="objective"):
+            clha_fast.attach(model, wrong)
+        assert "forward" not in vars(model)
+
+
+def loop(folder: Path, model: nn.Module) -> Any:
+    clha_fast.attach(model)
+    return lambda batch: model(**batch).loss
+
+
+def in_a_trainer(folder: Path, model: nn.Module) -> Any:
+    ours = trainer(folder, model)
+    return lambda batch: ours.compute_loss(model, batch)
+
+
+@pytest.mark.parametrize("make", [loop, in_a_trainer])
+def test_a_swapped_head_is_refused(tmp_path: Path, make: Any) -> None:
+    model = make_model(len(TOKENIZER), tie_word_embeddings=False)
+    loss = make(tmp_path, model)
+    batch = collate(make_rows(2), CLHAOptions()).as_dict()
+    assert loss(batch).isfinite()
+    model.lm_head = nn.Linear(32, len(TOKENIZER), bias=False)
+    with pytest.raises(UnsupportedHeadError, match="expected the output embedding that was there"):
+        loss(batch)
+
+
+@pytest.mark.parametrize("make", [loop, in_a_trainer])
+@pytest.mark.parametrize("name", ["input_ids", "targets"])
+def test_tokens_beyond_the_model_are_refused(tmp_path: Path, make: Any, name: str) -> None:
+    model = make_model(len(TOKENIZER))
+    loss = make(tmp_path, model)
+    batch = collate(make_rows(2), CLHAOptions()).as_dict()
+    batch[name].view(-1)[1] = len(TOKENIZER) + 5
+    with pytest.raises(ValueError, match=f"{name}: expected tokens below the {len(TOKENIZER)} rows of the model's"):
+        loss(batch)
+
+
+@pytest.mark.parametrize("make", [loop, in_a_trainer])
+def test_a_batch_without_a_prompt_is_zero(tmp_path: Path, make: Any) -> None:
+    model = make_model(len(TOKENIZER)).train()
+    loss = make(tmp_path, model)(empty_batch().as_dict())
+    assert loss.item() == 0
+    assert not gradients(model, loss).any()
