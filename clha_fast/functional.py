@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import ops, reference
-from clha_fast.objectives import Group, Objective, as_objective, encode
+from clha_fast.objectives import OBJECTIVES, Group, Objective, as_objective, encode
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
@@ -195,7 +195,7 @@ def linear_loss(
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs, head)
-        if objective.name not in reference.LOSSES:
+        if OBJECTIVES.get(objective.name) is not type(objective):
             return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
         checks.ranking_values(targets.shape[0], given)
         loss, values, scores = reference.loss(logps, targets, given, head, objective)

@@ -13,9 +13,9 @@ from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops import checks
-from clha_fast.ops.dispatch import Backend
+from clha_fast.ops.dispatch import Backend, check_name
 from clha_fast.options import HeadOptions
-from clha_fast.types import RankingInputs
+from clha_fast.types import RankingInputs, VocabShard
 
 
 class CLHALoss(nn.Module):
@@ -48,6 +48,7 @@ class CLHALoss(nn.Module):
         self.head = HeadOptions() if head is None else head
         self.backend: Backend = backend
         checks.settings(self.head, self.options)
+        check_name(backend)
 
     def forward(
         self,
@@ -104,13 +105,24 @@ class LinearLoss(nn.Module):
         self.head = HeadOptions() if head is None else head
         self.backend: Backend = backend
         checks.settings(self.head)
+        check_name(backend)
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, given: RankingInputs, **tensors: Tensor | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        given: RankingInputs,
+        *,
+        bias: Tensor | None = None,
+        row_index: Tensor | None = None,
+        shard: VocabShard | None = None,
     ) -> tuple[Tensor, CLHAMetrics]:
-        """Arguments and result of `linear_loss`; `tensors` are its optional ones (bias, row_index)."""
-        settings: dict[str, Any] = {"head": self.head, "backend": self.backend, **tensors}
-        return linear_loss(hidden, weight, targets, given, self.objective, **settings)
+        """Arguments and result of `linear_loss`."""
+        tensors: dict[str, Any] = {"bias": bias, "row_index": row_index, "shard": shard}
+        return linear_loss(
+            hidden, weight, targets, given, self.objective, head=self.head, backend=self.backend, **tensors
+        )
 
     def extra_repr(self) -> str:
         return f"objective={self.objective}, head={self.head}, backend={self.backend!r}"

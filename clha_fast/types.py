@@ -1,4 +1,4 @@
-"""What travels between the custom operators and the backends: one tuple for a head, one for candidates, one a result.
+"""What travels between rooms, from the public face to the backends: a head, what is known of candidates, a result.
 
 The schemas of operators are made from the fields: a tensor more is one line here.
 """
@@ -98,7 +98,9 @@ class HeadResult(NamedTuple):
 
 
 class LossResult(NamedTuple):
-    """loss [], metrics [19 and the objective's own], scores [C], slopes dL/dlogp [N], lse [N], `route` as above."""
+    """loss [], scores [C] and slopes dL/dlogp [N] in float32 (float64 for float64 hidden); metrics float32, the common
+    ones and the objective's own; lse [N] and `route` as above.
+    """
 
     loss: Tensor
     metrics: Tensor

@@ -22,8 +22,14 @@ SWEEPING = ("torch", "workspace")
 ROUTING = ("torch", "triton")
 
 
-class Backend(Protocol):
-    """A module with these functions; all tensors on one device, inputs checked, no graph."""
+class HeadBackend(Protocol):
+    """A module with these functions; inputs come checked and cast, all tensors on one device, without a graph.
+
+    A token with a zero gradient is skipped, so that an inert candidate's NaN goes nowhere. Sums into repeated rows run
+    in a fixed order (`layout.accumulate`), for two runs are bitwise equal. `head.workspace_bytes` bounds the logits. On
+    a GPU a target out of range makes its token NaN, without a wait. `objectives.ranked.RankedBatch` makes slopes, loss
+    and metrics of log-probabilities.
+    """
 
     def token_logps_forward(self, inputs: HeadInputs, head: HeadOptions) -> HeadResult:
         """Log-probabilities of `reference.token_logps`, without [N, V] logits."""
@@ -39,7 +45,7 @@ class Backend(Protocol):
         """The loss, and dL/dlogp for a backward by `token_logps_backward`."""
 
 
-class SweepingBackend(Backend, Protocol):
+class SweepingBackend(HeadBackend, Protocol):
     """A backend of `SWEEPING`, which has the logits of whole prompts at hand when their slopes are known."""
 
     def loss_sweep(
@@ -48,6 +54,6 @@ class SweepingBackend(Backend, Protocol):
         """`loss_forward` and the gradients; float32 or wider, for the upstream gradient is still to come."""
 
 
-def load(name: str) -> Backend:
+def load(name: str) -> HeadBackend:
     """The backend called `name`, a key of `MODULES`."""
-    return cast(Backend, importlib.import_module(MODULES[name]))
+    return cast(HeadBackend, importlib.import_module(MODULES[name]))

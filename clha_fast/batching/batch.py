@@ -45,6 +45,7 @@ class CandidateBatch:
         rewards: float32 [C] or None.
         sft_index: int64 [P], position of the SFT target within its prompt.
         num_inert: how many candidates were dropped because neither loss nor gradients depend on them.
+        inert_for: the objective (its `encoded`) that does not depend on them; "" where none was dropped.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
@@ -59,6 +60,7 @@ class CandidateBatch:
     rewards: Tensor | None
     sft_index: Tensor
     num_inert: int = 0
+    inert_for: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
@@ -79,7 +81,7 @@ class CandidateBatch:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, without `rewards` when there are none: what a collator hands to a Trainer."""
-        return {**self._tensors(), "num_inert": self.num_inert}
+        return {**self._tensors(), "num_inert": self.num_inert, "inert_for": self.inert_for}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CandidateBatch:
@@ -89,7 +91,12 @@ class CandidateBatch:
             ValueError: a field is missing.
         """
         names = [f.name for f in dataclasses.fields(cls)]
-        given = {"rewards": None, "num_inert": 0, **{name: fields[name] for name in names if name in fields}}
+        given = {
+            "rewards": None,
+            "num_inert": 0,
+            "inert_for": "",
+            **{name: fields[name] for name in names if name in fields},
+        }
         for name in names:
             if name not in given:
                 raise ValueError(f"{name}: expected in a batch, got the keys {', '.join(sorted(fields))}")
@@ -98,7 +105,7 @@ class CandidateBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
         """The same batch on `device`."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return CandidateBatch(**moved, num_inert=self.num_inert)
+        return CandidateBatch(**moved, num_inert=self.num_inert, inert_for=self.inert_for)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a causal language model's forward."""
@@ -217,6 +224,7 @@ def pack_candidates(
         rewards=rewards,
         sft_index=sft_index,
         num_inert=int(inert.sum()),
+        inert_for=objective.encoded if inert.any() else "",
     )
 
 

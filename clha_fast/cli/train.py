@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from clha_fast.cli.options import CONFIG_HINTS, RUN_HINTS, merge, read_config, read_flags, split
+from clha_fast.cli.options import merge, read_config, read_flags, split
 from clha_fast.errors import BackendError
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
@@ -329,8 +329,3 @@ def demo(words: Sequence[str]) -> int:
     """`clha-fast demo`: `train` with the bundled configuration and data; a demo run before it is replaced."""
     base = {**read_config(bundled("demo.yaml")), "train_file": bundled("ranked_demo.jsonl")}
     return train(words, {**base, "overwrite": "--resume" not in words})
-
-
-def option_names() -> list[str]:
-    """Every option of `train`, for tests and completion."""
-    return sorted({*RUN_HINTS, *CONFIG_HINTS})

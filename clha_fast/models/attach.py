@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
-from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch, inert_mask
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import (
@@ -33,13 +33,13 @@ from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.metrics import CLHAMetrics
-from clha_fast.ops.dispatch import BACKENDS, Backend
+from clha_fast.ops.dispatch import Backend, check_name
 from clha_fast.types import RankingInputs
 
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
-_OWN_FIELDS = {*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "labels", "num_items_in_batch"}
+_OWN_FIELDS = {*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "inert_for", "labels", "num_items_in_batch"}
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
 _STATE = "_clha_attached"
@@ -185,6 +185,7 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
+        self._check_dropped(kwargs)
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
@@ -195,6 +196,24 @@ class Attached:
             values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
             metrics = CLHAMetrics(values, metrics.scores, names=metrics.names)
         return CLHAOutput(loss=found.loss, metrics=metrics, aux_loss=found.auxiliary)
+
+    def _check_dropped(self, batch: Mapping[str, Any]) -> None:
+        """A collator drops what its own objective does not need; ValueError where this one does.
+
+        Reads the batch on the host only where the two differ.
+        """
+        dropped_for = batch.get("inert_for")
+        if not dropped_for or dropped_for == self.options.encoded or torch.compiler.is_compiling():
+            return
+        rewards, target = (None if batch.get(name) is None else batch[name].cpu() for name in ("rewards", "sft_index"))
+        inert = inert_mask(rewards, batch["candidates_per_prompt"].cpu(), target, self.options)
+        needed = (batch["candidate_lengths"].cpu() == 0) & ~inert
+        if needed.any():
+            raise ValueError(
+                f"batch: expected only candidates dropped that the objective {self.options.name!r} does not depend on, "
+                f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropped_for}; "
+                "give RankedCollator the objective that attach has, or drop_inert=False"
+            )
 
 
 def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
@@ -345,8 +364,7 @@ def attach(
             output = model(**batch)
             output.loss.backward()
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_name(backend)
     objective = check_adds_up(as_objective(options))
     inner = _unwrap(model)
     if _STATE in vars(inner):

@@ -48,7 +48,7 @@ class FromFunction(Objective):
     def terms(self, group: Group) -> Terms:
         assert self.function is not None
         loss = self.function(group)
-        return Terms(loss, torch.zeros_like(loss))
+        return Terms(loss, torch.zeros_like(loss) if isinstance(loss, Tensor) else loss)
 
 
 def as_objective(objective: Objective | Callable[[Group], Tensor]) -> Objective:

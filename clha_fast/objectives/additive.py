@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clha_fast.objectives import OBJECTIVES, FromFunction
-from clha_fast.objectives.base import Objective
-from clha_fast.objectives.ranked import RankedBatch
+from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.ranked import RankedBatch, recording
 from clha_fast.types import COUNTS, SIGNALS, RankingInputs
 
 _LENGTHS, _SIZES = ((2, 3, 1), (4,), (2, 0), (1, 3, 2, 2)), (3, 1, 2, 4)
@@ -36,7 +36,15 @@ def check_adds_up(objective: Objective) -> Objective:
 
 
 def compare(objective: Objective) -> None:
-    """Runs an objective on a batch and prompt by prompt, with the batch's totals; ValueError where they differ."""
+    """Tries an objective on a batch and prompt by prompt, with the batch's totals.
+
+    Raises:
+        ValueError: it fails, returns anything but scalars with a graph, its inert candidates have a slope, or the
+            losses or slopes of the prompts are not the batch's.
+    """
+    for name in objective.needs:
+        if name not in RankingInputs._fields:
+            raise ValueError(f"objective {objective.name!r}: needs: expected fields of RankingInputs, got {name!r}")
     draw = torch.Generator().manual_seed(0)
     lengths = [length for part in _LENGTHS for length in part]
     logps = -torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.1
@@ -44,9 +52,14 @@ def compare(objective: Objective) -> None:
         torch.tensor(lengths),
         torch.tensor(_SIZES),
         rewards=torch.tensor([4.0, 1.0, -3.0, 2.0, 5.0, 1.0, 9.0, 4.0, 2.0, -6.0]),
-        **{name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.reads},
+        **{
+            name: torch.rand(len(logps), generator=draw, dtype=torch.float64)
+            for name in SIGNALS
+            if name in (*objective.reads, *objective.needs)
+        },
     )
     whole = _batch(objective, given, len(logps))
+    _check_terms(objective, whole, logps)
     counts = dict(zip(COUNTS[1:], whole.plan.totals, strict=True))
     given = given._replace(pair_counts=whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES)), **counts)
     parts = [_prompt(given, p) for p in range(len(_SIZES))]
@@ -58,9 +71,46 @@ def compare(objective: Objective) -> None:
             at = int((a - b).abs().argmax())
             raise ValueError(
                 f"objective {objective.name!r}: expected a loss that adds up over prompts (what it divides by comes "
-                f"from group.totals, never from a mean), got a {what} of {float(a.flatten()[at]):.6g} for a batch and "
-                f"{float(b.flatten()[at]):.6g} for its prompts one by one; a loss that mixes prompts takes token_logps"
+                "from group.totals or from within one prompt, never from a mean over prompts; in float64, as "
+                f"group.scores is), got a {what} of {float(a.flatten()[at]):.9g} for a batch and "
+                f"{float(b.flatten()[at]):.9g} for its prompts one by one; a loss that mixes prompts takes token_logps"
             )
+    inert = objective.inert(whole.layout, given.rewards, given.sft_index)
+    for k in inert.nonzero().flatten().tolist():
+        if one[1][whole.layout.owner == k].any():
+            raise ValueError(
+                f"objective {objective.name!r}: expected no slope for candidates that `inert` lets drop, got one for "
+                f"candidate {k} of prompts of {', '.join(map(str, _SIZES))}"
+            )
+
+
+def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> None:
+    """What the objective makes of a batch is two scalars with a graph to its log-probabilities."""
+    named = f"objective {objective.name!r}"
+    with recording():
+        group = Group(whole.plan, 0, len(_SIZES), logps.requires_grad_())
+        try:
+            terms = objective.terms(group)
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{named}: failed on a trial of prompts of {', '.join(map(str, _SIZES))} candidates "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); it must take any number"
+            ) from error
+        if not isinstance(terms, Terms):
+            raise ValueError(f"{named}: expected Terms(rank, sft), got a {type(terms).__name__}")
+        for term in terms:
+            if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
+                got = f"{list(term.shape)} {term.dtype}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+                raise ValueError(f"{named}: expected a scalar tensor in nats, got {got}")
+        if not (terms.rank + terms.sft).requires_grad:
+            raise ValueError(
+                f"{named}: expected a loss with a graph to group.logps, got one without (a detach, an item() or a "
+                "no_grad?)"
+            )
+    logps.requires_grad_(False)
+    missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps)))
+    if missing:
+        raise ValueError(f"{named}: report: expected the sums {', '.join(sorted(missing))}, got none")
 
 
 def _batch(objective: Objective, given: RankingInputs, tokens: int) -> RankedBatch:

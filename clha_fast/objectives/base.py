@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clha_fast.layout import Layout
 from clha_fast.objectives.pairs import Pairs
-from clha_fast.options import Settings
+from clha_fast.options import Settings, require
 from clha_fast.types import COUNTS, SIGNALS, RankingInputs
 
 _T = TypeVar("_T", bound="Objective")
@@ -116,13 +116,19 @@ class Group:
     @property
     def rewards(self) -> Tensor:
         """[candidates]; an objective that reads them without checking says that it `needs` them."""
-        rewards = self.plan.rewards
-        assert rewards is not None
-        return rewards[self.candidates].to(torch.float64)
+        if self.plan.rewards is None:
+            raise ValueError("rewards: expected values, which the objective reads, got None")
+        return self.plan.rewards[self.candidates].to(torch.float64)
 
     def per_token(self, name: str) -> Tensor:
         """A signal of `RankingInputs` for each token [n]; one given a candidate is repeated."""
-        values: Tensor = getattr(self.plan.given, name).to(self.logps.device, torch.float64)
+        given: Tensor | None = getattr(self.plan.given, name)
+        if given is None:
+            raise ValueError(
+                f"{name}: expected values, which the objective reads, got None (an Objective lists what it may read in "
+                "`reads`, and what it must have in `needs`)"
+            )
+        values = given.to(self.logps.device, torch.float64)
         if values.shape[0] == self.plan.layout.num_candidates != self.plan.layout.owner.shape[0]:
             return values[self.candidates][self.owner]
         return values[self.tokens]
@@ -182,7 +188,7 @@ class Objective(Settings):
     Class attributes:
         name: in tables, messages and on the command line.
         reads: fields of `SIGNALS` that `terms` may read; one that is given and not read is refused.
-        divides_by: fields of `COUNTS` that the loss divides by.
+        divides_by: fields of `COUNTS` that the loss divides by: what a step that is split must be given.
         metric_names: sums that `report` gives beside the common ones; logged as means over prompts.
     """
 
@@ -192,6 +198,7 @@ class Objective(Settings):
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        require("name", self.name, bool(self.name), "a class attribute that names the objective")
         super().__post_init__()
         object.__setattr__(self, "encoded", f"{self.name} {self.encoded}")
 
@@ -211,7 +218,7 @@ class Objective(Settings):
             if getattr(given, name) is None:
                 raise ValueError(f"{name}: expected values, which the objective {self.name!r} needs, got None")
         for name in SIGNALS:
-            if getattr(given, name) is not None and name not in self.reads:
+            if getattr(given, name) is not None and name not in (*self.reads, *self.needs):
                 raise ValueError(f"{name}: expected None, for the objective {self.name!r} does not read it, got values")
 
     def kept(self, pairs: Pairs) -> Tensor:
@@ -261,7 +268,7 @@ class Objective(Settings):
 
     def terms(self, group: Group) -> Terms:
         """The loss of whole prompts, with a graph to `group.logps`; it adds up over groups."""
-        raise NotImplementedError
+        raise NotImplementedError(f"objective {self.name!r}: expected a method terms(group)")
 
     def slopes(self, group: Group) -> Tensor | None:
         """float64 [n], d(rank + sft) / d logp of the group's tokens in closed form; None takes autograd's."""

@@ -98,6 +98,8 @@ def _check_head(inputs: HeadInputs) -> None:
 
 def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: str) -> None:
     """What a head that is spread over processes takes, and its values where they lie on the CPU."""
+    if not isinstance(shard, VocabShard):
+        raise ValueError(f"shard: expected VocabShard(start, size), got {shard!r}")
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
     target_values(inputs, head.ignore_index, vocabulary=shard.size)
@@ -115,6 +117,8 @@ def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backe
 
 def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) -> None:
     """Shapes and dtypes of what is known of the candidates, and that the objective has and reads what there is."""
+    if not isinstance(given, RankingInputs):
+        raise ValueError(f"given: expected RankingInputs(candidate_lengths, ...), got a {type(given).__name__}")
     require_tensors(**given._asdict())
     count, prompts = given.candidate_lengths.shape[:1], given.candidates_per_prompt.shape[:1]
     _index_tensor("candidate_lengths", given.candidate_lengths, None, "C")

@@ -87,6 +87,12 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
+def check_name(backend: str) -> None:
+    """ValueError for a name that is none of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def resolve(backend: str, device: str, dtype: torch.dtype, *, gradients: bool = False, routed: bool = False) -> str:
     """The name of the backend to run: "triton", "workspace", "torch" or "reference".
 
@@ -99,8 +105,7 @@ def resolve(backend: str, device: str, dtype: torch.dtype, *, gradients: bool = 
         ValueError: the name is unknown.
         BackendError: the backend asked for cannot run. A named backend never falls back.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_name(backend)
     place = torch.device(device)
     if backend == "auto":
         reason = _why_not_kernels(place, dtype) if place.type == "cuda" else f"the device is {place.type}"

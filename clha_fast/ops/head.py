@@ -6,6 +6,7 @@ A gradient that nobody asked for is an empty tensor here, for an operator cannot
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, Needs
 
 _WIDTH = len(HeadInputs._fields)
+
+
+def as_cast(like: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autocast is off: it is on in an operator's body, and the inputs have been cast as it would."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def or_empty(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +63,8 @@ def _token_logps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, head, backend = arguments
     inputs, settings = HeadInputs(*tensors), HeadOptions.decode(head)
     checks.target_values(inputs, settings.ignore_index)
-    logps, lse, route = backends.load(backend).token_logps_forward(inputs, settings)
+    with as_cast(inputs.hidden):
+        logps, lse, route = backends.load(backend).token_logps_forward(inputs, settings)
     return logps, lse, route
 
 
@@ -82,7 +89,8 @@ def _token_logps_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_logps, *tensors, lse, route, head, backend, need_hidden, need_weight, need_bias = arguments
     inputs, needs = HeadInputs(*tensors), Needs(need_hidden, need_weight, need_bias)
     settings = HeadOptions.decode(head)
-    gradients = backends.load(backend).token_logps_backward(grad_logps, inputs, lse, route, settings, needs)
+    with as_cast(inputs.hidden):
+        gradients = backends.load(backend).token_logps_backward(grad_logps, inputs, lse, route, settings, needs)
     return or_empty(gradients, inputs.hidden)
 
 

@@ -12,7 +12,7 @@ from clha_fast.backends import SWEEPING
 from clha_fast.objectives import decode
 from clha_fast.objectives.metrics import metric_names
 from clha_fast.ops import checks
-from clha_fast.ops.head import fake_gradients, fake_statistics, head_gradients, or_empty, score_dtype
+from clha_fast.ops.head import as_cast, fake_gradients, fake_statistics, head_gradients, or_empty, score_dtype
 from clha_fast.ops.schema import HEAD, NEEDS, RANKING, schema
 from clha_fast.options import HeadOptions
 from clha_fast.types import Gradients, HeadInputs, LossResult, Needs, RankingInputs
@@ -41,11 +41,12 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     checks.target_values(call.inputs, head.ignore_index)
     checks.ranking_values(call.inputs.targets.shape[0], call.given)
     backend, gradients = backends.load(call.backend), Gradients(None, None, None)
-    if call.backend in SWEEPING:
-        sweeping = cast(backends.SweepingBackend, backend)
-        result, gradients = sweeping.loss_sweep(call.inputs, call.given, head, objective, call.needs)
-    else:
-        result = backend.loss_forward(call.inputs, call.given, head, objective)
+    with as_cast(call.inputs.hidden):
+        if call.backend in SWEEPING:
+            sweeping = cast(backends.SweepingBackend, backend)
+            result, gradients = sweeping.loss_sweep(call.inputs, call.given, head, objective, call.needs)
+        else:
+            result = backend.loss_forward(call.inputs, call.given, head, objective)
     return (*result, *or_empty(gradients, call.inputs.hidden))
 
 
@@ -110,13 +111,13 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     eager = type(grad_loss) is Tensor
     if ctx.scaled:
         raise RuntimeError(
-            "linear_clha_loss: the gradients of this call were scaled in place by an earlier backward pass; "
+            "linear_loss: the gradients of this call were scaled in place by an earlier backward pass; "
             "compute the loss again instead of walking its graph twice"
         )
     if eager and torch.is_grad_enabled():
         # They are plain results of the forward: as part of a graph they would count as constants, silently.
         raise RuntimeError(
-            f"linear_clha_loss: backend {ctx.backend!r} has no second derivative (create_graph=True); "
+            f"linear_loss: backend {ctx.backend!r} has no second derivative (create_graph=True); "
             "use backend='reference'"
         )
     gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]

@@ -40,7 +40,7 @@ def test_the_host_reads_nothing_back(backend: str, dtype: torch.dtype) -> None:
     inputs, needs = case.head._replace(**dict(zip(case.head._fields, head, strict=True))), Needs(True, True, True)
     module = backends.load(backend)
     with NoWaiting():
-        if backend == "workspace":
+        if backend in backends.SWEEPING:
             module.loss_sweep(inputs, case.ranking, HEAD, PUBLISHED, needs)
         else:
             module.loss_forward(inputs, case.ranking, HEAD, PUBLISHED)

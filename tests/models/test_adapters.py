@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from typing import Any
 
@@ -308,10 +309,10 @@ TRAINED = {
 def test_trainer(name: str, tmp_path: Any) -> None:
     model = TRAINED[name]()
     settings = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
+    settings |= {field.name: getattr(OPTIONS, field.name) for field in dataclasses.fields(OPTIONS) if field.init}
     args = CLHAConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, **settings)
     trainer = CLHATrainer(model, args, train_dataset=make_rows(6), processing_class=TOKENIZER)
     batch = collate()
-    trainer.loss_options = OPTIONS
     loss, _ = trainer._loss(model, batch, None)
     wanted = eager_loss(model, batch)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)

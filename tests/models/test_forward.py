@@ -93,6 +93,21 @@ def test_what_is_no_objective_is_refused_before_the_model_changes() -> None:
         assert "forward" not in vars(model)
 
 
+def test_candidates_dropped_for_another_objective_are_refused_where_they_are_needed() -> None:
+    """`RankedCollator`'s default is CLHA's rule; PRO needs all candidates, and SFT fewer than CLHA."""
+    rows = [{"prompt": "say: ", "completions": ["a cat", "a dog", "a hat"], "rewards": [2.0, 1.0, 0.5]}]
+    for_clha = RankedCollator(TOKENIZER)(rows)
+    assert for_clha["num_inert"] == 2
+    model = make_model(len(TOKENIZER))
+    attached = clha_fast.attach(model, PROOptions())
+    with pytest.raises(ValueError, match=r"objective 'pro' does not depend on, got candidate 1 .*dropped for clha "):
+        model(**for_clha)
+    assert model(**RankedCollator(TOKENIZER, drop_inert=False)(rows)).loss.isfinite()
+    attached.detach()
+    clha_fast.attach(model, SFTOptions())
+    assert model(**for_clha).loss.isfinite()
+
+
 def loop(folder: Path, model: nn.Module) -> Any:
     clha_fast.attach(model)
     return lambda batch: model(**batch).loss

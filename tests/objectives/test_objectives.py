@@ -16,7 +16,6 @@ from torch import Tensor
 from clha_fast import (
     CLHAOptions,
     HeadOptions,
-    LinearLoss,
     Objective,
     PROOptions,
     RankingInputs,
@@ -26,9 +25,9 @@ from clha_fast import (
     reference,
 )
 from clha_fast.layout import Layout
-from clha_fast.objectives import OBJECTIVES, Group, Terms, decode, encode
+from clha_fast.objectives import OBJECTIVES, Group, decode, encode
 from clha_fast.objectives.additive import compare
-from clha_fast.objectives.metrics import METRIC_NAMES, metric_names
+from clha_fast.objectives.metrics import metric_names
 from clha_fast.objectives.ranked import RankedBatch, slopes
 from clha_fast.types import COUNTS
 from tests.support.helpers import IGNORE, make_case
@@ -275,101 +274,3 @@ def test_sft_means_over_prompts_or_over_tokens():
     assert found["target_nll"] == pytest.approx(1.5)
     assert found["active_pair_share"] == 0
     assert found["rewards/accuracies"] == 1
-
-
-# ---- what is refused ----
-
-
-def test_an_objective_that_does_not_add_up_is_refused_by_name():
-    def mean_of_scores(group: Group) -> Tensor:
-        return -group.scores.mean()
-
-    @dataclasses.dataclass(frozen=True)
-    class BatchMean(Objective):
-        name = "batch-mean"
-
-        def terms(self, group: Group) -> Terms:
-            centred = group.scores - group.scores.mean()
-            return Terms((centred**2).sum() / group.totals.prompts, group.scores.new_zeros(()))
-
-    _, _, inputs = batch(SHAPES[1])
-    for objective, name in ((mean_of_scores, "function"), (BatchMean(), "batch-mean")):
-        with pytest.raises(ValueError, match=f"objective '{name}': expected a loss that adds up over prompts"):
-            ranking_loss(-torch.ones(5), inputs, objective)
-        with pytest.raises(ValueError, match="adds up"):
-            LinearLoss(objective)
-
-
-@pytest.mark.parametrize("backend", ["torch", "workspace", "triton", "reference"])
-def test_an_objective_of_your_own_runs_on_every_backend(backend):
-    """A squared error of the targets' scores, whose gradient is 2 (s + 1) / |y| / P a token."""
-
-    def towards_one(group: Group) -> Tensor:
-        return ((group.of_targets(group.scores) + 1) ** 2).sum() / group.totals.prompts
-
-    case = make_case([2, 3, 1], [2, 1], dtype=torch.float32)
-    leaves = case.leaves()
-    loss, metrics = linear_loss(*leaves, case.targets, case.ranking, towards_one, backend=backend)
-    logps = reference.token_logps(*leaves, None, case.targets)
-    wanted = ((logps[:2].mean() + 1) ** 2 + (logps[5] + 1) ** 2) / 2
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    found, expected = torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves)
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert metrics.values.shape == (len(METRIC_NAMES),)
-
-
-def test_signals_reach_the_objective_that_reads_them_and_no_other():
-    @dataclasses.dataclass(frozen=True)
-    class Weighted(Objective):
-        name = "weighted"
-        reads = ("token_weights", "advantages")
-
-        def terms(self, group: Group) -> Terms:
-            each = group.logps * group.per_token("token_weights") * group.per_token("advantages")
-            return Terms(-each.sum() / group.totals.tokens, each.new_zeros(()))
-
-    inputs = RankingInputs(torch.tensor([2, 1]), torch.tensor([2]))
-    logps = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
-    weights, advantages = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([3.0, -1.0])
-    loss, _ = ranking_loss(logps, inputs._replace(token_weights=weights, advantages=advantages), Weighted())
-    assert float(loss) == pytest.approx((0.5 * 3 + 2 * 3 - 6) / 3)
-    with pytest.raises(ValueError, match="token_weights: expected None, for the objective 'clha' does not read it"):
-        ranking_loss(logps, inputs._replace(token_weights=weights))
-    with pytest.raises(ValueError, match=r"old_logps: expected floating \[N = 3\], got \[2\]"):
-        ranking_loss(logps, inputs._replace(old_logps=torch.zeros(2)))
-
-
-@pytest.mark.parametrize(
-    ("objective", "message"),
-    [
-        ("pro", "objective: expected one of CLHAOptions, PROOptions, SFTOptions, an Objective of your own or a"),
-        (PROOptions, "objective: expected one of CLHAOptions"),
-        (None, "objective: expected one of CLHAOptions"),
-    ],
-)
-def test_what_is_no_objective(objective, message):
-    with pytest.raises(ValueError, match=message):
-        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), objective)
-
-
-def test_settings_out_of_range_and_missing_rewards():
-    with pytest.raises(ValueError, match="form: expected one of paper, published, got 'eq2'"):
-        PROOptions(form="eq2")
-    with pytest.raises(ValueError, match="sft_weight: expected a finite number that is not negative, got -1"):
-        PROOptions(sft_weight=-1)
-    with pytest.raises(ValueError, match="form: expected one of prompt_mean, token_mean, got 'mean'"):
-        SFTOptions(form="mean")
-    with pytest.raises(ValueError, match="rewards: expected values, which the objective 'pro' needs, got None"):
-        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), PROOptions())
-
-
-def test_log_probabilities_of_another_kind():
-    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]))
-    for logps in (torch.ones(2, 1), torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"logps: expected float32 or float64 of shape \[N\]"):
-            ranking_loss(logps, inputs)
-    with pytest.raises(ValueError, match=r"scored: expected booleans of shape \[N = 2\]"):
-        ranking_loss(torch.ones(2), inputs, scored=torch.ones(2))
-    with pytest.raises(ValueError, match="candidate_lengths: expected a sum of N = 3 tokens, got 2"):
-        ranking_loss(torch.ones(3), inputs)

@@ -134,7 +134,7 @@ def sharded_logits() -> list[str]:
     said = []
     for given in (hidden, DTensor.from_local(hidden, mesh, [Replicate()])):
         try:
-            head_loss(given, forward, None, batch, head=HeadOptions(), options=OPTIONS)
+            head_loss(given, forward, None, batch, head=HeadOptions(), objective=OPTIONS)
         except ValueError as error:
             said.append(str(error))
     return said

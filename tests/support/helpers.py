@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, linear_clha_loss, reference
-from clha_fast.backends.torch import backend as torch_backend
+from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, backends, linear_clha_loss, reference
 from clha_fast.types import HeadInputs, RankingInputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +145,7 @@ def rank(backend: str, logps: Sequence[float], options: CLHAOptions, **ranking: 
         assert leaf.grad is not None
         slopes = leaf.grad
     else:
-        result = torch_backend.loss_forward(case.head, case.ranking, HeadOptions(), options)
+        result = backends.load(backend).loss_forward(case.head, case.ranking, HeadOptions(), options)
         loss, values, scores, slopes = result[:4]
     metrics = CLHAMetrics(values, scores.detach()).as_dict()
     return Ranked(loss.item(), metrics, scores.tolist(), slopes.tolist())

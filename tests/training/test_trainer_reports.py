@@ -14,9 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from clha_fast.batching import stream
 from clha_fast.objectives.clha import CLHAOptions
-from clha_fast.training import samples
+from clha_fast.training import datasets, samples
 from clha_fast.training.card import CARD_FILE, MARK, model_card
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
@@ -316,7 +315,7 @@ def test_a_margin_that_drops_every_pair_is_said(
     words: str | None,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(stream.logger, "warning", said.append)
+    monkeypatch.setattr(datasets.logger, "warning", said.append)
     row = {"prompt": "say", "completions": [f"word {k}" for k in range(len(rewards or "two"))], "rewards": rewards}
     args = CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **changes)
     made = CLHATrainer(make_model(len(TOKENIZER)), args, train_dataset=[row] * 2, processing_class=TOKENIZER)

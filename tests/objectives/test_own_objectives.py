@@ -1,0 +1,234 @@
+"""Objectives of somebody else's: what runs, and what is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from clha_fast import (
+    CLHALoss,
+    LinearLoss,
+    Objective,
+    PROOptions,
+    RankingInputs,
+    SFTOptions,
+    linear_loss,
+    ranking_loss,
+    reference,
+)
+from clha_fast.objectives import Group, Terms
+from clha_fast.objectives.metrics import METRIC_NAMES
+from clha_fast.types import VocabShard
+from tests.support.helpers import make_case
+
+INPUTS = RankingInputs(torch.tensor([2, 3]), torch.tensor([2]), torch.tensor([3.0, -1.0]))
+
+
+def test_an_objective_that_does_not_add_up_is_refused_by_name():
+    def mean_of_scores(group: Group) -> Tensor:
+        return -group.scores.mean()
+
+    @dataclasses.dataclass(frozen=True)
+    class BatchMean(Objective):
+        name = "batch-mean"
+
+        def terms(self, group: Group) -> Terms:
+            centred = group.scores - group.scores.mean()
+            return Terms((centred**2).sum() / group.totals.prompts, group.scores.new_zeros(()))
+
+    for objective, name in ((mean_of_scores, "function"), (BatchMean(), "batch-mean")):
+        with pytest.raises(ValueError, match=f"objective '{name}': expected a loss that adds up over prompts"):
+            ranking_loss(-torch.ones(5), INPUTS, objective)
+        with pytest.raises(ValueError, match="adds up"):
+            LinearLoss(objective)
+
+
+@pytest.mark.parametrize("backend", ["torch", "workspace", "triton", "reference"])
+def test_an_objective_of_your_own_runs_on_every_backend(backend):
+    """A squared error of the targets' scores, whose gradient is 2 (s + 1) / |y| / P a token."""
+
+    def towards_one(group: Group) -> Tensor:
+        return ((group.of_targets(group.scores) + 1) ** 2).sum() / group.totals.prompts
+
+    case = make_case([2, 3, 1], [2, 1], dtype=torch.float32)
+    leaves = case.leaves()
+    loss, metrics = linear_loss(*leaves, case.targets, case.ranking, towards_one, backend=backend)
+    logps = reference.token_logps(*leaves, None, case.targets)
+    wanted = ((logps[:2].mean() + 1) ** 2 + (logps[5] + 1) ** 2) / 2
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    found, expected = torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert metrics.values.shape == (len(METRIC_NAMES),)
+
+
+def test_signals_reach_the_objective_that_reads_them_and_no_other():
+    @dataclasses.dataclass(frozen=True)
+    class Weighted(Objective):
+        name = "weighted"
+        reads = ("token_weights", "advantages")
+
+        def terms(self, group: Group) -> Terms:
+            each = group.logps * group.per_token("token_weights") * group.per_token("advantages")
+            return Terms(-each.sum() / group.totals.tokens, each.new_zeros(()))
+
+    inputs = RankingInputs(torch.tensor([2, 1]), torch.tensor([2]))
+    logps = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    weights, advantages = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([3.0, -1.0])
+    loss, _ = ranking_loss(logps, inputs._replace(token_weights=weights, advantages=advantages), Weighted())
+    assert float(loss) == pytest.approx((0.5 * 3 + 2 * 3 - 6) / 3)
+    with pytest.raises(ValueError, match="token_weights: expected None, for the objective 'clha' does not read it"):
+        ranking_loss(logps, inputs._replace(token_weights=weights))
+    with pytest.raises(ValueError, match=r"old_logps: expected floating \[N = 3\], got \[2\]"):
+        ranking_loss(logps, inputs._replace(old_logps=torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            "pro",
+            "objective: expected one of CLHAOptions, .*an Objective of your own or a function of a Group, got 'pro'",
+        ),
+        (PROOptions, "objective: expected one of CLHAOptions"),
+        (None, "objective: expected one of CLHAOptions"),
+    ],
+)
+def test_what_is_no_objective(objective, message):
+    with pytest.raises(ValueError, match=message):
+        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), objective)
+
+
+def test_settings_out_of_range_and_missing_rewards():
+    with pytest.raises(ValueError, match="form: expected one of paper, published, got 'eq2'"):
+        PROOptions(form="eq2")
+    with pytest.raises(ValueError, match="sft_weight: expected a finite number that is not negative, got -1"):
+        PROOptions(sft_weight=-1)
+    with pytest.raises(ValueError, match="form: expected one of prompt_mean, token_mean, got 'mean'"):
+        SFTOptions(form="mean")
+    with pytest.raises(ValueError, match="rewards: expected values, which the objective 'pro' needs, got None"):
+        ranking_loss(-torch.ones(2), RankingInputs(torch.tensor([1, 1]), torch.tensor([2])), PROOptions())
+
+
+def test_log_probabilities_of_another_kind():
+    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]))
+    for logps in (torch.ones(2, 1), torch.ones(2, dtype=torch.float16), torch.ones(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"logps: expected float32 or float64 of shape \[N\]"):
+            ranking_loss(logps, inputs)
+    with pytest.raises(ValueError, match=r"scored: expected booleans of shape \[N = 2\]"):
+        ranking_loss(torch.ones(2), inputs, scored=torch.ones(2))
+    with pytest.raises(ValueError, match="candidate_lengths: expected a sum of N = 3 tokens, got 2"):
+        ranking_loss(torch.ones(3), inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda group: group.scores, r"expected a scalar tensor in nats, got \[10\] torch.float64"),
+        (lambda group: group.scores.sum().reshape(1), r"expected a scalar tensor in nats, got \[1\] torch.float64"),
+        (lambda group: 1.0, "expected a scalar tensor in nats, got a float"),
+        (lambda group: None, "expected a scalar tensor in nats, got a NoneType"),
+        (lambda group: group.sizes.sum().long(), r"expected a scalar tensor in nats, got \[\] torch.int64"),
+        (lambda group: group.scores.sum().detach(), "expected a loss with a graph to group.logps, got one without"),
+        (lambda group: group.scores.reshape(-1, 3)[0].sum(), r"failed on a trial of prompts of 3, 1, 2, 4 candidates"),
+        (lambda group: group.nothing, "failed on a trial .*AttributeError.*nothing"),
+        (lambda group: group.per_token("advantages").sum(), "advantages: expected values, which the objective reads"),
+    ],
+)
+def test_what_a_function_must_not_return(function: Callable[[Group], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranking_loss(-torch.ones(5), INPUTS, function)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Objective):
+    """Takes whatever its fields say; subclasses of it are what is tried."""
+
+    name: ClassVar[str] = "own"
+
+    def terms(self, group: Group) -> Any:
+        return Terms(-group.sums.sum() / group.totals.prompts, group.logps.new_zeros(()))
+
+
+def own(**members: Any) -> Objective:
+    kind = dataclasses.make_dataclass("Kind", [], bases=(Own,), frozen=True, namespace=members)
+    made: Objective = kind()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"terms": lambda self, group: group.sums.sum()},
+            r"'own': expected Terms\(rank, sft\), got a Tensor",
+        ),
+        ({"needs": ("reward",)}, "objective 'own': needs: expected fields of RankingInputs, got 'reward'"),
+        ({"metric_names": ("foo", "bar")}, "objective 'own': report: expected the sums bar, foo, got none"),
+        (
+            {"inert": lambda self, layout, rewards, target: layout.rank > 1},
+            "expected no slope for candidates that",
+        ),
+    ],
+)
+def test_what_an_objective_must_not_be(members: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranking_loss(-torch.ones(5), INPUTS, own(**members))
+    with pytest.raises(ValueError, match="name: expected a class attribute that names the objective, got ''"):
+        own(name="")
+
+
+def test_a_signal_that_is_needed_is_read() -> None:
+    objective = own(
+        needs=("token_weights",),
+        terms=lambda self, group: Terms(
+            -(group.logps * group.per_token("token_weights")).sum() / group.totals.prompts, group.logps.new_zeros(())
+        ),
+    )
+    with pytest.raises(ValueError, match="token_weights: expected values, which the objective 'own' needs, got None"):
+        ranking_loss(-torch.ones(5), INPUTS, objective)
+    loss, _ = ranking_loss(-torch.ones(5), INPUTS._replace(token_weights=torch.arange(5.0)), objective)
+    assert float(loss) == 10
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_subclass_is_itself_on_every_backend(backend: str) -> None:
+    """Not the built-in objective whose name it has inherited."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Worse(SFTOptions):
+        def terms(self, group: Group) -> Terms:
+            sft = -2 * group.of_targets(group.sums).sum() / group.totals.prompts
+            return Terms(torch.zeros_like(sft), sft)
+
+    case = make_case([2, 3, 1], [2, 1], dtype=torch.float64)
+    loss, _ = linear_loss(case.hidden, case.weight, case.targets, case.ranking, Worse(), backend=backend)
+    logps = reference.token_logps(case.hidden, case.weight, None, case.targets)
+    assert float(loss) == pytest.approx(-float(logps[:2].sum() + logps[5]), rel=1e-12)
+
+
+def test_modules_take_no_settings_at_a_call() -> None:
+    case = make_case([2, 3], [2], dtype=torch.float32)
+    loss, _ = LinearLoss(SFTOptions())(case.hidden, case.weight, case.targets, case.ranking)
+    assert loss.isfinite()
+    with pytest.raises(TypeError, match="backend"):
+        LinearLoss(SFTOptions())(case.hidden, case.weight, case.targets, case.ranking, backend="torch")
+    for kind in (lambda **given: LinearLoss(SFTOptions(), **given), lambda **given: CLHALoss(**given)):
+        with pytest.raises(ValueError, match=r"backend: expected one of auto, .*, got 'cudaa'"):
+            kind(backend="cudaa")
+
+
+def test_inputs_of_another_kind() -> None:
+    case = make_case([2, 3], [2], dtype=torch.float32)
+    for given in ((torch.tensor([2, 3]), torch.tensor([2])), {"candidate_lengths": torch.tensor([2, 3])}, None):
+        with pytest.raises(ValueError, match=r"given: expected RankingInputs\(candidate_lengths, ...\), got a"):
+            linear_loss(case.hidden, case.weight, case.targets, given)
+    with pytest.raises(ValueError, match=r"shard: expected VocabShard\(start, size\), got 3"):
+        linear_loss(case.hidden, case.weight, case.targets, case.ranking, shard=3)
+    with pytest.raises(ValueError, match="backend: expected auto or torch for a head sharded"):
+        linear_loss(case.hidden, case.weight, case.targets, case.ranking, shard=VocabShard(0, 19), backend="triton")
