@@ -193,6 +193,23 @@ def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, w
 
 
 @every_row
+def test_it_compiles_without_a_graph_break(objective):
+    torch._dynamo.reset()
+    case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
+
+    def twice(hidden: Tensor, weight: Tensor) -> Tensor:
+        return 2 * linear_loss(hidden * 1.5, weight, case.targets, case.ranking, objective, backend="torch")[0]
+
+    results = []
+    for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
+        leaves = case.to(torch.float32).leaves()
+        loss = function(*leaves)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.equal(plain, compiled)
+
+
+@every_row
 def test_the_settings_travel_as_one_string(objective):
     assert decode(encode(objective)) == objective
     assert type(objective).decode(objective.encoded) == objective
