@@ -195,10 +195,12 @@ def linear_loss(
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs, head)
-        if OBJECTIVES.get(objective.name) is not type(objective):
-            return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
         checks.ranking_values(targets.shape[0], given)
-        loss, values, scores = reference.loss(logps, targets, given, head, objective)
+        if OBJECTIVES.get(objective.name) is type(objective):
+            loss, values, scores = reference.loss(logps, targets, given, head, objective)
+        else:
+            ranked = RankedBatch(objective, given, targets != head.ignore_index, logps.dtype)
+            loss, values, scores = ranked.evaluate(logps)
         return loss, CLHAMetrics(values, scores.detach(), names=objective.metric_names)
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in inputs[:3]]
@@ -244,7 +246,7 @@ def ranking_loss(
     Args:
         logps: [N] nats, float32 or float64, packed candidate after candidate, prompt after prompt.
         given, objective: as in `linear_loss`; sizes are read on the host.
-        scored: bool [N], tokens that count; the others' log-probabilities must be 0. None is all of them.
+        scored: bool [N], tokens that count, the others' log-probabilities are not looked at. None is all of them.
 
     Returns:
         (loss, metrics) in the dtype of `logps`; the loss has a gradient for `logps`, and no second one.
@@ -254,6 +256,8 @@ def ranking_loss(
     """
     objective = check_adds_up(as_objective(objective))
     checks.log_probabilities(logps, scored)
+    if scored is not None:
+        logps = torch.where(scored, logps, 0.0)
     checks.ranking_inputs(given, logps.shape[0], objective)
     checks.ranking_values(logps.shape[0], given)
     if scored is None:

@@ -50,7 +50,7 @@ class RankingInputs(NamedTuple):
             target_token_count: [] prompts, candidates with a scored token, scored tokens, and those of the SFT targets.
             Denominators: None counts this batch's own. Given, they make the loss independent of how a step is split.
         reference_logps: [N] or [C] nats, of a frozen model. old_logps: [N] nats, of the model that sampled.
-        advantages: [N] or [C]. token_weights: [N].
+        advantages: [N] or [C]. token_weights: [N]. Where N == C, one number a token.
     """
 
     candidate_lengths: Tensor

@@ -123,6 +123,8 @@ class CandidateBatch:
         }
 
 
+_BLOCK = 1024
+
 _SAME_SHAPE = {
     "attention_mask": "input_ids",
     "row_index": "targets",
@@ -162,7 +164,15 @@ def inert_mask(
             size, position = int(candidates_per_prompt[outside[0]]), int(sft_index[outside[0]])
             raise ValueError(f"sft_index: expected a position from 0 to {size - 1}, got {position}")
     device = candidates_per_prompt.device if rewards is None else rewards.device
-    return objective.inert(Layout.whole(candidates_per_prompt, device), rewards, sft_index)
+    found, start = [torch.zeros(0, dtype=torch.bool, device=device)], 0
+    # All pairs of a block of prompts exist at a time, not those of a whole data set.
+    for first in range(0, len(candidates_per_prompt), _BLOCK):
+        sizes = candidates_per_prompt[first : first + _BLOCK]
+        span = slice(start, start + int(sizes.sum()))
+        start = span.stop
+        targets = None if sft_index is None else sft_index[first : first + _BLOCK]
+        found.append(objective.inert(Layout.whole(sizes, device), None if rewards is None else rewards[span], targets))
+    return torch.cat(found)
 
 
 def pack_candidates(

@@ -14,7 +14,7 @@ from clha_fast.batching.chat import render_chat
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
-from clha_fast.objectives import Objective
+from clha_fast.objectives import Objective, as_objective
 from clha_fast.objectives.clha import PUBLISHED
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
@@ -79,7 +79,7 @@ class RankedCollator:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
         self.tokenizer = tokenizer
-        self.options = options
+        self.options = as_objective(options)
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length

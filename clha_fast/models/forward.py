@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
@@ -93,7 +94,10 @@ class CandidateForward:
         return Scored(loss, CLHAMetrics(values, scores, names=self.objective.metric_names), auxiliary)
 
     def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:
-        if output_embedding(self.model) is not self.info.module:
+        head: Any = output_embedding(self.model)
+        while isinstance(head, FullyShardedDataParallel):  # a wrapper's policy may have taken it for itself
+            head = head.module
+        if head is not self.info.module:
             raise UnsupportedHeadError(
                 "model: expected the output embedding that was there when it was attached, got another one (an adapter "
                 "on the head, or another one active?); detach, change the head and attach again"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clha_fast.objectives import OBJECTIVES, FromFunction
 from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.metrics import METRIC_NAMES, as_logged
 from clha_fast.objectives.ranked import RankedBatch, recording
 from clha_fast.types import COUNTS, SIGNALS, RankingInputs
 
@@ -108,6 +109,17 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> Non
                 "no_grad?)"
             )
     logps.requires_grad_(False)
+    written = objective.slopes(Group(whole.plan, 0, len(_SIZES), logps))
+    if written is not None:
+        leaf = logps.detach().requires_grad_()
+        with recording():
+            again = objective.terms(Group(whole.plan, 0, len(_SIZES), leaf))
+            (slope,) = torch.autograd.grad(again.rank + again.sft, leaf)
+        if not torch.allclose(written, slope, rtol=1e-9, atol=1e-12, equal_nan=True):
+            raise ValueError(f"{named}: slopes: expected the gradient of its own terms, got another one")
+    taken = set(objective.metric_names) & {*METRIC_NAMES, *as_logged()}
+    if taken:
+        raise ValueError(f"{named}: metric_names: expected names of its own, got {', '.join(sorted(taken))}")
     missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps)))
     if missing:
         raise ValueError(f"{named}: report: expected the sums {', '.join(sorted(missing))}, got none")

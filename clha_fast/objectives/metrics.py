@@ -37,6 +37,12 @@ METRIC_NAMES = (
 _INDEX = {name: index for index, name in enumerate(METRIC_NAMES)}
 
 
+def as_logged() -> list[str]:
+    """The names under which the common metrics are logged."""
+    ones = CLHAMetrics(torch.ones(len(METRIC_NAMES), dtype=torch.float32), torch.zeros(0, dtype=torch.float32))
+    return list(ones.as_dict())
+
+
 def metric_names(objective: Objective) -> tuple[str, ...]:
     """The entries of the metrics vector of a loss: the common ones, then the objective's own."""
     return (*METRIC_NAMES, *objective.metric_names)

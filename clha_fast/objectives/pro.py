@@ -53,42 +53,47 @@ class PROOptions(Objective):
 
     def terms(self, group: Group) -> Terms:
         each = self._published(group) if self.form == "published" else self._paper(group)
-        nll = -group.of_targets(group.sums) * (group.sizes - 1) ** 2
-        return Terms(each.sum() / group.totals.prompts, self.sft_weight * nll.sum() / group.totals.prompts)
+        # Selected, not multiplied: what has no weight stays out even when it is NaN.
+        weight = self.sft_weight * (group.sizes - 1) ** 2
+        nll = torch.where(weight > 0, -group.of_targets(group.sums), 0.0) * weight
+        return Terms(each.sum() / group.totals.prompts, nll.sum() / group.totals.prompts)
 
     def _paper(self, group: Group) -> Tensor:
         """[prompts, most], the L_k; the last one of a prompt is log(exp s / exp s) = 0."""
-        here, later = _later(group)
+        later = _later(group)
+        ranked = later.any(2)
         s = group.rectangle(group.scores, 0.0)
         own = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
-        below = torch.where(later | own, s[:, None, :], -math.inf).logsumexp(2)
-        return torch.where(here, below - s, 0.0)
+        entries = torch.where(later | own, s[:, None, :], -math.inf)
+        return torch.where(ranked, torch.where(ranked[:, :, None], entries, 0.0).logsumexp(2) - s, 0.0)
 
     def _published(self, group: Group) -> Tensor:
         """[prompts, most], the L_k; none for the last of a prompt."""
-        _, later = _later(group)
+        later = _later(group)
+        ranked = later.any(2)
         s, r = group.rectangle(group.scores, 0.0), group.rectangle(group.rewards, 0.0)
         gap = r[:, :, None] - r[:, None, :]
-        ranked = later.any(2)
-        own = s * torch.where(ranked, torch.where(later, gap, -math.inf).amax(2), 0.0)
+        largest = torch.where(later, gap, -math.inf).amax(2)
+        own = torch.where(ranked, s * torch.where(ranked, largest, 0.0), 0.0)
         # Exponentials of rewards out of order overflow; inside one logsumexp they do not.
         others = torch.where(later, s[:, None, :] * gap, -math.inf)
         total = torch.cat([s.new_full((*s.shape, 1), _FLOOR), own[:, :, None], others], 2).logsumexp(2)
         return torch.where(ranked, total - own, 0.0)
 
     def report(self, group: Group) -> Mapping[str, Tensor]:
-        """best_first: prompts whose first candidate has the highest score."""
+        """best_first: prompts whose first candidate has the highest score; a prompt of one has."""
         s = group.rectangle(group.scores, -math.inf)
-        return {"best_first": ((s[:, 0] == s.amax(1)) & _later(group)[0].any(1)).sum()}
+        here = group.rectangle(torch.ones_like(group.lengths), 0.0).any(1)
+        return {"best_first": (((s[:, 0] == s.amax(1)) & here) | (group.sizes == 1)).sum()}
 
     def inert(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
         """Prompts of one candidate: no pairs, and (n - 1)^2 = 0."""
         return layout.sizes[layout.prompt] == 1
 
 
-def _later(group: Group) -> tuple[Tensor, Tensor]:
-    """(bool [prompts, most], cells with a candidate; bool [prompts, k, i], i a candidate ranked below candidate k)."""
+def _later(group: Group) -> Tensor:
+    """bool [prompts, k, i]: both candidates have a token, and i is ranked below k."""
     here = group.rectangle(torch.ones_like(group.lengths), 0.0) > 0
     most = here.shape[1]
     below = torch.ones(most, most, dtype=torch.bool, device=here.device).triu(1)
-    return here, below & here[:, :, None] & here[:, None, :]
+    return below & here[:, :, None] & here[:, None, :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,10 +46,15 @@ class RankedBatch:
 
     @torch.no_grad()
     def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.evaluate(logps)
+
+    def evaluate(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`finish` with autograd's own graph from the loss to `logps`, for as many derivatives as anyone wants."""
         group = Group(self.plan, 0, self.layout.num_prompts, logps)
         terms = self.objective.terms(group)
-        loss = (terms.rank + terms.sft).to(self.dtype)
-        return loss, metric_sums(self.objective, group, terms), group.scores.to(self.dtype)
+        with torch.no_grad():
+            metrics = metric_sums(self.objective, group, terms)
+        return (terms.rank + terms.sft).to(self.dtype), metrics, group.scores.to(self.dtype)
 
 
 def slopes(objective: Objective, group: Group) -> Tensor:
@@ -59,9 +64,12 @@ def slopes(objective: Objective, group: Group) -> Tensor:
         return found
     with recording():
         leaf = group.logps.detach().requires_grad_()
-        terms = objective.terms(Group(group.plan, group.first, group.last, leaf))
+        recorded = Group(group.plan, group.first, group.last, leaf)
+        terms = objective.terms(recorded)
         loss = terms.rank + terms.sft
         if not loss.requires_grad:
+            # Prompts may have nothing to rank; but never is a loss without its slopes taken for one.
+            assert torch.is_inference_mode_enabled() or recorded.sums.requires_grad, "autograd does not record here"
             return torch.zeros_like(leaf)
         (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
     return slope
@@ -72,11 +80,15 @@ def recording() -> Iterator[None]:
     """Inside, autograd records, also within a custom operator, below which torch takes it to be done.
 
     `torch.autograd.grad` finds no graph there, and `torch.func.grad` none under `torch.compile`: an operator's body
-    runs with autograd's dispatch keys excluded.
+    runs with autograd's dispatch keys excluded. Hooks of the caller's on saved tensors (checkpointing, offloading) do
+    not see this graph, which is gone at the end.
     """
-    core = torch._C
+    core: Any = torch._C
     included, excluded = core._dispatch_tls_local_include_set(), core._dispatch_tls_local_exclude_set()
     for name in _AUTOGRAD:
         excluded = excluded.remove(getattr(core.DispatchKey, name))
-    with core._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    plain: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if core._autograd._saved_tensors_hooks_is_enabled():
+        plain = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with core._ForceDispatchKeyGuard(included, excluded), torch.enable_grad(), plain:
         yield

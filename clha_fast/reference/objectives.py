@@ -92,7 +92,7 @@ def clha_loss(
         gate = gate & (reward[target] > options.reward_floor)
     value = sums[target] if options.sft == "sum" else scores[target]
     factor = (num - 1) ** 2 if options.sft_factor == "squared" else torch.ones_like(num)
-    nll = torch.where(gate, -value, torch.zeros_like(value))
+    nll = torch.where(gate & (options.sft_weight * factor > 0), -value, torch.zeros_like(value))
     sft_loss = options.sft_weight * (factor * nll).sum() / prompts
 
     metrics = _metrics(rank_loss, sft_loss, scores, lengths, sizes, reward, kept, gap > 0, gate)
@@ -162,7 +162,7 @@ def pro_loss(
     sft_weight * (n - 1)^2. Candidates without a scored token take no part.
     """
     sizes, lengths, sums, scores, reward = _candidates(logps, targets, given, head)
-    rank_loss, sft_loss = logps.sum() * 0, logps.sum() * 0
+    rank_loss, sft_loss = logps[:0].sum(), logps[:0].sum()  # with a graph, whatever the values
     gate, best_first, start = [], 0, 0
     for size, target in zip(sizes, _targets(sizes, given), strict=True):
         here = [c for c in range(start, start + size) if lengths[c] > 0]
@@ -178,9 +178,10 @@ def pro_loss(
                 entries = torch.cat([floor, own.reshape(1), scores[later] * temperature])
                 rank_loss = rank_loss + torch.logsumexp(entries, 0) - own
         gate.append(bool(lengths[target] > 0))
-        if gate[-1]:
+        if gate[-1] and size > 1 and options.sft_weight > 0:
             sft_loss = sft_loss - options.sft_weight * (size - 1) ** 2 * sums[target]
-        best_first += bool(here) and here[0] == start and bool(scores[start] == scores[here].max())
+        first = bool(here) and here[0] == start and bool(scores[start] == scores[here].max())
+        best_first += first or size == 1
         start += size
     prompts = _count(given.prompt_count, len(sizes), logps)
     rank_loss, sft_loss = rank_loss / prompts, sft_loss / prompts
@@ -207,7 +208,7 @@ def sft_loss(
     gate = torch.zeros(len(sizes), dtype=torch.bool)
     gate[: len(chosen)] = True
     none = torch.zeros_like(kept)
-    metrics = _metrics(loss * 0, loss, scores, lengths, sizes, reward, kept, none, gate, (nll.detach(),))
+    metrics = _metrics(loss.new_zeros(()), loss, scores, lengths, sizes, reward, kept, none, gate, (nll.detach(),))
     return loss, metrics, scores
 
 

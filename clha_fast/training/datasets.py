@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from clha_fast.objectives.pairs import Pairs
 from clha_fast.training.config import CLHAConfig
 
 logger = logging.get_logger(__name__)
+
+# Records whose pairs are looked at together.
+_BLOCK = 256
 
 
 def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
@@ -74,17 +77,18 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
 
 def _warn_if_nothing_is_ranked(dataset: RankedDataset, objective: Objective) -> None:
     """A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing."""
-    if not objective.ranks or any(_keeps_a_pair(dataset[k], objective) for k in range(len(dataset))):
+    blocks = (range(k, min(k + _BLOCK, len(dataset))) for k in range(0, len(dataset), _BLOCK))
+    if not objective.ranks or any(_keeps_a_pair([dataset[k] for k in block], objective) for block in blocks):
         return
     several = any(len(dataset[k]["completion_ids"]) > 1 for k in range(len(dataset)))
     why = objective.noise_hint if several else "every prompt has one response"
     logger.warning(f"train_dataset: no pair of responses is ranked, the SFT term alone trains; {why}")
 
 
-def _keeps_a_pair(feature: CandidateFeature, objective: Objective) -> bool:
-    layout = Layout.whole(torch.tensor([len(feature["completion_ids"])]))
-    rewards = feature.get("rewards")
-    pairs = Pairs.of(layout, None if rewards is None else torch.tensor(rewards, dtype=torch.float32))
+def _keeps_a_pair(features: Sequence[CandidateFeature], objective: Objective) -> bool:
+    layout = Layout.whole(torch.tensor([len(feature["completion_ids"]) for feature in features]))
+    rewards = [reward for feature in features for reward in feature.get("rewards") or ()]
+    pairs = Pairs.of(layout, torch.tensor(rewards, dtype=torch.float32) if rewards else None)
     return bool(objective.kept(pairs).any())
 
 

@@ -234,60 +234,44 @@ def test_any_batch_agrees_with_the_reference(sizes, seed, row):
     torch.testing.assert_close(work.finish(logps)[1], metrics, rtol=1e-5, atol=1e-5)
 
 
-# ---- closed forms, by hand ----
+@every_row
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_is_inert_may_be_anything(objective, value):
+    """Its NaN reaches neither loss nor slopes, in the reference neither."""
+    logps, targets, given = batch(([2, 3, 1, 2, 4, 2], [1, 3, 2]), 6)
+    inert = objective.inert(Layout.whole(given.candidates_per_prompt), given.rewards, given.sft_index)
+    owner = torch.repeat_interleave(torch.arange(len(inert)), given.candidate_lengths)
+    poisoned = torch.where(inert[owner] & (targets != IGNORE), value, logps)
+    loss, slope, _ = exact(objective, logps, targets, given)
+    for found_loss, found in (
+        exact(objective, poisoned, targets, given)[:2],
+        _evaluate(objective, poisoned, targets, given),
+    ):
+        torch.testing.assert_close(found_loss, loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, found), slope, rtol=1e-12, atol=1e-13)
 
 
-def test_pro_of_two_candidates_is_a_logistic_loss():
-    """Paper: L_1 = log(1 + exp(s_2 - s_1)). Here s = (-1, -2): log(1 + e^-1); SFT 0.05 * 1 * 1."""
-    given = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]))
-    loss, metrics = ranking_loss(torch.tensor([-1.0, -2.0], dtype=torch.float64), given, PROOptions(form="paper"))
-    assert float(loss) == pytest.approx(math.log1p(math.exp(-1)) + 0.05)
-    assert metrics.as_dict()["best_first"] == 1
-    loss, metrics = ranking_loss(torch.tensor([-2.0, -1.0], dtype=torch.float64), given, PROOptions(form="paper"))
-    assert float(loss) == pytest.approx(math.log1p(math.exp(1)) + 0.1)
-    assert metrics.as_dict()["best_first"] == 0
+def _evaluate(objective: Objective, logps: Tensor, targets: Tensor, given: RankingInputs) -> tuple[Tensor, Tensor]:
+    work = ranked(objective, targets, given)
+    return work.finish(logps)[0], work.rank(0, work.layout.num_prompts, logps)
 
 
-def test_published_pro_by_hand():
-    """s = (-1, -2, -4), r = (3, 1, 0).
+@every_row
+def test_a_checkpointed_region_runs_twice_and_no_more(objective):
+    """The objective's own little graph is none of the checkpoint's business."""
+    case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
+    calls = []
 
-    k = 1: T = (2, 3), T_1 = 3: log(1e-10 + e^-3 + e^-4 + e^-12) + 3. k = 2: T = 1: log(1e-10 + e^-2 + e^-4) + 2.
-    """
-    inputs = RankingInputs(torch.tensor([1, 1, 1]), torch.tensor([3]), torch.tensor([3.0, 1.0, 0.0]))
-    loss, _ = ranking_loss(torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64), inputs, PROOptions(sft_weight=0.0))
-    first = math.log(1e-10 + math.exp(-3) + math.exp(-4) + math.exp(-12)) + 3
-    second = math.log(1e-10 + math.exp(-2) + math.exp(-4)) + 2
-    assert float(loss) == pytest.approx(first + second, rel=1e-12)
+    def region(hidden: Tensor) -> Tensor:
+        calls.append(1)
+        return linear_loss(hidden, case.weight, case.targets, case.ranking, objective, backend="torch")[0]
 
-
-def test_the_epsilon_of_published_pro_rules_where_scores_are_far_below_zero():
-    """s = (-30, -40), r = (2, 0): beside 1e-10 stand e^-60 and e^-80; log(1e-10) + 60 is left, and no slope of s_2."""
-    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), torch.tensor([2.0, 0.0]))
-    logps = torch.tensor([-30.0, -40.0], dtype=torch.float64, requires_grad=True)
-    loss, _ = ranking_loss(logps, inputs, PROOptions(sft_weight=0.0))
-    assert float(loss.detach()) == pytest.approx(math.log(1e-10) + 60, rel=1e-12)
-    (slope,) = torch.autograd.grad(loss, logps)
-    assert slope.tolist() == pytest.approx([-2.0, 0.0], abs=1e-12)
-
-
-def test_published_pro_does_not_overflow_for_rewards_out_of_order():
-    """T = r_1 - r_2 = -200 turns s into exp(+2000): inf as an exponential, 0 as a difference of logarithms."""
-    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), torch.tensor([0.0, 200.0]))
-    logps = torch.tensor([-10.0, -10.0], requires_grad=True)
-    loss, _ = ranking_loss(logps, inputs, PROOptions(sft_weight=0.0))
-    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-4)
-    (slope,) = torch.autograd.grad(loss, logps)
-    assert slope.isfinite().all()
-
-
-def test_sft_means_over_prompts_or_over_tokens():
-    """Targets with scores -2 (two tokens) and -1 (one): (2 + 1) / 2 a prompt, (4 + 1) / 3 a token."""
-    inputs = RankingInputs(torch.tensor([2, 3, 1]), torch.tensor([2, 1]))
-    logps = torch.tensor([-1.0, -3.0, -9.0, -9.0, -9.0, -1.0], dtype=torch.float64)
-    assert float(ranking_loss(logps, inputs, SFTOptions())[0]) == pytest.approx(1.5)
-    loss, metrics = ranking_loss(logps, inputs, SFTOptions(form="token_mean"))
-    assert float(loss) == pytest.approx(5 / 3)
-    found = metrics.as_dict()
-    assert found["target_nll"] == pytest.approx(1.5)
-    assert found["active_pair_share"] == 0
-    assert found["rewards/accuracies"] == 1
+    hidden = case.hidden.requires_grad_()
+    torch.utils.checkpoint.checkpoint(region, hidden, use_reentrant=False).backward()
+    assert len(calls) == 2
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(1) or tensor, lambda tensor: tensor):
+        linear_loss(case.hidden, case.weight, case.targets, case.ranking, objective, backend="torch")
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert region(hidden).isfinite()
+    assert len(packed) <= 3

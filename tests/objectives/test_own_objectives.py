@@ -232,3 +232,41 @@ def test_inputs_of_another_kind() -> None:
         linear_loss(case.hidden, case.weight, case.targets, case.ranking, shard=3)
     with pytest.raises(ValueError, match="backend: expected auto or torch for a head sharded"):
         linear_loss(case.hidden, case.weight, case.targets, case.ranking, shard=VocabShard(0, 19), backend="triton")
+
+
+def test_the_reference_has_second_derivatives_of_anything() -> None:
+    """f = mean over prompts of (s + 1)^2: the penalty |grad f|^2 has a gradient too, and it is finite differences'."""
+
+    def squared(group: Group) -> Tensor:
+        return ((group.of_targets(group.scores) + 1) ** 2).sum() / group.totals.prompts
+
+    case = make_case([2, 3, 1], [2, 1], dtype=torch.float64)
+
+    def penalty(hidden: Tensor) -> Tensor:
+        loss, _ = linear_loss(hidden, case.weight, case.targets, case.ranking, squared, backend="reference")
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        return (grad**2).sum()
+
+    assert torch.autograd.gradcheck(penalty, case.hidden.requires_grad_())
+
+
+def test_what_is_not_scored_is_not_looked_at() -> None:
+    logps = torch.tensor([-1.0, -5.0, -2.0, -3.0], requires_grad=True)
+    given, scored = RankingInputs(torch.tensor([2, 2]), torch.tensor([2])), torch.tensor([True, False, True, True])
+    loss, _ = ranking_loss(logps, given, SFTOptions(), scored=scored)
+    assert float(loss.detach()) == 1
+    assert torch.autograd.grad(loss, logps)[0].tolist() == [-1, 0, 0, 0]
+    poisoned = torch.where(scored, logps.detach(), torch.nan)
+    assert float(ranking_loss(poisoned, given, SFTOptions(), scored=scored)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["kendall_tau", "rank_loss", "margin_sum"])
+def test_names_of_the_common_metrics_are_taken(name: str) -> None:
+    objective = own(metric_names=(name,), report=lambda self, group: {name: group.sums.sum()})
+    with pytest.raises(ValueError, match=f"metric_names: expected names of its own, got {name}"):
+        ranking_loss(-torch.ones(5), INPUTS, objective)
+
+
+def test_slopes_that_are_not_the_terms_are_refused() -> None:
+    with pytest.raises(ValueError, match="slopes: expected the gradient of its own terms"):
+        ranking_loss(-torch.ones(5), INPUTS, own(slopes=lambda self, group: torch.ones_like(group.logps)))
