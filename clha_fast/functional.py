@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.objectives.ranked import RankedBatch
-from clha_fast.ops import checks
+from clha_fast.ops import checks, derivatives
 from clha_fast.ops.dispatch import Backend, resolve
 from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs, VocabShard
@@ -67,6 +67,8 @@ def token_logps(
         ValueError: shapes, dtypes, devices or the kind of `head` do not fit; on CPU tensors also targets or row indices
             out of range.
         BackendError: the backend asked for cannot run here.
+        RuntimeError: forward-mode or second derivatives, which only "reference" has; torch.func's grad, vjp, jacrev and
+            vmap are taken by all.
     """
     checks.settings(head)
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
@@ -210,21 +212,40 @@ def _sharded(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: 
     from clha_fast.backends.torch import vocab_parallel
 
     checks.sharded_head(inputs, head, shard, backend)
+    derivatives.reverse_mode_alone("token_logps")
     return vocab_parallel.token_logps(inputs, shard, head)
 
 
-class _Rank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype))
-        loss, metrics, scores = ranked.finish(logps)
-        ctx.mark_non_differentiable(metrics, scores)
-        return loss, metrics, scores
+def _rank(logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, ...]:
+    """(loss, metrics, scores, slopes)."""
+    slopes = ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype)
+    return (*ranked.finish(logps), slopes)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * grads[0], None
+
+def _rank_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], output[3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _rank_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, None]:
+    logps, slopes = ctx.saved_tensors
+    return None if grad_loss is None else _Slopes.apply(slopes, grad_loss, logps), None
+
+
+def _slopes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The log-probabilities are an input so that a second derivative finds its refusal."""
+
+
+def _no_second(ctx: Any, *grads: Any) -> NoReturn:
+    derivatives.refuse_second("ranking_loss", _PLAIN)
+
+
+_PLAIN = "linear_loss(..., backend='reference') has it, or write the loss in plain torch"
+_Slopes = derivatives.as_function(
+    "ranking_loss", lambda slopes, grad, logps: slopes * grad, _slopes_setup, _no_second, _PLAIN
+)
+_Rank = derivatives.as_function("ranking_loss", _rank, _rank_setup, _rank_gradients, _PLAIN)
 
 
 def ranking_loss(
@@ -258,5 +279,5 @@ def ranking_loss(
     checks.ranking_values(logps.shape[0], given)
     if scored is None:
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
-    loss, values, scores = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
+    loss, values, scores, _ = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)
