@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# The custom operators of this library, as they were made.
+OPERATORS: list[Any] = []
 REFERENCE = "use backend='reference'"
 
 
@@ -85,6 +87,7 @@ def differentiable(
     name: str, operator: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The operator with its derivatives registered, as it is to be called."""
+    OPERATORS.append(operator)
     operator.register_autograd(backward, setup_context=setup)  # type: ignore[attr-defined]
     function = as_function(name, operator, setup, backward)
 
