@@ -19,11 +19,9 @@ from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
+from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
-from clha_fast.models.embedding import (
-    has_own_forward,
-    output_embedding,
-)
+from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
 from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
@@ -98,9 +96,7 @@ class Attached:
             delattr(model, name)
         if self._previous is not None:
             model.forward = self._previous
-        head = self.info.module
-        if "forward" in vars(head) and not has_own_forward(head):
-            del head.forward
+        switch.remove(self.info.module)
         return model
 
     def counts(
@@ -189,7 +185,9 @@ class Attached:
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
         scale = kwargs.get("loss_scale")
-        found = self._forward(self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others)
+        found = self._forward(
+            self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others, wrapped=False
+        )
         metrics = found.metrics
         if scale is not None:
             values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
@@ -371,8 +369,6 @@ def attach(
     forward = _attached_forward(inner)
     setattr(inner, _STATE, attached)
     inner.forward = forward
-    if "forward" not in vars(info.module):
-        # Already there when a call replaces it: torch.compile cannot trace an attribute that comes and goes.
-        info.module.forward = MethodType(type(info.module).forward, info.module)
+    switch.install(info.module)
     inner._replicate_for_data_parallel = MethodType(_no_replicas, inner)  # type: ignore[method-assign]
     return attached

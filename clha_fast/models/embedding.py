@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clha_fast.models import switch
 from clha_fast.models.adapters import active_module
 from clha_fast.models.probe import is_linear
 
@@ -61,7 +62,7 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 def has_own_forward(head: nn.Module) -> bool:
     """Whether something has replaced the forward on the instance by another than the class's."""
     forward = vars(head).get("forward")
-    if forward is None:
+    if forward is None or switch.installed(head):
         return False
     return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
 
