@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ class Attached:
                 "model: expected the forward that attach put there, got another one over it; undo that first "
                 "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
             )
-        for name in (_STATE, "forward", "_replicate_for_data_parallel"):
+        for name in (_STATE, "forward", *_METHODS):
             delattr(model, name)
         if self._previous is not None:
             model.forward = self._previous
@@ -366,9 +367,60 @@ def attach(
         workspace_bytes=workspace_bytes,
         max_dropped_mass=max_dropped_mass,
     )
-    forward = _attached_forward(inner)
-    setattr(inner, _STATE, attached)
-    inner.forward = forward
-    switch.install(info.module)
-    inner._replicate_for_data_parallel = MethodType(_no_replicas, inner)  # type: ignore[method-assign]
+    _put_on(inner, attached)
     return attached
+
+
+def _put_on(model: nn.Module, attached: Attached) -> None:
+    forward = _attached_forward(model)
+    setattr(model, _STATE, attached)
+    model.forward = forward
+    switch.install(attached.info.module)
+    for name, method in _METHODS.items():
+        setattr(model, name, MethodType(method, model))
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For pickle and torch.save: the model without what stands on it, and what puts it there again.
+
+    A method on an instance is pickled as the attribute of its name, which a class need not have.
+    """
+    reduced: Any = type(self).__reduce_ex__(self, protocol)
+    make, arguments, state, *_ = reduced
+    attached: Attached = getattr(self, _STATE)
+    if attached._previous is not None:
+        raise ValueError(
+            "model: expected a forward of its class's to save an attached model, got one that something else has put "
+            "there; save model.state_dict(), or detach first"
+        )
+    own = {name: value for name, value in state.items() if name not in (_STATE, "forward", *_METHODS)}
+    return make, arguments, (own, vars(attached)), None, None, _load
+
+
+def _load(model: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    own, settings = state
+    model.__setstate__(own)
+    attached = Attached.__new__(Attached)
+    vars(attached).update(settings)
+    _put_on(model, attached)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """As `copy.deepcopy` does it for a module: methods on the instance become those of the copy."""
+    forbidden = getattr(type(self), "__deepcopy__", None)
+    if forbidden is not None:  # FSDP2's says why
+        return cast(nn.Module, forbidden(self, memo))
+    reduced: Any = type(self).__reduce_ex__(self, 4)
+    make, arguments, state, *_ = reduced
+    other: nn.Module = make(*arguments)
+    memo[id(self)] = other
+    other.__setstate__(copy.deepcopy(state, memo))
+    return other
+
+
+# On the instance beside `forward`; pickle and copy look there first.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_replicate_for_data_parallel": _no_replicas,
+    "__reduce_ex__": _reduce,
+    "__deepcopy__": _deepcopy,
+}
