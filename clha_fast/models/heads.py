@@ -21,6 +21,7 @@ from clha_fast.models import switch
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import (
     UnsupportedHeadError,
+    check_backward_hooks,
     head_name,
     head_of,
     input_embedding_weight,
@@ -321,6 +322,8 @@ class FusedHead:
         if others:
             raise refuse(self._model, self._info.module, f"it was called with {', '.join(others)} as well")
         self.called = True
+        if torch.is_grad_enabled():
+            check_backward_hooks(self._model, self._info.module)
         stream = self._info.stream
         scored = hidden if stream is None else hidden[:, stream]
         if scored.dim() != 3:
