@@ -187,7 +187,7 @@ def linear_loss(
     checks.settings(head)
     objective = check_adds_up(as_objective(objective))
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
-    checks.ranking_inputs(given, targets.shape[0], objective)
+    checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
     if shard is not None:
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
         checks.ranking_values(targets.shape[0], given)
@@ -195,6 +195,7 @@ def linear_loss(
         return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
     name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
+        checks.has_values(hidden)
         checks.target_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs, head)
         if objective.name not in reference.LOSSES:
@@ -275,7 +276,7 @@ def ranking_loss(
     """
     objective = check_adds_up(as_objective(objective))
     checks.log_probabilities(logps, scored)
-    checks.ranking_inputs(given, logps.shape[0], objective)
+    checks.ranking_inputs(given, logps.shape[0], objective, logps.device)
     checks.ranking_values(logps.shape[0], given)
     if scored is None:
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)

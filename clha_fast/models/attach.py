@@ -22,7 +22,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
-from clha_fast.models.embedding import output_embedding
+from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
 from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
@@ -157,7 +157,7 @@ class Attached:
         scale = len(batches) * processes if losses is None else losses
         return {
             **step_counts(counts, self.options),
-            "loss_scale": torch.tensor(float(scale), device=device),
+            "loss_scale": torch.tensor(float(scale), dtype=torch.float32, device=device),
         }
 
     def ordinary(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,7 +284,13 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     Raises:
         UnsupportedHeadError: as `inspect_head`. BackendError: `backend` reads a weight, and the head is more than one.
     """
-    with _bare(output_embedding(model)):
+    head = output_embedding(model)
+    if head is not None and input_embedding_weight(model).is_meta:
+        raise UnsupportedHeadError(
+            f"model: expected weights with values, got {type(model).__name__} on the meta device; load it first "
+            "(from_pretrained, or to_empty and load_state_dict), then attach"
+        )
+    with _bare(head):
         info = inspect_head(model, own_forward=True)
     info = dataclasses.replace(info, hooks=other_hooks(info.module))
     reshard(model)

@@ -122,5 +122,6 @@ class CandidateForward:
         if isinstance(weight, HeadForward):
             weight = weight(hidden[:1])
         local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
-        zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
-        return zero, zero.new_zeros(len(metric_names(self.objective))), zero.new_zeros(0)
+        zero = sum((t[:0].sum() for t in local), start=torch.zeros((), dtype=torch.float32, device=hidden.device))
+        metrics = zero.new_zeros(len(metric_names(self.objective)), dtype=torch.float32)
+        return zero, metrics, zero.new_zeros(0)

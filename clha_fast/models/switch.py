@@ -16,8 +16,11 @@ from torch import nn
 
 
 class _Running(threading.local):
-    head: nn.Module | None = None
-    forward: Callable[..., Any] | None = None
+    """Both are there from the start, in every thread: a compiled graph asks whether they are."""
+
+    def __init__(self) -> None:
+        self.head: nn.Module | None = None
+        self.forward: Callable[..., Any] | None = None
 
 
 _running = _Running()

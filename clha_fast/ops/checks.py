@@ -26,6 +26,12 @@ def require_tensors(**tensors: Tensor | None) -> None:
     """Lists and numbers are refused by name, before their missing attributes are."""
     for name, tensor in tensors.items():
         _expect(tensor is None or isinstance(tensor, Tensor), name, "a tensor", tensor)
+        # By name: torch may have been built without the means.
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor; pass tensor.to_local(), with shard=VocabShard(...) "
+                "where a weight's rows are spread, or use clha_fast.attach, which reads placements"
+            )
 
 
 def settings(head: HeadOptions, options: CLHAOptions | None = None) -> None:
@@ -58,7 +64,8 @@ def head_inputs(
         ValueError: shapes, dtypes or devices do not fit.
     """
     require_tensors(hidden=hidden, weight=weight, bias=bias)
-    if torch.is_autocast_enabled(hidden.device.type):
+    # Meta tensors have shapes alone, and no autocast that could be asked for.
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
 
         def cast(tensor: Tensor) -> Tensor:
@@ -101,6 +108,12 @@ def _check_head(inputs: HeadInputs) -> None:
         _expect(row_index.device == device, "row_index", lambda: f"hidden's device {device}", row_index)
 
 
+def has_values(hidden: Tensor) -> None:
+    """The reference's loss reads values; the operators give shapes for meta tensors."""
+    said = "values for the loss of backend 'reference' (backend 'torch' gives the shapes of meta tensors)"
+    _expect(hidden.device.type != "meta", "hidden", said, hidden)
+
+
 def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: str) -> None:
     """What a head that is spread over processes takes, and its values where they lie on the CPU."""
     if backend not in ("auto", "torch"):
@@ -118,9 +131,16 @@ def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backe
         )
 
 
-def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) -> None:
-    """Shapes and dtypes of what is known of the candidates, and that the objective has and reads what there is."""
+def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective, device: torch.device) -> None:
+    """Shapes, dtypes and places of what is known of the candidates; that the objective has and reads what there is.
+
+    Args:
+        device: of the hidden states or log-probabilities; the CPU will do as well.
+    """
     require_tensors(**given._asdict())
+    for name, value in given._asdict().items():
+        ok = value is None or value.device.type == "cpu" or value.device == device
+        _expect(ok, name, lambda: f"a tensor on the CPU or on the device of the loss, {device}", value)
     count, prompts = given.candidate_lengths.shape[:1], given.candidates_per_prompt.shape[:1]
     _index_tensor("candidate_lengths", given.candidate_lengths, None, "C")
     _index_tensor("candidates_per_prompt", given.candidates_per_prompt, None, "P")
@@ -160,8 +180,9 @@ def log_probabilities(logps: Tensor, scored: Tensor | None) -> None:
     ok = logps.dim() == 1 and logps.dtype in (torch.float32, torch.float64)
     _expect(ok, "logps", "float32 or float64 of shape [N]", logps)
     if scored is not None:
-        ok = scored.shape == logps.shape and scored.dtype == torch.bool
-        _expect(ok, "scored", lambda: f"booleans of shape [N = {logps.shape[0]}]", scored)
+        ok = scored.shape == logps.shape and scored.dtype == torch.bool and scored.device == logps.device
+        _expect(ok, "scored", lambda: f"booleans of shape [N = {logps.shape[0]}] on {logps.device}", scored)
+    _expect(logps.device.type != "meta", "logps", "values (token_logps and linear_loss take meta tensors)", logps)
 
 
 def _cpu(tensor: Tensor | None) -> bool:
@@ -194,10 +215,21 @@ def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None 
             )
 
 
+def _count_values(name: str, counts: Tensor | None) -> None:
+    if counts is None or not _cpu(counts) or not counts.numel():
+        return
+    wrong = ~torch.isfinite(counts) | (counts < 0)
+    if bool(wrong.any()):
+        value = counts[wrong].flatten()[0].item()
+        raise ValueError(f"{name}: expected finite counts that are not negative, got {value}")
+
+
 def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
     """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
     candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts = ranking[:5]
     count = candidate_lengths.shape[0]
+    for name in COUNTS:
+        _count_values(name, getattr(ranking, name))
     if _cpu(candidate_lengths):
         if count and int(candidate_lengths.min()) < 0:
             at = int(candidate_lengths.argmin())
