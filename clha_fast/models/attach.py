@@ -320,6 +320,7 @@ def attach(
     `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
     Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
     without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
+    Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)

@@ -87,3 +87,5 @@ def test_an_attached_model_is_compiled_once_for_all_batches() -> None:
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
         loss.backward()
     assert counter.frame_count <= 3
+    own = {name: batch.as_dict()[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(compiled(**own).logits, plain(**own).logits, rtol=1e-5, atol=1e-5)
