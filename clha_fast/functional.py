@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.objectives.ranked import RankedBatch
-from clha_fast.ops import checks
+from clha_fast.ops import checks, derivatives
 from clha_fast.ops.dispatch import Backend, resolve
 from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, RankingInputs, VocabShard
@@ -67,6 +67,8 @@ def token_logps(
         ValueError: shapes, dtypes, devices or the kind of `head` do not fit; on CPU tensors also targets or row indices
             out of range.
         BackendError: the backend asked for cannot run here.
+        RuntimeError: forward-mode or second derivatives, which only "reference" has; torch.func's grad, vjp, jacrev and
+            vmap are taken by all.
     """
     checks.settings(head)
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
@@ -185,7 +187,7 @@ def linear_loss(
     checks.settings(head)
     objective = check_adds_up(as_objective(objective))
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
-    checks.ranking_inputs(given, targets.shape[0], objective)
+    checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
     if shard is not None:
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
         checks.ranking_values(targets.shape[0], given)
@@ -193,6 +195,7 @@ def linear_loss(
         return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
     name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
+        checks.has_values(hidden)
         checks.target_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs, head)
         checks.ranking_values(targets.shape[0], given)
@@ -212,21 +215,40 @@ def _sharded(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: 
     from clha_fast.backends.torch import vocab_parallel
 
     checks.sharded_head(inputs, head, shard, backend)
+    derivatives.reverse_mode_alone("token_logps")
     return vocab_parallel.token_logps(inputs, shard, head)
 
 
-class _Rank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype))
-        loss, metrics, scores = ranked.finish(logps)
-        ctx.mark_non_differentiable(metrics, scores)
-        return loss, metrics, scores
+def _rank(logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, ...]:
+    """(loss, metrics, scores, slopes)."""
+    slopes = ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype)
+    return (*ranked.finish(logps), slopes)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * grads[0], None
+
+def _rank_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], output[3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _rank_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, None]:
+    logps, slopes = ctx.saved_tensors
+    return None if grad_loss is None else _Slopes.apply(slopes, grad_loss, logps), None
+
+
+def _slopes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The log-probabilities are an input so that a second derivative finds its refusal."""
+
+
+def _no_second(ctx: Any, *grads: Any) -> NoReturn:
+    derivatives.refuse_second("ranking_loss", _PLAIN)
+
+
+_PLAIN = "linear_loss(..., backend='reference') has it, or write the loss in plain torch"
+_Slopes = derivatives.as_function(
+    "ranking_loss", lambda slopes, grad, logps: slopes * grad, _slopes_setup, _no_second, _PLAIN
+)
+_Rank = derivatives.as_function("ranking_loss", _rank, _rank_setup, _rank_gradients, _PLAIN)
 
 
 def ranking_loss(
@@ -256,11 +278,11 @@ def ranking_loss(
     """
     objective = check_adds_up(as_objective(objective))
     checks.log_probabilities(logps, scored)
+    checks.ranking_inputs(given, logps.shape[0], objective, logps.device)
     if scored is not None:
         logps = torch.where(scored, logps, 0.0)
-    checks.ranking_inputs(given, logps.shape[0], objective)
     checks.ranking_values(logps.shape[0], given)
     if scored is None:
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
-    loss, values, scores = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
+    loss, values, scores, _ = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Words of a vocabulary block that a routed backward keeps or leaves out as a whole.
 ROUTE_WORDS = 128
@@ -25,20 +26,41 @@ def require(name: str, value: Any, ok: bool, expected: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a setting can be a float: Python's and numpy's numbers, no booleans, nothing beyond a double."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a setting can be an integer of 64 bits, Python's or numpy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A number as its field has it, so that 1 and 1.0 are one setting; anything else as it is."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return value
+    declared = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    if isinstance(value, numbers.Integral) and not declared.startswith("float"):
+        return int(value)
+    return float(value)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Frozen fields that are checked where they are made; `encoded` is the string that carries them."""
 
-    encoded: str = dataclasses.field(init=False, repr=False, compare=False, default="")
+    # No field: `dataclasses.asdict` gives what the class takes.
+    encoded: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name), field.type))
         # Computed once: a compiled graph reads it as a constant, where json.dumps would break the graph.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         object.__setattr__(self, "encoded", json.dumps(values, sort_keys=True))
@@ -98,10 +120,10 @@ class HeadOptions(Settings):
             "a positive number",
         )
         ignored = self.ignore_index
-        require("ignore_index", ignored, is_integer(ignored) and ignored < 0, "a negative integer")
+        require("ignore_index", ignored, is_integer(ignored) and ignored < 0, "a negative integer of 64 bits")
         budget = self.workspace_bytes
         ok = budget is None or (is_integer(budget) and budget > 0)
-        require("workspace_bytes", budget, ok, "a positive number of bytes or None")
+        require("workspace_bytes", budget, ok, "a positive number of bytes or None (64 bits)")
         mass = self.max_dropped_mass
         ok = mass is None or (is_number(mass) and 0 <= mass < 1)
         require("max_dropped_mass", mass, ok, "a number in [0, 1) or None")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,9 @@ from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch, inert_mask
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
+from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
-from clha_fast.models.embedding import (
-    has_own_forward,
-    output_embedding,
-)
+from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
 from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
@@ -94,13 +93,11 @@ class Attached:
                 "model: expected the forward that attach put there, got another one over it; undo that first "
                 "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
             )
-        for name in (_STATE, "forward", "_replicate_for_data_parallel"):
+        for name in (_STATE, "forward", *_METHODS):
             delattr(model, name)
         if self._previous is not None:
             model.forward = self._previous
-        head = self.info.module
-        if "forward" in vars(head) and not has_own_forward(head):
-            del head.forward
+        switch.remove(self.info.module)
         return model
 
     def counts(
@@ -160,7 +157,7 @@ class Attached:
         scale = len(batches) * processes if losses is None else losses
         return {
             **step_counts(counts, self.options),
-            "loss_scale": torch.tensor(float(scale), device=device),
+            "loss_scale": torch.tensor(float(scale), dtype=torch.float32, device=device),
         }
 
     def ordinary(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +187,9 @@ class Attached:
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
         scale = kwargs.get("loss_scale")
-        found = self._forward(self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others)
+        found = self._forward(
+            self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others, wrapped=False
+        )
         metrics = found.metrics
         if scale is not None:
             values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
@@ -304,7 +303,13 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     Raises:
         UnsupportedHeadError: as `inspect_head`. BackendError: `backend` reads a weight, and the head is more than one.
     """
-    with _bare(output_embedding(model)):
+    head = output_embedding(model)
+    if head is not None and input_embedding_weight(model).is_meta:
+        raise UnsupportedHeadError(
+            f"model: expected weights with values, got {type(model).__name__} on the meta device; load it first "
+            "(from_pretrained, or to_empty and load_state_dict), then attach"
+        )
+    with _bare(head):
         info = inspect_head(model, own_forward=True)
     info = dataclasses.replace(info, hooks=other_hooks(info.module))
     reshard(model)
@@ -334,6 +339,7 @@ def attach(
     `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
     Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
     without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
+    Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)
@@ -386,11 +392,60 @@ def attach(
         workspace_bytes=workspace_bytes,
         max_dropped_mass=max_dropped_mass,
     )
-    forward = _attached_forward(inner)
-    setattr(inner, _STATE, attached)
-    inner.forward = forward
-    if "forward" not in vars(info.module):
-        # Already there when a call replaces it: torch.compile cannot trace an attribute that comes and goes.
-        info.module.forward = MethodType(type(info.module).forward, info.module)
-    inner._replicate_for_data_parallel = MethodType(_no_replicas, inner)  # type: ignore[method-assign]
+    _put_on(inner, attached)
     return attached
+
+
+def _put_on(model: nn.Module, attached: Attached) -> None:
+    forward = _attached_forward(model)
+    setattr(model, _STATE, attached)
+    model.forward = forward
+    switch.install(attached.info.module)
+    for name, method in _METHODS.items():
+        setattr(model, name, MethodType(method, model))
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For pickle and torch.save: the model without what stands on it, and what puts it there again.
+
+    A method on an instance is pickled as the attribute of its name, which a class need not have.
+    """
+    reduced: Any = type(self).__reduce_ex__(self, protocol)
+    make, arguments, state, *_ = reduced
+    attached: Attached = getattr(self, _STATE)
+    if attached._previous is not None:
+        raise ValueError(
+            "model: expected a forward of its class's to save an attached model, got one that something else has put "
+            "there; save model.state_dict(), or detach first"
+        )
+    own = {name: value for name, value in state.items() if name not in (_STATE, "forward", *_METHODS)}
+    return make, arguments, (own, vars(attached)), None, None, _load
+
+
+def _load(model: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    own, settings = state
+    model.__setstate__(own)
+    attached = Attached.__new__(Attached)
+    vars(attached).update(settings)
+    _put_on(model, attached)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """As `copy.deepcopy` does it for a module: methods on the instance become those of the copy."""
+    forbidden = getattr(type(self), "__deepcopy__", None)
+    if forbidden is not None:  # FSDP2's says why
+        return cast(nn.Module, forbidden(self, memo))
+    reduced: Any = type(self).__reduce_ex__(self, 4)
+    make, arguments, state, *_ = reduced
+    other: nn.Module = make(*arguments)
+    memo[id(self)] = other
+    other.__setstate__(copy.deepcopy(state, memo))
+    return other
+
+
+# On the instance beside `forward`; pickle and copy look there first.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "_replicate_for_data_parallel": _no_replicas,
+    "__reduce_ex__": _reduce,
+    "__deepcopy__": _deepcopy,
+}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clha_fast.models import switch
 from clha_fast.models.adapters import active_module
 from clha_fast.models.probe import is_linear
+
+# Whose hooks shard, gather or move what the head reads and returns, and leave its values alone.
+WRAPPERS = ("torch", "deepspeed", "accelerate", "transformers")
 
 
 class UnsupportedHeadError(ValueError):
@@ -27,6 +32,38 @@ def refuse(model: nn.Module, head: nn.Module | None, seen: str) -> UnsupportedHe
     return UnsupportedHeadError(
         f"model: expected a head that can be fused, got {type(model).__name__} with {name}: {seen}"
     )
+
+
+def library_of(hook: Any) -> str:
+    """The package that a hook comes from."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
+
+
+def is_wrappers(hook: Any) -> bool:
+    """Whether a hook comes from one of the wrapping libraries; any other may change the head's values."""
+    return library_of(hook) in WRAPPERS
+
+
+def check_backward_hooks(model: nn.Module, head: nn.Module) -> None:
+    """Refuses hooks on the head's backward that are no wrapper's: the loss has a backward of its own in its place."""
+    everywhere = torch.nn.modules.module
+    for hooks in (
+        head._backward_hooks,
+        head._backward_pre_hooks,
+        everywhere._global_backward_hooks,
+        everywhere._global_backward_pre_hooks,
+    ):
+        for hook in hooks.values():
+            if not is_wrappers(hook):
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise refuse(
+                    model,
+                    head,
+                    f"the backward hook {name} on it would be left out, for the loss takes its place; put it on the "
+                    "module before the head, or on the head's parameters (weight.register_hook)",
+                )
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -61,7 +98,7 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 def has_own_forward(head: nn.Module) -> bool:
     """Whether something has replaced the forward on the instance by another than the class's."""
     forward = vars(head).get("forward")
-    if forward is None:
+    if forward is None or switch.installed(head):
         return False
     return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
 
@@ -82,6 +119,7 @@ def head_of(model: nn.Module) -> nn.Module:
         raise refuse(model, head, f"it holds {len(head)} heads, each with a vocabulary of its own")
     if has_own_forward(head):
         raise refuse(model, head, "its forward has been replaced on the instance")
+    check_backward_hooks(model, head)
     return head
 
 

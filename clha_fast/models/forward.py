@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.head_loss import head_loss
-from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head
+from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head, replaced_head
 from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
 from clha_fast.objectives import Objective
@@ -54,12 +54,15 @@ class CandidateForward:
         *,
         scale: Tensor | int = 1,
         others: Mapping[str, Any] | None = None,
+        wrapped: bool = True,
     ) -> Scored:
         """One forward of `run`, which is the model or a wrapper around it.
 
         Args:
             inputs: `MODEL_FIELDS`. tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
             scale: multiplies the loss, not the auxiliary loss nor the metrics. others: more arguments for `run`.
+            wrapped: whether wrappers stand between `run` and the model, which hang hooks of theirs on the model's
+                output; False leaves the model's forward alone.
 
         Raises:
             ValueError: tokens beyond the model's embeddings; as `functional.linear_loss`.
@@ -77,7 +80,8 @@ class CandidateForward:
 
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
-        with fused_head(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
+        place = fused_head if wrapped else replaced_head
+        with place(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
             output = run(**inputs, **(others or {}), **self._flags)
         if not fused.called:
             raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
@@ -122,5 +126,6 @@ class CandidateForward:
         if isinstance(weight, HeadForward):
             weight = weight(hidden[:1])
         local = [t.to_local() if isinstance(t, DTensor) else t for t in (hidden, weight, bias) if t is not None]
-        zero = sum((t[:0].sum() for t in local), start=torch.zeros((), device=hidden.device))
-        return zero, zero.new_zeros(len(metric_names(self.objective))), zero.new_zeros(0)
+        zero = sum((t[:0].sum() for t in local), start=torch.zeros((), dtype=torch.float32, device=hidden.device))
+        metrics = zero.new_zeros(len(metric_names(self.objective)), dtype=torch.float32)
+        return zero, metrics, zero.new_zeros(0)

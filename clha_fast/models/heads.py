@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clha_fast.models import switch
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import (
     UnsupportedHeadError,
+    check_backward_hooks,
     head_name,
     head_of,
     input_embedding_weight,
@@ -108,7 +110,14 @@ class HeadInfo:
 
 @contextlib.contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module.forward` is `forward` inside; hooks still run. On the instance only, and always undone."""
+    """`module.forward` is `forward` inside; hooks still run. On the instance only, and always undone.
+
+    Where a switch stands, this thread alone is switched, and nobody else sees a change.
+    """
+    if switch.installed(module):
+        with switch.switched(module, forward):
+            yield
+        return
     present = "forward" in vars(module)
     before: Any = vars(module).get("forward")
     module.forward = forward
@@ -313,6 +322,8 @@ class FusedHead:
         if others:
             raise refuse(self._model, self._info.module, f"it was called with {', '.join(others)} as well")
         self.called = True
+        if torch.is_grad_enabled():
+            check_backward_hooks(self._model, self._info.module)
         stream = self._info.stream
         scored = hidden if stream is None else hidden[:, stream]
         if scored.dim() != 3:
@@ -367,7 +378,14 @@ def fused_head(model: nn.Module, compute: HeadCompute, info: HeadInfo | None = N
         with fused_head(model, compute, info):
             logps = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     """
-    info = inspect_head(model) if info is None else info
+    found = inspect_head(model) if info is None else info
+    with replaced_head(model, compute, found) as fused, _replaced_forward(model, fused.model_forward):
+        yield fused
+
+
+@contextlib.contextmanager
+def replaced_head(model: nn.Module, compute: HeadCompute, info: HeadInfo) -> Iterator[FusedHead]:
+    """`fused_head` but for the model's output, which is left as it comes: for callers that read `FusedHead.result`."""
     fused = FusedHead(model, info, compute)
-    with _replaced_forward(info.module, fused.head_forward), _replaced_forward(model, fused.model_forward):
+    with _replaced_forward(info.module, fused.head_forward):
         yield fused

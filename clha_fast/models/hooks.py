@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from clha_fast.models.heads import FusedHead, HeadInfo, UnsupportedHeadError
-
-# Whose hooks shard, gather or move what the head reads and returns, and leave its values alone.
-_WRAPPERS = ("torch", "deepspeed", "accelerate", "transformers")
-
-
-def _library(hook: Any) -> str:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0]
-
-
-def is_wrappers(hook: Any) -> bool:
-    """Whether a hook comes from one of the wrapping libraries; any other may change the head's values."""
-    return _library(hook) in _WRAPPERS
+from clha_fast.models.embedding import WRAPPERS, UnsupportedHeadError, is_wrappers, library_of
+from clha_fast.models.heads import FusedHead, HeadInfo
 
 
 def other_hooks(head: nn.Module) -> tuple[int, ...]:
@@ -34,7 +20,7 @@ def other_hooks(head: nn.Module) -> tuple[int, ...]:
     peft's do not count: for the time of a call they hand the head an argument, which the head itself takes or refuses.
     """
     kinds: tuple[Any, ...] = (head._forward_pre_hooks, head._forward_hooks)
-    return tuple(k for kind in kinds for k, hook in kind.items() if _library(hook) not in (*_WRAPPERS, "peft"))
+    return tuple(k for kind in kinds for k, hook in kind.items() if library_of(hook) not in (*WRAPPERS, "peft"))
 
 
 @contextlib.contextmanager

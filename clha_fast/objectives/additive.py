@@ -52,7 +52,7 @@ def compare(objective: Objective) -> None:
     given = RankingInputs(
         torch.tensor(lengths),
         torch.tensor(_SIZES),
-        rewards=torch.tensor([4.0, 1.0, -3.0, 2.0, 5.0, 1.0, 9.0, 4.0, 2.0, -6.0]),
+        rewards=torch.tensor([4.0, 1.0, -3.0, 2.0, 5.0, 1.0, 9.0, 4.0, 2.0, -6.0], dtype=torch.float32),
         **{
             name: torch.rand(len(logps), generator=draw, dtype=torch.float64)
             for name in SIGNALS

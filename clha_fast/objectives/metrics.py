@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from clha_fast.objectives.base import Group, Objective, Terms
 
@@ -76,7 +78,8 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
     routed = [0.0] * (len(METRIC_NAMES) - len(common))
     own = objective.report(group)
     sums = [*common, *routed, *(own[name] for name in objective.metric_names)]
-    return torch.stack([torch.as_tensor(value, device=gap.device).to(torch.float32) for value in sums])
+    # Not by way of torch's default dtype: in bfloat16 a Python float keeps three digits.
+    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=gap.device) for value in sums])
 
 
 class CLHAMetrics:
@@ -197,3 +200,24 @@ class CLHAMetrics:
 
     def __repr__(self) -> str:
         return f"CLHAMetrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
+
+
+def _flatten(metrics: CLHAMetrics) -> tuple[list[Tensor], tuple[int, tuple[str, ...]]]:
+    return [metrics.values, metrics.scores], (metrics._calls, metrics.names)
+
+
+def _unflatten(tensors: Iterable[Any], context: tuple[int, tuple[str, ...]]) -> CLHAMetrics:
+    values, scores = tensors
+    calls, names = context
+    return CLHAMetrics(values, scores, calls, names)
+
+
+# What torch.export and torch.func take a result apart with.
+pytree.register_pytree_node(
+    CLHAMetrics,
+    _flatten,
+    _unflatten,
+    serialized_type_name="clha_fast.CLHAMetrics",
+    to_dumpable_context=lambda context: [context[0], list(context[1])],
+    from_dumpable_context=lambda context: (context[0], tuple(context[1])),
+)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,12 @@ def require_tensors(**tensors: Tensor | None) -> None:
     """Lists and numbers are refused by name, before their missing attributes are."""
     for name, tensor in tensors.items():
         _expect(tensor is None or isinstance(tensor, Tensor), name, "a tensor", tensor)
+        # By name: torch may have been built without the means.
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor; pass tensor.to_local(), with shard=VocabShard(...) "
+                "where a weight's rows are spread, or use clha_fast.attach, which reads placements"
+            )
 
 
 def settings(head: HeadOptions, options: CLHAOptions | None = None) -> None:
@@ -33,15 +42,17 @@ def settings(head: HeadOptions, options: CLHAOptions | None = None) -> None:
         raise ValueError(f"options: expected CLHAOptions, such as CLHAOptions.preset('paper'), got {options!r}")
 
 
-def _expect(ok: bool, name: str, expected: str, tensor: Tensor | None) -> None:
+def _expect(ok: bool, name: str, expected: Callable[[], str] | str, tensor: Tensor | None) -> None:
+    """ValueError unless `ok`. What names a size is a function: a graph that formats one is good for that size only."""
     if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {_shape(tensor)}")
+        raise ValueError(
+            f"{name}: expected {expected if isinstance(expected, str) else expected()}, got {_shape(tensor)}"
+        )
 
 
 def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str, hint: str = "") -> None:
     ok = tensor.dim() == 1 and tensor.dtype in _INTEGERS and (length is None or tensor.shape[0] == length)
-    size = "" if length is None else f" = {length}"
-    _expect(ok, name, f"integers of shape [{meaning}{size}]{hint}", tensor)
+    _expect(ok, name, lambda: f"integers of shape [{meaning}{'' if length is None else f' = {length}'}]{hint}", tensor)
 
 
 def head_inputs(
@@ -53,7 +64,8 @@ def head_inputs(
         ValueError: shapes, dtypes or devices do not fit.
     """
     require_tensors(hidden=hidden, weight=weight, bias=bias)
-    if torch.is_autocast_enabled(hidden.device.type):
+    # Meta tensors have shapes alone, and no autocast that could be asked for.
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
 
         def cast(tensor: Tensor) -> Tensor:
@@ -73,27 +85,33 @@ def _check_head(inputs: HeadInputs) -> None:
     _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
     width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
-    _expect(ok, "weight", f"[V, H = {width}] with V > 0", weight)
+    _expect(ok, "weight", lambda: f"[V, H = {width}] with V > 0", weight)
     _expect(
         weight.dtype == dtype,
         "weight",
-        f"hidden's dtype {str(dtype).removeprefix('torch.')} (cast one, or use torch.autocast)",
+        lambda: f"hidden's dtype {str(dtype).removeprefix('torch.')} (cast one, or use torch.autocast)",
         weight,
     )
-    _expect(weight.device == device, "weight", f"hidden's device {device}", weight)
+    _expect(weight.device == device, "weight", lambda: f"hidden's device {device}", weight)
     if bias is not None:
         vocabulary = weight.shape[0]
         ok = bias.shape == (vocabulary,) and bias.dtype == dtype and bias.device == device
-        _expect(ok, "bias", f"[V = {vocabulary}] of hidden's dtype and device", bias)
+        _expect(ok, "bias", lambda: f"[V = {vocabulary}] of hidden's dtype and device", bias)
     _expect(targets.dtype == torch.int64, "targets", "int64", targets)
     size, hint = (hidden.shape[0], ", or a row_index") if row_index is None else (None, "")
     _index_tensor("targets", targets, size, "N", hint)
-    _expect(targets.device == device, "targets", f"hidden's device {device}", targets)
+    _expect(targets.device == device, "targets", lambda: f"hidden's device {device}", targets)
     _expect(hidden.shape[0] > 0 or targets.shape[0] == 0, "hidden", "at least one row for the targets to read", hidden)
     if row_index is not None:
         _expect(row_index.dtype == torch.int64, "row_index", "int64", row_index)
         _index_tensor("row_index", row_index, targets.shape[0], "N")
-        _expect(row_index.device == device, "row_index", f"hidden's device {device}", row_index)
+        _expect(row_index.device == device, "row_index", lambda: f"hidden's device {device}", row_index)
+
+
+def has_values(hidden: Tensor) -> None:
+    """The reference's loss reads values; the operators give shapes for meta tensors."""
+    said = "values for the loss of backend 'reference' (backend 'torch' gives the shapes of meta tensors)"
+    _expect(hidden.device.type != "meta", "hidden", said, hidden)
 
 
 def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: str) -> None:
@@ -115,11 +133,18 @@ def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backe
         )
 
 
-def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) -> None:
-    """Shapes and dtypes of what is known of the candidates, and that the objective has and reads what there is."""
+def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective, device: torch.device) -> None:
+    """Shapes, dtypes and places of what is known of the candidates; that the objective has and reads what there is.
+
+    Args:
+        device: of the hidden states or log-probabilities; the CPU will do as well.
+    """
     if not isinstance(given, RankingInputs):
         raise ValueError(f"given: expected RankingInputs(candidate_lengths, ...), got a {type(given).__name__}")
     require_tensors(**given._asdict())
+    for name, value in given._asdict().items():
+        ok = value is None or value.device.type == "cpu" or value.device == device
+        _expect(ok, name, lambda: f"a tensor on the CPU or on the device of the loss, {device}", value)
     count, prompts = given.candidate_lengths.shape[:1], given.candidates_per_prompt.shape[:1]
     _index_tensor("candidate_lengths", given.candidate_lengths, None, "C")
     _index_tensor("candidates_per_prompt", given.candidates_per_prompt, None, "P")
@@ -127,7 +152,7 @@ def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) 
         raise ValueError("candidates_per_prompt: expected at least one prompt, got none")
     if given.rewards is not None:
         ok = given.rewards.shape == count and given.rewards.is_floating_point()
-        _expect(ok, "rewards", f"floating [C = {count[0]}]", given.rewards)
+        _expect(ok, "rewards", lambda: f"floating [C = {count[0]}]", given.rewards)
     if given.sft_index is not None:
         _index_tensor("sft_index", given.sft_index, prompts[0], "P")
     if given.pair_counts is not None:
@@ -140,9 +165,17 @@ def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective) 
         if value is not None:
             a_candidate = name in ("reference_logps", "advantages")
             ok = value.shape == (num_tokens,) or (a_candidate and value.shape == count)
-            shapes = f"[N = {num_tokens}]" + (f" or [C = {count[0]}]" if a_candidate else "")
-            _expect(ok and value.is_floating_point(), name, f"floating {shapes}", value)
+            _expect(
+                ok and value.is_floating_point(),
+                name,
+                partial(_signal_shapes, num_tokens, count[0] if a_candidate else None),
+                value,
+            )
     objective.check(given)
+
+
+def _signal_shapes(tokens: int, candidates: int | None) -> str:
+    return f"floating [N = {tokens}]" + ("" if candidates is None else f" or [C = {candidates}]")
 
 
 def log_probabilities(logps: Tensor, scored: Tensor | None) -> None:
@@ -151,8 +184,9 @@ def log_probabilities(logps: Tensor, scored: Tensor | None) -> None:
     ok = logps.dim() == 1 and logps.dtype in (torch.float32, torch.float64)
     _expect(ok, "logps", "float32 or float64 of shape [N]", logps)
     if scored is not None:
-        ok = scored.shape == logps.shape and scored.dtype == torch.bool
-        _expect(ok, "scored", f"booleans of shape [N = {logps.shape[0]}]", scored)
+        ok = scored.shape == logps.shape and scored.dtype == torch.bool and scored.device == logps.device
+        _expect(ok, "scored", lambda: f"booleans of shape [N = {logps.shape[0]}] on {logps.device}", scored)
+    _expect(logps.device.type != "meta", "logps", "values (token_logps and linear_loss take meta tensors)", logps)
 
 
 def _cpu(tensor: Tensor | None) -> bool:
@@ -185,10 +219,21 @@ def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None 
             )
 
 
+def _count_values(name: str, counts: Tensor | None) -> None:
+    if counts is None or not _cpu(counts) or not counts.numel():
+        return
+    wrong = ~torch.isfinite(counts) | (counts < 0)
+    if bool(wrong.any()):
+        value = counts[wrong].flatten()[0].item()
+        raise ValueError(f"{name}: expected finite counts that are not negative, got {value}")
+
+
 def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
     """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
     candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts = ranking[:5]
     count = candidate_lengths.shape[0]
+    for name in COUNTS:
+        _count_values(name, getattr(ranking, name))
     if _cpu(candidate_lengths):
         if count and int(candidate_lengths.min()) < 0:
             at = int(candidate_lengths.argmin())

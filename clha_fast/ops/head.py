@@ -7,13 +7,14 @@ A gradient that nobody asked for is an empty tensor here, for an operator cannot
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from clha_fast import backends
 from clha_fast.ops import checks
+from clha_fast.ops.derivatives import differentiable, refuse_second
 from clha_fast.ops.schema import HEAD, NEEDS, schema
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, Needs
@@ -68,7 +69,7 @@ def _token_logps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return logps, lse, route
 
 
-token_logps = torch.library.custom_op(
+_token_logps_operator = torch.library.custom_op(
     "clha_fast::token_logps",
     _token_logps,
     mutates_args=(),
@@ -76,7 +77,7 @@ token_logps = torch.library.custom_op(
 )
 
 
-@token_logps.register_fake
+@_token_logps_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, head, backend = arguments
     inputs = HeadInputs(*tensors)
@@ -94,7 +95,7 @@ def _token_logps_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return or_empty(gradients, inputs.hidden)
 
 
-token_logps_backward = torch.library.custom_op(
+_backward_operator = torch.library.custom_op(
     "clha_fast::token_logps_backward",
     _token_logps_backward,
     mutates_args=(),
@@ -102,10 +103,21 @@ token_logps_backward = torch.library.custom_op(
 )
 
 
-@token_logps_backward.register_fake
+@_backward_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = HeadInputs(*arguments[1 : 1 + _WIDTH])
     return fake_gradients(inputs, inputs.hidden.dtype, Needs(*arguments[-3:]))
+
+
+def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """A second derivative is refused, whatever it is of."""
+
+
+def _second(ctx: Any, *grads: Any) -> NoReturn:
+    refuse_second("token_logps")
+
+
+token_logps_backward = differentiable("token_logps_backward", _backward_operator, _nothing_saved, _second)
 
 
 def head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor, route: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,4 +141,4 @@ def _token_logps_gradients(ctx: Any, grad_logps: Tensor | None, *_others: Any) -
     return (*head_gradients(ctx, grad_logps, *ctx.saved_tensors[_WIDTH:]), *(None,) * (_WIDTH - 1))
 
 
-token_logps.register_autograd(_token_logps_gradients, setup_context=_token_logps_setup)
+token_logps = differentiable("token_logps", _token_logps_operator, _token_logps_setup, _token_logps_gradients)

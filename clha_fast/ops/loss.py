@@ -12,6 +12,7 @@ from clha_fast.backends import SWEEPING
 from clha_fast.objectives import decode
 from clha_fast.objectives.metrics import metric_names
 from clha_fast.ops import checks
+from clha_fast.ops.derivatives import differentiable, plain, refuse_second, transforming
 from clha_fast.ops.head import as_cast, fake_gradients, fake_statistics, head_gradients, or_empty, score_dtype
 from clha_fast.ops.schema import HEAD, NEEDS, RANKING, schema
 from clha_fast.options import HeadOptions
@@ -50,7 +51,7 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     return (*result, *or_empty(gradients, call.inputs.hidden))
 
 
-linear_loss = torch.library.custom_op(
+_operator = torch.library.custom_op(
     "clha_fast::linear_loss",
     _linear_loss,
     mutates_args=(),
@@ -58,7 +59,7 @@ linear_loss = torch.library.custom_op(
 )
 
 
-@linear_loss.register_fake
+@_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(arguments)
     hidden, candidates = call.inputs.hidden, call.given.candidate_lengths.shape
@@ -80,7 +81,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.scaled = ctx.handed_out = False
-    if call.backend in SWEEPING:
+    ctx.swept = call.backend in SWEEPING and any(call.needs)
+    if ctx.swept:
         ctx.save_for_backward(*output[_RESULT:])
     else:
         ctx.save_for_backward(*call.inputs, *output[_SLOPES:_RESULT])
@@ -90,7 +92,7 @@ def _gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tenso
     rest = (None,) * (_ALL + len(NEEDS))
     if grad_loss is None:
         return (None, None, None, *rest)
-    if ctx.backend in SWEEPING:
+    if ctx.swept:
         return (*_scaled(ctx, grad_loss, ctx.needs_input_grad[:3]), *rest)
     slopes, lse, route = ctx.saved_tensors[_HEAD:]
     return (*head_gradients(ctx, slopes * grad_loss, lse, route), *rest)
@@ -108,18 +110,15 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     so; buffers that an earlier walk handed out unscaled are copied, for somebody may hold them; under torch.compile
     the compiler owns the buffers and decides.
     """
-    eager = type(grad_loss) is Tensor
+    eager = type(grad_loss) is Tensor and plain(grad_loss)
     if ctx.scaled:
         raise RuntimeError(
             "linear_loss: the gradients of this call were scaled in place by an earlier backward pass; "
             "compute the loss again instead of walking its graph twice"
         )
-    if eager and torch.is_grad_enabled():
+    if type(grad_loss) is Tensor and torch.is_grad_enabled():
         # They are plain results of the forward: as part of a graph they would count as constants, silently.
-        raise RuntimeError(
-            f"linear_loss: backend {ctx.backend!r} has no second derivative (create_graph=True); "
-            "use backend='reference'"
-        )
+        refuse_second(f"linear_loss: backend {ctx.backend!r}")
     gradients = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
     if eager and grad_loss.is_cuda and ctx.dtype.itemsize == 2:
         return [None if g is None else _rounded_product(g, grad_loss, ctx.dtype) for g in gradients]
@@ -133,4 +132,12 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     return [None if g is None else g.to(ctx.dtype) for g in gradients]
 
 
-linear_loss.register_autograd(_gradients, setup_context=_setup)
+_loss = differentiable("linear_clha_loss", _operator, _setup, _gradients)
+
+
+def linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator; under torch.func without gradients from the sweep, which knows neither levels nor batches."""
+    if transforming():
+        arguments = (*arguments[: -len(NEEDS)], *(False for _ in NEEDS))
+    result: tuple[Tensor, ...] = _loss(*arguments)
+    return result

@@ -81,7 +81,7 @@ def clha_loss(
             rank_loss = (hinge / counts.sum()).sum()
         else:
             rank_loss = (hinge / counts[kept_distance - 1]).sum()
-    rank_loss = options.rank_weight * rank_loss
+    rank_loss = options.rank_weight * rank_loss if options.rank_weight > 0 else hinge[:0].sum()
 
     num = torch.tensor(sizes, dtype=dtype, device=device)
     target = torch.tensor(starts, dtype=torch.long, device=device)
@@ -135,10 +135,10 @@ def _metrics(
             len(sizes),
             lengths.sum(),
             (lengths > 0).sum(),
-            *torch.zeros(3, device=scores.device),  # every gradient is whole here
+            *(0, 0, 0),  # every gradient is whole here
             *own,
         ]
-        return torch.stack([torch.as_tensor(value, device=scores.device).to(torch.float32) for value in sums])
+        return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=scores.device) for value in sums])
 
 
 def _pairs(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def pro_loss(
     rank_loss, sft_loss = rank_loss / prompts, sft_loss / prompts
     i, j = _pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0)
-    own_sums = (torch.tensor(float(best_first)),)
+    own_sums = (torch.tensor(float(best_first), dtype=torch.float32),)
     everything = (rank_loss, sft_loss, scores, lengths, sizes, reward, kept, kept, torch.tensor(gate), own_sums)
     return rank_loss + sft_loss, _metrics(*everything), scores
 

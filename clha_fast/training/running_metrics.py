@@ -41,7 +41,9 @@ class RunningMetrics:
         total, inert, calls = self.total, self.inert, self.calls
         self.reset()
         names = metric_names(self.objective)
-        values = torch.zeros(len(names), device=device) if total is None else total.values.to(device)
+        values = (
+            torch.zeros(len(names), dtype=torch.float32, device=device) if total is None else total.values.to(device)
+        )
         counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
         values, counts = reduce(values), reduce(counts)
         inert, calls = int(counts[0]), int(counts[1])

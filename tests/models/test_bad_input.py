@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -83,6 +84,61 @@ def test_a_hook_that_nobody_measured_is_refused() -> None:
         kept.remove()
         with pytest.raises(UnsupportedHeadError, match=r"the 1 forward hook.* got 0 or others"):
             model(**batch)
+
+
+class Doubling:
+    """A hook that is an object, of gradients that come or go."""
+
+    def __call__(self, module: nn.Module, *grads: Any) -> Any:
+        return tuple(None if grad is None else 2 * grad for grad in grads[0])
+
+
+def globally(name: str) -> Any:
+    register = getattr(nn.modules.module, name)
+    return lambda head, hook: register(hook)
+
+
+BACKWARD_HOOKS = {
+    "full": nn.Module.register_full_backward_hook,
+    "full pre": nn.Module.register_full_backward_pre_hook,
+    "old": nn.Module.register_backward_hook,
+    "everywhere": globally("register_module_full_backward_hook"),
+    "pre, everywhere": globally("register_module_full_backward_pre_hook"),
+}
+
+
+@pytest.mark.parametrize("register", BACKWARD_HOOKS.values(), ids=BACKWARD_HOOKS)
+def test_backward_hooks_on_the_head_are_refused(register: Any) -> None:
+    model, batch = base().train(), collate().as_dict()
+    hook = Doubling()
+    said = r"LlamaForCausalLM with output embedding Linear: the backward hook Doubling .* \(weight.register_hook\)"
+    handle = register(model.lm_head, hook)
+    try:
+        with pytest.raises(UnsupportedHeadError, match=said):
+            attach(model)
+    finally:
+        handle.remove()
+    with attach(model):
+        wanted = model(**batch).loss
+        handle = register(model.lm_head, functools.partial(hook))
+        try:
+            with torch.no_grad():
+                assert torch.equal(model(**batch).loss, wanted)  # no backward, nothing left out
+            with pytest.raises(UnsupportedHeadError, match="the backward hook partial"):
+                model(**batch)
+        finally:
+            handle.remove()
+
+
+def test_backward_hooks_elsewhere_run() -> None:
+    """Before the head and on its parameters, as the refusal says."""
+    model, batch = base().train(), collate().as_dict()
+    seen: list[str] = []
+    model.model.norm.register_full_backward_hook(lambda *_: seen.append("norm"))
+    model.lm_head.weight.register_hook(lambda grad: seen.append("weight"))
+    with attach(model):
+        model(**batch).loss.backward()
+    assert sorted(seen) == ["norm", "weight"]
 
 
 class Fused:

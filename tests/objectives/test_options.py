@@ -7,9 +7,10 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
-from clha_fast import PRESETS, PUBLISHED, CLHAOptions, HeadOptions, Objective
+from clha_fast import PRESETS, PUBLISHED, CLHAOptions, HeadOptions, Objective, PROOptions, SFTOptions
 
 
 def fields(settings):
@@ -58,12 +59,12 @@ def test_head_defaults_leave_the_logits_alone():
         (HeadOptions, "temperature", 0, "a positive number"),
         (HeadOptions, "temperature", -1.0, "a positive number"),
         (HeadOptions, "temperature", None, "a positive number"),
-        (HeadOptions, "ignore_index", 0, "a negative integer"),
-        (HeadOptions, "ignore_index", -1.5, "a negative integer"),
-        (HeadOptions, "ignore_index", None, "a negative integer"),
-        (HeadOptions, "workspace_bytes", 0, "a positive number of bytes or None"),
-        (HeadOptions, "workspace_bytes", "64MB", "a positive number of bytes or None"),
-        (HeadOptions, "workspace_bytes", True, "a positive number of bytes or None"),
+        (HeadOptions, "ignore_index", 0, "a negative integer of 64 bits"),
+        (HeadOptions, "ignore_index", -1.5, "a negative integer of 64 bits"),
+        (HeadOptions, "ignore_index", None, "a negative integer of 64 bits"),
+        (HeadOptions, "workspace_bytes", 0, "a positive number of bytes or None (64 bits)"),
+        (HeadOptions, "workspace_bytes", "64MB", "a positive number of bytes or None (64 bits)"),
+        (HeadOptions, "workspace_bytes", True, "a positive number of bytes or None (64 bits)"),
         (HeadOptions, "max_dropped_mass", 1.0, "a number in [0, 1) or None"),
         (HeadOptions, "max_dropped_mass", -0.1, "a number in [0, 1) or None"),
         (CLHAOptions, "margin", -1.0, "a finite number that is not negative"),
@@ -123,3 +124,59 @@ def test_settings_are_frozen_and_hashable():
         PUBLISHED.margin = 1.0
     assert {PUBLISHED: 1}[CLHAOptions()] == 1
     assert {HeadOptions(): 1}[HeadOptions()] == 1
+
+
+SETTINGS = [
+    HeadOptions(scale=0.5, softcap=30, workspace_bytes=2**20),
+    HeadOptions(temperature=2, max_dropped_mass=0),
+    CLHAOptions(margin=2, reward_floor=-math.inf, reduction="pair_mean"),
+    PROOptions(form="paper", sft_weight=1),
+    SFTOptions(form="token_mean"),
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: type(o).__name__)
+def test_asdict_goes_back_into_the_class(options):
+    fields = dataclasses.asdict(options)
+    again = type(options)(**json.loads(json.dumps(fields)))
+    assert again == options
+    assert again.encoded == options.encoded
+    assert dataclasses.replace(options) == options
+
+
+@pytest.mark.parametrize("kind", [int, float, np.float32, np.float64, np.float16, np.int64, np.int8, np.uint16])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(HeadOptions, "scale"), (HeadOptions, "softcap"), (CLHAOptions, "reward_margin"), (PROOptions, "sft_weight")],
+)
+def test_a_number_is_one_setting_whatever_its_type(cls, name, kind):
+    plain, made = cls(**{name: 3.0}), cls(**{name: kind(3)})
+    assert type(getattr(made, name)) is float
+    assert made.encoded == plain.encoded
+    assert made == plain
+    assert cls.decode(made.encoded) == plain
+
+
+def test_integers_stay_integers():
+    made = HeadOptions(ignore_index=np.int32(-7), workspace_bytes=np.int64(2**40))
+    assert made == HeadOptions(ignore_index=-7, workspace_bytes=2**40)
+    assert type(made.ignore_index) is type(made.workspace_bytes) is int
+    assert type(HeadOptions.decode(made.encoded).workspace_bytes) is int
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "expected"),
+    [
+        (HeadOptions, "ignore_index", -(2**63) - 1, "a negative integer of 64 bits"),
+        (HeadOptions, "workspace_bytes", 2**63, "a positive number of bytes or None"),
+        (HeadOptions, "scale", 10**400, "a finite number"),
+        (HeadOptions, "temperature", np.float32("inf"), "a positive number"),
+        (CLHAOptions, "margin", 10**309, "a finite number"),
+        (CLHAOptions, "reward_floor", -(10**309), "a number or -inf"),
+        (PROOptions, "sft_weight", np.float64("nan"), "a finite number"),
+        (CLHAOptions, "margin", np.True_, "a finite number"),
+    ],
+)
+def test_numbers_too_large_and_numpys_are_held_to_the_same(cls, name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}: expected {expected}"):
+        cls(**{name: value})

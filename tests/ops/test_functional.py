@@ -417,17 +417,6 @@ def test_a_scaled_graph_says_that_it_is_spent():
         torch.autograd.grad(loss, leaves)
 
 
-def test_second_derivatives_are_refused():
-    case = small()
-    leaves = case.leaves()
-    with pytest.raises(RuntimeError, match=r"linear_loss: .*no second derivative"):
-        torch.autograd.grad(case.loss()[0], leaves, create_graph=True)
-    logps = token_logps(case.hidden, case.weight, case.targets, backend="torch")
-    (gradient,) = torch.autograd.grad(logps.sum(), case.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        gradient.sum().backward()
-
-
 def test_keywords_follow_the_tensors():
     """Options are not positional: a signature that grows cannot silently change what a call means."""
     case = small(rewards=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clha_fast.backends.torch.head import TorchHead
 from clha_fast.options import HeadOptions
@@ -66,6 +67,7 @@ class _TokenLogps(torch.autograd.Function):
         return torch.where(inputs.targets == head.ignore_index, torch.zeros_like(logps), logps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, peak, log_total = ctx.saved_tensors
         inputs = HeadInputs(*tensors)

@@ -1,0 +1,91 @@
+"""One graph for all sizes: a compiled loss that was traced again for each of them would take seconds a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import clha_fast
+from clha_fast import CLHAOptions, PROOptions, linear_clha_loss, linear_loss, token_logps
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
+from tests.support.helpers import Case, make_case
+from tests.support.tiny import make_model, make_rows, make_tokenizer
+
+SHAPES = 10
+PRO = PROOptions()  # not in a compiled function: settings are encoded where they are made
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def batches(rows: bool, everything: bool = False) -> Iterator[Case]:
+    """Other numbers of prompts, candidates, tokens and rows in each."""
+    for seed in range(SHAPES):
+        draw = random.Random(seed)
+        sizes = [draw.randint(2, 4) for _ in range(2 + seed)]
+        lengths = [draw.randint(1, 6) for _ in range(sum(sizes))]
+        options = {"bias": True, "sft_index": True, "ignored": 0.1} if everything else {}
+        made = make_case(
+            lengths, sizes, dtype=torch.float32, rewards=True, rows=7 + seed if rows else None, seed=seed, **options
+        )
+        yield made.replace(prompt_count=torch.tensor(4.0), pair_counts=torch.ones(9 + seed)) if everything else made
+
+
+def logps(case: Case) -> Tensor:
+    found = token_logps(
+        case.hidden, case.weight, case.targets, bias=case.bias, row_index=case.row_index, backend="torch"
+    )
+    return found.square().sum()
+
+
+def clha(case: Case) -> Tensor:
+    return linear_clha_loss(**case.arguments(), backend="torch")[0]
+
+
+def pro(case: Case) -> Tensor:
+    head = {"bias": case.bias, "row_index": case.row_index, "backend": "torch"}
+    return linear_loss(case.hidden, case.weight, case.targets, case.ranking, PRO, **head)[0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("everything", "rows"), [(False, False), (True, True)], ids=["required inputs", "all inputs"])
+@pytest.mark.parametrize("run", [logps, clha, pro], ids=lambda run: run.__name__)
+def test_ten_shapes_take_three_graphs_at_most(run, everything, rows, dynamic):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
+    for case in batches(rows, everything):
+        leaves = case.leaves()
+        value, wanted = compiled(case), run(case)
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-7)
+        found, expected = torch.autograd.grad(value, leaves), torch.autograd.grad(wanted, leaves)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert counter.frame_count <= 3
+
+
+def test_an_attached_model_is_compiled_once_for_all_batches() -> None:
+    tokenizer, options = make_tokenizer(), CLHAOptions(margin=0.5, sft_weight=0.1)
+    plain, model = (make_model(len(tokenizer)).train() for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    attached = clha_fast.attach(compiled, options)
+    clha_fast.attach(plain, options)
+    for seed in range(SHAPES):
+        rows = make_rows(random.Random(seed).randint(2, 6), seed=seed)
+        batch = CandidateBatch.from_dict(RankedCollator(tokenizer, options)(rows))
+        counts = attached.counts([batch])
+        loss, wanted = compiled(**batch.as_dict(), **counts).loss, plain(**batch.as_dict(), **counts).loss
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+        loss.backward()
+    assert counter.frame_count <= 3
+    own = {name: batch.as_dict()[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(compiled(**own).logits, plain(**own).logits, rtol=1e-5, atol=1e-5)
