@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any, cast
@@ -22,12 +20,10 @@ from clha_fast.batching.batch import CandidateBatch, inert_mask
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
-from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
+from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
-from clha_fast.models.heads import HeadInfo, inspect_head
-from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
-from clha_fast.models.own_forward import check_backend
-from clha_fast.models.sharding import reshard
+from clha_fast.models.heads import HeadInfo
+from clha_fast.models.measure import measure_head
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
@@ -276,46 +272,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
             inner = base
         else:
             return inner
-
-
-@contextlib.contextmanager
-def _bare(head: nn.Module | None) -> Iterator[None]:
-    """Inside, the head has neither wrappers' hooks nor a tensor-parallel forward: neither expects known values."""
-    if head is None:
-        yield
-        return
-    own: Any = vars(head).get("forward")
-    # transformers' tensor parallelism replaces the head's forward by one that distributes the same linear layer.
-    parallel = getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel"
-    if parallel:
-        del head.forward
-    try:
-        with without_wrappers_hooks(head):
-            yield
-    finally:
-        if parallel:
-            head.forward = own
-
-
-def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
-    """`inspect_head` for a loss: wrappers' hooks set aside, a head that is more than one weight taken as a function.
-
-    Raises:
-        UnsupportedHeadError: as `inspect_head`. BackendError: `backend` reads a weight, and the head is more than one.
-    """
-    head = output_embedding(model)
-    if head is not None and input_embedding_weight(model).is_meta:
-        raise UnsupportedHeadError(
-            f"model: expected weights with values, got {type(model).__name__} on the meta device; load it first "
-            "(from_pretrained, or to_empty and load_state_dict), then attach"
-        )
-    with _bare(head):
-        info = inspect_head(model, own_forward=True)
-    info = dataclasses.replace(info, hooks=other_hooks(info.module))
-    reshard(model)
-    if info.own_forward is not None:
-        check_backend(backend, info.own_forward)
-    return info
 
 
 def attach(

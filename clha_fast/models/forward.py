@@ -35,7 +35,7 @@ class CandidateForward:
     """A model whose head, as measured, gives place to a loss.
 
     Args:
-        model: the unwrapped model, its embeddings whole. info: from `attach.measure_head`.
+        model: the unwrapped model, its embeddings whole. info: from `measure.measure_head`.
         head, objective, backend: as `functional.linear_loss` takes them.
     """
 

@@ -21,8 +21,8 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
 from clha_fast.models.adapters import base_model, with_adapter
-from clha_fast.models.attach import measure_head
 from clha_fast.models.forward import CandidateForward
+from clha_fast.models.measure import measure_head
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig

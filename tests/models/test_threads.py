@@ -36,7 +36,7 @@ def _often() -> Iterator[None]:
 
 def batch(seed: int) -> dict[str, Any]:
     rows = make_rows(1 + seed % 4, seed=seed)
-    return CandidateBatch.from_dict(RankedCollator(TOKENIZER, OPTIONS)(rows)).as_dict()
+    return CandidateBatch.from_dict(RankedCollator(TOKENIZER, OPTIONS, drop_inert=False)(rows)).as_dict()
 
 
 def run(work: Callable[[int], Any]) -> list[Any]:

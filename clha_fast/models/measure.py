@@ -1,0 +1,56 @@
+"""A model's head measured for a loss: what stands around it set aside, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
+from clha_fast.models.heads import HeadInfo, inspect_head
+from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
+from clha_fast.models.own_forward import check_backend
+from clha_fast.models.sharding import reshard
+
+
+@contextlib.contextmanager
+def _bare(head: nn.Module | None) -> Iterator[None]:
+    """Inside, the head has neither wrappers' hooks nor a tensor-parallel forward: neither expects known values."""
+    if head is None:
+        yield
+        return
+    own: Any = vars(head).get("forward")
+    # transformers' tensor parallelism replaces the head's forward by one that distributes the same linear layer.
+    parallel = getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel"
+    if parallel:
+        del head.forward
+    try:
+        with without_wrappers_hooks(head):
+            yield
+    finally:
+        if parallel:
+            head.forward = own
+
+
+def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
+    """`inspect_head` for a loss: wrappers' hooks set aside, a head that is more than one weight taken as a function.
+
+    Raises:
+        UnsupportedHeadError: as `inspect_head`. BackendError: `backend` reads a weight, and the head is more than one.
+    """
+    head = output_embedding(model)
+    if head is not None and input_embedding_weight(model).is_meta:
+        raise UnsupportedHeadError(
+            f"model: expected weights with values, got {type(model).__name__} on the meta device; load it first "
+            "(from_pretrained, or to_empty and load_state_dict), then attach"
+        )
+    with _bare(head):
+        info = inspect_head(model, own_forward=True)
+    info = dataclasses.replace(info, hooks=other_hooks(info.module))
+    reshard(model)
+    if info.own_forward is not None:
+        check_backend(backend, info.own_forward)
+    return info
