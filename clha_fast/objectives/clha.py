@@ -169,6 +169,21 @@ class CLHAOptions(Objective):
             "margin that fits the rewards, or noise_rule='none'"
         )
 
+    def silence_hint(self, several: bool) -> str:
+        """As `Objective`: ranking is off or has no pair, and SFT is off, has factor 0 or closed gates."""
+        rank = f"rank_weight={self.rank_weight:g} turns ranking off"
+        if self.rank_weight > 0:
+            rank = "no pair is ranked" if not several else f"reward_margin={self.reward_margin:g} drops every pair"
+        way = "reward_margin and reward_floor have to fit the rewards (or noise_rule='none')"
+        if self.sft_weight == 0:
+            sft, way = "sft_weight=0 turns SFT off", "set a weight above 0 on what the data have"
+        elif not several and self.sft_factor == "squared":
+            sft, way = "sft_factor='squared' is (1 - 1)^2 = 0", "preset='sft_only' or sft_factor='one' trains on them"
+        else:
+            sft = f"no SFT target's reward is above reward_floor={self.reward_floor:g}"
+        single = "" if several else "every prompt has one response: "
+        return f"{single}{rank} and {sft}; {way}"
+
 
 @dataclass(frozen=True)
 class CLHAPlan(Plan):

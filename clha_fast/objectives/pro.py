@@ -85,6 +85,9 @@ class PROOptions(Objective):
         """Prompts of one candidate: no pairs, and (n - 1)^2 = 0."""
         return layout.sizes[layout.prompt] == 1
 
+    def silence_hint(self, several: bool) -> str:
+        return "every prompt has one response, which has no pair and the SFT factor (1 - 1)^2 = 0; SFTOptions trains it"
+
 
 def _later(group: Group) -> tuple[Tensor, Tensor]:
     """(bool [prompts, most], cells with a candidate; bool [prompts, k, i], i a candidate ranked below candidate k)."""

@@ -123,6 +123,10 @@ def check_loading(args: Any) -> None:
             "train_sampling_strategy: expected random with max_tokens_per_batch, which groups by length itself, got "
             f"{strategy!r}"
         )
+    if args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last: expected False with max_tokens_per_batch, whose epochs hold every prompt, got True"
+        )
     if loading.split_batches:
         raise ValueError(
             "accelerator_config.split_batches: expected False with max_tokens_per_batch, which counts the tokens of "

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clha_fast.batching import stream
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler
 from clha_fast.batching.stream import RankedStream
 from clha_fast.data import RankedRecord, RecordError
+from clha_fast.training import datasets as training_datasets
 from clha_fast.training.trainer import CLHATrainer
 from tests.support.power_cuts import CutAfter, PowerCut, weights
 from tests.support.tiny import make_model, make_rows, make_tokenizer
@@ -338,7 +338,7 @@ def test_what_the_limits_cut_is_counted(table: bool, num_proc: int | None) -> No
 
 def test_the_trainer_says_what_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(stream.logger, "warning", said.append)
+    monkeypatch.setattr(training_datasets.logger, "warning", said.append)
     rows = [{"prompt": "a", "completions": ["c", "d e f g h"]}, {"prompt": "a", "completions": ["c", "d"]}]
     CLHATrainer(
         make_model(len(TOKENIZER)),
