@@ -30,6 +30,7 @@ from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
 from clha_fast.training.datasets import as_dataset, check_trains
+from clha_fast.training.lengths import RowLimit
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
 
@@ -172,6 +173,10 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         )
         self._check_wrappers()
         check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
+        self._row_limit = RowLimit(model, data_collator)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+            self._row_limit.check_dataset(dataset, name)
 
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""
@@ -229,6 +234,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     def _loss(
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
+        self._row_limit.check_width(batch.input_ids.shape[1])
         tensors = {**batch.loss_inputs(), **(counts or {})}
         found = self._forward(model, batch.model_inputs(), tensors, scale=scale)
         return found.loss, found.metrics
