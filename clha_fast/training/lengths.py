@@ -33,9 +33,9 @@ class RowLimit:
     def __init__(self, model: nn.Module, collator: Any) -> None:
         config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        positions = getattr(text, "max_position_embeddings", None)
+        positions: Any = getattr(text, "max_position_embeddings", None)
         known = isinstance(positions, int) and positions > 0
-        self.limit = positions - virtual_tokens(model) if known else None
+        self.limit: int | None = positions - virtual_tokens(model) if known else None
         self.name = type(model).__name__
         tensors = [*model.named_parameters(), *model.named_buffers()] if known else []
         self.table = any(
