@@ -101,7 +101,7 @@ def _unknown(name: str, where: str) -> OptionError:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The options of a YAML file.
+    """The options of a YAML file; dashes and underscores are alike.
 
     Raises:
         OptionError: no mapping, malformed YAML (line and column), an unknown option, a value of another type.
@@ -116,10 +116,15 @@ def read_config(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise OptionError(f"{path}: expected options as `name: value`, got {type(loaded).__name__}")
-    for name in loaded:
+    found: dict[str, Any] = {}
+    for written, value in loaded.items():
+        name = str(written).replace("-", "_")
         if name not in HINTS:
-            raise _unknown(str(name), path)
-    return {name: coerce(f"{path}: {name}", value, HINTS[name]) for name, value in loaded.items()}
+            raise _unknown(str(written), path)
+        if name in found:
+            raise OptionError(f"{path}: expected {name} once, got it with dashes and with underscores")
+        found[name] = coerce(f"{path}: {written}", value, HINTS[name])
+    return found
 
 
 def _value(text: str, hint: Any) -> Any:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clha_fast.cli.text import as_flags
+from clha_fast.cli.text import as_flags, with_dashes
 from clha_fast.data import FORMATS, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
@@ -69,7 +69,7 @@ def score(words: Sequence[str]) -> int:
     """`run`, from the words behind `clha-fast score`."""
     parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION)
     add_arguments(parser)
-    return run(parser.parse_args(words))
+    return run(parser.parse_args(with_dashes(words)))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -39,9 +39,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Held-out metrics before and after training."""
+    """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last."""
     rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in EVALUATION_ROWS.items()]
-    return table(["held out", "before", "after"], rows)
+    best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
+    return table(["held out", "before", f"after{best}"], rows)
 
 
 def memory_table(peaks: Mapping[str, int], names: Mapping[str, str]) -> str:

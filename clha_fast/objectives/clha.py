@@ -25,6 +25,7 @@ NoiseRule = Literal["abs", "signed", "none"]
 Reduction = Literal["sum", "distance_mean", "pair_mean"]
 SFTForm = Literal["sum", "mean"]
 SFTFactor = Literal["squared", "one"]
+Preset = Literal["published", "paper", "sft_only"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class CLHAOptions(Objective):
         super().__post_init__()
 
     @classmethod
-    def preset(cls, name: str) -> CLHAOptions:
+    def preset(cls, name: Preset) -> CLHAOptions:
         """A named preset: "published" (the training code), "paper" (Eq. 5 as printed) or "sft_only" (targets' NLL)."""
         require("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -212,7 +213,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 PUBLISHED = CLHAOptions()
-PRESETS: dict[str, CLHAOptions] = {
+PRESETS: dict[Preset, CLHAOptions] = {
     "published": PUBLISHED,
     "paper": CLHAOptions(reduction="sum", sft="mean"),
     "sft_only": CLHAOptions(rank_weight=0.0, sft="mean", sft_weight=1.0, sft_factor="one", reward_floor=-math.inf),

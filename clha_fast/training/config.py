@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
 from clha_fast.training.validation import check_loading, check_machine, check_numbers
@@ -51,7 +51,7 @@ class CLHAConfig(TrainingArguments):
             that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
 
-    preset: str = field(default="published", metadata={"help": "published, paper or sft_only."})
+    preset: Preset = field(default="published", metadata={"help": "published, paper or sft_only."})
     margin: float | None = field(default=None, metadata=_PRESET)
     reward_margin: float | None = field(default=None, metadata=_PRESET)
     noise_rule: str | None = field(default=None, metadata=_PRESET)

@@ -158,6 +158,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self._silent = True  # no batch so far had a response on which the loss depends
         self.dataset_names = []
         self._counted = weakref.WeakKeyDictionary()
+        config: Any = getattr(model, "config", None)
+        caches = getattr(config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -171,6 +173,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if caches is not None and not args.use_cache:
+            # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
+            config.use_cache = caches
         self._check_wrappers()
         check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
         self._row_limit = RowLimit(model, data_collator)
@@ -271,7 +276,19 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "
                 "trains with is_trainable=True"
             )
-        return super().train(*args, **kwargs)
+        found = super().train(*args, **kwargs)
+        step, most = self.state.global_step, self.state.max_steps
+        if step == self._initial_global_step:
+            why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
+            logger.warning(f"train: nothing was trained; {why}")
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     # ---- evaluation ----
 
@@ -323,6 +340,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["rank_loss"] + metrics["sft_loss"]
+        if self.restored_step is not None:
+            output.metrics[f"{metric_key_prefix}_step"] = self.restored_step
         return output
 
     @contextlib.contextmanager
@@ -364,4 +383,5 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 self._silent = False
                 hint = self.loss_options.silence_hint(several=True)
                 logger.warning(f"train_dataset: the loss has depended on no response so far; {hint}")
+        self._place_events()
         super().log(logs, start_time)

@@ -22,6 +22,7 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
 from clha_fast.cli import train as cli_train
 from clha_fast.cli.options import OptionError
+from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer
@@ -300,7 +301,7 @@ def test_curve_without_points_and_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "curve.png"
-    report.loss_curve([], {}, {}, str(path))
+    plots.loss_curve([], {}, {}, str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     plain = builtins.__import__
 
@@ -310,7 +311,7 @@ def test_curve_without_points_and_without_matplotlib(
         return plain(name, *rest, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "can_plot", lambda: False)
     assert cli.main(command(tmp_path, max_steps=1)) == 0
     assert "not drawn: the plot extra (matplotlib) is not installed" in capsys.readouterr().out
     assert not (tmp_path / "run" / "loss_curve.png").exists()
