@@ -74,6 +74,7 @@ def _data_text(summary: DataSummary) -> str:
         return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
     return (
         f"{text}; pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}, "
+        f"kept pairs reversed {_share(summary.reversed_pairs, summary.kept_pairs)}, "
         f"inert responses {_share(summary.inert, summary.candidates)}, "
         f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}"
     )
@@ -121,6 +122,14 @@ def header(run: Run) -> str:
         ),
         "folder": _folder_text(run),
     }
+    if train.gaps:
+        lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
+    if train.contradicts:
+        lines["warning"] = (
+            f"the rewards contradict the order in {_share(train.reversed_pairs, train.kept_pairs)} of the kept pairs, "
+            "which train as they are ordered; --rank_by_reward orders the responses by reward, "
+            "--noise_rule signed drops such pairs"
+        )
     if args.max_dropped_mass is not None:
         lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
     if run.skipped:

@@ -11,7 +11,11 @@ from clha_fast.batching.batch import inert_mask
 from clha_fast.data.records import RankedRecord
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
+from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.types import RankingInputs
+
+# A reward model that agrees with a ranking reverses fewer pairs than this share once noise is dropped.
+_CONTRADICTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class DataSummary:
 
     Attributes:
         pairs: all i < j. noise_pairs: those the noise rule drops. inert: candidates that training does not run.
+        reversed_pairs: kept ones in which the worse-ranked response has the higher reward.
         closed_gates: prompts whose SFT target's reward is not above the floor.
+        gaps: quartiles of |r_i - r_j| over all pairs, () without rewards or pairs.
     """
 
     prompts: int
@@ -32,6 +38,17 @@ class DataSummary:
     noise_pairs: int
     inert: int
     closed_gates: int
+    reversed_pairs: int = 0
+    gaps: tuple[float, ...] = ()
+
+    @property
+    def kept_pairs(self) -> int:
+        return self.pairs - self.noise_pairs
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether the rewards say of many kept pairs that the order is the wrong one."""
+        return self.reversed_pairs > _CONTRADICTION * self.kept_pairs
 
 
 def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSummary:
@@ -55,4 +72,6 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         noise_pairs=int((~plan.kept).sum()),
         inert=int(inert_mask(rewards, sizes, targets, objective).sum()),
         closed_gates=int((~plan.gate).sum()),
+        reversed_pairs=int((plan.kept & (plan.pairs.order < 0)).sum()),
+        gaps=() if plan.pairs.lead is None else gap_quartiles(plan.pairs.lead),
     )
