@@ -37,7 +37,7 @@ from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
-from clha_fast.training.validation import check_best_metric, evaluation_metrics
+from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
@@ -215,6 +215,7 @@ class Run:
         self.tokenizer = self._tokenizer()
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
+        check_optimizer(self.args, self.model)
         self.trainer = CLHATrainer(
             self.model,
             self.args,
