@@ -124,12 +124,6 @@ def header(run: Run) -> str:
     }
     if train.gaps:
         lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
-    if train.contradicts:
-        lines["warning"] = (
-            f"the rewards contradict the order in {_share(train.reversed_pairs, train.kept_pairs)} of the kept pairs, "
-            "which train as they are ordered; --rank_by_reward orders the responses by reward, "
-            "--noise_rule signed drops such pairs"
-        )
     if args.max_dropped_mass is not None:
         lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
     if run.skipped:

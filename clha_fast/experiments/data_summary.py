@@ -14,9 +14,6 @@ from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.types import RankingInputs
 
-# A reward model that agrees with a ranking reverses fewer pairs than this share once noise is dropped.
-_CONTRADICTION = 0.2
-
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -44,11 +41,6 @@ class DataSummary:
     @property
     def kept_pairs(self) -> int:
         return self.pairs - self.noise_pairs
-
-    @property
-    def contradicts(self) -> bool:
-        """Whether the rewards say of many kept pairs that the order is the wrong one."""
-        return self.reversed_pairs > _CONTRADICTION * self.kept_pairs
 
 
 def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSummary:

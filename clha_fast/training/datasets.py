@@ -19,6 +19,9 @@ from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import Pairs
 from clha_fast.training.config import CLHAConfig
 
+_LOOK = 2048  # prompts whose order is held to their rewards
+# A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
+_CONTRADICTION = 0.2
 logger = logging.get_logger(__name__)
 
 
@@ -91,15 +94,29 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         )
     if not is_tokenised(dataset):
         return
-    ranked = counts = several = False
+    counts = several = False
+    seen = kept = backwards = 0
     for features in feature_chunks(dataset):
         given = ranking_inputs(features)
         layout = Layout.whole(given.candidates_per_prompt)
+        pairs = Pairs.of(layout, given.rewards)
+        chosen = objective.kept(pairs)
         several |= layout.largest > 1
         counts |= not bool(objective.inert(layout, given.rewards, given.sft_index).all())
-        ranked |= bool(objective.kept(Pairs.of(layout, given.rewards)).any())
-        if counts and (ranked or not objective.ranks):
-            return
+        kept += int(chosen.sum())
+        backwards += int((chosen & (pairs.order < 0)).sum())
+        seen += len(features)
+        if seen >= _LOOK and counts and (kept or not objective.ranks):
+            break
+    if counts and objective.ranks and backwards > _CONTRADICTION * kept:
+        logger.warning(
+            f"train_dataset: the rewards contradict the order in {backwards:,} of {kept:,} kept pairs "
+            f"({100 * backwards / kept:.0f}%) of the first {seen:,} prompts, which train as they are ordered; "
+            "rank_by_reward=True (of read_records, and of clha-fast train) orders the responses by reward, "
+            "noise_rule='signed' drops such pairs"
+        )
+    if counts and (kept or not objective.ranks):
+        return
     if not counts:
         raise ValueError(
             "train_dataset: expected responses on which the loss depends, got none, so nothing would train; "

@@ -17,6 +17,7 @@ from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.pairs import gap_quartiles, keeps
 from clha_fast.rewards.noise import measure_noise
 from tests.support.command_line import command
+from tests.support.trainers import trainer
 
 
 def records(orders: list[list[float]]) -> list[RankedRecord]:
@@ -33,9 +34,19 @@ def records(orders: list[list[float]]) -> list[RankedRecord]:
         ([[0.0, 4.0, 8.0, 12.0]], 6, 6, True),
     ],
 )
-def test_kept_pairs_that_are_reversed(orders: list[list[float]], kept: int, reversed_pairs: int, said: bool) -> None:
+def test_kept_pairs_that_are_reversed(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    orders: list[list[float]],
+    kept: int,
+    reversed_pairs: int,
+    said: bool,
+) -> None:
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, rows=records(orders), reward_floor=-1.0)
+    assert ("the rewards contradict the order" in caplog.text) is said
     found = summarise(records(orders), PUBLISHED)
-    assert (found.kept_pairs, found.reversed_pairs, found.contradicts) == (kept, reversed_pairs, said)
+    assert (found.kept_pairs, found.reversed_pairs) == (kept, reversed_pairs)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 401])
@@ -49,7 +60,9 @@ def test_quartiles_are_margins(count: int) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, 12])
-def test_a_run_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: int) -> None:
+def test_a_run_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, wrong: int
+) -> None:
     rows = [
         {"prompt": f"say {k}", "completions": ["a cat", "a dog"], "rewards": [1.0, 9.5] if k < wrong else [9.5, 1.0]}
         for k in range(24)
@@ -58,10 +71,11 @@ def test_a_run_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong
     assert cli.main(command(tmp_path, max_steps=1)) == 0
     out = capsys.readouterr().out
     assert "quartiles of the reward gaps 8.5, 8.5, 8.5: a --reward_margin of these" in out
-    assert ("the rewards contradict the order" in out) is (wrong > 0)
+    assert ("the rewards contradict the order" in caplog.text) is (wrong > 0)
+    caplog.clear()
     assert ("kept pairs reversed 0 (0%)" in out) is (wrong == 0)
     assert cli.main(command(tmp_path, "--rank-by-reward", "--overwrite", max_steps=1)) == 0
-    assert "contradict" not in capsys.readouterr().out
+    assert "contradict" not in caplog.text
 
 
 def test_a_scoring_suggests_margins() -> None:
