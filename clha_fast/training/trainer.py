@@ -278,7 +278,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             )
         found = super().train(*args, **kwargs)
         step, most = self.state.global_step, self.state.max_steps
-        if step == self._initial_global_step:
+        if step == getattr(self, "_initial_global_step", None):
             why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
             logger.warning(f"train: nothing was trained; {why}")
         return found
