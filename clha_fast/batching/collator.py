@@ -19,6 +19,8 @@ from clha_fast.objectives.clha import PUBLISHED
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
+# A prompt is not cut below this part of max_length (one in so many) for its responses' sake.
+_PROMPT_SHARE = 4
 # Texts that a response is tokenised behind where a tokenizer treats the start of a text differently.
 _ANCHORS = ("\n", ".", "0", "a")
 
@@ -37,9 +39,8 @@ class RankedCollator:
 
     Truncation, the same for all candidates of a prompt and whether or not some are dropped: responses are cut
     on the right to `max_completion_length` (EOS counts); the prompt is cut on the left, behind its BOS, to
-    `max_prompt_length` and to what the longest response leaves of `max_length`, but never to less than one
-    token of its own; what is still too long is cut from the responses. Set `max_completion_length` to protect
-    the prompt.
+    `max_prompt_length` and to what the longest response leaves of `max_length`, but for that not below a quarter
+    of `max_length`, nor to less than one token of its own; what is still too long is cut from the responses.
 
     Args:
         tokenizer: a transformers tokenizer with an EOS token. Padding uses its PAD token, else EOS (padding
@@ -142,7 +143,9 @@ class RankedCollator:
         self._check_limit("max_prompt_length", limit, needed, record.source)
         if self.max_length is not None:
             self._check_limit("max_length", self.max_length, needed + 1, record.source)
-            limit = min(limit, max(self.max_length - max(map(len, completions)), needed))
+            left = self.max_length - max(map(len, completions))
+            # One long response would leave nothing of the prompt, for all of them.
+            limit = min(limit, max(left, self.max_length // _PROMPT_SHARE, needed))
         prompt_cut = len(prompt) > limit
         if prompt_cut:
             prompt = prompt[:prefix_length] + prompt[len(prompt) - (limit - prefix_length) :]

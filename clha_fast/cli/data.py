@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from clha_fast.cli.text import with_dashes
 from clha_fast.data import FORMATS
 from clha_fast.data import convert as convert_file
 
@@ -17,11 +18,9 @@ def convert(words: Sequence[str]) -> int:
     parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
-    parser.add_argument(
-        "--rank-by-reward", "--rank_by_reward", action="store_true", help="order responses by reward, highest first"
-    )
+    parser.add_argument("--rank-by-reward", action="store_true", help="order responses by reward, highest first")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
-    given = parser.parse_args(words)
+    given = parser.parse_args(with_dashes(words))
     counts = convert_file(
         given.source, given.destination, given.format, given.rank_by_reward, overwrite=given.overwrite
     )

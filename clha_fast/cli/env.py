@@ -24,7 +24,7 @@ def env(words: Sequence[str]) -> int:
     argparse.ArgumentParser(prog="clha-fast env", description="Versions, devices, backend.").parse_args(words)
     import torch
 
-    from clha_fast.cli.train import backend_text, device_text
+    from clha_fast.cli.devices import backend_text, device_text
 
     lines = {"clha-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: _version(name) for name in PACKAGES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from clha_fast.cli import names
 from clha_fast.cli.text import as_flags
 
 USAGE = """\
@@ -34,12 +35,14 @@ def _env(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
+    names.check_names(words)  # before seconds of imports
     from clha_fast.cli import train as cli_train
 
     return cli_train.train(words)
 
 
 def _demo(words: Sequence[str]) -> int:
+    names.check_names(words)
     from clha_fast.cli import train as cli_train
 
     return cli_train.demo(words)

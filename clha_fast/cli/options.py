@@ -11,16 +11,9 @@ from typing import Any
 
 import yaml
 
+from clha_fast.cli.names import PRINTING, OptionError, unknown
 from clha_fast.experiments.run import RunOptions
-from clha_fast.messages import nearest
 from clha_fast.training.config import CLHAConfig
-
-# Of the command itself.
-PRINTING: dict[str, Any] = {"memory_report": bool, "plot": bool}
-
-
-class OptionError(ValueError):
-    """An unknown option, or a value that does not fit; one sentence."""
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -35,7 +28,7 @@ for _name in ("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "lo
     CONFIG_HINTS.pop(_name, None)
 # A text in TrainingArguments' own annotation, for what it was once; today it is on or off.
 CONFIG_HINTS["fsdp"] = bool | str | None
-HINTS: dict[str, Any] = {**CONFIG_HINTS, **RUN_HINTS, **PRINTING}
+HINTS: dict[str, Any] = {**CONFIG_HINTS, **RUN_HINTS, **dict.fromkeys(PRINTING, bool)}
 
 
 def _kinds(hint: Any) -> set[type]:
@@ -96,12 +89,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     raise OptionError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def _unknown(name: str, where: str) -> OptionError:
-    return OptionError(f"{where}: unknown option {name!r}{nearest(name, HINTS)}")
-
-
 def read_config(path: str) -> dict[str, Any]:
-    """The options of a YAML file.
+    """The options of a YAML file; dashes and underscores are alike.
 
     Raises:
         OptionError: no mapping, malformed YAML (line and column), an unknown option, a value of another type.
@@ -116,10 +105,15 @@ def read_config(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise OptionError(f"{path}: expected options as `name: value`, got {type(loaded).__name__}")
-    for name in loaded:
+    found: dict[str, Any] = {}
+    for written, value in loaded.items():
+        name = str(written).replace("-", "_")
         if name not in HINTS:
-            raise _unknown(str(name), path)
-    return {name: coerce(f"{path}: {name}", value, HINTS[name]) for name, value in loaded.items()}
+            raise unknown(str(written), path, HINTS)
+        if name in found:
+            raise OptionError(f"{path}: expected {name} once, got it with dashes and with underscores")
+        found[name] = coerce(f"{path}: {written}", value, HINTS[name])
+    return found
 
 
 def _value(text: str, hint: Any) -> Any:
@@ -150,7 +144,7 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         name, dot, entry = flag.partition(".")
         name = name.replace("-", "_")
         if name not in HINTS:
-            raise _unknown(name, "command line")
+            raise unknown(name, "command line", HINTS)
         hint = HINTS[name]
         if dot and dict not in _kinds(hint):
             raise OptionError(f"--{flag}: expected an option without entries, {name} is no mapping")

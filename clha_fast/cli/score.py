@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clha_fast.cli.text import as_flags
+from clha_fast.cli.text import as_flags, with_dashes
 from clha_fast.data import FORMATS, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
 from clha_fast.rewards.reward_model import DTYPES, RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
@@ -69,7 +70,7 @@ def score(words: Sequence[str]) -> int:
     """`run`, from the words behind `clha-fast score`."""
     parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION)
     add_arguments(parser)
-    return run(parser.parse_args(words))
+    return run(parser.parse_args(with_dashes(words)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,6 +188,7 @@ def noise_table(noise: NoiseReport, source: str) -> str:
             "reversed: the worse-ranked response has the higher reward; inside margin: noise, dropped by the abs rule;",
             "reversed outside: wrong by more than the margin, kept by abs and dropped by signed;",
             "closed gates: prompts whose SFT target is not above the floor.",
+            *filter(None, [report.margin_text(gap_quartiles(noise.gaps), "a --reward-margin")]),
         ]
     )
 

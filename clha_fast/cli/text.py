@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+
+def with_dashes(words: Sequence[str]) -> list[str]:
+    """The words with dashes in options' names, as argparse knows them: `--batch_size=4` is `--batch-size=4`."""
+    found, plain = [], False
+    for word in words:
+        plain = plain or word == "--"
+        if word.startswith("--") and not plain:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        found.append(word)
+    return found
 
 
 def as_flags(text: str) -> str:

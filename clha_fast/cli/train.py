@@ -15,15 +15,14 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import merge, read_config, read_flags, split
-from clha_fast.errors import BackendError
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
 from clha_fast.files import CheckpointError, survivors
 from clha_fast.models.adapters import base_model
-from clha_fast.ops.dispatch import choose, resolve
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -64,26 +63,6 @@ def bundled(name: str) -> str:
     return str(resources.files("clha_fast").joinpath("demo").joinpath(name))
 
 
-def device_text(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def backend_text(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which backend will train, and for "auto" why."""
-    name = resolve(backend, str(device), dtype, gradients=True)
-    if backend != "auto":
-        return f"{name} (asked for)"
-    if name != "torch":
-        return f"{name} (auto: {choose(device.type, True, True).why})"
-    try:
-        resolve("triton", str(device), dtype)
-    except BackendError as error:
-        return f"{name} (auto; triton cannot run: {str(error).partition(': ')[2]})"
-    return f"{name} (auto)"
-
-
 def _share(part: int, whole: int) -> str:
     return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
 
@@ -95,6 +74,7 @@ def _data_text(summary: DataSummary) -> str:
         return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
     return (
         f"{text}; pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}, "
+        f"kept pairs reversed {_share(summary.reversed_pairs, summary.kept_pairs)}, "
         f"inert responses {_share(summary.inert, summary.candidates)}, "
         f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}"
     )
@@ -142,6 +122,8 @@ def header(run: Run) -> str:
         ),
         "folder": _folder_text(run),
     }
+    if train.gaps:
+        lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
     if args.max_dropped_mass is not None:
         lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
     if run.skipped:
@@ -224,6 +206,7 @@ def memory_report(run: Run) -> dict[str, int]:
 
 
 def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
+    run.trainer.remove_callback(Progress)  # the table says it
     run.report()
     if run.args.process_index != 0:
         return
@@ -328,4 +311,5 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
 def demo(words: Sequence[str]) -> int:
     """`clha-fast demo`: `train` with the bundled configuration and data; a demo run before it is replaced."""
     base = {**read_config(bundled("demo.yaml")), "train_file": bundled("ranked_demo.jsonl")}
-    return train(words, {**base, "overwrite": "--resume" not in words})
+    resume = any(word.partition("=")[0] == "--resume" for word in words)
+    return train(words, {**base, "overwrite": not resume})

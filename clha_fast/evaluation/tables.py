@@ -38,10 +38,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "-" * (sum(widths) + 2 * len(widths) - 2), *text[1:]])
 
 
+def margin_text(quartiles: Sequence[float], flag: str) -> str:
+    """Reward margins that fit the data, from `objectives.pairs.gap_quartiles`; "" of none."""
+    if not quartiles:
+        return ""
+    values = ", ".join(f"{value:.3g}" for value in quartiles)
+    return f"quartiles of the reward gaps {values}: {flag} of these drops 25, 50, 75% of the pairs as noise"
+
+
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Held-out metrics before and after training."""
+    """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last."""
     rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in EVALUATION_ROWS.items()]
-    return table(["held out", "before", "after"], rows)
+    best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
+    return table(["held out", "before", f"after{best}"], rows)
 
 
 def memory_table(peaks: Mapping[str, int], names: Mapping[str, str]) -> str:

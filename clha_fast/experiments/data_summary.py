@@ -11,6 +11,7 @@ from clha_fast.batching.batch import inert_mask
 from clha_fast.data.records import RankedRecord
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
+from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.types import RankingInputs
 
 
@@ -20,7 +21,9 @@ class DataSummary:
 
     Attributes:
         pairs: all i < j. noise_pairs: those the noise rule drops. inert: candidates that training does not run.
+        reversed_pairs: kept ones in which the worse-ranked response has the higher reward.
         closed_gates: prompts whose SFT target's reward is not above the floor.
+        gaps: quartiles of |r_i - r_j| over all pairs, () without rewards or pairs.
     """
 
     prompts: int
@@ -32,6 +35,12 @@ class DataSummary:
     noise_pairs: int
     inert: int
     closed_gates: int
+    reversed_pairs: int = 0
+    gaps: tuple[float, ...] = ()
+
+    @property
+    def kept_pairs(self) -> int:
+        return self.pairs - self.noise_pairs
 
 
 def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSummary:
@@ -55,4 +64,6 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         noise_pairs=int((~plan.kept).sum()),
         inert=int(inert_mask(rewards, sizes, targets, objective).sum()),
         closed_gates=int((~plan.gate).sum()),
+        reversed_pairs=int((plan.kept & (plan.pairs.order < 0)).sum()),
+        gaps=() if plan.pairs.lead is None else gap_quartiles(plan.pairs.lead),
     )

@@ -37,7 +37,7 @@ from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
-from clha_fast.training.validation import check_best_metric, evaluation_metrics
+from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
@@ -66,7 +66,7 @@ class RunOptions:
 
     Attributes:
         train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
-            file's prompts are held out; with 0 none are, and nothing is evaluated.
+            file's prompts are held out; with 0 none of its own are, and without either nothing is evaluated.
         format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
@@ -105,8 +105,8 @@ class RunOptions:
             raise ValueError("tokenizer: expected either tokenizer or build_tokenizer, got both")
         if self.model is None and self.tokenizer is None and self.build_tokenizer is None:
             raise ValueError("tokenizer: expected tokenizer or build_tokenizer with model_config, got neither")
-        if self.eval_file is not None and self.eval_fraction is not None:
-            raise ValueError("eval_fraction: expected either eval_file or eval_fraction, got both")
+        if self.eval_file is not None and self.eval_fraction:
+            raise ValueError("eval_fraction: expected none (or 0) beside eval_file, got both")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.resume and self.overwrite:
@@ -215,6 +215,7 @@ class Run:
         self.tokenizer = self._tokenizer()
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
+        check_optimizer(self.args, self.model)
         self.trainer = CLHATrainer(
             self.model,
             self.args,
@@ -328,11 +329,19 @@ class Run:
             signal.signal(signal.SIGINT, before)
 
     def report(self) -> None:
-        """Evaluate the trained model and save it, its tokenizer and the metrics."""
+        """Evaluate the trained model, unless training has just done so, and save it, its tokenizer and the metrics."""
         if self.held_out:
-            self.after = self.trainer.evaluate()
+            self.after = self._evaluated() or self.trainer.evaluate()
         self.trainer.save_model()
         self.write_metrics()
+
+    def _evaluated(self) -> dict[str, float] | None:
+        """What training has found for the weights that there are now, at its last step."""
+        state = self.trainer.state
+        if self.trainer.restored_step is not None or not state.global_step:
+            return None
+        lines = (line for line in state.log_history if line["step"] == state.global_step and "eval_loss" in line)
+        return next(lines, None)
 
     def write_metrics(self, **more: Any) -> None:
         """`metrics.json`: evaluation before and after, every line of the log, and `more`; null is not a number."""

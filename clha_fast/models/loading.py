@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -18,12 +23,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
 from clha_fast.messages import check_keys, nearest
 from clha_fast.models.adapters import import_peft
 
+logger = logging.get_logger(__name__)
+
+# One of them is in every repository that can be loaded.
+_KNOWN_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
+_PATIENCE = 10.0  # seconds
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -63,16 +74,47 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 4096, min_frequency:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
+def _expected(option: str, name: str) -> str:
+    return f"{option}: expected a folder that holds one, or a name on the Hub, got {name!r}"
+
+
+def check_reachable(option: str, name: str) -> None:
+    """Whether there is such a folder, or such a name in the cache or on the Hub, asked once.
+
+    transformers asks for file after file and tries each again and again, for a minute or more where a path is mistyped.
+
+    Raises:
+        ValueError: there is none, or the Hub does not answer.
+    """
+    if os.path.isdir(name):
+        return
+    expected = _expected(option, name)
+    if os.path.lexists(name):
+        raise ValueError(f"{expected}, which is a file")
+    parent, _, last = name.rstrip("/").rpartition("/")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+    if looks_local or (parent and os.path.isdir(parent)):
+        known = os.listdir(parent) if os.path.isdir(parent) else []
+        raise ValueError(f"{expected}, and there is no such folder{nearest(last, known)}")
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _KNOWN_FILES):
+            return
+        get_hf_file_metadata(hf_hub_url(name, _KNOWN_FILES[0]), timeout=_PATIENCE)
+    except EntryNotFoundError:  # the name is there, with other files
+        return
+    except Exception as error:  # whatever carries requests today: none of its errors is ours
+        reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        raise ValueError(f"{expected}, which is no folder here, and the Hub gives none ({reason})") from error
+
+
 @contextlib.contextmanager
 def _one_sentence(option: str, name: str) -> Iterator[None]:
     """What transformers and the Hub say in paragraphs, as one sentence that names the option."""
-    expected = f"{option}: expected a folder that holds one, or a name on the Hub, got {name!r}"
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-    if looks_local and not os.path.isdir(name):
-        raise ValueError(f"{expected}, and there is no such folder")
+    check_reachable(option, name)
+    expected = _expected(option, name)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, or of another shape
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
         raise ValueError(f"{expected} ({reason})") from error
 
@@ -159,13 +201,64 @@ def load_model(
     A folder with an adapter of peft's alone gives the adapter on its base model, and goes on training it.
 
     Raises:
-        ValueError: there is none. ImportError: an adapter, and peft is not installed.
+        ValueError: there is none; weights are missing there, which would begin at random.
+        ImportError: an adapter, and peft is not installed.
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return _load_adapter(name, dtype=dtype, **extra)
+    return _load_whole(name, dtype=dtype, **extra)
+
+
+def _load_whole(name: str, **settings: Any) -> PreTrainedModel:
     with _one_sentence("model", name):
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            return import_peft().AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, dtype=dtype, **extra)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **extra)
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+    missing, unused = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if missing:
+        hint = f", and with unused ones ({_some(unused)})" if unused else ""
+        raise ValueError(
+            f"model: expected weights for every parameter of {type(model).__name__}, got {name} without "
+            f"{_some(missing)}{hint}; these would begin at random: rename the weights as transformers does, or if new "
+            f"ones are meant, save them once (AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)) "
+            "and give that folder"
+        )
+    if unused:
+        logger.warning(f"model: {name} has weights that {type(model).__name__} does not use: {_some(unused)}")
+    return model
+
+
+def _load_adapter(name: str, **settings: Any) -> PreTrainedModel:
+    """As peft's `AutoPeftModelForCausalLM`, with the weights of the base model and of the adapter checked."""
+    peft = import_peft()
+    with _one_sentence("model", name):
+        config = peft.PeftConfig.from_pretrained(name)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"model: expected an adapter of a causal language model, got {name} for {config.task_type}")
+    if not config.base_model_name_or_path:
+        raise ValueError(f"model: expected an adapter that names its base model, got {name}, which names none")
+    revision = {} if config.revision is None else {"revision": config.revision}
+    base = _load_whole(config.base_model_name_or_path, **settings, **revision)
+    if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
+        size = len(load_tokenizer(name, "model"))
+        if size > base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(size)
+    with _one_sentence("model", name), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = peft.PeftModelForCausalLM.from_pretrained(base, name, is_trainable=True)
+    missing = next(
+        (text for text in (str(warning.message) for warning in said) if "missing adapter keys" in text), None
+    )
+    if missing is not None:
+        names = re.findall(r"'([^']+)'", missing)
+        raise ValueError(
+            f"model: expected weights for every parameter of the {config.peft_type} adapter, got {name} without "
+            f"{_some(names)}, which would begin anew; rename the weights in its file as peft writes them"
+        )
+    return model
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return f"{', '.join(names[:most])}{f', ... ({len(names)} in all)' if len(names) > most else ''}"
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

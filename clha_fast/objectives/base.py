@@ -291,3 +291,11 @@ class Objective(Settings):
     def noise_hint(self) -> str:
         """Which settings may have dropped every pair, as a sentence of advice."""
         return ""
+
+    def silence_hint(self, several: bool) -> str:
+        """Why the loss may depend on no response at all, and the way out, as a clause.
+
+        Args:
+            several: some prompt has more than one response.
+        """
+        return "give prompts that have several responses" if not several else "see what the objective leaves out"

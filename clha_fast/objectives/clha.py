@@ -25,6 +25,7 @@ NoiseRule = Literal["abs", "signed", "none"]
 Reduction = Literal["sum", "distance_mean", "pair_mean"]
 SFTForm = Literal["sum", "mean"]
 SFTFactor = Literal["squared", "one"]
+Preset = Literal["published", "paper", "sft_only"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class CLHAOptions(Objective):
         super().__post_init__()
 
     @classmethod
-    def preset(cls, name: str) -> CLHAOptions:
+    def preset(cls, name: Preset) -> CLHAOptions:
         """A named preset: "published" (the training code), "paper" (Eq. 5 as printed) or "sft_only" (targets' NLL)."""
         require("preset", name, name in PRESETS, f"one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -169,6 +170,21 @@ class CLHAOptions(Objective):
             "margin that fits the rewards, or noise_rule='none'"
         )
 
+    def silence_hint(self, several: bool) -> str:
+        """As `Objective`: ranking is off or has no pair, and SFT is off, has factor 0 or closed gates."""
+        rank = f"rank_weight={self.rank_weight:g} turns ranking off"
+        if self.rank_weight > 0:
+            rank = "no pair is ranked" if not several else f"reward_margin={self.reward_margin:g} drops every pair"
+        way = "reward_margin and reward_floor have to fit the rewards (or noise_rule='none')"
+        if self.sft_weight == 0:
+            sft, way = "sft_weight=0 turns SFT off", "set a weight above 0 on what the data have"
+        elif not several and self.sft_factor == "squared":
+            sft, way = "sft_factor='squared' is (1 - 1)^2 = 0", "preset='sft_only' or sft_factor='one' trains on them"
+        else:
+            sft = f"no SFT target's reward is above reward_floor={self.reward_floor:g}"
+        single = "" if several else "every prompt has one response: "
+        return f"{single}{rank} and {sft}; {way}"
+
 
 @dataclass(frozen=True)
 class CLHAPlan(Plan):
@@ -197,7 +213,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 PUBLISHED = CLHAOptions()
-PRESETS: dict[str, CLHAOptions] = {
+PRESETS: dict[Preset, CLHAOptions] = {
     "published": PUBLISHED,
     "paper": CLHAOptions(reduction="sum", sft="mean"),
     "sft_only": CLHAOptions(rank_weight=0.0, sft="mean", sft_weight=1.0, sft_factor="one", reward_floor=-math.inf),

@@ -20,6 +20,17 @@ def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
     return torch.ones_like(lead, dtype=torch.bool)
 
 
+def gap_quartiles(gaps: Tensor) -> tuple[float, ...]:
+    """The three quartiles of |gaps|: reward margins that drop about 25, 50 and 75 % of the pairs; () of none.
+
+    Each is the gap of a pair, so a rule that keeps what is above it drops that pair and all below.
+    """
+    if not gaps.numel():
+        return ()
+    ordered = gaps.abs().sort().values
+    return tuple(float(ordered[max(-(-quarter * len(ordered) // 4) - 1, 0)]) for quarter in (1, 2, 3))
+
+
 @dataclass(frozen=True)
 class Pairs:
     """All pairs (i, j), i ranked better than j in the same prompt, in the order of i, then of j.

@@ -90,6 +90,9 @@ class PROOptions(Objective):
         """Prompts of one candidate: no pairs, and (n - 1)^2 = 0."""
         return layout.sizes[layout.prompt] == 1
 
+    def silence_hint(self, several: bool) -> str:
+        return "every prompt has one response, which has no pair and the SFT factor (1 - 1)^2 = 0; SFTOptions trains it"
+
 
 def _later(group: Group) -> Tensor:
     """bool [prompts, k, i]: both candidates have a token, and i is ranked below k."""

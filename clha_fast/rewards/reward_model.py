@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.models.loading import check_vocabulary
+from clha_fast.models.loading import check_reachable, check_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -155,6 +155,7 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
     path = os.fspath(path)
     if not os.path.isdir(path) and (os.path.lexists(path) or path.startswith((".", "~", os.sep))):
         raise ValueError(f"reward_model: expected a folder with a model, or a name on the Hub, got {path!r}")
+    check_reachable("reward_model", path)
     if os.path.isdir(path) and not any(name.endswith("config.json") for name in os.listdir(path)):
         raise ValueError(f"reward_model: expected a folder with a model, got {path!r} without a configuration")
     verbosity = logging.get_verbosity()

@@ -124,7 +124,8 @@ def model_card(
     held_out = next((line for line in reversed(log) if "eval_rank_loss" in line), None)
     if held_out is not None:
         rows = {text: held_out[f"eval_{key}"] for key, text in _METRICS.items() if f"eval_{key}" in held_out}
-        parts.append(f"## Held out, after step {held_out.get('step')}\n\n" + _table(("metric", "value"), _values(rows)))
+        step = held_out.get("eval_step", held_out.get("step"))  # the former where an earlier step's weights are back
+        parts.append(f"## Held out, after step {step}\n\n" + _table(("metric", "value"), _values(rows)))
     chosen = {name: getattr(settings, name) for name in _SETTINGS}
     chosen["lr_scheduler_type"] = getattr(chosen["lr_scheduler_type"], "value", chosen["lr_scheduler_type"])
     chosen["optim"] = getattr(chosen["optim"], "value", chosen["optim"])

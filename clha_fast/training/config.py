@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
-from clha_fast.training.validation import check_loading, check_machine, check_numbers
+from clha_fast.training.validation import check_loading, check_machine, check_numbers, check_schedule
 
 _PRESET = {"help": "None: as the preset says."}
 _LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
@@ -51,7 +51,7 @@ class CLHAConfig(TrainingArguments):
             that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
 
-    preset: str = field(default="published", metadata={"help": "published, paper or sft_only."})
+    preset: Preset = field(default="published", metadata={"help": "published, paper or sft_only."})
     margin: float | None = field(default=None, metadata=_PRESET)
     reward_margin: float | None = field(default=None, metadata=_PRESET)
     noise_rule: str | None = field(default=None, metadata=_PRESET)
@@ -99,6 +99,7 @@ class CLHAConfig(TrainingArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         check_loading(self)
+        check_schedule(self)
         for name, least in (("eval_samples", 0), ("eval_sample_tokens", 1), ("eval_sample_temperature", 0.0)):
             value = getattr(self, name)
             if not value >= least:

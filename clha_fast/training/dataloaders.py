@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer
 
-from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch, first_prompts
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import (
     LengthSampler,
@@ -20,6 +23,7 @@ from clha_fast.batching.sampling import (
     row_lengths,
 )
 from clha_fast.batching.stream import RankedStream
+from clha_fast.batching.totals import add_counts, dataset_counts, local_counts
 from clha_fast.objectives import Objective
 from clha_fast.training.datasets import as_dataset
 from clha_fast.training.validation import sampling_strategy
@@ -33,6 +37,8 @@ class RankedLoaders(Trainer):
     eval_collator: Any
     loss_options: Objective
     _signature_columns: list[str] | None
+    # Counts of evaluation sets, which do not change from evaluation to evaluation.
+    _counted: weakref.WeakKeyDictionary[RankedDataset, Tensor]
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer`; with `max_tokens_per_batch` its batches are those of a `TokenBudgetSampler`.
@@ -120,6 +126,36 @@ class RankedLoaders(Trainer):
             return None
         own = min(max(state.remainder - self.args.process_index // self.get_tp_size() * size, 0), size)
         return None if own == size else own
+
+    def _counts_of(self, loader: DataLoader) -> Tensor:
+        """float64 on the device, `local_counts` of everything that an evaluation's loader gives, over all processes.
+
+        A tokenised dataset is counted as it is; anything else is read once more, a pass without the model.
+        """
+        dataset, collator = getattr(loader, "dataset", None), self.eval_collator
+        if isinstance(dataset, RankedDataset) and isinstance(collator, RankedCollator):
+            if dataset not in self._counted:
+                self._counted[dataset] = dataset_counts(dataset, self.loss_options, collator.drop_inert)
+            return self._counted[dataset].to(self.args.device)
+        parts, most = [], 1
+        with torch.random.fork_rng(devices=[]):  # a pass of a loader draws a seed for its workers
+            for inputs in loader:
+                batch = CandidateBatch.from_dict(inputs)
+                own = self._own_prompts(batch, inputs.get("num_fill", 0))
+                if own != 0:
+                    batch = batch if own is None else first_prompts(batch, own)
+                    largest = int(batch.candidates_per_prompt.max())
+                    parts.append(local_counts([batch], self.loss_options, largest))
+                    most = max(most, largest)
+        if self.accelerator.num_processes > 1:
+            most = int(self.accelerator.gather(torch.tensor([most], device=self.args.device)).max())
+        return self._sum_over_processes(add_counts(parts, most).to(self.args.device))
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        """Over those with batches of their own; whole numbers stay exact."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values, reduction="sum") / self.get_tp_size()
 
     def _skipped_records(self) -> dict[str, int]:
         """What a training line of the log says of a stream's bad records."""

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
-from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
+from clha_fast.batching.totals import feature_chunks, is_tokenised, ranking_inputs
 from clha_fast.data.records import RecordError
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import Pairs
 from clha_fast.training.config import CLHAConfig
 
+_LOOK = 2048  # prompts whose order is held to their rewards
+# A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
+_CONTRADICTION = 0.2
 logger = logging.get_logger(__name__)
-
-# Records whose pairs are looked at together.
-_BLOCK = 256
 
 
 def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
@@ -52,10 +52,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
             return dataset
         if hasattr(dataset, "__len__"):
-            found = _tokenised(dataset, collator, args, name)
-            if training:
-                _warn_if_nothing_is_ranked(found, collator.options)
-            return found
+            return _tokenised(dataset, collator, args, name)
         if not hasattr(dataset, "__iter__"):
             return dataset
     if isinstance(dataset, Iterator):
@@ -75,21 +72,59 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     )
 
 
-def _warn_if_nothing_is_ranked(dataset: RankedDataset, objective: Objective) -> None:
-    """A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing."""
-    blocks = (range(k, min(k + _BLOCK, len(dataset))) for k in range(0, len(dataset), _BLOCK))
-    if not objective.ranks or any(_keeps_a_pair([dataset[k] for k in block], objective) for block in blocks):
+def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes: int) -> None:
+    """Whether training on `dataset` would change anything, as far as data say; of what is not tokenised, the size.
+
+    Args:
+        processes: how many have batches of their own.
+
+    Raises:
+        ValueError: no batch is full and only full ones train; the loss depends on no response.
+    """
+    if not hasattr(dataset, "__len__"):
         return
-    several = any(len(dataset[k]["completion_ids"]) > 1 for k in range(len(dataset)))
+    size, least = len(dataset), args.train_batch_size
+    if not args.accelerator_config.split_batches:
+        least *= processes
+    if args.dataloader_drop_last and size < least:
+        raise ValueError(
+            f"dataloader_drop_last: expected False, or at least the {least} prompts of a full batch on each of "
+            f"{processes} process{'es' if processes > 1 else ''}, got True and {size}, none of which would train; a "
+            "smaller per_device_train_batch_size makes full ones"
+        )
+    if not is_tokenised(dataset):
+        return
+    counts = several = False
+    seen = kept = backwards = 0
+    for features in feature_chunks(dataset):
+        given = ranking_inputs(features)
+        layout = Layout.whole(given.candidates_per_prompt)
+        pairs = Pairs.of(layout, given.rewards)
+        chosen = objective.kept(pairs)
+        several |= layout.largest > 1
+        counts |= not bool(objective.inert(layout, given.rewards, given.sft_index).all())
+        kept += int(chosen.sum())
+        backwards += int((chosen & (pairs.order < 0)).sum())
+        seen += len(features)
+        if seen >= _LOOK and counts and (kept or not objective.ranks):
+            break
+    if counts and objective.ranks and backwards > _CONTRADICTION * kept:
+        logger.warning(
+            f"train_dataset: the rewards contradict the order in {backwards:,} of {kept:,} kept pairs "
+            f"({100 * backwards / kept:.0f}%) of the first {seen:,} prompts, which train as they are ordered; "
+            "rank_by_reward=True (of read_records, and of clha-fast train) orders the responses by reward, "
+            "noise_rule='signed' drops such pairs"
+        )
+    if counts and (kept or not objective.ranks):
+        return
+    if not counts:
+        raise ValueError(
+            "train_dataset: expected responses on which the loss depends, got none, so nothing would train; "
+            f"{objective.silence_hint(several)}"
+        )
+    # A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing.
     why = objective.noise_hint if several else "every prompt has one response"
     logger.warning(f"train_dataset: no pair of responses is ranked, the SFT term alone trains; {why}")
-
-
-def _keeps_a_pair(features: Sequence[CandidateFeature], objective: Objective) -> bool:
-    layout = Layout.whole(torch.tensor([len(feature["completion_ids"]) for feature in features]))
-    rewards = [reward for feature in features for reward in feature.get("rewards") or ()]
-    pairs = Pairs.of(layout, torch.tensor(rewards, dtype=torch.float32) if rewards else None)
-    return bool(objective.kept(pairs).any())
 
 
 def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from clha_fast.models.sharding import reshard
@@ -21,6 +23,7 @@ class ReportingTrainer(CheckpointingTrainer):
 
     Attributes:
         dataset_names: for the card, set by whoever knows them.
+        restored_step: whose weights the model has, where not the last step's (load_best_model_at_end); else None.
         loss_options, eval_collator: of the trainer that is built on it.
     """
 
@@ -29,6 +32,7 @@ class ReportingTrainer(CheckpointingTrainer):
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None
     _sampled_step: int | None = None
+    restored_step: int | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -43,6 +47,22 @@ class ReportingTrainer(CheckpointingTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         check_best_metric(self.args.metric_for_best_model, metrics)
         return super()._determine_best_metric(metrics, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        self.restored_step = None
+        return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_global_step
+        self.restored_step = best if best and best != self.state.global_step else None
+
+    def _place_events(self) -> None:
+        """TensorBoard's events go below the output folder, also where something is logged before training begins."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, "runs", f"{time.strftime('%b%d_%H-%M-%S')}")
 
     def _write_samples(self, dataset: Any) -> None:
         """Every process takes part, since the weights may be spread over them; the first one writes."""

@@ -12,10 +12,14 @@ from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 
 
 class RunningMetrics:
-    """Metrics of one objective added up over calls, and over processes when read."""
+    """Metrics of one objective added up over calls, and over processes when read.
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    Args:
+        summed: the calls' losses are parts of one, divided by the counts of all, and add up; else a mean.
+    """
+
+    def __init__(self, objective: Objective, summed: bool = False) -> None:
+        self.objective, self.summed = objective, summed
         self.reset()
 
     def reset(self) -> None:
@@ -49,5 +53,5 @@ class RunningMetrics:
         inert, calls = int(counts[0]), int(counts[1])
         if not calls:
             return None
-        found = CLHAMetrics(values, values[:0], calls, self.objective.metric_names)
+        found = CLHAMetrics(values, values[:0], 1 if self.summed else calls, self.objective.metric_names)
         return {**found.as_dict(), "inert_candidates": float(inert)}

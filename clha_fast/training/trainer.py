@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateBatch, first_prompts
 from clha_fast.batching.collator import RankedCollator
@@ -27,9 +29,12 @@ from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
-from clha_fast.training.datasets import as_dataset
+from clha_fast.training.datasets import as_dataset, check_trains
+from clha_fast.training.lengths import RowLimit
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
+
+logger = logging.get_logger(__name__)
 
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
@@ -52,7 +57,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     the output embedding. Logs carry `rank_loss`, `sft_loss`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`,
     `logps/rejected`, `kept_pair_share`, `active_pair_share`, `open_gate_share`, `kendall_tau`, `num_tokens` and
     `inert_candidates` (the last two are counts since the last log line); evaluation the same under `eval_`, pooled
-    over all of its batches and processes, and `eval_loss` = `eval_rank_loss` + `eval_sft_loss`, a mean over batches.
+    over all of its batches and processes, and `eval_loss` = `eval_rank_loss` + `eval_sft_loss`, the loss of the whole
+    set as one batch, however it is split.
 
     Args:
         model: a causal language model from transformers.
@@ -143,10 +149,17 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
                 f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
             )
-        self._train_metrics, self._eval_metrics = (RunningMetrics(self.loss_options) for _ in range(2))
+        self._train_metrics = RunningMetrics(self.loss_options)
+        # An evaluation's batches are given the counts of the whole of it, so their terms are summed.
+        self._eval_metrics = RunningMetrics(self.loss_options, summed=True)
         self._step_counts: dict[str, Tensor] | None = None
+        self._eval_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None
+        self._silent = True  # no batch so far had a response on which the loss depends
         self.dataset_names = []
+        self._counted = weakref.WeakKeyDictionary()
+        config: Any = getattr(model, "config", None)
+        caches = getattr(config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -160,7 +173,15 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if caches is not None and not args.use_cache:
+            # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
+            config.use_cache = caches
         self._check_wrappers()
+        check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
+        self._row_limit = RowLimit(model, data_collator)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
+            self._row_limit.check_dataset(dataset, name)
 
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""
@@ -211,12 +232,14 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         loss, metrics = self._loss(model, batch, counts, scale)
         if model.training:
             self._train_metrics.add(metrics, batch.num_inert, scale)
+            self._silent &= batch.num_inert == batch.candidate_lengths.numel()
             self._note_shape(batch)
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
     def _loss(
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
+        self._row_limit.check_width(batch.input_ids.shape[1])
         tensors = {**batch.loss_inputs(), **(counts or {})}
         found = self._forward(model, batch.model_inputs(), tensors, scale=scale)
         return found.loss, found.metrics
@@ -241,12 +264,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             self._step_counts = step_counts(self._sum_over_processes(counts), self.loss_options)
         return samples, items
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        """Over those with batches of their own; whole numbers stay exact."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values, reduction="sum") / self.get_tp_size()
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""
         if self.is_deepspeed_enabled and self.deepspeed is not None and self.optimizer is None:
@@ -259,7 +276,19 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "
                 "trains with is_trainable=True"
             )
-        return super().train(*args, **kwargs)
+        found = super().train(*args, **kwargs)
+        step, most = self.state.global_step, self.state.max_steps
+        if step == getattr(self, "_initial_global_step", None):
+            why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
+            logger.warning(f"train: nothing was trained; {why}")
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
 
     # ---- evaluation ----
 
@@ -279,7 +308,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 # The last batch was filled up with prompts seen before; they must not count twice.
                 batch = first_prompts(batch, own)
             # Also where none is its own: the model may be spread over the processes, which all have to take part.
-            loss, metrics = self._loss(model, batch)
+            loss, metrics = self._loss(model, batch, self._eval_counts)
         if own == 0:
             return loss, None, None
         self._eval_metrics.add(metrics, batch.num_inert)
@@ -301,12 +330,18 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             )
         self._eval_metrics.reset()
         with self._unprepared():
-            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            self._eval_counts = step_counts(self._counts_of(dataloader), self.loss_options)
+            try:
+                output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            finally:
+                self._eval_counts = None
         reshard(self.model)
         metrics = self._eval_metrics.take(self._sum_over_processes, self.args.device)
         if metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["rank_loss"] + metrics["sft_loss"]
+        if self.restored_step is not None:
+            output.metrics[f"{metric_key_prefix}_step"] = self.restored_step
         return output
 
     @contextlib.contextmanager
@@ -344,4 +379,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if "loss" in logs:
             metrics = self._train_metrics.take(self._sum_over_processes, self.args.device)
             logs.update(metrics or {}, **self._skipped_records())
+            if self._silent and metrics is not None:  # a stream: other data are looked at before
+                self._silent = False
+                hint = self.loss_options.silence_hint(several=True)
+                logger.warning(f"train_dataset: the loss has depended on no response so far; {hint}")
+        self._place_events()
         super().log(logs, start_time)

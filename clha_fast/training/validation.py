@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
@@ -69,6 +69,30 @@ def check_machine(args: Any) -> None:
             raise ValueError(f"report_to: expected a reporter whose package is installed, got {name!r}")
 
 
+def check_schedule(args: Any) -> None:
+    """ValueError where the schedule cannot be made, for what `lr_scheduler_kwargs` lacks or should not have."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs: expected what the schedule {name!r} takes, got {args.lr_scheduler_kwargs!r} "
+            f"({' '.join(str(error).split())})"
+        ) from error
+
+
+def check_optimizer(args: Any, model: Any) -> None:
+    """ValueError where transformers cannot make the optimizer, for a package or a setting that it needs."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(
+            f"optim: expected an optimizer that can be made here, got {name!r} ({' '.join(str(error).split())})"
+        ) from error
+
+
 def check_best_metric(name: str | None, metrics: Iterable[str]) -> None:
     """ValueError where `metric_for_best_model` is none of an evaluation's `metrics` (with or without `eval_`)."""
     known = [metric.removeprefix("eval_") for metric in metrics]
@@ -122,6 +146,10 @@ def check_loading(args: Any) -> None:
         raise ValueError(
             "train_sampling_strategy: expected random with max_tokens_per_batch, which groups by length itself, got "
             f"{strategy!r}"
+        )
+    if args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last: expected False with max_tokens_per_batch, whose epochs hold every prompt, got True"
         )
     if loading.split_batches:
         raise ValueError(

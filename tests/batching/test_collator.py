@@ -159,17 +159,30 @@ def test_prompt_is_cut_from_the_left_behind_its_bos(with_bos, without_bos):
         assert kept == own[-limit:]
 
 
-def test_max_length_cuts_the_prompt_first_then_the_responses(with_bos):
+def test_max_length_cuts_the_prompt_to_a_quarter_then_the_responses(with_bos):
     record = RECORDS[0]
     whole = RankedCollator(with_bos).tokenize_record(record)
     prompt, completions = whole["prompt_ids"], whole["completion_ids"]
     longest = max(map(len, completions))
     for limit in range(3, len(prompt) + longest + 2):
         cut = RankedCollator(with_bos, max_length=limit).tokenize_record(record)
-        room = min(len(prompt), max(2, limit - longest))
+        room = min(len(prompt), max(2, limit // 4, limit - longest))
         assert cut["prompt_ids"] == ([prompt[0], *prompt[len(prompt) - room + 1 :]])
         assert cut["completion_ids"] == [ids[: limit - room] for ids in completions]
         assert max(map(len, cut["completion_ids"])) + room <= limit
+
+
+@pytest.mark.parametrize("lengths", [(40, (400, 3, 5)), (400, (2, 390)), (90, (90, 90)), (5, (300,))])
+@pytest.mark.parametrize("limit", [32, 100, 333])
+def test_one_long_response_leaves_a_prompt_to_all(without_bos, lengths, limit):
+    prompt, sizes = lengths
+    record = RankedRecord("a" * prompt, tuple("b" * size for size in sizes), source="f:1")
+    whole = RankedCollator(without_bos).tokenize_record(record)
+    cut = RankedCollator(without_bos, max_length=limit).tokenize_record(record)
+    kept, longest = len(cut["prompt_ids"]), max(map(len, cut["completion_ids"]))
+    assert kept >= min(len(whole["prompt_ids"]), limit // 4)
+    assert kept + longest == min(limit, len(whole["prompt_ids"]) + max(map(len, whole["completion_ids"])))
+    assert cut["prompt_ids"] == whole["prompt_ids"][-kept:]
 
 
 def test_max_completion_length_protects_the_prompt(with_bos):

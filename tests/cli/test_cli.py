@@ -311,7 +311,7 @@ def test_curve_without_points_and_without_matplotlib(
         return plain(name, *rest, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "can_plot", lambda: False)
     assert cli.main(command(tmp_path, max_steps=1)) == 0
     assert "not drawn: the plot extra (matplotlib) is not installed" in capsys.readouterr().out
     assert not (tmp_path / "run" / "loss_curve.png").exists()

@@ -105,6 +105,8 @@ def test_evaluation_pools_over_batches(tmp_path: Path, batch_size: int) -> None:
     assert got["eval_num_tokens"] == whole.targets.numel()
     assert got["eval_inert_candidates"] == 0
     assert got["eval_loss"] == pytest.approx(got["eval_rank_loss"] + got["eval_sft_loss"])
+    assert got["eval_rank_loss"] == pytest.approx(float(sums[0]), rel=1e-5)
+    assert got["eval_sft_loss"] == pytest.approx(float(sums[1]), rel=1e-5)
     assert got["eval_open_gate_share"] == float(sums[12]) / 8
 
 
@@ -145,7 +147,9 @@ def test_global_normalizer_does_not_depend_on_the_split(tmp_path: Path, changes:
 
 def test_batch_in_which_nothing_counts(tmp_path: Path) -> None:
     rows = [{"prompt": "say: ", "completions": ["a cat", "a dog"], "rewards": [-1.0, -2.0]}] * 4
-    ours = trainer(tmp_path, rows=rows, max_steps=2, logging_steps=1, weight_decay=0.0)
+    rows.append({"prompt": "say: ", "completions": ["a cat", "a dog"], "rewards": [5.0, -2.0]})  # in the third step
+    order = {"train_sampling_strategy": "sequential"}
+    ours = trainer(tmp_path, rows=rows, max_steps=2, logging_steps=1, weight_decay=0.0, **order)
     start = {name: parameter.clone() for name, parameter in ours.model.named_parameters()}
     ours.train()
     line = next(line for line in ours.state.log_history if "loss" in line)

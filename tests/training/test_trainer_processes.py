@@ -57,8 +57,7 @@ def check(two: dict[str, Any], one: dict[str, Any]) -> None:
     for name in one["weights"]:  # nothing was left where it began
         assert not torch.equal(two["weights"][name], begin[name]), name
     for name, value in one["eval"].items():
-        if name not in ("eval_loss", "eval_rank_loss", "eval_sft_loss"):  # means over batches, split otherwise
-            assert two["eval"][name] == pytest.approx(value, rel=CLOSE, abs=1e-6), name
+        assert two["eval"][name] == pytest.approx(value, rel=CLOSE, abs=1e-6), name
     assert two["logs"] == [pytest.approx(line, rel=CLOSE, abs=1e-6) for line in one["logs"]]
     assert two["samples"] == one["samples"]
     assert len(two["samples"]) == 2

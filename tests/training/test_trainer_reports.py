@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from clha_fast.objectives.clha import CLHAOptions
-from clha_fast.training import datasets, samples
+from clha_fast.training import datasets as training_datasets
+from clha_fast.training import samples
 from clha_fast.training.card import CARD_FILE, MARK, model_card
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
@@ -298,8 +299,12 @@ def test_tensorboard(tmp_path: Path) -> None:
     ("rewards", "changes", "words"),
     [
         ([1.0, 0.5, -1.5], {}, "reward_margin=3 with noise_rule='abs' drops all pairs"),
-        ([-5.0, 1.0, 0.0], {"noise_rule": "signed"}, "reward_margin=3 with noise_rule='signed' drops all pairs"),
-        ([1.0], {}, "every prompt has one response"),
+        (
+            [-5.0, 1.0, 0.0],
+            {"noise_rule": "signed", "reward_floor": -9.0},
+            "reward_margin=3 with noise_rule='signed' drops all pairs",
+        ),
+        ([1.0], {"sft_factor": "one"}, "every prompt has one response"),
         ([1.0, 0.5, -2.5], {}, None),
         ([0.0, 5.0, 1.0], {"noise_rule": "signed"}, None),
         ([1.0, 0.5, -1.5], {"noise_rule": "none"}, None),
@@ -315,7 +320,7 @@ def test_a_margin_that_drops_every_pair_is_said(
     words: str | None,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(datasets.logger, "warning", said.append)
+    monkeypatch.setattr(training_datasets.logger, "warning", said.append)
     row = {"prompt": "say", "completions": [f"word {k}" for k in range(len(rewards or "two"))], "rewards": rewards}
     args = CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **changes)
     made = CLHATrainer(make_model(len(TOKENIZER)), args, train_dataset=[row] * 2, processing_class=TOKENIZER)

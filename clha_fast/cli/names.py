@@ -1,0 +1,120 @@
+"""Names of options, from the source of the settings: what is misspelled is refused before transformers is imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+
+import yaml
+
+from clha_fast.messages import nearest
+
+PRINTING = ("memory_report", "plot")
+# Other trainers' names, with what is written here.
+ELSEWHERE = {
+    **dict.fromkeys(("model_name_or_path", "model_name"), "--model"),
+    **dict.fromkeys(("tokenizer_name", "tokenizer_name_or_path"), "--tokenizer"),
+    "torch_dtype": "--dtype",
+    **dict.fromkeys(
+        ("dataset_name", "dataset_path", "train_dataset", "data_path"), "--train_file, with the path of a file"
+    ),
+    **dict.fromkeys(("eval_dataset", "validation_file"), "--eval_file"),
+    **dict.fromkeys(("dataset_train_split", "dataset_test_split"), "--train_file and --eval_file, or --eval_fraction"),
+    **dict.fromkeys(("use_peft", "use_lora", "lora_r"), "--peft_config.r 16 (any entry of it makes an adapter)"),
+    **{name: f"--peft_config.{name}" for name in ("lora_alpha", "lora_dropout")},
+    "lora_target_modules": "--peft_config.target_modules '[q_proj, v_proj]'",
+    "lora_modules_to_save": "--peft_config.modules_to_save '[lm_head]'",
+    "max_seq_length": "--max_length",
+    "max_target_length": "--max_completion_length",
+    "evaluation_strategy": "--eval_strategy",
+    "no_cuda": "--use_cpu",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "preprocessing_num_workers": "--dataset_num_proc",
+    "loss_type": "--preset, and --reduction, --sft, --noise_rule",
+    "overwrite_output_dir": "--overwrite",
+    "resume_from_checkpoint": "--resume",
+    "beta": "--margin (there is no reference model, hence no beta)",
+}
+
+
+class OptionError(ValueError):
+    """An unknown option, or a value that does not fit; one sentence."""
+
+
+def unknown(name: str, where: str, known: Iterable[str]) -> OptionError:
+    """The error for an option that there is not: what it is called here, or the nearest name."""
+    name = name.replace("-", "_")
+    here = ELSEWHERE.get(name)
+    hint = nearest(name, known) if here is None else f"; here it is {here}"
+    return OptionError(f"{where}: unknown option {name!r}{hint}")
+
+
+def check_names(words: Sequence[str]) -> None:
+    """Every option on the command line, and in the file after --config, without importing what they belong to.
+
+    Raises:
+        OptionError: one that there is not. Whatever else may be wrong is found later.
+    """
+    known = option_names()
+    if known is None:
+        return
+    flags = [word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--") and len(word) > 2]
+    _check(flags, "command line", known | {"config", "help"})
+    paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    paths += [path for word, path in itertools.pairwise(words) if word == "--config"]
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                loaded = yaml.safe_load(file)
+        except (OSError, UnicodeError, yaml.YAMLError):
+            return
+        if isinstance(loaded, dict):
+            _check([str(name) for name in loaded], path, known)
+
+
+def _check(names: Iterable[str], where: str, known: set[str]) -> None:
+    for name in names:
+        if name.replace("-", "_") not in known:
+            raise unknown(name, where, sorted(known))
+
+
+def option_names() -> set[str] | None:
+    """The fields of `RunOptions`, `CLHAConfig` and `TrainingArguments`; None where the latter's source is not found."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        return None
+    here = os.path.dirname(os.path.dirname(__file__))
+    sources = {
+        "TrainingArguments": os.path.join(os.path.dirname(package.origin), "training_args.py"),
+        "CLHAConfig": os.path.join(here, "training", "config.py"),
+        "RunOptions": os.path.join(here, "experiments", "run.py"),
+    }
+    found = set(PRINTING)
+    for name, path in sources.items():
+        try:
+            fields = _fields(path, name)
+        except (OSError, SyntaxError):
+            return None
+        if not fields:
+            return None
+        found |= fields
+    # `train` has its own way to say these.
+    return found - {"resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"}
+
+
+def _fields(path: str, name: str) -> set[str]:
+    """The fields of a dataclass as its source has them."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    owner = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    found = set()
+    for node in owner.body if owner is not None else ():
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            value = node.value
+            made = [k for k in value.keywords if k.arg == "init"] if isinstance(value, ast.Call) else []
+            if not made and "ClassVar" not in ast.dump(node.annotation):
+                found.add(node.target.id)
+    return found

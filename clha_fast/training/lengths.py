@@ -1,0 +1,86 @@
+"""Rows that are longer than the positions of a model, seen before it runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.models.adapters import virtual_tokens
+
+logger = logging.get_logger(__name__)
+
+_TABLE = re.compile(r"pos|wpe")
+_SPARE_ROWS = 2  # some tables begin behind that many of their own
+
+
+class RowLimit:
+    """How many tokens a model has positions for, and what happens to longer rows.
+
+    A table of positions ends: a longer row is refused. Computed positions (rotary ones, or none in a recurrent layer)
+    go on, past what the model was made for: that is said once.
+
+    Args:
+        collator: pads rows to a multiple of its own.
+
+    Attributes:
+        limit: tokens, without those that prompt tuning puts in front; None where the configuration names no limit.
+    """
+
+    def __init__(self, model: nn.Module, collator: Any) -> None:
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        positions: Any = getattr(text, "max_position_embeddings", None)
+        known = isinstance(positions, int) and positions > 0
+        self.limit: int | None = positions - virtual_tokens(model) if known else None
+        self.name = type(model).__name__
+        tensors = [*model.named_parameters(), *model.named_buffers()] if known else []
+        self.table = any(
+            tensor.dim() == 2 and 0 <= tensor.shape[0] - positions <= _SPARE_ROWS and _TABLE.search(name) is not None
+            for name, tensor in tensors
+        )
+        self.multiple = (collator.pad_to_multiple_of if isinstance(collator, RankedCollator) else None) or 1
+        self._said = False
+
+    def check_dataset(self, dataset: Any, name: str) -> None:
+        """The rows of a `RankedDataset`; those of others are checked as they come.
+
+        Raises:
+            ValueError: the model has a table of positions, and a row is longer.
+        """
+        if self.limit is None or not isinstance(dataset, RankedDataset):
+            return
+        longer = sum(length > self.limit for length in dataset.lengths)
+        where = f"{name}, in {longer:,} of {len(dataset):,} prompts" if longer else name
+        self._check(max(dataset.lengths), where)
+
+    def check_width(self, width: int) -> None:
+        """One batch, whose rows are padded to `width`; errors as `check_dataset`."""
+        if self.limit is not None and width > (self.limit if self.table else self._padded(self.limit)):
+            self._check(width, "a batch")
+
+    def _padded(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
+
+    def _check(self, longest: int, where: str) -> None:
+        limit = self.limit
+        assert limit is not None
+        if longest > limit:
+            text = (
+                f"max_length: expected rows of at most the {limit:,} positions of {self.name}, got up to {longest:,} "
+                f"tokens ({where}); max_length={limit} cuts them"
+            )
+            if self.table:
+                raise ValueError(text)
+            if not self._said:
+                self._said = True
+                logger.warning(f"{text}, else the model runs past the positions that it was made for")
+        elif self.table and self._padded(longest) > limit:
+            raise ValueError(
+                f"pad_to_multiple_of: expected rows of at most the {limit:,} positions of {self.name}, got "
+                f"{self._padded(longest):,} tokens with the padding to a multiple of {self.multiple} ({where}); leave "
+                f"it out, or max_length={max(limit // self.multiple * self.multiple, 1)}"
+            )

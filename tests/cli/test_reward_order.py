@@ -1,0 +1,83 @@
+"""Rewards against the order of the responses, and margins that fit the rewards, in what a run and a scoring say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clha_fast.cli import main as cli
+from clha_fast.cli.score import noise_table
+from clha_fast.data import make_record
+from clha_fast.data.records import RankedRecord
+from clha_fast.experiments.data_summary import summarise
+from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.objectives.pairs import gap_quartiles, keeps
+from clha_fast.rewards.noise import measure_noise
+from tests.support.command_line import command
+from tests.support.trainers import trainer
+
+
+def records(orders: list[list[float]]) -> list[RankedRecord]:
+    return [make_record(f"p{k}", [f"r{j}" for j in range(len(r))], rewards=r) for k, r in enumerate(orders)]
+
+
+@pytest.mark.parametrize(
+    ("orders", "kept", "reversed_pairs", "said"),
+    [
+        ([[9.0, 5.0, 1.0]], 3, 0, False),
+        ([[1.0, 9.0], [9.0, 1.0], [9.0, 1.0]], 3, 1, True),
+        ([[1.0, 9.0]] + [[9.0, 1.0]] * 4, 5, 1, False),  # a fifth, and not above it
+        ([[2.0, 1.0], [1.0, 2.0]], 0, 0, False),  # noise contradicts nothing
+        ([[0.0, 4.0, 8.0, 12.0]], 6, 6, True),
+    ],
+)
+def test_kept_pairs_that_are_reversed(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    orders: list[list[float]],
+    kept: int,
+    reversed_pairs: int,
+    said: bool,
+) -> None:
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, rows=records(orders), reward_floor=-1.0)
+    assert ("the rewards contradict the order" in caplog.text) is said
+    found = summarise(records(orders), PUBLISHED)
+    assert (found.kept_pairs, found.reversed_pairs) == (kept, reversed_pairs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 401])
+def test_quartiles_are_margins(count: int) -> None:
+    gaps = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 4
+    found = gap_quartiles(gaps)
+    for quarter, margin in enumerate(found, start=1):
+        dropped = int((~keeps(gaps, "abs", margin)).sum())
+        assert quarter * count / 4 <= dropped < quarter * count / 4 + 1
+    assert gap_quartiles(gaps[:0]) == ()
+
+
+@pytest.mark.parametrize("wrong", [0, 12])
+def test_a_run_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, wrong: int
+) -> None:
+    rows = [
+        {"prompt": f"say {k}", "completions": ["a cat", "a dog"], "rewards": [1.0, 9.5] if k < wrong else [9.5, 1.0]}
+        for k in range(24)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(command(tmp_path, max_steps=1)) == 0
+    out = capsys.readouterr().out
+    assert "quartiles of the reward gaps 8.5, 8.5, 8.5: a --reward_margin of these" in out
+    assert ("the rewards contradict the order" in caplog.text) is (wrong > 0)
+    caplog.clear()
+    assert ("kept pairs reversed 0 (0%)" in out) is (wrong == 0)
+    assert cli.main(command(tmp_path, "--rank-by-reward", "--overwrite", max_steps=1)) == 0
+    assert "contradict" not in caplog.text
+
+
+def test_a_scoring_suggests_margins() -> None:
+    noise = measure_noise(records([[4.0, 3.0, 1.0], [0.0, 7.0]]))  # gaps 1, 3, 2, -7
+    assert "quartiles of the reward gaps 1, 2, 3: a --reward-margin of these" in noise_table(noise, "rows")

@@ -1,0 +1,69 @@
+"""The loss of an evaluation is that of the whole set as one batch: for any batch size, kind of dataset and options."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.totals import dataset_counts, local_counts
+from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.objectives.pro import PROOptions
+from clha_fast.objectives.sft import SFTOptions
+from tests.support.tiny import make_rows
+from tests.support.trainers import TOKENIZER, collate, eager_loss, trainer
+
+SIZES = (1, 3, 8)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+class Features(torch.utils.data.Dataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.features = [RankedCollator(TOKENIZER).tokenize_record(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.features[index]
+
+
+@pytest.mark.parametrize("kind", [list, Stream, Features])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reduction": "pair_mean", "noise_rule": "signed"}, {"preset": "paper", "eval_drop_inert": True}],
+)
+def test_any_batch_size(tmp_path: Path, kind: Any, changes: dict[str, Any]) -> None:
+    rows = make_rows(11, seed=12)
+    found = []
+    for size in SIZES:
+        ours = trainer(tmp_path, per_device_eval_batch_size=size, **changes)
+        found.append(ours.evaluate(kind(rows)))
+    whole = collate(rows, ours.loss_options, drop_inert=False)
+    with torch.no_grad():
+        expected, _ = eager_loss(ours.model.eval(), whole, ours.loss_options)
+    for metrics in found:
+        assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert math.isfinite(found[0]["eval_rank_loss"])
+
+
+@pytest.mark.parametrize("objective", [PUBLISHED, PROOptions(), SFTOptions("token_mean")])
+@pytest.mark.parametrize("drop_inert", [True, False])
+def test_counts_of_a_dataset_are_those_of_its_batches(objective: Any, drop_inert: bool) -> None:
+    rows = make_rows(300, seed=3)  # more than are counted at a time
+    collator = RankedCollator(TOKENIZER, objective, drop_inert=drop_inert)
+    features = Features(rows)
+    batches = [CandidateBatch.from_dict(collator(features.features[k : k + 50])) for k in range(0, 300, 50)]
+    assert torch.equal(dataset_counts(features, objective, drop_inert), local_counts(batches, objective, most=5))
