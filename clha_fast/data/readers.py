@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from clha_fast.data.columns import check_columns, template_of
-from clha_fast.data.formats import FORMATS, PARSERS, Parser, Row, detect_format
+from clha_fast.data.fields import Parser, Row
+from clha_fast.data.formats import FORMATS, PARSERS, detect_format
 from clha_fast.data.records import RankedRecord, RecordError
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]

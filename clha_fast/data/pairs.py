@@ -1,0 +1,108 @@
+"""Pairs: one answer that was preferred to another, in columns of their own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from clha_fast.data.fields import Row, get, make_named
+from clha_fast.data.records import Message, Prompt, RankedRecord, RecordError, check_messages, check_text
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def parse_trl(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
+    """`{"chosen", "rejected", "prompt"?, "score_chosen"?, "score_rejected"?}`, texts or messages.
+
+    Without `prompt`, and where the conversations repeat it, what the two have in common is the prompt: for
+    messages all but the last, for texts the common prefix up to its last whole word.
+    """
+    chosen, rejected, prompt = get(row, "chosen", source), get(row, "rejected", source), row.get("prompt")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RecordError.of(source, "rejected", "the same form as chosen (text or messages)", rejected)
+    if isinstance(chosen, str):
+        if prompt is None:
+            prompt, chosen, rejected = _split_texts(chosen, rejected, source)
+    else:
+        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, source)
+    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    return make_named(
+        {
+            "completions[0]": "chosen",
+            "completions[1]": "rejected",
+            "rewards[0]": "score_chosen",
+            "rewards[1]": "score_rejected",
+            "rewards": "score_chosen",
+        },
+        prompt,
+        [chosen, rejected],
+        rewards=None if scores == [None, None] else scores,
+        rank_by_reward=rank_by_reward,
+        source=source,
+    )
+
+
+def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str]:
+    differs = (k for k, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right)
+    prefix = chosen[: next(differs, min(len(chosen), len(rejected)))]
+    cut = max((k + 1 for k, char in enumerate(prefix) if char.isspace()), default=0)
+    if prefix[:cut].endswith(" "):  # byte-level tokenizers write the space with the word after it
+        cut -= 1
+    if not prefix[:cut].strip():
+        raise RecordError.of(source, "prompt", "a prompt that chosen and rejected begin with", None)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _split_messages(prompt: Any, chosen: Any, rejected: Any, source: str) -> tuple[Prompt, Any, Any]:
+    sides = {
+        "chosen": check_messages(chosen, source, "chosen"),
+        "rejected": check_messages(rejected, source, "rejected"),
+    }
+    for name, messages in sides.items():
+        if messages[-1]["role"] != "assistant":
+            raise RecordError.of(source, name, "an assistant message at the end", messages[-1]["role"])
+    before = sides["chosen"][:-1]
+    if sides["rejected"][:-1] != before:
+        raise RecordError.of(source, "rejected", "the messages of chosen before the last one", sides["rejected"])
+    if isinstance(prompt, str):
+        # As in UltraFeedback's binarized form: the conversations are complete, `prompt` only repeats them.
+        messages = before or ({"role": "user", "content": prompt},)
+    elif prompt is None:
+        messages = check_messages(before, source, "chosen before its last message")
+    else:
+        messages = check_messages(prompt, source, "prompt")
+        if before not in ((), messages):
+            raise RecordError.of(source, "chosen", "the messages of prompt before the last one", before)
+    return messages, sides["chosen"][-1]["content"], sides["rejected"][-1]["content"]
+
+
+def transcript_messages(text: str, source: str, field: str) -> tuple[Message, ...]:
+    r"""The turns of a "\n\nHuman: ...\n\nAssistant: ..." transcript, each stripped of outer blanks."""
+    parts = _HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip())
+    if parts[0].strip() or len(parts) < 3:
+        raise RecordError.of(source, field, r'a transcript that begins with "\n\nHuman:"', text)
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return tuple({"role": _HH_ROLES[role], "content": content.strip()} for role, content in turns)
+
+
+def is_transcript(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def parse_hh(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
+    r"""`{"chosen", "rejected"}` of HH-RLHF: two "\n\nHuman: ...\n\nAssistant: ..." transcripts.
+
+    The last Assistant turn is the response; the turns before it must be the same in both.
+    """
+    sides = {}
+    for name in ("chosen", "rejected"):
+        sides[name] = transcript_messages(check_text(get(row, name, source), source, name), source, name)
+    prompt, chosen, rejected = _split_messages(None, sides["chosen"], sides["rejected"], source)
+    return make_named(
+        {"completions[0]": "chosen", "completions[1]": "rejected"},
+        prompt,
+        [chosen, rejected],
+        rank_by_reward=rank_by_reward,
+        source=source,
+    )
