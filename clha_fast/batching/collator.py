@@ -252,7 +252,8 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         self._features: Sequence[CandidateFeature] = found.features
         self.cut_prompts, self.cut_completions = found.cut_prompts, found.cut_completions
         if not len(self._features):
-            raise RecordError("records: expected at least one, got none")
+            why = f" (all {len(self.skipped):,} are bad, the first: {self.skipped[0]})" if self.skipped else ""
+            raise RecordError(f"records: expected at least one, got none{why}")
         check_features(self._features)
         self.lengths = [len(f["prompt_ids"]) + max(map(len, f["completion_ids"])) for f in self._features]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from clha_fast.data.fields import Parser, Row, get, items, make_named, objects, response
+from clha_fast.data.names import mapping_text
 from clha_fast.data.pairs import is_transcript, parse_hh, parse_trl, transcript_messages
 from clha_fast.data.records import (
     Message,
@@ -35,10 +36,11 @@ _MISNAMED = {
 
 
 def parse_canonical(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
-    """`{"prompt", "completions", "rewards"?, "ranks"?, "sft_index"?}`; other columns are ignored."""
+    """`{"prompt", "completions", "rewards"?, "ranks"?, "sft_index"?}`."""
     for name, meant in _MISNAMED.items():
         if name in row and meant not in row:
-            raise RecordError(f'{source}: {name}: unknown field, expected "{meant}"', source=source, field=name)
+            message = f'{source}: {name}: unknown field, expected "{meant}", or {mapping_text(meant, name)}'
+            raise RecordError(message, source=source, field=name)
     completions = [
         response(item, source, f"completions[{number}]")
         for number, item in enumerate(items(row, "completions", source))

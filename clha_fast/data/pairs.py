@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from clha_fast.data.fields import Row, get, make_named
+from clha_fast.data.fields import Reading, Row, columns_of, get, make_named
+from clha_fast.data.names import mapping_text, pair_scores, prompt_suspects, suggested_prompt
 from clha_fast.data.records import Message, Prompt, RankedRecord, RecordError, check_messages, check_text
 
+# The format's own; they win where several pairs of columns look like scores.
+_SCORES = ("score_chosen", "score_rejected")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -15,32 +19,78 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 def parse_trl(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
     """`{"chosen", "rejected", "prompt"?, "score_chosen"?, "score_rejected"?}`, texts or messages.
 
+    Scores are read under any name that says side and score (`names.pair_scores`), or as `rewards`, a list of two.
+
     Without `prompt`, and where the conversations repeat it, what the two have in common is the prompt: for
-    messages all but the last, for texts the common prefix up to its last whole word.
+    messages all but the last, for texts the common prefix up to its last whole word. That is refused where a column
+    that nobody reads may hold the prompt.
     """
     chosen, rejected, prompt = get(row, "chosen", source), get(row, "rejected", source), row.get("prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RecordError.of(source, "rejected", "the same form as chosen (text or messages)", rejected)
+    rewards, names = _scores(row, source)
+    if prompt is None:
+        _check_prompt_is_nowhere_else(row, chosen, {*names, "chosen", "rejected"}, source)
     if isinstance(chosen, str):
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected, source)
     else:
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, source)
-    scores = [row.get("score_chosen"), row.get("score_rejected")]
     return make_named(
         {
             "completions[0]": "chosen",
             "completions[1]": "rejected",
-            "rewards[0]": "score_chosen",
-            "rewards[1]": "score_rejected",
-            "rewards": "score_chosen",
+            **({"rewards[0]": names[0], "rewards[1]": names[1], "rewards": names[0]} if names else {}),
         },
         prompt,
         [chosen, rejected],
-        rewards=None if scores == [None, None] else scores,
+        rewards=rewards,
         rank_by_reward=rank_by_reward,
         source=source,
     )
+
+
+def _scores(row: Row, source: str) -> tuple[Any, tuple[str, ...]]:
+    """The rewards of chosen and rejected, None where there are none, and the two columns they stand in."""
+    if row.get("rewards") is not None:
+        return row["rewards"], ()
+    found = pair_scores(columns_of(row))
+    names = next((pair for pair in found if pair == _SCORES), found[0] if found else None)
+    if names is None:
+        return None, ()
+    if len(found) > 1 and names != _SCORES:
+        message = (
+            f"{source}: {names[0]}: expected one pair of columns with scores, got {' and '.join(map(str, found))}; "
+            f"name the one to read: {mapping_text('rewards', names)}"
+        )
+        raise RecordError(message, source=source, field=names[0])
+    return [row.get(name) for name in names], names
+
+
+def _check_prompt_is_nowhere_else(row: Row, chosen: Any, own: set[str], source: str) -> None:
+    """RecordError where the prompt would be what two answers have in common while a column may hold it."""
+    columns = columns_of(row)
+    if isinstance(row, Reading) and "prompt" in row.mapped:
+        return
+    suspects = prompt_suspects(columns, {*own, "tools"})
+    if not isinstance(chosen, str):
+        # Whole conversations bring their prompt along; other messages than theirs may be what came before it.
+        texts = _contents(chosen)
+        if len(texts) > 1:
+            suspects = [name for name in suspects if not isinstance(columns[name], str)]
+            suspects = [name for name in suspects if not _contents(columns[name]) <= texts]
+    if suspects:
+        raise RecordError(
+            f"{source}: prompt: expected a column of that name, got {', '.join(suspects)}, which nobody reads; if the "
+            f"prompt stands there, {mapping_text('prompt', suggested_prompt(suspects))}; if chosen and rejected begin "
+            f"with it, {mapping_text('prompt', None)}",
+            source=source,
+            field="prompt",
+        )
+
+
+def _contents(messages: Any) -> set[str]:
+    return {repr(item.get("content")) if isinstance(item, Mapping) else repr(item) for item in messages}
 
 
 def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str]:

@@ -13,9 +13,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
-from clha_fast.data.columns import check_columns, template_of
-from clha_fast.data.fields import Parser, Row
+from clha_fast.data.columns import check_columns, check_unread, template_of
+from clha_fast.data.fields import Parser, Reading, Row, columns_of
 from clha_fast.data.formats import FORMATS, PARSERS, detect_format
+from clha_fast.data.mapping import ColumnMap
+from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -28,9 +30,12 @@ def read_records(
     format: str = "auto",
     rank_by_reward: bool = False,
     errors: list[RecordError] | None = None,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> list[RankedRecord]:
     """All records of a file or table, in order; arguments and errors as `iter_records`."""
-    return list(iter_records(source, format, rank_by_reward, errors))
+    return list(iter_records(source, format, rank_by_reward, errors, columns=columns, notes=notes))
 
 
 def iter_records(
@@ -38,6 +43,9 @@ def iter_records(
     format: str = "auto",
     rank_by_reward: bool = False,
     errors: list[RecordError] | None = None,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[RankedRecord]:
     """Records of a file or table, one at a time.
 
@@ -49,46 +57,88 @@ def iter_records(
         rank_by_reward: order by decreasing reward, whatever order the file gives (RRHF and UltraFeedback
             always are).
         errors: None raises the first `RecordError`; a list collects them, and their records are left out.
+        columns: which columns hold the fields, where they have other names: `clha_fast.data.mapping.ColumnMap`.
+            With `group_by` the source is read to its end before the first record comes.
+        notes: counts what else there is to know (columns that nobody reads, records with one response, pairs ranked
+            against their rewards). None logs it at the end, as warnings.
 
     Raises:
         RecordError: a malformed line (file, line, column, field), a bad record, an unknown format, or no
-            record at all.
-        ValueError: `format` is none of the known ones.
+            (good) record at all.
+        ValueError: `format` is none of the known ones; bad `columns`.
         OSError: the file cannot be read.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format: expected auto or one of {', '.join(FORMATS)}, got {format!r}")
-    parser = None if format == "auto" else PARSERS[format]
-    found = False
-    for place, row in _rows(source):
-        found = True
-        if not isinstance(row, Mapping):
-            error = row if isinstance(row, RecordError) else RecordError.of(place, "", "a JSON object", row)
+    mapping = None if columns is None else ColumnMap(columns)
+    if mapping is not None and mapping.canonical and format not in ("auto", "canonical"):
+        raise ValueError(f"format: expected auto with a mapping of completions in columns, got {format!r}")
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records"
+    counts = Notes(name) if notes is None else notes
+    yield from _read(_rows(source), name, None if format == "auto" else format, rank_by_reward, errors, mapping, counts)
+    if notes is None:
+        counts.say()
+
+
+def _read(
+    rows: Iterator[tuple[str, object]],
+    name: str,
+    format: str | None,
+    rank_by_reward: bool,
+    errors: list[RecordError] | None,
+    mapping: ColumnMap | None,
+    notes: Notes,
+) -> Iterator[RankedRecord]:
+    if mapping is not None and mapping.group_by is not None:
+        rows = mapping.grouped(rows)
+    first: RecordError | None = None
+    found = bad = 0
+    for place, row in rows:
+        found += 1
+        try:
+            if not isinstance(row, Mapping):
+                raise row if isinstance(row, RecordError) else RecordError.of(place, "", "a JSON object", row)
+            if mapping is not None and not isinstance(row, Reading):
+                row = mapping.apply(row, place)
+        except RecordError as error:
+            first, bad = first or error, bad + 1
             _collect(error, errors)
             continue
-        if parser is None:
-            parser = PARSERS[detect_format(row, place)]
+        if format is None:
+            canonical = mapping is not None and mapping.canonical
+            format = "canonical" if canonical else detect_format(columns_of(row), place)
         try:
-            record = _parse(parser, row, place, rank_by_reward)
+            record = _parse(PARSERS[format], row, place, rank_by_reward, notes)
         except RecordError as error:
+            first, bad = first or error, bad + 1
             _collect(error, errors)
         else:
             yield record
     if not found:
-        name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records"
         raise RecordError(f"{name}: expected at least one record, found none", source=name)
+    if first is not None and bad == found:
+        message = f"{name}: expected at least one good record, got {bad:,} bad ones; the first: {first}"
+        raise RecordError(message, source=name, field=first.field)
 
 
-def record_from_row(row: Row, source: str = "record", rank_by_reward: bool = False) -> RankedRecord:
-    """One record from one mapping in any known format; `source` is named in errors."""
-    return _parse(PARSERS[detect_format(row, source)], row, source, rank_by_reward)
+def record_from_row(
+    row: Row, source: str = "record", rank_by_reward: bool = False, *, notes: Notes | None = None
+) -> RankedRecord:
+    """One record from one mapping in any known format; `source` is named in errors, `notes` as for `iter_records`."""
+    return _parse(PARSERS[detect_format(row, source)], row, source, rank_by_reward, notes)
 
 
-def _parse(parser: Parser, row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
-    check_columns(row, source)
-    record = parser(row, source, rank_by_reward)
-    template = template_of(row, source)
-    return dataclasses.replace(record, template=template) if template else record
+def _parse(parser: Parser, row: Row, source: str, rank_by_reward: bool, notes: Notes | None) -> RankedRecord:
+    reading = row if isinstance(row, Reading) else Reading(row)
+    check_columns(reading, source)
+    record = parser(reading, source, rank_by_reward)
+    template = template_of(reading, source)
+    check_unread(reading, record, source)
+    if template:
+        record = dataclasses.replace(record, template=template)
+    if notes is not None:
+        notes.see(record, reading.unread())
+    return record
 
 
 def _collect(error: RecordError, errors: list[RecordError] | None) -> None:

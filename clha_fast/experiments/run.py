@@ -67,7 +67,7 @@ class RunOptions:
     Attributes:
         train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
             file's prompts are held out; with 0 none are, and nothing is evaluated.
-        format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
+        format, rank_by_reward, columns: as `clha_fast.data.read_records`, for both files.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
         tokenizer: a folder or name (the model's by default); or build_tokenizer: `{"vocab_size": 4096}`, a byte-level
@@ -82,6 +82,7 @@ class RunOptions:
     eval_file: str | None = None
     eval_fraction: float | None = None
     format: str = "auto"
+    columns: dict[str, Any] | None = None
     rank_by_reward: bool = False
     skip_bad_records: bool = False
     model: str | None = None
@@ -193,7 +194,10 @@ class Run:
         assert options.train_file is not None
         skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        train, *held_out = (read_records(path, options.format, options.rank_by_reward, skipped) for path in files)
+        train, *held_out = (
+            read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
+            for path in files
+        )
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:
