@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
+from clha_fast.data.containers import table_rows
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
@@ -69,7 +70,7 @@ def tokenise_all(
     check_num_proc(num_proc)
     # Rows become records here: what is noted about them is said once, whatever the number of processes.
     notes = Notes()
-    rows = [_read(example, number, notes) for number, example in enumerate(examples)]
+    rows = [_read(example, number, notes) for number, example in enumerate(table_rows(examples))]
     bar = logging.tqdm(
         total=len(rows),
         desc="Tokenising",

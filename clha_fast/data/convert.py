@@ -54,7 +54,7 @@ def convert(
         FileNotFoundError: the folder of `destination` does not exist.
         RecordError, ValueError, OSError: as `iter_records`; OSError also when writing fails.
     """
-    path = os.fspath(destination)
+    path = os.path.expanduser(os.fspath(destination))
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
     folder = os.path.dirname(path) or "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -109,6 +110,14 @@ def make_named(names: Mapping[str, str], *args: Any, **kwargs: Any) -> RankedRec
 
 class TextRow(dict[str, Any]):
     """A row of a table whose cells are texts (csv): numbers and lists are read where a field asks for them."""
+
+
+def as_list(value: Any) -> Any:
+    """A list that stands in a text cell as JSON; anything else as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def as_number(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from clha_fast.data.fields import Reading, Row, TextRow, as_number
+from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
 from clha_fast.data.names import near
 from clha_fast.data.records import RecordError, is_sequence
 
@@ -85,6 +85,8 @@ class ColumnMap:
         if self.canonical:
             _drop_missing(found, self.columns)
         if isinstance(row, TextRow):
+            for field in {"completions", "rewards", "ranks"} & set(found):
+                found[field] = as_list(found[field])
             for field in {"rewards", "ranks", "sft_index"} & set(found):
                 found[field] = as_number(found[field])
         rest = {name: value for name, value in row.items() if name not in taken}

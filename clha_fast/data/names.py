@@ -94,8 +94,17 @@ def prompt_suspects(row: Mapping[str, Any], own: Iterable[str]) -> list[str]:
 def _may_hold_prompt(name: str, value: object) -> bool:
     if isinstance(value, str):
         about = bool(_ABOUT & set(words(name)[-1:]))
-        return bool(value.strip()) and not (about and len(value.split()) == 1)
+        one = len(value.split()) == 1
+        return bool(value.strip()) and not (one and (about or _is_number(value)))
     return is_sequence(value) and bool(value) and all(isinstance(item, Mapping) for item in value)  # type: ignore[attr-defined]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def suggested_prompt(suspects: Sequence[str]) -> str | list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from clha_fast.data.containers import files_of
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
@@ -258,7 +260,7 @@ class Run:
             for name, value in given.items()
             if name not in skip and name not in _NEUTRAL and value != defaults[name]
         }
-        return RunIdentity(changed, {name: file_hash(path) for name, path in files.items() if path is not None})
+        return RunIdentity(changed, {name: _data_hash(path) for name, path in files.items() if path is not None})
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         options = self.options
@@ -343,6 +345,16 @@ class Run:
         found = {"before": self.before, "after": self.after, "log": self.trainer.state.log_history, **more}
         if self.args.process_index == 0:
             write_json(os.path.join(self.folder, METRICS_FILE), _plain(found))
+
+
+def _data_hash(path: str) -> str:
+    """Of the file's bytes; of several files, or a folder's, of all their hashes in order."""
+    files: list[str] = []
+    for found in files_of(path):
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(found) for name in names)
+        files += sorted(inside) if os.path.isdir(found) else [found]
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
