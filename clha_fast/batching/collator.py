@@ -30,7 +30,8 @@ class RankedCollator:
     are those that generation begins with, and every candidate follows the same ones. A response's tokens are those
     it has in the middle of a text: tokenizers that put a blank in front of a text put none in front of a response.
 
-    A text prompt keeps the special tokens that the tokenizer puts in front (BOS), and a response is closed by EOS.
+    A text prompt keeps the special tokens that the tokenizer puts in front (BOS), once, and a response is closed by
+    EOS, unless a special token ends it: texts that a chat template has rendered beforehand bring both along.
     Messages go through the tokenizer's chat template, which writes BOS itself, and a response is closed by the
     template's own end of turn (`batching.chat.render_chat`), by EOS where the template has none. What closes a
     response is scored with it, once, unless the response was truncated.
@@ -133,7 +134,7 @@ class RankedCollator:
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            whole = ids if closed or ids[-1] == eos else [*ids, eos]
+            whole = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
             whole_lengths.append(len(whole))
             completions[number] = whole[: self.max_completion_length]
 
@@ -164,7 +165,9 @@ class RankedCollator:
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
             own = self._encode([text])[0]
             prefix = self._prefix(text, own)
-            responses: Sequence[str] = record.completions
+            if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
+                own = own[len(prefix) :]
+            responses: Sequence[str] = [self._closed(completion) for completion in record.completions]
             closed = False
         else:
             chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source, record.template)
@@ -176,6 +179,20 @@ class RankedCollator:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
         return prefix + own, len(prefix), responses, closed
+
+    def _closed(self, text: str) -> str:
+        """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
+        trimmed = text.rstrip()
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
+        return trimmed if trimmed != text and trimmed.endswith(tuple(tokens)) else text
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        """Special tokens that end a turn where they end a response: all but those with another meaning."""
+        names = ("unk_token_id", "bos_token_id", "cls_token_id", "mask_token_id")
+        others = {getattr(self.tokenizer, name, None) for name in names} - {self.tokenizer.eos_token_id}
+        added = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset((*self.tokenizer.all_special_ids, *added)) - others
 
     def _prefix(self, text: str, own: list[int]) -> list[int]:
         """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""

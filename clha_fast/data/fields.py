@@ -7,7 +7,15 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from clha_fast.data.records import RankedRecord, RecordError, check_messages, is_sequence, make_record
+from clha_fast.data.records import (
+    SAID,
+    RankedRecord,
+    RecordError,
+    check_messages,
+    check_only_content,
+    is_sequence,
+    make_record,
+)
 
 Row = Mapping[str, Any]
 Parser = Callable[[Row, str, bool], RankedRecord]
@@ -87,14 +95,22 @@ def objects(row: Row, name: str, keys: tuple[str, str], source: str) -> tuple[li
     return [item[keys[0]] for item in found], [item[keys[1]] for item in found]
 
 
-def response(value: object, source: str, field: str) -> object:
+def response(row: Row, value: object, source: str, field: str) -> object:
     """A response's text: itself, or the content of the one assistant message that holds it."""
     if isinstance(value, str) or not is_sequence(value):
         return value
     messages = check_messages(value, source, field)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise RecordError.of(source, field, "a text or one assistant message", value)
-    return messages[0]["content"]
+    note_message(row, messages[0], field)
+    return check_only_content(messages[0], source, f"{field}[0]")
+
+
+def note_message(row: Row, message: Mapping[str, Any], field: str) -> None:
+    """Count the keys of a response's message that nobody takes: models, dates and the like."""
+    if isinstance(row, Reading):
+        more = (key for key, value in message.items() if key not in ("role", "content", *SAID) and holds(value))
+        row.left.update(dict.fromkeys(f"{field}.{key}" for key in more))
 
 
 def make_named(names: Mapping[str, str], *args: Any, **kwargs: Any) -> RankedRecord:

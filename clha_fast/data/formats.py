@@ -42,7 +42,7 @@ def parse_canonical(row: Row, source: str, rank_by_reward: bool) -> RankedRecord
             message = f'{source}: {name}: unknown field, expected "{meant}", or {mapping_text(meant, name)}'
             raise RecordError(message, source=source, field=name)
     completions = [
-        response(item, source, f"completions[{number}]")
+        response(row, item, source, f"completions[{number}]")
         for number, item in enumerate(items(row, "completions", source))
     ]
     return make_record(

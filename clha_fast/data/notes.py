@@ -20,6 +20,8 @@ class Notes:
     Attributes:
         name: the file, or "records".
         records: how many were read. single: those with one response. equal: those with two equal responses.
+        repeated: those whose responses all began with the prompt, which was taken off. left: those whose prompt is so
+            short that it was left there.
         pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
         unread: columns that no reader takes, and in how many records they hold something.
     """
@@ -28,12 +30,17 @@ class Notes:
     records: int = 0
     single: int = 0
     equal: int = 0
+    repeated: int = 0
+    left: int = 0
     pairs: int = 0
     reversed: int = 0
     unread: Counter[str] = field(default_factory=Counter)
 
-    def see(self, record: RankedRecord, unread: Iterable[str] = ()) -> None:
-        """Count a record, and the columns of its row that nobody took."""
+    def see(self, record: RankedRecord, unread: Iterable[str] = (), repeated: bool = False) -> None:
+        """Count a record, the columns of its row that nobody took, and whether its responses repeated the prompt."""
+        left = repeated and all(text.startswith(str(record.prompt)) for text in record.completions)
+        self.repeated += repeated and not left
+        self.left += left
         self.records += 1
         self.single += len(record.completions) == 1
         self.equal += len(set(record.completions)) < len(record.completions)
@@ -46,7 +53,7 @@ class Notes:
 
     def merge(self, other: Notes) -> None:
         """Add the counts of other records of the same source."""
-        for name in ("records", "single", "equal", "pairs", "reversed"):
+        for name in ("records", "single", "equal", "repeated", "left", "pairs", "reversed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unread.update(other.unread)
 
@@ -67,6 +74,10 @@ class Notes:
             found.append(f"{self._share(self.single)} have one response, which ranks nothing")
         if self.equal:
             found.append(f"{self._share(self.equal)} have two equal responses, which are ranked all the same")
+        if self.repeated:
+            found.append(f"{self._share(self.repeated)} had responses that repeat the prompt, which was taken off them")
+        if self.left:
+            found.append(f"{self._share(self.left)} have responses that begin with their short prompt, which was left")
         if self.reversed * 2 > self.pairs:
             found.append(
                 f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards; "

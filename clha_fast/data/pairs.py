@@ -6,9 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from clha_fast.data.fields import Reading, Row, columns_of, get, make_named
+from clha_fast.data.fields import Reading, Row, columns_of, get, make_named, note_message
 from clha_fast.data.names import mapping_text, pair_scores, prompt_suspects, suggested_prompt
-from clha_fast.data.records import Message, Prompt, RankedRecord, RecordError, check_messages, check_text
+from clha_fast.data.records import (
+    Message,
+    Prompt,
+    RankedRecord,
+    RecordError,
+    check_messages,
+    check_only_content,
+    check_text,
+)
 
 # The format's own; they win where several pairs of columns look like scores.
 _SCORES = ("score_chosen", "score_rejected")
@@ -35,7 +43,7 @@ def parse_trl(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected, source)
     else:
-        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, source)
+        prompt, chosen, rejected = _split_messages(row, prompt, chosen, rejected, source)
     return make_named(
         {
             "completions[0]": "chosen",
@@ -104,7 +112,7 @@ def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _split_messages(prompt: Any, chosen: Any, rejected: Any, source: str) -> tuple[Prompt, Any, Any]:
+def _split_messages(row: Row, prompt: Any, chosen: Any, rejected: Any, source: str) -> tuple[Prompt, Any, Any]:
     sides = {
         "chosen": check_messages(chosen, source, "chosen"),
         "rejected": check_messages(rejected, source, "rejected"),
@@ -124,7 +132,10 @@ def _split_messages(prompt: Any, chosen: Any, rejected: Any, source: str) -> tup
         messages = check_messages(prompt, source, "prompt")
         if before not in ((), messages):
             raise RecordError.of(source, "chosen", "the messages of prompt before the last one", before)
-    return messages, sides["chosen"][-1]["content"], sides["rejected"][-1]["content"]
+    for name, found in sides.items():
+        note_message(row, found[-1], name)
+    texts = [check_only_content(found[-1], source, f"{name}[{len(found) - 1}]") for name, found in sides.items()]
+    return messages, texts[0], texts[1]
 
 
 def transcript_messages(text: str, source: str, field: str) -> tuple[Message, ...]:
@@ -148,7 +159,7 @@ def parse_hh(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
     sides = {}
     for name in ("chosen", "rejected"):
         sides[name] = transcript_messages(check_text(get(row, name, source), source, name), source, name)
-    prompt, chosen, rejected = _split_messages(None, sides["chosen"], sides["rejected"], source)
+    prompt, chosen, rejected = _split_messages(row, None, sides["chosen"], sides["rejected"], source)
     return make_named(
         {"completions[0]": "chosen", "completions[1]": "rejected"},
         prompt,

@@ -13,7 +13,7 @@ from clha_fast.data.fields import Parser, Reading, Row, columns_of
 from clha_fast.data.formats import FORMATS, PARSERS, detect_format
 from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
-from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
 
 
 def read_records(
@@ -130,8 +130,9 @@ def _parse(parser: Parser, row: Row, source: str, rank_by_reward: bool, notes: N
     check_unread(reading, record, source)
     if template:
         record = dataclasses.replace(record, template=template)
+    record, repeated = without_repeated_prompt(record)
     if notes is not None:
-        notes.see(record, reading.unread())
+        notes.see(record, reading.unread(), repeated)
     return record
 
 
