@@ -6,7 +6,26 @@ A parser takes one row (a mapping) and knows nothing about files.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from clha_fast.data.answers import (
+    is_tree,
+    parse_generations,
+    parse_kto,
+    parse_oasst,
+    parse_simpo,
+    parse_stack_exchange,
+)
+from clha_fast.data.comparisons import (
+    parse_arena,
+    parse_helpsteer,
+    parse_pku,
+    parse_shp,
+    parse_stack_paired,
+    parse_tldr,
+    parse_webgpt,
+)
 from clha_fast.data.fields import Parser, Row, get, items, make_named, objects, response
 from clha_fast.data.names import mapping_text
 from clha_fast.data.pairs import is_transcript, parse_hh, parse_trl, transcript_messages
@@ -140,25 +159,70 @@ def parse_ultrafeedback(row: Row, source: str, rank_by_reward: bool) -> RankedRe
     )
 
 
-PARSERS: dict[str, Parser] = {
-    "canonical": parse_canonical,
-    "trl": parse_trl,
-    "pro": parse_pro,
-    "rrhf": parse_rrhf,
-    "hh": parse_hh,
-    "nectar": parse_nectar,
-    "ultrafeedback": parse_ultrafeedback,
-}
-FORMATS = tuple(PARSERS)
+@dataclass(frozen=True)
+class _Format:
+    """A format: its parser, the columns that tell it from the others, and how an error shows them."""
 
-_KEYS = {
-    "canonical": "prompt, completions",
-    "trl": "chosen, rejected (prompt, score_chosen, score_rejected)",
-    "pro": "prefix, suffix (reward, sft_index)",
-    "rrhf": "query, responses, scores",
-    "hh": "chosen, rejected as transcripts",
-    "nectar": "prompt, answers",
-    "ultrafeedback": "instruction, completions",
+    parser: Parser
+    keys: tuple[str, ...]
+    shown: str
+
+
+_FORMATS = {
+    "pro": _Format(parse_pro, ("prefix", "suffix"), "prefix, suffix (reward, sft_index)"),
+    "rrhf": _Format(parse_rrhf, ("query", "responses"), "query, responses, scores"),
+    "nectar": _Format(parse_nectar, ("prompt", "answers"), "prompt, answers"),
+    "stack_exchange": _Format(
+        parse_stack_exchange, ("question", "answers"), "question, answers with text and pm_score"
+    ),
+    "simpo": _Format(
+        parse_simpo, ("all_generated_responses", "all_rm_scores"), "prompt, all_generated_responses, all_rm_scores"
+    ),
+    "shp": _Format(parse_shp, ("history", "human_ref_A", "human_ref_B"), "history, human_ref_A, human_ref_B, labels"),
+    "webgpt": _Format(
+        parse_webgpt, ("answer_0", "answer_1", "score_0", "score_1"), "question, answer_0, answer_1, score_0, score_1"
+    ),
+    "tldr": _Format(parse_tldr, ("info", "summaries", "choice"), "info, summaries, choice"),
+    "pku": _Format(
+        parse_pku,
+        ("response_0", "response_1", "better_response_id"),
+        "prompt, response_0, response_1, better_response_id",
+    ),
+    "stack_paired": _Format(parse_stack_paired, ("response_j", "response_k"), "question, response_j, response_k"),
+    "helpsteer": _Format(parse_helpsteer, (), "context, response1, response2, overall_preference"),
+    "arena": _Format(parse_arena, (), "conversation_a, conversation_b, winner"),
+    "oasst": _Format(parse_oasst, (), "prompt with replies"),
+    "hh": _Format(parse_hh, (), "chosen, rejected as transcripts"),
+    "trl": _Format(parse_trl, ("chosen", "rejected"), "chosen, rejected (prompt, score_chosen, score_rejected)"),
+    "generations": _Format(parse_generations, (), "instruction, generations, ratings"),
+    "ultrafeedback": _Format(parse_ultrafeedback, (), "instruction, completions"),
+    "canonical": _Format(parse_canonical, ("prompt", "completions"), "prompt, completions"),
+    "kto": _Format(parse_kto, ("completion", "label"), "prompt, completion, label (refused: no ranking)"),
+}
+PARSERS: dict[str, Parser] = {name: found.parser for name, found in _FORMATS.items()}
+# Rows of KTO are told only to be refused.
+FORMATS = ("canonical", *(name for name in PARSERS if name not in ("canonical", "kto")))
+
+
+def _is_hh(row: Row, keys: set[str]) -> bool:
+    pair = {"chosen", "rejected"} <= keys and "prompt" not in keys
+    return pair and is_transcript(row["chosen"]) and is_transcript(row["rejected"])
+
+
+# What keys alone do not tell.
+_TESTS: dict[str, Callable[[Row, set[str]], bool]] = {
+    "hh": _is_hh,
+    "helpsteer": lambda row, keys: (
+        {"response1", "response2", "overall_preference"} <= keys
+        or {"response_1", "response_2", "preference_strength"} <= keys
+    ),
+    "arena": lambda row, keys: (
+        ({"conversation_a", "conversation_b"} <= keys or {"response_a", "response_b"} <= keys)
+        and ("winner" in keys or {"winner_model_a", "winner_model_b"} <= keys)
+    ),
+    "oasst": lambda row, keys: is_tree(row),
+    "generations": lambda row, keys: "generations" in keys and bool({"ratings", "rating"} & keys),
+    "ultrafeedback": lambda row, keys: {"instruction", "completions"} <= keys and "prompt" not in keys,
 }
 
 
@@ -169,19 +233,13 @@ def detect_format(row: Row, source: str) -> str:
         RecordError: no known format has these keys; the message lists both.
     """
     keys = {key for key, value in row.items() if value is not None}
-    if {"prefix", "suffix"} <= keys:
-        return "pro"
-    if {"query", "responses"} <= keys:
-        return "rrhf"
-    if {"prompt", "answers"} <= keys:
-        return "nectar"
-    if {"chosen", "rejected"} <= keys:
-        raw = "prompt" not in keys and is_transcript(row["chosen"]) and is_transcript(row["rejected"])
-        return "hh" if raw else "trl"
-    if {"instruction", "completions"} <= keys and "prompt" not in keys:
-        return "ultrafeedback"
-    if {"prompt", "completions"} <= keys:
-        return "canonical"
-    known = "; ".join(f"{name}: {fields}" for name, fields in _KEYS.items())
+    for name, found in _FORMATS.items():
+        if (set(found.keys) <= keys) if found.keys else _TESTS[name](row, keys):
+            return name
+    known = "; ".join(f"{name}: {found.shown}" for name, found in _FORMATS.items() if name in FORMATS)
     seen = ", ".join(sorted(map(str, row))) or "none"
-    raise RecordError(f"{source}: unknown format, its fields are: {seen}. Known formats are {known}", source=source)
+    raise RecordError(
+        f"{source}: unknown format, its fields are: {seen}. Known formats are {known}; "
+        "others are read with columns={'prompt': column, 'completions': [column, column]} (--columns.prompt column)",
+        source=source,
+    )

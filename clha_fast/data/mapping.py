@@ -69,7 +69,7 @@ class ColumnMap:
         Raises:
             RecordError: a column that is not there, with the nearest name.
         """
-        taken = set() if self.group_by is None else {self._head(row, self.group_by)}
+        taken = set() if self.group_by is None else {self._head(row, self.group_by)} - set(FIELDS)
         found: dict[str, Any] = {}
         for field, path in self.columns.items():
             if path is None:
@@ -89,6 +89,8 @@ class ColumnMap:
                 found[field] = as_list(found[field])
             for field in {"rewards", "ranks", "sft_index"} & set(found):
                 found[field] = as_number(found[field])
+        if isinstance(found.get("rewards"), bool):  # a label of good and bad
+            found["rewards"] = int(found["rewards"])
         rest = {name: value for name, value in row.items() if name not in taken}
         if "system" in found:
             found["prompt"] = _with_system(found.pop("system"), found.get("prompt", rest.get("prompt")), source)

@@ -22,6 +22,7 @@ class Notes:
         records: how many were read. single: those with one response. equal: those with two equal responses.
         repeated: those whose responses all began with the prompt, which was taken off. left: those whose prompt is so
             short that it was left there.
+        bare: trees without two ranked replies to one message, of which no record came.
         pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
         unread: columns that no reader takes, and in how many records they hold something.
     """
@@ -32,6 +33,7 @@ class Notes:
     equal: int = 0
     repeated: int = 0
     left: int = 0
+    bare: int = 0
     pairs: int = 0
     reversed: int = 0
     unread: Counter[str] = field(default_factory=Counter)
@@ -53,7 +55,7 @@ class Notes:
 
     def merge(self, other: Notes) -> None:
         """Add the counts of other records of the same source."""
-        for name in ("records", "single", "equal", "repeated", "left", "pairs", "reversed"):
+        for name in ("records", "single", "equal", "repeated", "left", "bare", "pairs", "reversed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unread.update(other.unread)
 
@@ -70,6 +72,8 @@ class Notes:
                 for name, count in self.unread.items()
             )
             found.append(_nobody(names))
+        if self.bare:
+            found.append(f"{self.bare:,} trees have no message with two ranked replies")
         if self.single:
             found.append(f"{self._share(self.single)} have one response, which ranks nothing")
         if self.equal:

@@ -43,7 +43,7 @@ def parse_trl(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected, source)
     else:
-        prompt, chosen, rejected = _split_messages(row, prompt, chosen, rejected, source)
+        prompt, chosen, rejected = split_messages(row, prompt, chosen, rejected, source)
     return make_named(
         {
             "completions[0]": "chosen",
@@ -112,26 +112,37 @@ def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _split_messages(row: Row, prompt: Any, chosen: Any, rejected: Any, source: str) -> tuple[Prompt, Any, Any]:
-    sides = {
-        "chosen": check_messages(chosen, source, "chosen"),
-        "rejected": check_messages(rejected, source, "rejected"),
-    }
+def split_messages(
+    row: Row,
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    source: str,
+    names: tuple[str, str] = ("chosen", "rejected"),
+) -> tuple[Prompt, Any, Any]:
+    """(prompt, response, response) of two conversations in the columns `names`, whose turns before the last agree."""
+    first, second = names
+    sides = {first: check_messages(chosen, source, first), second: check_messages(rejected, source, second)}
     for name, messages in sides.items():
         if messages[-1]["role"] != "assistant":
             raise RecordError.of(source, name, "an assistant message at the end", messages[-1]["role"])
-    before = sides["chosen"][:-1]
-    if sides["rejected"][:-1] != before:
-        raise RecordError.of(source, "rejected", "the messages of chosen before the last one", sides["rejected"])
+    before = sides[first][:-1]
+    if sides[second][:-1] != before:
+        raise RecordError.of(source, second, f"the messages of {first} before the last one", sides[second])
     if isinstance(prompt, str):
         # As in UltraFeedback's binarized form: the conversations are complete, `prompt` only repeats them.
         messages = before or ({"role": "user", "content": prompt},)
+        texts = [str(message["content"]) for message in messages]
+        if not any(prompt.strip() in text or text.strip() in prompt for text in texts):
+            way = mapping_text("prompt", None)
+            expected = f"a text that the messages of {first} repeat (the prompt as messages, or {way})"
+            raise RecordError.of(source, "prompt", expected, prompt)
     elif prompt is None:
-        messages = check_messages(before, source, "chosen before its last message")
+        messages = check_messages(before, source, f"{first} before its last message")
     else:
         messages = check_messages(prompt, source, "prompt")
         if before not in ((), messages):
-            raise RecordError.of(source, "chosen", "the messages of prompt before the last one", before)
+            raise RecordError.of(source, first, "the messages of prompt before the last one", before)
     for name, found in sides.items():
         note_message(row, found[-1], name)
     texts = [check_only_content(found[-1], source, f"{name}[{len(found) - 1}]") for name, found in sides.items()]
@@ -159,7 +170,7 @@ def parse_hh(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
     sides = {}
     for name in ("chosen", "rejected"):
         sides[name] = transcript_messages(check_text(get(row, name, source), source, name), source, name)
-    prompt, chosen, rejected = _split_messages(row, None, sides["chosen"], sides["rejected"], source)
+    prompt, chosen, rejected = split_messages(row, None, sides["chosen"], sides["rejected"], source)
     return make_named(
         {"completions[0]": "chosen", "completions[1]": "rejected"},
         prompt,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+from clha_fast.data.answers import is_tree, tree_rows
 from clha_fast.data.columns import check_columns, check_unread, template_of
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import Parser, Reading, Row, columns_of
@@ -87,6 +88,8 @@ def _read(
         rows = mapping.grouped(rows)
     first: RecordError | None = None
     found = bad = 0
+    if mapping is None:
+        rows = _without_trees(rows, notes)
     for place, row in rows:
         found += 1
         try:
@@ -113,6 +116,21 @@ def _read(
     if first is not None and bad == found:
         message = f"{name}: expected at least one good record, got {bad:,} bad ones; the first: {first}"
         raise RecordError(message, source=name, field=first.field)
+
+
+def _without_trees(rows: Iterator[tuple[str, object]], notes: Notes) -> Iterator[tuple[str, object]]:
+    """Rows; a tree of messages becomes one for each of its places with ranked replies."""
+    for place, row in rows:
+        if not is_tree(row):
+            yield place, row
+            continue
+        try:
+            found = list(tree_rows(cast("Row", row), place))
+        except RecordError as error:
+            yield place, error
+            continue
+        notes.bare += not found
+        yield from found
 
 
 def record_from_row(

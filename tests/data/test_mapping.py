@@ -63,6 +63,16 @@ MAPPED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[RankedRecord]
         [{"sys": "Be kind.", "prompt": "Why?", "completions": ["a", "b"]}],
         [RankedRecord(({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}), ("a", "b"))],
     ),
+    "a response a row, beside its prompt": (
+        {"completions": "response", "rewards": "helpfulness", "group_by": "prompt"},
+        [{"prompt": "q", "response": text, "helpfulness": k} for k, text in enumerate("ab")],
+        [RankedRecord("q", ("a", "b"), (0.0, 1.0))],
+    ),
+    "sharegpt": (
+        {"prompt": "conversations.0.value", "completions": ["chosen.value", "rejected.value"]},
+        [{"conversations": [{"value": "q"}], "chosen": {"value": "a"}, "rejected": {"value": "b"}}],
+        [RankedRecord("q", ("a", "b"))],
+    ),
     "rows of a prompt": (
         {"prompt": "q", "completions": "text", "rewards": "votes", "group_by": "qid"},
         [{"qid": 1, "q": "Why?", "text": "a", "votes": 3}, {"qid": 2, "q": "How?", "text": "c", "votes": 0},
