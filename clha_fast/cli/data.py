@@ -15,7 +15,9 @@ def convert(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="clha-fast convert", description="Rewrite ranked responses as canonical JSON Lines.", epilog=COLUMNS_HELP
     )
-    parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
+    parser.add_argument(
+        "source", metavar="SRC", help="JSON Lines, a JSON list, csv, tsv, parquet or arrow, a glob or a folder"
+    )
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     parser.add_argument(

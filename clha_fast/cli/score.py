@@ -26,7 +26,9 @@ DESCRIPTION = "Add the rewards of a reward model to ranked or unranked responses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `clha-fast score`."""
-    parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
+    parser.add_argument(
+        "source", metavar="SRC", help="JSON Lines, a JSON list, csv, tsv, parquet or arrow, a glob or a folder"
+    )
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write, with rewards")
     parser.add_argument(
         "--reward-model",

@@ -7,7 +7,7 @@ from typing import Any
 
 from clha_fast.data.fields import Reading, Row, columns_of, get, items, make_named, objects, response
 from clha_fast.data.names import mapping_text
-from clha_fast.data.records import RankedRecord, RecordError, check_text, is_sequence
+from clha_fast.data.records import RankedRecord, RecordError, check_text, is_number, is_sequence
 
 
 def parse_stack_exchange(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
@@ -108,11 +108,16 @@ def tree_rows(row: Row, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     roles = {"prompter": "user", "assistant": "assistant"}
 
     def walk(node: Any, before: list[dict[str, Any]], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not isinstance(node, Mapping):
+            raise RecordError.of(source, place, 'a message {"text": ..., "role": ..., "replies": [...]}', node)
         role = roles.get(node.get("role", "prompter"), "user")
         messages = [*before, {"role": role, "content": check_text(node.get("text"), source, f"{place}.text")}]
         replies = node.get("replies") or []
+        if not is_sequence(replies):
+            raise RecordError.of(source, f"{place}.replies", "a list of messages", replies)
         if role == "user":
-            ranked = sorted((reply for reply in replies if reply.get("rank") is not None), key=lambda r: r["rank"])
+            ranked = [reply for reply in replies if isinstance(reply, Mapping) and is_number(reply.get("rank"))]
+            ranked.sort(key=lambda reply: reply["rank"])
             if len(ranked) > 1:
                 texts = [check_text(reply.get("text"), source, f"{place}.replies.text") for reply in ranked]
                 where = f"{source}: {node['message_id']}" if node.get("message_id") else f"{source}: {place}"

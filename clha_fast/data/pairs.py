@@ -16,6 +16,7 @@ from clha_fast.data.records import (
     check_messages,
     check_only_content,
     check_text,
+    is_sequence,
 )
 
 # The format's own; they win where several pairs of columns look like scores.
@@ -81,7 +82,7 @@ def _check_prompt_is_nowhere_else(row: Row, chosen: Any, own: set[str], source: 
     if isinstance(row, Reading) and "prompt" in row.mapped:
         return
     suspects = prompt_suspects(columns, {*own, "tools"})
-    if not isinstance(chosen, str):
+    if is_sequence(chosen):
         # Whole conversations bring their prompt along; other messages than theirs may be what came before it.
         texts = _contents(chosen)
         if len(texts) > 1:

@@ -163,3 +163,35 @@ def test_the_way_out_that_kto_rows_are_told_works() -> None:
     with pytest.raises(RecordError, match="prompt"):
         read_records(rows, columns={**columns, "group_by": "promt"})
     assert read_records(rows, rank_by_reward=True, columns=columns) == [RankedRecord("q", ("b", "a"), (1.0, 0.0))]
+
+
+ODD: tuple[Any, ...] = (
+    3,
+    -0.5,
+    True,
+    "x",
+    "",
+    "[",
+    [],
+    ["a"],
+    [1, 2],
+    [None],
+    [{}],
+    [{"role": "user"}],
+    {},
+    {"replies": [1]},
+)
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_odd_values_are_told_in_a_sentence_and_never_end_in_a_traceback(case: str) -> None:
+    _, row, _ = PUBLISHED[case]
+    for name in row:
+        for value in ODD:
+            for changed in ({**row, name: value}, {key: item for key, item in row.items() if key != name}):
+                errors: list[RecordError] = []
+                try:
+                    read_records([changed, row], errors=errors)
+                except RecordError as error:
+                    errors.append(error)
+                assert all("expected" in str(error) or "unknown format" in str(error) for error in errors)
