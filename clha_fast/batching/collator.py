@@ -32,7 +32,8 @@ class RankedCollator:
     are those that generation begins with, and every candidate follows the same ones. A response's tokens are those
     it has in the middle of a text: tokenizers that put a blank in front of a text put none in front of a response.
 
-    A text prompt keeps the special tokens that the tokenizer puts in front (BOS), and a response is closed by EOS.
+    A text prompt keeps the special tokens that the tokenizer puts in front (BOS), once, and a response is closed by
+    EOS, unless a special token ends it: texts that a chat template has rendered beforehand bring both along.
     Messages go through the tokenizer's chat template, which writes BOS itself, and a response is closed by the
     template's own end of turn (`batching.chat.render_chat`), by EOS where the template has none. What closes a
     response is scored with it, once, unless the response was truncated.
@@ -134,7 +135,7 @@ class RankedCollator:
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            whole = ids if closed or ids[-1] == eos else [*ids, eos]
+            whole = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
             whole_lengths.append(len(whole))
             completions[number] = whole[: self.max_completion_length]
 
@@ -167,7 +168,9 @@ class RankedCollator:
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
             own = self._encode([text])[0]
             prefix = self._prefix(text, own)
-            responses: Sequence[str] = record.completions
+            if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
+                own = own[len(prefix) :]
+            responses: Sequence[str] = [self._closed(completion) for completion in record.completions]
             closed = False
         else:
             chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source, record.template)
@@ -179,6 +182,20 @@ class RankedCollator:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
         return prefix + own, len(prefix), responses, closed
+
+    def _closed(self, text: str) -> str:
+        """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
+        trimmed = text.rstrip()
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
+        return trimmed if trimmed != text and trimmed.endswith(tuple(tokens)) else text
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        """Special tokens that end a turn where they end a response: all but those with another meaning."""
+        names = ("unk_token_id", "bos_token_id", "cls_token_id", "mask_token_id")
+        others = {getattr(self.tokenizer, name, None) for name in names} - {self.tokenizer.eos_token_id}
+        added = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset((*self.tokenizer.all_special_ids, *added)) - others
 
     def _prefix(self, text: str, own: list[int]) -> list[int]:
         """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
@@ -255,7 +272,8 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         self._features: Sequence[CandidateFeature] = found.features
         self.cut_prompts, self.cut_completions = found.cut_prompts, found.cut_completions
         if not len(self._features):
-            raise RecordError("records: expected at least one, got none")
+            why = f" (all {len(self.skipped):,} are bad, the first: {self.skipped[0]})" if self.skipped else ""
+            raise RecordError(f"records: expected at least one, got none{why}")
         check_features(self._features)
         self.lengths = [len(f["prompt_ids"]) + max(map(len, f["completion_ids"])) for f in self._features]
 

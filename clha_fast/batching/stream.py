@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.workers import Example, as_record
+from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError
 
 # More loader workers than anyone starts; each counts in a place of its own, so that no count is lost.
@@ -57,6 +58,7 @@ class RankedStream(IterableDataset[Any]):
         self.skip_bad_records = skip_bad_records
         self._skipped = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()
         self._epoch = 0
+        self._notes = Notes()
 
     @property
     def skipped(self) -> int:
@@ -114,7 +116,9 @@ class RankedStream(IterableDataset[Any]):
             raise RecordError.of(place, "", "a mapping", row)
         if isinstance(row, Mapping) and "completion_ids" in row:
             return row, row.get("rewards") is not None, row.get("source", place)  # type: ignore[return-value]
-        record = as_record(row, place)
+        said = set(self._notes.unread)
+        record = as_record(row, place, self._notes)
+        self._notes.say_new_columns(said)
         rewarded = record.rewards is not None
         if self.skip_bad_records:
             return self.collator.tokenize_record(record), rewarded, record.source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 from array import array
@@ -16,6 +17,8 @@ from typing import Any
 from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
+from clha_fast.data.containers import table_rows
+from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
 
@@ -38,9 +41,9 @@ class Tokenised:
     cut_completions: int
 
 
-def as_record(example: Example, source: str) -> RankedRecord:
-    """The example itself, or a row in a known format as a record."""
-    return example if isinstance(example, RankedRecord) else record_from_row(example, source)
+def as_record(example: Example, source: str, notes: Notes | None = None) -> RankedRecord:
+    """The example itself, or a row in a known format as a record, counted in `notes`."""
+    return example if isinstance(example, RankedRecord) else record_from_row(example, source, notes=notes)
 
 
 def check_num_proc(num_proc: int | None) -> None:
@@ -65,7 +68,9 @@ def tokenise_all(
         progress: show a bar; None shows it for more than 2000 records.
     """
     check_num_proc(num_proc)
-    rows = list(examples)
+    # Rows become records here: what is noted about them is said once, whatever the number of processes.
+    notes = Notes()
+    rows = [_read(example, number, notes) for number, example in enumerate(table_rows(examples))]
     bar = logging.tqdm(
         total=len(rows),
         desc="Tokenising",
@@ -86,14 +91,24 @@ def tokenise_all(
                 cut_prompts += prompts
                 cut_completions += completions
             bar.update(1)
+    notes.say()
     return Tokenised(features, cut_prompts, cut_completions)
 
 
-def _results(rows: list[Example], tokenise: Tokenise, num_proc: int) -> Iterator[Counted | RecordError]:
+def _read(example: Example, number: int, notes: Notes) -> RankedRecord | RecordError:
+    try:
+        return as_record(example, f"record {number}", notes)
+    except RecordError as error:
+        return error
+
+
+def _results(
+    rows: list[RankedRecord | RecordError], tokenise: Tokenise, num_proc: int
+) -> Iterator[Counted | RecordError]:
     if num_proc == 1:
-        yield from (_one(row, number, tokenise) for number, row in enumerate(rows))
+        yield from (_one(row, tokenise) for row in rows)
         return
-    chunks = [(start, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     # Forked processes need no importable main module; a tokenizer uses no thread or device that a fork would lose.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     pool = ProcessPoolExecutor(
@@ -113,14 +128,15 @@ def _start_process(tokenise: Tokenise) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _chunk(chunk: tuple[int, list[Example]]) -> list[Counted | RecordError]:
-    start, rows = chunk
-    return [_one(row, start + number, _tokenise) for number, row in enumerate(rows)]
+def _chunk(rows: list[RankedRecord | RecordError]) -> list[Counted | RecordError]:
+    return [_one(row, _tokenise) for row in rows]
 
 
-def _one(row: Example, number: int, tokenise: Tokenise) -> Counted | RecordError:
+def _one(record: RankedRecord | RecordError, tokenise: Tokenise) -> Counted | RecordError:
+    if isinstance(record, RecordError):
+        return record
     try:
-        feature, prompts, completions = tokenise(as_record(row, f"record {number}"))
+        feature, prompts, completions = tokenise(record)
     except RecordError as error:
         return error
     return compact(feature), prompts, completions
@@ -158,6 +174,7 @@ def tokenise_table(
         "error": datasets.Value("string"),
         "cut_prompts": number,
         "cut_completions": number,
+        "notes": datasets.Value("string"),
     }
     done = table.map(
         functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None),
@@ -175,16 +192,22 @@ def tokenise_table(
         skipped += [RecordError(error, source=error.partition(": ")[0]) for error in errors if error is not None]
         done = done.select([index for index, error in enumerate(errors) if error is None])
     counts = [sum(done[name]) for name in ("cut_prompts", "cut_completions")]
-    return Tokenised(done.remove_columns(["error", "cut_prompts", "cut_completions"]), *counts)
+    notes = Notes()
+    for found in done["notes"]:
+        notes.merge(Notes(**json.loads(found)))
+    notes.say()
+    return Tokenised(done.remove_columns(["error", "cut_prompts", "cut_completions", "notes"]), *counts)
 
 
 def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool) -> dict[str, Any]:
+    notes = Notes()
     try:
-        feature, prompts, completions = tokenise(as_record(row, f"record {index}"))
-        return {**feature, "error": None, "cut_prompts": prompts, "cut_completions": completions}
+        feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
+        counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
+        return {**feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
         nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
-        nothing |= {"cut_prompts": 0, "cut_completions": 0}
+        nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
         return {**nothing, "source": error.source, "error": str(error)}

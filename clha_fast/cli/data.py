@@ -5,27 +5,43 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.text import with_dashes
-from clha_fast.data import FORMATS
+from clha_fast.data import FORMATS, RecordError
 from clha_fast.data import convert as convert_file
 
 
 def convert(words: Sequence[str]) -> int:
     """Rewrites a file of ranked responses; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="clha-fast convert", description="Rewrite ranked responses as canonical JSON Lines."
+        prog="clha-fast convert", description="Rewrite ranked responses as canonical JSON Lines.", epilog=COLUMNS_HELP
     )
-    parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
+    parser.add_argument(
+        "source", metavar="SRC", help="JSON Lines, a JSON list, csv, tsv, parquet or arrow, a glob or a folder"
+    )
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     parser.add_argument("--rank-by-reward", action="store_true", help="order responses by reward, highest first")
+    parser.add_argument("--skip-bad-records", action="store_true", help="leave bad records out and count them")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
+    words, columns = take_columns(words)
     given = parser.parse_args(with_dashes(words))
+    errors: list[RecordError] | None = [] if given.skip_bad_records else None
     counts = convert_file(
-        given.source, given.destination, given.format, given.rank_by_reward, overwrite=given.overwrite
+        given.source,
+        given.destination,
+        given.format,
+        given.rank_by_reward,
+        overwrite=given.overwrite,
+        errors=errors,
+        columns=columns,
     )
     print(
         f"{given.destination}: {counts.records:,} records, {counts.completions:,} responses, "
         f"{counts.with_rewards:,} records with rewards"
     )
+    if counts.reversed_pairs:
+        print(f"{counts.reversed_pairs:,} of {counts.pairs:,} pairs are ranked against their rewards")
+    if errors:
+        print(f"{len(errors):,} bad records left out, the first: {errors[0]}")
     return 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.text import as_flags, with_dashes
 from clha_fast.data import FORMATS, read_records
 from clha_fast.evaluation import plots
@@ -26,7 +27,9 @@ DESCRIPTION = "Add the rewards of a reward model to ranked or unranked responses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `clha-fast score`."""
-    parser.add_argument("source", metavar="SRC", help="JSON Lines, a JSON list (either may be .gz), or .parquet")
+    parser.add_argument(
+        "source", metavar="SRC", help="JSON Lines, a JSON list, csv, tsv, parquet or arrow, a glob or a folder"
+    )
     parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write, with rewards")
     parser.add_argument(
         "--reward-model",
@@ -62,14 +65,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command `score` to an `add_subparsers()` object."""
     parser: argparse.ArgumentParser = subparsers.add_parser("score", help=DESCRIPTION, description=DESCRIPTION)
     add_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, columns=None)
     return parser
 
 
 def score(words: Sequence[str]) -> int:
     """`run`, from the words behind `clha-fast score`."""
-    parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION, epilog=COLUMNS_HELP)
     add_arguments(parser)
+    words, columns = take_columns(words)
+    parser.set_defaults(columns=columns)
     return run(parser.parse_args(with_dashes(words)))
 
 
@@ -101,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
     check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
     plot = _check_plot(args.plot)
-    records = read_records(args.source, args.format)
+    records = read_records(args.source, args.format, columns=args.columns)
     reward_model = load_reward_model(args.reward_model, label=args.label, device=args.device, dtype=args.dtype)
     print(f"reward model  {args.reward_model}: {_model_text(reward_model)}")
     candidates = sum(len(record.completions) for record in records)

@@ -33,6 +33,8 @@ usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
 Options stand in the YAML file under the same names; flags win. `--model_config.hidden_size 128` sets one entry.
 
 files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1 (0: none)  --format auto  --rank_by_reward
+          --columns.prompt question --columns.completions '[response_a, response_b]' --columns.rewards '[a, b]'
+          (columns of other names; dots lead into nested ones)
           --skip_bad_records (leave malformed records out and say how many)
 folder    --output_dir DIR  --resume | --overwrite
           (resume takes the same settings; to train further, --model OLD_DIR and a new folder)

@@ -6,10 +6,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from clha_fast.data.records import RecordError, is_sequence
+from clha_fast.data.fields import Reading, columns_of, holds
+from clha_fast.data.names import mapping_text, scores_of, words
+from clha_fast.data.records import RankedRecord, RecordError, is_sequence
 
-_REFUSED = {
-    "system": "the system text as first message of prompt",
+# Words of a column's name -> what to do instead. Each would change the prompt or the answers.
+_SYSTEM = 'the system text as first message of prompt, or columns={"system": column}'
+_TEXT_ONLY = "rows of text alone: models are trained on text here, so leave out the rows that need it, or the column"
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_REFUSED: dict[tuple[str, ...], str] = {
+    **dict.fromkeys((("system",), ("system", "prompt"), ("system", "message")), f"no such column (give {_SYSTEM})"),
+    **dict.fromkeys((*((name,) for name in _MEDIA), ("pixel", "values")), _TEXT_ONLY),
 }
 # What rendering decides itself: the place where responses begin depends on it.
 _OWN = (
@@ -20,14 +27,15 @@ _OWN = (
 
 
 def check_columns(row: Mapping[str, Any], source: str) -> None:
-    """Refuse a `system` column with a value in it, which would change the prompt; warn of `margin`.
+    """Refuse columns of a system text or of images, sound and video with something in them; warn of `margin`.
 
     Raises:
         RecordError: there is one.
     """
-    for name, instead in _REFUSED.items():
-        if row.get(name):  # tables hold None, and empty texts and lists change nothing
-            raise RecordError.of(source, name, f"no such column (give {instead})", row[name])
+    for name, value in columns_of(row).items():
+        expected = _REFUSED.get(words(str(name)))
+        if expected is not None and holds(value):
+            raise RecordError.of(source, str(name), expected, value)
     if row.get("margin") is not None:
         # The same text for every record, so that Python shows it once.
         warnings.warn(
@@ -52,6 +60,26 @@ def template_of(row: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise RecordError.of(source, "chat_template_kwargs", "variables of the chat template's own", name)
     found = _without_none(dict(variables or {}))
     return {**found, "tools": _without_none(list(tools))} if tools else found
+
+
+def check_unread(reading: Reading, record: RankedRecord, source: str) -> None:
+    """Refuse what was mapped or looks like rewards and was not taken by the row's reader.
+
+    Raises:
+        RecordError: a mapped field that the format does not read; a column that is named and shaped as scores or ranks
+            of a record without rewards.
+    """
+    for name in reading.mapped - reading.read:
+        if reading.row[name] is not None:
+            expected = f"a field that this format reads (map completions as well, or leave {name} out)"
+            raise RecordError.of(source, f"columns.{name}", expected, reading.row[name])
+    if record.rewards is not None:
+        return
+    for name in reading.unread():
+        field = scores_of(name, reading.row.get(name), len(record.completions))
+        if field is not None:
+            message = f'{source}: {name}: unknown field, expected "{field}", or {mapping_text(field, name)}'
+            raise RecordError(message, source=source, field=name)
 
 
 def _without_none(value: Any) -> Any:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, iter_records
 from clha_fast.data.records import RecordError
 
 
 @dataclass(frozen=True)
 class ConvertCounts:
-    """What `convert` wrote, and what it left out (`skipped`, only when errors are collected)."""
+    """What `convert` wrote, and what it left out (`skipped`, only when errors are collected).
+
+    `pairs` counts those of responses with different rewards, `reversed_pairs` those whose worse-ranked one has the
+    higher reward.
+    """
 
     records: int
     completions: int
     with_rewards: int
     skipped: int
+    pairs: int = 0
+    reversed_pairs: int = 0
 
 
 def convert(
@@ -28,6 +37,8 @@ def convert(
     *,
     overwrite: bool = False,
     errors: list[RecordError] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> ConvertCounts:
     """Write every record of `source` to `destination`, one canonical JSON object a line, UTF-8.
 
@@ -35,7 +46,7 @@ def convert(
     (a bad record, a full disk) leaves whatever was there before.
 
     Args:
-        source, format, rank_by_reward, errors: as `iter_records`.
+        source, format, rank_by_reward, errors, columns, notes: as `iter_records`.
         overwrite: replace an existing `destination`; it may be `source` itself.
 
     Raises:
@@ -43,17 +54,20 @@ def convert(
         FileNotFoundError: the folder of `destination` does not exist.
         RecordError, ValueError, OSError: as `iter_records`; OSError also when writing fails.
     """
-    path = os.fspath(destination)
+    path = os.path.expanduser(os.fspath(destination))
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{path}: expected a file in a folder that exists, there is no {folder}")
+    counts = (
+        Notes(os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records") if notes is None else notes
+    )
     records = completions = with_rewards = 0
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "x", encoding="utf-8", newline="\n") as file:
-            for record in iter_records(source, format, rank_by_reward, errors):
+            for record in iter_records(source, format, rank_by_reward, errors, columns=columns, notes=counts):
                 file.write(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
                 records += 1
                 completions += len(record.completions)
@@ -65,4 +79,6 @@ def convert(
         # Still there only when something above failed.
         if os.path.exists(partial):
             os.unlink(partial)
-    return ConvertCounts(records, completions, with_rewards, len(errors or ()))
+    if notes is None:
+        counts.say()
+    return ConvertCounts(records, completions, with_rewards, len(errors or ()), counts.pairs, counts.reversed)

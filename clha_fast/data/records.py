@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ Prompt = str | tuple[Message, ...]
 # Rewards travel as float32; a larger number would silently become infinite.
 _LARGEST_REWARD = 3.4028234663852886e38
 _LONGEST_GOT = 100
+_WORDS_OF_A_PROMPT = 3
 
 
 class RecordError(ValueError):
@@ -138,6 +140,25 @@ def make_record(
     )
 
 
+def without_repeated_prompt(record: RankedRecord) -> tuple[RankedRecord, bool]:
+    """The record whose responses do not begin with its text prompt once more, and whether they all did.
+
+    They would be trained on as an answer to themselves. A prompt of less than three words may begin an answer by
+    chance ("Hi"): it is left there.
+
+    Raises:
+        RecordError: nothing is left of a response.
+    """
+    prompt = record.prompt
+    if not isinstance(prompt, str) or not prompt.strip():
+        return record, False
+    if not all(text.startswith(prompt) for text in record.completions):
+        return record, False
+    if len(prompt.split()) < _WORDS_OF_A_PROMPT:
+        return record, True
+    return dataclasses.replace(record, completions=tuple(text[len(prompt) :] for text in record.completions)), True
+
+
 def is_sequence(value: object) -> bool:
     """A list-like value: what JSON arrays and table columns come as; texts and mappings are not."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
@@ -175,6 +196,8 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
             if key not in message:
                 raise RecordError.of(source, name, f'a message with "{key}"', sorted(map(str, message)))
         content = _joined_parts(message["content"], source, f"{name}.content")
+        if content is None and any(message.get(key) for key in _STANDS_FOR_CONTENT):
+            content = ""
         check_text(message["role"], source, f"{name}.role")
         check_text(content, source, f"{name}.content")
         # Tables give every message every key that any message has, as None.
@@ -182,6 +205,20 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
     if not messages:
         raise RecordError.of(source, field, "at least one message", value)
     return tuple(messages)
+
+
+# Keys of a message that are part of what is said, beside its content; the first three stand in for it.
+SAID = ("tool_calls", "function_call", "audio", "reasoning_content", "reasoning", "thinking", "refusal")
+_STANDS_FOR_CONTENT = SAID[:3]
+
+
+def check_only_content(message: Message, source: str, field: str) -> str:
+    """The content of a response's message, which must be all that is said in it; RecordError otherwise."""
+    for key in SAID:
+        if message.get(key):
+            expected = "a response of content alone (write it into content, as the model's chat template does)"
+            raise RecordError.of(source, f"{field}.{key}", expected, message[key])
+    return str(message["content"])
 
 
 def _joined_parts(content: object, source: str, field: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from clha_fast.data.records import Message, Prompt, RecordError
+from clha_fast.data.records import SAID, Message, Prompt, RecordError
 
 
 def plain_template(messages: Iterable[Message]) -> str:
@@ -46,6 +46,11 @@ def render_prompt(
         if template:
             name = "tools" if "tools" in template else "chat_template_kwargs"
             raise RecordError.of(source, name, "a tokenizer with a chat template", type(tokenizer).__name__)
+        for number, turn in enumerate(prompt):
+            for key in SAID:
+                if turn.get(key):
+                    expected = "a tokenizer with a chat template, which writes it (or the text in content)"
+                    raise RecordError.of(source, f"prompt[{number}].{key}", expected, turn[key])
         return plain_template(prompt), False
     if template and "tools" in template and "tools" not in tokenizer.get_chat_template(tools=template["tools"]):
         message = f"{source}: tools: expected a chat template that writes tools, got one that does not"

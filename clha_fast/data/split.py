@@ -34,7 +34,11 @@ def split_records(
         (held_out if share < fraction else train).append(record)
     if not train or not held_out:
         side = "training" if not train else "evaluation"
-        raise ValueError(f"eval_fraction: {fraction} of {len(records)} records leaves none for {side}")
+        prompts = len({prompt_key(record) for record in records})
+        raise ValueError(
+            f"eval_fraction: {fraction} of {len(records):,} records with {prompts:,} different prompts leaves none for "
+            f"{side}; give more prompts, another fraction or seed, an eval_file, or 0 for no evaluation"
+        )
     return train, held_out
 
 

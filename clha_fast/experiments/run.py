@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from clha_fast.data.containers import files_of
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
@@ -67,7 +69,7 @@ class RunOptions:
     Attributes:
         train_file: ranked responses. eval_file: held-out ones; without it `eval_fraction` (0.1) of the training
             file's prompts are held out; with 0 none of its own are, and without either nothing is evaluated.
-        format, rank_by_reward: as `clha_fast.data.read_records`, for both files.
+        format, rank_by_reward, columns: as `clha_fast.data.read_records`, for both files.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         model: a folder or name to load; or model_config: `{"model_type": "llama", ...}`, random weights.
         tokenizer: a folder or name (the model's by default); or build_tokenizer: `{"vocab_size": 4096}`, a byte-level
@@ -82,6 +84,7 @@ class RunOptions:
     eval_file: str | None = None
     eval_fraction: float | None = None
     format: str = "auto"
+    columns: dict[str, Any] | None = None
     rank_by_reward: bool = False
     skip_bad_records: bool = False
     model: str | None = None
@@ -193,7 +196,10 @@ class Run:
         assert options.train_file is not None
         skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        train, *held_out = (read_records(path, options.format, options.rank_by_reward, skipped) for path in files)
+        train, *held_out = (
+            read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
+            for path in files
+        )
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:
@@ -255,7 +261,7 @@ class Run:
             for name, value in given.items()
             if name not in skip and name not in _NEUTRAL and value != defaults[name]
         }
-        return RunIdentity(changed, {name: file_hash(path) for name, path in files.items() if path is not None})
+        return RunIdentity(changed, {name: _data_hash(path) for name, path in files.items() if path is not None})
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         options = self.options
@@ -348,6 +354,16 @@ class Run:
         found = {"before": self.before, "after": self.after, "log": self.trainer.state.log_history, **more}
         if self.args.process_index == 0:
             write_json(os.path.join(self.folder, METRICS_FILE), _plain(found))
+
+
+def _data_hash(path: str) -> str:
+    """Of the file's bytes; of several files, or a folder's, of all their hashes in order."""
+    files: list[str] = []
+    for found in files_of(path):
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(found) for name in names)
+        files += sorted(inside) if os.path.isdir(found) else [found]
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.convert import convert
+from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord, make_record
 from clha_fast.files import RunIdentity
@@ -95,6 +96,7 @@ def score_file(
     reward_model: RewardModel,
     *,
     format: str = "auto",
+    columns: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
     rank_by_reward: bool = False,
@@ -113,7 +115,7 @@ def score_file(
     the very file, of one that was never interrupted. The longest responses come first: memory fails at once or never.
 
     Args:
-        source: records, or as `clha_fast.data.iter_records`, with `format`.
+        source: records, or as `clha_fast.data.iter_records`, with `format` and `columns`.
         batch_size: responses in a forward pass.
         max_length: tokens of prompt and response together, cut as in training; None takes the model's limit.
         rank_by_reward: write each record best first, equal rewards in the order given. The SFT target becomes the
@@ -131,7 +133,7 @@ def score_file(
         ScoringInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     check_destination(destination, resume=resume, overwrite=overwrite)
-    records = _as_records(source, format)
+    records = _as_records(source, format, columns)
     run = _Run(records, reward_model, batch_size, max_length, progress)
     path = os.fspath(destination)
     journal = _Journal(f"{path}.partial", run.identity(), run.batches, resume)
@@ -141,7 +143,7 @@ def score_file(
             run.score(journal, progress)
         scored = run.with_rewards(journal.rewards)
         written = [_best_first(record) for record in scored] if rank_by_reward else scored
-        convert((record.as_dict() for record in written), path, "canonical", overwrite=overwrite)
+        convert((record.as_dict() for record in written), path, "canonical", overwrite=overwrite, notes=Notes())
     except OSError as error:
         raise ScoringError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
     except KeyboardInterrupt:
@@ -151,13 +153,15 @@ def score_file(
     return ScoreResult(scored, written, sum(map(len, run.rows_of)), resumed, run.truncated, replaced, run.max_length)
 
 
-def _as_records(source: Source | Sequence[RankedRecord], format: str) -> list[RankedRecord]:
+def _as_records(
+    source: Source | Sequence[RankedRecord], format: str, columns: Mapping[str, Any] | None
+) -> list[RankedRecord]:
     if not isinstance(source, (str, os.PathLike)):
         rows = list(cast("Iterable[Any]", source))
         if rows and all(isinstance(row, RankedRecord) for row in rows):
             return rows
         source = rows
-    return read_records(source, format)
+    return read_records(source, format, columns=columns)
 
 
 def _best_first(record: RankedRecord) -> RankedRecord:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from clha_fast.data import FORMATS, RankedRecord, RecordError, iter_records, read_records, record_from_row
+from tests.data.test_published import PUBLISHED
 
 
 def user(text):
@@ -139,7 +140,7 @@ def test_formats(tmp_path, case, detected):
 
 
 def test_every_format_has_a_case():
-    assert {name for name, _, _ in CASES.values()} == set(FORMATS)
+    assert {name for name, _, _ in (*CASES.values(), *PUBLISHED.values())} == set(FORMATS)
 
 
 def test_rank_by_reward_moves_the_sft_target_along():

@@ -1,0 +1,213 @@
+"""A mapping of columns: which column of a file, or path into one, holds which field of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
+from clha_fast.data.names import near
+from clha_fast.data.records import RecordError, is_sequence
+
+# Fields that hold several values, one a response; each may be given as a list of columns.
+_MANY = ("completions", "rewards", "ranks")
+FIELDS = (
+    *("prompt", "completions", "rewards", "ranks", "sft_index", "chosen", "rejected", "system"),
+    *("tools", "chat_template_kwargs", "group_by"),
+)
+
+
+class ColumnMap:
+    """Rows with their fields under the names that the readers know; the other columns stay as they are.
+
+    Args:
+        columns: column, or path into one, by field:
+
+            - A path is the column's name, or names and positions joined by dots; through a list it takes what every
+              item has (`answers.text`), and `answers.0.text` the first one's. A name with a dot in it is found first.
+            - `completions`, `rewards` and `ranks` take one path, to a list, or a list of paths, one a response;
+              responses that a row lacks (None, reward included) are left out.
+            - `prompt` takes a list of paths, too: their texts joined by newlines, empty ones left out; and None, for
+              rows whose answers begin with the prompt and whose other columns do not hold it.
+            - `system` becomes the first message of the prompt.
+            - `group_by`: rows with the same value there are one prompt, their responses in the order of the rows.
+
+    Raises:
+        ValueError: an unknown field; a value that is no path; `group_by` without `completions`.
+    """
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        if not isinstance(columns, Mapping):
+            raise ValueError(f"columns: expected a mapping of fields to columns, got {columns!r}")
+        for name, path in columns.items():
+            if name not in FIELDS:
+                raise ValueError(
+                    f"columns: unknown field {name!r}{near(str(name), FIELDS)} (fields are {', '.join(FIELDS)})"
+                )
+            several = name in (*_MANY, "prompt")
+            good = isinstance(path, str) or (path is None and name == "prompt")
+            if several and isinstance(path, (list, tuple)):
+                good = bool(path) and all(isinstance(item, str) for item in path)
+            if not good:
+                expected = "a column or a list of columns" if several else "a column"
+                raise ValueError(f"columns: {name}: expected {expected}, got {path!r}")
+        self.group_by: str | None = columns.get("group_by")
+        self.columns: dict[str, str | list[str] | None] = {
+            name: list(path) if isinstance(path, (list, tuple)) else path
+            for name, path in columns.items()
+            if name != "group_by"
+        }
+        self.canonical = "completions" in self.columns
+        if self.group_by is not None and not self.canonical:
+            raise ValueError(
+                "columns: group_by: expected completions beside it, the column with the response of each row, got none"
+            )
+
+    def apply(self, row: Row, source: str) -> Reading:
+        """The row with its fields in place.
+
+        Raises:
+            RecordError: a column that is not there, with the nearest name.
+        """
+        taken = set() if self.group_by is None else {self._head(row, self.group_by)} - set(FIELDS)
+        found: dict[str, Any] = {}
+        for field, path in self.columns.items():
+            if path is None:
+                found[field] = None
+                continue
+            paths = path if isinstance(path, list) else [path]
+            taken |= {self._head(row, item) for item in paths}
+            values = [self._value(row, item, field, source) for item in paths]
+            if field == "prompt" and isinstance(path, list):
+                found[field] = _joined(values, path, source)
+            else:
+                found[field] = values if isinstance(path, list) else values[0]
+        if self.canonical:
+            _drop_missing(found, self.columns)
+        if isinstance(row, TextRow):
+            for field in {"completions", "rewards", "ranks"} & set(found):
+                found[field] = as_list(found[field])
+            for field in {"rewards", "ranks", "sft_index"} & set(found):
+                found[field] = as_number(found[field])
+        if isinstance(found.get("rewards"), bool):  # a label of good and bad
+            found["rewards"] = int(found["rewards"])
+        rest = {name: value for name, value in row.items() if name not in taken}
+        if "system" in found:
+            found["prompt"] = _with_system(found.pop("system"), found.get("prompt", rest.get("prompt")), source)
+        kind = TextRow if isinstance(row, TextRow) else dict
+        return Reading(kind({**rest, **found}), mapped=found)
+
+    def grouped(self, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """One row for each value of `group_by`, in order of first appearance; what is no row comes as it is."""
+        assert self.group_by is not None
+        groups: dict[str, list[tuple[str, Row]]] = {}
+        for place, row in rows:
+            if not isinstance(row, Mapping):
+                yield place, row
+                continue
+            try:
+                key = self._value(row, self.group_by, "group_by", place)
+                if key is None:
+                    raise RecordError.of(place, self.group_by, "a value to group by", None)
+            except RecordError as error:
+                yield place, error
+                continue
+            groups.setdefault(repr(key), []).append((place, row))
+        for members in groups.values():
+            yield members[0][0], self._merged(members)
+
+    def _merged(self, members: list[tuple[str, Row]]) -> Reading | RecordError:
+        try:
+            rows = [(place, self.apply(row, place)) for place, row in members]
+        except RecordError as error:
+            return error
+        first = rows[0][1]
+        merged = dict(first.row)
+        for _, row in rows[1:]:
+            merged.update({name: value for name, value in row.row.items() if merged.get(name) is None})
+        for field in _MANY:
+            if field in first.mapped:
+                merged[field] = [item for _, row in rows for item in _as_list(row.row[field])]
+        for place, row in rows[1:]:
+            if row.row.get("prompt") != first.row.get("prompt"):
+                expected = f"the prompt of {members[0][0]}, with the same {self.group_by}"
+                return RecordError.of(place, "prompt", expected, row.row.get("prompt"))
+        return Reading(merged, mapped=first.mapped)
+
+    @staticmethod
+    def _head(row: Row, path: str) -> str:
+        """The column that a path goes into."""
+        cuts = [len(path), *(at for at in range(len(path) - 1, 0, -1) if path[at] == ".")]
+        return next((path[:cut] for cut in cuts if path[:cut] in row), path)
+
+    @staticmethod
+    def _value(row: Row, path: str, field: str, source: str) -> Any:
+        try:
+            return find(row, path)
+        except KeyError as error:
+            names = error.args[1]
+            seen = f"there are {', '.join(map(str, names))}" if names else "there is none"
+            message = f"{source}: {path}: expected a column for {field}, got none of that name ({seen})"
+            raise RecordError(message + near(str(error.args[0]), names), source=source, field=path) from None
+
+
+def find(value: Any, path: str) -> Any:
+    """What stands at a dotted path; KeyError(the name that is missing, the names that are there)."""
+    if isinstance(value, Mapping):
+        cuts = [len(path), *(at for at in range(len(path) - 1, 0, -1) if path[at] == ".")]
+        for cut in cuts:
+            if path[:cut] in value:
+                return find(value[path[:cut]], path[cut + 1 :]) if cut < len(path) else value[path]
+        raise KeyError(path, list(value))
+    if is_sequence(value):
+        head, _, rest = path.partition(".")
+        if head.removeprefix("-").isdigit():
+            if not -len(value) <= int(head) < len(value):
+                raise KeyError(head, list(range(len(value))))
+            item = value[int(head)]
+            return find(item, rest) if rest else item
+        return [find(item, path) for item in value]
+    if value is None:
+        return None
+    raise KeyError(path, [])
+
+
+def _joined(values: list[Any], paths: list[str], source: str) -> str:
+    for value, path in zip(values, paths, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise RecordError.of(source, path, "a text, to be joined to a prompt", value)
+    text = "\n".join(value for value in values if value)
+    if not text:
+        raise RecordError.of(source, ", ".join(paths), "a text in one of them for prompt", None)
+    return text
+
+
+def _drop_missing(found: dict[str, Any], columns: Mapping[str, Any]) -> None:
+    """Leave out the places where every field that is a list of columns has None."""
+    lists = [field for field in _MANY if field in found and isinstance(columns[field], list)]
+    if "completions" not in lists or len({len(found[field]) for field in lists}) > 1:
+        return
+    kept = [k for k in range(len(found["completions"])) if any(found[field][k] is not None for field in lists)]
+    for field in lists:
+        found[field] = [found[field][k] for k in kept]
+    if "rewards" in lists and all(value is None for value in found["rewards"]):
+        found["rewards"] = None
+
+
+def _with_system(system: Any, prompt: Any, source: str) -> Any:
+    if not system:
+        return prompt
+    if not isinstance(system, str):
+        raise RecordError.of(source, "system", "a text", system)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not is_sequence(prompt):
+        raise RecordError.of(source, "prompt", "a text or a list of messages, for a system text before it", prompt)
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The values of one row of a group: one response, which may be a list of messages, or several."""
+    if not is_sequence(value) or (value and all(isinstance(item, Mapping) and "role" in item for item in value)):
+        return [value]
+    return list(value)

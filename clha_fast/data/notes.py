@@ -1,0 +1,108 @@
+"""What a file's records are like beside being right: counted while they are read, said once when they have been."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from clha_fast.data.records import RankedRecord
+
+logger = logging.getLogger("clha_fast.data")
+
+
+@dataclass
+class Notes:
+    """Counts over the records of one source.
+
+    Attributes:
+        name: the file, or "records".
+        records: how many were read. single: those with one response. equal: those with two equal responses.
+        repeated: those whose responses all began with the prompt, which was taken off. left: those whose prompt is so
+            short that it was left there.
+        bare: trees without two ranked replies to one message, of which no record came.
+        pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
+        unread: columns that no reader takes, and in how many records they hold something.
+    """
+
+    name: str = "records"
+    records: int = 0
+    single: int = 0
+    equal: int = 0
+    repeated: int = 0
+    left: int = 0
+    bare: int = 0
+    pairs: int = 0
+    reversed: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def see(self, record: RankedRecord, unread: Iterable[str] = (), repeated: bool = False) -> None:
+        """Count a record, the columns of its row that nobody took, and whether its responses repeated the prompt."""
+        left = repeated and all(text.startswith(str(record.prompt)) for text in record.completions)
+        self.repeated += repeated and not left
+        self.left += left
+        self.records += 1
+        self.single += len(record.completions) == 1
+        self.equal += len(set(record.completions)) < len(record.completions)
+        self.unread.update(unread)
+        rewards = record.rewards or ()
+        for better in range(len(rewards)):
+            for worse in rewards[better + 1 :]:
+                self.pairs += rewards[better] != worse
+                self.reversed += rewards[better] < worse
+
+    def merge(self, other: Notes) -> None:
+        """Add the counts of other records of the same source."""
+        for name in ("records", "single", "equal", "repeated", "left", "bare", "pairs", "reversed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.unread.update(other.unread)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `Notes(**...)` takes: plain values, for JSON."""
+        return {**vars(self), "unread": dict(self.unread)}
+
+    def sentences(self) -> list[str]:
+        """One for each thing that a user has to know; none for an ordinary file."""
+        found = []
+        if self.unread:
+            names = ", ".join(
+                name if count == self.records else f"{name} ({count:,} of {self.records:,} records)"
+                for name, count in self.unread.items()
+            )
+            found.append(_nobody(names))
+        if self.bare:
+            found.append(f"{self.bare:,} trees have no message with two ranked replies")
+        if self.single:
+            found.append(f"{self._share(self.single)} have one response, which ranks nothing")
+        if self.equal:
+            found.append(f"{self._share(self.equal)} have two equal responses, which are ranked all the same")
+        if self.repeated:
+            found.append(f"{self._share(self.repeated)} had responses that repeat the prompt, which was taken off them")
+        if self.left:
+            found.append(f"{self._share(self.left)} have responses that begin with their short prompt, which was left")
+        if self.reversed * 2 > self.pairs:
+            found.append(
+                f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards; "
+                "rank_by_reward=True (--rank_by_reward) orders them by reward"
+            )
+        return [f"{self.name}: {sentence}" for sentence in found]
+
+    def _share(self, count: int) -> str:
+        return f"{count:,} of {self.records:,} records"
+
+    def say_new_columns(self, before: Collection[str]) -> None:
+        """Log the unread columns that are not among `before`: for a stream, which has no end to wait for."""
+        names = [name for name in self.unread if name not in before]
+        if names:
+            logger.warning(f"{self.name}: {_nobody(', '.join(names))}")
+
+    def say(self) -> None:
+        """Log the sentences, as warnings."""
+        for sentence in self.sentences():
+            logger.warning(sentence)
+
+
+def _nobody(names: str) -> str:
+    return f"nobody reads the columns {names}; columns={{field: column}} (--columns.FIELD COLUMN) maps one to a field"

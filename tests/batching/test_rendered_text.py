@@ -1,0 +1,42 @@
+"""Texts that a chat template rendered beforehand keep one BOS and one end of turn, whoever wrote them."""
+
+from __future__ import annotations
+
+import pytest
+
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.data import RankedRecord, RecordError, record_from_row, render_prompt
+from tests.batching.test_collator import build
+
+PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+@pytest.mark.parametrize("end", ["", "</s>", "<|im_end|>", "<|im_end|>\n", "</s> \n", "<|im_end|>\n\n"])
+def test_one_start_and_one_end(start: str, end: str) -> None:
+    tokenizer = build()
+    feature = RankedCollator(tokenizer).tokenize_record(RankedRecord(start + PROMPT, ("Yes." + end, "No." + end)))
+    assert tokenizer.decode(feature["prompt_ids"]) == "<s>" + PROMPT
+    closed = end.strip() or "</s>"
+    assert [tokenizer.decode(ids) for ids in feature["completion_ids"]] == ["Yes." + closed, "No." + closed]
+
+
+def test_without_a_bos_of_the_tokenizer_s_the_text_s_own_stays() -> None:
+    tokenizer = build(template=None)
+    feature = RankedCollator(tokenizer).tokenize_record(RankedRecord("<s>" + PROMPT, ("Yes.",)))
+    assert tokenizer.decode(feature["prompt_ids"]) == "<s>" + PROMPT
+
+
+@pytest.mark.parametrize("text", ["a <|im_end|> b", "a\n", "a <s>", "a<s>\n"])
+def test_other_texts_are_closed_as_ever(text: str) -> None:
+    tokenizer = build()
+    (ids,) = RankedCollator(tokenizer).tokenize_record(RankedRecord("p", (text,)))["completion_ids"]
+    assert tokenizer.decode(ids) == text + "</s>"
+
+
+def test_without_a_template_what_is_no_content_is_refused() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    record = record_from_row({"prompt": [{"role": "user", "content": "q"}, call], "completions": ["a", "b"]})
+    assert record.prompt[1] == {**call, "content": ""}
+    with pytest.raises(RecordError, match=r"^record: prompt\[1\].tool_calls: expected a tokenizer with a chat"):
+        render_prompt(record.prompt, build(), record.source)

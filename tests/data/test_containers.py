@@ -1,0 +1,170 @@
+"""The same records out of every kind of file and table, and one sentence for those that cannot be read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.data import RankedRecord, RecordError, read_records
+from clha_fast.experiments.run import _data_hash
+from clha_fast.files import file_hash
+from tests.support.tiny import make_tokenizer
+
+datasets = pytest.importorskip("datasets")
+pandas = pytest.importorskip("pandas")
+pyarrow = pytest.importorskip("pyarrow")
+feather = pytest.importorskip("pyarrow.feather")
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "Why, \"so\"?\nTell.", "chosen": "NA", "rejected": "1.50", "chosen_score": 2.5, "rejected_score": -1.0},
+    {"prompt": "Hów?", "chosen": "null", "rejected": "[1, 2]", "chosen_score": 1.0, "rejected_score": 0.0},
+]  # fmt: skip
+RECORDS = [
+    RankedRecord(r["prompt"], (r["chosen"], r["rejected"]), (r["chosen_score"], r["rejected_score"])) for r in ROWS
+]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def frame() -> Any:
+    return pandas.DataFrame(ROWS)
+
+
+def parquet(path: Path) -> None:
+    frame().to_parquet(path)
+
+
+FILES: dict[str, Any] = {
+    "rows.csv": lambda path: frame().to_csv(path, index=False),
+    "index.csv": lambda path: frame().to_csv(path),
+    "mark.CSV": lambda path: frame().to_csv(path, index=False, encoding="utf-8-sig"),
+    "rows.tsv": lambda path: frame().to_csv(path, index=False, sep="\t"),
+    "rows.csv.gz": lambda path: frame().to_csv(path, index=False, compression="gzip"),
+    "rows.tsv.xz": lambda path: frame().to_csv(path, index=False, sep="\t", compression="xz"),
+    "rows.parquet": parquet,
+    "rows.pq": parquet,
+    "rows.PARQUET": parquet,
+    "no suffix, parquet": parquet,
+    "rows.feather": lambda path: feather.write_feather(frame(), path),
+    "no suffix, arrow": lambda path: feather.write_feather(frame(), path, compression="uncompressed"),
+    "stream.arrow": lambda path: _stream(path),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "rows.jsonl.GZ": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "packed": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "rows.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(LINES)),
+    "rows.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())),
+    "rows.jsonl.zst": lambda path: _zstd(path, LINES),
+    "around.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS})),
+    "pretty.json": lambda path: path.write_text(json.dumps({"rows": ROWS}, indent=2)),
+    "folder": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "one split": lambda path: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(path),
+}
+
+
+def _stream(path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _zstd(path: Path, data: bytes) -> None:
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    FILES[name](path)
+    assert read_records(path) == RECORDS
+    assert _data_hash(str(path)) == (file_hash(str(path)) if path.is_file() else _data_hash(str(path)))
+
+
+TABLES: dict[str, Any] = {
+    "columns": lambda: {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    "arrays": lambda: {name: frame()[name].to_numpy() for name in ROWS[0]},
+    "pandas": frame,
+    "pyarrow": lambda: pyarrow.Table.from_pylist(ROWS),
+    "one split": lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
+    "stream": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name: str) -> None:
+    assert read_records(TABLES[name]()) == RECORDS
+    if name != "stream":
+        assert len(RankedDataset(TABLES[name](), RankedCollator(make_tokenizer()))) == 2
+
+
+def test_lists_in_csv_cells(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completions": json.dumps(["a", "[b]"]), "rewards": "[1, 2.5]"}
+    pandas.DataFrame([row]).to_csv(tmp_path / "a.csv", index=False)
+    assert read_records(tmp_path / "a.csv") == [RankedRecord("q", ("a", "[b]"), (1.0, 2.5))]
+    pandas.DataFrame([{"q": "7", "out": '["a", "b"]', "x": 1, "y": "2e0"}]).to_csv(tmp_path / "b.csv", index=False)
+    mapping = {"prompt": "q", "completions": "out", "rewards": ["x", "y"]}
+    assert read_records(tmp_path / "b.csv", columns=mapping) == [RankedRecord("7", ("a", "b"), (1.0, 2.0))]
+    talk = [{"role": "user", "content": "q"}]
+    sides = {side: json.dumps([*talk, {"role": "assistant", "content": side}]) for side in ("chosen", "rejected")}
+    pandas.DataFrame([sides]).to_csv(tmp_path / "c.csv", index=False)
+    assert read_records(tmp_path / "c.csv") == [RankedRecord(tuple(talk), ("chosen", "rejected"))]
+
+
+def test_globs_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"part-{number}.jsonl").write_text(json.dumps(row))
+    found = read_records("~/part-*.jsonl")
+    assert found == RECORDS
+    assert [record.source for record in found] == [f"{tmp_path}/part-{n}.jsonl:1" for n in range(2)]
+    assert len(_data_hash("~/part-*.jsonl")) == 64
+    assert read_records("~/part-1.jsonl") == RECORDS[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1 is not all", "damaged parquet file"),
+        ("b.PQ", b"", "damaged parquet file"),
+        ("c.arrow", b"ARROW1 and no more", "damaged arrow file"),
+        ("d.csv.gz", gzip.compress(b"prompt,chosen,rejected\na,b,c\n" * 90)[:-20], "damaged csv file"),
+        ("e.csv", b'prompt,chosen\n"a,b', "damaged csv file"),
+        ("f.jsonl.bz2", bz2.compress(LINES * 900)[:-40], "damaged bz2 data"),
+        ("g.jsonl.xz", lzma.compress(LINES)[:-20], "damaged xz data"),
+        ("h.xlsx", b"PK\x03\x04 and so on", "expected JSON Lines, a JSON list, csv, .*, got an archive"),
+        ("i.jsonl", b"prompt,chosen,rejected\na,b,c\n", "malformed JSON .*csv and tsv files are known by their names"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=message) as caught:
+        read_records(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_what_is_not_there_or_not_one_table(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected files that match, found none"):
+        read_records(tmp_path / "*.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"load_dataset\(name, split=...\).save_to_disk"):
+        read_records("somebody/some-data")
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    with pytest.raises(RecordError, match=r"expected a folder written by save_to_disk, .*got \['rows.jsonl'\]"):
+        read_records(tmp_path)
+    table = datasets.Dataset.from_list(ROWS)
+    splits = datasets.DatasetDict(train=table, test=table)
+    with pytest.raises(RecordError, match=r"expected one split of it, .*got 'splits train, test'"):
+        read_records(splits)
+    splits.save_to_disk(tmp_path / "splits")
+    with pytest.raises(RecordError, match=r"splits: expected the folder of one split, such as .*splits/train"):
+        read_records(tmp_path / "splits")
+    with pytest.raises(RecordError, match=r"expected rows, or a mapping of columns \(one row is \[row\]\)"):
+        read_records(ROWS[0])
+    with pytest.raises(RecordError, match="expected columns of one length"):
+        read_records({"prompt": ["a"], "completions": [["b"], ["c"]]})  # type: ignore[arg-type]
