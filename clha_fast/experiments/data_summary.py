@@ -14,6 +14,8 @@ from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.types import RankingInputs
 
+_BLOCK = 1024
+
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -47,23 +49,36 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
     """Counts of what the loss will see; records with and without rewards must not be mixed."""
     sizes = torch.tensor([len(record.completions) for record in records])
     targets = torch.tensor([record.sft_index for record in records])
-    rewarded = records[0].rewards is not None
     rewards = None
-    if rewarded:
+    if records[0].rewards is not None:
         rewards = torch.tensor([reward for record in records for reward in record.rewards or ()], dtype=torch.float32)
-    layout = Layout.whole(sizes)
-    given = RankingInputs(torch.ones(layout.num_candidates, dtype=torch.long), sizes, rewards, targets)
-    plan = objective.plan(layout, given, torch.float32)
+    pairs = noise = closed = backwards = start = 0
+    leads = []
+    # All pairs of a block of prompts exist at a time, not those of the whole file.
+    for first in range(0, len(records), _BLOCK):
+        block = sizes[first : first + _BLOCK]
+        layout = Layout.whole(block)
+        here = None if rewards is None else rewards[start : start + layout.num_candidates]
+        start += layout.num_candidates
+        ones = torch.ones(layout.num_candidates, dtype=torch.long)
+        given = RankingInputs(ones, block, here, targets[first : first + _BLOCK])
+        plan = objective.plan(layout, given, torch.float32)
+        pairs += plan.kept.numel()
+        noise += int((~plan.kept).sum())
+        closed += int((~plan.gate).sum())
+        backwards += int((plan.kept & (plan.pairs.order < 0)).sum())
+        if plan.pairs.lead is not None:
+            leads.append(plan.pairs.lead)
     return DataSummary(
         prompts=len(records),
         candidates=int(sizes.sum()),
         fewest=int(sizes.min()),
-        most=layout.largest,
-        rewarded=rewarded,
-        pairs=plan.kept.numel(),
-        noise_pairs=int((~plan.kept).sum()),
+        most=int(sizes.max()),
+        rewarded=rewards is not None,
+        pairs=pairs,
+        noise_pairs=noise,
         inert=int(inert_mask(rewards, sizes, targets, objective).sum()),
-        closed_gates=int((~plan.gate).sum()),
-        reversed_pairs=int((plan.kept & (plan.pairs.order < 0)).sum()),
-        gaps=() if plan.pairs.lead is None else gap_quartiles(plan.pairs.lead),
+        closed_gates=closed,
+        reversed_pairs=backwards,
+        gaps=gap_quartiles(torch.cat(leads)) if leads else (),
     )
