@@ -66,6 +66,8 @@ class RankedCollator:
         drop_inert: bool = True,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "tokenizer: expected one with an EOS token, which closes every response, got none; "

@@ -164,7 +164,7 @@ def _need(module: str, path: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
-        raise ImportError(f"{path}: {what} needs {name}; install datasets (the eval extra)") from error
+        raise ImportError(f"{path}: {what} needs {name}; pip install 'clha-fast[eval]' brings it") from error
 
 
 def _parquet_rows(file: IO[bytes], path: str, kind: str) -> Iterator[dict[str, Any]]:

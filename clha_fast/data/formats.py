@@ -239,7 +239,8 @@ def detect_format(row: Row, source: str) -> str:
     known = "; ".join(f"{name}: {found.shown}" for name, found in _FORMATS.items() if name in FORMATS)
     seen = ", ".join(sorted(map(str, row))) or "none"
     raise RecordError(
-        f"{source}: unknown format, its fields are: {seen}. Known formats are {known}; "
-        "others are read with columns={'prompt': column, 'completions': [column, column]} (--columns.prompt column)",
+        f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
+        "'completions': [column, column], 'rewards': [column, column]}} (--columns.prompt COLUMN --columns.completions "
+        f"'[COLUMN, COLUMN]'). Known formats are {known}",
         source=source,
     )

@@ -105,4 +105,7 @@ class Notes:
 
 
 def _nobody(names: str) -> str:
-    return f"nobody reads the columns {names}; columns={{field: column}} (--columns.FIELD COLUMN) maps one to a field"
+    return (
+        f"nobody reads the columns {names}; columns={{field: column}} maps one to a field (--columns.FIELD COLUMN, as "
+        "--columns.rewards '[score_a, score_b]')"
+    )

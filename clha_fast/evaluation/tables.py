@@ -43,7 +43,7 @@ def margin_text(quartiles: Sequence[float], flag: str) -> str:
     if not quartiles:
         return ""
     values = ", ".join(f"{value:.3g}" for value in quartiles)
-    return f"quartiles of the reward gaps {values}: {flag} of these drops 25, 50, 75% of the pairs as noise"
+    return f"quartiles of the reward gaps {values}: {flag} of these drops at least 25, 50, 75% of the pairs as noise"
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:

@@ -204,9 +204,10 @@ class Attached:
         inert = inert_mask(rewards, batch["candidates_per_prompt"].cpu(), target, self.options)
         needed = (batch["candidate_lengths"].cpu() == 0) & ~inert
         if needed.any():
+            dropper = dropped_for.partition(" ")[0]
             raise ValueError(
                 f"batch: expected only candidates dropped that the objective {self.options.name!r} does not depend on, "
-                f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropped_for}; "
+                f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropper!r}; "
                 "give RankedCollator the objective that attach has, or drop_inert=False"
             )
 

@@ -45,6 +45,10 @@ class FromFunction(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoded", "")
 
+    @property
+    def label(self) -> str:
+        return getattr(self.function, "__name__", self.name)
+
     def terms(self, group: Group) -> Terms:
         assert self.function is not None
         loss = self.function(group)

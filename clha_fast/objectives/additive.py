@@ -45,7 +45,7 @@ def compare(objective: Objective) -> None:
     """
     for name in objective.needs:
         if name not in RankingInputs._fields:
-            raise ValueError(f"objective {objective.name!r}: needs: expected fields of RankingInputs, got {name!r}")
+            raise ValueError(f"objective {objective.label!r}: needs: expected fields of RankingInputs, got {name!r}")
     draw = torch.Generator().manual_seed(0)
     lengths = [length for part in _LENGTHS for length in part]
     logps = -torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.1
@@ -71,7 +71,7 @@ def compare(objective: Objective) -> None:
         if not torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True):
             at = int((a - b).abs().argmax())
             raise ValueError(
-                f"objective {objective.name!r}: expected a loss that adds up over prompts (what it divides by comes "
+                f"objective {objective.label!r}: expected a loss that adds up over prompts (what it divides by comes "
                 "from group.totals or from within one prompt, never from a mean over prompts; in float64, as "
                 f"group.scores is), got a {what} of {float(a.flatten()[at]):.9g} for a batch and "
                 f"{float(b.flatten()[at]):.9g} for its prompts one by one; a loss that mixes prompts takes token_logps"
@@ -80,14 +80,14 @@ def compare(objective: Objective) -> None:
     for k in inert.nonzero().flatten().tolist():
         if one[1][whole.layout.owner == k].any():
             raise ValueError(
-                f"objective {objective.name!r}: expected no slope for candidates that `inert` lets drop, got one for "
+                f"objective {objective.label!r}: expected no slope for candidates that `inert` lets drop, got one for "
                 f"candidate {k} of prompts of {', '.join(map(str, _SIZES))}"
             )
 
 
 def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> None:
     """What the objective makes of a batch is two scalars with a graph to its log-probabilities."""
-    named = f"objective {objective.name!r}"
+    named = f"objective {objective.label!r}"
     with recording():
         group = Group(whole.plan, 0, len(_SIZES), logps.requires_grad_())
         try:

@@ -208,6 +208,11 @@ class Objective(Settings):
         return super().decode(encoded.partition(" ")[2])
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Fields of `RankingInputs` without which the loss is not defined."""
         return ()

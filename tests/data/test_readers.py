@@ -283,7 +283,9 @@ def test_no_record_at_all(tmp_path, content):
 def test_unknown_format_lists_seen_fields_and_known_formats():
     with pytest.raises(RecordError) as caught:
         read_records([{"question": "?", "answer": "!"}], errors=[])
-    assert str(caught.value).startswith("record 0: unknown format, its fields are: answer, question. Known")
+    assert str(caught.value).startswith(
+        "record 0: unknown format, its fields are: answer, question. Say which is which"
+    )
     assert all(f"{name}: " in str(caught.value) for name in FORMATS)
     with pytest.raises(ValueError, match=r"format: expected auto or one of canonical, .*, got 'csv'"):
         read_records([ROW], "csv")

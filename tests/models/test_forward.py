@@ -100,7 +100,7 @@ def test_candidates_dropped_for_another_objective_are_refused_where_they_are_nee
     assert for_clha["num_inert"] == 2
     model = make_model(len(TOKENIZER))
     attached = clha_fast.attach(model, PROOptions())
-    with pytest.raises(ValueError, match=r"objective 'pro' does not depend on, got candidate 1 .*dropped for clha "):
+    with pytest.raises(ValueError, match=r"objective 'pro' does not depend on, got candidate 1 .*dropped for 'clha'"):
         model(**for_clha)
     assert model(**RankedCollator(TOKENIZER, drop_inert=False)(rows)).loss.isfinite()
     attached.detach()

@@ -41,7 +41,7 @@ def test_an_objective_that_does_not_add_up_is_refused_by_name():
             centred = group.scores - group.scores.mean()
             return Terms((centred**2).sum() / group.totals.prompts, group.scores.new_zeros(()))
 
-    for objective, name in ((mean_of_scores, "function"), (BatchMean(), "batch-mean")):
+    for objective, name in ((mean_of_scores, "mean_of_scores"), (BatchMean(), "batch-mean")):
         with pytest.raises(ValueError, match=f"objective '{name}': expected a loss that adds up over prompts"):
             ranking_loss(-torch.ones(5), INPUTS, objective)
         with pytest.raises(ValueError, match="adds up"):
