@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,25 @@ from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
 from clha_fast.models.own_forward import check_backend
 from clha_fast.models.sharding import reshard
+
+logger = logging.getLogger("clha_fast")
+
+# Types whose own logits of a masked, padded row are not those of the row alone, and types whose logits look ahead:
+# measured by `python -m tests.support.padding`, tiny and random, with transformers 5.23.
+PADDING_CHANGES = frozenset(
+    (
+        "axk2",
+        "cpmant",
+        "deepseek_v32",
+        "dots3_note",
+        "dots3_note_text",
+        "glm_moe_dsa",
+        "hy_v4",
+        "prophetnet",
+        "reformer",
+    )
+)
+LOOKS_AHEAD = frozenset(("xlm", "xlnet"))
 
 
 @contextlib.contextmanager
@@ -51,6 +71,22 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
         info = inspect_head(model, own_forward=True)
     info = dataclasses.replace(info, hooks=other_hooks(info.module))
     reshard(model)
+    _say_what_the_model_does(model)
     if info.own_forward is not None:
         check_backend(backend, info.own_forward)
     return info
+
+
+def _say_what_the_model_does(model: nn.Module) -> None:
+    """Warns of a model whose own log-probabilities are not what a loss on ranked responses takes them for."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in PADDING_CHANGES:
+        logger.warning(
+            f"model: padding changes the log-probabilities of {kind} models, by their own forward: responses of "
+            "different lengths in a batch are not compared exactly (see docs/model-kinds.md); those of one length are"
+        )
+    elif kind in LOOKS_AHEAD:
+        logger.warning(
+            f"model: {kind} models look ahead as they are configured, so that a token's log-probability is not that of "
+            "a model which generates it (see docs/model-kinds.md)"
+        )
