@@ -46,9 +46,7 @@ def over_seeds_and_prompts(top: np.ndarray, bottom: np.ndarray | None = None) ->
     return Spread(_number(_ratio(top, bottom)), low, high, seeds)
 
 
-def paired_difference(
-    ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
-) -> Spread:
+def paired_difference(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> Spread:
     """The first ratio less the second, both (top, bottom) [seeds, prompts]: the same seeds and prompts are drawn."""
     (a, b), (c, d) = ours, theirs
 

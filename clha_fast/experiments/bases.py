@@ -80,5 +80,5 @@ def conversation_texts(record: RankedRecord) -> list[str]:
 
 
 def ready_reward_models(comparison: Comparison, say: Callable[[str], None]) -> Mapping[str, str]:
-    """"label" and "evaluation" -> folder or name, for those that the comparison has."""
+    """ "label" and "evaluation" -> folder or name, for those that the comparison has."""
     raise NotImplementedError

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from clha_fast.batching.totals import SCALARS, dataset_counts
-from clha_fast.data.convert import write_records
 from clha_fast.data.readers import read_records
+from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.folder import RUN_FILE

@@ -58,7 +58,9 @@ def ablation(given: Mapping[str, Any]) -> Claim:
             raise ValueError(f"sweeps.{name}: expected a list, got {values!r}")
         for value in values:
             if name == "margin" and isinstance(value, str):
-                raise ValueError(f"sweeps.margin: expected numbers (nats a token, no quantile of rewards), got {value!r}")
+                raise ValueError(
+                    f"sweeps.margin: expected numbers (nats a token, no quantile of rewards), got {value!r}"
+                )
             variants.append({"name": f"{name}-{value}", "label": f"{name} {value}", name: value})
     return Claim(replace(comparison, methods=_methods(variants, whole)), "clha")
 
@@ -78,7 +80,9 @@ def noise(given: Mapping[str, Any]) -> Claim:
     comparison = parse_comparison(given, more)
     methods = list(comparison.methods)
     if not methods:
-        rules = [{"name": rule, "label": f"CLHA, rule {rule}", "noise_rule": rule} for rule in ("none", "abs", "signed")]
+        rules = [
+            {"name": rule, "label": f"CLHA, rule {rule}", "noise_rule": rule} for rule in ("none", "abs", "signed")
+        ]
         methods = _methods(rules, _whole(given))
     elif "clha" in given:
         raise ValueError("clha: expected none beside methods, whose settings are their own")
