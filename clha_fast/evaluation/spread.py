@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def _number(value: float) -> float | None:
 def _interval(
     statistic: Callable[[np.ndarray, np.ndarray], float], seeds: int, prompts: int
 ) -> tuple[float | None, float | None]:
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     if prompts < 2:
         return None, None
@@ -83,14 +84,16 @@ def _interval(
         return statistic(np.zeros(1, dtype=np.int64) if len(indices) == 1 else indices[0], indices[-1])
 
     # Percentile: a jackknife over two samples, which BCa takes, would undo the pairing of seeds and prompts.
-    found = bootstrap(
-        samples,
-        drawn,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # said by None
+        found = bootstrap(
+            samples,
+            drawn,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            vectorized=False,
+            method="percentile",
+            rng=np.random.default_rng(_SEED),
+        )
     low, high = (float(value) for value in found.confidence_interval)
     return (None, None) if np.isnan(low) or np.isnan(high) else (low, high)

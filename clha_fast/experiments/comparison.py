@@ -36,8 +36,8 @@ class Comparison:
         methods, checkpoints: rows; a checkpoint (label -> path) is evaluated without training.
         seeds: of training. learning_rates: each method tries all of them with the first seed, and keeps the one that
             is best on dev by `criterion`.
-        criterion: "reward" (of greedy answers, by the label model), "accuracy" (ranking, all ordered pairs) or "nll" (of
-            the best answer, a token); None is "reward" where there is a label model, else "accuracy".
+        criterion: "reward" (of greedy answers, by the label model), "accuracy" (ranking, all ordered pairs) or "nll"
+            (of the best answer, a token); None is "reward" where there is a label model, else "accuracy".
         budget_tokens: scored tokens that every method trains on (to the next step, inert candidates not counted);
             None leaves `num_train_epochs` of `settings`.
         settings: fields of `CLHAConfig` for all methods. run: of `RunOptions` (dtype, peft_config, ...).

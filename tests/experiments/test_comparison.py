@@ -1,9 +1,10 @@
-"""A comparison's configuration: what is read, what is refused by name; methods and quantiles; cells and their folders."""
+"""A comparison's configuration: what is read, what is refused by name; methods, quantiles, cells and their folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -56,9 +57,8 @@ def test_what_is_not_given_has_its_default():
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, said):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         parse_comparison({**WHOLE, **change})
-    assert said in str(caught.value)
 
 
 def test_a_method_is_an_objective_with_settings_of_the_trainer():
@@ -89,7 +89,7 @@ def test_another_text_is_no_quantile(text):
 
 
 def test_a_quantile_needs_rewards():
-    with pytest.raises(ValueError, match="expected records with rewards for the quantile q0.5"):
+    with pytest.raises(ValueError, match="expected records with rewards for the quantile"):
         with_quantiles({"reward_margin": "q0.5"}, [RankedRecord("p", ("a", "b"))])
 
 
@@ -194,6 +194,5 @@ def test_noise_has_clean_data_beside_every_kind_and_rate():
 )
 def test_claims_refuse_by_name(make, change, said):
     given = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         make(given)
-    assert said in str(caught.value)
