@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000
-LEVEL = 0.95
+from clha_fast.evaluation.intervals import LEVEL, RESAMPLES, Array, import_scipy
+
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean with the interval in which it lies; low and high are None where there is nothing to resample.
+    """A figure with the interval in which it lies; low and high are None where there is nothing to resample.
 
     Attributes:
-        seeds: the value of each seed alone.
+        seeds: the figure of each seed alone, None where it is undefined.
     """
 
-    mean: float | None
+    value: float | None
     low: float | None
     high: float | None
     seeds: tuple[float | None, ...]
@@ -31,69 +31,70 @@ class Spread:
         return {**asdict(self), "seeds": list(self.seeds)}
 
 
-def over_seeds_and_prompts(top: np.ndarray, bottom: np.ndarray | None = None) -> Spread:
-    """sum(top) / sum(bottom), and its 95% percentile bootstrap interval; seeds and prompts are drawn independently.
+def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> Spread:
+    """A figure of sums over seeds and prompts, with its 95% percentile bootstrap interval.
+
+    Seeds and prompts are drawn independently, with replacement (`scipy.stats.bootstrap`); one seed is kept as it is.
 
     Args:
-        top, bottom: [seeds, prompts], what each prompt adds. None: ones, so a mean over prompts. NaN is a prompt that
-            has no value, and counts in neither.
+        statistic: maps sums [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
+        rows: [S, P, K], what each prompt adds under each seed. A prompt with a NaN adds nothing.
     """
-    top = np.asarray(top, dtype=np.float64)
-    bottom = np.ones_like(top) if bottom is None else np.asarray(bottom, dtype=np.float64)
-    missing = np.isnan(top) | np.isnan(bottom)
-    top, bottom = np.where(missing, 0.0, top), np.where(missing, 0.0, bottom)
-    low, high = _interval(lambda s, p: _ratio(top[np.ix_(s, p)], bottom[np.ix_(s, p)]), *top.shape)
-    seeds = tuple(_number(_ratio(t, b)) for t, b in zip(top, bottom, strict=True))
-    return Spread(_number(_ratio(top, bottom)), low, high, seeds)
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = np.where(np.isnan(rows).any(-1, keepdims=True), 0.0, rows)
+    seeds = tuple(_number(statistic(own.sum(0))) for own in rows)
+    value = _number(statistic(rows.sum((0, 1))))
+    low, high = (None, None) if value is None else _interval(statistic, rows)
+    return Spread(value, low, high, seeds)
 
 
-def paired_difference(ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> Spread:
-    """The first ratio less the second, both (top, bottom) [seeds, prompts]: the same seeds and prompts are drawn."""
-    (a, b), (c, d) = ours, theirs
+def paired_difference(statistic: Callable[[Array], Array], ours: Array, theirs: Array) -> Spread:
+    """The figure of `ours` less that of `theirs`, rows [S, P, K] of the same seeds and prompts, drawn together.
 
-    def difference(s: np.ndarray, p: np.ndarray) -> float:
-        at = np.ix_(s, p)
-        return _ratio(a[at], b[at]) - _ratio(c[at], d[at])
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if ours.shape != theirs.shape:
+        raise ValueError(f"rows: expected the same seeds and prompts, got the shapes {ours.shape} and {theirs.shape}")
+    size = ours.shape[-1]
 
-    seeds, prompts = a.shape
-    low, high = _interval(difference, seeds, prompts)
-    everyone = np.arange(prompts)
-    each = tuple(_number(difference(np.array([k]), everyone)) for k in range(seeds))
-    return Spread(_number(difference(np.arange(seeds), everyone)), low, high, each)
+    def difference(sums: Array) -> Array:
+        return np.asarray(statistic(sums[..., :size]) - statistic(sums[..., size:]))
 
-
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> float:
-    whole = float(bottom.sum())
-    return float(top.sum()) / whole if whole else float("nan")
+    missing = np.isnan(ours).any(-1, keepdims=True), np.isnan(theirs).any(-1, keepdims=True)
+    parts = [np.where(gone, 0.0, rows) for gone, rows in zip(missing, (ours, theirs), strict=True)]
+    return over_seeds_and_prompts(difference, np.concatenate(parts, -1))
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
+def _number(value: Any) -> float | None:
+    return None if math.isnan(float(value)) else float(value)
 
 
-def _interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float], seeds: int, prompts: int
-) -> tuple[float | None, float | None]:
-    from scipy.stats import DegenerateDataWarning, bootstrap
-
+def _interval(statistic: Callable[[Array], Array], rows: Array) -> tuple[float | None, float | None]:
+    seeds, prompts, _ = rows.shape
     if prompts < 2:
         return None, None
-    samples = (np.arange(prompts),) if seeds < 2 else (np.arange(seeds), np.arange(prompts))
 
-    def drawn(*indices: np.ndarray) -> float:
-        return statistic(np.zeros(1, dtype=np.int64) if len(indices) == 1 else indices[0], indices[-1])
+    def counts(index: Any, size: int) -> Array:
+        """[..., size], how often each was drawn."""
+        return np.asarray((index[..., None] == np.arange(size)).sum(-2), dtype=np.float64)
 
-    # Percentile: a jackknife over two samples, which BCa takes, would undo the pairing of seeds and prompts.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # said by None
-        found = bootstrap(
-            samples,
-            drawn,
-            n_resamples=RESAMPLES,
-            confidence_level=LEVEL,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(_SEED),
-        )
-    low, high = (float(value) for value in found.confidence_interval)
-    return (None, None) if np.isnan(low) or np.isnan(high) else (low, high)
+    def drawn(*indices: Any, axis: int) -> Array:
+        often = counts(indices[-1], prompts)
+        runs = np.ones((*often.shape[:-1], 1)) if len(indices) == 1 else counts(indices[0], seeds)
+        return statistic(np.einsum("...s,...p,spk->...k", runs, often, rows, optimize=True))
+
+    found = import_scipy().bootstrap(
+        (np.arange(prompts),) if seeds < 2 else (np.arange(seeds), np.arange(prompts)),
+        drawn,
+        n_resamples=RESAMPLES,
+        batch=100,
+        vectorized=True,
+        axis=-1,
+        confidence_level=LEVEL,
+        # BCa's jackknife leaves out one seed or one prompt, as if they were values of one sample each.
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    )
+    low, high = (float(end) for end in found.confidence_interval)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
