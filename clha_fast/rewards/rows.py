@@ -65,7 +65,10 @@ def padded_rewards(
 
 
 def read_as_text(
-    score: Callable[[Sequence[Sequence[int]]], Tensor], dtype: torch.dtype, longer: Sequence[int], shorter: Sequence[int]
+    score: Callable[[list[Sequence[int]]], Tensor],
+    dtype: torch.dtype,
+    longer: Sequence[int],
+    shorter: Sequence[int],
 ) -> str:
     """What shows that a model reads padding as text, whatever the mask says; "" where nothing does.
 
