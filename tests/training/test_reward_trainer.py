@@ -226,7 +226,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path: Path) -> None:
 
 
 def test_like_lengths_share_a_batch(tmp_path: Path) -> None:
-    rows = keyword_rows(12)
+    rows = keyword_rows(40)
     rows += [{**row, "prompt": row["prompt"] + " the cat sat on a mat" * 3} for row in rows]
     padded = {
         strategy: sum(
