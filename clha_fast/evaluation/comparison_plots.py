@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clha_fast.evaluation.results import FIGURES, TOTAL
+from clha_fast.evaluation.comparison_tables import figure_named
+from clha_fast.evaluation.report import TOTAL
 
 # Key in a line of the log -> how the panel is called.
 _PANELS = {
@@ -82,12 +83,12 @@ def figure_bars(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: s
     for axes, name in zip(panels, names, strict=True):
         for at, row in enumerate(rows):
             found = row["figures"][TOTAL].get(name)
-            if found is None or found["mean"] is None:
+            if found is None or found["value"] is None:
                 continue
-            axes.plot([found["mean"]], [at], "o", color="C0")
+            axes.plot([found["value"]], [at], "o", color="C0")
             if found["low"] is not None:
                 axes.plot([found["low"], found["high"]], [at, at], "-", color="C0", linewidth=2, alpha=0.6)
-        axes.set_title(FIGURES[name].title, fontsize=9)
+        axes.set_title(figure_named(name).title, fontsize=9)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(rows)), labels)
     panels[0].invert_yaxis()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from clha_fast.evaluation.intervals import Array
 from clha_fast.evaluation.report import TOTAL, Evaluation, Figure, figures_of
 from clha_fast.evaluation.spread import Spread, over_seeds_and_prompts, paired_difference
+
 
 def rows_of(assessments: Sequence[Evaluation], figure: Figure, subset: str = TOTAL) -> Array:
     """[seeds, prompts, K], what each prompt of a subset adds to a figure.

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
-from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate
+from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
 from clha_fast.experiments.cells import Cell, cell_folder, content_hash, digest, model_of
 from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.run import DTYPES
 from clha_fast.files import write_json
 from clha_fast.generation import GenerationSettings, TransformersBackend, generate_answers, read_answers, trained_prefix
 from clha_fast.messages import check_keys
@@ -54,8 +58,6 @@ class Assessor:
     noise_rule: str = "abs"
     reward_margin: float = 3.0
     dtype: str = "float32"
-    _: dataclasses.KW_ONLY
-    trains: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, comparison: Comparison, models: Mapping[str, str]) -> Assessor:
@@ -84,7 +86,7 @@ class Assessor:
             usable = "label" in models and not checks["label"]["refused"]
             criterion = "reward" if usable else "accuracy"
         elif criterion == "reward" and checks["label"]["refused"]:
-            raise ValueError(f"criterion: expected a label model that can judge for 'reward': {checks['label']['refused']}")
+            raise ValueError(f"criterion: expected another than 'reward', for {checks['label']['refused']}")
         return cls(
             criterion=criterion,
             models=dict(models),
@@ -92,8 +94,7 @@ class Assessor:
             generation=settings,
             batch_size=batch_size,
             limits=limits,
-            noise_rule=comparison.settings.get("noise_rule", "abs"),
-            reward_margin=comparison.test_reward_margin,
+            **comparison.evaluation,
             dtype=comparison.run.get("dtype", "float32"),
         )
 
@@ -105,7 +106,7 @@ class Assessor:
     def criterion_of(self, found: Evaluation) -> float | None:
         """The criterion of an evaluation on dev."""
         name = REWARD + "label" if self.criterion == "reward" else self.criterion
-        return found.figure(name)
+        return figure_of(found, name)
 
     def notes(self) -> list[str]:
         """Sentences that belong below the table."""
@@ -124,6 +125,16 @@ class Assessor:
         return found
 
 
+def figure_of(found: Evaluation, name: str) -> float | None:
+    """A figure over all prompts, None where it is undefined or missing."""
+    figure = figures_of(found.values).get(name)
+    if figure is None:
+        return None
+    rows = figure.rows(found.values, range(len(found.prompts)))
+    value = float(figure.of(rows[~np.isnan(rows).any(1)].sum(0)))
+    return None if math.isnan(value) else value
+
+
 def first_of_each(records: Sequence[RankedRecord], limit: int | None) -> list[RankedRecord]:
     """The first `limit` records of each subset, in order; all where it is None."""
     seen: Counter[str] = Counter()
@@ -135,65 +146,107 @@ def first_of_each(records: Sequence[RankedRecord], limit: int | None) -> list[Ra
     return found
 
 
-def assess_cell(comparison: Comparison, cell: Cell, base: str, assessor: Assessor, split: str) -> Evaluation:
-    """Evaluate a trained cell on "dev" or "test", unless that is done.
+@dataclass(frozen=True)
+class Assessment:
+    """One cell's evaluation on "dev" or "test": where it lies, and what decides it beside the weights.
 
     On dev no answers are made unless they decide.
-
-    Raises:
-        ValueError, OSError, RuntimeError: as the parts.
     """
-    path = model_of(comparison, cell, base)
-    source = getattr(cell.files, split)
-    answers = split == "test" or assessor.criterion == "reward"
-    role = "evaluation" if split == "test" else "label"
-    judge = assessor.models.get(role) if answers and not assessor.checks.get(role, {}).get("refused") else None
-    identity = {
-        "split": split,
-        "file": content_hash(source),
-        "limit": assessor.limits[split],
-        "generation": dataclasses.asdict(assessor.generation) if answers else None,
-        "kept": [assessor.noise_rule, assessor.reward_margin],
-        "judge": None if judge is None else content_hash(judge),
-        "dtype": assessor.dtype,
-    }
-    folder = os.path.join(cell_folder(comparison, cell, base), f"{split}-{digest(identity)}")
-    done = os.path.join(folder, METRICS)
-    if os.path.isfile(done):
-        with open(done, encoding="utf-8") as file:
-            return Evaluation.from_dict(json.load(file), done)
-    os.makedirs(folder, exist_ok=True)
-    records = first_of_each(read_records(source), assessor.limits[split])
-    model, tokenizer = load_model(path, assessor.dtype), load_tokenizer(path)
-    written = None
-    if answers:
-        prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
-        settings = dataclasses.replace(assessor.generation, answer_prefix=prefix)
-        target = os.path.join(folder, ANSWERS)
-        if not os.path.isfile(target):
-            backend = TransformersBackend(model, tokenizer)
-            generate_answers(
-                records, backend, target, settings, batch_size=assessor.batch_size, resume=True, progress=False
-            )
-        written = read_answers(target)
-    found = evaluate(
-        records,
-        written,
-        model=model,
-        tokenizer=tokenizer,
-        noise_rule=assessor.noise_rule,
-        reward_margin=assessor.reward_margin,
-        max_prompt_length=assessor.generation.max_prompt_length,
-        batch_size=assessor.batch_size,
-        about={"split": split, **identity},
-    )
-    if judge is not None and written is not None:
-        texts = [answer.answer for answer in written]
-        rewards, raw = answer_rewards(records, texts, _reward_model(judge, content_hash(judge)))
-        found.values[REWARD + role] = [*rewards]
-        found.values[RAW + role] = raw
-    write_json(done, vars(found))
-    return found
+
+    comparison: Comparison
+    cell: Cell
+    base: str
+    assessor: Assessor
+    split: str
+
+    @property
+    def answers(self) -> bool:
+        return self.split == "test" or self.assessor.criterion == "reward"
+
+    @property
+    def role(self) -> str:
+        return "evaluation" if self.split == "test" else "label"
+
+    @property
+    def judge(self) -> str | None:
+        """The reward model's path."""
+        checked = self.assessor.checks.get(self.role)
+        return self.assessor.models[self.role] if self.answers and checked and not checked["refused"] else None
+
+    @property
+    def source(self) -> str:
+        return str(getattr(self.cell.files, self.split))
+
+    def identity(self) -> dict[str, Any]:
+        assessor = self.assessor
+        return {
+            "split": self.split,
+            "file": content_hash(self.source),
+            "limit": assessor.limits[self.split],
+            "generation": dataclasses.asdict(assessor.generation) if self.answers else None,
+            "kept": [assessor.noise_rule, assessor.reward_margin],
+            "judge": None if self.judge is None else content_hash(self.judge),
+            "dtype": assessor.dtype,
+            "batch_size": assessor.batch_size,
+        }
+
+    @property
+    def folder(self) -> str:
+        cell = cell_folder(self.comparison, self.cell, self.base)
+        return os.path.join(cell, f"{self.split}-{digest(self.identity())}")
+
+    def found(self) -> Evaluation | None:
+        """What an earlier run has found, None where it has not."""
+        path = os.path.join(self.folder, METRICS)
+        if not os.path.isfile(path):
+            return None
+        with open(path, encoding="utf-8") as file:
+            return Evaluation.from_dict(json.load(file), path)
+
+    def run(self) -> Evaluation:
+        """Load the cell's model and measure it.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as `generate_answers`, `evaluate` and `answer_rewards`.
+        """
+        assessor, folder = self.assessor, self.folder
+        os.makedirs(folder, exist_ok=True)
+        records = first_of_each(read_records(self.source), assessor.limits[self.split])
+        path = model_of(self.comparison, self.cell, self.base)
+        model, tokenizer = load_model(path, DTYPES[assessor.dtype]), load_tokenizer(path)
+        written = None
+        if self.answers:
+            target = os.path.join(folder, ANSWERS)
+            if not os.path.isfile(target):
+                prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
+                generate_answers(
+                    records,
+                    TransformersBackend(model, tokenizer),
+                    target,
+                    dataclasses.replace(assessor.generation, answer_prefix=prefix),
+                    batch_size=assessor.batch_size,
+                    resume=True,
+                    progress=False,
+                )
+            written = read_answers(target)
+        found = evaluate(
+            records,
+            written,
+            model=model,
+            tokenizer=tokenizer,
+            noise_rule=assessor.noise_rule,
+            reward_margin=assessor.reward_margin,
+            max_prompt_length=assessor.generation.max_prompt_length,
+            batch_size=assessor.batch_size,
+            about=self.identity(),
+        )
+        if self.judge is not None and written is not None:
+            texts = [answer.answer for answer in written]
+            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, content_hash(self.judge)))
+            found.values[REWARD + self.role] = [*rewards]
+            found.values[RAW + self.role] = raw
+        write_json(os.path.join(folder, METRICS), vars(found))
+        return found
 
 
 def drop_weights(comparison: Comparison, cell: Cell, base: str) -> None:

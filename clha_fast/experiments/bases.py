@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,8 +13,11 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
 from clha_fast.experiments.cells import MODEL, content_hash, digest
 from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.files import write_json
+from clha_fast.messages import check_keys
+from clha_fast.training.reward_trainer import RewardConfig
 
 _DONE = "done.json"
 
@@ -46,12 +50,8 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
         **{name: given.pop(name) for name in fields if name in given},
     )
     settings: dict[str, Any] = {"objective": {"name": "sft", "form": "token_mean"}, **given, "output_dir": model}
-    run = Run(options, settings).prepare()
-    run.evaluate_before()
-    run.train()
-    if run.interrupted:
-        raise KeyboardInterrupt
-    run.report()
+    run = Run(options, settings)
+    finish(run)
     nll = {name: found.get("eval_sft_loss") for name, found in (("before", run.before), ("after", run.after))}
     write_json(os.path.join(folder, _DONE), {**identity, "held_out_nll": nll, "steps": run.trainer.state.global_step})
     say(f"base model: {nll['before']:.3g} -> {nll['after']:.3g} nats a token, held out")
@@ -79,6 +79,61 @@ def conversation_texts(record: RankedRecord) -> list[str]:
     return [prompt + completion for completion in record.completions]
 
 
-def ready_reward_models(comparison: Comparison, say: Callable[[str], None]) -> Mapping[str, str]:
-    """ "label" and "evaluation" -> folder or name, for those that the comparison has."""
-    raise NotImplementedError
+def ready_reward_models(comparison: Comparison, base: str, say: Callable[[str], None]) -> dict[str, str]:
+    """ "label" and "evaluation" -> folder or name, for those that the comparison has; `train` trains one first.
+
+    Unless the configuration says otherwise, one that is trained starts from the base model, on the first ranking
+    length's training file, and where both are trained, each on its own half of the prompts.
+    """
+    found = {}
+    both = sum(isinstance(value, Mapping) for value in comparison.reward_models.values()) == 2
+    for half, role in enumerate(("label", "evaluation")):
+        value = comparison.reward_models.get(role)
+        if isinstance(value, Mapping):
+            given = {**({"half": half} if both else {}), **value["train"]}
+            found[role] = _trained_reward_model(comparison, role, given, base, say)
+        elif value is not None:
+            found[role] = value
+    return found
+
+
+def _trained_reward_model(
+    comparison: Comparison, role: str, given: dict[str, Any], base: str, say: Callable[[str], None]
+) -> str:
+    given.setdefault("train_file", next(iter(comparison.data.values())).train)
+    if not {"model", "model_config"} & set(given):
+        given["model"] = base
+    names = ("train_file", "model", "tokenizer", "eval_file")
+    paths = {name: content_hash(given[name]) for name in names if given.get(name) is not None}
+    identity = {"reward_model": given, "content": paths}
+    folder = os.path.join(comparison.output_dir, "reward_models", f"{role}-{digest(identity)}")
+    model = os.path.join(folder, MODEL)
+    if os.path.isfile(os.path.join(folder, _DONE)):
+        return model
+    say(f"{role} reward model: pairs of {os.path.basename(given['train_file'])}")
+    os.makedirs(folder, exist_ok=True)
+    fields = {f.name for f in dataclasses.fields(RewardRunOptions)} - {"resume", "overwrite"}
+    options = RewardRunOptions(
+        **{name: entry for name, entry in given.items() if name in fields},
+        resume=os.path.isdir(model) and bool(os.listdir(model)),
+    )
+    settings = {name: entry for name, entry in given.items() if name not in fields}
+    check_keys(f"reward_models.{role}.train", settings, [f.name for f in dataclasses.fields(RewardConfig) if f.init])
+    run = RewardRun(options, {**settings, "output_dir": model})
+    finish(run)
+    write_json(os.path.join(folder, _DONE), {**identity, "found": run.description()})
+    return model
+
+
+def finish(run: Run) -> None:
+    """All stages of a run.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; what was saved goes on from there.
+    """
+    run.prepare()
+    run.evaluate_before()
+    run.train()
+    if run.interrupted:
+        raise KeyboardInterrupt
+    run.report()

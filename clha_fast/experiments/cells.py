@@ -132,17 +132,22 @@ def train_cell(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
     """
     folder = cell_folder(comparison, cell, base)
     done = os.path.join(folder, TRAINED_FILE)
-    if os.path.isfile(done):
-        with open(done, encoding="utf-8") as file:
-            found: dict[str, Any] = json.load(file)
-        return found
+    if os.path.isfile(done) and (not cell.method.trains or os.path.isdir(os.path.join(folder, MODEL))):
+        return trained(folder)
     os.makedirs(folder, exist_ok=True)
     if not cell.method.trains:
-        found = {"model": cell.method.checkpoint, "log": []}
+        found: dict[str, Any] = {"model": cell.method.checkpoint, "log": []}
     else:
         found = _train(comparison, cell, base, folder)
     write_json(os.path.join(folder, "cell.json"), {"title": cell.title, **identity(comparison, cell, base)})
     write_json(done, found)
+    return found
+
+
+def trained(folder: str) -> dict[str, Any]:
+    """What `train_cell` said of the cell in a folder."""
+    with open(os.path.join(folder, TRAINED_FILE), encoding="utf-8") as file:
+        found: dict[str, Any] = json.load(file)
     return found
 
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clha_fast.evaluation.results import FIGURES, difference, differences_markdown
+from clha_fast.evaluation.comparison_tables import differences_markdown
+from clha_fast.evaluation.report import REWARD
+from clha_fast.evaluation.results import difference
 from clha_fast.experiments.comparison import Comparison, parse_comparison
 from clha_fast.experiments.corruption import KINDS, Corruption
 from clha_fast.experiments.methods import Method, parse_methods
@@ -20,7 +22,7 @@ from clha_fast.files import write_json, write_text
 
 # Below every reward, so that the gate of each SFT target is open.
 _NO_FLOOR = -1e30
-SHOWN = ("accuracy", "kept_accuracy", "tau", "nll", "bleu", "reward", "words")
+SHOWN = ("accuracy", "kept_accuracy", "tau", "nll", "bleu", REWARD + "evaluation", "words")
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,7 @@ def differences(rows: Sequence[Row], against: str) -> list[dict[str, Any]]:
         if not seeds:
             continue
         corruption = row.cell.corruption
-        here = {
-            name: spread.as_dict()
-            for name in FIGURES
-            if (spread := difference([ours[s] for s in seeds], [theirs[s] for s in seeds], name)) is not None
-        }
+        spreads = difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
         found.append(
             {
                 "length": row.cell.length,
@@ -151,7 +149,7 @@ def differences(rows: Sequence[Row], against: str) -> list[dict[str, Any]]:
                 "corruption": None if corruption is None else {"kind": corruption.kind, "rate": corruption.rate},
                 "against": against,
                 "seeds": seeds,
-                "differences": here,
+                "differences": {name: spread.as_dict() for name, spread in spreads.items()},
             }
         )
     return found

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import Method, parse_methods
 from clha_fast.messages import check_keys
+from clha_fast.objectives.clha import CLHAOptions
 
 Criterion = Literal["reward", "accuracy", "nll"]
 
@@ -43,7 +44,9 @@ class Comparison:
         settings: fields of `CLHAConfig` for all methods. run: of `RunOptions` (dtype, peft_config, ...).
         reward_models: `label` chooses on dev, `evaluation` is reported: paths, or `{train: {...}}`, options of
             `clha-fast reward-model train`.
-        generation: of `clha-fast generate`. test_limit, dev_limit: first prompts of each subset; None is all.
+        generation: of `clha-fast generate`, and `batch_size`.
+        evaluation: `reward_margin` and `noise_rule`, by which test pairs count as kept, alike for all methods.
+        test_limit, dev_limit: first prompts of each subset; None is all.
         keep_models: False removes a cell's weights once it is evaluated.
         corruptions: what is done to the training file; (None,) is nothing.
     """
@@ -62,6 +65,7 @@ class Comparison:
     run: Mapping[str, Any] = field(default_factory=dict)
     reward_models: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     test_limit: int | None = None
     dev_limit: int | None = None
     keep_models: bool = True
@@ -93,6 +97,9 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
             raise ValueError(f"reward_models.{name}: expected a path or `train: {{...}}`, got {value!r}")
     if criterion == "reward" and "label" not in reward_models:
         raise ValueError("criterion: expected reward_models.label, which judges dev answers, for 'reward', got none")
+    evaluation = _mapping(values, "evaluation")
+    check_keys("evaluation", evaluation, ("reward_margin", "noise_rule"))
+    CLHAOptions(**evaluation)
     for name in ("budget_tokens", "test_limit", "dev_limit"):
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -118,6 +125,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         run=_mapping(values, "run"),
         reward_models=reward_models,
         generation=_mapping(values, "generation"),
+        evaluation=evaluation,
         test_limit=values.get("test_limit"),
         dev_limit=values.get("dev_limit"),
         keep_models=bool(values.get("keep_models", True)),

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clha_fast.evaluation.results import FIGURES, Figure, as_csv, figures_of, markdown, matrices
-from clha_fast.experiments.assess import Assessor, assess_cell
+from clha_fast.evaluation.comparison_tables import as_csv, markdown
+from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
+from clha_fast.evaluation.results import spreads
+from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
-from clha_fast.experiments.cells import Cell, cells_of, train_cell
+from clha_fast.experiments.cells import Cell, cell_folder, cells_of, train_cell, trained
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
@@ -26,7 +28,7 @@ class Outcome:
 
     cell: Cell
     trained: Mapping[str, Any]
-    assessment: Mapping[str, Any]
+    assessment: Evaluation
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Row:
     trials: Mapping[float, float | None]
     failures: Sequence[str] = ()
 
-    def as_dict(self, subsets: Sequence[str]) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         first = self.outcomes[0] if self.outcomes else None
         corruption = self.cell.corruption
         found: dict[str, Any] = {
@@ -62,7 +64,7 @@ class Row:
             tokens = [outcome.trained.get("scored_tokens") for outcome in self.outcomes]
             known = [value for value in tokens if value is not None]
             found["scored_tokens"] = sum(known) / len(known) if known else None
-            found["figures"] = figures_of([outcome.assessment for outcome in self.outcomes], subsets)
+            found["figures"] = spreads([outcome.assessment for outcome in self.outcomes])
         if self.failures:
             found["error"] = "; ".join(self.failures)
         return found
@@ -97,10 +99,8 @@ class Table:
         comparison = self.comparison
         os.makedirs(comparison.output_dir, exist_ok=True)
         self.base = ready_base(comparison, self.say)
-        self.reward_models = ready_reward_models(comparison, self.say)
+        self.reward_models = ready_reward_models(comparison, self.base, self.say)
         self.assessor = Assessor.of(comparison, self.reward_models)
-        for files in comparison.data.values():
-            self.assessor.check(files.test)
         chosen = self._choose(self._starts())
         self.rows = self._finish(chosen)
         return self.rows
@@ -143,6 +143,9 @@ class Table:
                 # The first of equal ones, in the order of the configuration.
                 best = max(known, key=lambda rate: known[rate] * self.assessor.sign)
                 start = replace(start, learning_rate=best)
+                if not self.comparison.keep_models:
+                    for rate in set(values) - {best}:
+                        drop_weights(self.comparison, replace(start, learning_rate=rate), self.base)
             chosen.append((start, values, failures if values and not known else []))
         return chosen
 
@@ -172,19 +175,18 @@ class Table:
         found: dict[str, None] = {}
         for row in self.rows:
             for outcome in row.outcomes:
-                found.update(dict.fromkeys(outcome.assessment["subsets"]))
-        names = [name for name in found if name]
-        return sorted(names) if len(names) > 1 else []
+                found.update(dict.fromkeys(outcome.assessment.parts()))
+        return [name for name in found if name != TOTAL]
 
     def write(self, notes: Sequence[str] = ()) -> dict[str, Any]:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
-        rows = [row.as_dict(subsets) for row in self.rows]
+        rows = [row.as_dict() for row in self.rows]
         found = {
             "subsets": subsets,
             "rows": rows,
             "criterion": self.assessor.criterion,
-            "reward_models": self.assessor.described(),
+            "reward_models": self.assessor.checks,
             "notes": [*self.assessor.notes(), *notes],
         }
         folder = self.comparison.output_dir
@@ -200,30 +202,33 @@ class Table:
 
 def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> float | None:
     """The criterion on dev of a trial."""
-    train_cell(comparison, cell, base)
-    return assessor.criterion_of(assess_cell(comparison, cell, base, assessor, "dev"))
+    assessment = Assessment(comparison, cell, base, assessor, "dev")
+    found = assessment.found()
+    if found is None:
+        train_cell(comparison, cell, base)
+        found = assessment.run()
+    return assessor.criterion_of(found)
 
 
 def _do(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> Outcome:
-    trained = train_cell(comparison, cell, base)
-    return Outcome(cell, trained, assess_cell(comparison, cell, base, assessor, "test"))
+    assessment = Assessment(comparison, cell, base, assessor, "test")
+    found = assessment.found()
+    if found is not None:
+        return Outcome(cell, trained(cell_folder(comparison, cell, base)), found)
+    said = train_cell(comparison, cell, base)
+    found = assessment.run()
+    if not comparison.keep_models:
+        drop_weights(comparison, cell, base)
+    return Outcome(cell, said, found)
 
 
 def _line(outcome: Outcome) -> str:
     parts = []
-    for name in ("reward", "accuracy", "nll", "bleu"):
-        value = value_of(outcome.assessment, FIGURES[name])
+    for name, short in {REWARD + "evaluation": "reward", "accuracy": "accuracy", "nll": "nll", "bleu": "BLEU"}.items():
+        value = figure_of(outcome.assessment, name)
         if value is not None:
-            parts.append(f"{name} {_number(value)}")
+            parts.append(f"{short} {_number(value)}")
     return "  ".join(parts)
-
-
-def value_of(assessment: Mapping[str, Any], figure: Figure) -> float | None:
-    """A figure of one assessment, over all of its prompts."""
-    arrays = matrices([assessment], figure)
-    if arrays is None or not arrays[1].sum():
-        return None
-    return float(arrays[0].sum() / arrays[1].sum())
 
 
 def _number(value: float | None) -> str:
