@@ -14,8 +14,8 @@ NAMES = {
         PROOptions RankingInputs SFTOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
     """,
     "clha_fast.hf": """
-        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream TokenBudgetSampler
-        UnsupportedHeadError fused_head inspect_head
+        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
+        TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
     """,
     "clha_fast.reference": "LOSSES clha_loss logits loss pro_loss sft_loss token_logps",
     "clha_fast.objectives": """
