@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
-from clha_fast.batching.signals import signals_of, token_checksum
+from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
@@ -315,8 +315,9 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         skipped: list[RecordError] | None = None,
     ) -> None:
         self.skipped: list[RecordError] = [] if skipped is None else skipped
+        carried = [name for name in collator.signals if name in PER_CANDIDATE]
         found = (
-            tokenise_table(records, collator.tokenize_counted, num_proc, skipped)
+            tokenise_table(records, collator.tokenize_counted, num_proc, skipped, carried)
             if is_table(records)
             else tokenise_all(records, collator.tokenize_counted, num_proc, skipped, progress)
         )

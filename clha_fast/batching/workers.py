@@ -158,9 +158,16 @@ def is_table(value: Any) -> bool:
 
 
 def tokenise_table(
-    table: Any, tokenise: Tokenise, num_proc: int | None = None, skipped: list[RecordError] | None = None
+    table: Any,
+    tokenise: Tokenise,
+    num_proc: int | None = None,
+    skipped: list[RecordError] | None = None,
+    signals: Collection[str] = (),
 ) -> Tokenised:
     """A `datasets.Dataset` of rows in a known format, tokenised by its own `map`; arguments as `tokenise_all`.
+
+    Args:
+        signals: those of a record that `tokenise` may give.
 
     The result is a table in memory, four bytes a token. It is not cached on disk: a cache is looked up by the name of
     a function in this library, and would outlive a change of what that function does.
@@ -173,7 +180,7 @@ def tokenise_table(
         "completion_ids": datasets.List(datasets.List(whole)),
         "rewards": datasets.List(datasets.Value("float64")),
         "sft_index": number,
-        **{name: datasets.List(datasets.Value("float64")) for name in PER_CANDIDATE},
+        **{name: datasets.List(datasets.Value("float64")) for name in signals},
         "source": datasets.Value("string"),
         "error": datasets.Value("string"),
         "cut_prompts": number,
@@ -181,7 +188,7 @@ def tokenise_table(
         "notes": datasets.Value("string"),
     }
     done = table.map(
-        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None),
+        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None, signals=signals),
         with_indices=True,
         num_proc=num_proc,
         remove_columns=table.column_names,
@@ -201,20 +208,22 @@ def tokenise_table(
         notes.merge(Notes(**json.loads(found)))
     notes.say()
     # Of a table in the canonical format; in others nobody reads such columns, which the notes have said.
-    signals = set(PER_CANDIDATE) & set(table.column_names) if "completions" in table.column_names else ()
+    held = set(PER_CANDIDATE) & set(table.column_names) if "completions" in table.column_names else ()
     features = done.remove_columns(["error", "cut_prompts", "cut_completions", "notes"])
-    return Tokenised(features, prompts, completions, signals)
+    return Tokenised(features, prompts, completions, held)
 
 
-def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool) -> dict[str, Any]:
+def _table_row(
+    row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool, signals: Collection[str]
+) -> dict[str, Any]:
     notes = Notes()
     try:
         feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
         counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
-        return {**dict.fromkeys(PER_CANDIDATE), **feature, "error": None, **counts}
+        return {**dict.fromkeys(signals), **feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
         nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
         nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
-        return {**nothing, **dict.fromkeys(PER_CANDIDATE), "source": error.source, "error": str(error)}
+        return {**nothing, **dict.fromkeys(signals), "source": error.source, "error": str(error)}

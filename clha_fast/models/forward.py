@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from clha_fast.batching.batch import inert_mask
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.head_loss import head_logps, head_loss
 from clha_fast.models.heads import (
@@ -29,6 +30,29 @@ from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
 
 MODEL_FIELDS = ("input_ids", "attention_mask")
+
+
+def check_dropped(batch: Mapping[str, Any], objective: Objective) -> None:
+    """A collator drops what its own objective does not need; ValueError where this one does.
+
+    Reads the batch on the host only where the two differ.
+
+    Args:
+        batch: fields of a `CandidateBatch`.
+    """
+    dropped_for = batch.get("inert_for")
+    if not dropped_for or dropped_for == objective.encoded or torch.compiler.is_compiling():
+        return
+    rewards, target = (None if batch.get(name) is None else batch[name].cpu() for name in ("rewards", "sft_index"))
+    inert = inert_mask(rewards, batch["candidates_per_prompt"].cpu(), target, objective)
+    needed = (batch["candidate_lengths"].cpu() == 0) & ~inert
+    if needed.any():
+        dropper = dropped_for.partition(" ")[0]
+        raise ValueError(
+            f"batch: expected only candidates dropped that the objective {objective.name!r} does not depend on, "
+            f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropper!r}; "
+            "give RankedCollator the same objective, or drop_inert=False"
+        )
 
 
 class Scored(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.models.loading import check_reachable, check_vocabulary
+from clha_fast.models.loading import check_reachable, check_vocabulary, fingerprint
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,15 +68,7 @@ class RewardModel:
 
     def fingerprint(self) -> str:
         """A hash of configuration and weights (samples of each), whatever the folder they came from."""
-        config = self.model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in self.model.state_dict().items():
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].to(device="cpu", dtype=torch.float64)
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.model)
 
     @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
