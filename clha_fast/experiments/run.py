@@ -37,6 +37,7 @@ from clha_fast.models.loading import (
 from clha_fast.ops.dispatch import resolve
 from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
@@ -167,7 +168,8 @@ class Run:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         self.settings, self.args = settings, CLHAConfig(**settings)
-        check_best_metric(self.args.metric_for_best_model, evaluation_metrics())
+        own = self.args.loss_options().metric_names
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
         self.folder: str = self.args.output_dir
         # Before anything is written: a backend that was asked for runs or is refused.
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
@@ -253,7 +255,9 @@ class Run:
         options = self.options
         files = {"train_file": options.train_file, "eval_file": options.eval_file}
         skip = {*files, "resume", "overwrite"}
-        given = {**vars(options), **self.settings}
+        # However an objective was spelled: by name, in a mapping, with settings of CLHA in it.
+        settled = {name: getattr(self.args, name) for name in ("objective", "preset", *CLHA_FIELDS)}
+        given = {**vars(options), **self.settings, **settled}
         defaults = {f.name: f.default for cls in (RunOptions, CLHAConfig) for f in dataclasses.fields(cls)}
         # What is spelled out as it would be anyway makes no other run.
         changed = {

@@ -109,8 +109,9 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         seen += len(features)
         if seen >= _LOOK and counts and (kept or not objective.ranks):
             break
-    if counts and objective.ranks and backwards > _CONTRADICTION * kept:
-        signed = ", noise_rule='signed' drops such pairs" if objective.noise_hint else ""
+    clha = isinstance(objective, CLHAOptions)
+    if counts and objective.ranks and objective.by_rank and backwards > _CONTRADICTION * kept:
+        signed = ", noise_rule='signed' drops such pairs" if clha else ""
         logger.warning(
             f"train_dataset: the rewards contradict the order in {backwards:,} of {kept:,} kept pairs "
             f"({100 * backwards / kept:.0f}%) of the first {seen:,} prompts, which train as they are ordered; "
@@ -125,7 +126,6 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         )
     # A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing.
     why = objective.noise_hint if several else "every prompt has one response"
-    clha = isinstance(objective, CLHAOptions)
     left = "the SFT term alone trains" if clha else f"the ranking term of {objective.name!r} is 0"
     logger.warning(f"train_dataset: no pair of responses is ranked, {left}{f'; {why}' if why else ''}")
 

@@ -193,7 +193,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
             config.use_cache = caches
         self._check_wrappers()
-        check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
         models = [part for part in (model, self.reference.own_model) if part is not None]
         self._row_limits = [RowLimit(part, data_collator) for part in models]
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
@@ -201,6 +200,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             check_signals(dataset, name, self.loss_options, self.reference.kind)
             for limit in self._row_limits:
                 limit.check_dataset(dataset, name)
+        check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
         if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
             frozen.to(args.device)
 
