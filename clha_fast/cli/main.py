@@ -1,4 +1,4 @@
-"""The command line: `clha-fast train | demo | env | convert | score`."""
+"""The command line: `clha-fast train | demo | env | convert | score | reward-model`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ usage: clha-fast COMMAND ...
   env      versions, devices, and which backend would run
   convert  rewrite a file of ranked responses as canonical JSON Lines
   score    add a reward model's rewards to a file of responses, and measure the noise
+  reward-model train
+           make such a reward model from ranked responses
 
 Any command with --traceback shows where an error came from.
 """
@@ -54,7 +56,20 @@ def _score(words: Sequence[str]) -> int:
     return cli_score.score(words)
 
 
-COMMANDS = {"train": _train, "demo": _demo, "env": _env, "convert": _convert, "score": _score}
+def _reward_model(words: Sequence[str]) -> int:
+    from clha_fast.cli import reward_model as cli_reward_model
+
+    return cli_reward_model.reward_model(words)
+
+
+COMMANDS = {
+    "train": _train,
+    "demo": _demo,
+    "env": _env,
+    "convert": _convert,
+    "score": _score,
+    "reward-model": _reward_model,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

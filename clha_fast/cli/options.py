@@ -16,18 +16,24 @@ from clha_fast.experiments.run import RunOptions
 from clha_fast.training.config import CLHAConfig
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def field_hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-RUN_HINTS = _hints(RunOptions)
-CONFIG_HINTS = _hints(CLHAConfig)
-# The command line has its own way to say these.
-for _name in ("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"):
-    CONFIG_HINTS.pop(_name, None)
-# A text in TrainingArguments' own annotation, for what it was once; today it is on or off.
-CONFIG_HINTS["fsdp"] = bool | str | None
+def config_hints(config: type) -> dict[str, Any]:
+    """The options that become fields of a subclass of `TrainingArguments`."""
+    hints = field_hints(config)
+    # The command line has its own way to say these.
+    for name in ("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"):
+        hints.pop(name, None)
+    # A text in TrainingArguments' own annotation, for what it was once; today it is on or off.
+    return {**hints, "fsdp": bool | str | None}
+
+
+RUN_HINTS = field_hints(RunOptions)
+CONFIG_HINTS = config_hints(CLHAConfig)
 HINTS: dict[str, Any] = {**CONFIG_HINTS, **RUN_HINTS, **dict.fromkeys(PRINTING, bool)}
 
 
@@ -89,8 +95,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     raise OptionError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The options of a YAML file; dashes and underscores are alike.
+def read_config(path: str, hints: Mapping[str, Any] = HINTS) -> dict[str, Any]:
+    """The options of a YAML file, of those that `hints` has; dashes and underscores are alike.
 
     Raises:
         OptionError: no mapping, malformed YAML (line and column), an unknown option, a value of another type.
@@ -108,11 +114,11 @@ def read_config(path: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for written, value in loaded.items():
         name = str(written).replace("-", "_")
-        if name not in HINTS:
-            raise unknown(str(written), path, HINTS)
+        if name not in hints:
+            raise unknown(str(written), path, hints)
         if name in found:
             raise OptionError(f"{path}: expected {name} once, got it with dashes and with underscores")
-        found[name] = coerce(f"{path}: {written}", value, HINTS[name])
+        found[name] = coerce(f"{path}: {written}", value, hints[name])
     return found
 
 
@@ -126,7 +132,7 @@ def _value(text: str, hint: Any) -> Any:
         return text
 
 
-def read_flags(words: Sequence[str]) -> dict[str, Any]:
+def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[str, Any]:
     """Options from `--name value`, `--name=value`, `--flag`, and `--model_config.hidden_size 128` for one entry.
 
     Dashes and underscores are alike. Entries are returned as mappings, to be merged into the file's; beside them
@@ -144,9 +150,9 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         flag, equals, text = word[2:].partition("=")
         name, dot, entry = flag.partition(".")
         name = name.replace("-", "_")
-        if name not in HINTS:
-            raise unknown(name, "command line", HINTS)
-        hint = HINTS[name]
+        if name not in hints:
+            raise unknown(name, "command line", hints)
+        hint = hints[name]
         if dot and dict not in _kinds(hint):
             raise OptionError(f"--{flag}: expected an option without entries, {name} is no mapping")
         if not equals:
@@ -181,6 +187,27 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             both = False
         merged[name] = {**before, **value} if both else value
     return merged
+
+
+def collect(
+    words: Sequence[str], base: Mapping[str, Any] | None = None, hints: Mapping[str, Any] = HINTS
+) -> dict[str, Any]:
+    """The options of `base`, of the file behind `--config` and of the flags; the later ones win.
+
+    Raises:
+        OptionError, OSError: as `read_config` and `read_flags`.
+    """
+    words, options = list(words), dict(base or {})
+    for at, word in enumerate(words):
+        name, equals, path = word.partition("=")
+        if name != "--config":
+            continue
+        if not equals and at + 1 == len(words):
+            raise OptionError("--config: expected the path of a YAML file, got none")
+        options = merge(options, read_config(path if equals else words[at + 1], hints))
+        del words[at : at + (1 if equals else 2)]
+        break
+    return merge(options, read_flags(words, hints))
 
 
 def split(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text
-from clha_fast.cli.options import merge, read_config, read_flags, split
+from clha_fast.cli.options import collect, read_config, split
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
@@ -130,7 +130,8 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     )
 
 
-def _folder_text(run: Run) -> str:
+def folder_text(run: Run) -> str:
+    """Where the run goes, and from where it goes on."""
     if run.checkpoint is not None:
         return f"{run.folder}, resumed from {run.checkpoint}"
     if run.options.resume:
@@ -161,7 +162,7 @@ def header(run: Run) -> str:
             if held_out is None
             else _data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out)
         ),
-        "folder": _folder_text(run),
+        "folder": folder_text(run),
     }
     if train.gaps and isinstance(options, CLHAOptions):
         lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
@@ -321,20 +322,7 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
         print(_help() if base is None else DEMO_HELP, end="")
         return 0
     started = time.monotonic()
-    words = list(words)
-    options = dict(base or {})
-    for at, word in enumerate(words):
-        if word == "--config" and at + 1 < len(words):
-            options = merge(options, read_config(words[at + 1]))
-            del words[at : at + 2]
-            break
-        if word.startswith("--config="):
-            options = merge(options, read_config(word.partition("=")[2]))
-            del words[at]
-            break
-        if word == "--config":
-            raise ValueError("--config: expected the path of a YAML file, got none")
-    run_options, config, command = split(merge(options, read_flags(words)))
+    run_options, config, command = split(collect(words, base))
     logging.set_verbosity_error()
     run = Run(run_options, config).prepare()
     bars = logging.is_progress_bar_enabled()

@@ -42,6 +42,25 @@ def split_records(
     return train, held_out
 
 
+def half_of(records: Sequence[RankedRecord], half: int) -> list[RankedRecord]:
+    """The records of one half of all prompts, by a hash of the prompt alone: whatever the seed, the halves share none.
+
+    Raises:
+        ValueError: `half` is not 0 or 1, or no record is in it.
+    """
+    if isinstance(half, bool) or half not in (0, 1):
+        raise ValueError(f"half: expected 0 or 1, got {half!r}")
+    found = [record for record in records if _half(record) == half]
+    if not found:
+        got = f"none of {len(records):,} records"
+        raise ValueError(f"half: expected prompts in half {half}, got {got}; give more prompts")
+    return found
+
+
+def _half(record: RankedRecord) -> int:
+    return hashlib.sha256(f"half\n{prompt_key(record)}".encode()).digest()[0] & 1
+
+
 def shared_prompts(train: Sequence[RankedRecord], held_out: Sequence[RankedRecord]) -> int:
     """How many evaluation records have a prompt that training also has."""
     seen = {prompt_key(record) for record in train}

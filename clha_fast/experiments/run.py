@@ -12,10 +12,10 @@ import signal
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from clha_fast.data.containers import files_of
 from clha_fast.data.readers import read_records
@@ -41,6 +41,9 @@ from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
@@ -156,7 +159,10 @@ class Run:
         run.report()
     """
 
-    trainer: CLHATrainer
+    config_class: ClassVar[type[TrainingArguments]] = CLHAConfig
+    # What a run leaves in its folder beside the model and its checkpoints.
+    files: ClassVar[tuple[str, ...]] = (METRICS_FILE, CURVE_FILE, SAMPLES_FILE)
+    trainer: Any  # a CLHATrainer
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
 
@@ -167,22 +173,29 @@ class Run:
         if settings.get("output_dir") is None:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-        self.settings, self.args = settings, CLHAConfig(**settings)
-        own = self.args.loss_options().metric_names
-        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
+        self.settings = settings
+        self.args: Any = self.config_class(**settings)
         self.folder: str = self.args.output_dir
-        # Before anything is written: a backend that was asked for runs or is refused.
-        resolve(self.args.backend, self.args.device.type, self._compute_dtype())
-        self._adapter = None if options.peft_config is None else adapter_config(options.peft_config)
-        self.before: dict[str, float] = {}
-        self.after: dict[str, float] = {}
+        self._check_settings()
+        self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
         self.interrupted = False
         self.skipped: list[RecordError] = []
         self.train_records: list[RankedRecord] = []
         self.held_out: list[RankedRecord] = []
         self._stop = _StopAsked()
 
-    def prepare(self) -> Run:
+    def _check_settings(self) -> None:
+        """Before anything is read or written: a backend that was asked for runs or is refused."""
+        own = self.args.loss_options().metric_names
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
+        resolve(self.args.backend, self.args.device.type, self._compute_dtype())
+
+    def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
+        return adapter_config(settings)
+
+    def prepare(self) -> Self:
         """Everything before training: read, split, build. Writes nothing.
 
         Raises:
@@ -224,9 +237,7 @@ class Run:
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
         check_optimizer(self.args, self.model)
-        self.trainer = CLHATrainer(
-            self.model,
-            self.args,
+        self.trainer = self._trainer(
             train_dataset=self.train_records,
             eval_dataset=self.held_out or None,
             processing_class=self.tokenizer,
@@ -238,6 +249,9 @@ class Run:
         files = (options.train_file, options.eval_file)
         self.trainer.dataset_names = [os.path.basename(path) for path in files if path is not None]
 
+    def _trainer(self, **given: Any) -> Any:
+        return CLHATrainer(self.model, self.args, **given)
+
     def _compute_dtype(self) -> torch.dtype:
         if self.args.bf16 or self.args.fp16:
             return torch.bfloat16 if self.args.bf16 else torch.float16
@@ -246,7 +260,7 @@ class Run:
     def _check_no_evaluation(self) -> None:
         """ValueError for what needs a held-out set."""
         for name, none in (("eval_strategy", "no"), ("eval_samples", 0), ("eval_on_start", False)):
-            value = getattr(self.args, name)
+            value = getattr(self.args, name, none)
             value = getattr(value, "value", value)
             if value != none:
                 raise ValueError(f"{name}: expected {none!r} with eval_fraction 0 (no held-out set), got {value!r}")
@@ -256,9 +270,9 @@ class Run:
         files = {"train_file": options.train_file, "eval_file": options.eval_file}
         skip = {*files, "resume", "overwrite"}
         # However an objective was spelled: by name, in a mapping, with settings of CLHA in it.
-        settled = {name: getattr(self.args, name) for name in ("objective", "preset", *CLHA_FIELDS)}
-        given = {**vars(options), **self.settings, **settled}
-        defaults = {f.name: f.default for cls in (RunOptions, CLHAConfig) for f in dataclasses.fields(cls)}
+        settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
+        given = {**vars(options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
+        defaults = {f.name: f.default for cls in (type(options), self.config_class) for f in dataclasses.fields(cls)}
         # What is spelled out as it would be anyway makes no other run.
         changed = {
             name: value
@@ -303,7 +317,7 @@ class Run:
             return
         wait_for_everyone()  # until every process has seen the folder as it was
         if self.args.process_index == 0:
-            claim_folder(self.folder, self.identity, owned=(METRICS_FILE, CURVE_FILE, SAMPLES_FILE))
+            claim_folder(self.folder, self.identity, owned=self.files)
         wait_for_everyone()
         if not self.held_out:
             self.write_metrics()
@@ -311,7 +325,7 @@ class Run:
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             self.args.eval_on_start = True
             return
-        self.before = self.trainer.evaluate()
+        self.before = self._evaluate()
         self.write_metrics()
 
     def train(self) -> None:
@@ -341,9 +355,12 @@ class Run:
     def report(self) -> None:
         """Evaluate the trained model, unless training has just done so, and save it, its tokenizer and the metrics."""
         if self.held_out:
-            self.after = self._evaluated() or self.trainer.evaluate()
+            self.after = self._evaluated() or self._evaluate()
         self.trainer.save_model()
         self.write_metrics()
+
+    def _evaluate(self) -> dict[str, Any]:
+        return self.trainer.evaluate()
 
     def _evaluated(self) -> dict[str, float] | None:
         """What training has found for the weights that there are now, at its last step."""

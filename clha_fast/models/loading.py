@@ -18,8 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -135,9 +137,14 @@ def load_tokenizer(name: str, option: str = "tokenizer") -> PreTrainedTokenizerB
 
 
 def build_model(
-    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int, dtype: torch.dtype = torch.float32
+    settings: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    classifier: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model with random weights.
+    """A causal language model with random weights, or a sequence classifier with one label.
 
     Args:
         settings: `model_type` (llama, gpt2, qwen3, ...) and any fields of that type's configuration. `vocab_size` and
@@ -145,7 +152,8 @@ def build_model(
         seed: of the weights; the process's random state is left alone.
 
     Raises:
-        ValueError: no or an unknown model type, a field its configuration does not have, a vocabulary too small.
+        ValueError: no or an unknown model type, a field its configuration does not have, a vocabulary too small, a type
+            without such a model, an encoder-decoder as classifier.
     """
     fields = dict(settings)
     kind = fields.pop("model_type", None)
@@ -166,10 +174,23 @@ def build_model(
         raise ValueError(
             f"model_config.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {fields['vocab_size']}"
         )
-    config = AutoConfig.for_model(kind, **fields)
+    config = AutoConfig.for_model(kind, **fields, **({"num_labels": 1} if classifier else {}))
+    if classifier:
+        _check_no_encoder_decoder("model_config.model_type", config, kind)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"model_config.model_type: expected a type that has a sequence classifier, got {kind!r}")
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto.from_config(config, dtype=dtype)
+
+
+def _check_no_encoder_decoder(option: str, config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{option}: expected a decoder or an encoder, which reads a response as one row, got {name}, an "
+            "encoder-decoder"
+        )
 
 
 def adapter_config(settings: Mapping[str, Any]) -> Any:
@@ -213,6 +234,50 @@ def load_model(
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return _load_adapter(name, option, dtype=dtype, **extra)
     return _load_whole(name, option, dtype=dtype, **extra)
+
+
+def load_classifier(
+    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, seed: int = 0
+) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence classifier with one label from a local folder or a name on the Hub, and which weights are new.
+
+    A classifier goes on with the head it has. A language model or an encoder gets a new one in its head's place.
+
+    Args:
+        seed: of new weights; the process's random state is left alone.
+
+    Raises:
+        ValueError: there is none; an adapter alone; an encoder-decoder; a classifier with several labels; weights of
+            the body are missing there, which would begin at random.
+    """
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        raise ValueError(
+            f"model: expected a whole model, got {name} with an adapter alone; merge it (peft's merge_and_unload), "
+            "save the result and give that folder"
+        )
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _one_sentence("model", name):
+        config = AutoConfig.from_pretrained(name)
+    _check_no_encoder_decoder("model", config, name)
+    classifies = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise ValueError(
+            f"model: expected a classifier with one label to go on with, got {name} with {config.num_labels}"
+        )
+    with _one_sentence("model", name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype=dtype, output_loading_info=True, **extra
+        )
+    missing = sorted(found["missing_keys"])
+    # What stands between body and labels is the head's: an encoder trained on masked words has no pooler.
+    body = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
+    if body:
+        raise ValueError(
+            f"model: expected weights for every parameter of the body of {type(model).__name__}, got {name} without "
+            f"{_some(body)}, which would begin at random"
+        )
+    return model, missing
 
 
 def _load_whole(name: str, option: str, **settings: Any) -> PreTrainedModel:

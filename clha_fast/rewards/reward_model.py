@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging
 
 from clha_fast.models.loading import check_reachable, check_vocabulary, fingerprint
+from clha_fast.rewards.rows import pad_rows, padded_rewards
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -74,8 +74,7 @@ class RewardModel:
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The rewards of token sequences: one forward pass over all of them, padded on the right.
 
-        Classifiers on decoders find a row's last token by comparing with the configuration's padding token, so rows
-        are padded with that one; where it names none, with a token that no row holds.
+        The padding token is the configuration's; where it names none, one that no row holds.
 
         Args:
             rows: token ids, each row with at least one.
@@ -86,16 +85,8 @@ class RewardModel:
         pad = self._padding_token(rows)
         if pad is None:  # the rows hold the whole vocabulary
             return torch.cat([self.score_tokens([row]) for row in rows])
-        width = max(map(len, rows))
-        input_ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for number, row in enumerate(rows):
-            input_ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
-        device = self.model.device
-        with _configured(self.model.config, pad_token_id=pad, use_cache=False):
-            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
-        return logits[:, self.label or 0].float().cpu()
+        input_ids, mask = (part.to(self.model.device) for part in pad_rows(rows, pad))
+        return padded_rewards(self.model, self.model.config, input_ids, mask, pad, self.label or 0).float().cpu()
 
     def _padding_token(self, rows: Sequence[Sequence[int]]) -> int | None:
         size = self.model.get_input_embeddings().weight.shape[0]
@@ -105,26 +96,6 @@ class RewardModel:
         used = {token for row in rows for token in row}
         # A single row has no padding; any token will do that is not taken for it.
         return next((token for token in range(size) if token not in used), -1 if len(rows) == 1 else None)
-
-
-@contextlib.contextmanager
-def _configured(config: Any, **changes: Any) -> Iterator[None]:
-    """A model's configuration with some fields changed, in its text part too; as it was afterwards."""
-    missing = object()
-    places = [config] if config.get_text_config() is config else [config, config.get_text_config()]
-    before = [(place, {name: getattr(place, name, missing) for name in changes}) for place in places]
-    try:
-        for place in places:
-            for name, value in changes.items():
-                setattr(place, name, value)
-        yield
-    finally:
-        for place, values in before:
-            for name, value in values.items():
-                if value is missing:
-                    delattr(place, name)
-                else:
-                    setattr(place, name, value)
 
 
 def load_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> RewardModel:

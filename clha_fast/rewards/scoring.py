@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.convert import convert
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord, make_record
 from clha_fast.files import RunIdentity
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.rows import read_as_text, reward_collator, token_rows
 
 __all__ = [
     "RewardModel",
@@ -32,10 +32,6 @@ __all__ = [
     "load_reward_model",
     "score_file",
 ]
-
-# How far a response's score may move when a longer one is batched with it, relative to the larger of the two.
-_DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
-_DRIFT_HALF = 5e-2
 
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
@@ -204,22 +200,19 @@ class _Run:
         self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def _tokenise(self, progress: bool) -> None:
-        whole = RankedCollator(self.reward_model.tokenizer)
-        cut = RankedCollator(self.reward_model.tokenizer, max_length=self.max_length)
+        collator = reward_collator(self.reward_model.tokenizer, self.max_length)
         for record in logging.tqdm(self.records, desc="Tokenising", unit=" prompts", disable=not progress):
-            feature = whole.tokenize_record(record)
-            longest = len(feature["prompt_ids"]) + max(map(len, feature["completion_ids"]))
-            if self.max_length is not None and longest > self.max_length:
-                feature = cut.tokenize_record(record)
-                self.truncated += 1
+            feature, prompt_cut, cut = collator.tokenize_counted(record)
+            self.truncated += bool(prompt_cut or cut)
             found: dict[tuple[int, ...], int] = {}
-            for number, ids in enumerate(feature["completion_ids"]):
+            rows = [tuple(row) for row in token_rows(feature)]
+            for number, row in enumerate(rows):
                 # The same response twice is scored once: apart, padding could part their rewards by a last bit.
-                if tuple(ids) not in found:
-                    found[tuple(ids)] = len(self.rows)
-                    self.rows.append([*feature["prompt_ids"], *ids])
+                if row not in found:
+                    found[row] = len(self.rows)
+                    self.rows.append(list(row))
                     self.places.append((record.source, number))
-            self.rows_of.append([found[tuple(ids)] for ids in feature["completion_ids"]])
+            self.rows_of.append([found[row] for row in rows])
 
     def identity(self) -> RunIdentity:
         """What decides the numbers, down to the last bit."""
@@ -276,15 +269,12 @@ class _Run:
         ragged = next((batch for batch in self.batches if len(self.rows[batch[-1]]) < len(self.rows[batch[0]])), None)
         if ragged is None:
             return
-        longer, shorter = self.rows[ragged[0]], self.rows[ragged[-1]]
-        together = self._forward([longer, shorter], journal)
-        alone = self._forward([shorter], journal)[0]
-        drift = float((together[1] - alone).abs() / together.abs().max().clamp_min(1e-30))
-        model = self.reward_model.model
-        if drift > _DRIFT.get(model.dtype, _DRIFT_HALF):  # never of NaN, which has its own error
+        model, score = self.reward_model.model, lambda rows: self._forward(rows, journal)
+        shown = read_as_text(score, model.dtype, self.rows[ragged[0]], self.rows[ragged[-1]])
+        if shown:
             raise ScoringError(
-                f"batch_size: expected 1 for {type(model).__name__}, which reads padding as text (it scores a response "
-                f"{float(alone):.5g} alone and {float(together[1]):.5g} beside a longer one), got {self.batch_size}"
+                f"batch_size: expected 1 for {type(model).__name__}, which reads padding as text ({shown}), got "
+                f"{self.batch_size}"
             )
 
     def _check_finite(self, batch: Sequence[int], scores: Tensor, journal: _Journal) -> None:

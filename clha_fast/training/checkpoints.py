@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import DistributedType
 from torch import nn
 from transformers import Trainer
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 
 TRAINER_STATE = "trainer_state.json"
+DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 
 
 def wait_for_everyone() -> None:
@@ -59,6 +61,36 @@ class CheckpointingTrainer(Trainer):
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        """Takes back what an evaluation before training does to the model.
+
+        `Trainer` has accelerate prepare it without a wrapper then; accelerate marks it as prepared, and training would
+        get it back as it is: no DistributedDataParallel, every process trains a model of its own.
+        """
+        data_parallel = (
+            self.accelerator.distributed_type in DDP_TYPES and not self.is_distributed_loading_by_transformers
+        )
+        if self.is_in_train or self.accelerator._models or not data_parallel:
+            yield
+            return
+        model: Any = self.model
+        forward = vars(model).get("forward")
+        yield
+        self.accelerator._models.clear()
+        self.model_wrapped = model
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+            vars(model).pop(name, None)
+        if forward is not None:
+            model.forward = forward
 
     def _sharded_states(self) -> bool:
         return self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,6 @@ from clha_fast.training.running_metrics import RunningMetrics
 
 logger = logging.get_logger(__name__)
 
-DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
     "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
@@ -323,13 +321,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     def _write_more(self, checkpoint: str) -> None:
         self.reference.write(checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return None
-        return super()._run_epoch(*args, **kwargs)
-
     # ---- evaluation ----
 
     def prediction_step(
@@ -383,29 +374,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if self.restored_step is not None:
             output.metrics[f"{metric_key_prefix}_step"] = self.restored_step
         return output
-
-    @contextlib.contextmanager
-    def _unprepared(self) -> Iterator[None]:
-        """Takes back what an evaluation before training does to the model.
-
-        `Trainer` has accelerate prepare it without a wrapper then; accelerate marks it as prepared, and training would
-        get it back as it is: no DistributedDataParallel, every process trains a model of its own.
-        """
-        data_parallel = (
-            self.accelerator.distributed_type in DDP_TYPES and not self.is_distributed_loading_by_transformers
-        )
-        if self.is_in_train or self.accelerator._models or not data_parallel:
-            yield
-            return
-        model: Any = self.model
-        forward = vars(model).get("forward")
-        yield
-        self.accelerator._models.clear()
-        self.model_wrapped = model
-        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
-            vars(model).pop(name, None)
-        if forward is not None:
-            model.forward = forward
 
     def _set_signature_columns_if_needed(self) -> None:
         # Should someone set remove_unused_columns: what the collator reads, not what the model's forward takes.

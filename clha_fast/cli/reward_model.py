@@ -1,0 +1,201 @@
+"""`clha-fast reward-model train`: what it prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils import logging
+
+from clha_fast.cli.devices import device_text
+from clha_fast.cli.options import collect, config_hints, field_hints
+from clha_fast.cli.train import FAILED, INTERRUPTED, Progress, folder_text
+from clha_fast.evaluation import tables as report
+from clha_fast.experiments.reward_run import CHANCE, REWARD_FILE, RewardRun, RewardRunOptions
+from clha_fast.files import CheckpointError, survivors
+from clha_fast.models.adapters import base_model
+from clha_fast.rewards.accuracy import PairAccuracy
+from clha_fast.training.reward_data import PairedDataset
+from clha_fast.training.reward_trainer import RewardConfig
+
+USAGE = """\
+usage: clha-fast reward-model COMMAND ...
+
+  train    train a reward model on the pairs of ranked responses (clha-fast reward-model train --help)
+"""
+TRAIN_HELP = """\
+usage: clha-fast reward-model train [--config RUN.yaml] [--OPTION VALUE ...]
+
+Options stand in the YAML file under the same names; flags win. `clha-fast score --reward-model DIR` takes the folder.
+
+files     --train_file FILE  --eval_file FILE | --eval_fraction 0.1 (0: none)  --format auto  --columns.prompt question
+          --rank_by_reward (pairs by reward; without it by the order of the responses)  --skip_bad_records
+          --half 0|1 (train on that half of the prompts: give the model that evaluates the other one)
+folder    --output_dir DIR  --resume | --overwrite
+model     --model PATH_OR_NAME (a causal language model, an encoder, or a classifier with one label to go on with),
+          or --model_config.model_type llama --model_config.hidden_size 128 ...
+          --dtype float32  --attn_implementation NAME  --peft_config.r 8 ... (merged into the model at the end)
+tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
+lengths   --max_length (tokens of prompt and response)  --pad_to_multiple_of  --dataset_num_proc
+training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
+          --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
+"""
+RUN_HINTS = field_hints(RewardRunOptions)
+CONFIG_HINTS = config_hints(RewardConfig)
+
+
+def reward_model(words: Sequence[str]) -> int:
+    """`clha-fast reward-model`: the exit status.
+
+    Raises:
+        ValueError, OSError, ImportError: user errors, each one sentence.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] != "train":
+        raise ValueError(f"expected a command of reward-model (train), got {words[0]!r}")
+    return train(words[1:])
+
+
+def train(words: Sequence[str]) -> int:
+    """`clha-fast reward-model train`: the exit status."""
+    if {"-h", "--help"} & set(words):
+        print(TRAIN_HELP, end="")
+        return 0
+    started = time.monotonic()
+    options = collect(words, hints={**CONFIG_HINTS, **RUN_HINTS})
+    logging.set_verbosity_error()
+    run = RewardRun(
+        RewardRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
+        {name: value for name, value in options.items() if name in CONFIG_HINTS},
+    ).prepare()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
+    try:
+        return _train(run, started)
+    except CheckpointError as error:
+        print(f"clha-fast reward-model: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _train(run: RewardRun, started: float) -> int:
+    first = run.args.process_index == 0
+    callbacks = run.trainer.callback_handler.callbacks
+    run.trainer.remove_callback(next(c for c in callbacks if type(c).__name__ == "PrinterCallback"))
+    run.trainer.add_callback(Progress())
+    if first:
+        print(header(run), flush=True)
+    run.evaluate_before()
+    if first and run.before:
+        print(f"\nheld-out pairs before training: {_accuracy_text(run.before)}\n", flush=True)
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
+        return INTERRUPTED
+    if run.interrupted:
+        run.write_metrics()
+        step = run.trainer.state.global_step
+        print(
+            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    run.trainer.remove_callback(Progress)
+    run.report()
+    if first:
+        print(f"\n{results(run)}")
+        print(f"figures         {os.path.join(run.folder, REWARD_FILE)}")
+        print(f"reward model    {run.folder}, for clha-fast score --reward-model")
+        print(f"\n{time.monotonic() - started:.0f} s in all")
+    return 0
+
+
+def header(run: RewardRun) -> str:
+    """What will be trained, on what."""
+    args, trainer = run.args, run.trainer
+    parameters = [p.numel() for p in trainer.model.parameters()]
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    part = "" if trained == sum(parameters) else f" ({trained / 1e6:.2f} M of them trained)"
+    new = f"; new weights: {', '.join(run.fresh)}" if run.fresh else ""
+    pad = run.tokenizer.convert_ids_to_tokens(trainer.data_collator.pad)
+    length = "no limit" if run.max_length is None else f"at most {run.max_length:,} tokens"
+    by = "reward" if run.options.rank_by_reward else "rank"
+    lines = {
+        "model": f"{type(base_model(run.model)).__name__}, {sum(parameters) / 1e6:.2f} M parameters{part}{new}",
+        "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "training": _data_text(trainer.train_dataset, by),
+        "held out": _data_text(trainer.eval_dataset, by) if run.held_out else "no held-out set",
+        "lengths": f"{length}, padded with {pad}",
+        "folder": folder_text(run),
+    }
+    if run.options.half is not None:
+        lines["half"] = f"{run.options.half} of the prompts of {run.options.train_file}"
+    if pad == run.tokenizer.eos_token:
+        lines["lengths"] += ", the end of a response: rewards are read at the token before it"
+    if run.skipped:
+        lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
+    if run.shared:
+        lines["note"] = f"{run.shared} held-out prompts stand in the training file too"
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+def _data_text(data: PairedDataset, by: str) -> str:
+    fewest, most = data.sizes
+    span = str(most) if fewest == most else f"{fewest} to {most}"
+    parts = [f"{len(data):,} prompts, {data.responses:,} responses ({span} a prompt), {data.pairs:,} pairs by {by}"]
+    if data.reversed_pairs:
+        share = 100 * data.reversed_pairs / data.pairs
+        parts.append(
+            f"{data.reversed_pairs:,} of them ({share:.0f}%) against their rewards (rank_by_reward orders by these)"
+        )
+    counts = {
+        "pairs of equal rewards": data.equal_rewards,
+        "pairs of equal responses": data.equal_responses,
+        "prompts without a pair": data.unpaired,
+    }
+    left_out = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    if left_out:
+        parts.append(f"left out: {left_out}")
+    if data.cut_prompts or data.cut_completions:
+        parts.append(f"cut to max_length: {data.cut_prompts:,} prompts, {data.cut_completions:,} responses")
+    return "; ".join(parts)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else "{:.3f} to {:.3f}".format(*interval)
+
+
+def _accuracy_text(found: Mapping[str, Any]) -> str:
+    return f"accuracy {found['accuracy']:.3f} (95% interval {_interval(found['interval'])})"
+
+
+def results(run: RewardRun) -> str:
+    """The held-out accuracy before and after training beside its baselines, and what it does not show."""
+    if not run.held_out:
+        return "no held-out set: not evaluated"
+    longer = run.longer_wins()
+    found = {"before": run.before, "after": run.after, "longer response wins": longer.as_dict()}
+    rows = [
+        [name, report.number(values.get("accuracy")), _interval(values.get("interval"))]
+        for name, values in found.items()
+    ]
+    text = [
+        report.table(["held-out pairs", "accuracy", "95% interval"], [*rows, ["chance", report.number(CHANCE), "-"]]),
+        f"{longer.pairs:,} pairs of {longer.prompts:,} prompts; intervals: bootstrap over prompts",
+    ]
+    after = PairAccuracy(run.after["accuracy"], run.after["interval"], longer.prompts, longer.pairs)
+    if after.interval is None:
+        text.append("One prompt gives no interval: hold out more.")
+    elif after.like_chance:
+        text.append("The interval includes 0.5: on these prompts the reward model cannot be told from guessing.")
+    elif after.interval[0] <= max(longer.accuracy, 1 - longer.accuracy):
+        text.append("The interval reaches down to what the length of a response alone says.")
+    return "\n".join(text)

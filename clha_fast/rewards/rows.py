@@ -1,0 +1,103 @@
+"""What a reward model reads and what it answers: one road for scoring and for training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.collator import RankedCollator
+
+# How far a response's reward may move when a longer one is batched with it, relative to the larger of the two.
+_DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
+_DRIFT_HALF = 5e-2
+
+
+def reward_collator(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RankedCollator:
+    """What tokenises a record for a reward model, as for the training of a language model; `token_rows` are its rows.
+
+    Args:
+        max_length: tokens of prompt and response together; None is no limit.
+    """
+    return RankedCollator(tokenizer, max_length=max_length)
+
+
+def token_rows(feature: CandidateFeature) -> list[list[int]]:
+    """A row of tokens for each response, best rank first: the prompt, the response and what closes it."""
+    return [[*feature["prompt_ids"], *ids] for ids in feature["completion_ids"]]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), int64 [len(rows), T] each, padded on the right to a multiple of `multiple`."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    input_ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return input_ids, mask
+
+
+def padded_rewards(
+    model: nn.Module, config: Any, input_ids: Tensor, attention_mask: Tensor, pad: int, label: int = 0
+) -> Tensor:
+    """The rewards of padded rows, with a graph where gradients are on.
+
+    Classifiers on decoders find a row's last token by comparing with the configuration's padding token, which is
+    therefore `pad` while the model runs.
+
+    Args:
+        model: a sequence classifier, or a wrapper around it. config: the classifier's own.
+        input_ids, attention_mask: int64 [rows, T] on the model's device. label: which logit is the reward.
+
+    Returns:
+        float32 [rows] (float64 of a float64 model), on the model's device.
+    """
+    with _configured(config, pad_token_id=pad, use_cache=False):
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    rewards = logits[:, label]
+    return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+
+def read_as_text(
+    score: Callable[[list[Sequence[int]]], Tensor],
+    dtype: torch.dtype,
+    longer: Sequence[int],
+    shorter: Sequence[int],
+) -> str:
+    """What shows that a model reads padding as text, whatever the mask says; "" where nothing does.
+
+    Args:
+        score: the rewards of rows that are batched. dtype: the model's.
+    """
+    together = score([longer, shorter])
+    alone = score([shorter])[0]
+    drift = float((together[1] - alone).abs() / together.abs().max().clamp_min(1e-30))
+    if drift > _DRIFT.get(dtype, _DRIFT_HALF):  # never of NaN, which has its own error
+        return f"it scores a response {float(alone):.5g} alone and {float(together[1]):.5g} beside a longer one"
+    return ""
+
+
+@contextlib.contextmanager
+def _configured(config: Any, **changes: Any) -> Iterator[None]:
+    """A model's configuration with some fields changed, in its text part too; as it was afterwards."""
+    missing = object()
+    places = [config] if config.get_text_config() is config else [config, config.get_text_config()]
+    before = [(place, {name: getattr(place, name, missing) for name in changes}) for place in places]
+    try:
+        for place in places:
+            for name, value in changes.items():
+                setattr(place, name, value)
+        yield
+    finally:
+        for place, values in before:
+            for name, value in values.items():
+                if value is missing:
+                    delattr(place, name)
+                else:
+                    setattr(place, name, value)

@@ -1,0 +1,155 @@
+"""Ranked responses as a reward model trains on them: one row a response, and the pairs of each prompt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.collator import RankedDataset
+from clha_fast.batching.workers import Example
+from clha_fast.data.records import RecordError
+from clha_fast.rewards.rows import pad_rows, reward_collator, token_rows
+
+
+class PairedPrompt(NamedTuple):
+    """A prompt's rows and pairs.
+
+    Attributes:
+        rows: token ids of each response, best rank first. better, worse: positions in `rows` of each pair.
+        response_lengths: tokens of each response alone.
+    """
+
+    rows: list[list[int]]
+    better: list[int]
+    worse: list[int]
+    response_lengths: list[int]
+
+
+class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
+    """The prompts that have a pair, tokenised once.
+
+    All (i, j) with i ranked better are pairs, but for equal rewards and for responses whose tokens are the same.
+
+    Args:
+        records: ranked records or rows in a known format. tokenizer, max_length: as `reward_collator`.
+        num_proc, skipped: as `RankedDataset`.
+        name: of the data, for the error.
+
+    Attributes:
+        lengths: tokens of every prompt's longest row. responses: in all. pairs: of the prompts that are left.
+        sizes: (fewest, most) responses of a prompt.
+        equal_rewards, equal_responses: pairs left out, equal rewards first. unpaired: prompts left out with them.
+        reversed_pairs: kept ones whose worse response has the higher reward.
+        skipped, cut_prompts, cut_completions: as `RankedDataset`; what is cut is counted before prompts are left out.
+
+    Raises:
+        ValueError: no pair is left. RecordError: as `RankedDataset`.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        num_proc: int | None = None,
+        skipped: list[RecordError] | None = None,
+        name: str = "train_dataset",
+    ) -> None:
+        tokenised = RankedDataset(records, reward_collator(tokenizer, max_length), num_proc=num_proc, skipped=skipped)
+        self.skipped = tokenised.skipped
+        self.cut_prompts, self.cut_completions = tokenised.cut_prompts, tokenised.cut_completions
+        self.equal_rewards = self.equal_responses = self.reversed_pairs = self.unpaired = 0
+        self._features: list[CandidateFeature] = []
+        self._pairs: list[list[tuple[int, int]]] = []
+        self.lengths: list[int] = []
+        for index in range(len(tokenised)):
+            feature = tokenised[index]
+            pairs = self._pairs_of(feature)
+            if pairs:
+                self._features.append(feature)
+                self._pairs.append(pairs)
+                self.lengths.append(tokenised.lengths[index])
+            else:
+                self.unpaired += 1
+        if not self._features:
+            raise ValueError(
+                f"{name}: expected a prompt with two different responses, one of them better, got none of "
+                f"{len(tokenised):,} (pairs with equal rewards {self.equal_rewards:,}, with equal responses "
+                f"{self.equal_responses:,})"
+            )
+        sizes = [len(feature["completion_ids"]) for feature in self._features]
+        self.sizes = (min(sizes), max(sizes))
+        self.responses = sum(sizes)
+        self.pairs = sum(map(len, self._pairs))
+
+    def _pairs_of(self, feature: CandidateFeature) -> list[tuple[int, int]]:
+        completions = [tuple(ids) for ids in feature["completion_ids"]]
+        rewards = feature["rewards"]
+        found = []
+        for i, j in itertools.combinations(range(len(completions)), 2):
+            if rewards is not None and rewards[i] == rewards[j]:
+                self.equal_rewards += 1
+            elif completions[i] == completions[j]:
+                self.equal_responses += 1
+            else:
+                self.reversed_pairs += rewards is not None and rewards[i] < rewards[j]
+                found.append((i, j))
+        return found
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> PairedPrompt:
+        feature, pairs = self._features[index], self._pairs[index]
+        better, worse = map(list, zip(*pairs, strict=True))
+        return PairedPrompt(token_rows(feature), better, worse, [len(ids) for ids in feature["completion_ids"]])
+
+    def longer_wins(self) -> tuple[list[float], list[int]]:
+        """Of each prompt, how many of its pairs the longer response wins (equal lengths: half), and its pairs."""
+        prompts = [self[index] for index in range(len(self))]
+        wins = [
+            sum(
+                (prompt.response_lengths[i] > prompt.response_lengths[j])
+                + 0.5 * (prompt.response_lengths[i] == prompt.response_lengths[j])
+                for i, j in zip(prompt.better, prompt.worse, strict=True)
+            )
+            for prompt in prompts
+        ]
+        return wins, [len(prompt.better) for prompt in prompts]
+
+
+class PairCollator:
+    """Turns `PairedPrompt`s into a batch: one row a response, however many pairs it is in.
+
+    Args:
+        pad: the token that rows are padded with. multiple: rows are padded to a multiple of it.
+    """
+
+    def __init__(self, pad: int, multiple: int | None = None) -> None:
+        self.pad, self.multiple = pad, multiple or 1
+
+    def __call__(self, prompts: Sequence[PairedPrompt]) -> dict[str, Tensor]:
+        """Tensors, all int64: input_ids, attention_mask [C, T]; better, worse [pairs], rows of `input_ids`; and
+        pairs_per_prompt [P].
+        """
+        starts = [0, *itertools.accumulate(len(prompt.rows) for prompt in prompts)]
+        input_ids, mask = pad_rows([row for prompt in prompts for row in prompt.rows], self.pad, self.multiple)
+
+        def rows_of(side: str) -> Tensor:
+            return torch.tensor(
+                [start + k for start, prompt in zip(starts, prompts, strict=False) for k in getattr(prompt, side)]
+            )
+
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "better": rows_of("better"),
+            "worse": rows_of("worse"),
+            "pairs_per_prompt": torch.tensor([len(prompt.better) for prompt in prompts]),
+        }
