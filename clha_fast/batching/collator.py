@@ -234,6 +234,22 @@ class RankedCollator:
             raise RecordError.of(record.source, "prompt", expected, text)
         return prefix + own, len(prefix), responses, closed
 
+    def tokenize_beginning(self, record: RankedRecord, text: str) -> list[int]:
+        """Tokens of a text that an answer to the record's prompt begins with; nothing closes it.
+
+        It stands where a response stands: behind the blanks that a chat template puts there.
+
+        Raises:
+            RecordError: the chat template changes the text.
+        """
+        if not isinstance(record.prompt, str) and getattr(self.tokenizer, "chat_template", None):
+            (turn,) = render_chat(record.prompt, [text], self.tokenizer, record.source, record.template).responses
+            at = turn.find(text.strip())
+            if at < 0:
+                raise RecordError.of(record.source, "prompt", f"a chat template that keeps the text {text!r}", turn)
+            text = turn[:at] + text.lstrip()
+        return self._encode_responses([text], record.source)[0]
+
     def _closed(self, text: str) -> str:
         """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
         trimmed = text.rstrip()

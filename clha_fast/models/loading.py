@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 # One of them is in every repository that can be loaded.
 _KNOWN_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _PATIENCE = 10.0  # seconds
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -217,9 +218,9 @@ def adapter_config(settings: Mapping[str, Any]) -> Any:
 
 
 def load_model(
-    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, option: str = "model"
+    name: str, dtype: torch.dtype | str = torch.float32, attn_implementation: str | None = None, option: str = "model"
 ) -> PreTrainedModel:
-    """A causal language model of a local folder or of a name on the Hub.
+    """A causal language model of a local folder or of a name on the Hub; dtype "auto" is the checkpoint's own.
 
     A folder with an adapter of peft's alone gives the adapter on its base model, and goes on training it.
 
@@ -331,7 +332,14 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[:most])}{f', ... ({len(names)} in all)' if len(names) > most else ''}"
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError when the tokenizer can produce a token that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: expected at most the model's {rows} tokens, got {len(tokenizer)}")
+
+
+def fingerprint(model: Any) -> str:
     """A hash of configuration and weights (samples of each), whatever the folder they came from."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -344,8 +352,22 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError when the tokenizer can produce a token that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(f"tokenizer: expected at most the model's {rows} tokens, got {len(tokenizer)}")
+def find_device(name: str) -> torch.device:
+    """A torch device such as "cuda:1"; "auto" is the accelerator that torch sees, else the CPU.
+
+    Raises:
+        ValueError: no device's name, or one that is not here.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto or a torch device such as cpu or cuda:0, got {name!r}") from None
+    accelerators = torch.accelerator.device_count()
+    count = 1 if device.type == "cpu" else 0 if found is None or device.type != found.type else accelerators
+    if (device.index or 0) >= count:
+        have = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{accelerators - 1}"
+        raise ValueError(f"device: expected one that is here ({have}), got {name!r}")
+    return device
