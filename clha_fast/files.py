@@ -8,9 +8,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -134,6 +134,26 @@ def write_json(path: str, value: Any) -> None:
             os.unlink(partial)
 
 
+def check_destination(destination: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+    """What a long run that keeps a `Journal` demands of its destination, before anything is loaded.
+
+    Raises:
+        FileExistsError: `destination` exists and `overwrite` is not set; an unfinished run is there and neither
+            `resume` nor `overwrite` is set.
+        OSError: `destination` is a folder, or its folder does not exist.
+    """
+    path = os.fspath(destination)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: expected a file, got a folder")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"{path}: expected an existing folder, got {os.path.dirname(path)}")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
+    partial = f"{path}.partial"
+    if os.path.lexists(partial) and not (resume or overwrite):
+        raise FileExistsError(f"{partial}: holds an unfinished run; give resume=True to continue it, or overwrite=True")
+
+
 def file_hash(path: str) -> str:
     """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -164,3 +184,132 @@ class RunIdentity:
                 if was != now:
                     phrases.append(f"{name} changed" if part == "data" else f"{name} was {was}, is {now}")
         return phrases
+
+
+class Journal:
+    """What a long run has done so far: a line for its identity, then one for each batch, added as soon as it is done.
+
+    Args:
+        path: of the file; an existing one is read when `resume` is set, and replaced otherwise. None writes nothing.
+        batches: positions of the items of each batch.
+        key: what an item's value is called in a line. valid: whether a value that was read can be one.
+        items, done: words for the sentence about what is kept, such as "responses" and "scored".
+
+    Attributes:
+        finished: numbers of the batches that are in it. values: by position of the item.
+
+    Raises:
+        ValueError: the file holds another run, or a line other than the last is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        identity: RunIdentity,
+        batches: Sequence[Sequence[int]],
+        resume: bool,
+        *,
+        key: str,
+        valid: Callable[[Any], bool],
+        items: str,
+        done: str,
+    ) -> None:
+        self.path = path
+        self.batches = batches
+        self.finished: set[int] = set()
+        self.values: dict[int, Any] = {}
+        self._key, self._valid, self._items, self._done = key, valid, items, done
+        self._header = identity.as_dict()
+        self._good = 0
+        self._file: IO[bytes] | None = None
+        if resume and path is not None and os.path.lexists(path):
+            self._read(path, identity)
+
+    def _read(self, path: str, identity: RunIdentity) -> None:
+        with open(path, "rb") as file:
+            # What follows the last newline was cut off in the middle of being written.
+            lines = file.read().split(b"\n")[:-1]
+        for number, line in enumerate(lines):
+            entry = _loads(line)
+            if number == 0 and entry is not None and "settings" in entry:
+                changed = identity.differences(entry)
+                if changed:
+                    raise ValueError(
+                        f"resume: expected the run that {path} holds, got another ({'; '.join(changed)}); "
+                        "give the same settings and files, or overwrite=True without resume=True"
+                    )
+            elif number == 0 or not self._take(entry):
+                if number == 0 or number < len(lines) - 1:
+                    raise ValueError(
+                        f"{path}:{number + 1}: damaged; begin again with overwrite=True, without resume=True"
+                    )
+                return
+            self._good += len(line) + 1
+
+    def _take(self, entry: dict[str, Any] | None) -> bool:
+        """Whether `entry` is a batch of this run; its values are taken over then."""
+        number, values = (entry or {}).get("batch"), (entry or {}).get(self._key)
+        if not isinstance(number, int) or not 0 <= number < len(self.batches) or not isinstance(values, list):
+            return False
+        if len(values) != len(self.batches[number]) or not all(map(self._valid, values)):
+            return False
+        self._note(number, values)
+        return True
+
+    def _note(self, number: int, values: Sequence[Any]) -> None:
+        self.finished.add(number)
+        self.values.update(zip(self.batches[number], values, strict=True))
+
+    def __enter__(self) -> Journal:
+        if self.path is None:
+            return self
+        # Unbuffered: what add() has returned from is in the file, whatever happens to the process.
+        self._file = open(self.path, "ab", buffering=0)
+        try:
+            self._file.truncate(self._good)
+            if not self._good:
+                self._write(self._header)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        if self.path is not None and not self.values:  # nothing to keep: the next run may have other settings
+            os.unlink(self.path)
+
+    def add(self, number: int, values: Sequence[Any]) -> None:
+        """Note the values of a batch, in the file first."""
+        if self.path is not None:
+            self._write({"batch": number, self._key: list(values)})
+        self._note(number, values)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        data = memoryview(json.dumps(entry).encode() + b"\n")
+        while data:
+            data = data[self._file.write(data) :]
+
+    def kept(self) -> str:
+        """A sentence's end that says what a later run can take over."""
+        total = sum(map(len, self.batches))
+        if not self.values or self.path is None:
+            return f"none of {total:,} {self._items} is {self._done} yet" if not self.values else "nothing is kept"
+        return (
+            f"{len(self.values):,} of {total:,} {self._items} are {self._done} and kept in {self.path}, "
+            "resume=True goes on"
+        )
+
+
+def _loads(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None

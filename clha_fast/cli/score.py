@@ -13,10 +13,11 @@ from clha_fast.cli.text import as_flags, with_dashes
 from clha_fast.data import FORMATS, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
+from clha_fast.models.loading import DTYPES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
-from clha_fast.rewards.reward_model import DTYPES, RewardModel, load_reward_model
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
 
 FAILED = 1

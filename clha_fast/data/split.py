@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Protocol
 
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import Prompt, RankedRecord
 
 
-def prompt_key(record: RankedRecord) -> str:
+class _Prompted(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+def prompt_key(record: _Prompted) -> str:
     """The same text for the same prompt: outer blanks do not count."""
     if isinstance(record.prompt, str):
         return record.prompt.strip()

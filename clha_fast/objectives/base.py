@@ -293,6 +293,11 @@ class Objective(Settings):
         return True
 
     @property
+    def by_rank(self) -> bool:
+        """Whether the places of candidates say which is better; False where their rewards do, whatever the places."""
+        return True
+
+    @property
     def noise_hint(self) -> str:
         """Which settings may have dropped every pair, as a sentence of advice."""
         return ""

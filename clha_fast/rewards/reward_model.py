@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.models.loading import check_reachable, check_vocabulary
+from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
 from clha_fast.rewards.rows import pad_rows, padded_rewards
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,7 @@ class RewardModel:
 
     def fingerprint(self) -> str:
         """A hash of configuration and weights (samples of each), whatever the folder they came from."""
-        config = self.model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in self.model.state_dict().items():
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].to(device="cpu", dtype=torch.float64)
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.model)
 
     @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -122,7 +110,7 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = _device(device)
+    place = find_device(device)
     path = os.fspath(path)
     if not os.path.isdir(path) and (os.path.lexists(path) or path.startswith((".", "~", os.sep))):
         raise ValueError(f"reward_model: expected a folder with a model, or a name on the Hub, got {path!r}")
@@ -150,22 +138,3 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
     return reward_model
-
-
-def _device(name: str) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto or a torch device such as cpu or cuda:0, got {name!r}") from None
-    count = 1 if device.type == "cpu" else 0 if found is None or device.type != found.type else _accelerators()
-    if (device.index or 0) >= count:
-        have = "cpu" if found is None else f"cpu, {found.type}:0 to {found.type}:{_accelerators() - 1}"
-        raise ValueError(f"device: expected one that is here ({have}), got {name!r}")
-    return device
-
-
-def _accelerators() -> int:
-    return torch.accelerator.device_count()

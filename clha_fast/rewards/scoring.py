@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from clha_fast.data.convert import convert
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord, make_record
-from clha_fast.files import RunIdentity
+from clha_fast.files import Journal, RunIdentity, check_destination
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import read_as_text, reward_collator, token_rows
 
@@ -31,6 +31,7 @@ __all__ = [
     "check_destination",
     "load_reward_model",
     "score_file",
+    "score_records",
 ]
 
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
@@ -64,26 +65,6 @@ class ScoreResult:
     truncated: int
     replaced: int
     max_length: int | None
-
-
-def check_destination(destination: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
-    """What `score_file` demands of its destination, before anything is loaded.
-
-    Raises:
-        FileExistsError: `destination` exists and `overwrite` is not set; an unfinished run is there and neither
-            `resume` nor `overwrite` is set.
-        OSError: `destination` is a folder, or its folder does not exist.
-    """
-    path = os.fspath(destination)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: expected a file, got a folder")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise FileNotFoundError(f"{path}: expected an existing folder, got {os.path.dirname(path)}")
-    if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
-    partial = f"{path}.partial"
-    if os.path.lexists(partial) and not (resume or overwrite):
-        raise FileExistsError(f"{partial}: holds an unfinished run; give resume=True to continue it, or overwrite=True")
 
 
 def score_file(
@@ -132,21 +113,39 @@ def score_file(
     records = _as_records(source, format, columns)
     run = _Run(records, reward_model, batch_size, max_length, progress)
     path = os.fspath(destination)
-    journal = _Journal(f"{path}.partial", run.identity(), run.batches, resume)
-    resumed = len(journal.rewards)
+    journal = run.journal(f"{path}.partial", resume)
+    resumed = len(journal.values)
     try:
         with journal:
             run.score(journal, progress)
-        scored = run.with_rewards(journal.rewards)
+        scored = run.with_rewards(journal.values)
         written = [_best_first(record) for record in scored] if rank_by_reward else scored
         convert((record.as_dict() for record in written), path, "canonical", overwrite=overwrite, notes=Notes())
     except OSError as error:
         raise ScoringError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
     except KeyboardInterrupt:
         raise ScoringInterrupted(f"interrupted; {journal.kept()}") from None
-    os.unlink(journal.path)
+    os.unlink(f"{path}.partial")
     replaced = sum(record.rewards is not None for record in records)
     return ScoreResult(scored, written, sum(map(len, run.rows_of)), resumed, run.truncated, replaced, run.max_length)
+
+
+def score_records(
+    records: Sequence[RankedRecord],
+    reward_model: RewardModel,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> list[RankedRecord]:
+    """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`."""
+    run = _Run(list(records), reward_model, batch_size, max_length, progress)
+    journal = run.journal(None)
+    try:
+        run.score(journal, progress)
+    except KeyboardInterrupt:
+        raise ScoringInterrupted("interrupted while scoring; nothing of it is kept") from None
+    return run.with_rewards(journal.values)
 
 
 def _as_records(
@@ -236,20 +235,24 @@ class _Run:
         }
         return RunIdentity(settings, data)
 
-    def score(self, journal: _Journal, progress: bool) -> None:
+    def journal(self, path: str | None, resume: bool = False) -> Journal:
+        words = {"key": "rewards", "items": "responses", "done": "scored"}
+        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, **words)
+
+    def score(self, journal: Journal, progress: bool) -> None:
         """Score the batches that the journal lacks."""
-        if len(journal.done) < len(self.batches):
+        if len(journal.finished) < len(self.batches):
             self._check_padding(journal)
         bar = logging.tqdm(
             total=len(self.rows),
-            initial=len(journal.rewards),
+            initial=len(journal.values),
             desc="Scoring",
             unit=" responses",
             disable=not progress,
         )
         with bar:
             for number, batch in enumerate(self.batches):
-                if number in journal.done:
+                if number in journal.finished:
                     continue
                 scores = self._forward([self.rows[index] for index in batch], journal)
                 self._check_finite(batch, scores, journal)
@@ -257,14 +260,14 @@ class _Run:
                 journal.add(number, [float(f"{score:.9g}") for score in scores.tolist()])
                 bar.update(len(batch))
 
-    def _forward(self, rows: Sequence[Sequence[int]], journal: _Journal) -> Tensor:
+    def _forward(self, rows: Sequence[Sequence[int]], journal: Journal) -> Tensor:
         try:
             return self.reward_model.score_tokens(rows)
         except torch.OutOfMemoryError as error:
             size = f"{len(rows)} responses of up to {len(rows[0]):,} tokens"
             raise ScoringError(f"batch_size: {size} do not fit in memory; {journal.kept()}") from error
 
-    def _check_padding(self, journal: _Journal) -> None:
+    def _check_padding(self, journal: Journal) -> None:
         """Some models read padding as text whatever the mask says; their scores must not be written."""
         ragged = next((batch for batch in self.batches if len(self.rows[batch[-1]]) < len(self.rows[batch[0]])), None)
         if ragged is None:
@@ -277,7 +280,7 @@ class _Run:
                 f"{self.batch_size}"
             )
 
-    def _check_finite(self, batch: Sequence[int], scores: Tensor, journal: _Journal) -> None:
+    def _check_finite(self, batch: Sequence[int], scores: Tensor, journal: Journal) -> None:
         for index, score in zip(batch, scores.tolist(), strict=True):
             if not math.isfinite(score):
                 source, number = self.places[index]
@@ -294,113 +297,5 @@ class _Run:
         return out
 
 
-class _Journal:
-    """One line for the run's identity, then one for each batch, added as soon as it is scored.
-
-    Args:
-        path: of the file; an existing one is read when `resume` is set, and replaced otherwise.
-        batches: positions of the responses of each batch.
-
-    Attributes:
-        done: numbers of the batches that are in it. rewards: by position of the response.
-
-    Raises:
-        ValueError: the file holds another run, or a line other than the last is damaged.
-    """
-
-    def __init__(self, path: str, identity: RunIdentity, batches: Sequence[Sequence[int]], resume: bool) -> None:
-        self.path = path
-        self.batches = batches
-        self.done: set[int] = set()
-        self.rewards: dict[int, float] = {}
-        self._header = identity.as_dict()
-        self._good = 0
-        self._file: IO[bytes] | None = None
-        if resume and os.path.lexists(path):
-            self._read(identity)
-
-    def _read(self, identity: RunIdentity) -> None:
-        with open(self.path, "rb") as file:
-            # What follows the last newline was cut off in the middle of being written.
-            lines = file.read().split(b"\n")[:-1]
-        for number, line in enumerate(lines):
-            entry = _loads(line)
-            if number == 0 and entry is not None and "settings" in entry:
-                changed = identity.differences(entry)
-                if changed:
-                    raise ValueError(
-                        f"resume: expected the run that {self.path} holds, got another ({'; '.join(changed)}); "
-                        "give the same settings and files, or overwrite=True without resume=True"
-                    )
-            elif number == 0 or not self._take(entry):
-                if number == 0 or number < len(lines) - 1:
-                    raise ValueError(
-                        f"{self.path}:{number + 1}: damaged; begin again with overwrite=True, without resume=True"
-                    )
-                return
-            self._good += len(line) + 1
-
-    def _take(self, entry: dict[str, Any] | None) -> bool:
-        """Whether `entry` is a batch of this run; its rewards are taken over then."""
-        number, rewards = (entry or {}).get("batch"), (entry or {}).get("rewards")
-        if not isinstance(number, int) or not 0 <= number < len(self.batches) or not isinstance(rewards, list):
-            return False
-        if len(rewards) != len(self.batches[number]) or not all(map(_is_score, rewards)):
-            return False
-        self._note(number, rewards)
-        return True
-
-    def _note(self, number: int, rewards: Sequence[float]) -> None:
-        self.done.add(number)
-        self.rewards.update(zip(self.batches[number], rewards, strict=True))
-
-    def __enter__(self) -> _Journal:
-        # Unbuffered: what add() has returned from is in the file, whatever happens to the process.
-        self._file = open(self.path, "ab", buffering=0)
-        try:
-            self._file.truncate(self._good)
-            if not self._good:
-                self._write(self._header)
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if not self.rewards:  # nothing to keep: the next run may have other settings
-            os.unlink(self.path)
-
-    def add(self, number: int, rewards: Sequence[float]) -> None:
-        """Note the rewards of a batch, in the file first."""
-        self._write({"batch": number, "rewards": list(rewards)})
-        self._note(number, rewards)
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None
-        data = memoryview(json.dumps(entry).encode() + b"\n")
-        while data:
-            data = data[self._file.write(data) :]
-
-    def kept(self) -> str:
-        """A sentence's end that says what a later run can take over."""
-        total = sum(map(len, self.batches))
-        if not self.rewards:
-            return f"none of {total:,} responses is scored yet"
-        return f"{len(self.rewards):,} of {total:,} responses are scored and kept in {self.path}, resume=True goes on"
-
-
 def _is_score(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
-
-
-def _loads(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.models.adapters import virtual_tokens
+from clha_fast.generation.hf import generate_tokens, positions_of
+from clha_fast.generation.prompts import closing_tokens
+
+__all__ = ["SAMPLES_FILE", "closing_tokens", "describe", "first_prompts", "generate", "write"]
 
 SAMPLES_FILE = "samples.jsonl"
-# Of the generator that draws tokens at a temperature: the same at every evaluation.
-_SEED = 0
 
 
 def first_prompts(dataset: Any, count: int, collator: Any) -> list[Mapping[str, Any]]:
@@ -44,15 +45,6 @@ def first_prompts(dataset: Any, count: int, collator: Any) -> list[Mapping[str, 
     return found
 
 
-def closing_tokens(examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """What ends an answer: EOS, the model's own, and what closes a response of the data (a template's end of turn)."""
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *([] if own is None else [own] if isinstance(own, int) else own)}
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends |= {int(ids[-1]) for example in examples for ids in example["completion_ids"] if int(ids[-1]) in special}
-    return sorted(ends)
-
-
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -69,31 +61,26 @@ def generate(
     with the same prompts.
     """
     pad = tokenizer.pad_token_id
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    config = GenerationConfig(
-        do_sample=temperature > 0,
-        eos_token_id=list(ends),
-        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        use_cache=True,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-    )
+    positions = positions_of(model)
     training = model.training
     found: list[list[int]] = []
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_SEED)
-            for prompt in prompts:
-                room = max_new_tokens
-                if positions is not None:
-                    room = min(room, positions - virtual_tokens(model) - len(prompt))
-                if room < 1:
-                    found.append([])
-                    continue
-                config.max_new_tokens = room
-                ids = torch.tensor([list(prompt)], device=device)
-                output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-                found.append(output[0, ids.shape[1] :].tolist())
+        for number, prompt in enumerate(prompts):
+            room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
+            if room < 1:
+                found.append([])
+                continue
+            found += generate_tokens(
+                model,
+                [prompt],
+                ends=ends,
+                pad=tokenizer.eos_token_id if pad is None else pad,
+                max_new_tokens=room,
+                temperature=temperature,
+                seeds=[number],  # the same at every evaluation
+                device=device,
+            )
     finally:
         model.train(training)
     return found

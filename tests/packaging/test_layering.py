@@ -14,6 +14,8 @@ from tests.support.helpers import ROOT, run_python
 # Room -> rooms that it may import, lowest first. docs/design.md says what each knows; a room of its own is a folder, a
 # folder of `backends/`, or a file at the top of `clha_fast/`.
 BASE = ("errors", "version", "messages", "files", "options", "types", "layout")
+MODEL_ROOMS = ("models", "batching", "data")
+RUN_ROOMS = ("experiments", "evaluation", "generation", "rewards", "training")
 ROOMS: dict[str, tuple[str, ...]] = {
     "csrc_triton": (),
     **dict.fromkeys(("errors", "version", "messages", "files", "options", "types", "layout"), ()),
@@ -29,13 +31,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "batching": ("data", "objectives", *BASE),
     "models": ("batching", "data", "functional", "ops", "objectives", *BASE),
     "rewards": ("models", "batching", "data", "objectives", *BASE),
-    "training": ("rewards", "models", "batching", "data", "functional", "ops", "objectives", *BASE),
-    "evaluation": ("reference", "functional", "objectives", *BASE),
-    "experiments": ("training", "rewards", "models", "batching", "data", "ops", "objectives", *BASE),
+    "generation": ("models", "batching", "data", *BASE),
+    "training": ("generation", "rewards", "models", "batching", "data", "functional", "ops", "objectives", *BASE),
+    "evaluation": ("generation", "rewards", *MODEL_ROOMS, "reference", "functional", "objectives", *BASE),
+    "experiments": ("evaluation", "generation", "rewards", "training", *MODEL_ROOMS, "ops", "objectives", *BASE),
     "face": ("models", "functional", "modules", "objectives", *BASE),
     "hf": ("training", "models", "batching"),
     "demo": (),
-    "cli": ("experiments", "evaluation", "rewards", "training", "models", "data", "ops", "objectives", *BASE),
+    "cli": (*RUN_ROOMS, "models", "data", "ops", "objectives", *BASE),
     "__main__": ("cli",),
 }
 # Third-party packages that a room must not import, anywhere in its files.

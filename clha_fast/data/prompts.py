@@ -1,0 +1,94 @@
+"""Prompts that wait for an answer: those of ranked records, or a file of prompts alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clha_fast.data.columns import template_of
+from clha_fast.data.containers import Source, rows_of
+from clha_fast.data.fields import columns_of
+from clha_fast.data.readers import read_records
+from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
+from clha_fast.data.split import prompt_key
+
+# What may stand beside a prompt in a file of prompts alone.
+_BESIDE = ("subset", "tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt without any response: the fields of `RankedRecord`, and its errors."""
+
+    prompt: Prompt
+    source: str = field(default="prompt", compare=False)
+    template: Mapping[str, Any] = field(default_factory=dict)
+    subset: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", self.ranked("response").prompt)
+
+    def ranked(self, response: str) -> RankedRecord:
+        """The prompt with one response."""
+        return RankedRecord(self.prompt, (response,), source=self.source, template=self.template)
+
+
+Prompted = RankedRecord | PromptRecord
+
+
+def subset_of(record: Prompted) -> str:
+    """The part of its data set that a record is from, "" where there are no parts."""
+    return str(getattr(record, "subset", ""))
+
+
+def prompt_hash(record: Prompted) -> str:
+    """What stands for a prompt in files of answers: 16 hexadecimal digits, the same with or without outer blanks."""
+    key = prompt_key(record)
+    if record.template:
+        key += json.dumps(dict(record.template), sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def read_prompts(source: Source, format: str = "auto", *, columns: Mapping[str, Any] | None = None) -> list[Prompted]:
+    """All prompts of a source in order: what `read_records` reads, or rows with a `prompt` and no response.
+
+    Rows of prompts alone may have `subset`, `tools` and `chat_template_kwargs` beside; columns of other names are left
+    out where `columns` maps `prompt`.
+
+    Raises:
+        RecordError, ValueError, OSError: as `read_records`; a row of another kind among prompts alone.
+    """
+    rows = source if isinstance(source, (str, os.PathLike)) else list(source)
+    if format != "auto" or not _alone(rows, columns):
+        return list(read_records(rows, format, columns=columns))
+    return list(_prompts(rows, (columns or {}).get("prompt", "prompt")))
+
+
+def _alone(source: Source, columns: Mapping[str, Any] | None) -> bool:
+    if columns is not None:
+        return set(columns) == {"prompt"} and isinstance(columns["prompt"], str)
+    first = next(itertools.islice(rows_of(source), 1), None)
+    if first is None or not isinstance(first[1], Mapping):
+        return False
+    names = {name for name, value in columns_of(first[1]).items() if value is not None}
+    return "prompt" in names and names <= {"prompt", *_BESIDE}
+
+
+def _prompts(source: Source, column: str) -> Iterator[PromptRecord]:
+    for place, row in rows_of(source):
+        if isinstance(row, RecordError):
+            raise row
+        if not isinstance(row, Mapping):
+            raise RecordError.of(place, "", "a JSON object", row)
+        others = [name for name, value in row.items() if value is not None and name not in (column, *_BESIDE)]
+        if column == "prompt" and others:
+            raise RecordError.of(place, others[0], "a prompt alone, as in the first row", row[others[0]])
+        if row.get(column) is None:
+            raise RecordError.of(place, column, "a prompt", row.get(column))
+        subset = check_text(row.get("subset") or "", place, "subset")
+        yield PromptRecord(row[column], place, template_of(row, place), subset)

@@ -1,0 +1,36 @@
+"""Answers to prompts: backends that write them, and files of them."""
+
+from clha_fast.generation.answers import (
+    Answer,
+    Generation,
+    GenerationError,
+    GenerationInterrupted,
+    generate_answers,
+    read_answers,
+    write_answers,
+)
+from clha_fast.generation.backend import (
+    EncodedPrompt,
+    Generated,
+    GenerationBackend,
+    GenerationSettings,
+)
+from clha_fast.generation.hf import TransformersBackend
+from clha_fast.generation.prompts import encode_prompts, trained_prefix
+
+__all__ = [
+    "Answer",
+    "EncodedPrompt",
+    "Generated",
+    "Generation",
+    "GenerationBackend",
+    "GenerationError",
+    "GenerationInterrupted",
+    "GenerationSettings",
+    "TransformersBackend",
+    "encode_prompts",
+    "generate_answers",
+    "read_answers",
+    "trained_prefix",
+    "write_answers",
+]

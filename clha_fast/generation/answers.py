@@ -1,0 +1,276 @@
+"""Files of answers: written so that an interrupted run loses nothing, read from whatever wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from clha_fast.data.columns import template_of
+from clha_fast.data.containers import rows_of
+from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash, subset_of
+from clha_fast.data.records import Prompt, RecordError, check_text
+from clha_fast.files import Journal, RunIdentity, check_destination
+from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationBackend, GenerationSettings
+from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
+
+FINISHES = ("stop", "length")
+_FIELDS = ("prompt", "answer", "finish", "prompt_hash", "subset", "tools", "chat_template_kwargs")
+
+
+class GenerationError(RuntimeError):
+    """Generation could not go on; the message says why and what is kept."""
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C while answers were made; the message says what is kept."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of a file of answers.
+
+    Attributes:
+        answer: may be empty. finish: "stop", "length" where nothing ended it, "" where that is not known.
+        source: where it was read, named in errors.
+    """
+
+    prompt: Prompt
+    answer: str
+    finish: str = ""
+    subset: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    source: str = field(default="answer", compare=False)
+
+    @property
+    def prompt_hash(self) -> str:
+        """As `clha_fast.data.prompts.prompt_hash`."""
+        return prompt_hash(PromptRecord(self.prompt, self.source, self.template))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON object of the line."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
+        variables = dict(self.template)
+        tools = variables.pop("tools", None)
+        found = {"subset": self.subset, "tools": tools, "chat_template_kwargs": variables}
+        line = {"prompt": prompt, "answer": self.answer, "finish": self.finish, "prompt_hash": self.prompt_hash}
+        return {**line, **{name: value for name, value in found.items() if value}}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a run gave.
+
+    Attributes:
+        answers: in the order of the records. settings: with the lengths that were in force.
+        resumed: prompts (the same ones count once) that an earlier run had answered. cut: prompts that lost tokens.
+    """
+
+    answers: list[Answer]
+    settings: GenerationSettings
+    resumed: int
+    cut: int
+
+    @property
+    def empty(self) -> int:
+        """Answers without any text."""
+        return sum(not answer.answer for answer in self.answers)
+
+    @property
+    def unfinished(self) -> int:
+        """Answers that nothing ended before `max_new_tokens`."""
+        return sum(answer.finish == "length" for answer in self.answers)
+
+
+def generate_answers(
+    records: Sequence[Prompted],
+    backend: GenerationBackend,
+    destination: str | os.PathLike[str],
+    settings: GenerationSettings | None = None,
+    *,
+    batch_size: int = 8,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Generation:
+    """Answer every record's prompt and write `destination`: JSON Lines, in the order of the records.
+
+    A line is `{"prompt", "answer", "finish", "prompt_hash"}`, with `subset` where the record has one. Prompts are those
+    of training (`encode_prompts`); equal prompts are answered once. Every batch is added to `destination`.partial as
+    soon as it is answered, and `destination` appears complete or not at all. Which prompts share a batch depends on
+    the records alone, so a resumed run gives the very file of one that was never interrupted. The longest prompts
+    come first: memory fails at once or never.
+
+    Args:
+        settings: None is greedy, with the lengths of `GenerationSettings`.
+        batch_size: prompts in a batch.
+        resume: continue what an earlier run with the same settings has left; nothing left is a new run.
+        overwrite: replace `destination`; without `resume` also what an earlier run has left.
+        progress: show a bar.
+
+    Raises:
+        RecordError, ValueError: bad records or settings, before anything is answered; what is to be resumed is another
+            run or is damaged; a model that reads padding as text, with a batch size above 1.
+        OSError: as `clha_fast.files.check_destination`.
+        GenerationError: the file cannot be written, or memory does not suffice. GenerationInterrupted: Ctrl-C. In both
+            cases the message says what is kept.
+    """
+    settings = settings or GenerationSettings()
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
+    if not records:
+        raise RecordError("prompts: expected at least one, got none")
+    check_destination(destination, resume=resume, overwrite=overwrite)
+    encoded = encode_prompts(records, backend.tokenizer, settings, backend.max_positions)
+    rows = list(dict.fromkeys(encoded.prompts))
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    path = os.fspath(destination)
+    journal = Journal(
+        f"{path}.partial",
+        _identity(records, encoded, backend, batch_size),
+        batches,
+        resume,
+        key="answers",
+        valid=_is_generated,
+        items="prompts",
+        done="answered",
+    )
+    resumed = len(journal.values)
+    try:
+        with journal:
+            _answer(rows, backend, encoded.settings, journal, progress)
+        place = {row: number for number, row in enumerate(rows)}
+        answers = []
+        for record, row in zip(records, encoded.prompts, strict=True):
+            text, finish = journal.values[place[row]]
+            answers.append(Answer(record.prompt, text, finish, subset_of(record), record.template))
+        write_answers(path, answers, overwrite=overwrite)
+    except OSError as error:
+        raise GenerationError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
+    except KeyboardInterrupt:
+        raise GenerationInterrupted(f"interrupted; {journal.kept()}") from None
+    os.unlink(f"{path}.partial")
+    return Generation(answers, encoded.settings, resumed, encoded.cut)
+
+
+def _answer(
+    rows: Sequence[EncodedPrompt],
+    backend: GenerationBackend,
+    settings: GenerationSettings,
+    journal: Journal,
+    progress: bool,
+) -> None:
+    bar = logging.tqdm(
+        total=len(rows), initial=len(journal.values), desc="Answering", unit=" prompts", disable=not progress
+    )
+    with bar:
+        for number, batch in enumerate(journal.batches):
+            if number in journal.finished:
+                continue
+            try:
+                found = backend.answer([rows[index] for index in batch], settings)
+            except torch.OutOfMemoryError as error:
+                size = f"{len(batch)} prompts of up to {len(rows[batch[0]].ids):,} tokens and their answers"
+                raise GenerationError(f"batch_size: {size} do not fit in memory; {journal.kept()}") from error
+            journal.add(number, [list(answer) for answer in found])
+            bar.update(len(batch))
+
+
+def _identity(
+    records: Sequence[Prompted], encoded: EncodedPrompts, backend: GenerationBackend, batch_size: int
+) -> RunIdentity:
+    """What decides the answers, down to the last bit, and the file."""
+    source, tokens = hashlib.sha256(), hashlib.sha256()
+    for record in records:
+        source.update(f"{prompt_hash(record)} {subset_of(record)}\n".encode())
+    for prompt in encoded.prompts:
+        tokens.update(f"{prompt.ids} {prompt.stops} {prompt.ends}\n".encode())
+    settings = dataclasses.asdict(encoded.settings)
+    if not settings["temperature"]:
+        del settings["seed"]  # nothing is drawn
+    data = {
+        "prompts": source.hexdigest(),
+        "tokenizer or template": tokens.hexdigest(),
+        "model": backend.fingerprint(),
+    }
+    return RunIdentity({**settings, **backend.describe(), "batch_size": batch_size}, data)
+
+
+def _is_generated(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == len(Generated._fields) and all(isinstance(v, str) for v in value)
+
+
+def write_answers(destination: str | os.PathLike[str], answers: Sequence[Answer], *, overwrite: bool = False) -> None:
+    """Write a file of answers, complete or not at all.
+
+    Raises:
+        FileExistsError: `destination` exists and `overwrite` is not set. OSError: it cannot be written.
+    """
+    path = os.fspath(destination)
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
+    beside = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(beside, "x", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in answers)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+
+
+def read_answers(source: str | os.PathLike[str]) -> list[Answer]:
+    """The answers of a file, in order: rows with `prompt` and `answer`, and what else `Answer` has.
+
+    Raises:
+        RecordError: a row that is none, or with fields of other names; no row at all. OSError: no such file.
+    """
+    found = []
+    for place, row in rows_of(source):
+        if isinstance(row, RecordError):
+            raise row
+        if not isinstance(row, Mapping):
+            raise RecordError.of(place, "", "a JSON object", row)
+        unknown = [str(name) for name, value in row.items() if name not in _FIELDS and value is not None]
+        if "answer" not in row or "prompt" not in row or unknown:
+            expected = f"fields {', '.join(_FIELDS)} (the last five may be missing)"
+            raise RecordError.of(place, unknown[0] if unknown else "", expected, sorted(map(str, row)))
+        found.append(_answer_of(row, place))
+    if not found:
+        raise RecordError(f"{os.fspath(source)}: expected at least one answer, found none")
+    return found
+
+
+def _answer_of(row: Mapping[str, Any], place: str) -> Answer:
+    finish = row.get("finish") or ""
+    if finish not in ("", *FINISHES):
+        raise RecordError.of(place, "finish", f"one of {', '.join(FINISHES)}", finish)
+    record = PromptRecord(row["prompt"], place, template_of(row, place), str(row.get("subset") or ""))
+    answer = check_text(row["answer"], place, "answer")
+    found = Answer(record.prompt, answer, finish, record.subset, record.template, place)
+    given = row.get("prompt_hash")
+    if given is not None and given != found.prompt_hash:
+        raise RecordError.of(place, "prompt_hash", f"{found.prompt_hash}, of this prompt, or none", given)
+    return found
+
+
+def occurrences(hashes: Sequence[str]) -> list[tuple[str, int]]:
+    """(hash, how many equal ones stand before it): a name for each line of a file with the same prompt twice."""
+    seen: Counter[str] = Counter()
+    found = []
+    for value in hashes:
+        found.append((value, seen[value]))
+        seen[value] += 1
+    return found

@@ -1,0 +1,96 @@
+"""What writes answers: settings, prompts as tokens, and the contract of a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are made; the same prompt, model and settings give the same answer, in whatever company.
+
+    Attributes:
+        max_new_tokens: of an answer. max_prompt_length: tokens of a prompt, which is cut on the left behind its BOS;
+            None is what the model's positions leave.
+        temperature: 0 is greedy. top_p: nucleus of the softmax to draw from, 1 is all of it. seed: of the draws,
+            together with the prompt.
+        answer_prefix: what every answer begins with; not part of the answer that comes back.
+        stop: texts that end an answer; None takes those of the prompt's own form (`generation.prompts`).
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    max_new_tokens: int = 128
+    max_prompt_length: int | None = 384
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    answer_prefix: str = ""
+    stop: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature: expected a finite number of at least 0, got {self.temperature!r}")
+        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
+        if self.top_p != 1 and not self.temperature:
+            raise ValueError(f"top_p: expected 1 with temperature 0, which draws nothing, got {self.top_p!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
+        if self.stop is not None and not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop: expected texts that are not empty, got {self.stop!r}")
+
+
+class EncodedPrompt(NamedTuple):
+    """ids: what the model reads, the answer's prefix at its end. stops, ends: texts and tokens that end the answer.
+
+    seed: of the draws for this prompt.
+    """
+
+    ids: tuple[int, ...]
+    stops: tuple[str, ...]
+    ends: tuple[int, ...]
+    seed: int
+
+
+class Generated(NamedTuple):
+    """text: without prefix, stop text and outer blanks. finish: "stop", or "length" where nothing ended it."""
+
+    text: str
+    finish: str
+
+
+class GenerationBackend(Protocol):
+    """What answers encoded prompts. `max_positions`: tokens of prompt and answer together, None without a limit."""
+
+    tokenizer: Any
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    def describe(self) -> dict[str, str]:
+        """What else than weights and `GenerationSettings` decides an answer, such as the dtype."""
+
+    def fingerprint(self) -> str:
+        """The same text for the same weights."""
+
+    def answer(self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings) -> list[Generated]:
+        """One answer a prompt, at most `settings.max_new_tokens` tokens each, in order.
+
+        Raises:
+            torch.OutOfMemoryError: fewer prompts may fit. ValueError: these prompts cannot share a batch.
+        """
+
+
+def cut_answer(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """(the text before the first of the stop texts, without outer blanks; whether there was one)."""
+    found = [at for at in map(text.find, stops) if at >= 0]
+    return text[: min(found, default=len(text))].strip(), bool(found)

@@ -1,0 +1,246 @@
+"""The transformers backend: `model.generate` on prompts padded on the left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationSettings, cut_answer
+from clha_fast.generation.prompts import own_ends
+from clha_fast.models.adapters import base_model, virtual_tokens
+from clha_fast.models.loading import check_vocabulary, fingerprint
+
+# How far the logits of a prompt may move when a longer one is batched with it, relative to the largest.
+_DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
+_DRIFT_HALF = 5e-2
+
+
+class TransformersBackend:
+    """A causal language model and its tokenizer, on the model's device.
+
+    Args:
+        model: put into evaluation mode. Its own generation settings (a repetition penalty, a temperature) play no part.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_vocabulary(model, tokenizer)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self._padding_checked = False
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for, None when its configuration names no limit."""
+        return positions_of(self.model)
+
+    def describe(self) -> dict[str, str]:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"backend": "hf", "dtype": dtype, "device": self.model.device.type}
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def answer(self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings) -> list[Generated]:
+        self._check_padding(prompts)
+        ends = sorted({*prompts[0].ends, *own_ends(self.model)})
+
+        def stopped(row: int, new: list[int]) -> bool:
+            return cut_answer(self._text(new), prompts[row].stops)[1]
+
+        rows = generate_tokens(
+            self.model,
+            [prompt.ids for prompt in prompts],
+            ends=ends,
+            pad=self._pad,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seeds=[prompt.seed for prompt in prompts],
+            stopped=stopped if any(prompt.stops for prompt in prompts) else None,
+        )
+        found = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            ended = bool(row) and row[-1] in ends
+            text, stop = cut_answer(self._text(row[:-1] if ended else row), prompt.stops)
+            found.append(Generated(text, "stop" if ended or stop else "length"))
+        return found
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    @property
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def _check_padding(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Some models read padding as text whatever the mask says: their answers would depend on their company."""
+        rows = sorted((prompt.ids for prompt in prompts), key=len)
+        if self._padding_checked or len(rows[0]) == len(rows[-1]):
+            return
+        together = self._first_logits([rows[-1], rows[0]])[1]
+        alone = self._first_logits([rows[0]])[0]
+        drift = float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
+        if drift > _DRIFT.get(self.model.dtype, _DRIFT_HALF):
+            raise ValueError(
+                f"batch_size: expected 1 for {type(base_model(self.model)).__name__}, which reads padding as text (a "
+                f"prompt's logits move by {drift:.2g} of their size beside a longer one), got {len(rows)}"
+            )
+        self._padding_checked = True
+
+    def _first_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """float64 [rows, V]: what the first new token is drawn from."""
+        found = _generate(self.model, rows, self._pad, max_new_tokens=1, output_logits=True)
+        return torch.as_tensor(found.logits[0]).double()
+
+
+def positions_of(model: Any) -> int | None:
+    """Tokens that a model has positions for beside those of prompt tuning, None without a limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit - virtual_tokens(model) if isinstance(limit, int) and limit > 0 else None
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ends: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] = (),
+    stopped: Callable[[int, list[int]], bool] | None = None,
+    device: torch.device | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, the one in `ends` that closes them included.
+
+    Tokens are drawn by adding Gumbel noise to the log-probabilities and taking the largest: each prompt has a generator
+    of its own, so what is drawn for it depends on its seed and on nothing else. The process's random state is left
+    alone. Where the weights are spread over processes, all must call with the same prompts.
+
+    Args:
+        temperature: 0 is greedy, and needs no `seeds`; top_p as `GenerationSettings`.
+        stopped: whether the new tokens of a row, given with its number, are all there will be.
+        device: of the inputs, where it is not the model's.
+    """
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(float(top_p)))
+        processors.append(_Gumbel(seeds))
+    width = max(map(len, prompts))
+    stop = _Stop(width, stopped)
+    output = _generate(
+        model,
+        prompts,
+        pad,
+        device=device,
+        logits_processor=processors,
+        stopping_criteria=StoppingCriteriaList([stop]),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+    )
+    found = []
+    for number, row in enumerate(output.sequences[:, width:].tolist()):
+        row = row[: stop.lengths.get(number)]
+        end = next((k for k, token in enumerate(row) if token in ends), None)
+        found.append(row if end is None else row[: end + 1])
+    return found
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **settings: Any,
+) -> Any:
+    """`model.generate`, greedy, on prompts padded on the left, with these settings and none of the model's own."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for number, prompt in enumerate(prompts):
+        ids[number, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[number, width - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=False, use_cache=True, pad_token_id=pad, return_dict_in_generate=True, **settings
+    )
+    place = model.device if device is None else device
+    with torch.no_grad(), _without_own_settings(model):
+        return model.generate(
+            input_ids=ids.to(place),
+            attention_mask=mask.to(place),
+            generation_config=config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """transformers fills what a configuration leaves open (a repetition penalty) from the model's own."""
+    owners = {id(owner): owner for owner in (model, base_model(model))}.values()
+    before = [(owner, owner.generation_config) for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in before:
+            owner.generation_config = config
+
+
+class _Stop(StoppingCriteria):
+    """Ends rows whose new tokens are `stopped`; `lengths` has their numbers of new tokens."""
+
+    def __init__(self, width: int, stopped: Callable[[int, list[int]], bool] | None) -> None:
+        self.width, self.stopped = width, stopped
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if self.stopped is None:
+            return done
+        for number, new in enumerate(input_ids[:, self.width :].tolist()):
+            if number not in self.lengths and self.stopped(number, new):
+                self.lengths[number] = len(new)
+        done[list(self.lengths)] = True
+        return done
+
+
+class _Gumbel(LogitsProcessor):
+    """The largest of log p + Gumbel noise is a draw from p; noise a row from a generator of its own, on the CPU."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.stack(
+            [
+                # In float64: an exponential that underflows would be an infinite lead.
+                -torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=generator).log()
+                for generator in self.generators
+            ]
+        )
+        return scores + noise.to(scores)
