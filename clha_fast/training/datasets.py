@@ -108,7 +108,7 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         seen += len(features)
         if seen >= _LOOK and counts and (kept or not objective.ranks):
             break
-    if counts and objective.ranks and backwards > _CONTRADICTION * kept:
+    if counts and objective.ranks and objective.by_rank and backwards > _CONTRADICTION * kept:
         logger.warning(
             f"train_dataset: the rewards contradict the order in {backwards:,} of {kept:,} kept pairs "
             f"({100 * backwards / kept:.0f}%) of the first {seen:,} prompts, which train as they are ordered; "
