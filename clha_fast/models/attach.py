@@ -291,9 +291,10 @@ def attach(
 
     A call with `candidate_lengths` among its keywords takes the fields of `CandidateBatch.as_dict()` and returns a
     `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
-    Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
-    without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
-    Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
+    Optional keywords of such a call are what `Attached.counts` returns, and the signals that the objective reads
+    (`reference_logps`, `old_logps`, `advantages`, see `RankingInputs`) for the batch's scored tokens, or candidates. A
+    batch without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others
+    company. Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)
@@ -303,7 +304,7 @@ def attach(
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
             (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see
             `models.own_forward`.
-        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own, or a function of a
+        options: the loss: one of `clha_fast.objectives.OBJECTIVES`, an `Objective` of your own, or a function of a
             `Group` of whole prompts.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
