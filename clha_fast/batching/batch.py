@@ -10,23 +10,33 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from clha_fast.batching.signals import PER_CANDIDATE, Values, check_signals, pack_signal, signals_of, unmistakable
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
 from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.types import SIGNALS
 
 
-class CandidateFeature(TypedDict):
-    """One tokenised prompt with its candidates, best rank first.
-
-    `prompt_ids` holds at least one token and every list of `completion_ids` too, the last being EOS unless
-    the response was truncated.
-    """
-
+class _Known(TypedDict):
     prompt_ids: Sequence[int]
     completion_ids: Sequence[Sequence[int]]
     rewards: Sequence[float] | None
     sft_index: int
     source: str
+
+
+class CandidateFeature(_Known, total=False):
+    """One tokenised prompt with its candidates, best rank first.
+
+    `prompt_ids` holds at least one token and every list of `completion_ids` too, the last being EOS unless
+    the response was truncated. The signals may be left out: one number a candidate, or one list of numbers, one a
+    token, as `old_logps` and `token_weights` always are.
+    """
+
+    reference_logps: Values | None
+    old_logps: Values | None
+    advantages: Values | None
+    token_weights: Values | None
 
 
 @dataclass
@@ -46,6 +56,8 @@ class CandidateBatch:
         sft_index: int64 [P], position of the SFT target within its prompt.
         num_inert: how many candidates were dropped because neither loss nor gradients depend on them.
         inert_for: the objective (its `encoded`) that does not depend on them; "" where none was dropped.
+        reference_logps, advantages: float32 [C], or [N] one a token, or None. old_logps, token_weights: float32 [N] or
+            None. See `RankingInputs`: where N == C, one number a token.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
@@ -61,11 +73,15 @@ class CandidateBatch:
     sft_index: Tensor
     num_inert: int = 0
     inert_for: str = ""
+    reference_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+    advantages: Tensor | None = None
+    token_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
             dims = 2 if name in ("input_ids", "attention_mask") else 1
-            dtype = torch.float32 if name == "rewards" else torch.int64
+            dtype = torch.float32 if name in ("rewards", *SIGNALS) else torch.int64
             if tensor.dim() != dims or tensor.dtype != dtype:
                 got = f"{tensor.dtype} with shape {tuple(tensor.shape)}"
                 raise ValueError(f"{name}: expected {dtype} with {dims} dimension(s), got {got}")
@@ -74,13 +90,22 @@ class CandidateBatch:
             if tensor is not None and tensor.shape != like.shape:
                 shape = tuple(tensor.shape)
                 raise ValueError(f"{name}: expected the shape {tuple(like.shape)} of {other}, got {shape}")
+        for name, tensor in self.signals().items():
+            allowed = [self.targets.shape, *([self.candidate_lengths.shape] if name in PER_CANDIDATE else [])]
+            if tensor.shape not in allowed:
+                shapes = " or ".join(str(tuple(shape)) for shape in allowed)
+                raise ValueError(f"{name}: expected the shape {shapes}, got {tuple(tensor.shape)}")
+
+    def signals(self) -> dict[str, Tensor]:
+        """Those of `types.SIGNALS` that there are."""
+        return {name: value for name in SIGNALS if (value := getattr(self, name)) is not None}
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, without `rewards` when there are none: what a collator hands to a Trainer."""
+        """The fields by name, without `rewards` and signals that there are not: what a collator hands to a Trainer."""
         return {**self._tensors(), "num_inert": self.num_inert, "inert_for": self.inert_for}
 
     @classmethod
@@ -95,6 +120,7 @@ class CandidateBatch:
             "rewards": None,
             "num_inert": 0,
             "inert_for": "",
+            **dict.fromkeys(SIGNALS),
             **{name: fields[name] for name in names if name in fields},
         }
         for name in names:
@@ -112,7 +138,7 @@ class CandidateBatch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def loss_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `linear_clha_loss`, beside hidden states and weight."""
+        """Keyword arguments of `linear_clha_loss`, beside hidden states and weight; and the signals that there are."""
         return {
             "targets": self.targets,
             "candidate_lengths": self.candidate_lengths,
@@ -120,6 +146,7 @@ class CandidateBatch:
             "rewards": self.rewards,
             "sft_index": self.sft_index,
             "row_index": self.row_index,
+            **self.signals(),
         }
 
 
@@ -182,18 +209,20 @@ def pack_candidates(
     objective: Objective = PUBLISHED,
     drop_inert: bool = True,
     pad_to_multiple_of: int | None = None,
+    signals: Sequence[str] | None = None,
 ) -> CandidateBatch:
     """A `CandidateBatch` of tokenised prompts, in order.
 
     Args:
-        objective: decides which candidates are inert; give the loss's own.
+        objective: decides which candidates are inert, and which signals are read; give the loss's own.
         drop_inert: leave inert candidates out of `input_ids` (their `candidate_lengths` become 0). When all
             are inert, one row of one token remains.
         pad_to_multiple_of: T is rounded up to a multiple of it.
+        signals: those of the features that the batch carries; None is those that the objective reads.
 
     Raises:
-        ValueError: no feature; a mixture of prompts with and without rewards, or a prompt or response without
-            tokens (the message names the record).
+        ValueError: no feature; a mixture of prompts with and without rewards or a signal, or a prompt or response
+            without tokens (the message names the record).
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
@@ -223,18 +252,23 @@ def pack_candidates(
         first = number * width + len(prompt) - 1
         row_index.append(torch.arange(first, first + len(completion)))
     index = torch.cat(row_index)
-    lengths = torch.tensor([len(completion) for _, completion in pairs])
+    lengths = torch.tensor([len(completion) for _, completion in pairs]).masked_fill(inert, 0)
     return CandidateBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         targets=input_ids.flatten()[index + 1],
         row_index=index,
-        candidate_lengths=lengths.masked_fill(inert, 0),
+        candidate_lengths=lengths,
         candidates_per_prompt=sizes,
         rewards=rewards,
         sft_index=sft_index,
         num_inert=int(inert.sum()),
         inert_for=objective.encoded if inert.any() else "",
+        **{
+            name: pack_signal(name, features, lengths)
+            for name in (signals_of(objective) if signals is None else signals)
+            if features[0].get(name) is not None
+        },
     )
 
 
@@ -260,6 +294,7 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
+        check_signals(feature, first)
 
 
 def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
@@ -267,6 +302,13 @@ def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
     candidates = int(batch.candidates_per_prompt[:count].sum())
     lengths = batch.candidate_lengths[:candidates]
     tokens = int(lengths.sum())
+    # By the whole batch's shape: what is cut off may leave as many tokens as candidates.
+    signals: dict[str, Any] = {
+        name: value[:tokens]
+        if value.shape == batch.targets.shape
+        else unmistakable(name, value[:candidates], lengths, tokens)
+        for name, value in batch.signals().items()
+    }
     return dataclasses.replace(
         batch,
         targets=batch.targets[:tokens],
@@ -276,4 +318,5 @@ def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
         rewards=None if batch.rewards is None else batch.rewards[:candidates],
         sft_index=batch.sft_index[:count],
         num_inert=int((lengths == 0).sum()) if batch.num_inert else 0,
+        **signals,
     )

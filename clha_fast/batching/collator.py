@@ -8,14 +8,19 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
 from clha_fast.objectives import Objective, as_objective
 from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.types import SIGNALS
+
+logger = logging.get_logger(__name__)
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
@@ -51,9 +56,11 @@ class RankedCollator:
             either. None is no limit.
         drop_inert: leave inert candidates out of the model's batch (see `clha_fast.batching.batch.inert_mask`).
         pad_to_multiple_of: rows are padded to a multiple of it.
+        signals: those of the records that batches carry, names of `types.SIGNALS`; None is those that the loss reads.
+            That others are left out is said once.
 
     Raises:
-        ValueError: the tokenizer has no EOS token; a limit is not a positive integer.
+        ValueError: the tokenizer has no EOS token; a limit is not a positive integer; a signal that there is not.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class RankedCollator:
         max_completion_length: int | None = None,
         drop_inert: bool = True,
         pad_to_multiple_of: int | None = None,
+        signals: Sequence[str] | None = None,
     ) -> None:
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")
@@ -89,6 +97,11 @@ class RankedCollator:
         self.max_completion_length = max_completion_length
         self.drop_inert = drop_inert
         self.pad_to_multiple_of = pad_to_multiple_of
+        for name in signals or ():
+            if name not in SIGNALS:
+                raise ValueError(f"signals: expected names among {', '.join(SIGNALS)}, got {name!r}")
+        self.signals = signals_of(self.options) if signals is None else tuple(signals)
+        self.said: set[str] = set()  # signals that were left out, and that this was said of
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """`CandidateBatch.as_dict()` of the examples: records, rows in a known format, or tokenised features.
@@ -98,12 +111,16 @@ class RankedCollator:
         Raises:
             ValueError: as `tokenize_record` and `clha_fast.batching.batch.pack_candidates`.
         """
-        features = [
-            cast(CandidateFeature, example)
-            if not isinstance(example, RankedRecord) and "completion_ids" in example
-            else self.tokenize_record(as_record(example, f"record {number} of the batch"))
-            for number, example in enumerate(examples)
-        ]
+        features = []
+        for number, example in enumerate(examples):
+            if not isinstance(example, RankedRecord) and "completion_ids" in example:
+                feature = cast(CandidateFeature, example)
+                self.say_left_out(name for name in SIGNALS if feature.get(name) is not None)
+            else:
+                record = as_record(example, f"record {number} of the batch")
+                self.say_left_out(record.signals)
+                feature = self.tokenize_record(record)
+            features.append(feature)
         pad = self.tokenizer.pad_token_id
         fill = sum("fill" in feature for feature in features)
         batch = pack_candidates(
@@ -112,8 +129,18 @@ class RankedCollator:
             objective=self.options,
             drop_inert=self.drop_inert,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            signals=self.signals,
         ).as_dict()
         return {**batch, "num_fill": fill} if fill else batch
+
+    def say_left_out(self, names: Iterable[str]) -> None:
+        """Warn of signals among `names` that batches do not carry, each once."""
+        for name in set(names) & set(SIGNALS) - set(self.signals) - self.said:
+            self.said.add(name)
+            why = f"the objective {self.options.label!r} does not read them"
+            if name in signals_of(self.options):
+                why = "they come from elsewhere"
+            logger.warning(f"records: their {name} are left out, for {why}")
 
     def tokenize_record(self, record: Example) -> CandidateFeature:
         """The truncated token lists of a record, neither padded nor dropped: for `Dataset.map` or a cache.
@@ -161,8 +188,30 @@ class RankedCollator:
             "sft_index": record.sft_index,
             "source": record.source,
         }
+        self._add_signals(feature, record)
         cut = sum(len(ids) < length for ids, length in zip(completions, whole_lengths, strict=True))
         return feature, int(prompt_cut), cut
+
+    def _add_signals(self, feature: CandidateFeature, record: RankedRecord) -> None:
+        """What the record knows of its responses, held to the tokens that these have here."""
+        for name in self.signals:
+            if name in record.signals:
+                feature[name] = list(record.signals[name])  # type: ignore[literal-required]
+        if "reference_logps" not in self.signals or "reference_tokens" not in record.signals:
+            return
+        prompt = feature["prompt_ids"]
+        for number, (ids, told) in enumerate(
+            zip(feature["completion_ids"], record.signals["reference_tokens"], strict=True)
+        ):
+            if token_checksum(prompt, ids) != told:
+                raise RecordError(
+                    f"{record.source}: reference_logps[{number}]: expected the sum over the {len(prompt)} prompt and "
+                    f"{len(ids)} response tokens that there are here, got one over other tokens; score the file again "
+                    "with this tokenizer and chat template and the same max_length, max_prompt_length and "
+                    "max_completion_length (clha-fast score --policy), or take another reference",
+                    source=record.source,
+                    field="reference_logps",
+                )
 
     def _texts(self, record: RankedRecord) -> tuple[list[int], int, Sequence[str], bool]:
         """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
@@ -282,11 +331,13 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         skipped: list[RecordError] | None = None,
     ) -> None:
         self.skipped: list[RecordError] = [] if skipped is None else skipped
+        carried = [name for name in collator.signals if name in PER_CANDIDATE]
         found = (
-            tokenise_table(records, collator.tokenize_counted, num_proc, skipped)
+            tokenise_table(records, collator.tokenize_counted, num_proc, skipped, carried)
             if is_table(records)
             else tokenise_all(records, collator.tokenize_counted, num_proc, skipped, progress)
         )
+        collator.say_left_out(found.signals)
         self._features: Sequence[CandidateFeature] = found.features
         self.cut_prompts, self.cut_completions = found.cut_prompts, found.cut_completions
         if not len(self._features):

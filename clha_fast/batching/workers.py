@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.signals import PER_CANDIDATE
 from clha_fast.data.containers import table_rows
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
@@ -34,11 +35,12 @@ _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 @dataclass
 class Tokenised:
-    """Tokenised records, and how many prompts and responses of them a limit has cut."""
+    """Tokenised records, how many prompts and responses of them a limit has cut, and which signals the records hold."""
 
     features: Sequence[CandidateFeature]
     cut_prompts: int
     cut_completions: int
+    signals: Collection[str] = ()
 
 
 def as_record(example: Example, source: str, notes: Notes | None = None) -> RankedRecord:
@@ -92,7 +94,8 @@ def tokenise_all(
                 cut_completions += completions
             bar.update(1)
     notes.say()
-    return Tokenised(features, cut_prompts, cut_completions)
+    signals = {name for row in rows if isinstance(row, RankedRecord) for name in row.signals}
+    return Tokenised(features, cut_prompts, cut_completions, signals)
 
 
 def _read(example: Example, number: int, notes: Notes) -> RankedRecord | RecordError:
@@ -155,9 +158,16 @@ def is_table(value: Any) -> bool:
 
 
 def tokenise_table(
-    table: Any, tokenise: Tokenise, num_proc: int | None = None, skipped: list[RecordError] | None = None
+    table: Any,
+    tokenise: Tokenise,
+    num_proc: int | None = None,
+    skipped: list[RecordError] | None = None,
+    signals: Collection[str] = (),
 ) -> Tokenised:
     """A `datasets.Dataset` of rows in a known format, tokenised by its own `map`; arguments as `tokenise_all`.
+
+    Args:
+        signals: those of a record that `tokenise` may give.
 
     The result is a table in memory, four bytes a token. It is not cached on disk: a cache is looked up by the name of
     a function in this library, and would outlive a change of what that function does.
@@ -170,6 +180,7 @@ def tokenise_table(
         "completion_ids": datasets.List(datasets.List(whole)),
         "rewards": datasets.List(datasets.Value("float64")),
         "sft_index": number,
+        **{name: datasets.List(datasets.Value("float64")) for name in signals},
         "source": datasets.Value("string"),
         "error": datasets.Value("string"),
         "cut_prompts": number,
@@ -177,7 +188,7 @@ def tokenise_table(
         "notes": datasets.Value("string"),
     }
     done = table.map(
-        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None),
+        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None, signals=signals),
         with_indices=True,
         num_proc=num_proc,
         remove_columns=table.column_names,
@@ -191,23 +202,28 @@ def tokenise_table(
     if skipped is not None and any(error is not None for error in errors):
         skipped += [RecordError(error, source=error.partition(": ")[0]) for error in errors if error is not None]
         done = done.select([index for index, error in enumerate(errors) if error is None])
-    counts = [sum(done[name]) for name in ("cut_prompts", "cut_completions")]
+    prompts, completions = (sum(done[name]) for name in ("cut_prompts", "cut_completions"))
     notes = Notes()
     for found in done["notes"]:
         notes.merge(Notes(**json.loads(found)))
     notes.say()
-    return Tokenised(done.remove_columns(["error", "cut_prompts", "cut_completions", "notes"]), *counts)
+    # Of a table in the canonical format; in others nobody reads such columns, which the notes have said.
+    held = set(PER_CANDIDATE) & set(table.column_names) if "completions" in table.column_names else ()
+    features = done.remove_columns(["error", "cut_prompts", "cut_completions", "notes"])
+    return Tokenised(features, prompts, completions, held)
 
 
-def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool) -> dict[str, Any]:
+def _table_row(
+    row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool, signals: Collection[str]
+) -> dict[str, Any]:
     notes = Notes()
     try:
         feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
         counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
-        return {**feature, "error": None, **counts}
+        return {**dict.fromkeys(signals), **feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
         nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
         nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
-        return {**nothing, "source": error.source, "error": str(error)}
+        return {**nothing, **dict.fromkeys(signals), "source": error.source, "error": str(error)}

@@ -33,10 +33,15 @@ ELSEWHERE = {
     "no_cuda": "--use_cpu",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "preprocessing_num_workers": "--dataset_num_proc",
-    "loss_type": "--preset, and --reduction, --sft, --noise_rule",
+    **dict.fromkeys(("loss_type", "loss", "method"), "--objective"),
+    **dict.fromkeys(("ref_model", "ref_model_name_or_path", "reference_model"), "--reference"),
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_logps"),
+        "clha-fast score --policy MODEL SRC DST, whose DST is the --train_file",
+    ),
     "overwrite_output_dir": "--overwrite",
     "resume_from_checkpoint": "--resume",
-    "beta": "--margin (there is no reference model, hence no beta)",
+    "beta": "--objective.beta, of an objective that has one",
 }
 
 
@@ -46,8 +51,10 @@ class OptionError(ValueError):
 
 def unknown(name: str, where: str, known: Iterable[str]) -> OptionError:
     """The error for an option that there is not: what it is called here, or the nearest name."""
-    name = name.replace("-", "_")
+    name, known = name.replace("-", "_"), list(known)
     here = ELSEWHERE.get(name)
+    if here is not None and here.lstrip("-").partition(" ")[0].partition(".")[0].rstrip(",") not in known:
+        here = None  # another command's
     hint = nearest(name, known) if here is None else f"; here it is {here}"
     return OptionError(f"{where}: unknown option {name!r}{hint}")
 

@@ -135,10 +135,11 @@ def _value(text: str, hint: Any) -> Any:
 def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[str, Any]:
     """Options from `--name value`, `--name=value`, `--flag`, and `--model_config.hidden_size 128` for one entry.
 
-    Dashes and underscores are alike. Entries are returned as mappings, to be merged into the file's.
+    Dashes and underscores are alike. Entries are returned as mappings, to be merged into the file's; beside them
+    `--objective dpo` is its entry `name`.
 
     Raises:
-        OptionError: an unknown flag, a missing value, a value of another type.
+        OptionError: an unknown flag, a missing value, a value of another type, a value and entries of one option.
     """
     found: dict[str, Any] = {}
     rest = list(words)
@@ -161,19 +162,30 @@ def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[s
                 raise OptionError(f"--{flag}: expected a value, got none")
             else:
                 text = rest.pop(0)
-        if dot:
-            found.setdefault(name, {})[entry.replace("-", "_")] = _value(text, Any)
-        else:
-            found[name] = coerce(f"--{flag}", _value(text, hint), hint)
+        value = {entry.replace("-", "_"): _value(text, Any)} if dot else coerce(f"--{flag}", _value(text, hint), hint)
+        before = _named(name, found.get(name))
+        value = _named(name, value)
+        if name in found and isinstance(before, dict) != isinstance(value, dict):
+            raise OptionError(f"--{flag}: expected either a value or entries of {name}, got both")
+        found[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return found
 
 
+def _named(name: str, value: Any) -> Any:
+    """A text that names an objective, as the mapping that its settings join; anything else as it is."""
+    plain = name == "objective" and isinstance(value, str) and not value.lstrip().startswith("{")
+    return {"name": value} if plain else value
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings are merged entry by entry."""
+    """`over` wins; mappings are merged entry by entry, those of another objective are left behind."""
     merged = dict(base)
     for name, value in over.items():
-        before = merged.get(name)
-        merged[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        before, value = _named(name, merged.get(name)), _named(name, value)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        if both and name == "objective" and value.get("name", before.get("name")) != before.get("name"):
+            both = False
+        merged[name] = {**before, **value} if both else value
     return merged
 
 

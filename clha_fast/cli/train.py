@@ -23,6 +23,9 @@ from clha_fast.experiments.data_summary import DataSummary
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
 from clha_fast.files import CheckpointError, survivors
 from clha_fast.models.adapters import base_model
+from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.objective import DEFAULT, settings_of
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -42,9 +45,14 @@ model     --model PATH_OR_NAME, or --model_config.model_type llama --model_confi
           --dtype float32  --attn_implementation NAME
           --peft_config.r 8 --peft_config.target_modules '[q_proj, v_proj]' ... (LoRA, or peft_config.peft_type)
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
-loss      --preset published|paper|sft_only, and to override it --margin --reward_margin --noise_rule --reduction
-          --rank_weight --sft --sft_weight --sft_factor --reward_floor; --normalizer batch|global  --temperature
-          --backend auto|triton|workspace|torch|reference  --workspace_mb MIB
+loss      --objective NAME and its settings as --objective.SETTING VALUE (in YAML objective: {name: NAME, ...}):
+          OBJECTIVES
+          of clha also --preset published|paper|sft_only, and to override it --margin --reward_margin --noise_rule
+          --reduction --rank_weight --sft --sft_weight --sft_factor --reward_floor
+          --reference file|adapter|copy|MODEL (what an objective with reference log-probabilities compares with: the
+          records' reference_logps, see clha-fast score --policy; the model without its adapter; a frozen copy of it; a
+          model to load)
+          --normalizer batch|global  --temperature  --backend auto|triton|workspace|torch|reference  --workspace_mb MIB
           --max_dropped_mass D (softmax mass that a token's gradient may leave out; none by default)
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
           --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
@@ -53,6 +61,17 @@ training  --learning_rate --num_train_epochs --max_steps --per_device_train_batc
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
 report    --memory_report (peak memory of the loss, beside the eager loss's)  --plot false
 """
+
+
+def _help() -> str:
+    lines = (
+        " ".join((name, *(f"--objective.{key} {field.default}" for key, field in settings_of(name).items())))
+        for name in OBJECTIVES
+        if name != DEFAULT
+    )
+    return TRAIN_HELP.replace("OBJECTIVES\n", "\n          ".join((f"{DEFAULT} (unless told)", *lines)) + "\n")
+
+
 DEMO_HELP = """\
 usage: clha-fast demo [--OPTION VALUE ...]
 
@@ -69,17 +88,36 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
 
 
-def _data_text(summary: DataSummary) -> str:
+def _loss_text(args: CLHAConfig, options: Objective) -> str:
+    means = f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}"
+    if isinstance(options, CLHAOptions):
+        return (
+            f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "
+            f"({options.noise_rule}), {options.reduction}, SFT {options.sft} x {options.sft_weight:g}; {means}"
+        )
+    settings = ", ".join(f"{name} {getattr(options, name)}" for name in settings_of(options.name))
+    return f"{options.name}{f': {settings}' if settings else ''}; {means}"
+
+
+def _data_text(summary: DataSummary, options: Objective) -> str:
     span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
     text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
-    if not summary.rewarded:
+    clha = isinstance(options, CLHAOptions)
+    if not summary.rewarded and clha:
         return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
-    return (
-        f"{text}; pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}, "
-        f"kept pairs reversed {_share(summary.reversed_pairs, summary.kept_pairs)}, "
-        f"inert responses {_share(summary.inert, summary.candidates)}, "
-        f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}"
-    )
+    parts = []
+    if clha:
+        parts.append(f"pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}")
+    elif summary.noise_pairs:  # whatever the objective's own rule is
+        parts.append(f"pairs left out {_share(summary.noise_pairs, summary.pairs)}")
+    if not summary.rewarded:
+        parts.append("no rewards")
+    elif clha or (options.ranks and options.by_rank):
+        parts.append(f"kept pairs reversed {_share(summary.reversed_pairs, summary.kept_pairs)}")
+    parts.append(f"inert responses {_share(summary.inert, summary.candidates)}")
+    if clha:
+        parts.append(f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}")
+    return f"{text}; {', '.join(parts)}"
 
 
 def _cut_text(dataset: Any, summary: DataSummary) -> str:
@@ -110,22 +148,23 @@ def header(run: Run) -> str:
     part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
-    options = args.loss_options()
+    options = trainer.loss_options
     lines = {
         "model": f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}, "
         f"vocabulary {config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "backend": backend_text(args.backend, args.device, dtype),
-        "loss": f"{args.preset}: margin {options.margin:g}, reward margin {options.reward_margin:g} "
-        f"({options.noise_rule}), {options.reduction}, SFT {options.sft} x {options.sft_weight:g}; "
-        f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}",
-        "training": _data_text(train) + _cut_text(trainer.train_dataset, train),
+        "loss": _loss_text(args, options),
+        **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
+        "training": _data_text(train, options) + _cut_text(trainer.train_dataset, train),
         "held out": (
-            "no held-out set" if held_out is None else _data_text(held_out) + _cut_text(trainer.eval_dataset, held_out)
+            "no held-out set"
+            if held_out is None
+            else _data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out)
         ),
         "folder": folder_text(run),
     }
-    if train.gaps:
+    if train.gaps and isinstance(options, CLHAOptions):
         lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
     if args.max_dropped_mass is not None:
         lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
@@ -213,7 +252,9 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     run.report()
     if run.args.process_index != 0:
         return
-    print(f"\n{report.evaluation_table(run.before, run.after) if run.held_out else 'no held-out set: not evaluated'}")
+    own = run.trainer.loss_options.metric_names
+    table = report.evaluation_table(run.before, run.after, own) if run.held_out else "no held-out set: not evaluated"
+    print(f"\n{table}")
     log = run.trainer.state.log_history
     if not command.get("plot", True):
         pass
@@ -278,7 +319,7 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
         ValueError, OSError: user errors, each one sentence.
     """
     if {"-h", "--help"} & set(words):
-        print(TRAIN_HELP if base is None else DEMO_HELP, end="")
+        print(_help() if base is None else DEMO_HELP, end="")
         return 0
     started = time.monotonic()
     run_options, config, command = split(collect(words, base))

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from clha_fast.data.fields import TextRow, as_number
 from clha_fast.data.jsonlines import json_rows
 from clha_fast.data.names import names_scores
-from clha_fast.data.records import RecordError, is_sequence
+from clha_fast.data.records import SIGNALS, RecordError, is_sequence
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -31,7 +31,7 @@ _KINDS = {
 }
 _KNOWN = "JSON Lines, a JSON list, csv, tsv, parquet or arrow (each may be .gz, .bz2, .xz or .zst)"
 # Cells of a csv file that hold lists where they begin with a bracket.
-_LISTS = {"completions", "responses", "answers", "prefix", "suffix", "tools", "chat_template_kwargs"}
+_LISTS = {"completions", "responses", "answers", "prefix", "suffix", "tools", "chat_template_kwargs", *SIGNALS}
 _ROWS = 256  # of a table, made Python objects at a time
 
 

@@ -30,6 +30,7 @@ from clha_fast.data.fields import Parser, Row, get, items, make_named, objects, 
 from clha_fast.data.names import mapping_text
 from clha_fast.data.pairs import is_transcript, parse_hh, parse_trl, transcript_messages
 from clha_fast.data.records import (
+    SIGNALS,
     Message,
     Prompt,
     RankedRecord,
@@ -55,7 +56,7 @@ _MISNAMED = {
 
 
 def parse_canonical(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
-    """`{"prompt", "completions", "rewards"?, "ranks"?, "sft_index"?}`."""
+    """`{"prompt", "completions", "rewards"?, "ranks"?, "sft_index"?}` and `SIGNALS`."""
     for name, meant in _MISNAMED.items():
         if name in row and meant not in row:
             message = f'{source}: {name}: unknown field, expected "{meant}", or {mapping_text(meant, name)}'
@@ -71,6 +72,7 @@ def parse_canonical(row: Row, source: str, rank_by_reward: bool) -> RankedRecord
         ranks=row.get("ranks"),
         sft_index=row.get("sft_index"),
         rank_by_reward=rank_by_reward,
+        signals={name: row.get(name) for name in SIGNALS},
         source=source,
     )
 

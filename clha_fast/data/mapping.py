@@ -7,13 +7,14 @@ from typing import Any
 
 from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
 from clha_fast.data.names import near
-from clha_fast.data.records import RecordError, is_sequence
+from clha_fast.data.records import SIGNALS, RecordError, is_sequence
 
 # Fields that hold several values, one a response; each may be given as a list of columns.
-_MANY = ("completions", "rewards", "ranks")
+_NUMBERS = ("rewards", "ranks", *SIGNALS)
+_MANY = ("completions", *_NUMBERS)
 FIELDS = (
     *("prompt", "completions", "rewards", "ranks", "sft_index", "chosen", "rejected", "system"),
-    *("tools", "chat_template_kwargs", "group_by"),
+    *("tools", "chat_template_kwargs", *SIGNALS, "group_by"),
 )
 
 
@@ -25,8 +26,8 @@ class ColumnMap:
 
             - A path is the column's name, or names and positions joined by dots; through a list it takes what every
               item has (`answers.text`), and `answers.0.text` the first one's. A name with a dot in it is found first.
-            - `completions`, `rewards` and `ranks` take one path, to a list, or a list of paths, one a response;
-              responses that a row lacks (None, reward included) are left out.
+            - `completions`, `rewards`, `ranks` and the signals of a record (`reference_logps`, ...) take one path, to a
+              list, or a list of paths, one a response; responses that a row lacks (None, reward included) are left out.
             - `prompt` takes a list of paths, too: their texts joined by newlines, empty ones left out; and None, for
               rows whose answers begin with the prompt and whose other columns do not hold it.
             - `system` becomes the first message of the prompt.
@@ -85,9 +86,9 @@ class ColumnMap:
         if self.canonical:
             _drop_missing(found, self.columns)
         if isinstance(row, TextRow):
-            for field in {"completions", "rewards", "ranks"} & set(found):
+            for field in {*_MANY} & set(found):
                 found[field] = as_list(found[field])
-            for field in {"rewards", "ranks", "sft_index"} & set(found):
+            for field in {*_NUMBERS, "sft_index"} & set(found):
                 found[field] = as_number(found[field])
         if isinstance(found.get("rewards"), bool):  # a label of good and bad
             found["rewards"] = int(found["rewards"])

@@ -11,8 +11,10 @@ from typing import Any, TypeGuard
 Message = dict[str, Any]
 Prompt = str | tuple[Message, ...]
 
-# Rewards travel as float32; a larger number would silently become infinite.
-_LARGEST_REWARD = 3.4028234663852886e38
+# What may be known of every response beside its reward; keys of a canonical row, and of `RankedRecord.signals`.
+SIGNALS = ("reference_logps", "reference_tokens", "advantages")
+# Numbers travel as float32; a larger one would silently become infinite.
+_LARGEST = 3.4028234663852886e38
 _LONGEST_GOT = 100
 _WORDS_OF_A_PROMPT = 3
 
@@ -57,6 +59,9 @@ class RankedRecord:
         source: "file:line", named in every error; not part of equality.
         template: what the chat template gets beside the messages: `tools`, a list of them, and any variables of
             its own; for messages only.
+        signals: n finite numbers by name, one a completion. `reference_logps`: summed log-probabilities under a frozen
+            model, nats. `reference_tokens`: whole numbers that tell the tokens which those were summed over from any
+            others (`batching.batch.token_checksum`); only beside `reference_logps`. `advantages`.
 
     Raises:
         RecordError: for anything else, naming source, field, what was expected and what came.
@@ -68,20 +73,22 @@ class RankedRecord:
     sft_index: int = 0
     source: str = field(default="record", compare=False)
     template: Mapping[str, Any] = field(default_factory=dict)
+    signals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
         object.__setattr__(self, "completions", _check_completions(self.completions, self.source))
         size = len(self.completions)
         if self.rewards is not None:
-            object.__setattr__(self, "rewards", _check_rewards(self.rewards, size, self.source))
+            object.__setattr__(self, "rewards", _check_finite(self.rewards, size, self.source, "rewards"))
         object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
         if self.template and isinstance(self.prompt, str):
             name = "tools" if "tools" in self.template else "chat_template_kwargs"
             raise RecordError.of(self.source, name, "messages as prompt, for a chat template", self.prompt)
+        object.__setattr__(self, "signals", _check_signals(self.signals, size, self.source))
 
     def as_dict(self) -> dict[str, Any]:
-        """The canonical JSON object; rewards only where there are any, sft_index only where it is not 0."""
+        """The canonical JSON object; rewards and signals only where there are any, sft_index only where it is not 0."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         out: dict[str, Any] = {"prompt": prompt, "completions": list(self.completions)}
         if self.rewards is not None:
@@ -93,7 +100,17 @@ class RankedRecord:
             out["tools"] = variables.pop("tools")
         if variables:
             out["chat_template_kwargs"] = variables
-        return out
+        return {**out, **{name: list(values) for name, values in self.signals.items()}}
+
+    def in_order(self, order: Sequence[int]) -> RankedRecord:
+        """The same record with its responses, and all that is known of each, in the places `order` [n] gives."""
+        return dataclasses.replace(
+            self,
+            completions=tuple(self.completions[k] for k in order),
+            rewards=None if self.rewards is None else tuple(self.rewards[k] for k in order),
+            sft_index=list(order).index(self.sft_index),
+            signals={name: tuple(values[k] for k in order) for name, values in self.signals.items()},
+        )
 
 
 def make_record(
@@ -104,6 +121,7 @@ def make_record(
     ranks: Any = None,
     sft_index: Any = None,
     rank_by_reward: bool = False,
+    signals: Mapping[str, Any] | None = None,
     source: str = "record",
 ) -> RankedRecord:
     """A `RankedRecord` from candidates in any order.
@@ -115,11 +133,13 @@ def make_record(
         sft_index: position in the order *given*; follows its response to the new place. None: the best rank.
         rank_by_reward: order by decreasing reward instead; equal rewards keep their order (that of `ranks`,
             if any).
+        signals: as `RankedRecord`, in the order given; None is none, and so is None for one of them.
 
     Raises:
         RecordError: as `RankedRecord`; ranks that are no permutation; `rank_by_reward` without rewards.
     """
-    record = RankedRecord(prompt, completions, rewards, 0 if sft_index is None else sft_index, source)
+    target = 0 if sft_index is None else sft_index
+    record = RankedRecord(prompt, completions, rewards, target, source, signals=signals or {})
     size = len(record.completions)
     order = list(range(size))
     if ranks is not None:
@@ -131,13 +151,8 @@ def make_record(
         order.sort(key=record.rewards.__getitem__, reverse=True)  # a stable sort, reverse included
     if order == list(range(size)):
         return record
-    return RankedRecord(
-        record.prompt,
-        tuple(record.completions[k] for k in order),
-        None if record.rewards is None else tuple(record.rewards[k] for k in order),
-        0 if sft_index is None else order.index(record.sft_index),
-        source,
-    )
+    ordered = record.in_order(order)
+    return dataclasses.replace(ordered, sft_index=0) if sft_index is None else ordered
 
 
 def without_repeated_prompt(record: RankedRecord) -> tuple[RankedRecord, bool]:
@@ -254,12 +269,31 @@ def _check_completions(completions: object, source: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _check_rewards(rewards: object, size: int, source: str) -> tuple[float, ...]:
-    values = _numbers(rewards, size, source, "rewards")
-    for number, value in enumerate(values):
-        if not abs(value) <= _LARGEST_REWARD:
-            raise RecordError.of(source, f"rewards[{number}]", "a finite number (float32)", value)
-    return tuple(float(value) for value in values)
+def _check_finite(values: object, size: int, source: str, name: str) -> tuple[float, ...]:
+    found = _numbers(values, size, source, name)
+    for number, value in enumerate(found):
+        if not abs(value) <= _LARGEST:
+            raise RecordError.of(source, f"{name}[{number}]", "a finite number (float32)", value)
+    return tuple(float(value) for value in found)
+
+
+def _check_signals(signals: object, size: int, source: str) -> dict[str, tuple[float, ...]]:
+    if not isinstance(signals, Mapping):
+        raise RecordError.of(source, "signals", f"a mapping with some of {', '.join(SIGNALS)}", signals)
+    found: dict[str, tuple[float, ...]] = {}
+    for name, values in signals.items():
+        if name not in SIGNALS:
+            raise RecordError.of(source, "signals", f"names among {', '.join(SIGNALS)}", name)
+        if values is not None:
+            found[name] = _check_finite(values, size, source, name)
+    if "reference_tokens" in found:
+        whole = tuple(int(value) for value in found["reference_tokens"])
+        if whole != found["reference_tokens"]:
+            raise RecordError.of(source, "reference_tokens", "whole numbers", found["reference_tokens"])
+        if "reference_logps" not in found:
+            raise RecordError.of(source, "reference_tokens", "reference_logps beside it", None)
+        found["reference_tokens"] = whole
+    return found
 
 
 def _check_ranks(ranks: object, size: int, source: str) -> list[int]:

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clha_fast import reference
-from clha_fast.functional import linear_clha_loss
-from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from clha_fast.functional import linear_loss
+from clha_fast.objectives import Objective, decode
+from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.options import HeadOptions
+from clha_fast.types import SIGNALS, RankingInputs
 
 # name -> what it is, in the order of the table
 VARIANTS = {
@@ -40,7 +42,10 @@ class MemoryReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class LossShapes:
-    """One loss call: M hidden rows [M, H], weight [V, H], candidates' lengths (0 for dropped ones) and rewards."""
+    """One loss call: M hidden rows [M, H], weight [V, H], candidates' lengths (0 for dropped ones) and rewards.
+
+    `options` is an objective's `encoded`; what else it reads is made up.
+    """
 
     rows: int
     hidden_size: int
@@ -92,21 +97,33 @@ def _inputs(shapes: LossShapes) -> dict[str, Any]:
     }
 
 
-def _eager_all(inputs: dict[str, Any], head: HeadOptions, options: CLHAOptions) -> Tensor:
+def _given(inputs: dict[str, Any], objective: Objective) -> RankingInputs:
+    """Takes the candidates out of `inputs`; signals that the objective reads are numbers, one a token."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, names = len(inputs["targets"]), (*objective.reads, *objective.needs)
+    made = {
+        name: torch.rand(tokens, generator=generator).to(inputs["targets"].device) for name in SIGNALS if name in names
+    }
+    return RankingInputs(
+        *(inputs.pop(name) for name in ("candidate_lengths", "candidates_per_prompt", "rewards")), **made
+    )
+
+
+def _eager_all(inputs: dict[str, Any], given: RankingInputs, head: HeadOptions, objective: Objective) -> Tensor:
     """As a training loop does that takes `model(...).logits`."""
     logits = reference.logits(inputs["hidden"], inputs["weight"], inputs["bias"], head)
     logps = F.log_softmax(logits, dim=-1)[inputs["row_index"], inputs["targets"]]
-    ranking = (inputs["candidate_lengths"], inputs["candidates_per_prompt"], inputs["rewards"], None, None, None)
-    return reference.clha_loss(logps, inputs["targets"], *ranking, head, options)[0]
+    return reference.loss(logps, inputs["targets"], given, head, objective)[0]
 
 
 def _run(variant: str, inputs: dict[str, Any], shapes: LossShapes) -> None:
-    head, options = HeadOptions.decode(shapes.head), CLHAOptions.decode(shapes.options)
+    head, objective = HeadOptions.decode(shapes.head), decode(shapes.options)
+    given = _given(inputs, objective)
     if variant == "eager_all":
-        loss = _eager_all(inputs, head, options)
+        loss = _eager_all(inputs, given, head, objective)
     else:
         backend: Any = "reference" if variant == "eager_scored" else shapes.backend
-        loss, _ = linear_clha_loss(**inputs, head=head, options=options, backend=backend)
+        loss, _ = linear_loss(**inputs, given=given, objective=objective, head=head, backend=backend)
     loss.backward()
 
 

@@ -46,9 +46,14 @@ def margin_text(quartiles: Sequence[float], flag: str) -> str:
     return f"quartiles of the reward gaps {values}: {flag} of these drops at least 25, 50, 75% of the pairs as noise"
 
 
-def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last."""
-    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in EVALUATION_ROWS.items()]
+def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], own: Sequence[str] = ()) -> str:
+    """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last.
+
+    Args:
+        own: names of the objective's own metrics.
+    """
+    names = {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
+    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in names.items()]
     best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
     return table(["held out", "before", f"after{best}"], rows)
 

@@ -22,7 +22,8 @@ class DataSummary:
     """Counts over a list of records, under the options of a loss.
 
     Attributes:
-        pairs: all i < j. noise_pairs: those the noise rule drops. inert: candidates that training does not run.
+        pairs: all i < j. noise_pairs: those that the objective does not keep. inert: candidates that training does not
+            run.
         reversed_pairs: kept ones in which the worse-ranked response has the higher reward.
         closed_gates: prompts whose SFT target's reward is not above the floor.
         gaps: quartiles of |r_i - r_j| over all pairs, () without rewards or pairs.
@@ -62,7 +63,8 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         start += layout.num_candidates
         ones = torch.ones(layout.num_candidates, dtype=torch.long)
         given = RankingInputs(ones, block, here, targets[first : first + _BLOCK])
-        plan = objective.plan(layout, given, torch.float32)
+        # Not the objective's own plan, which may read signals: sizes, rewards and targets are all that is counted.
+        plan = Objective.plan(objective, layout, given, torch.float32)
         pairs += plan.kept.numel()
         noise += int((~plan.kept).sum())
         closed += int((~plan.gate).sum())

@@ -37,6 +37,7 @@ from clha_fast.models.loading import (
 from clha_fast.ops.dispatch import resolve
 from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
@@ -187,7 +188,8 @@ class Run:
 
     def _check_settings(self) -> None:
         """Before anything is read or written: a backend that was asked for runs or is refused."""
-        check_best_metric(self.args.metric_for_best_model, evaluation_metrics())
+        own = self.args.loss_options().metric_names
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
@@ -267,7 +269,9 @@ class Run:
         options = self.options
         files = {"train_file": options.train_file, "eval_file": options.eval_file}
         skip = {*files, "resume", "overwrite"}
-        given = {**vars(options), **self.settings}
+        # However an objective was spelled: by name, in a mapping, with settings of CLHA in it.
+        settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
+        given = {**vars(options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
         defaults = {f.name: f.default for cls in (type(options), self.config_class) for f in dataclasses.fields(cls)}
         # What is spelled out as it would be anyway makes no other run.
         changed = {

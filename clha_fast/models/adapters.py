@@ -5,8 +5,10 @@ An object of peft's can exist only where peft has been imported, so `sys.modules
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -16,7 +18,8 @@ def _peft() -> Any:
     return sys.modules.get("peft")
 
 
-def _is_peft_model(model: nn.Module) -> bool:
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is a PeftModel."""
     peft = _peft()
     return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
 
@@ -39,7 +42,7 @@ def with_adapter(model: nn.Module, config: Any) -> nn.Module:
     peft = import_peft()
     if not isinstance(config, peft.PeftConfig):
         raise ValueError(f"peft_config: expected a configuration of peft's, such as LoraConfig, got {config!r}")
-    if _is_peft_model(model) or getattr(model, "peft_config", None):
+    if is_adapted(model) or getattr(model, "peft_config", None):
         raise ValueError("peft_config: expected None for a model that has an adapter, got one more")
     try:
         wrapped: nn.Module = peft.get_peft_model(model, config)
@@ -50,13 +53,13 @@ def with_adapter(model: nn.Module, config: Any) -> nn.Module:
 
 def _prompt_config(model: nn.Module) -> Any:
     """The active configuration of a model with virtual tokens (prompt, prefix or p-tuning), else None."""
-    config = getattr(model, "active_peft_config", None) if _is_peft_model(model) else None
+    config = getattr(model, "active_peft_config", None) if is_adapted(model) else None
     return config if getattr(config, "is_prompt_learning", False) else None
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model in a PeftModel; the PeftModel itself where it adds virtual tokens to what it is given."""
-    if not _is_peft_model(model) or _prompt_config(model) is not None:
+    if not is_adapted(model) or _prompt_config(model) is not None:
         return model
     tuner: Any = model.base_model
     return tuner.model
@@ -78,3 +81,30 @@ def active_module(head: nn.Module) -> nn.Module:
     if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
         return wrapper.original_module
     return wrapper.modules_to_save[names[0]]
+
+
+def trained_beside_adapter(model: nn.Module) -> list[str]:
+    """Names of a PeftModel's trained parameters that are no adapter's: they act with the adapter switched off, too."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    if _prompt_config(model) is not None or prefix is None:
+        return []
+    own = (prefix, "modules_to_save.", "trainable_tokens_")
+    return [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model that a PeftModel has been put around, as it was, in evaluation mode."""
+    adapted: Any = model
+    modes = [(module, module.training) for module in model.modules()]
+    # Switched on again, peft's layers would all be trained.
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        with adapted.disable_adapter():
+            yield adapted.get_base_model()
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, needs in trained:
+            parameter.requires_grad_(needs)

@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
-from clha_fast.batching.batch import CandidateBatch, inert_mask
+from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import output_embedding
-from clha_fast.models.forward import MODEL_FIELDS, CandidateForward
+from clha_fast.models.forward import MODEL_FIELDS, CandidateForward, LogpForward, check_dropped
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
 from clha_fast.objectives import Group, Objective, as_objective
@@ -156,6 +156,22 @@ class Attached:
             "loss_scale": torch.tensor(float(scale), dtype=torch.float32, device=device),
         }
 
+    def token_logps(self, batch: Mapping[str, Any] | CandidateBatch) -> Tensor:
+        """[N] nats: the log-probabilities of a batch's scored tokens as the model is now, in its mode, without a graph.
+
+        What a frozen model says is another one's `reference_logps`::
+
+            frozen = clha_fast.attach(copy.deepcopy(model).eval())
+            batch["reference_logps"] = frozen.token_logps(batch)
+
+        Raises:
+            ValueError: as a call of the model.
+        """
+        if not isinstance(batch, CandidateBatch):
+            batch = CandidateBatch.from_dict(batch)
+        forward = LogpForward(self.model, self.info, self.head_options, self.backend)
+        return forward(self.ordinary, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False)
+
     def ordinary(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         if self._previous is not None:
@@ -178,7 +194,7 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
-        self._check_dropped(kwargs)
+        check_dropped(kwargs, self.options)
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
@@ -191,25 +207,6 @@ class Attached:
             values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
             metrics = CLHAMetrics(values, metrics.scores, names=metrics.names)
         return CLHAOutput(loss=found.loss, metrics=metrics, aux_loss=found.auxiliary)
-
-    def _check_dropped(self, batch: Mapping[str, Any]) -> None:
-        """A collator drops what its own objective does not need; ValueError where this one does.
-
-        Reads the batch on the host only where the two differ.
-        """
-        dropped_for = batch.get("inert_for")
-        if not dropped_for or dropped_for == self.options.encoded or torch.compiler.is_compiling():
-            return
-        rewards, target = (None if batch.get(name) is None else batch[name].cpu() for name in ("rewards", "sft_index"))
-        inert = inert_mask(rewards, batch["candidates_per_prompt"].cpu(), target, self.options)
-        needed = (batch["candidate_lengths"].cpu() == 0) & ~inert
-        if needed.any():
-            dropper = dropped_for.partition(" ")[0]
-            raise ValueError(
-                f"batch: expected only candidates dropped that the objective {self.options.name!r} does not depend on, "
-                f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropper!r}; "
-                "give RankedCollator the objective that attach has, or drop_inert=False"
-            )
 
 
 def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
@@ -294,9 +291,10 @@ def attach(
 
     A call with `candidate_lengths` among its keywords takes the fields of `CandidateBatch.as_dict()` and returns a
     `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
-    Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
-    without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
-    Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
+    Optional keywords of such a call are what `Attached.counts` returns, and the signals that the objective reads
+    (`reference_logps`, `old_logps`, `advantages`, see `RankingInputs`) for the batch's scored tokens, or candidates. A
+    batch without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others
+    company. Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)
@@ -306,7 +304,7 @@ def attach(
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
             (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see
             `models.own_forward`.
-        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own, or a function of a
+        options: the loss: one of `clha_fast.objectives.OBJECTIVES`, an `Objective` of your own, or a function of a
             `Group` of whole prompts.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:

@@ -1,4 +1,4 @@
-"""The way from a batch of candidates through a model to a loss, for a loop's attached model and for the trainer."""
+"""The way from a batch of candidates through a model to a loss or log-probabilities: for loops, trainer and scoring."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from clha_fast.batching.batch import inert_mask
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
-from clha_fast.models.head_loss import head_loss
-from clha_fast.models.heads import HeadForward, HeadInfo, cache_flags, fused_head, replaced_head
+from clha_fast.models.head_loss import head_logps, head_loss
+from clha_fast.models.heads import (
+    FusedHead,
+    HeadCompute,
+    HeadForward,
+    HeadInfo,
+    cache_flags,
+    fused_head,
+    replaced_head,
+)
 from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
 from clha_fast.objectives import Objective
@@ -23,6 +32,29 @@ from clha_fast.options import HeadOptions
 MODEL_FIELDS = ("input_ids", "attention_mask")
 
 
+def check_dropped(batch: Mapping[str, Any], objective: Objective) -> None:
+    """A collator drops what its own objective does not need; ValueError where this one does.
+
+    Reads the batch on the host only where the two differ.
+
+    Args:
+        batch: fields of a `CandidateBatch`.
+    """
+    dropped_for = batch.get("inert_for")
+    if not dropped_for or dropped_for == objective.encoded or torch.compiler.is_compiling():
+        return
+    rewards, target = (None if batch.get(name) is None else batch[name].cpu() for name in ("rewards", "sft_index"))
+    inert = inert_mask(rewards, batch["candidates_per_prompt"].cpu(), target, objective)
+    needed = (batch["candidate_lengths"].cpu() == 0) & ~inert
+    if needed.any():
+        dropper = dropped_for.partition(" ")[0]
+        raise ValueError(
+            f"batch: expected only candidates dropped that the objective {objective.name!r} does not depend on, "
+            f"got candidate {int(needed.nonzero()[0])} without tokens, which a collator dropped for {dropper!r}; "
+            "give RankedCollator the same objective, or drop_inert=False"
+        )
+
+
 class Scored(NamedTuple):
     """loss: a scalar in nats, with a graph and the auxiliary loss in it; auxiliary: a mixture of experts' own."""
 
@@ -31,53 +63,29 @@ class Scored(NamedTuple):
     auxiliary: Tensor | None
 
 
-class CandidateForward:
-    """A model whose head, as measured, gives place to a loss.
+class _Forward:
+    """A model whose head, as measured, gives place to a function of what the head reads.
 
     Args:
         model: the unwrapped model, its embeddings whole. info: from `measure.measure_head`.
-        head, objective, backend: as `functional.linear_loss` takes them.
     """
 
-    def __init__(
-        self, model: nn.Module, info: HeadInfo, head: HeadOptions, objective: Objective, backend: Backend
-    ) -> None:
-        self.model, self.info, self.head, self.objective, self.backend = model, info, head, objective, backend
+    def __init__(self, model: nn.Module, info: HeadInfo) -> None:
+        self.model, self.info = model, info
         self._flags = cache_flags(model)
         self._embeddings = input_embedding_weight(model).shape[0]
 
-    def __call__(
+    def _run(
         self,
         run: Callable[..., Any],
         inputs: Mapping[str, Tensor],
-        tensors: Mapping[str, Tensor | None],
-        *,
-        scale: Tensor | int = 1,
+        targets: Tensor | None,
+        compute: HeadCompute,
         others: Mapping[str, Any] | None = None,
         wrapped: bool = True,
-    ) -> Scored:
-        """One forward of `run`, which is the model or a wrapper around it.
-
-        Args:
-            inputs: `MODEL_FIELDS`. tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
-            scale: multiplies the loss, not the auxiliary loss nor the metrics. others: more arguments for `run`.
-            wrapped: whether wrappers stand between `run` and the model, which hang hooks of theirs on the model's
-                output; False leaves the model's forward alone.
-
-        Raises:
-            ValueError: tokens beyond the model's embeddings; as `functional.linear_loss`.
-            UnsupportedHeadError: the head, or hooks on it, are not those that were measured.
-        """
-        self._check(inputs["input_ids"], tensors["targets"])
-
-        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            sizes = tensors["candidates_per_prompt"]
-            if sizes is not None and sizes.shape[0] == 0:
-                return self._no_prompts(hidden, weight, bias)
-            settings: dict[str, Any] = {"head": self.head, "objective": self.objective, "backend": self.backend}
-            loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
-            return loss, metrics.values, metrics.scores
-
+    ) -> tuple[Any, FusedHead]:
+        """(the model's output, the head with what `compute` returned) of one forward of `run`."""
+        self._check(inputs["input_ids"], targets)
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
         place = fused_head if wrapped else replaced_head
@@ -85,17 +93,7 @@ class CandidateForward:
             output = run(**inputs, **(others or {}), **self._flags)
         if not fused.called:
             raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
-        loss, values, scores = fused.result
-        if fused.in_output:  # a wrapper may have put a node of its own behind it
-            loss = output.logits
-        if isinstance(scale, Tensor):
-            loss = loss * scale.to(loss)
-        elif scale != 1:
-            loss = loss * scale
-        auxiliary = getattr(output, "aux_loss", None)  # a mixture of experts that was asked for router logits
-        if auxiliary is not None:
-            loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
-        return Scored(loss, CLHAMetrics(values, scores, names=self.objective.metric_names), auxiliary)
+        return output, fused
 
     def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:
         head: Any = output_embedding(self.model)
@@ -119,6 +117,65 @@ class CandidateForward:
                     "(model.resize_token_embeddings(len(tokenizer)), then attach)"
                 )
 
+
+class CandidateForward(_Forward):
+    """A model whose head, as measured, gives place to a loss.
+
+    Args:
+        model, info: the unwrapped model, its embeddings whole; from `measure.measure_head`.
+        head, objective, backend: as `functional.linear_loss` takes them.
+    """
+
+    def __init__(
+        self, model: nn.Module, info: HeadInfo, head: HeadOptions, objective: Objective, backend: Backend
+    ) -> None:
+        super().__init__(model, info)
+        self.head, self.objective, self.backend = head, objective, backend
+
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | None],
+        *,
+        scale: Tensor | int = 1,
+        others: Mapping[str, Any] | None = None,
+        wrapped: bool = True,
+    ) -> Scored:
+        """One forward of `run`, which is the model or a wrapper around it.
+
+        Args:
+            inputs: `MODEL_FIELDS`. tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
+            scale: multiplies the loss, not the auxiliary loss nor the metrics. others: more arguments for `run`.
+            wrapped: whether wrappers stand between `run` and the model, which hang hooks of theirs on the model's
+                output; False leaves the model's forward alone.
+
+        Raises:
+            ValueError: tokens beyond the model's embeddings; as `functional.linear_loss`.
+            UnsupportedHeadError: the head, or hooks on it, are not those that were measured.
+        """
+
+        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            sizes = tensors["candidates_per_prompt"]
+            if sizes is not None and sizes.shape[0] == 0:
+                return self._no_prompts(hidden, weight, bias)
+            settings: dict[str, Any] = {"head": self.head, "objective": self.objective, "backend": self.backend}
+            loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
+            return loss, metrics.values, metrics.scores
+
+        output, fused = self._run(run, inputs, tensors["targets"], compute, others, wrapped)
+        loss, values, scores = fused.result
+        if fused.in_output:  # a wrapper may have put a node of its own behind it
+            loss = output.logits
+        if isinstance(scale, Tensor):
+            loss = loss * scale.to(loss)
+        elif scale != 1:
+            loss = loss * scale
+        auxiliary = getattr(output, "aux_loss", None)  # a mixture of experts that was asked for router logits
+        if auxiliary is not None:
+            loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
+        return Scored(loss, CLHAMetrics(values, scores, names=self.objective.metric_names), auxiliary)
+
     def _no_prompts(
         self, hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,3 +186,40 @@ class CandidateForward:
         zero = sum((t[:0].sum() for t in local), start=torch.zeros((), dtype=torch.float32, device=hidden.device))
         metrics = zero.new_zeros(len(metric_names(self.objective)), dtype=torch.float32)
         return zero, metrics, zero.new_zeros(0)
+
+
+class LogpForward(_Forward):
+    """A model whose head, as measured, gives place to the log-probabilities of the target tokens.
+
+    Args:
+        model, info, head, backend: as `CandidateForward`; `max_dropped_mass`, a matter of gradients, plays no part.
+    """
+
+    def __init__(self, model: nn.Module, info: HeadInfo, head: HeadOptions, backend: Backend) -> None:
+        super().__init__(model, info)
+        self.head, self.backend = head.replace(max_dropped_mass=None), backend
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        targets: Tensor,
+        row_index: Tensor | None,
+        *,
+        wrapped: bool = True,
+    ) -> Tensor:
+        """[N] nats, float32 or better, without a graph and without the logits; arguments as `CandidateForward`.
+
+        Dropout is as the model's mode has it.
+
+        Raises:
+            ValueError, UnsupportedHeadError: as `CandidateForward`.
+        """
+
+        def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, ...]:
+            return (head_logps(hidden, weight, bias, targets, row_index, head=self.head, backend=self.backend),)
+
+        _, fused = self._run(run, inputs, targets, compute, wrapped=wrapped)
+        (logps,) = fused.result
+        return logps

@@ -1,4 +1,4 @@
-"""The loss inside the output embedding's call: its weight whole, spread over a tensor-parallel group, or none."""
+"""What stands in the output embedding's call, a loss or log-probabilities: its weight whole, spread, or none."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from clha_fast.functional import linear_loss
+from clha_fast.functional import linear_loss, token_logps
 from clha_fast.models.embedding import head_name
 from clha_fast.models.heads import HeadForward
+from clha_fast.models.own_forward import check_backend
 from clha_fast.models.own_forward import head_loss as own_forward_loss
+from clha_fast.models.own_forward import token_logps as own_forward_logps
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend
@@ -48,15 +50,49 @@ def head_loss(
     given = RankingInputs(**{name: tensors.get(name) for name in RankingInputs._fields})  # type: ignore[arg-type]
     settings: dict[str, Any] = {"head": head, "objective": objective}
     if isinstance(weight, HeadForward):
-        if isinstance(hidden, DTensor):
-            raise ValueError(
-                f"hidden: expected a plain tensor before {head_name(weight.module)}, got {hidden.placements} "
-                "(adapters on a tensor-parallel head are not computed)"
-            )
+        _check_plain(hidden, weight)
         return own_forward_loss(hidden, weight, bias, targets, row_index, given, backend=backend, **settings)
+    hidden, rows, bias, shard = _local(hidden, weight, bias)
     settings |= {"given": given, "row_index": row_index, "backend": backend}
+    return linear_loss(hidden, rows, targets, bias=bias, shard=shard, **settings)
+
+
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor | HeadForward,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_index: Tensor | None,
+    *,
+    head: HeadOptions,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`functional.token_logps` [N], float32 or better, in the place of `head_loss`; arguments and errors as there."""
+    if isinstance(weight, HeadForward):
+        _check_plain(hidden, weight)
+        check_backend(backend, weight)
+        whole = backend == "reference"
+        return own_forward_logps(
+            hidden, weight, targets, bias=bias, row_index=row_index, head=head, in_chunks=not whole
+        )
+    hidden, rows, bias, shard = _local(hidden, weight, bias)
+    return token_logps(hidden, rows, targets, bias=bias, row_index=row_index, head=head, shard=shard, backend=backend)
+
+
+def _check_plain(hidden: Tensor, weight: HeadForward) -> None:
+    if isinstance(hidden, DTensor):
+        raise ValueError(
+            f"hidden: expected a plain tensor before {head_name(weight.module)}, got {hidden.placements} "
+            "(adapters on a tensor-parallel head are not computed)"
+        )
+
+
+def _local(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
+    """(hidden, this process's rows of the weight, their bias, where they lie), all plain tensors."""
     if not isinstance(weight, DTensor):
-        return linear_loss(hidden, weight, targets, bias=bias, **settings)
+        return hidden, weight, bias, None
     shard = _shard_of(weight, reduce_hidden=not isinstance(hidden, DTensor))
     if isinstance(hidden, DTensor):
         if tuple(hidden.placements) != (Replicate(),):
@@ -75,7 +111,7 @@ def head_loss(
                 "process would have the gradient of its own rows only"
             )
         bias = bias[shard.start : shard.start + rows.shape[0]]
-    return linear_loss(hidden, rows, targets, bias=bias, shard=shard, **settings)
+    return hidden, rows, bias, shard
 
 
 def _shard_of(weight: DTensor, reduce_hidden: bool) -> VocabShard | None:

@@ -218,11 +218,14 @@ def adapter_config(settings: Mapping[str, Any]) -> Any:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str = torch.float32, attn_implementation: str | None = None
+    name: str, dtype: torch.dtype | str = torch.float32, attn_implementation: str | None = None, option: str = "model"
 ) -> PreTrainedModel:
     """A causal language model of a local folder or of a name on the Hub; dtype "auto" is the checkpoint's own.
 
     A folder with an adapter of peft's alone gives the adapter on its base model, and goes on training it.
+
+    Args:
+        option: what errors call it.
 
     Raises:
         ValueError: there is none; weights are missing there, which would begin at random.
@@ -230,8 +233,8 @@ def load_model(
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return _load_adapter(name, dtype=dtype, **extra)
-    return _load_whole(name, dtype=dtype, **extra)
+        return _load_adapter(name, option, dtype=dtype, **extra)
+    return _load_whole(name, option, dtype=dtype, **extra)
 
 
 def load_classifier(
@@ -278,39 +281,39 @@ def load_classifier(
     return model, missing
 
 
-def _load_whole(name: str, **settings: Any) -> PreTrainedModel:
-    with _one_sentence("model", name):
+def _load_whole(name: str, option: str, **settings: Any) -> PreTrainedModel:
+    with _one_sentence(option, name):
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
     missing, unused = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     if missing:
         hint = f", and with unused ones ({_some(unused)})" if unused else ""
         raise ValueError(
-            f"model: expected weights for every parameter of {type(model).__name__}, got {name} without "
+            f"{option}: expected weights for every parameter of {type(model).__name__}, got {name} without "
             f"{_some(missing)}{hint}; these would begin at random: rename the weights as transformers does, or if new "
             f"ones are meant, save them once (AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)) "
             "and give that folder"
         )
     if unused:
-        logger.warning(f"model: {name} has weights that {type(model).__name__} does not use: {_some(unused)}")
+        logger.warning(f"{option}: {name} has weights that {type(model).__name__} does not use: {_some(unused)}")
     return model
 
 
-def _load_adapter(name: str, **settings: Any) -> PreTrainedModel:
+def _load_adapter(name: str, option: str, **settings: Any) -> PreTrainedModel:
     """As peft's `AutoPeftModelForCausalLM`, with the weights of the base model and of the adapter checked."""
     peft = import_peft()
-    with _one_sentence("model", name):
+    with _one_sentence(option, name):
         config = peft.PeftConfig.from_pretrained(name)
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"model: expected an adapter of a causal language model, got {name} for {config.task_type}")
+        raise ValueError(f"{option}: expected an adapter of a causal language model, got {name} for {config.task_type}")
     if not config.base_model_name_or_path:
-        raise ValueError(f"model: expected an adapter that names its base model, got {name}, which names none")
+        raise ValueError(f"{option}: expected an adapter that names its base model, got {name}, which names none")
     revision = {} if config.revision is None else {"revision": config.revision}
-    base = _load_whole(config.base_model_name_or_path, **settings, **revision)
+    base = _load_whole(config.base_model_name_or_path, option, **settings, **revision)
     if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
-        size = len(load_tokenizer(name, "model"))
+        size = len(load_tokenizer(name, option))
         if size > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(size)
-    with _one_sentence("model", name), warnings.catch_warnings(record=True) as said:
+    with _one_sentence(option, name), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = peft.PeftModelForCausalLM.from_pretrained(base, name, is_trainable=True)
     missing = next(
@@ -319,7 +322,7 @@ def _load_adapter(name: str, **settings: Any) -> PreTrainedModel:
     if missing is not None:
         names = re.findall(r"'([^']+)'", missing)
         raise ValueError(
-            f"model: expected weights for every parameter of the {config.peft_type} adapter, got {name} without "
+            f"{option}: expected weights for every parameter of the {config.peft_type} adapter, got {name} without "
             f"{_some(names)}, which would begin anew; rename the weights in its file as peft writes them"
         )
     return model

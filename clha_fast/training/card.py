@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
-from clha_fast.objectives import Objective
+from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.version import __version__
 
 CARD_FILE = "README.md"
-TAGS = ("clha", "preference-ranking")
+TAG = "preference-ranking"  # behind the objective's name
 # A card that holds this line was written here and may be written again; any other is somebody's own.
 MARK = "<!-- Written by clha-fast; edit it, and remove this line to keep what you wrote. -->"
 _METRICS = {
@@ -92,11 +92,13 @@ def model_card(
     language: str | None = None,
     license: str | None = None,
     tasks: Sequence[str] = ("text-generation",),
+    reference: str | None = None,
 ) -> str:
-    """The card's text: YAML front matter, loss, metrics, settings, versions, citation.
+    """The card's text: YAML front matter, loss, metrics, settings, versions; of CLHA the citation, too.
 
     Args:
-        options: of the loss. settings: the `CLHAConfig`. log: a trainer's `state.log_history`.
+        options: of the loss. settings: the `CLHAConfig`. log: a trainer's `state.log_history`. reference: what the loss
+            compares with.
         base_model: a name on the Hub. datasets: names or file names; those on the Hub also go into the front matter.
     """
     data = ModelCardData(
@@ -108,8 +110,11 @@ def model_card(
         license=license,
         model_name=name,
         pipeline_tag=tasks[0] if tasks else None,
-        tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+        tags=list(dict.fromkeys((options.name, TAG, *tags))),
     )
+    clha = isinstance(options, CLHAOptions)
+    loss = "CLHA (a loss on ranked responses)" if clha else f"the objective {options.name} (on ranked responses)"
+    named = {"preset": settings.preset} if clha else {"reference log-probabilities": reference}
     start = (
         f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "weights that have no name on the Hub"
     )
@@ -118,12 +123,13 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         MARK,
         f"# {name}",
-        f"Trained from {start}{data_text}, with CLHA (a loss on ranked responses), by clha-fast {__version__}.",
-        "## Loss\n\n" + _table(("option", "value"), _values({**_options(options), "preset": settings.preset})),
+        f"Trained from {start}{data_text}, with {loss}, by clha-fast {__version__}.",
+        "## Loss\n\n" + _table(("option", "value"), _values({**_options(options), **named})),
     ]
     held_out = next((line for line in reversed(log) if "eval_rank_loss" in line), None)
     if held_out is not None:
-        rows = {text: held_out[f"eval_{key}"] for key, text in _METRICS.items() if f"eval_{key}" in held_out}
+        names = {**_METRICS, **{name: name for name in options.metric_names}}
+        rows = {text: held_out[f"eval_{key}"] for key, text in names.items() if f"eval_{key}" in held_out}
         step = held_out.get("eval_step", held_out.get("step"))  # the former where an earlier step's weights are back
         parts.append(f"## Held out, after step {step}\n\n" + _table(("metric", "value"), _values(rows)))
     chosen = {name: getattr(settings, name) for name in _SETTINGS}
@@ -131,7 +137,8 @@ def model_card(
     chosen["optim"] = getattr(chosen["optim"], "value", chosen["optim"])
     parts.append("## Training\n\n" + _table(("setting", "value"), _values(chosen)))
     parts.append("## Versions\n\n" + "\n".join(f"- {package} {version}" for package, version in _versions().items()))
-    parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
+    if clha:
+        parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
     return "\n\n".join(parts) + "\n"
 
 

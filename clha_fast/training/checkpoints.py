@@ -53,6 +53,7 @@ class CheckpointingTrainer(Trainer):
             wait_for_everyone()
             if self.args.should_save:
                 self._name_best(folder)
+                self._write_more(os.path.join(staging, name))
                 self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE))
                 publish(os.path.join(staging, name), final)
         wait_for_everyone()
@@ -125,6 +126,9 @@ class CheckpointingTrainer(Trainer):
                 publish_files(staging, folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_more(self, checkpoint: str) -> None:
+        """Put what else a resumed run has to know into a checkpoint that is being written."""
 
     def _write_card(self, staging: str, folder: str) -> None:
         """Put what else belongs to the model in `folder` into `staging`."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from clha_fast.batching.signals import signals_of
+from clha_fast.objectives import Objective
 from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
+from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, as_mapping, make, settle
 from clha_fast.training.validation import check_loading, check_machine, check_numbers, check_schedule
 
-_PRESET = {"help": "None: as the preset says."}
-_LOSS_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
+_PRESET = {"help": "Of CLHA. None: as the preset says."}
 
 
 @dataclass
@@ -22,7 +23,14 @@ class CLHAConfig(TrainingArguments):
     """`TrainingArguments` (a batch counts prompts, each with all its candidates) and these fields.
 
     Args:
-        preset: "published", "paper" or "sft_only"; the nine fields after it override it one by one, None does not.
+        objective: the loss: a name of `clha_fast.objectives.OBJECTIVES`, or a mapping with the name and settings of its
+            class, `{"name": "pro", "form": "paper"}`; an object of such a class is taken, too, and turned into that.
+        reference: where the log-probabilities of a frozen model come from, for an objective that reads them. "file":
+            the records' `reference_logps`; "adapter": the model with its adapter switched off; "copy": a frozen copy of
+            the model as it is at the start; or a folder or name of a model to load. None takes, where the objective
+            needs them, the file's if the first record has them, else the adapter's if there is one, else a copy's.
+        preset: of CLHA: "published", "paper" or "sft_only"; the nine fields after it override it one by one, None does
+            not. None of them is taken beside another objective.
         margin, reward_margin, noise_rule, reduction, rank_weight, sft, sft_weight, sft_factor, reward_floor: see
             `CLHAOptions`.
         normalizer: what the means of the loss divide by. "batch": the kept pairs and prompts of each micro-batch on
@@ -51,7 +59,10 @@ class CLHAConfig(TrainingArguments):
             that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
 
-    preset: Preset = field(default="published", metadata={"help": "published, paper or sft_only."})
+    # In this order transformers' HfArgumentParser takes a text, as for fields of its own that are mappings.
+    objective: dict[str, Any] | str | None = field(default=DEFAULT, metadata={"help": "A name, or JSON with settings."})
+    reference: str | None = field(default=None, metadata={"help": "file, adapter, copy, or a model's folder or name."})
+    preset: Preset = field(default="published", metadata={"help": "Of CLHA: published, paper or sft_only."})
     margin: float | None = field(default=None, metadata=_PRESET)
     reward_margin: float | None = field(default=None, metadata=_PRESET)
     noise_rule: str | None = field(default=None, metadata=_PRESET)
@@ -86,9 +97,15 @@ class CLHAConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        settle(self)
         super().__post_init__()
         check_machine(self)
-        self.loss_options()
+        objective = self.loss_options()
+        if self.reference is not None and "reference_logps" not in signals_of(objective):
+            raise ValueError(
+                f"reference: expected None with the objective {objective.name!r}, which reads no reference "
+                f"log-probabilities, got {self.reference!r}"
+            )
         _choice("normalizer", self.normalizer, ("batch", "global"))
         _choice("backend", self.backend, BACKENDS)
         if self.workspace_mb is not None and self.workspace_mb < 1:
@@ -110,9 +127,12 @@ class CLHAConfig(TrainingArguments):
             got = self.label_smoothing_factor
             raise ValueError(f"label_smoothing_factor: expected 0 (the loss has no smoothed form), got {got}")
 
-    def loss_options(self) -> CLHAOptions:
-        """The preset with the fields that are not None."""
-        changes: dict[str, Any] = {name: getattr(self, name) for name in _LOSS_FIELDS}
+    def loss_options(self) -> Objective:
+        """The objective; CLHA's is the preset with the fields that are not None."""
+        settings = as_mapping(self.objective)
+        if settings["name"] != DEFAULT:
+            return make(settings)
+        changes: dict[str, Any] = {name: getattr(self, name) for name in CLHA_FIELDS}
         return CLHAOptions.preset(self.preset).replace(
             **{name: value for name, value in changes.items() if value is not None}
         )

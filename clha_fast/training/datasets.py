@@ -15,9 +15,10 @@ from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import feature_chunks, is_tokenised, ranking_inputs
 from clha_fast.data.records import RecordError
 from clha_fast.layout import Layout
-from clha_fast.objectives import Objective
+from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.objectives.pairs import Pairs
 from clha_fast.training.config import CLHAConfig
+from clha_fast.types import SIGNALS
 
 _LOOK = 2048  # prompts whose order is held to their rewards
 # A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
@@ -108,12 +109,13 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         seen += len(features)
         if seen >= _LOOK and counts and (kept or not objective.ranks):
             break
-    if counts and objective.ranks and backwards > _CONTRADICTION * kept:
+    clha = isinstance(objective, CLHAOptions)
+    if counts and objective.ranks and objective.by_rank and backwards > _CONTRADICTION * kept:
+        signed = ", noise_rule='signed' drops such pairs" if clha else ""
         logger.warning(
             f"train_dataset: the rewards contradict the order in {backwards:,} of {kept:,} kept pairs "
             f"({100 * backwards / kept:.0f}%) of the first {seen:,} prompts, which train as they are ordered; "
-            "rank_by_reward=True (of read_records, and of clha-fast train) orders the responses by reward, "
-            "noise_rule='signed' drops such pairs"
+            f"rank_by_reward=True (of read_records, and of clha-fast train) orders the responses by reward{signed}"
         )
     if counts and (kept or not objective.ranks):
         return
@@ -124,7 +126,34 @@ def check_trains(dataset: Any, objective: Objective, args: CLHAConfig, processes
         )
     # A reward margin that does not fit the rewards' scale drops every pair; training runs, and ranks nothing.
     why = objective.noise_hint if several else "every prompt has one response"
-    logger.warning(f"train_dataset: no pair of responses is ranked, the SFT term alone trains; {why}")
+    left = "the SFT term alone trains" if clha else f"the ranking term of {objective.name!r} is 0"
+    logger.warning(f"train_dataset: no pair of responses is ranked, {left}{f'; {why}' if why else ''}")
+
+
+def check_signals(dataset: Any, name: str, objective: Objective, reference: str | None) -> None:
+    """Whether tokenised records hold what the objective cannot do without; others are seen batch by batch.
+
+    Args:
+        reference: the kind of `reference.Reference`: with "file" they hold it, with another kind nobody asks them.
+
+    Raises:
+        ValueError: they lack it.
+    """
+    if not is_tokenised(dataset):
+        return
+    needed = {*objective.needs} & {"rewards", *SIGNALS}
+    needed = needed - {"reference_logps"} if reference != "file" else needed | {"reference_logps"}
+    for signal in sorted(needed):
+        if dataset[0].get(signal) is None:
+            way = ""
+            if signal == "reference_logps":
+                way = "; clha-fast score --policy MODEL SRC DST writes them, or take reference='copy'"
+            elif signal == "rewards":
+                way = "; clha-fast score --reward-model MODEL SRC DST writes them"
+            raise ValueError(
+                f"{name}: expected records with {signal}, which the objective {objective.name!r} reads, got none in "
+                f"the first one{way}"
+            )
 
 
 def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:

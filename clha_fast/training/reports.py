@@ -13,6 +13,7 @@ from clha_fast.models.sharding import reshard
 from clha_fast.objectives import Objective
 from clha_fast.training import card, samples
 from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.reference import Reference
 from clha_fast.training.validation import check_best_metric
 
 logger = logging.get_logger(__name__)
@@ -24,10 +25,11 @@ class ReportingTrainer(CheckpointingTrainer):
     Attributes:
         dataset_names: for the card, set by whoever knows them.
         restored_step: whose weights the model has, where not the last step's (load_best_model_at_end); else None.
-        loss_options, eval_collator: of the trainer that is built on it.
+        loss_options, reference, eval_collator: of the trainer that is built on it.
     """
 
     loss_options: Objective
+    reference: Reference
     eval_collator: Any
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None
@@ -135,6 +137,7 @@ class ReportingTrainer(CheckpointingTrainer):
             self.state.log_history,
             base_model=base_model,
             library="peft" if hasattr(self.model, "peft_config") else "transformers",
+            reference=None if self.reference.kind is None else self.reference.text,
             **{"datasets": self.dataset_names, **more},
         )
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with the CLHA loss in the output embedding's place: no logits in training or evaluation."""
+"""transformers' Trainer with a ranking loss in the output embedding's place: no logits in training or evaluation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from clha_fast.batching.batch import CandidateBatch, first_prompts
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
-from clha_fast.models.adapters import base_model, with_adapter
-from clha_fast.models.forward import CandidateForward
+from clha_fast.files import last_checkpoint
+from clha_fast.models.adapters import base_model, is_adapted, with_adapter
+from clha_fast.models.forward import CandidateForward, check_dropped
 from clha_fast.models.measure import measure_head
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
-from clha_fast.training.datasets import as_dataset, check_trains
+from clha_fast.training.datasets import as_dataset, check_signals, check_trains
 from clha_fast.training.lengths import RowLimit
+from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
 
@@ -39,7 +41,8 @@ logger = logging.get_logger(__name__)
 COLUMNS = (
     "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
     "score_rejected prefix suffix reward query responses scores answers instruction fill "
-    "system tools chat_template_kwargs margin"
+    "system tools chat_template_kwargs margin "
+    "reference_logps reference_tokens old_logps advantages token_weights"
 )
 
 
@@ -49,12 +52,13 @@ def _embeddings_of(model: nn.Module) -> list[nn.Module]:
 
 
 class CLHATrainer(RankedLoaders, ReportingTrainer):
-    """Trains a causal language model on ranked responses.
+    """Trains a causal language model on ranked responses, with any objective of `clha_fast.objectives.OBJECTIVES`.
 
-    What `Trainer` computes as ``model(**batch).logits`` and a loss over them is one call of `linear_clha_loss` inside
+    What `Trainer` computes as ``model(**batch).logits`` and a loss over them is one call of `linear_loss` inside
     the output embedding. Logs carry `rank_loss`, `sft_loss`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`,
     `logps/rejected`, `kept_pair_share`, `active_pair_share`, `open_gate_share`, `kendall_tau`, `num_tokens` and
-    `inert_candidates` (the last two are counts since the last log line); evaluation the same under `eval_`, pooled
+    `inert_candidates` (the last two are counts since the last log line), and what the objective reports of its own;
+    evaluation the same under `eval_`, pooled
     over all of its batches and processes, and `eval_loss` = `eval_rank_loss` + `eval_sft_loss`, the loss of the whole
     set as one batch, however it is split.
 
@@ -68,10 +72,13 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         processing_class: the tokenizer; needed unless `data_collator` is given.
         data_collator: returns `CandidateBatch.as_dict()`; a `RankedCollator` from `args` by default.
         peft_config: a configuration of peft's, such as `LoraConfig`: the model gets that adapter, and only it trains.
+        ref_model: the frozen model that the objective compares with, where it does; it is put into evaluation mode.
+            None leaves it to `CLHAConfig.reference`.
         **kwargs: as `Trainer`; `compute_loss_func`, `compute_metrics` and `preprocess_logits_for_metrics` are refused,
             since no logits exist for them.
 
     Attributes:
+        reference: where reference log-probabilities come from; its `kind` is None where the objective reads none.
         dataset_names: for the model card, set by whoever knows them.
         largest_batch: the training batch with the most scored tokens so far.
 
@@ -93,6 +100,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
         peft_config: Any = None,
+        ref_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, CLHAConfig):
@@ -119,11 +127,18 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None (no logits exist that it could be given), got a function")
         self.loss_options = args.loss_options()
+        held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        given = [part for part in (train_dataset, *held_out) if part is not None]
+        adapted = peft_config is not None or is_adapted(model)
+        others = data_collator is not None and not isinstance(data_collator, RankedCollator)
+        self.reference = Reference(args, self.loss_options, ref_model, adapted, [] if others else given)
         eval_collator = data_collator
         if data_collator is None:
             data_collator = self._make_collator(processing_class, args, args.drop_inert)
             eval_collator = self._make_collator(processing_class, args, args.eval_drop_inert)
+            eval_collator.said = data_collator.said  # both of the same records, more often than not
         self.eval_collator = eval_collator
+        frozen = self.reference.take(model, ref_model, processing_class)
         if peft_config is not None:
             set_seed(args.seed)  # as Trainer does later: the adapter's first weights are drawn here
             model = with_adapter(model, peft_config)
@@ -142,6 +157,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 self.loss_options,
                 args.backend,  # type: ignore[arg-type]
             )
+        self.reference.hold(model, frozen, budget)
         if isinstance(processing_class, PreTrainedTokenizerBase) and len(processing_class) > self.head_info.vocab_size:
             raise ValueError(
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
@@ -175,11 +191,16 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
             config.use_cache = caches
         self._check_wrappers()
+        models = [part for part in (model, self.reference.own_model) if part is not None]
+        self._row_limits = [RowLimit(part, data_collator) for part in models]
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
+            check_signals(dataset, name, self.loss_options, self.reference.kind)
+            for limit in self._row_limits:
+                limit.check_dataset(dataset, name)
         check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
-        self._row_limit = RowLimit(model, data_collator)
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        for name, dataset in {"train_dataset": self.train_dataset, **held_out}.items():
-            self._row_limit.check_dataset(dataset, name)
+        if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
+            frozen.to(args.device)
 
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""
@@ -209,6 +230,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             max_completion_length=args.max_completion_length,
             drop_inert=drop_inert,
             pad_to_multiple_of=args.pad_to_multiple_of,
+            signals=self.reference.carried(self.loss_options),
         )
 
     # ---- the loss ----
@@ -237,8 +259,18 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     def _loss(
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
-        self._row_limit.check_width(batch.input_ids.shape[1])
+        for limit in self._row_limits:
+            limit.check_width(batch.input_ids.shape[1])
+        check_dropped(vars(batch), self.loss_options)
         tensors = {**batch.loss_inputs(), **(counts or {})}
+        if self.reference.frozen is not None:
+            if batch.reference_logps is not None:
+                raise ValueError(
+                    f"reference_logps: expected none in a batch beside {self.reference.text}, which says them, got "
+                    "some; reference='file' takes those of the batch"
+                )
+            with self.accelerator.autocast():
+                tensors["reference_logps"] = self.reference.frozen(batch)
         found = self._forward(model, batch.model_inputs(), tensors, scale=scale)
         return found.loss, found.metrics
 
@@ -274,12 +306,20 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "
                 "trains with is_trainable=True"
             )
+        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if resumed is True:
+            resumed = last_checkpoint(self.args.output_dir)
+        if isinstance(resumed, (str, os.PathLike)):
+            self.reference.check(os.fspath(resumed))
         found = super().train(*args, **kwargs)
         step, most = self.state.global_step, self.state.max_steps
         if step == getattr(self, "_initial_global_step", None):
             why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
             logger.warning(f"train: nothing was trained; {why}")
         return found
+
+    def _write_more(self, checkpoint: str) -> None:
+        self.reference.write(checkpoint)
 
     # ---- evaluation ----
 

@@ -6,7 +6,7 @@ import difflib
 import enum
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,9 +100,9 @@ def check_best_metric(name: str | None, metrics: Iterable[str]) -> None:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {name!r}")
 
 
-def evaluation_metrics() -> list[str]:
-    """What an evaluation of `CLHATrainer` with one dataset is known to hold."""
-    metrics = CLHAMetrics(torch.zeros(len(METRIC_NAMES)), torch.zeros(0)).as_dict()
+def evaluation_metrics(own: Sequence[str] = ()) -> list[str]:
+    """What an evaluation of `CLHATrainer` with one dataset is known to hold; `own` are the objective's metrics."""
+    metrics = CLHAMetrics(torch.zeros(len(METRIC_NAMES) + len(own)), torch.zeros(0), names=own).as_dict()
     return ["loss", *metrics, "inert_candidates", "runtime", "samples_per_second", "steps_per_second"]
 
 
