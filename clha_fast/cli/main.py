@@ -1,4 +1,4 @@
-"""The command line: `clha-fast train | demo | env | convert | score`."""
+"""The command line: `clha-fast COMMAND ...`, the commands being those of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ usage: clha-fast COMMAND ...
   env      versions, devices, and which backend would run
   convert  rewrite a file of ranked responses as canonical JSON Lines
   score    add a reward model's rewards to a file of responses, and measure the noise
+  generate answer prompts with a model (clha-fast generate --help)
+  eval     measure answers, or a model, against ranked references
+  compare  two sets of answers, prompt by prompt
 
 Any command with --traceback shows where an error came from.
 """
@@ -54,7 +57,34 @@ def _score(words: Sequence[str]) -> int:
     return cli_score.score(words)
 
 
-COMMANDS = {"train": _train, "demo": _demo, "env": _env, "convert": _convert, "score": _score}
+def _generate(words: Sequence[str]) -> int:
+    from clha_fast.cli import generate as cli_generate
+
+    return cli_generate.generate(words)
+
+
+def _eval(words: Sequence[str]) -> int:
+    from clha_fast.cli import evaluate as cli_evaluate
+
+    return cli_evaluate.evaluate(words)
+
+
+def _compare(words: Sequence[str]) -> int:
+    from clha_fast.cli import compare as cli_compare
+
+    return cli_compare.compare(words)
+
+
+COMMANDS = {
+    "train": _train,
+    "demo": _demo,
+    "env": _env,
+    "convert": _convert,
+    "score": _score,
+    "generate": _generate,
+    "eval": _eval,
+    "compare": _compare,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
