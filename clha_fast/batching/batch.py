@@ -131,7 +131,7 @@ class CandidateBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
         """The same batch on `device`."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return CandidateBatch(**moved, num_inert=self.num_inert, inert_for=self.inert_for)
+        return dataclasses.replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a causal language model's forward."""
