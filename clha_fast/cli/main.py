@@ -1,4 +1,4 @@
-"""The command line: `clha-fast train | demo | env | convert | score`."""
+"""The command line: `clha-fast train | demo | env | prepare | convert | score`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ usage: clha-fast COMMAND ...
   train    train a causal language model on ranked responses (clha-fast train --help)
   demo     the same on the bundled data, in a few minutes on a CPU
   env      versions, devices, and which backend would run
+  prepare  raw files of HH-RLHF or TL;DR as ranked records to train on, to choose by and to test on
   convert  rewrite a file of ranked responses as canonical JSON Lines
   score    add a reward model's rewards to a file of responses, and measure the noise
 
@@ -26,6 +27,12 @@ def _convert(words: Sequence[str]) -> int:
     from clha_fast.cli import data
 
     return data.convert(words)
+
+
+def _prepare(words: Sequence[str]) -> int:
+    from clha_fast.cli import prepare
+
+    return prepare.run(words)
 
 
 def _env(words: Sequence[str]) -> int:
@@ -54,7 +61,10 @@ def _score(words: Sequence[str]) -> int:
     return cli_score.score(words)
 
 
-COMMANDS = {"train": _train, "demo": _demo, "env": _env, "convert": _convert, "score": _score}
+COMMANDS = {
+    **{"train": _train, "demo": _demo, "env": _env},
+    **{"prepare": _prepare, "convert": _convert, "score": _score},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from clha_fast.data.records import RecordError, is_sequence
 _MANY = ("completions", "rewards", "ranks")
 FIELDS = (
     *("prompt", "completions", "rewards", "ranks", "sft_index", "chosen", "rejected", "system"),
-    *("tools", "chat_template_kwargs", "group_by"),
+    *("tools", "chat_template_kwargs", "subset", "group_by"),
 )
 
 

@@ -57,6 +57,7 @@ class RankedRecord:
         source: "file:line", named in every error; not part of equality.
         template: what the chat template gets beside the messages: `tools`, a list of them, and any variables of
             its own; for messages only.
+        subset: which part of a data set it is from, for figures by subset; the loss does not see it.
 
     Raises:
         RecordError: for anything else, naming source, field, what was expected and what came.
@@ -68,6 +69,7 @@ class RankedRecord:
     sft_index: int = 0
     source: str = field(default="record", compare=False)
     template: Mapping[str, Any] = field(default_factory=dict)
+    subset: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
@@ -76,18 +78,21 @@ class RankedRecord:
         if self.rewards is not None:
             object.__setattr__(self, "rewards", _check_rewards(self.rewards, size, self.source))
         object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
+        check_text(self.subset, self.source, "subset")
         if self.template and isinstance(self.prompt, str):
             name = "tools" if "tools" in self.template else "chat_template_kwargs"
             raise RecordError.of(self.source, name, "messages as prompt, for a chat template", self.prompt)
 
     def as_dict(self) -> dict[str, Any]:
-        """The canonical JSON object; rewards only where there are any, sft_index only where it is not 0."""
+        """The canonical JSON object: rewards, subset only where there are any, sft_index only where it is not 0."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         out: dict[str, Any] = {"prompt": prompt, "completions": list(self.completions)}
         if self.rewards is not None:
             out["rewards"] = list(self.rewards)
         if self.sft_index:
             out["sft_index"] = self.sft_index
+        if self.subset:
+            out["subset"] = self.subset
         variables = dict(self.template)
         if "tools" in variables:
             out["tools"] = variables.pop("tools")
@@ -105,6 +110,7 @@ def make_record(
     sft_index: Any = None,
     rank_by_reward: bool = False,
     source: str = "record",
+    subset: str = "",
 ) -> RankedRecord:
     """A `RankedRecord` from candidates in any order.
 
@@ -115,11 +121,12 @@ def make_record(
         sft_index: position in the order *given*; follows its response to the new place. None: the best rank.
         rank_by_reward: order by decreasing reward instead; equal rewards keep their order (that of `ranks`,
             if any).
+        subset: as `RankedRecord` has it.
 
     Raises:
         RecordError: as `RankedRecord`; ranks that are no permutation; `rank_by_reward` without rewards.
     """
-    record = RankedRecord(prompt, completions, rewards, 0 if sft_index is None else sft_index, source)
+    record = RankedRecord(prompt, completions, rewards, 0 if sft_index is None else sft_index, source, subset=subset)
     size = len(record.completions)
     order = list(range(size))
     if ranks is not None:
@@ -137,6 +144,7 @@ def make_record(
         None if record.rewards is None else tuple(record.rewards[k] for k in order),
         0 if sft_index is None else order.index(record.sft_index),
         source,
+        subset=subset,
     )
 
 
