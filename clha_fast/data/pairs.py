@@ -81,7 +81,7 @@ def _check_prompt_is_nowhere_else(row: Row, chosen: Any, own: set[str], source: 
     columns = columns_of(row)
     if isinstance(row, Reading) and "prompt" in row.mapped:
         return
-    suspects = prompt_suspects(columns, {*own, "tools"})
+    suspects = prompt_suspects(columns, {*own, "tools", "subset"})
     if is_sequence(chosen):
         # Whole conversations bring their prompt along; other messages than theirs may be what came before it.
         texts = _contents(chosen)
