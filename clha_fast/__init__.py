@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clha_fast.errors import BackendError
 from clha_fast.functional import linear_clha_loss, linear_loss, ranking_loss, token_logps
 from clha_fast.modules import CLHALoss, LinearLoss
-from clha_fast.objectives import Objective, PROOptions, SFTOptions
+from clha_fast.objectives import CoHOptions, Objective, PROOptions, SFTOptions
 from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import HeadOptions
@@ -25,6 +25,7 @@ __all__ = [
     "CLHALoss",
     "CLHAMetrics",
     "CLHAOptions",
+    "CoHOptions",
     "HeadOptions",
     "LinearLoss",
     "Objective",

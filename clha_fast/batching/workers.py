@@ -146,6 +146,9 @@ def compact(feature: CandidateFeature) -> CandidateFeature:
     """Four bytes a token instead of a Python list's eight."""
     feature["prompt_ids"] = array("i", feature["prompt_ids"])
     feature["completion_ids"] = [array("i", ids) for ids in feature["completion_ids"]]
+    masks = feature.get("completion_mask")
+    if masks is not None:
+        feature["completion_mask"] = [array("b", mask) for mask in masks]
     return feature
 
 
@@ -168,6 +171,7 @@ def tokenise_table(
     columns = {
         "prompt_ids": datasets.List(whole),
         "completion_ids": datasets.List(datasets.List(whole)),
+        "completion_mask": datasets.List(datasets.List(datasets.Value("int8"))),
         "rewards": datasets.List(datasets.Value("float64")),
         "sft_index": number,
         "source": datasets.Value("string"),
@@ -204,10 +208,11 @@ def _table_row(row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: boo
     try:
         feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
         counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
-        return {**feature, "error": None, **counts}
+        return {"completion_mask": None, **feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
-        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
+        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "completion_mask": None}
+        nothing |= {"rewards": None, "sft_index": 0}
         nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
         return {**nothing, "source": error.source, "error": str(error)}

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from clha_fast.objectives.base import Group, Objective, Plan, Terms, Totals
 from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.coh import CoHOptions
 from clha_fast.objectives.pro import PROOptions
 from clha_fast.objectives.sft import SFTOptions
 
 __all__ = [
     "OBJECTIVES",
     "CLHAOptions",
+    "CoHOptions",
     "Group",
     "Objective",
     "PROOptions",
@@ -28,7 +30,7 @@ __all__ = [
     "as_objective",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (CLHAOptions, PROOptions, SFTOptions)}
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (CLHAOptions, CoHOptions, PROOptions, SFTOptions)}
 
 # Objectives that no string can carry; they live as long as the call that brought them.
 _LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.objectives import CLHAOptions, PROOptions, SFTOptions
+from clha_fast.objectives import CLHAOptions, CoHOptions, PROOptions, SFTOptions
 from clha_fast.options import HeadOptions
 from clha_fast.types import RankingInputs
 
@@ -212,6 +212,22 @@ def sft_loss(
     return loss, metrics, scores
 
 
+def coh_loss(
+    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, options: CoHOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chain of Hindsight on token log-probabilities: minus their sum over all chains, by the number of tokens."""
+    sizes, lengths, sums, scores, _ = _candidates(logps, targets, given, head)
+    present = lengths > 0
+    loss = -sums[present].sum() / _count(given.token_count, max(1.0, float(lengths.sum())), logps)
+    good_nll = -sum(scores[sum(sizes[:p])].detach() for p in range(len(sizes)))
+    i, _ = _pairs(sizes, logps.device)
+    none = torch.zeros_like(i, dtype=torch.bool)
+    closed = torch.zeros(len(sizes), dtype=torch.bool)
+    # Rewards all equal: no pair of chains has an order.
+    everything = (loss.new_zeros(()), loss, scores, lengths, sizes, torch.zeros_like(scores), none, none, closed)
+    return loss, _metrics(*everything, (torch.as_tensor(good_nll),)), scores
+
+
 def _candidates(
     logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions
 ) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]:
@@ -248,4 +264,4 @@ def _clha(
 
 
 # Every objective of `objectives.OBJECTIVES` by its name.
-LOSSES: dict[str, Any] = {"clha": _clha, "pro": pro_loss, "sft": sft_loss}
+LOSSES: dict[str, Any] = {"clha": _clha, "coh": coh_loss, "pro": pro_loss, "sft": sft_loss}

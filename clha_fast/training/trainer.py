@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from clha_fast.batching.batch import CandidateBatch, first_prompts
+from clha_fast.batching.batch import CandidateBatch, check_chains, first_prompts
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
-    "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
-    "score_rejected prefix suffix reward query responses scores answers instruction fill "
+    "prompt_ids completion_ids completion_mask source prompt completions rewards ranks sft_index chosen rejected "
+    "score_chosen score_rejected prefix suffix reward query responses scores answers instruction fill "
     "system tools chat_template_kwargs margin"
 )
 
@@ -239,6 +239,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     def _loss(
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
+        if batch.candidates_per_prompt.shape[0]:
+            check_chains(batch.chains, self.loss_options)
         self._row_limit.check_width(batch.input_ids.shape[1])
         tensors = {**batch.loss_inputs(), **(counts or {})}
         found = self._forward(model, batch.model_inputs(), tensors, scale=scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import clha_fast
-from clha_fast import CLHAOptions, HeadOptions, Objective, PROOptions, RankingInputs, SFTOptions, reference
+from clha_fast import CLHAOptions, CoHOptions, HeadOptions, Objective, PROOptions, RankingInputs, SFTOptions, reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.attach import empty_batch
@@ -26,6 +26,7 @@ OBJECTIVES = [
     PROOptions(form="paper"),
     SFTOptions(),
     SFTOptions(form="token_mean"),
+    CoHOptions(),
 ]
 every_objective = pytest.mark.parametrize(
     "objective", OBJECTIVES, ids=[f"{o.name}-{n}" for n, o in enumerate(OBJECTIVES)]

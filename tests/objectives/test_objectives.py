@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clha_fast import (
     CLHAOptions,
+    CoHOptions,
     HeadOptions,
     Objective,
     PROOptions,
@@ -41,6 +42,7 @@ ROWS: list[Objective] = [
     PROOptions(form="published", sft_weight=0.2),
     SFTOptions(form="prompt_mean"),
     SFTOptions(form="token_mean"),
+    CoHOptions(),
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)

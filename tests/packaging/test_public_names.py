@@ -10,16 +10,17 @@ import clha_fast
 
 NAMES = {
     "clha_fast": """
-        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions HeadOptions LinearLoss Objective
-        PROOptions RankingInputs SFTOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
+        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions CoHOptions HeadOptions LinearLoss
+        Objective PROOptions RankingInputs SFTOptions __version__ attach linear_clha_loss linear_loss ranking_loss
+        token_logps
     """,
     "clha_fast.hf": """
         CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream TokenBudgetSampler
         UnsupportedHeadError fused_head inspect_head
     """,
-    "clha_fast.reference": "LOSSES clha_loss logits loss pro_loss sft_loss token_logps",
+    "clha_fast.reference": "LOSSES clha_loss coh_loss logits loss pro_loss sft_loss token_logps",
     "clha_fast.objectives": """
-        OBJECTIVES CLHAOptions Group Objective PROOptions Plan SFTOptions Terms Totals as_objective
+        OBJECTIVES CLHAOptions CoHOptions Group Objective PROOptions Plan SFTOptions Terms Totals as_objective
     """,
     "clha_fast.data": """
         FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records
