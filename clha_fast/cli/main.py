@@ -28,7 +28,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train", "train", "train a causal language model on ranked responses", checked=True),
     "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", checked=True),
-    "prepare": Command("prepare", "prepare", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
+    "prepare": Command("prepare", "run", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
     "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses"),
     "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file of responses"),
@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else USER_ERROR
     name, *rest = words
     if name not in COMMANDS:
-        print(f"clha-fast: expected a command ({', '.join(COMMANDS)}), got {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        print(
+            f"clha-fast: expected a command ({', '.join(COMMANDS)}), got {name!r}{nearest(name, COMMANDS)}",
+            file=sys.stderr,
+        )
         return USER_ERROR
     show = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]

@@ -84,6 +84,4 @@ class Corruption:
 
 def reordered(record: RankedRecord, order: Sequence[int]) -> RankedRecord:
     """The record with its candidates, and all that belongs to each, in another order; the first is the SFT target."""
-    rewards = None if record.rewards is None else tuple(record.rewards[k] for k in order)
-    completions = tuple(record.completions[k] for k in order)
-    return dataclasses.replace(record, completions=completions, rewards=rewards, sft_index=0)
+    return dataclasses.replace(record.in_order(order), sft_index=0)

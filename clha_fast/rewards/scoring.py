@@ -160,14 +160,16 @@ def _as_records(
 
 
 def _best_first(record: RankedRecord) -> RankedRecord:
-    return make_record(
+    ranked = make_record(
         record.prompt,
         record.completions,
         rewards=record.rewards,
         sft_index=record.sft_index or None,
         rank_by_reward=True,
         source=record.source,
+        subset=record.subset,
     )
+    return dataclasses.replace(ranked, template=record.template)
 
 
 class _Run:

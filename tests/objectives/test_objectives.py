@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clha_fast import (
     CLHAOptions,
+    CoHOptions,
     CPOOptions,
     DPOOptions,
     HeadOptions,
@@ -64,6 +65,7 @@ ROWS: list[Objective] = [
     PolicyOptions(advantages="given", reduction="sequence_mean", kl_weight=0.04),
     SFTOptions(form="prompt_mean"),
     SFTOptions(form="token_mean"),
+    CoHOptions(),
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
