@@ -104,7 +104,9 @@ class CandidateBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
         """The same batch on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
+        }
         return dataclasses.replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
