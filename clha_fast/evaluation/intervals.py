@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ Method = Literal["percentile", "BCa"]
 LEVEL = 0.95
 RESAMPLES = 2000
 _SEED = 0
+_POINT = "the same whatever prompts are drawn: the interval is a point"
 _ELEMENTS = 4_000_000  # of the resampled rows that exist at a time
 
 
@@ -49,13 +51,14 @@ def estimate(
 
     Args:
         statistic: maps sums over prompts [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
-        rows: [P, K], what each prompt adds; prompts with a NaN have no value and are left out.
+        rows: [P, K], what each prompt adds; prompts with a NaN, and those that add nothing (no pair, say), have no
+            value and are left out.
 
     Raises:
         ImportError: scipy is not installed.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    rows = rows[~np.isnan(rows).any(1)]
+    rows = rows[~np.isnan(rows).any(1) & rows.any(1)]
     count = len(rows)
     value = float(statistic(rows.sum(0))) if count else math.nan
     if math.isnan(value):
@@ -63,22 +66,24 @@ def estimate(
     if count == 1:
         return Estimate(value, prompts=1, note="one prompt: no interval")
     if (rows == rows[0]).all():
-        return Estimate(value, value, value, count, "the same in every prompt: the interval is a point")
-    found = import_scipy().bootstrap(
-        (np.arange(count),),
-        lambda index, axis: statistic(rows[index].sum(-2)),
-        n_resamples=resamples,
-        batch=max(1, _ELEMENTS // rows.size),
-        vectorized=True,
-        axis=-1,
-        confidence_level=level,
-        method=method,
-        rng=np.random.default_rng(_SEED),
-    )
+        return Estimate(value, value, value, count, _POINT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a figure that is undefined in a resample, which the note says
+        found = import_scipy().bootstrap(
+            (np.arange(count),),
+            lambda index, axis: statistic(rows[index].sum(-2)),
+            n_resamples=resamples,
+            batch=max(1, _ELEMENTS // rows.size),
+            vectorized=True,
+            axis=-1,
+            confidence_level=level,
+            method=method,
+            rng=np.random.default_rng(_SEED),
+        )
     low, high = (float(end) for end in found.confidence_interval)
     if not (math.isfinite(low) and math.isfinite(high)):
         return Estimate(value, prompts=count, note="undefined in some resamples: no interval")
-    return Estimate(value, low, high, count)
+    return Estimate(value, low, high, count, _POINT if low == high else "")
 
 
 def difference(statistic: Callable[[Array], Array], ours: Array, theirs: Array, **settings: Any) -> Estimate:
