@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from transformers import PrinterCallback
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
+from clha_fast.data.split import split_records
+from clha_fast.data.writing import write_records
 from clha_fast.experiments.cells import MODEL, content_hash, digest
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
@@ -40,12 +43,12 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
         return model
     say(f"base model: a language model of {', '.join(map(os.path.basename, trains))}")
     os.makedirs(folder, exist_ok=True)
-    texts = os.path.join(folder, "texts.jsonl")
-    write_texts(trains, texts)
+    parts = [os.path.join(folder, f"{name}.jsonl") for name in ("texts", "held_out")]
+    write_texts(trains, given.pop("eval_fraction", 0.02), *parts)
     fields = ("model_config", "build_tokenizer", "tokenizer", "model", "dtype", "attn_implementation")
     options = RunOptions(
-        train_file=texts,
-        eval_fraction=given.pop("eval_fraction", 0.02),
+        train_file=parts[0],
+        eval_file=parts[1],
         resume=os.path.isdir(model) and bool(os.listdir(model)),
         **{name: given.pop(name) for name in fields if name in given},
     )
@@ -58,19 +61,16 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     return model
 
 
-def write_texts(trains: list[str], path: str) -> None:
-    """One record a (prompt, response), without a prompt: the whole conversation is the response."""
-    seen: set[str] = set()
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
-        for train in trains:
-            for record in read_records(train):
-                for text in conversation_texts(record):
-                    if text not in seen:
-                        seen.add(text)
-                        line = {"prompt": "", "completions": [text]}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+def write_texts(trains: Sequence[str], fraction: float, train: str, held_out: str) -> None:
+    """One record a (prompt, response), without a prompt: the whole conversation is the response.
+
+    Args:
+        fraction: of the prompts, whose conversations are held out.
+    """
+    records = [record for path in trains for record in read_records(path)]
+    for path, part in zip((train, held_out), split_records(records, fraction, seed=0), strict=True):
+        texts = dict.fromkeys(text for record in part for text in conversation_texts(record))
+        write_records((RankedRecord("", (text,)) for text in texts), path)
 
 
 def conversation_texts(record: RankedRecord) -> list[str]:
@@ -132,6 +132,7 @@ def finish(run: Run) -> None:
         KeyboardInterrupt: it was interrupted; what was saved goes on from there.
     """
     run.prepare()
+    run.trainer.remove_callback(PrinterCallback)
     run.evaluate_before()
     run.train()
     if run.interrupted:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from clha_fast.batching.totals import SCALARS, dataset_counts
 from clha_fast.data.readers import read_records
@@ -29,6 +29,7 @@ from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.files import CHECKPOINT, file_hash, write_json
 from clha_fast.types import COUNTS
 
+_REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json")
 TRAINED_FILE = "trained.json"
 MODEL = "model"
 _TOKENS = COUNTS.index("token_count") - 1
@@ -82,8 +83,8 @@ def content_hash(path: str) -> str:
     if os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
         kept = [name for name in names if name.endswith((".json", ".safetensors", ".bin", ".gguf", ".model", ".jinja"))]
-        # A run's own reports change with what was printed, not with the weights.
-        kept = [name for name in kept if name not in (RUN_FILE, "metrics.json", "trainer_state.json")]
+        # A run's own reports, and where it lay, say nothing of the weights.
+        kept = [name for name in kept if name not in _REPORTS]
         return hashlib.sha256("".join(content_hash(os.path.join(path, name)) for name in kept).encode()).hexdigest()
     if not os.path.isfile(path):
         return path
@@ -178,6 +179,7 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     }
     options = RunOptions(train_file=train_file, eval_fraction=0, model=base, resume=holds, **comparison.run)
     run = Run(options, settings).prepare()
+    run.trainer.remove_callback(PrinterCallback)
     run.trainer.add_callback(_LastLine())
     if comparison.budget_tokens is not None:
         run.trainer.args.max_steps = budget_steps(run, comparison.budget_tokens)

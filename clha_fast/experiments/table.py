@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clha_fast.data.readers import read_records
 from clha_fast.evaluation.comparison_tables import as_csv, markdown
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
@@ -97,10 +100,14 @@ class Table:
             ValueError, OSError: files, base or reward models that cannot be used.
         """
         comparison = self.comparison
+        # Bad files are found, and what there is to say of them said, before hours of training.
+        for path in dict.fromkeys(path for files in comparison.data.values() for path in vars(files).values()):
+            read_records(path)
         os.makedirs(comparison.output_dir, exist_ok=True)
-        self.base = ready_base(comparison, self.say)
-        self.reward_models = ready_reward_models(comparison, self.base, self.say)
-        self.assessor = Assessor.of(comparison, self.reward_models)
+        with _quiet():
+            self.base = ready_base(comparison, self.say)
+            self.reward_models = ready_reward_models(comparison, self.base, self.say)
+            self.assessor = Assessor.of(comparison, self.reward_models)
         chosen = self._choose(self._starts())
         self.rows = self._finish(chosen)
         return self.rows
@@ -182,19 +189,20 @@ class Table:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
+        below = [*self.assessor.notes(), *notes]
         found = {
             "subsets": subsets,
             "rows": rows,
             "criterion": self.assessor.criterion,
             "reward_models": self.assessor.checks,
-            "notes": [*self.assessor.notes(), *notes],
+            "notes": below,
         }
         folder = self.comparison.output_dir
         write_json(os.path.join(folder, "table.json"), found)
         write_text(os.path.join(folder, "table.csv"), as_csv(rows))
         failed = [f"{row['label']}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
         text = markdown(rows, subsets)
-        for line in (*found["notes"], *failed):
+        for line in (*below, *failed):
             text += f"\n{line}\n"
         write_text(os.path.join(folder, "table.md"), text)
         return found
@@ -205,8 +213,9 @@ def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> f
     assessment = Assessment(comparison, cell, base, assessor, "dev")
     found = assessment.found()
     if found is None:
-        train_cell(comparison, cell, base)
-        found = assessment.run()
+        with _quiet():
+            train_cell(comparison, cell, base)
+            found = assessment.run()
     return assessor.criterion_of(found)
 
 
@@ -215,11 +224,26 @@ def _do(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> Ou
     found = assessment.found()
     if found is not None:
         return Outcome(cell, trained(cell_folder(comparison, cell, base)), found)
-    said = train_cell(comparison, cell, base)
-    found = assessment.run()
+    with _quiet():
+        said = train_cell(comparison, cell, base)
+        found = assessment.run()
     if not comparison.keep_models:
         drop_weights(comparison, cell, base)
     return Outcome(cell, said, found)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What there is to say of the files has been said; each cell would say it again, in a process of its own too."""
+    loggers = [logging.getLogger(name) for name in ("clha_fast", "transformers")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _line(outcome: Outcome) -> str:
