@@ -154,9 +154,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
 
 
 def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys):
-    given = small(
-        given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"]
-    )
+    given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
     given["methods"][0]["optim"] = "no_such_optimizer"
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
