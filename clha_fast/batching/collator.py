@@ -235,8 +235,8 @@ class RankedCollator:
         """The record's chains; an answer inside one has no end of turn."""
         if len(record.completions) > 2:
             logger.warning_once(
-                f"{self.options.name}: chains are made of the best and the worst answer of a record (the first is "
-                f"{record.source}); the ones between train nothing"
+                f"{self.options.name}: chains are made of the best and the worst answer of a record; the ones between "
+                "train nothing"
             )
         for number in {0, len(record.completions) - 1}:
             if not self._opened(record.completions[number]).strip():

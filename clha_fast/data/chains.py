@@ -26,7 +26,7 @@ def record_chains(record: RankedRecord, markers: Markers) -> list[tuple[str, ...
     if not last:
         return [best]
     worst = (bad, _answer(record, last))
-    then_worst, then_best = ((_BETWEEN + marker, answer) for marker, answer in (worst, best))
+    then_worst, then_best = ((_BETWEEN + marker.lstrip(), answer) for marker, answer in (worst, best))
     return [best, worst, (*best, *then_worst), (*worst, *then_best)]
 
 

@@ -31,7 +31,9 @@ class CoHOptions(Objective):
     """Token mean over the chains of each record; a candidate of the batch is a chain, and chains have no order.
 
     Attributes:
-        good_marker, bad_marker: what stands before the better and the worse answer. An answer follows after a blank.
+        good_marker, bad_marker: what stands before the better and the worse answer. An answer follows after a blank. A
+            prompt that is a text has them directly behind it: for one that ends without a blank ("TL;DR:") let them
+            begin with one.
     """
 
     good_marker: str = "A helpful answer:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -259,15 +260,13 @@ def test_datasets_workers_and_tables() -> None:
 
 
 def test_answers_in_the_middle_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    objective = CoHOptions(good_marker="Said once:")
-    collator = RankedCollator(make_tokenizer(), objective)
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # transformers puts it there
+    collator = RankedCollator(make_tokenizer(), COH)
     with caplog.at_level("WARNING"):
         collator([RankedRecord("p", ("a", "b"))])
         assert "chains" not in caplog.text
-        collator([RankedRecord("p", ("a", "b", "c"), source=f"f:{k}") for k in (3, 3)])
-    assert (
-        caplog.text.count("coh: chains are made of the best and the worst answer of a record (the first is f:3)") == 1
-    )
+        collator([RankedRecord("p", ("a", "b", "c"), source=f"f:{k}") for k in (3, 4)])
+    assert caplog.text.count("coh: chains are made of the best and the worst answer of a record; the ones between") == 1
 
 
 def test_chains_and_answers_are_told_apart(tmp_path: Path) -> None:
@@ -307,13 +306,13 @@ def test_it_learns_to_answer_by_the_marker() -> None:
     """A few steps: asked with the good marker the model prefers the good answer, with the bad one the other."""
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer)).train()
-    rows = [{"prompt": f"say {k}: ", "completions": ["the cat sat", "a dog ran"]} for k in range(4)]
+    rows = [{"prompt": f"say {k}: ", "completions": ["the cat sat", "a dog ran"]} for k in range(2)]
     objective = CoHOptions(good_marker="good:", bad_marker="bad:")
     batch = RankedCollator(tokenizer, objective)(rows)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     with clha_fast.attach(model, objective):
         losses = []
-        for _ in range(15):
+        for _ in range(12):
             loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()

@@ -20,6 +20,12 @@ def test_both_alone_and_both_orders() -> None:
     ]
 
 
+def test_a_marker_s_own_blank_is_for_the_beginning_of_a_turn() -> None:
+    chains = record_chains(RankedRecord("TL;DR:", ("yes", "no")), (" Good:", " Bad:"))
+    assert chains[0][0] == " Good:"
+    assert chains[3] == (" Bad:", " no", "\n\nGood:", " yes")
+
+
 def test_the_best_and_the_worst_of_more() -> None:
     assert record_chains(RankedRecord("p", ("a", "b", "c")), MARKERS) == record_chains(
         RankedRecord("p", ("a", "c")), MARKERS
