@@ -21,6 +21,12 @@ NAMES = {
     "clha_fast.objectives": """
         OBJECTIVES CLHAOptions Group Objective PROOptions Plan SFTOptions Terms Totals as_objective
     """,
+    "clha_fast.evaluation": "Comparison Estimate Evaluation compare evaluate",
+    "clha_fast.generation": """
+        Answer EncodedPrompt Generated Generation GenerationBackend GenerationError GenerationInterrupted
+        GenerationSettings TransformersBackend encode_prompts generate_answers load_backend read_answers trained_prefix
+        write_answers
+    """,
     "clha_fast.data": """
         FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records
         record_from_row render_prompt
