@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.generate import add_model_arguments, answer, model_text, settings_of
+from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
 from clha_fast.cli.text import with_dashes
 from clha_fast.data import FORMATS, RankedRecord, read_records
@@ -20,8 +20,9 @@ from clha_fast.generation.hf import load_backend
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 
-# Options that say how answers are made, and those that say where models run.
-_ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "answer_prefix", "stop", "resume")
+# Options that say how answers are made, how the model is asked, and where models run.
+_ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume")
+_OF_THE_MODEL = ("answer_prefix", "max_prompt_length")
 _RUNNING = ("device", "dtype")
 DESCRIPTION = (
     "Measure answers against ranked references: BLEU, length, diversity, rewards; with --model also the model's "
@@ -89,7 +90,8 @@ def evaluate(words: Sequence[str]) -> int:
     add_model_arguments(parser)
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))
-    unused = [*(_ANSWERING if args.answers is not None else ()), *(() if args.model or args.reward_model else _RUNNING)]
+    unused = [*(_ANSWERING if args.answers is not None else ()), *(() if args.model else _OF_THE_MODEL)]
+    unused += [] if args.model or args.reward_model else _RUNNING
     for name in unused:
         if getattr(args, name) != parser.get_default(name):
             why = "beside ANSWERS, which are measured as they are" if name in _ANSWERING else "without a model"
@@ -116,8 +118,12 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         settings = settings_of(args, args.model)
         backend = load_backend(args.model, device=args.device, dtype=args.dtype)
         print(f"model         {model_text(backend.model, args.model)}", flush=True)
-        model = {"model": backend.model, "tokenizer": backend.tokenizer, "max_prompt_length": args.max_prompt_length}
-        if made is not None:
+        model = {"model": backend.model, "tokenizer": backend.tokenizer}
+        about["answer_prefix"] = settings.answer_prefix
+        model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
+        if made is None:
+            say_prefix(args, settings)
+        else:
             found = answer(args, backend, records, settings, made)
             given = found.answers
             about |= {"answers": made, "generation": vars(found.settings)}

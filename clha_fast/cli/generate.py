@@ -102,9 +102,7 @@ def answer(
     """`generate_answers`, with what is to be said before and after."""
     how = f"temperature {settings.temperature:g}, seed {settings.seed}" if settings.temperature else "greedy"
     print(f"answers       {how}, at most {settings.max_new_tokens:,} tokens")
-    if settings.answer_prefix:
-        why = " (the model was trained behind it)" if args.answer_prefix is None else ""
-        print(f"prefix        every answer begins with {settings.answer_prefix!r}{why}", flush=True)
+    say_prefix(args, settings)
     found = generate_answers(
         records,
         backend,
@@ -116,6 +114,13 @@ def answer(
     )
     print(f"written       {destination}: {_result_text(found, settings)}", flush=True)
     return found
+
+
+def say_prefix(args: argparse.Namespace, settings: GenerationSettings) -> None:
+    """A line for what answers begin with, where it is anything."""
+    if settings.answer_prefix:
+        why = " (the model was trained behind it)" if args.answer_prefix is None else ""
+        print(f"prefix        every answer begins with {settings.answer_prefix!r}{why}", flush=True)
 
 
 def _result_text(found: Generation, asked: GenerationSettings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, pack_candidates
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.generation.hf import positions_of
 from clha_fast.layout import Layout, accumulate
@@ -35,6 +36,7 @@ def candidate_scores(
     batch_size: int = 8,
     max_prompt_length: int | None = 384,
     max_length: int | None = None,
+    answer_prefix: str = "",
     backend: Any = "auto",
     progress: bool = False,
 ) -> tuple[list[list[float]], list[list[int]]]:
@@ -46,6 +48,8 @@ def candidate_scores(
         model: on its device; evaluation mode is set.
         batch_size: rows of a forward pass; a record with more responses makes a pass of its own.
         max_prompt_length, max_length: as `RankedCollator`; max_length None is the model's positions.
+        answer_prefix: what the model's answers begin with (Chain of Hindsight's marker); read, not scored. A response
+            follows after a blank.
         backend: as `clha_fast.attach`.
 
     Raises:
@@ -56,7 +60,7 @@ def candidate_scores(
     collator = RankedCollator(tokenizer, objective, limit, max_prompt_length, drop_inert=False)
     features: list[CandidateFeature] = []
     for record in records:
-        feature = collator.tokenize_record(record)
+        feature = _behind(collator, record, answer_prefix) if answer_prefix else collator.tokenize_record(record)
         features.append({**feature, "rewards": None})  # not needed, and not all records may have them
     scores: list[list[float]] = [[] for _ in records]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -73,6 +77,19 @@ def candidate_scores(
                 scores[number], found = found[:size], found[size:]
             bar.update(len(numbers))
     return scores, [[len(ids) for ids in feature["completion_ids"]] for feature in features]
+
+
+def _behind(collator: RankedCollator, record: RankedRecord, prefix: str) -> CandidateFeature:
+    """The record's tokens with a prefix between prompt and responses, on the prompt's side."""
+    begun = tuple(f"{prefix}{'' if text[0].isspace() else ' '}{text}" for text in record.completions)
+    feature = collator.tokenize_record(dataclasses.replace(record, completions=begun))
+    own = collator.tokenize_beginning(record, prefix)
+    for number, ids in enumerate(feature["completion_ids"]):
+        if list(ids[: len(own)]) != own or len(ids) == len(own):
+            expected = f"a response with tokens of its own behind {prefix!r}"
+            raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
+    behind = [list(ids[len(own) :]) for ids in feature["completion_ids"]]
+    return {**feature, "prompt_ids": [*feature["prompt_ids"], *own], "completion_ids": behind}
 
 
 def _batches(features: Sequence[CandidateFeature], rows: int) -> list[list[int]]:

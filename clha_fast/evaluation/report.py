@@ -181,6 +181,7 @@ def evaluate(
     noise_rule: str = "abs",
     reward_margin: float = 3.0,
     max_prompt_length: int | None = 384,
+    answer_prefix: str = "",
     batch_size: int = 8,
     progress: bool = False,
     about: Mapping[str, Any] | None = None,
@@ -194,7 +195,7 @@ def evaluate(
             accuracy does not lie above 0.5 with its whole interval adds no column, but a note.
         reward_check: ranked records to measure reward models on; None takes the references.
         model, tokenizer: a causal language model, for likelihood and ranking (`likelihood.candidate_scores`).
-        noise_rule, reward_margin: which pairs are kept. max_prompt_length: of the model's prompts.
+        noise_rule, reward_margin: which pairs are kept. max_prompt_length, answer_prefix: of the model's prompts.
         batch_size: rows of a forward pass.
         about: what is kept beside the figures.
 
@@ -222,7 +223,13 @@ def evaluate(
         notes += [check["refused"] for check in checks.values() if check["refused"]]
     if model is not None:
         scores, tokens = candidate_scores(
-            model, tokenizer, records, batch_size=batch_size, max_prompt_length=max_prompt_length, progress=progress
+            model,
+            tokenizer,
+            records,
+            batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            answer_prefix=answer_prefix,
+            progress=progress,
         )
         values |= likelihood_values(records, scores, tokens, noise_rule=noise_rule, reward_margin=reward_margin)
     found = Evaluation(

@@ -19,6 +19,7 @@ from clha_fast.evaluation.bleu import STATISTICS, corpus_bleu, corpus_statistics
 from clha_fast.evaluation.diversity import corpus_distinct_2, distinct_2, words
 from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
 from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
+from tests.support.chat_templates import MESSAGES, SHAPES, chat_tokenizer
 from tests.support.helpers import run_python
 from tests.support.reward_models import spread
 from tests.support.tiny import make_model, make_rows, make_tokenizer
@@ -179,6 +180,27 @@ def test_scores_are_the_eager_ones(rewards: bool) -> None:
             assert score == pytest.approx(wanted, abs=1e-5)
     one = candidate_scores(model, TOKENIZER, records, batch_size=1)[0]
     assert [s for own in one for s in own] == pytest.approx([s for own in scores for s in own], abs=1e-5)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prefix_is_read_and_not_scored(chat: bool) -> None:
+    prefix = "A helpful answer:"
+    if chat:
+        tokenizer = chat_tokenizer(SHAPES["mistral"])  # a blank of the template's stands in front
+        prompt: Any = MESSAGES
+        text, end = "<s>[INST] Hi [/INST] Yes?</s>[INST] Why? [/INST] A helpful answer:", "</s>"
+    else:
+        tokenizer, prompt = TOKENIZER, "a dog"
+        text, end = "<s>a dogA helpful answer:", "</s>"
+    model = spread(make_model(len(tokenizer)))
+    record = RankedRecord(prompt, ("Yes, I think.", " Be kind."))
+    scores, tokens = candidate_scores(model, tokenizer, [record], answer_prefix=prefix)
+    for own, size, answer in zip(scores[0], tokens[0], (" Yes, I think.", " Be kind."), strict=True):
+        front, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, answer + end))
+        with torch.no_grad():
+            logps = model(torch.tensor([[*front, *ids]])).logits[0].double().log_softmax(-1)
+        wanted = sum(float(logps[len(front) - 1 + k, token]) for k, token in enumerate(ids)) / len(ids)
+        assert (own, size) == (pytest.approx(wanted, abs=1e-5), len(ids))
 
 
 def test_order_by_hand() -> None:

@@ -26,6 +26,12 @@ NAMES = {
         OBJECTIVES CLHAOptions CPOOptions CoHOptions DPOOptions Group HingeOptions IPOOptions ORPOOptions Objective
         PROOptions Plan PolicyOptions RRHFOptions SFTOptions SimPOOptions Terms Totals as_objective
     """,
+    "clha_fast.evaluation": "Comparison Estimate Evaluation compare evaluate",
+    "clha_fast.generation": """
+        Answer EncodedPrompt Generated Generation GenerationBackend GenerationError GenerationInterrupted
+        GenerationSettings TransformersBackend encode_prompts generate_answers load_backend read_answers trained_prefix
+        write_answers
+    """,
     "clha_fast.data": """
         FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records
         record_from_row render_prompt
