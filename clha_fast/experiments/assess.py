@@ -214,11 +214,11 @@ class Assessment:
         records = first_of_each(read_records(self.source), assessor.limits[self.split])
         path = model_of(self.comparison, self.cell, self.base)
         model, tokenizer = load_model(path, DTYPES[assessor.dtype]), load_tokenizer(path)
+        prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
         written = None
         if self.answers:
             target = os.path.join(folder, ANSWERS)
             if not os.path.isfile(target):
-                prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
                 generate_answers(
                     records,
                     TransformersBackend(model, tokenizer),
@@ -237,6 +237,7 @@ class Assessment:
             noise_rule=assessor.noise_rule,
             reward_margin=assessor.reward_margin,
             max_prompt_length=assessor.generation.max_prompt_length,
+            answer_prefix=prefix,
             batch_size=assessor.batch_size,
             about=self.identity(),
         )

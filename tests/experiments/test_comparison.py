@@ -165,7 +165,7 @@ def test_the_ablation_takes_one_part_at_a_time():
 
 def test_noise_has_clean_data_beside_every_kind_and_rate():
     given = {key: value for key, value in WHOLE.items() if key != "methods"}
-    claim = noise({**given, "rates": {"flips": [0.1, 0.2], "rewards": [1]}})
+    claim = noise({**given, "kinds": ["flips", "rewards"], "rates": {"flips": [0.1, 0.2], "rewards": [1]}})
     assert [method.name for method in claim.comparison.methods] == ["none", "abs", "signed"]
     assert claim.comparison.corruptions == [
         None,
