@@ -49,11 +49,12 @@ def split_files(
     Args:
         sources: files or globs in any format that `read_records` takes.
         dev, test: fractions of the prompts.
-        length: candidates of a record (`of_length`); records with fewer are left out and counted. None is all.
+        length: candidates of a record (`of_length`); records with fewer are left out and counted, as bad ones always
+            are. None is all.
 
     Raises:
         FileExistsError: `folder` has such files and `overwrite` is not set.
-        ValueError: fractions that leave none for a file, a length below 2. RecordError: a bad record.
+        ValueError: fractions that leave none for a file, a length below 2, no good record in a file.
     """
     for name, value in (("dev", dev), ("test", test)):
         if not 0 < value < 1:
@@ -75,7 +76,8 @@ def split_files(
     files = [file for source in sources for file in files_of(source)]
     for file in files:
         stem = os.path.basename(file).partition(".")[0]
-        for record in track(iter_records(file), os.path.basename(file)):
+        bad: list[RecordError] = []
+        for record in track(iter_records(file, errors=bad), os.path.basename(file)):
             subset = record.subset or stem
             digest = prompt_digest(record)
             share = digest / 2**64
@@ -91,6 +93,12 @@ def split_files(
             count["kept"] += 1
             kept = record if length is None else of_length(record, length)
             parts[split].append(dataclasses.replace(kept, subset=subset))
+        for error in bad:
+            count = counts.setdefault(stem, {}).setdefault("bad", {"read": 0, "kept": 0, "dropped": Counter()})
+            reason = f"not as expected: {error.field}"
+            count["read"] += 1
+            count["dropped"][reason] += 1
+            first.setdefault(reason, error.source)
     for split, records in parts.items():
         if not records:
             total = sum(count["read"] for found in counts.values() for count in found.values())

@@ -89,6 +89,16 @@ def test_records_that_are_too_short_are_left_out_and_counted(tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
 
 
+def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
+    good = write(tmp_path / "good.jsonl", 0, 60)
+    with open(good, "a") as file:
+        file.write(json.dumps({"prompt": "x", "completions": ["a", ""]}) + "\n{broken\n")
+    assert main(["prepare", "ranked", good, str(tmp_path / "out"), "--dev", "0.2", "--test", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "bad 0 of 2 records kept" in out
+    assert f"not as expected: completions[1] (first: {good}:61)" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
