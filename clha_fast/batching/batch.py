@@ -130,8 +130,10 @@ class CandidateBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
         """The same batch on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return CandidateBatch(**moved, num_inert=self.num_inert, inert_for=self.inert_for)
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
+        }
+        return dataclasses.replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a causal language model's forward."""
@@ -226,7 +228,8 @@ def pack_candidates(
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
-    check_features(features)
+    carried = signals_of(objective) if signals is None else signals
+    check_features(features, carried)
     sizes = torch.tensor([len(f["completion_ids"]) for f in features])
     sft_index = torch.tensor([int(f["sft_index"]) for f in features])
     rewards = None
@@ -266,14 +269,14 @@ def pack_candidates(
         inert_for=objective.encoded if inert.any() else "",
         **{
             name: pack_signal(name, features, lengths)
-            for name in (signals_of(objective) if signals is None else signals)
+            for name in carried
             if features[0].get(name) is not None
         },
     )
 
 
-def check_features(features: Sequence[CandidateFeature]) -> None:
-    """Whether these prompts can share a batch; ValueError, as `pack_candidates`, where they cannot."""
+def check_features(features: Sequence[CandidateFeature], signals: Sequence[str] = SIGNALS) -> None:
+    """Whether these prompts can share a batch with these signals; ValueError, as `pack_candidates`, if they cannot."""
     first = features[0]
     for feature in features:
         source = feature["source"]
@@ -294,7 +297,7 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
-        check_signals(feature, first)
+        check_signals(feature, first, signals)
 
 
 def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
