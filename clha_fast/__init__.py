@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Any
 from clha_fast.errors import BackendError
 from clha_fast.functional import linear_clha_loss, linear_loss, ranking_loss, token_logps
 from clha_fast.modules import CLHALoss, LinearLoss
-from clha_fast.objectives import Objective, PROOptions, SFTOptions
+from clha_fast.objectives import (
+    CoHOptions,
+    CPOOptions,
+    DPOOptions,
+    HingeOptions,
+    IPOOptions,
+    Objective,
+    ORPOOptions,
+    PolicyOptions,
+    PROOptions,
+    RRHFOptions,
+    SFTOptions,
+    SimPOOptions,
+)
 from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import HeadOptions
@@ -25,12 +38,21 @@ __all__ = [
     "CLHALoss",
     "CLHAMetrics",
     "CLHAOptions",
+    "CPOOptions",
+    "CoHOptions",
+    "DPOOptions",
     "HeadOptions",
+    "HingeOptions",
+    "IPOOptions",
     "LinearLoss",
+    "ORPOOptions",
     "Objective",
     "PROOptions",
+    "PolicyOptions",
+    "RRHFOptions",
     "RankingInputs",
     "SFTOptions",
+    "SimPOOptions",
     "__version__",
     "attach",
     "linear_clha_loss",

@@ -169,9 +169,9 @@ def linear_loss(
         given: whose tokens are whose, and what the objective reads: ``RankingInputs(candidate_lengths,
             candidates_per_prompt, rewards=rewards)``. On the CPU or on hidden's device; sizes are read on the host,
             except for CLHA's kernels on the backends "triton" and, with all sizes on a GPU, "workspace".
-        objective: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own or a function of a `Group` of
-            whole prompts that returns their loss; the last two are checked once to add up over prompts, and run
-            eagerly only.
+        objective: one of `clha_fast.objectives.OBJECTIVES` (``CLHAOptions()``, ``DPOOptions()``, ...), an `Objective`
+            of your own or a function of a `Group` of whole prompts that returns their loss; the last two are checked
+            once to add up over prompts, and run eagerly only.
         shard: as in `token_logps`; all processes of the group give the same `given`.
 
     Returns:

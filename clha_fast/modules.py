@@ -80,7 +80,7 @@ class LinearLoss(nn.Module):
     """`functional.linear_loss` with its settings bound; it has no parameters.
 
     Args:
-        objective: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own or a function of a `Group`.
+        objective: one of `clha_fast.objectives.OBJECTIVES`, an `Objective` of your own or a function of a `Group`.
         head: how log-probabilities come from hidden states.
         backend: "auto", "triton", "workspace", "torch" or "reference".
 

@@ -36,6 +36,18 @@ def is_number(value: Any) -> bool:
     return True
 
 
+def require_positive(**settings: Any) -> None:
+    """ValueError unless each is a positive finite number."""
+    for name, value in settings.items():
+        require(name, value, is_number(value) and 0 < value < math.inf, "a positive finite number")
+
+
+def require_not_negative(**settings: Any) -> None:
+    """ValueError unless each is a finite number of at least 0."""
+    for name, value in settings.items():
+        require(name, value, is_number(value) and 0 <= value < math.inf, "a finite number that is not negative")
+
+
 def is_integer(value: Any) -> bool:
     """Whether a setting can be an integer of 64 bits, Python's or numpy's."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63

@@ -47,8 +47,9 @@ class RankingInputs(NamedTuple):
         rewards: [C] floating, a reward model's scores.
         sft_index: [P] integers, position of each prompt's SFT target; None is 0, the best.
         pair_counts: [D] kept pairs at rank distance 1..D of the whole step. prompt_count, candidate_count, token_count,
-            target_token_count: [] prompts, candidates with a scored token, scored tokens, and those of the SFT targets.
-            Denominators: None counts this batch's own. Given, they make the loss independent of how a step is split.
+            target_token_count: [] prompts, candidates with a scored token (`PolicyOptions`: all of them), scored
+            tokens, and those of the SFT targets. Denominators: None counts this batch's own. Given, they make the loss
+            independent of how a step is split.
         reference_logps: [N] or [C] nats, of a frozen model. old_logps: [N] nats, of the model that sampled.
         advantages: [N] or [C]. token_weights: [N]. Where N == C, one number a token.
     """

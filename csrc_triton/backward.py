@@ -92,7 +92,7 @@ def logit_grad_kernel(
 ):
     """dlogits [chunk_tokens, chunk_words] = grad / peak * f'(z) / f'(0) * (softmax - onehot), in the input dtype.
 
-    Dividing by the call's largest |grad| (`peak`) keeps float16 from underflowing; the factor returns in float32.
+    Dividing by the power of two of the call's largest |grad| (`peak`) keeps float16 from underflowing, at no rounding.
     """
     tile_n, tile_v = tile_of(tl.program_id(0), chunk_tokens // BLOCK_N, chunk_words // BLOCK_V, GROUP)
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -51,8 +51,10 @@ class OptionError(ValueError):
 
 def unknown(name: str, where: str, known: Iterable[str]) -> OptionError:
     """The error for an option that there is not: what it is called here, or the nearest name."""
-    name = name.replace("-", "_")
+    name, known = name.replace("-", "_"), list(known)
     here = ELSEWHERE.get(name)
+    if here is not None and here.lstrip("-").partition(" ")[0].partition(".")[0].rstrip(",") not in known:
+        here = None  # another command's
     hint = nearest(name, known) if here is None else f"; here it is {here}"
     return OptionError(f"{where}: unknown option {name!r}{hint}")
 

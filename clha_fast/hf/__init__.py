@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clha_fast.batching.stream import RankedStream
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
     from clha_fast.training.config import CLHAConfig
+    from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
     from clha_fast.training.trainer import CLHATrainer
 
 _WHERE = {
@@ -23,6 +24,8 @@ _WHERE = {
     "RankedCollator": "clha_fast.batching.collator",
     "RankedDataset": "clha_fast.batching.collator",
     "RankedStream": "clha_fast.batching.stream",
+    "RewardConfig": "clha_fast.training.reward_trainer",
+    "RewardTrainer": "clha_fast.training.reward_trainer",
     "TokenBudgetSampler": "clha_fast.batching.sampling",
     "UnsupportedHeadError": "clha_fast.models.heads",
     "fused_head": "clha_fast.models.heads",
@@ -36,6 +39,8 @@ __all__ = [
     "RankedCollator",
     "RankedDataset",
     "RankedStream",
+    "RewardConfig",
+    "RewardTrainer",
     "TokenBudgetSampler",
     "UnsupportedHeadError",
     "fused_head",

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
-from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch, check_chains
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
@@ -34,7 +34,16 @@ from clha_fast.types import RankingInputs
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
-_OWN_FIELDS = {*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "inert_for", "labels", "num_items_in_batch"}
+_OWN_FIELDS = {
+    *MODEL_FIELDS,
+    *_LOSS_FIELDS,
+    "loss_scale",
+    "num_inert",
+    "inert_for",
+    "chains",
+    "labels",
+    "num_items_in_batch",
+}
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
 _STATE = "_clha_attached"
@@ -194,6 +203,8 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
+        if kwargs["candidates_per_prompt"].shape[0]:
+            check_chains(kwargs.get("chains", ""), self.options)
         check_dropped(kwargs, self.options)
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
@@ -291,9 +302,10 @@ def attach(
 
     A call with `candidate_lengths` among its keywords takes the fields of `CandidateBatch.as_dict()` and returns a
     `CLHAOutput`; further keywords go to the model. Every other call (generation, evaluation) is the model's own.
-    Optional keywords of such a call are `pair_counts`, `prompt_count` and `loss_scale`, see `Attached.counts`. A batch
-    without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others company.
-    Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
+    Optional keywords of such a call are what `Attached.counts` returns, and the signals that the objective reads
+    (`reference_logps`, `old_logps`, `advantages`, see `RankingInputs`) for the batch's scored tokens, or candidates. A
+    batch without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others
+    company. Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)
@@ -303,7 +315,7 @@ def attach(
         model: a causal language model of transformers, or a PeftModel around one. A head that is more than one weight
             (LoRA or DoRA on it, quantised) is computed by its own forward in chunks of tokens, see
             `models.own_forward`.
-        options: the loss: `CLHAOptions`, `PROOptions`, `SFTOptions`, an `Objective` of your own, or a function of a
+        options: the loss: one of `clha_fast.objectives.OBJECTIVES`, an `Objective` of your own, or a function of a
             `Group` of whole prompts.
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:

@@ -12,23 +12,57 @@ from torch import Tensor
 
 from clha_fast.objectives.base import Group, Objective, Plan, Terms, Totals
 from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.coh import CoHOptions
+from clha_fast.objectives.cpo import CPOOptions
+from clha_fast.objectives.dpo import DPOOptions
+from clha_fast.objectives.hinge import HingeOptions
+from clha_fast.objectives.ipo import IPOOptions
+from clha_fast.objectives.orpo import ORPOOptions
+from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.objectives.pro import PROOptions
+from clha_fast.objectives.rrhf import RRHFOptions
 from clha_fast.objectives.sft import SFTOptions
+from clha_fast.objectives.simpo import SimPOOptions
 
 __all__ = [
     "OBJECTIVES",
     "CLHAOptions",
+    "CPOOptions",
+    "CoHOptions",
+    "DPOOptions",
     "Group",
+    "HingeOptions",
+    "IPOOptions",
+    "ORPOOptions",
     "Objective",
     "PROOptions",
     "Plan",
+    "PolicyOptions",
+    "RRHFOptions",
     "SFTOptions",
+    "SimPOOptions",
     "Terms",
     "Totals",
     "as_objective",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (CLHAOptions, PROOptions, SFTOptions)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls
+    for cls in (
+        CLHAOptions,
+        PROOptions,
+        RRHFOptions,
+        DPOOptions,
+        SimPOOptions,
+        IPOOptions,
+        HingeOptions,
+        ORPOOptions,
+        CPOOptions,
+        SFTOptions,
+        CoHOptions,
+        PolicyOptions,
+    )
+}
 
 # Objectives that no string can carry; they live as long as the call that brought them.
 _LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> Non
     taken = set(objective.metric_names) & {*METRIC_NAMES, *as_logged()}
     if taken:
         raise ValueError(f"{named}: metric_names: expected names of its own, got {', '.join(sorted(taken))}")
+    if isinstance(objective.metric_names, Mapping):
+        unknown = set(objective.metric_names.values()) - set(METRIC_NAMES)
+        if unknown:
+            expected, got = "divisors of METRIC_NAMES", ", ".join(sorted(unknown))
+            raise ValueError(f"{named}: metric_names: expected {expected}, got {got}")
     missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps)))
     if missing:
         raise ValueError(f"{named}: report: expected the sums {', '.join(sorted(missing))}, got none")

@@ -121,17 +121,38 @@ class Group:
         return self.plan.rewards[self.candidates].to(torch.float64)
 
     def per_token(self, name: str) -> Tensor:
-        """A signal of `RankingInputs` for each token [n]; one given a candidate is repeated."""
+        """A signal of `RankingInputs` for each token [n], 0 where that is not scored; one a candidate is repeated.
+
+        Raises:
+            ValueError: it is not there, or `reference_logps` are sums of candidates, of which no token has a part.
+        """
+        values, a_candidate = self._signal(name)
+        if a_candidate and name == "reference_logps":
+            raise ValueError(
+                "reference_logps: expected one number a token, [N], which the objective compares with the token's own, "
+                f"got one a candidate, [C = {self.plan.layout.num_candidates}]"
+            )
+        return torch.where(self.scored, values[self.owner] if a_candidate else values, 0.0)
+
+    def per_candidate(self, name: str) -> Tensor:
+        """A signal for each candidate [candidates], 0 where absent; one a token is summed over the scored tokens."""
+        values, a_candidate = self._signal(name)
+        if a_candidate:
+            return torch.where(self.present, values, 0.0)
+        return _segment_sums(torch.where(self.scored, values, 0.0), self.owner, len(self.lengths))
+
+    def _signal(self, name: str) -> tuple[Tensor, bool]:
+        """A signal of this group in float64, and whether it is one number a candidate."""
         given: Tensor | None = getattr(self.plan.given, name)
         if given is None:
             raise ValueError(
                 f"{name}: expected values, which the objective reads, got None (an Objective lists what it may read in "
                 "`reads`, and what it must have in `needs`)"
             )
+        layout = self.plan.layout
+        a_candidate = given.shape[0] == layout.num_candidates != layout.owner.shape[0]
         values = given.to(self.logps.device, torch.float64)
-        if values.shape[0] == self.plan.layout.num_candidates != self.plan.layout.owner.shape[0]:
-            return values[self.candidates][self.owner]
-        return values[self.tokens]
+        return values[self.candidates if a_candidate else self.tokens], a_candidate
 
     @property
     def i(self) -> Tensor:
@@ -147,6 +168,11 @@ class Group:
     def kept(self) -> Tensor:
         """bool [pairs], those that count."""
         return self.plan.kept[self.pairs]
+
+    @property
+    def order(self) -> Tensor:
+        """int64 [pairs], what the rewards say of each: 1 for i above j, -1 for j above i, 0; all 1 without rewards."""
+        return self.plan.pairs.order[self.pairs]
 
     @property
     def target(self) -> Tensor:
@@ -189,13 +215,14 @@ class Objective(Settings):
         name: in tables, messages and on the command line.
         reads: fields of `SIGNALS` that `terms` may read; one that is given and not read is refused.
         divides_by: fields of `COUNTS` that the loss divides by: what a step that is split must be given.
-        metric_names: sums that `report` gives beside the common ones; logged as means over prompts.
+        metric_names: sums that `report` gives beside the common ones; logged as means over prompts, or over what a
+            mapping says: ``{"ratio": "scored_tokens"}`` divides by that entry of `metrics.METRIC_NAMES`.
     """
 
     name: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
     divides_by: ClassVar[tuple[str, ...]] = ("prompt_count",)
-    metric_names: ClassVar[tuple[str, ...]] = ()
+    metric_names: ClassVar[tuple[str, ...] | Mapping[str, str]] = ()
 
     def __post_init__(self) -> None:
         require("name", self.name, bool(self.name), "a class attribute that names the objective")
@@ -238,6 +265,10 @@ class Objective(Settings):
         """bool [P] of the targets' rewards [P], or True: whose log-probability SFT raises."""
         return True
 
+    def count_candidates(self, layout: Layout) -> Tensor:
+        """Scalar, the candidates of a batch that a mean over candidates divides by: those with a scored token."""
+        return (layout.lengths > 0).sum()
+
     def plan(self, layout: Layout, given: RankingInputs, dtype: torch.dtype) -> Plan:
         """What data decide; rewards are compared in `dtype`, as the reference compares them."""
         rewards = None if given.rewards is None else given.rewards.to(device=layout.device, dtype=dtype)
@@ -246,7 +277,7 @@ class Objective(Settings):
         gate = (layout.lengths[target] > 0) & self.gates(None if rewards is None else rewards[target])
         counted = (
             torch.tensor(float(layout.num_prompts), dtype=torch.float64, device=layout.device),
-            (layout.lengths > 0).sum(),
+            self.count_candidates(layout),
             layout.lengths.sum(),
             layout.lengths[target].sum(),
         )
@@ -286,6 +317,11 @@ class Objective(Settings):
     def report(self, group: Group) -> Mapping[str, Tensor]:
         """The sums called `metric_names`, without a graph."""
         return {}
+
+    @property
+    def markers(self) -> tuple[str, str] | None:
+        """Texts before good and bad answers, of an objective that trains on chains (`data.chains`), not on answers."""
+        return None
 
     @property
     def ranks(self) -> bool:

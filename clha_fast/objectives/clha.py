@@ -18,7 +18,7 @@ from torch import Tensor
 from clha_fast.layout import Layout, accumulate
 from clha_fast.objectives.base import Group, Objective, Plan, Terms
 from clha_fast.objectives.pairs import Pairs
-from clha_fast.options import is_number, require
+from clha_fast.options import is_number, require, require_not_negative
 from clha_fast.types import RankingInputs
 
 NoiseRule = Literal["abs", "signed", "none"]
@@ -60,10 +60,8 @@ class CLHAOptions(Objective):
     divides_by: ClassVar[tuple[str, ...]] = ("pair_counts", "prompt_count")
 
     def __post_init__(self) -> None:
-        for name in ("margin", "reward_margin", "rank_weight", "sft_weight"):
-            value = getattr(self, name)
-            ok = is_number(value) and 0 <= value < math.inf
-            require(name, value, ok, "a finite number that is not negative")
+        numbers = ("margin", "reward_margin", "rank_weight", "sft_weight")
+        require_not_negative(**{name: getattr(self, name) for name in numbers})
         floor = self.reward_floor
         require("reward_floor", floor, is_number(floor) and not math.isnan(floor), "a number or -inf")
         for name, allowed in _CHOICES.items():

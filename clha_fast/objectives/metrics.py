@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,18 +89,21 @@ class CLHAMetrics:
 
     Attributes:
         values: float32 [19 or more], sums in the order of `METRIC_NAMES`, then of `names`, the objective's own.
+        names: of each of these, the entry of `METRIC_NAMES` by which it is divided when logged.
         scores: [C] length-normalised log-probability s_i of every candidate (Eq. 3); 0 for one without tokens.
     """
 
-    def __init__(self, values: Tensor, scores: Tensor, calls: int = 1, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, values: Tensor, scores: Tensor, calls: int = 1, names: Sequence[str] | Mapping[str, str] = ()
+    ) -> None:
         self.values = values
         self.scores = scores
-        self.names = tuple(names)
+        self.names = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "prompts")
         self._calls = calls
 
     def sum_of(self, name: str) -> Tensor:
         """The raw sum called `name` in `METRIC_NAMES` or by the objective, a scalar tensor."""
-        return self.values[_INDEX[name] if name in _INDEX else len(METRIC_NAMES) + self.names.index(name)]
+        return self.values[_INDEX[name] if name in _INDEX else len(METRIC_NAMES) + list(self.names).index(name)]
 
     def _per_kept_pair(self, name: str) -> Tensor:
         return self.sum_of(name) / self.sum_of("kept_pairs")
@@ -194,7 +197,7 @@ class CLHAMetrics:
             "open_gate_share": ratio(sums["open_gates"], sums["prompts"]),
             "kendall_tau": ratio(sums["concordant_pairs"] - sums["discordant_pairs"], sums["ordered_pairs"]),
             "num_tokens": sums["scored_tokens"],
-            **{name: ratio(sums[name], sums["prompts"]) for name in self.names},
+            **{name: ratio(sums[name], sums[count]) for name, count in self.names.items()},
             **(routed if blocks else {}),
         }
 
@@ -202,14 +205,17 @@ class CLHAMetrics:
         return f"CLHAMetrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
 
 
-def _flatten(metrics: CLHAMetrics) -> tuple[list[Tensor], tuple[int, tuple[str, ...]]]:
-    return [metrics.values, metrics.scores], (metrics._calls, metrics.names)
+_Context = tuple[int, tuple[tuple[str, str], ...]]
 
 
-def _unflatten(tensors: Iterable[Any], context: tuple[int, tuple[str, ...]]) -> CLHAMetrics:
+def _flatten(metrics: CLHAMetrics) -> tuple[list[Tensor], _Context]:
+    return [metrics.values, metrics.scores], (metrics._calls, tuple(metrics.names.items()))
+
+
+def _unflatten(tensors: Iterable[Any], context: _Context) -> CLHAMetrics:
     values, scores = tensors
     calls, names = context
-    return CLHAMetrics(values, scores, calls, names)
+    return CLHAMetrics(values, scores, calls, dict(names))
 
 
 # What torch.export and torch.func take a result apart with.
@@ -219,5 +225,5 @@ pytree.register_pytree_node(
     _unflatten,
     serialized_type_name="clha_fast.CLHAMetrics",
     to_dumpable_context=lambda context: [context[0], list(context[1])],
-    from_dumpable_context=lambda context: (context[0], tuple(context[1])),
+    from_dumpable_context=lambda context: (context[0], tuple((name, count) for name, count in context[1])),
 )

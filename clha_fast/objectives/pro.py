@@ -18,7 +18,8 @@ from torch import Tensor
 
 from clha_fast.layout import Layout
 from clha_fast.objectives.base import Group, Objective, Terms
-from clha_fast.options import is_number, require
+from clha_fast.objectives.listwise import later, plackett_luce
+from clha_fast.options import require, require_not_negative
 
 PROForm = Literal["paper", "published"]
 
@@ -42,9 +43,7 @@ class PROOptions(Objective):
 
     def __post_init__(self) -> None:
         require("form", self.form, self.form in ("paper", "published"), "one of paper, published")
-        weight = self.sft_weight
-        ok = is_number(weight) and 0 <= weight < math.inf
-        require("sft_weight", weight, ok, "a finite number that is not negative")
+        require_not_negative(sft_weight=self.sft_weight)
         super().__post_init__()
 
     @property
@@ -52,31 +51,22 @@ class PROOptions(Objective):
         return ("rewards",) if self.form == "published" else ()
 
     def terms(self, group: Group) -> Terms:
-        each = self._published(group) if self.form == "published" else self._paper(group)
+        each = self._published(group) if self.form == "published" else plackett_luce(group, group.scores)
         # Selected, not multiplied: what has no weight stays out even when it is NaN.
         weight = self.sft_weight * (group.sizes - 1) ** 2
         nll = torch.where(weight > 0, -group.of_targets(group.sums), 0.0) * weight
         return Terms(each.sum() / group.totals.prompts, nll.sum() / group.totals.prompts)
 
-    def _paper(self, group: Group) -> Tensor:
-        """[prompts, most], the L_k; the last one of a prompt is log(exp s / exp s) = 0."""
-        later = _later(group)
-        ranked = later.any(2)
-        s = group.rectangle(group.scores, 0.0)
-        own = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
-        entries = torch.where(later | own, s[:, None, :], -math.inf)
-        return torch.where(ranked, torch.where(ranked[:, :, None], entries, 0.0).logsumexp(2) - s, 0.0)
-
     def _published(self, group: Group) -> Tensor:
         """[prompts, most], the L_k; none for the last of a prompt."""
-        later = _later(group)
-        ranked = later.any(2)
+        below = later(group)
+        ranked = below.any(2)
         s, r = group.rectangle(group.scores, 0.0), group.rectangle(group.rewards, 0.0)
         gap = r[:, :, None] - r[:, None, :]
-        largest = torch.where(later, gap, -math.inf).amax(2)
+        largest = torch.where(below, gap, -math.inf).amax(2)
         own = torch.where(ranked, s * torch.where(ranked, largest, 0.0), 0.0)
         # Exponentials of rewards out of order overflow; inside one logsumexp they do not.
-        others = torch.where(later, s[:, None, :] * gap, -math.inf)
+        others = torch.where(below, s[:, None, :] * gap, -math.inf)
         total = torch.cat([s.new_full((*s.shape, 1), _FLOOR), own[:, :, None], others], 2).logsumexp(2)
         return torch.where(ranked, total - own, 0.0)
 
@@ -92,11 +82,3 @@ class PROOptions(Objective):
 
     def silence_hint(self, several: bool) -> str:
         return "every prompt has one response, which has no pair and the SFT factor (1 - 1)^2 = 0; SFTOptions trains it"
-
-
-def _later(group: Group) -> Tensor:
-    """bool [prompts, k, i]: both candidates have a token, and i is ranked below k."""
-    here = group.rectangle(torch.ones_like(group.lengths), 0.0) > 0
-    most = here.shape[1]
-    below = torch.ones(most, most, dtype=torch.bool, device=here.device).triu(1)
-    return below & here[:, :, None] & here[:, None, :]

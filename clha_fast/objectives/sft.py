@@ -18,6 +18,15 @@ from clha_fast.objectives.base import Group, Objective, Terms
 from clha_fast.options import require
 
 SFTMean = Literal["prompt_mean", "token_mean"]
+SFT_MEANS = ("prompt_mean", "token_mean")
+
+
+def target_nll(group: Group, form: SFTMean) -> Tensor:
+    """The loss above, a scalar, for objectives with such an SFT term; `divides_by` of theirs is SFT's."""
+    if form == "prompt_mean":
+        return -group.of_targets(group.scores).sum() / group.totals.prompts
+    # No target anywhere has a token where they have none in all: 0, not 0 / 0.
+    return -group.of_targets(group.sums).sum() / group.totals.target_tokens.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,11 @@ class SFTOptions(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("target_nll",)
 
     def __post_init__(self) -> None:
-        require("form", self.form, self.form in ("prompt_mean", "token_mean"), "one of prompt_mean, token_mean")
+        require("form", self.form, self.form in SFT_MEANS, f"one of {', '.join(SFT_MEANS)}")
         super().__post_init__()
 
     def terms(self, group: Group) -> Terms:
-        if self.form == "prompt_mean":
-            sft = -group.of_targets(group.scores).sum() / group.totals.prompts
-        else:
-            # No target anywhere has a token where they have none in all: 0, not 0 / 0.
-            sft = -group.of_targets(group.sums).sum() / group.totals.target_tokens.clamp(min=1)
+        sft = target_nll(group, self.form)
         return Terms(torch.zeros_like(sft), sft)
 
     def active(self, group: Group) -> Tensor:

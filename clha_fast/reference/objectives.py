@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.objectives import CLHAOptions, PROOptions, SFTOptions
+from clha_fast.objectives import CLHAOptions, CoHOptions, PROOptions, SFTOptions
 from clha_fast.options import HeadOptions
+from clha_fast.reference import parts, policy, preference
 from clha_fast.types import RankingInputs
 
 
@@ -46,7 +47,7 @@ def clha_loss(
     sums = zero.index_add(0, owner, logps)
     scores = torch.where(lengths > 0, sums / lengths.clamp(min=1), zero)
 
-    i, j = _pairs(sizes, device)
+    i, j = parts.pairs(sizes, device)
     starts = [sum(sizes[:p]) for p in range(num_prompts)]
     distance = j - i
     # Converted first: an integer tensor times a Python float is float32, whatever the dtype of the scores.
@@ -95,61 +96,8 @@ def clha_loss(
     nll = torch.where(gate & (options.sft_weight * factor > 0), -value, torch.zeros_like(value))
     sft_loss = options.sft_weight * (factor * nll).sum() / prompts
 
-    metrics = _metrics(rank_loss, sft_loss, scores, lengths, sizes, reward, kept, gap > 0, gate)
+    metrics = parts.metrics(rank_loss, sft_loss, scores, lengths, sizes, reward, kept, gap > 0, gate)
     return rank_loss + sft_loss, metrics, scores
-
-
-def _metrics(
-    rank_loss: Tensor,
-    sft_loss: Tensor,
-    scores: Tensor,
-    lengths: Tensor,
-    sizes: list[int],
-    reward: Tensor | None,
-    kept: Tensor,
-    active: Tensor,
-    gate: Tensor,
-    own: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """The sums called `metrics.METRIC_NAMES`, then the objective's own, float32; kept and active are of all pairs."""
-    with torch.no_grad():
-        i, j = _pairs(sizes, scores.device)
-        lead = scores[i] - scores[j]
-        order = torch.ones_like(lead) if reward is None else torch.sign(reward[i] - reward[j])
-        ordered = (lengths[i] > 0) & (lengths[j] > 0) & (order != 0)
-        agreement = (order * lead)[ordered]
-        sums = [
-            rank_loss,
-            sft_loss,
-            kept.sum(),
-            kept.numel(),
-            (lead[kept] > 0).sum(),
-            lead[kept].sum(),
-            scores[i][kept].sum(),
-            scores[j][kept].sum(),
-            active[kept].sum(),
-            ordered.sum(),
-            (agreement > 0).sum(),
-            (agreement < 0).sum(),
-            gate.sum(),
-            len(sizes),
-            lengths.sum(),
-            (lengths > 0).sum(),
-            *(0, 0, 0),  # every gradient is whole here
-            *own,
-        ]
-        return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=scores.device) for value in sums])
-
-
-def _pairs(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every pair i < j of a prompt, i the better one."""
-    pairs: list[tuple[int, int]] = []
-    start = 0
-    for size in sizes:
-        pairs += [(start + i, start + j) for i in range(size) for j in range(i + 1, size)]
-        start += size
-    i, j = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
-    return i, j
 
 
 def pro_loss(
@@ -161,10 +109,10 @@ def pro_loss(
     and T_k = max_i T_ki, log(1e-10 + exp(s_k T_k) + sum_{i>k} exp(s_i T_ki)) - s_k T_k. And the target's -S_t times
     sft_weight * (n - 1)^2. Candidates without a scored token take no part.
     """
-    sizes, lengths, sums, scores, reward = _candidates(logps, targets, given, head)
+    sizes, lengths, sums, scores, reward = parts.candidates(logps, targets, given, head)
     rank_loss, sft_loss = logps[:0].sum(), logps[:0].sum()  # with a graph, whatever the values
     gate, best_first, start = [], 0, 0
-    for size, target in zip(sizes, _targets(sizes, given), strict=True):
+    for size, target in zip(sizes, parts.targets(sizes, given), strict=True):
         here = [c for c in range(start, start + size) if lengths[c] > 0]
         for place, k in enumerate(here[:-1]):
             later = here[place + 1 :]
@@ -183,55 +131,44 @@ def pro_loss(
         first = bool(here) and here[0] == start and bool(scores[start] == scores[here].max())
         best_first += first or size == 1
         start += size
-    prompts = _count(given.prompt_count, len(sizes), logps)
+    prompts = parts.count(given.prompt_count, len(sizes), logps)
     rank_loss, sft_loss = rank_loss / prompts, sft_loss / prompts
-    i, j = _pairs(sizes, logps.device)
+    i, j = parts.pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0)
     own_sums = (torch.tensor(float(best_first), dtype=torch.float32),)
     everything = (rank_loss, sft_loss, scores, lengths, sizes, reward, kept, kept, torch.tensor(gate), own_sums)
-    return rank_loss + sft_loss, _metrics(*everything), scores
+    return rank_loss + sft_loss, parts.metrics(*everything), scores
 
 
 def sft_loss(
     logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, options: SFTOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SFT on token log-probabilities: the mean over prompts of -S_t / |y_t|, or over the targets' tokens of -S_t."""
-    sizes, lengths, sums, scores, reward = _candidates(logps, targets, given, head)
-    chosen = [t for t in _targets(sizes, given) if lengths[t] > 0]
-    nll = -scores[chosen].sum()
-    if options.form == "prompt_mean":
-        loss = nll / _count(given.prompt_count, len(sizes), logps)
-    else:
-        loss = -sums[chosen].sum() / _count(given.target_token_count, max(1.0, float(lengths[chosen].sum())), logps)
-    i, j = _pairs(sizes, logps.device)
+    sizes, lengths, sums, scores, reward = parts.candidates(logps, targets, given, head)
+    chosen = parts.targets(sizes, given)
+    loss, gate = parts.target_nll(options.form, chosen, lengths, sums, scores, given)
+    nll = -scores[chosen][gate].sum().detach()
+    i, j = parts.pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0)
-    gate = torch.zeros(len(sizes), dtype=torch.bool)
-    gate[: len(chosen)] = True
     none = torch.zeros_like(kept)
-    metrics = _metrics(loss.new_zeros(()), loss, scores, lengths, sizes, reward, kept, none, gate, (nll.detach(),))
+    metrics = parts.metrics(loss.new_zeros(()), loss, scores, lengths, sizes, reward, kept, none, gate, (nll,))
     return loss, metrics, scores
 
 
-def _candidates(
-    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions
-) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor | None]:
-    """(n_p, |y_i|, S_i, s_i, rewards) of packed tokens."""
-    spans: list[int] = given.candidate_lengths.tolist()
-    parts = zip(logps.split(spans), (targets != head.ignore_index).split(spans), strict=True)
-    lengths, sums = zip(*((scored.sum().to(logps.dtype), part[scored].sum()) for part, scored in parts), strict=True)
-    length, total = torch.stack(lengths), torch.stack(sums)
-    reward = None if given.rewards is None else given.rewards.to(device=logps.device, dtype=logps.dtype)
-    return given.candidates_per_prompt.tolist(), length, total, total / length.clamp(min=1), reward
-
-
-def _targets(sizes: list[int], given: RankingInputs) -> list[int]:
-    """The candidate that is each prompt's SFT target."""
-    places = [0] * len(sizes) if given.sft_index is None else given.sft_index.tolist()
-    return [sum(sizes[:p]) + place for p, place in enumerate(places)]
-
-
-def _count(given: Tensor | None, own: float, like: Tensor) -> Tensor:
-    return torch.tensor(float(own), dtype=like.dtype, device=like.device) if given is None else given.to(like)
+def coh_loss(
+    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, options: CoHOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chain of Hindsight on token log-probabilities: minus their sum over all chains, by the number of tokens."""
+    sizes, lengths, sums, scores, _ = parts.candidates(logps, targets, given, head)
+    present = lengths > 0
+    loss = -sums[present].sum() / parts.count(given.token_count, max(1.0, float(lengths.sum())), logps)
+    good_nll = -sum(scores[sum(sizes[:p])].detach() for p in range(len(sizes)))
+    i, _ = parts.pairs(sizes, logps.device)
+    none = torch.zeros_like(i, dtype=torch.bool)
+    closed = torch.zeros(len(sizes), dtype=torch.bool)
+    # Rewards all equal: no pair of chains has an order.
+    everything = (loss.new_zeros(()), loss, scores, lengths, sizes, torch.zeros_like(scores), none, none, closed)
+    return loss, parts.metrics(*everything, (torch.as_tensor(good_nll),)), scores
 
 
 def loss(
@@ -248,4 +185,17 @@ def _clha(
 
 
 # Every objective of `objectives.OBJECTIVES` by its name.
-LOSSES: dict[str, Any] = {"clha": _clha, "pro": pro_loss, "sft": sft_loss}
+LOSSES: dict[str, Any] = {
+    "clha": _clha,
+    "pro": pro_loss,
+    "rrhf": preference.rrhf_loss,
+    "dpo": preference.dpo_loss,
+    "simpo": preference.simpo_loss,
+    "ipo": preference.ipo_loss,
+    "hinge": preference.hinge_loss,
+    "orpo": preference.orpo_loss,
+    "cpo": preference.cpo_loss,
+    "sft": sft_loss,
+    "coh": coh_loss,
+    "policy": policy.policy_loss,
+}

@@ -351,7 +351,7 @@ def prepare(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: in
         tokenizer.model_max_length = length
     config: Any = reward_model.model.config
     text = config.get_text_config()
-    pad = getattr(text, "pad_token_id", None)
+    pad: Any = getattr(text, "pad_token_id", None)
     if pad not in tokenizer.all_special_ids:
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # `Trainer` would take the tokenizer's over into the configuration, in the middle of training.

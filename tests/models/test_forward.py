@@ -10,12 +10,30 @@ import torch
 from torch import Tensor, nn
 
 import clha_fast
-from clha_fast import CLHAOptions, HeadOptions, Objective, PROOptions, RankingInputs, SFTOptions, reference
+from clha_fast import (
+    CLHAOptions,
+    CoHOptions,
+    CPOOptions,
+    DPOOptions,
+    HeadOptions,
+    HingeOptions,
+    IPOOptions,
+    Objective,
+    ORPOOptions,
+    PolicyOptions,
+    PROOptions,
+    RankingInputs,
+    RRHFOptions,
+    SFTOptions,
+    SimPOOptions,
+    reference,
+)
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import UnsupportedHeadError
 from clha_fast.objectives import Group
+from tests.support.helpers import random_signals
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 from tests.support.trainers import trainer
 
@@ -26,6 +44,16 @@ OBJECTIVES = [
     PROOptions(form="paper"),
     SFTOptions(),
     SFTOptions(form="token_mean"),
+    RRHFOptions(),
+    DPOOptions(),
+    SimPOOptions(),
+    IPOOptions(),
+    HingeOptions(),
+    ORPOOptions(),
+    CPOOptions(),
+    PolicyOptions(reduction="sequence_mean"),
+    PolicyOptions(advantages="given", kl_weight=0.1),
+    CoHOptions(),
 ]
 every_objective = pytest.mark.parametrize(
     "objective", OBJECTIVES, ids=[f"{o.name}-{n}" for n, o in enumerate(OBJECTIVES)]
@@ -36,10 +64,11 @@ def collate(rows: list[dict[str, Any]], objective: Objective) -> CandidateBatch:
     return CandidateBatch.from_dict(RankedCollator(TOKENIZER, objective)(rows))
 
 
-def eager(model: nn.Module, batch: CandidateBatch, objective: Objective) -> Tensor:
+def eager(model: nn.Module, batch: CandidateBatch, objective: Objective, **signals: Tensor) -> Tensor:
     logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.row_index]
     logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     given = RankingInputs(batch.candidate_lengths, batch.candidates_per_prompt, batch.rewards, batch.sft_index)
+    given = given._replace(**signals)
     return reference.loss(logps, batch.targets, given, HeadOptions(), objective)[0]
 
 
@@ -50,10 +79,11 @@ def gradients(model: nn.Module, loss: Tensor) -> Tensor:
 @every_objective
 def test_an_attached_model_has_the_eager_loss(objective: Objective) -> None:
     model, batch = make_model(len(TOKENIZER)).train(), collate(make_rows(4, seed=2), objective)
-    wanted = eager(model, batch, objective)
+    signals = random_signals(objective, len(batch.targets))
+    wanted = eager(model, batch, objective, **signals)
     expected = gradients(model, wanted)
     clha_fast.attach(model, objective)
-    output = model(**batch.as_dict())
+    output = model(**batch.as_dict(), **signals)
     assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     found = gradients(model, output.loss)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -63,13 +93,19 @@ def test_an_attached_model_has_the_eager_loss(objective: Objective) -> None:
 @every_objective
 def test_counts_make_the_split_invisible(objective: Objective) -> None:
     model, rows = make_model(len(TOKENIZER)).train(), make_rows(5, seed=7)
-    wanted = eager(model, collate(rows, objective), objective)
+    parts = [collate(rows[:1], objective), collate(rows[1:4], objective), collate(rows[4:], objective)]
+    tokens = [len(part.targets) for part in parts]
+    signals = random_signals(objective, sum(tokens))
+    wanted = eager(model, collate(rows, objective), objective, **signals)
     expected = gradients(model, wanted)
     attached = clha_fast.attach(model, objective)
-    parts = [collate(rows[:1], objective), collate(rows[1:4], objective), collate(rows[4:], objective)]
     counts = attached.counts([*parts, empty_batch()])
     assert counts.keys() == {*objective.divides_by, "loss_scale"}
-    total = sum(model(**part.as_dict(), **counts).loss for part in [*parts, empty_batch()]) / 4
+    losses = [model(**empty_batch().as_dict(), **counts).loss]
+    for number, part in enumerate(parts):
+        own = {name: value.split(tokens)[number] for name, value in signals.items()}
+        losses.append(model(**part.as_dict(), **own, **counts).loss)
+    total = torch.stack(losses).sum() / 4
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
     found = gradients(model, total)
     assert (found - expected).norm() <= 1e-5 * expected.norm()

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from clha_fast import (
     CLHAOptions,
+    CoHOptions,
+    CPOOptions,
+    DPOOptions,
     HeadOptions,
+    HingeOptions,
+    IPOOptions,
     Objective,
+    ORPOOptions,
+    PolicyOptions,
     PROOptions,
     RankingInputs,
+    RRHFOptions,
     SFTOptions,
+    SimPOOptions,
     linear_loss,
     ranking_loss,
     reference,
@@ -29,8 +38,9 @@ from clha_fast.objectives import OBJECTIVES, Group, decode, encode
 from clha_fast.objectives.additive import compare
 from clha_fast.objectives.metrics import metric_names
 from clha_fast.objectives.ranked import RankedBatch, slopes
-from clha_fast.types import COUNTS
-from tests.support.helpers import IGNORE, make_case
+from clha_fast.types import COUNTS, SIGNALS
+from tests.support.helpers import IGNORE, make_case, random_signals
+from tests.support.value_gpu import OnGPU, ValueGPU
 
 ROWS: list[Objective] = [
     CLHAOptions(),
@@ -39,8 +49,24 @@ ROWS: list[Objective] = [
     CLHAOptions(noise_rule="signed", reduction="pair_mean", margin=0.5, reward_margin=1.0, rank_weight=0.3),
     PROOptions(form="paper"),
     PROOptions(form="published", sft_weight=0.2),
+    RRHFOptions(),
+    RRHFOptions(weight=0.3, length_penalty=0.5, sft="sum"),
+    DPOOptions(),
+    DPOOptions(beta=0.7, form="pairs"),
+    SimPOOptions(),
+    IPOOptions(beta=0.5),
+    HingeOptions(),
+    HingeOptions(beta=0.4, reference_free=True),
+    ORPOOptions(),
+    ORPOOptions(beta=2.0, sft="token_mean"),
+    CPOOptions(),
+    CPOOptions(alpha=0.0),
+    PolicyOptions(reduction="sequence_mean"),
+    PolicyOptions(clip_high=0.28, kl_weight=0.1),
+    PolicyOptions(advantages="given", reduction="sequence_mean", kl_weight=0.04),
     SFTOptions(form="prompt_mean"),
     SFTOptions(form="token_mean"),
+    CoHOptions(),
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
@@ -48,8 +74,10 @@ every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
 SHAPES = [([3, 5, 0, 4, 7, 2, 6, 1, 9, 3], [3, 1, 4, 2]), ([2, 3], [2]), ([4], [1]), ([0, 0, 5, 2], [2, 2])]
 
 
-def batch(shape: tuple[list[int], list[int]], seed: int = 0, **given: Any) -> tuple[Tensor, Tensor, RankingInputs]:
-    """(logps [N], targets [N], inputs) in float64, some tokens ignored, rewards in no order."""
+def batch(
+    objective: Objective, shape: tuple[list[int], list[int]], seed: int = 0, **given: Any
+) -> tuple[Tensor, Tensor, RankingInputs]:
+    """(logps [N], targets [N], inputs) in float64, some tokens ignored, rewards in no order, all that it reads."""
     draw = torch.Generator().manual_seed(seed)
     lengths, sizes = shape
     logps = -3 * torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.01
@@ -58,9 +86,16 @@ def batch(shape: tuple[list[int], list[int]], seed: int = 0, **given: Any) -> tu
     fields = {
         "rewards": 4 * torch.randn(len(lengths), generator=draw),
         "sft_index": torch.tensor([int(torch.randint(size, (), generator=draw)) for size in sizes]),
+        **random_signals(objective, len(logps), seed),
         **given,
     }
     return logps, targets, RankingInputs(torch.tensor(lengths), torch.tensor(sizes), **fields)
+
+
+def of_tokens(given: RankingInputs, tokens: Any) -> dict[str, Tensor | None]:
+    """The signals of some tokens."""
+    values = ((name, getattr(given, name)) for name in SIGNALS)
+    return {name: None if value is None else value[tokens] for name, value in values}
 
 
 def exact(objective: Objective, logps: Tensor, targets: Tensor, given: RankingInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +119,7 @@ def test_every_objective_of_the_table_is_tested_and_has_a_reference():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_loss_slopes_and_metrics_are_the_references(objective, shape, seed):
-    logps, targets, given = batch(shape, seed)
+    logps, targets, given = batch(objective, shape, seed)
     loss, slope, metrics = exact(objective, logps, targets, given)
     work = ranked(objective, targets, given)
     found = work.rank(0, len(shape[1]), logps)
@@ -98,7 +133,7 @@ def test_loss_slopes_and_metrics_are_the_references(objective, shape, seed):
 @every_row
 def test_a_closed_form_is_autograds(objective):
     """Where an objective writes its slopes down, autograd on its own terms says the same."""
-    logps, targets, given = batch(SHAPES[0], 3)
+    logps, targets, given = batch(objective, SHAPES[0], 3)
     work = ranked(objective, targets, given)
     group = Group(work.plan, 1, 4, logps[slice(*work.layout.span(1, 4))])
     by_autograd = dataclasses.make_dataclass(
@@ -116,12 +151,14 @@ def test_it_adds_up(objective):
 @every_row
 def test_chunks_and_processes_make_no_difference(objective):
     """Two halves of a step with the step's counts, as two processes would compute them."""
-    logps, targets, whole = batch(SHAPES[0], 4)
+    logps, targets, whole = batch(objective, SHAPES[0], 4)
     loss, slope, _ = exact(objective, logps, targets, whole)
     parts = [(slice(0, 4), slice(0, 2), slice(0, 12)), (slice(4, 10), slice(2, 4), slice(12, 40))]
     halves = [
-        RankingInputs(whole.candidate_lengths[c], whole.candidates_per_prompt[p], whole.rewards[c], whole.sft_index[p])
-        for c, p, _ in parts
+        RankingInputs(
+            whole.candidate_lengths[c], whole.candidates_per_prompt[p], whole.rewards[c], whole.sft_index[p]
+        )._replace(**of_tokens(whole, t))
+        for c, p, t in parts
     ]
     counts: dict[str, Tensor] = {}
     for half, (_, _, t) in zip(halves, parts, strict=True):
@@ -142,14 +179,14 @@ def test_chunks_and_processes_make_no_difference(objective):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inert_candidates_have_no_slope(objective, shape):
     """Whatever the log-probabilities; and dropped, they leave loss and slopes as they were."""
-    logps, targets, given = batch(shape, 5)
+    logps, targets, given = batch(objective, shape, 5)
     whole = Layout.whole(given.candidates_per_prompt)
     inert = objective.inert(whole, given.rewards, given.sft_index)
     owner = torch.repeat_interleave(torch.arange(len(inert)), given.candidate_lengths)
     loss, slope, _ = exact(objective, logps, targets, given)
     assert (slope[inert[owner]] == 0).all()
     kept = ~inert[owner]
-    less = given._replace(candidate_lengths=given.candidate_lengths.masked_fill(inert, 0))
+    less = given._replace(candidate_lengths=given.candidate_lengths.masked_fill(inert, 0), **of_tokens(given, kept))
     other, other_slope, _ = exact(objective, logps[kept], targets[kept], less)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(other_slope, slope[kept], rtol=1e-12, atol=1e-13)
@@ -161,7 +198,7 @@ def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
     for lengths, sizes in (([0, 0], [2]), ([1, 2], [2]), ([0, 3, 0], [1, 2])):
         inputs = RankingInputs(
             torch.tensor(lengths), torch.tensor(sizes), torch.tensor([5.0, 1.0, 0.0])[: len(lengths)]
-        )
+        )._replace(**random_signals(objective, sum(lengths)))
         logps = torch.zeros(sum(lengths), dtype=torch.float64, requires_grad=True)
         loss, _ = ranking_loss(logps, inputs, objective, scored=torch.zeros(len(logps), dtype=torch.bool))
         assert float(loss.detach()) == 0
@@ -175,12 +212,13 @@ def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
 def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, workspace_bytes):
     case = make_case(*SHAPES[0], rows=25, rewards=True, sft_index=True, ignored=0.1, dtype=torch.float32, bias=True)
     upstream = torch.tensor(0.37)
+    given = case.ranking._replace(**random_signals(objective, len(case.targets)))
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         here = case.to(dtype)
         leaves = here.leaves()
         loss, metrics = linear_loss(
-            *(here.hidden, here.weight, here.targets, here.ranking, objective),
+            *(here.hidden, here.weight, here.targets, given, objective),
             bias=here.bias,
             row_index=here.row_index,
             head=HeadOptions(workspace_bytes=workspace_bytes, softcap=8.0),
@@ -193,12 +231,32 @@ def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, w
 
 
 @every_row
+@pytest.mark.parametrize("sizes_there", [False, True])
+def test_its_terms_stay_on_the_gpu(objective, sizes_there):
+    """Tensors that only say they are on one: no two devices meet, and the numbers are the CPU's."""
+    logps, targets, given = batch(objective, SHAPES[0], 1)
+    scored = targets != IGNORE
+    wanted = RankedBatch(objective, given, scored, torch.float64).finish(logps)
+    inert = objective.inert(Layout.whole(given.candidates_per_prompt), given.rewards, given.sft_index)
+    with ValueGPU().here():
+        if sizes_there:
+            given = RankingInputs(*(None if value is None else OnGPU(value) for value in given))
+        found = RankedBatch(objective, given, OnGPU(scored), torch.float64).finish(OnGPU(logps))
+        layout = Layout.whole(given.candidates_per_prompt, given.rewards.device)
+        found_inert = objective.inert(layout, given.rewards, given.sft_index)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.value.to(want), want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found_inert.value if sizes_there else found_inert, inert)
+
+
+@every_row
 def test_it_compiles_without_a_graph_break(objective):
     torch._dynamo.reset()
     case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
+    given = case.ranking._replace(**random_signals(objective, len(case.targets)))
 
     def twice(hidden: Tensor, weight: Tensor) -> Tensor:
-        return 2 * linear_loss(hidden * 1.5, weight, case.targets, case.ranking, objective, backend="torch")[0]
+        return 2 * linear_loss(hidden * 1.5, weight, case.targets, given, objective, backend="torch")[0]
 
     results = []
     for function in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
@@ -224,7 +282,7 @@ def test_the_settings_travel_as_one_string(objective):
 def test_any_batch_agrees_with_the_reference(sizes, seed, row):
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 4, (sum(sizes),), generator=draw).tolist()
-    logps, targets, inputs = batch((lengths, sizes), seed)
+    logps, targets, inputs = batch(ROWS[row], (lengths, sizes), seed)
     loss, slope, metrics = exact(ROWS[row], logps, targets, inputs)
     work = ranked(ROWS[row], targets, inputs)
     cuts = sorted({0, len(sizes) // 2, len(sizes)})
@@ -238,7 +296,7 @@ def test_any_batch_agrees_with_the_reference(sizes, seed, row):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_what_is_inert_may_be_anything(objective, value):
     """Its NaN reaches neither loss nor slopes, in the reference neither."""
-    logps, targets, given = batch(([2, 3, 1, 2, 4, 2], [1, 3, 2]), 6)
+    logps, targets, given = batch(objective, ([2, 3, 1, 2, 4, 2], [1, 3, 2]), 6)
     inert = objective.inert(Layout.whole(given.candidates_per_prompt), given.rewards, given.sft_index)
     owner = torch.repeat_interleave(torch.arange(len(inert)), given.candidate_lengths)
     poisoned = torch.where(inert[owner] & (targets != IGNORE), value, logps)
@@ -260,18 +318,19 @@ def _evaluate(objective: Objective, logps: Tensor, targets: Tensor, given: Ranki
 def test_a_checkpointed_region_runs_twice_and_no_more(objective):
     """The objective's own little graph is none of the checkpoint's business."""
     case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
+    given = case.ranking._replace(**random_signals(objective, len(case.targets)))
     calls = []
 
     def region(hidden: Tensor) -> Tensor:
         calls.append(1)
-        return linear_loss(hidden, case.weight, case.targets, case.ranking, objective, backend="torch")[0]
+        return linear_loss(hidden, case.weight, case.targets, given, objective, backend="torch")[0]
 
     hidden = case.hidden.requires_grad_()
     torch.utils.checkpoint.checkpoint(region, hidden, use_reentrant=False).backward()
     assert len(calls) == 2
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(1) or tensor, lambda tensor: tensor):
-        linear_loss(case.hidden, case.weight, case.targets, case.ranking, objective, backend="torch")
+        linear_loss(case.hidden, case.weight, case.targets, given, objective, backend="torch")
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert region(hidden).isfinite()
     assert len(packed) <= 3

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, backends, linear_clha_loss, reference
-from clha_fast.types import HeadInputs, RankingInputs
+from clha_fast import CLHAMetrics, CLHAOptions, HeadOptions, Objective, backends, linear_clha_loss, reference
+from clha_fast.types import SIGNALS, HeadInputs, RankingInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 IGNORE = -100
@@ -109,6 +109,14 @@ def make_case(
         rewards=(4 * normal(len(lengths))).float() if rewards else None,
         sft_index=(torch.rand(len(counts), generator=random) * counts).long() if sft_index else None,
     )
+
+
+def random_signals(objective: Objective, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Float32 [tokens] of each signal that `objective` reads: of the size of log-probabilities, advantages around 0."""
+    draw = torch.Generator().manual_seed(seed)
+    values = {name: 3 * torch.rand(tokens, generator=draw) for name in SIGNALS}
+    read = {*objective.reads, *objective.needs}
+    return {name: value - 1.5 if name == "advantages" else -value for name, value in values.items() if name in read}
 
 
 def planted(logps: Sequence[float], **ranking: Any) -> Case:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
+from clha_fast import CLHAOptions, DPOOptions, Objective, PolicyOptions, RRHFOptions
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.cli import main as cli
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.datasets import check_trains
 from tests.support.command_line import command, one_sentence
 from tests.support.tiny import make_rows
 from tests.support.trainers import TOKENIZER, trainer
@@ -118,3 +121,25 @@ def test_the_command_line_refuses_before_the_folder_is_made(tmp_path: Path, caps
     assert cli.main(words) == 2
     assert "dataloader_drop_last: " in one_sentence(capsys)
     assert not list((tmp_path / "run").iterdir())  # Trainer makes it, empty
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [(CLHAOptions(noise_rule="none"), True), (DPOOptions(), True), (RRHFOptions(), False), (PolicyOptions(), False)],
+)
+def test_rewards_contradict_an_order_that_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, objective: Objective, said: bool
+) -> None:
+    """RRHF and the policy gradient go by rewards alone; nothing else is said of them either."""
+    features = Features([RankedCollator(TOKENIZER).tokenize_record(row) for row in rows_of([2, 3], [0.0, 4.0, 8.0])])
+    with caplog.at_level("WARNING"):
+        check_trains(features, objective, CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]), 1)
+    assert ("the rewards contradict the order" in caplog.text) is said
+    assert said or not caplog.text
+
+
+def test_a_policy_learns_nothing_from_equal_rewards(tmp_path: Path) -> None:
+    features = Features([RankedCollator(TOKENIZER).tokenize_record(row) for row in rows_of([2, 3], [1.0, 1.0, 1.0])])
+    args = CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="the rewards of each prompt are all equal, so that every advantage is 0"):
+        check_trains(features, PolicyOptions(reduction="sequence_mean"), args, 1)
