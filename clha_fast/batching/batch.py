@@ -255,7 +255,8 @@ def pack_candidates(
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
-    check_features(features)
+    carried = signals_of(objective) if signals is None else signals
+    check_features(features, carried)
     for feature in features:
         if (feature.get("completion_mask") is None) != (objective.markers is None):
             kinds = ("answers", "chains") if objective.markers is None else ("chains", "answers")
@@ -299,11 +300,7 @@ def pack_candidates(
         sft_index=sft_index,
         num_inert=int(inert.sum()),
         inert_for=objective.encoded if inert.any() else "",
-        **{
-            name: pack_signal(name, features, lengths)
-            for name in (signals_of(objective) if signals is None else signals)
-            if features[0].get(name) is not None
-        },
+        **{name: pack_signal(name, features, lengths) for name in carried if features[0].get(name) is not None},
         chains=chains_of(objective),
     )
 
@@ -322,8 +319,8 @@ def scored_lengths(feature: CandidateFeature) -> list[int]:
     return [len(ids) for ids in feature["completion_ids"]] if masks is None else [sum(mask) for mask in masks]
 
 
-def check_features(features: Sequence[CandidateFeature]) -> None:
-    """Whether these prompts can share a batch; ValueError, as `pack_candidates`, where they cannot."""
+def check_features(features: Sequence[CandidateFeature], signals: Sequence[str] = SIGNALS) -> None:
+    """Whether these prompts can share a batch with these signals; ValueError, as `pack_candidates`, if they cannot."""
     first = features[0]
     for feature in features:
         source = feature["source"]
@@ -351,7 +348,7 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
-        check_signals(feature, first)
+        check_signals(feature, scored_lengths(feature), first, signals)
 
 
 def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:
