@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """Writes the folder and prints the counts; returns the exit status."""
-    given = _parser().parse_args(with_dashes(words))
+    given = _parser().parse_intermixed_args(with_dashes(words))
     if given.data != "hh-rlhf" and given.parse is not None:
         raise ValueError(f"--parse: expected none for {given.data}, which is read in one way, got {given.parse}")
     parse = given.parse or "clean"
