@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +161,9 @@ def test_what_was_there_stays_unless_it_is_to_be_replaced(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    import resource
+    import signal
+
     raw = hh_folder(tmp_path / "raw", 400, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
