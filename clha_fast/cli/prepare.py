@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """Writes the folder and prints the counts; returns the exit status."""
-    given = _parser().parse_args(with_dashes(words))
+    given = _parser().parse_intermixed_args(with_dashes(words))
     if given.data == "ranked":
         return _ranked(given)
     if given.test is not None:
