@@ -1,4 +1,4 @@
-"""The command line: `clha-fast train | demo | env | convert | score | reward-model`."""
+"""The command line: `clha-fast train | demo | env | convert | score | reward-model | rlhf`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ usage: clha-fast COMMAND ...
   score    add a reward model's rewards to a file of responses, and measure the noise
   reward-model train
            make such a reward model from ranked responses
+  rlhf     train a model on answers of its own that a reward model judges
 
 Any command with --traceback shows where an error came from.
 """
@@ -62,6 +63,12 @@ def _reward_model(words: Sequence[str]) -> int:
     return cli_reward_model.reward_model(words)
 
 
+def _rlhf(words: Sequence[str]) -> int:
+    from clha_fast.cli import rlhf as cli_rlhf
+
+    return cli_rlhf.rlhf(words)
+
+
 COMMANDS = {
     "train": _train,
     "demo": _demo,
@@ -69,6 +76,7 @@ COMMANDS = {
     "convert": _convert,
     "score": _score,
     "reward-model": _reward_model,
+    "rlhf": _rlhf,
 }
 
 
