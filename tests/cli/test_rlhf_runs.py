@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clha_fast.cli import main as cli
+from clha_fast.cli import reward_model as cli_reward_model
+from clha_fast.cli import rlhf as cli_rlhf
 from clha_fast.experiments.rollout_run import RolloutRunOptions
 from clha_fast.experiments.run import RunOptions
 from tests.support.command_line import one_sentence
@@ -117,3 +120,11 @@ def test_every_option_of_a_run_is_used_or_refused() -> None:
     known = """train_file eval_file eval_fraction format columns rank_by_reward skip_bad_records model model_config
     tokenizer build_tokenizer peft_config dtype attn_implementation resume overwrite"""
     assert set(RunOptions.__dataclass_fields__) == set(known.split())
+
+
+@pytest.mark.parametrize("module", [cli_rlhf, cli_reward_model])
+def test_options_named_in_the_help_exist(module: Any) -> None:
+    text = module.HELP if module is cli_rlhf else module.TRAIN_HELP
+    named = set(re.findall(r"--(\w+)", text)) - {"OPTION", "config", "reward"}  # `score --reward-model`
+    assert named <= {*module.RUN_HINTS, *module.CONFIG_HINTS}
+    assert {"train_file", "output_dir", "resume", "learning_rate"} <= named
