@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
     "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses"),
     "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file of responses"),
+    "rlhf": Command("rlhf", "rlhf", "train a model on answers of its own that a reward model judges"),
     "generate": Command("generate", "generate", "answer prompts with a model"),
     "eval": Command("evaluate", "evaluate", "measure answers, or a model, against ranked references"),
     "compare": Command("compare", "compare", "two sets of answers, prompt by prompt"),

@@ -36,9 +36,37 @@ def check_intervals() -> None:
     """ImportError where scipy, which makes the intervals, is not installed."""
     if importlib.util.find_spec("scipy") is None:
         raise ImportError(
-            "eval_fraction: expected scipy, which makes the interval of the held-out accuracy, got none; "
+            "eval_fraction: expected scipy, which makes the intervals of held-out figures, got none; "
             "pip install 'clha-fast[eval]' brings it, and eval_fraction 0 holds nothing out"
         )
+
+
+def ratio(top: Sequence[float], bottom: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """sum(top) / sum(bottom) over prompts and its 95% bootstrap interval, which is None of one prompt.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    check_intervals()
+    from scipy import stats
+
+    def share(right: Any, of: Any, axis: int = -1) -> Any:
+        return right.sum(axis=axis) / of.sum(axis=axis)
+
+    value = sum(top) / sum(bottom)
+    if len(top) == 1:
+        return value, None
+    found = stats.bootstrap(
+        (top, bottom),
+        share,
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _BLOCK // len(top)),
+        method="percentile",  # the others are not defined where every resample gives the same
+        rng=_SEED,
+    ).confidence_interval
+    return value, (float(found.low), float(found.high))
 
 
 def pair_accuracy(correct: Sequence[float], pairs: Sequence[int]) -> PairAccuracy:
@@ -50,23 +78,5 @@ def pair_accuracy(correct: Sequence[float], pairs: Sequence[int]) -> PairAccurac
     Raises:
         ImportError: scipy is not installed.
     """
-    check_intervals()
-    from scipy import stats
-
-    def share(right: Any, of: Any, axis: int = -1) -> Any:
-        return right.sum(axis=axis) / of.sum(axis=axis)
-
-    interval = None
-    if len(pairs) > 1:
-        found = stats.bootstrap(
-            (correct, pairs),
-            share,
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            batch=max(1, _BLOCK // len(pairs)),
-            method="percentile",  # the others are not defined where every resample gives the same
-            rng=_SEED,
-        ).confidence_interval
-        interval = (float(found.low), float(found.high))
-    return PairAccuracy(sum(correct) / sum(pairs), interval, len(pairs), sum(pairs))
+    accuracy, interval = ratio(correct, pairs)
+    return PairAccuracy(accuracy, interval, len(pairs), sum(pairs))
