@@ -170,7 +170,7 @@ def peak_bytes(step: Step, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _versions(*packages: str) -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
     found = {}
     for package in packages:
         try:
@@ -204,7 +204,7 @@ def gpu_environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU dry run ({platform.machine()})",
         "gpu": _output("nvidia-smi", query, "--format=csv,noheader") if device == "cuda" else "none",
         "cuda": torch.version.cuda,
-        "packages": _versions(*packages),
+        "packages": versions(*packages),
     }
 
 
@@ -217,5 +217,5 @@ def cpu_environment() -> dict[str, Any]:
         "cpu": models[0] if models else "unknown",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "versions": _versions("torch", "trl", "cut-cross-entropy", "triton"),
+        "versions": versions("torch", "trl", "cut-cross-entropy", "triton"),
     }

@@ -12,8 +12,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+TRAINED = RESULTS.with_name("alpacaeval.json")
 START, END = "<!-- cpu-table: rendered by benchmarks/render.py -->", "<!-- /cpu-table -->"
 SCALING = ("<!-- cpu-scaling: rendered by benchmarks/render.py -->", "<!-- /cpu-scaling -->")
+HELD_OUT = ("<!-- held-out: rendered by benchmarks/render.py -->", "<!-- /held-out -->")
+CHOOSING = ("<!-- choosing: rendered by benchmarks/render.py -->", "<!-- /choosing -->")
 PLOTS = RESULTS.parent
 LABELS = {
     "clha_fast_torch": "**clha-fast, torch backend**",
@@ -26,6 +29,14 @@ LABELS = {
     "trl_chunked": "TRL's chunked log-probabilities, then the ranking loss",
     "published": "published code's way: all tokens, one forward a candidate",
     "bare_gemms": "three bare matrix products, no loss at all (the bound)",
+}
+
+MODELS = {
+    "clha": "**CLHA**",
+    "sft_only": "likelihood alone (`sft_only`), same steps",
+    "untrained": "untrained",
+    "longer_characters": "the longer answer wins, characters",
+    "longer_tokens": "the longer answer wins, tokens as cut for the model",
 }
 
 
@@ -88,6 +99,76 @@ def scaling_origin(scaling: dict[str, Any]) -> str:
     return text
 
 
+def _figure(row: dict[str, Any], name: str, digits: int = 3) -> str:
+    """A value and its interval; "-" where there is none."""
+    if name not in row:
+        return "-"
+    low, high = row[name]["interval"]
+    return f"{row[name]['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def held_out(report: dict[str, Any], against_length: bool = False) -> str:
+    """Markdown of `benchmarks.heldout`'s report: every model's figures on the test file, and where they come from."""
+    counts, models, seeds = report["test"], report["models"], ", ".join(map(str, report["seeds"]))
+    columns = {
+        "accuracy": (f"ranking accuracy, {counts['kept']} kept pairs", 3, "0.5"),
+        "accuracy_all": (f"all {counts['ordered']} ordered pairs", 3, "0.5"),
+        "kendall_tau": ("Kendall's tau", 3, "0"),
+        "margin": ("margin, nats a token", 2, "-"),
+        "nll": ("NLL of the best answer, nats a token", 2, "-"),
+    }
+    if against_length:
+        shorter = f"{counts['against']} kept pairs whose better answer is the shorter"
+        columns["accuracy_against_length"] = (shorter, 3, "0.5")
+    titles, digits, chance = zip(*columns.values(), strict=True)
+    lines = [f"| {counts['prompts']} prompts held out | {' | '.join(titles)} |", f"|---|{'---|' * len(columns)}"]
+    for name, label in MODELS.items():
+        runs = len(models[name]["accuracy"]["seeds"])
+        cells = [_figure(models[name], *column) for column in zip(columns, digits, strict=True)]
+        lines.append(f"| {label}{f', {runs} seeds' if runs > 1 else ''} | {' | '.join(cells)} |")
+    lines.append(f"| chance | {' | '.join(chance)} |")
+    above = [
+        f"{_figure(models['clha'], f'accuracy_above_longer_{unit}')} ({unit})" for unit in ("characters", "tokens")
+    ]
+    chosen, e = report["choosing"]["chosen"], report["environments"][-1]
+    commits = ", ".join(dict.fromkeys(one["commit"] for one in report["environments"]))
+    threads = f"{e['threads']} thread{'s' if e['threads'] > 1 else ''}"
+    origin = (
+        f"Values over all prompts and over seeds {seeds}, 95% bootstrap intervals over prompts and seeds; equal scores "
+        f"are half right. CLHA's accuracy on kept pairs less that of length: {' and '.join(above)}. "
+        f"`python -m benchmarks.heldout`, setting `{chosen}`, {e['date']}: {e['cpu']}, {threads}, "
+        f"torch {e['torch']}, transformers {e['versions']['transformers']}, commit {commits}."
+    )
+    return "\n".join([*lines, "", origin])
+
+
+def choosing(report: dict[str, Any]) -> str:
+    """Markdown of how the settings were chosen, and of each seed's figures afterwards."""
+    choice = report["choosing"]
+    prompts = choice["prompts"]
+    lines = [
+        f"| trained on {prompts['train']} prompts, seed {choice['seed']} | accuracy on {choice['kept_pairs']} kept "
+        f"pairs of {prompts['held_out']} other prompts of the training file | Kendall's tau | NLL of the best answer |",
+        "|---|---|---|---|",
+    ]
+    for name, row in choice["settings"].items():
+        label = f"**{name}** (chosen)" if name == choice["chosen"] else name
+        cells = (_figure(row, "accuracy"), _figure(row, "kendall_tau"), _figure(row, "nll", 2))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    characters, tokens = (choice["lengths"][f"longer_{unit}"] for unit in ("characters", "tokens"))
+    lines += [
+        f"| the longer answer wins | {characters:.3f} (characters), {tokens:.3f} (tokens as cut for the model) | | |",
+        "",
+        f"| seed | {' | '.join(map(str, report['seeds']))} |",
+        f"|---|{'---|' * len(report['seeds'])}",
+    ]
+    for model in ("clha", "sft_only"):
+        for figure, label in (("accuracy", "accuracy on kept pairs"), ("kendall_tau", "Kendall's tau")):
+            values = (f"{value:.3f}" for value in report["models"][model][figure]["seeds"])
+            lines.append(f"| {MODELS[model].split(',')[0]}, {label} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def _fill(text: str, marks: tuple[str, str], content: str) -> str:
     before, rest = text.split(marks[0])
     return f"{before}{marks[0]}\n{content}\n{marks[1]}{rest.split(marks[1])[1]}"
@@ -132,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the README is not what would be rendered")
     args = parser.parse_args()
-    report = json.loads(RESULTS.read_text())
+    report, trained = (json.loads(path.read_text()) for path in (RESULTS, TRAINED))
     names = list(report["workloads"])
     for page, shown in (("README.md", names[:1]), ("docs/benchmarks.md", names)):
         path = ROOT / page
@@ -140,8 +221,12 @@ def main() -> None:
         new = _fill(text, (START, END), render(report, shown))
         if SCALING[0] in text and "scaling" in report:
             new = _fill(new, SCALING, scaling_origin(report["scaling"]))
+        if HELD_OUT[0] in text:
+            new = _fill(new, HELD_OUT, held_out(trained, against_length=CHOOSING[0] in text))
+        if CHOOSING[0] in text:
+            new = _fill(new, CHOOSING, choosing(trained))
         if args.check and new != text:
-            raise SystemExit(f"{page}: a CPU table is not the one that benchmarks/results/cpu.json renders to")
+            raise SystemExit(f"{page}: a table is not the one that the figures in benchmarks/results render to")
         path.write_text(new)
     if "scaling" in report and not args.check:
         plot(report["scaling"], PLOTS)

@@ -8,6 +8,7 @@ from clha_fast.errors import BackendError
 from clha_fast.functional import linear_clha_loss, linear_loss, ranking_loss, token_logps
 from clha_fast.modules import CLHALoss, LinearLoss
 from clha_fast.objectives import (
+    CoHOptions,
     CPOOptions,
     DPOOptions,
     HingeOptions,
@@ -38,6 +39,7 @@ __all__ = [
     "CLHAMetrics",
     "CLHAOptions",
     "CPOOptions",
+    "CoHOptions",
     "DPOOptions",
     "HeadOptions",
     "HingeOptions",

@@ -122,12 +122,16 @@ def publish_files(staged: str, folder: str) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
     """Written beside `path` and renamed, so a reader never sees half of it."""
     partial = f"{path}.partial"
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
         os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -42,3 +42,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend's blocks and pieces of 128 words, the smallest there are, whatever the number of tokens."""
     monkeypatch.setattr("clha_fast.backends.torch.head._BLOCK_BYTES", 1)
     monkeypatch.setattr("clha_fast.backends.torch.head._PIECE_BYTES", 1)
+
+
+@pytest.fixture
+def bfloat16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels take bfloat16 where they are interpreted, too: see `tests.support.bfloat16`."""
+    if not torch.cuda.is_available():
+        from tests.support import bfloat16
+
+        bfloat16.mend(monkeypatch)

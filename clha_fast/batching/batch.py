@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -30,8 +31,11 @@ class CandidateFeature(_Known, total=False):
 
     `prompt_ids` holds at least one token and every list of `completion_ids` too, the last being EOS unless
     the response was truncated. The signals may be left out: one number a candidate, or one list of numbers, one a
-    token, as `old_logps` and `token_weights` always are.
+    token, as `old_logps` and `token_weights` always are. `completion_mask` has 1 for each token of `completion_ids`
+    that is scored, 0 for one of a marker; only chains (`data.chains`) have one.
     """
+
+    completion_mask: Sequence[Sequence[int]] | None
 
     reference_logps: Values | None
     old_logps: Values | None
@@ -58,6 +62,7 @@ class CandidateBatch:
         inert_for: the objective (its `encoded`) that does not depend on them; "" where none was dropped.
         reference_logps, advantages: float32 [C], or [N] one a token, or None. old_logps, token_weights: float32 [N] or
             None. See `RankingInputs`: where N == C, one number a token.
+        chains: `chains_of` the objective whose chains the candidates are; "" where they are answers.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
@@ -77,6 +82,7 @@ class CandidateBatch:
     old_logps: Tensor | None = None
     advantages: Tensor | None = None
     token_weights: Tensor | None = None
+    chains: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
@@ -106,7 +112,7 @@ class CandidateBatch:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, without `rewards` and signals that there are not: what a collator hands to a Trainer."""
-        return {**self._tensors(), "num_inert": self.num_inert, "inert_for": self.inert_for}
+        return {**self._tensors(), **{name: getattr(self, name) for name in _NO_TENSORS}}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CandidateBatch:
@@ -118,8 +124,7 @@ class CandidateBatch:
         names = [f.name for f in dataclasses.fields(cls)]
         given = {
             "rewards": None,
-            "num_inert": 0,
-            "inert_for": "",
+            **_NO_TENSORS,
             **dict.fromkeys(SIGNALS),
             **{name: fields[name] for name in names if name in fields},
         }
@@ -130,8 +135,10 @@ class CandidateBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CandidateBatch:
         """The same batch on `device`."""
-        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
-        return CandidateBatch(**moved, num_inert=self.num_inert, inert_for=self.inert_for)
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
+        }
+        return dataclasses.replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a causal language model's forward."""
@@ -151,6 +158,7 @@ class CandidateBatch:
 
 
 _BLOCK = 1024
+_NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": ""}
 
 _SAME_SHAPE = {
     "attention_mask": "input_ids",
@@ -202,6 +210,26 @@ def inert_mask(
     return torch.cat(found)
 
 
+def chains_of(objective: Objective) -> str:
+    """What tells the chains of one objective from those of another, and from answers: its markers; "" for none."""
+    return "" if objective.markers is None else json.dumps(objective.markers)
+
+
+def check_chains(chains: str, objective: Objective) -> None:
+    """Whether a batch's candidates, `CandidateBatch.chains` of them, are what the objective trains on.
+
+    Raises:
+        ValueError: answers for one that trains on chains, or the other way round; chains with other markers.
+    """
+    wanted = chains_of(objective)
+    if chains != wanted:
+        kinds = [f"chains with the markers {text}" if text else "answers" for text in (wanted, chains)]
+        raise ValueError(
+            f"batch: expected {kinds[0]} for the objective {objective.label!r}, got {kinds[1]}; give RankedCollator "
+            "the objective that the model is trained with"
+        )
+
+
 def pack_candidates(
     features: Sequence[CandidateFeature],
     *,
@@ -214,19 +242,28 @@ def pack_candidates(
     """A `CandidateBatch` of tokenised prompts, in order.
 
     Args:
-        objective: decides which candidates are inert, and which signals are read; give the loss's own.
+        objective: decides which candidates are inert, which signals are read, and whether they are chains; give the
+            loss's own.
         drop_inert: leave inert candidates out of `input_ids` (their `candidate_lengths` become 0). When all
             are inert, one row of one token remains.
         pad_to_multiple_of: T is rounded up to a multiple of it.
         signals: those of the features that the batch carries; None is those that the objective reads.
 
     Raises:
-        ValueError: no feature; a mixture of prompts with and without rewards or a signal, or a prompt or response
-            without tokens (the message names the record).
+        ValueError: no feature; a mixture of prompts with and without rewards or a signal; a prompt or response without
+            tokens; features that were tokenised for an objective of another kind (the message names the record).
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
-    check_features(features)
+    carried = signals_of(objective) if signals is None else signals
+    check_features(features, carried)
+    for feature in features:
+        if (feature.get("completion_mask") is None) != (objective.markers is None):
+            kinds = ("answers", "chains") if objective.markers is None else ("chains", "answers")
+            raise ValueError(
+                f"{feature['source']}: completion_mask: expected {kinds[0]} for the objective {objective.label!r}, got "
+                f"{kinds[1]}; tokenise the records with a RankedCollator of that objective"
+            )
     sizes = torch.tensor([len(f["completion_ids"]) for f in features])
     sft_index = torch.tensor([int(f["sft_index"]) for f in features])
     rewards = None
@@ -234,25 +271,24 @@ def pack_candidates(
         rewards = torch.tensor([r for f in features for r in f["rewards"] or ()], dtype=torch.float32)
     inert = inert_mask(rewards, sizes, sft_index, objective) if drop_inert else torch.zeros(int(sizes.sum())).bool()
 
-    pairs = [(f["prompt_ids"], completion) for f in features for completion in f["completion_ids"]]
-    kept = [pair for pair, dropped in zip(pairs, inert.tolist(), strict=True) if not dropped]
-    rows = kept or [(features[0]["prompt_ids"][:1], [])]
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    triples = [(f["prompt_ids"], *scored) for f in features for scored in zip(*_scored(f), strict=True)]
+    kept = [triple for triple, dropped in zip(triples, inert.tolist(), strict=True) if not dropped]
+    rows = kept or [(features[0]["prompt_ids"][:1], [], torch.arange(0))]
+    width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
     step = pad_to_multiple_of or 1
     width = -(-width // step) * step
 
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     row_index = []
-    for number, (prompt, completion) in enumerate(rows):
+    for number, (prompt, completion, scored) in enumerate(rows):
         length = len(prompt) + len(completion)
         input_ids[number, :length] = torch.tensor([*prompt, *completion])
         attention_mask[number, :length] = 1
         # The token at position t is predicted by the row of position t - 1.
-        first = number * width + len(prompt) - 1
-        row_index.append(torch.arange(first, first + len(completion)))
+        row_index.append(number * width + len(prompt) - 1 + scored)
     index = torch.cat(row_index)
-    lengths = torch.tensor([len(completion) for _, completion in pairs]).masked_fill(inert, 0)
+    lengths = torch.tensor([len(scored) for *_, scored in triples]).masked_fill(inert, 0)
     return CandidateBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -264,16 +300,27 @@ def pack_candidates(
         sft_index=sft_index,
         num_inert=int(inert.sum()),
         inert_for=objective.encoded if inert.any() else "",
-        **{
-            name: pack_signal(name, features, lengths)
-            for name in (signals_of(objective) if signals is None else signals)
-            if features[0].get(name) is not None
-        },
+        **{name: pack_signal(name, features, lengths) for name in carried if features[0].get(name) is not None},
+        chains=chains_of(objective),
     )
 
 
-def check_features(features: Sequence[CandidateFeature]) -> None:
-    """Whether these prompts can share a batch; ValueError, as `pack_candidates`, where they cannot."""
+def _scored(feature: CandidateFeature) -> tuple[Sequence[Sequence[int]], list[Tensor]]:
+    """A prompt's candidates, and the places of their scored tokens."""
+    completions, masks = feature["completion_ids"], feature.get("completion_mask")
+    if masks is None:
+        return completions, [torch.arange(len(ids)) for ids in completions]
+    return completions, [torch.tensor(list(mask)).nonzero().flatten() for mask in masks]
+
+
+def scored_lengths(feature: CandidateFeature) -> list[int]:
+    """How many tokens of each candidate are scored."""
+    masks = feature.get("completion_mask")
+    return [len(ids) for ids in feature["completion_ids"]] if masks is None else [sum(mask) for mask in masks]
+
+
+def check_features(features: Sequence[CandidateFeature], signals: Sequence[str] = SIGNALS) -> None:
+    """Whether these prompts can share a batch with these signals; ValueError, as `pack_candidates`, if they cannot."""
     first = features[0]
     for feature in features:
         source = feature["source"]
@@ -285,6 +332,13 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
         for number, ids in enumerate(feature["completion_ids"]):
             if not len(ids):
                 raise ValueError(f"{source}: completion_ids[{number}]: expected at least one token, got none")
+        masks = feature.get("completion_mask")
+        if masks is not None:
+            if list(map(len, masks)) != list(map(len, feature["completion_ids"])):
+                raise ValueError(f"{source}: completion_mask: expected a number for each token of completion_ids")
+            for number, mask in enumerate(masks):
+                if not any(mask):
+                    raise ValueError(f"{source}: completion_mask[{number}]: expected a scored token, got none")
         rewards = feature["rewards"]
         if (rewards is None) != (first["rewards"] is None):
             here, there = ("none", "has them") if rewards is None else ("some", "has none")
@@ -294,7 +348,7 @@ def check_features(features: Sequence[CandidateFeature]) -> None:
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
-        check_signals(feature, first)
+        check_signals(feature, scored_lengths(feature), first, signals)
 
 
 def first_prompts(batch: CandidateBatch, count: int) -> CandidateBatch:

@@ -53,6 +53,7 @@ def render_chat(
     tokenizer: Any,
     source: str,
     template: Mapping[str, Any] | None = None,
+    field: str = "completions",
 ) -> ChatTexts:
     r"""Where the responses begin and end is learnt from the template itself, with a text that stands for any response.
 
@@ -61,7 +62,8 @@ def render_chat(
     response, whose first token they are part of ("[/INST] Yes"). A response ends with the first special token behind
     it ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"), and what the template writes after that is left out.
     Where the template marks `{% generation %}`, the mark decides, only never without the end of turn. A final
-    assistant message is continued by the responses. `template` is `RankedRecord.template`.
+    assistant message is continued by the responses. `template` is `RankedRecord.template`; `field` names the responses
+    in errors.
 
     Raises:
         RecordError: the template refuses the messages; its rendering of prompt and response does not begin with the
@@ -72,7 +74,7 @@ def render_chat(
     turn = _learn_turn(messages, start, tokenizer, source, given)
     bodies = []
     for number, completion in enumerate(completions):
-        name = f"completions[{number}]"
+        name = f"{field}[{number}]"
         whole = _render(_with_response(messages, completion), tokenizer, source, name, given)
         if not whole.startswith(start):
             raise _broken(source, name, start, whole)
@@ -89,7 +91,7 @@ def render_chat(
         own = _unclosed(body[len(lead) :], turn)
         if not own:
             expected = "a response with at least one token"
-            raise RecordError.of(source, f"completions[{number}]", expected, completions[number])
+            raise RecordError.of(source, f"{field}[{number}]", expected, completions[number])
         responses.append(own + turn.closing)
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
 

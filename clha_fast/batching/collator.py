@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from clha_fast.batching.batch import CandidateFeature, check_features, inert_mas
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
+from clha_fast.data.chains import record_chains
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
 from clha_fast.objectives import Objective, as_objective
@@ -23,6 +25,8 @@ from clha_fast.types import SIGNALS
 logger = logging.get_logger(__name__)
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
+
+logger = logging.get_logger(__name__)
 
 # A prompt is not cut below this part of max_length (one in so many) for its responses' sake.
 _PROMPT_SHARE = 4
@@ -48,10 +52,14 @@ class RankedCollator:
     `max_prompt_length` and to what the longest response leaves of `max_length`, but for that not below a quarter
     of `max_length`, nor to less than one token of its own; what is still too long is cut from the responses.
 
+    For an objective with `markers` the candidates of a record are chains of its answers (`data.chains.record_chains`),
+    without rewards: each is one assistant turn, its parts are tokenised apart like prompt and response, and the tokens
+    of answers and of what closes the turn are scored, those of markers not.
+
     Args:
         tokenizer: a transformers tokenizer with an EOS token. Padding uses its PAD token, else EOS (padding
             is masked).
-        options: the loss's options, which decide what is inert.
+        options: the loss's options, which decide what is inert and whether answers become chains.
         max_length: tokens of prompt and response together. max_prompt_length, max_completion_length: of
             either. None is no limit.
         drop_inert: leave inert candidates out of the model's batch (see `clha_fast.batching.batch.inert_mask`).
@@ -157,8 +165,12 @@ class RankedCollator:
     def tokenize_counted(self, record: RankedRecord) -> tuple[CandidateFeature, int, int]:
         """(`tokenize_record`'s result, 1 when a limit cut the prompt and otherwise 0, the number of responses cut)."""
         eos = self.tokenizer.eos_token_id
-        prompt, prefix_length, responses, closed = self._texts(record)
-        completions = self._encode_responses(responses, record.source)
+        chains = None if self.options.markers is None else self._chains(record, self.options.markers)
+        prompt, prefix_length, responses, closed = self._texts(record, chains)
+        if chains is None:
+            completions, masks = self._encode_responses(responses, record.source), None
+        else:
+            completions, masks = self._encode_chains(responses, chains, record.source)
         whole_lengths = []
         for number, ids in enumerate(completions):
             if not ids or ids == [eos]:
@@ -184,10 +196,16 @@ class RankedCollator:
         feature: CandidateFeature = {
             "prompt_ids": prompt,
             "completion_ids": completions,
-            "rewards": None if record.rewards is None else list(record.rewards),
-            "sft_index": record.sft_index,
+            "rewards": None if record.rewards is None or chains else list(record.rewards),
+            "sft_index": 0 if chains else record.sft_index,
             "source": record.source,
         }
+        if masks is not None:
+            # What closes a chain is scored with the answer that it ends.
+            padded = ([*mask, *([1] * (len(ids) - len(mask)))] for ids, mask in zip(completions, masks, strict=True))
+            cut_masks = [mask[: len(ids)] for ids, mask in zip(completions, padded, strict=True)]
+            self._check_scored(cut_masks, masks, record.source)
+            feature["completion_mask"] = cut_masks
         self._add_signals(feature, record)
         cut = sum(len(ids) < length for ids, length in zip(completions, whole_lengths, strict=True))
         return feature, int(prompt_cut), cut
@@ -213,18 +231,36 @@ class RankedCollator:
                     field="reference_logps",
                 )
 
-    def _texts(self, record: RankedRecord) -> tuple[list[int], int, Sequence[str], bool]:
+    def _chains(self, record: RankedRecord, markers: tuple[str, str]) -> list[tuple[str, ...]]:
+        """The record's chains; an answer inside one has no end of turn."""
+        if len(record.completions) > 2:
+            logger.warning_once(
+                f"{self.options.name}: chains are made of the best and the worst answer of a record; the ones between "
+                "train nothing"
+            )
+        for number in {0, len(record.completions) - 1}:
+            if not self._opened(record.completions[number]).strip():
+                expected = "a response with at least one token"
+                raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
+        chains = record_chains(record, markers)
+        return [(chain[0], self._opened(chain[1]), *chain[2:]) if len(chain) > 2 else chain for chain in chains]
+
+    def _texts(
+        self, record: RankedRecord, chains: Sequence[tuple[str, ...]] | None
+    ) -> tuple[list[int], int, Sequence[str], bool]:
         """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
+        completions = record.completions if chains is None else tuple("".join(chain) for chain in chains)
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
             own = self._encode([text])[0]
             prefix = self._prefix(text, own)
             if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
                 own = own[len(prefix) :]
-            responses: Sequence[str] = [self._closed(completion) for completion in record.completions]
+            responses: Sequence[str] = [self._closed(completion) for completion in completions]
             closed = False
         else:
-            chat = render_chat(record.prompt, record.completions, self.tokenizer, record.source, record.template)
+            names = {} if chains is None else {"field": "chains"}
+            chat = render_chat(record.prompt, completions, self.tokenizer, record.source, record.template, **names)
             text, responses, closed = chat.prompt, chat.responses, chat.closed
             own = self._encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
@@ -253,8 +289,17 @@ class RankedCollator:
     def _closed(self, text: str) -> str:
         """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
         trimmed = text.rstrip()
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
-        return trimmed if trimmed != text and trimmed.endswith(tuple(tokens)) else text
+        return trimmed if trimmed != text and trimmed.endswith(self._ends) else text
+
+    def _opened(self, text: str) -> str:
+        """The text without the special tokens that end its turn."""
+        while (trimmed := text.rstrip()).endswith(self._ends):
+            text = next(trimmed.removesuffix(end) for end in self._ends if trimmed.endswith(end))
+        return text
+
+    @functools.cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self._special)))
 
     @functools.cached_property
     def _special(self) -> frozenset[int]:
@@ -290,6 +335,37 @@ class RankedCollator:
                 expected = "a response whose first token is its own after any text before it"
                 raise RecordError.of(source, f"completions[{number}]", expected, text)
         return found
+
+    def _encode_chains(
+        self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """(tokens, mask) of each chain as it was rendered: markers and answers apart, 1 on answers' tokens."""
+        parts: list[str] = []
+        for number, (text, chain) in enumerate(zip(texts, chains, strict=True)):
+            before = "".join(chain[:-1])
+            at = text.find(before)
+            if at < 0:
+                raise RecordError.of(source, f"chains[{number}]", "a chat template that writes it as it is", text)
+            # A template may begin the turn with a blank, and closes it behind the last answer.
+            parts += [text[:at] + chain[0], *chain[1:-1], text[at + len(before) :]]
+        encoded = iter(self._encode_responses(parts, source))
+        ids, masks = [], []
+        for chain in chains:
+            found = list(itertools.islice(encoded, len(chain)))
+            ids.append([token for part in found for token in part])
+            masks.append([place % 2 for place, part in enumerate(found) for _ in part])
+        return ids, masks
+
+    def _check_scored(self, masks: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], source: str) -> None:
+        for mask, before in zip(masks, whole, strict=True):
+            if not any(mask):
+                marker = before.index(1)
+                name = "max_completion_length"
+                limit = self.max_completion_length
+                if limit is None or limit > marker:
+                    name, limit = "max_length", self.max_length
+                expected = f"room for the {marker} tokens of a chain's marker and an answer"
+                raise RecordError.of(source, name, expected, limit)
 
     @functools.cached_property
     def _adds_blank(self) -> bool:

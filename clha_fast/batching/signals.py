@@ -30,14 +30,19 @@ def token_checksum(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> 
     return zlib.crc32(struct.pack("<i", len(prompt_ids)) + b"".join(parts))
 
 
-def check_signals(feature: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Whether a feature's signals have the right sizes, and the kind of those of `first`, the batch's first.
+def check_signals(
+    feature: Mapping[str, Any], lengths: Sequence[int], first: Mapping[str, Any], signals: Sequence[str]
+) -> None:
+    """Whether a feature's `signals` have the right sizes, and the kind of those of `first`, the batch's first.
+
+    Args:
+        lengths: scored tokens of its candidates.
 
     Raises:
         ValueError: they do not; the message names the record.
     """
-    source, lengths = feature["source"], [len(ids) for ids in feature["completion_ids"]]
-    for name in SIGNALS:
+    source = feature["source"]
+    for name in signals:
         values, others = feature.get(name), first.get(name)
         if (values is None) != (others is None):
             here, there = ("none", "has them") if values is None else ("some", "has none")

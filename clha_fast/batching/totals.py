@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.batching.batch import CandidateBatch, CandidateFeature, inert_mask
+from clha_fast.batching.batch import CandidateBatch, CandidateFeature, inert_mask, scored_lengths
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
 from clha_fast.types import COUNTS, RankingInputs
@@ -75,7 +75,7 @@ def ranking_inputs(features: Sequence[CandidateFeature]) -> RankingInputs:
     if all(feature.get("rewards") is not None for feature in features):
         rewards = torch.tensor([r for feature in features for r in feature["rewards"] or ()], dtype=torch.float32)
     return RankingInputs(
-        torch.tensor([len(ids) for feature in features for ids in feature["completion_ids"]]),
+        torch.tensor([length for feature in features for length in scored_lengths(feature)]),
         torch.tensor([len(feature["completion_ids"]) for feature in features]),
         rewards,
         torch.tensor([int(feature.get("sft_index") or 0) for feature in features]),

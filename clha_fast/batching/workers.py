@@ -149,6 +149,9 @@ def compact(feature: CandidateFeature) -> CandidateFeature:
     """Four bytes a token instead of a Python list's eight."""
     feature["prompt_ids"] = array("i", feature["prompt_ids"])
     feature["completion_ids"] = [array("i", ids) for ids in feature["completion_ids"]]
+    masks = feature.get("completion_mask")
+    if masks is not None:
+        feature["completion_mask"] = [array("b", mask) for mask in masks]
     return feature
 
 
@@ -178,6 +181,7 @@ def tokenise_table(
     columns = {
         "prompt_ids": datasets.List(whole),
         "completion_ids": datasets.List(datasets.List(whole)),
+        "completion_mask": datasets.List(datasets.List(datasets.Value("int8"))),
         "rewards": datasets.List(datasets.Value("float64")),
         "sft_index": number,
         **{name: datasets.List(datasets.Value("float64")) for name in signals},
@@ -220,10 +224,11 @@ def _table_row(
     try:
         feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
         counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
-        return {**dict.fromkeys(signals), **feature, "error": None, **counts}
+        return {"completion_mask": None, **dict.fromkeys(signals), **feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
-        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
+        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "completion_mask": None}
+        nothing |= {"rewards": None, "sft_index": 0}
         nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
         return {**nothing, **dict.fromkeys(signals), "source": error.source, "error": str(error)}

@@ -1,94 +1,84 @@
-"""The command line: `clha-fast train | demo | env | convert | score | reward-model | rlhf`."""
+"""The command line: `clha-fast COMMAND ...`, the commands being those of `COMMANDS`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from clha_fast.cli import names
 from clha_fast.cli.text import as_flags
+from clha_fast.messages import nearest
 
-USAGE = """\
-usage: clha-fast COMMAND ...
-
-  train    train a causal language model on ranked responses (clha-fast train --help)
-  demo     the same on the bundled data, in a few minutes on a CPU
-  env      versions, devices, and which backend would run
-  convert  rewrite a file of ranked responses as canonical JSON Lines
-  score    add a reward model's rewards to a file of responses, and measure the noise
-  reward-model train
-           make such a reward model from ranked responses
-  rlhf     train a model on answers of its own that a reward model judges
-
-Any command with --traceback shows where an error came from.
-"""
 USER_ERROR = 2
 
 
-def _convert(words: Sequence[str]) -> int:
-    from clha_fast.cli import data
+class Command(NamedTuple):
+    """Where a command is, imported when it is asked for; `checked`: misspelled options are found before seconds of
+    imports.
+    """
 
-    return data.convert(words)
-
-
-def _env(words: Sequence[str]) -> int:
-    from clha_fast.cli import env
-
-    return env.env(words)
-
-
-def _train(words: Sequence[str]) -> int:
-    names.check_names(words)  # before seconds of imports
-    from clha_fast.cli import train as cli_train
-
-    return cli_train.train(words)
-
-
-def _demo(words: Sequence[str]) -> int:
-    names.check_names(words)
-    from clha_fast.cli import train as cli_train
-
-    return cli_train.demo(words)
-
-
-def _score(words: Sequence[str]) -> int:
-    from clha_fast.cli import score as cli_score
-
-    return cli_score.score(words)
-
-
-def _reward_model(words: Sequence[str]) -> int:
-    from clha_fast.cli import reward_model as cli_reward_model
-
-    return cli_reward_model.reward_model(words)
-
-
-def _rlhf(words: Sequence[str]) -> int:
-    from clha_fast.cli import rlhf as cli_rlhf
-
-    return cli_rlhf.rlhf(words)
+    module: str
+    function: str
+    help: str
+    checked: bool = False
 
 
 COMMANDS = {
-    "train": _train,
-    "demo": _demo,
-    "env": _env,
-    "convert": _convert,
-    "score": _score,
-    "reward-model": _reward_model,
-    "rlhf": _rlhf,
+    "train": Command("train", "train", "train a causal language model on ranked responses", checked=True),
+    "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", checked=True),
+    "prepare": Command("prepare", "run", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
+    "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
+    "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses"),
+    "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file of responses"),
+    "rlhf": Command("rlhf", "rlhf", "train a model on answers of its own that a reward model judges"),
+    "generate": Command("generate", "generate", "answer prompts with a model"),
+    "eval": Command("evaluate", "evaluate", "measure answers, or a model, against ranked references"),
+    "compare": Command("compare", "compare", "two sets of answers, prompt by prompt"),
+    "table2": Command("experiments", "table2", "methods x ranking lengths x seeds, trained and measured alike"),
+    "ablate": Command("experiments", "ablate", "CLHA without each of its parts, and with other margins"),
+    "noise": Command("experiments", "noise_command", "what noise in rewards or ranks does to methods"),
+    "env": Command("env", "env", "versions, devices, and which backend would run"),
 }
+
+
+def usage() -> str:
+    """What `clha-fast --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: clha-fast COMMAND ...",
+            "",
+            *lines,
+            "",
+            "clha-fast COMMAND --help says more; any command with --traceback shows where an error came from.\n",
+        ]
+    )
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """The exit status of a command, given what stands behind its name."""
+    command = COMMANDS[name]
+    if command.checked:
+        names.check_names(words)
+    module = importlib.import_module(f"clha_fast.cli.{command.module}")
+    return int(getattr(module, command.function)(words))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed while running, 2 a user error (one sentence), 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0 if words else USER_ERROR
     name, *rest = words
     if name not in COMMANDS:
-        print(f"clha-fast: expected a command ({', '.join(COMMANDS)}), got {name!r}", file=sys.stderr)
+        print(
+            f"clha-fast: expected a command ({', '.join(COMMANDS)}), got {name!r}{nearest(name, COMMANDS)}",
+            file=sys.stderr,
+        )
         return USER_ERROR
     show = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
@@ -96,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from clha_fast.errors import BackendError
 
     try:
-        return COMMANDS[name](rest)
+        return run(name, rest)
     except (ValueError, OSError, ImportError, BackendError) as error:
         if show:
             raise

@@ -10,20 +10,27 @@ from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.text import as_flags, with_dashes
-from clha_fast.data import FORMATS, read_records
+from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.models.loading import DTYPES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
-from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.policy import load_policy, score_policy
+from clha_fast.rewards.reward_model import load_reward_model
 from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
 
 FAILED = 1
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
-DESCRIPTION = "Add the rewards of a reward model to ranked or unranked responses, and report how they disagree."
+DESCRIPTION = (
+    "Add the rewards of a reward model to ranked or unranked responses, and report how they disagree; or with --policy "
+    "the log-probabilities that a frozen language model gives them, which training compares with."
+)
+# Options that one of the two has, by attribute.
+_REWARDS = ("label", "rank_by_reward", "reward_margin", "reward_floor", "plot")
+_POLICY = ("max_prompt_length", "max_completion_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,34 +38,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="JSON Lines, a JSON list, csv, tsv, parquet or arrow, a glob or a folder"
     )
-    parser.add_argument("destination", metavar="DST", help="the JSON Lines file to write, with rewards")
     parser.add_argument(
-        "--reward-model",
+        "destination", metavar="DST", help="the JSON Lines file to write, with rewards or with reference_logps"
+    )
+    parser.add_argument(
+        "--reward-model", metavar="PATH", help="a sequence classifier: its folder, or its name on the Hub"
+    )
+    parser.add_argument(
+        "--policy",
         metavar="PATH",
-        required=True,
-        help="a sequence classifier: its folder, or its name on the Hub",
+        help="a causal language model instead: writes reference_logps, each response's summed log-probability, for "
+        "clha-fast train --reference file",
     )
     parser.add_argument("--label", type=int, metavar="N", help="which logit is the reward, where there are several")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="responses a forward pass (default 16)")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of prompt and response (default: the model's limit)"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and response (default: the model's limit; with --policy none, as in training: give both "
+        "the same)",
     )
+    parser.add_argument("--max-prompt-length", type=int, metavar="N", help="of --policy: as in training")
+    parser.add_argument("--max-completion-length", type=int, metavar="N", help="of --policy: as in training")
     parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DST.partial")
     parser.add_argument("--overwrite", action="store_true", help="replace DST (and, without --resume, DST.partial)")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (auto: the checkpoint's own)")
     parser.add_argument(
-        "--reward-margin",
-        type=float,
-        default=PUBLISHED.reward_margin,
-        metavar="R",
-        help="of the noise rule (default 3)",
+        "--dtype",
+        help=f"{', '.join(DTYPES)} (auto: the checkpoint's own, the default; of --policy float32, as in training)",
     )
-    parser.add_argument(
-        "--reward-floor", type=float, default=PUBLISHED.reward_floor, metavar="R", help="of the SFT gate (default 0)"
-    )
+    parser.add_argument("--reward-margin", type=float, metavar="R", help="of the noise rule (default 3)")
+    parser.add_argument("--reward-floor", type=float, metavar="R", help="of the SFT gate (default 0)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the reward gaps of all pairs")
 
 
@@ -100,18 +113,71 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Whatever can be wrong with the options is said before a model is loaded or hours are spent.
-    CLHAOptions(reward_margin=args.reward_margin, reward_floor=args.reward_floor)
-    for name in ("batch_size", "max_length"):
+    if (args.reward_model is None) == (args.policy is None):
+        got = "neither" if args.policy is None else "both"
+        raise ValueError(f"--reward-model: expected either --reward-model or --policy, got {got}")
+    ours, others = ("--reward-model", _POLICY) if args.policy is None else ("--policy", _REWARDS)
+    for name in others:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')}: expected none beside {ours}, got {value}")
+    for name in ("batch_size", "max_length", *_POLICY):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+    return _score_rewards(args) if args.policy is None else _score_policy(args)
+
+
+def _read(args: argparse.Namespace) -> list[RankedRecord]:
     check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
-    plot = _check_plot(args.plot)
-    records = read_records(args.source, args.format, columns=args.columns)
-    reward_model = load_reward_model(args.reward_model, label=args.label, device=args.device, dtype=args.dtype)
-    print(f"reward model  {args.reward_model}: {_model_text(reward_model)}")
+    return read_records(args.source, args.format, columns=args.columns)
+
+
+def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> None:
     candidates = sum(len(record.completions) for record in records)
     print(f"source        {args.source}: {len(records):,} prompts, {candidates:,} responses", flush=True)
+
+
+def _score_policy(args: argparse.Namespace) -> int:
+    records = _read(args)
+    policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32")
+    print(f"policy        {args.policy}: {_model_text(policy.model)}")
+    _say_source(args, records)
+    result = score_policy(
+        records,
+        args.destination,
+        policy,
+        batch_size=args.batch_size,
+        **{name: getattr(args, name) for name in ("max_length", *_POLICY)},
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    parts = []
+    if result.resumed:
+        parts.append(f"{result.resumed:,} responses had been scored before")
+    if result.truncated:
+        parts.append(f"{result.truncated:,} prompts were cut to the limits, which training needs as well")
+    if result.replaced:
+        parts.append(f"{result.replaced:,} prompts had other reference_logps")
+    more = f" ({'; '.join(parts)})" if parts else ""
+    print(f"written       {args.destination}{more}")
+    print(
+        f"reference     {result.tokens:,} tokens of responses, mean log-probability {result.mean_logp:.4g} nats a token"
+    )
+    return 0
+
+
+def _score_rewards(args: argparse.Namespace) -> int:
+    margin = PUBLISHED.reward_margin if args.reward_margin is None else args.reward_margin
+    floor = PUBLISHED.reward_floor if args.reward_floor is None else args.reward_floor
+    CLHAOptions(reward_margin=margin, reward_floor=floor)
+    plot = _check_plot(args.plot)
+    records = _read(args)
+    reward_model = load_reward_model(
+        args.reward_model, label=args.label, device=args.device, dtype=args.dtype or "auto"
+    )
+    print(f"reward model  {args.reward_model}: {_model_text(reward_model.model)}")
+    _say_source(args, records)
     result = score_file(
         records,
         args.destination,
@@ -123,10 +189,10 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     print(f"written       {args.destination}{_result_text(result)}\n")
-    noise = measure_noise(result.records, args.reward_margin, args.reward_floor)
+    noise = measure_noise(result.records, margin, floor)
     print(noise_table(noise, args.source))
     if args.rank_by_reward:
-        closed = measure_noise(result.written, args.reward_margin, args.reward_floor).total
+        closed = measure_noise(result.written, margin, floor).total
         share = _share(closed.closed_gates, closed.prompts)
         print(f"\n{args.destination} is ranked by these rewards: no pair is reversed, {share} of the gates are closed")
     if plot:
@@ -149,8 +215,7 @@ def _check_plot(path: str | None) -> str | None:
     return path
 
 
-def _model_text(reward_model: RewardModel) -> str:
-    model = reward_model.model
+def _model_text(model: Any) -> str:
     size = sum(weight.numel() for weight in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{type(model).__name__}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"

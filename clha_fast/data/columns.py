@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from clha_fast.data.fields import Reading, columns_of, holds
+from clha_fast.data.fields import Reading, Row, columns_of, holds
 from clha_fast.data.names import mapping_text, scores_of, words
-from clha_fast.data.records import RankedRecord, RecordError, is_sequence
+from clha_fast.data.records import RankedRecord, RecordError, check_text, is_sequence
 
 # Words of a column's name -> what to do instead. Each would change the prompt or the answers.
 _SYSTEM = 'the system text as first message of prompt, or columns={"system": column}'
@@ -60,6 +60,17 @@ def template_of(row: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise RecordError.of(source, "chat_template_kwargs", "variables of the chat template's own", name)
     found = _without_none(dict(variables or {}))
     return {**found, "tools": _without_none(list(tools))} if tools else found
+
+
+def subset_of(row: Row, source: str) -> str:
+    """The text in the column `subset`, "" where there is none; numbers of another library's are left unread.
+
+    Raises:
+        RecordError: a column that is mapped to it holds something else.
+    """
+    value = columns_of(row).get("subset")
+    mapped = isinstance(row, Reading) and "subset" in row.mapped and value is not None
+    return check_text(row["subset"], source, "subset") if mapped or isinstance(value, str) else ""
 
 
 def check_unread(reading: Reading, record: RankedRecord, source: str) -> None:

@@ -14,7 +14,7 @@ _NUMBERS = ("rewards", "ranks", *SIGNALS)
 _MANY = ("completions", *_NUMBERS)
 FIELDS = (
     *("prompt", "completions", "rewards", "ranks", "sft_index", "chosen", "rejected", "system"),
-    *("tools", "chat_template_kwargs", *SIGNALS, "group_by"),
+    *("tools", "chat_template_kwargs", *SIGNALS, "subset", "group_by"),
 )
 
 

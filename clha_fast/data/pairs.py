@@ -81,7 +81,7 @@ def _check_prompt_is_nowhere_else(row: Row, chosen: Any, own: set[str], source: 
     columns = columns_of(row)
     if isinstance(row, Reading) and "prompt" in row.mapped:
         return
-    suspects = prompt_suspects(columns, {*own, "tools"})
+    suspects = prompt_suspects(columns, {*own, "tools", "subset"})
     if is_sequence(chosen):
         # Whole conversations bring their prompt along; other messages than theirs may be what came before it.
         texts = _contents(chosen)
@@ -152,6 +152,7 @@ def split_messages(
 
 def transcript_messages(text: str, source: str, field: str) -> tuple[Message, ...]:
     r"""The turns of a "\n\nHuman: ...\n\nAssistant: ..." transcript, each stripped of outer blanks."""
+    text = text.replace("\r\n", "\n")
     parts = _HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip())
     if parts[0].strip() or len(parts) < 3:
         raise RecordError.of(source, field, r'a transcript that begins with "\n\nHuman:"', text)
@@ -160,7 +161,9 @@ def transcript_messages(text: str, source: str, field: str) -> tuple[Message, ..
 
 
 def is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+    if not isinstance(value, str) or not value.lstrip().startswith("Human:"):
+        return False
+    return "\n\nAssistant:" in value.replace("\r\n", "\n")
 
 
 def parse_hh(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from clha_fast.data.answers import is_tree, tree_rows
-from clha_fast.data.columns import check_columns, check_unread, template_of
+from clha_fast.data.columns import check_columns, check_unread, subset_of, template_of
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import Parser, Reading, Row, columns_of
 from clha_fast.data.formats import FORMATS, PARSERS, detect_format
@@ -144,10 +144,10 @@ def _parse(parser: Parser, row: Row, source: str, rank_by_reward: bool, notes: N
     reading = row if isinstance(row, Reading) else Reading(row)
     check_columns(reading, source)
     record = parser(reading, source, rank_by_reward)
-    template = template_of(reading, source)
+    template, subset = template_of(reading, source), subset_of(reading, source)
     check_unread(reading, record, source)
-    if template:
-        record = dataclasses.replace(record, template=template)
+    if template or subset:
+        record = dataclasses.replace(record, template=template, subset=subset)
     record, repeated = without_repeated_prompt(record)
     if notes is not None:
         notes.see(record, reading.unread(), repeated)

@@ -62,6 +62,7 @@ class RankedRecord:
         signals: n finite numbers by name, one a completion. `reference_logps`: summed log-probabilities under a frozen
             model, nats. `reference_tokens`: whole numbers that tell the tokens which those were summed over from any
             others (`batching.batch.token_checksum`); only beside `reference_logps`. `advantages`.
+        subset: which part of a data set it is from, for figures by subset; the loss does not see it.
 
     Raises:
         RecordError: for anything else, naming source, field, what was expected and what came.
@@ -74,6 +75,7 @@ class RankedRecord:
     source: str = field(default="record", compare=False)
     template: Mapping[str, Any] = field(default_factory=dict)
     signals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    subset: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _check_prompt(self.prompt, self.source))
@@ -82,19 +84,22 @@ class RankedRecord:
         if self.rewards is not None:
             object.__setattr__(self, "rewards", _check_finite(self.rewards, size, self.source, "rewards"))
         object.__setattr__(self, "sft_index", _check_sft_index(self.sft_index, size, self.source))
+        check_text(self.subset, self.source, "subset")
         if self.template and isinstance(self.prompt, str):
             name = "tools" if "tools" in self.template else "chat_template_kwargs"
             raise RecordError.of(self.source, name, "messages as prompt, for a chat template", self.prompt)
         object.__setattr__(self, "signals", _check_signals(self.signals, size, self.source))
 
     def as_dict(self) -> dict[str, Any]:
-        """The canonical JSON object; rewards and signals only where there are any, sft_index only where it is not 0."""
+        """The canonical JSON object: rewards, signals, subset only where there are any, sft_index where it is not 0."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
         out: dict[str, Any] = {"prompt": prompt, "completions": list(self.completions)}
         if self.rewards is not None:
             out["rewards"] = list(self.rewards)
         if self.sft_index:
             out["sft_index"] = self.sft_index
+        if self.subset:
+            out["subset"] = self.subset
         variables = dict(self.template)
         if "tools" in variables:
             out["tools"] = variables.pop("tools")
@@ -123,6 +128,7 @@ def make_record(
     rank_by_reward: bool = False,
     signals: Mapping[str, Any] | None = None,
     source: str = "record",
+    subset: str = "",
 ) -> RankedRecord:
     """A `RankedRecord` from candidates in any order.
 
@@ -134,12 +140,13 @@ def make_record(
         rank_by_reward: order by decreasing reward instead; equal rewards keep their order (that of `ranks`,
             if any).
         signals: as `RankedRecord`, in the order given; None is none, and so is None for one of them.
+        subset: as `RankedRecord` has it.
 
     Raises:
         RecordError: as `RankedRecord`; ranks that are no permutation; `rank_by_reward` without rewards.
     """
     target = 0 if sft_index is None else sft_index
-    record = RankedRecord(prompt, completions, rewards, target, source, signals=signals or {})
+    record = RankedRecord(prompt, completions, rewards, target, source, signals=signals or {}, subset=subset)
     size = len(record.completions)
     order = list(range(size))
     if ranks is not None:

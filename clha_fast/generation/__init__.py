@@ -15,7 +15,7 @@ from clha_fast.generation.backend import (
     GenerationBackend,
     GenerationSettings,
 )
-from clha_fast.generation.hf import TransformersBackend
+from clha_fast.generation.hf import TransformersBackend, load_backend
 from clha_fast.generation.prompts import encode_prompts, trained_prefix
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "TransformersBackend",
     "encode_prompts",
     "generate_answers",
+    "load_backend",
     "read_answers",
     "trained_prefix",
     "write_answers",

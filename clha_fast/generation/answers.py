@@ -137,7 +137,7 @@ def generate_answers(
     path = os.fspath(destination)
     journal = Journal(
         f"{path}.partial",
-        _identity(records, encoded, backend, batch_size),
+        _identity(records, encoded, settings, backend, batch_size),
         batches,
         resume,
         key="answers",
@@ -187,7 +187,11 @@ def _answer(
 
 
 def _identity(
-    records: Sequence[Prompted], encoded: EncodedPrompts, backend: GenerationBackend, batch_size: int
+    records: Sequence[Prompted],
+    encoded: EncodedPrompts,
+    asked: GenerationSettings,
+    backend: GenerationBackend,
+    batch_size: int,
 ) -> RunIdentity:
     """What decides the answers, down to the last bit, and the file."""
     source, tokens = hashlib.sha256(), hashlib.sha256()
@@ -195,7 +199,7 @@ def _identity(
         source.update(f"{prompt_hash(record)} {subset_of(record)}\n".encode())
     for prompt in encoded.prompts:
         tokens.update(f"{prompt.ids} {prompt.stops} {prompt.ends}\n".encode())
-    settings = dataclasses.asdict(encoded.settings)
+    settings = dataclasses.asdict(asked)
     if not settings["temperature"]:
         del settings["seed"]  # nothing is drawn
     data = {

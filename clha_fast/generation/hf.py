@@ -22,7 +22,14 @@ from transformers import (
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationSettings, cut_answer
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model, virtual_tokens
-from clha_fast.models.loading import check_vocabulary, fingerprint
+from clha_fast.models.loading import (
+    DTYPES,
+    check_vocabulary,
+    find_device,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
 
 # How far the logits of a prompt may move when a longer one is batched with it, relative to the largest.
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -109,6 +116,28 @@ class TransformersBackend:
         """float64 [rows, V]: what the first new token is drawn from."""
         found = _generate(self.model, rows, self._pad, max_new_tokens=1, output_logits=True)
         return torch.as_tensor(found.logits[0]).double()
+
+
+def load_backend(path: str, *, device: str = "auto", dtype: str = "auto") -> TransformersBackend:
+    """The causal language model, or the adapter, and the tokenizer of a local folder or of a name on the Hub.
+
+    Args:
+        device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
+        dtype: "auto" is that of the checkpoint, or one of float32, bfloat16, float16.
+
+    Raises:
+        ValueError: nothing there to load, as `load_model`; an unknown device or dtype; too little memory.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = find_device(device)
+    tokenizer = load_tokenizer(path, "model")
+    model: Any = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype))
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
+    return TransformersBackend(model, tokenizer)
 
 
 def positions_of(model: Any) -> int | None:

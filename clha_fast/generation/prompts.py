@@ -112,7 +112,12 @@ def closing_tokens(
     """What ends an answer: EOS, the model's own, and what closes a response of the data (a template's end of turn)."""
     ends = {tokenizer.eos_token_id, *([] if model is None else own_ends(model))}
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends |= {int(ids[-1]) for example in examples for ids in example["completion_ids"] if int(ids[-1]) in special}
+    for example in examples:
+        for ids in example["completion_ids"]:
+            # A newline may follow the end of turn.
+            last = next((int(token) for token in reversed(ids) if tokenizer.decode([int(token)]).strip()), None)
+            if last in special:
+                ends.add(last)
     return sorted(ends)
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
-from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.batch import CandidateBatch, check_chains
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
@@ -34,7 +34,16 @@ from clha_fast.types import RankingInputs
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
-_OWN_FIELDS = {*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "inert_for", "labels", "num_items_in_batch"}
+_OWN_FIELDS = {
+    *MODEL_FIELDS,
+    *_LOSS_FIELDS,
+    "loss_scale",
+    "num_inert",
+    "inert_for",
+    "chains",
+    "labels",
+    "num_items_in_batch",
+}
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
 _STATE = "_clha_attached"
@@ -194,6 +203,8 @@ class Attached:
         for name in _NEEDED:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
+        if kwargs["candidates_per_prompt"].shape[0]:
+            check_chains(kwargs.get("chains", ""), self.options)
         check_dropped(kwargs, self.options)
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clha_fast.objectives.base import Group, Objective, Plan, Terms, Totals
 from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.objectives.coh import CoHOptions
 from clha_fast.objectives.cpo import CPOOptions
 from clha_fast.objectives.dpo import DPOOptions
 from clha_fast.objectives.hinge import HingeOptions
@@ -27,6 +28,7 @@ __all__ = [
     "OBJECTIVES",
     "CLHAOptions",
     "CPOOptions",
+    "CoHOptions",
     "DPOOptions",
     "Group",
     "HingeOptions",
@@ -57,6 +59,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         ORPOOptions,
         CPOOptions,
         SFTOptions,
+        CoHOptions,
         PolicyOptions,
     )
 }

@@ -319,6 +319,11 @@ class Objective(Settings):
         return {}
 
     @property
+    def markers(self) -> tuple[str, str] | None:
+        """Texts before good and bad answers, of an objective that trains on chains (`data.chains`), not on answers."""
+        return None
+
+    @property
     def ranks(self) -> bool:
         """Whether the loss tells candidates apart at all."""
         return True

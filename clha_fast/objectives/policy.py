@@ -26,7 +26,7 @@ from clha_fast.types import RankingInputs
 Advantages = Literal["group", "given"]
 PolicyReduction = Literal["token_mean", "sequence_mean"]
 
-# Of a log-ratio; exp of it is finite in float32. What differs by more gets no slope, where it would get inf or NaN.
+# Of a log-ratio. What differs by more gets no slope, where it would get inf or NaN.
 _MOST = 80.0
 
 
@@ -36,8 +36,9 @@ class PolicyOptions(Objective):
 
     GRPO is ``PolicyOptions(reduction="sequence_mean")``, DAPO ``PolicyOptions(clip_high=0.28)``, PPO's policy loss
     ``PolicyOptions(advantages="given")``. `old_logps`, one a token, are of the model that sampled; None says that this
-    very model did: rho is then 1, and a token's slope -A. There is no entropy bonus, for only dL/dlogp of the targets
-    reaches a head, not the rest of its distribution.
+    very model did: rho is then 1, and a token's slope -A. Log-ratios count up to 80 nats, for exp of more leaves
+    float32. There is no entropy bonus, for only dL/dlogp of the targets reaches a head, not the rest of its
+    distribution.
 
     Mean and std of "group" are over all candidates of a prompt, also those without tokens or that did not run: a
     reward counts whether or not its response is here. Equal rewards, and a prompt of one, have advantage 0.
@@ -124,10 +125,10 @@ class PolicyOptions(Objective):
 
         old_kl is rho - 1 - log rho, of the policy from the one that sampled.
         """
-        ratio, advantage = self._log_ratio(group, group.scored), self._advantages(group)
-        rho = torch.exp(ratio)
+        log_ratio, advantage = self._log_ratio(group, group.scored), self._advantages(group)
+        rho = torch.where(group.scored, torch.exp(log_ratio), 0.0)
         clipped = ((rho < 1 - self.clip_low) & (advantage < 0)) | ((rho > 1 + self.clip_high) & (advantage > 0))
-        sums = {"ratio": rho[group.scored].sum(), "clip_share": clipped.sum(), "old_kl": _divergence(ratio).sum()}
+        sums = {"ratio": rho.sum(), "clip_share": clipped.sum(), "old_kl": _divergence(log_ratio).sum()}
         return {**sums, "reference_kl": _divergence(self._from_reference(group)).sum()} if self.kl_weight else sums
 
     def gates(self, rewards: Tensor | None) -> Tensor | bool:

@@ -21,6 +21,9 @@ from clha_fast.errors import BackendError
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference")
 
+# What Triton's interpreter computes as a GPU does; its bfloat16 it does not.
+INTERPRETED: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+
 logger = logging.getLogger("clha_fast")
 
 
@@ -71,7 +74,7 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         if _interpreting():
-            if dtype == torch.bfloat16:
+            if dtype not in INTERPRETED:
                 return "Triton's interpreter computes bfloat16 wrongly: it needs a GPU, or float32 or float16"
             return None
         return f"the tensors are on {device.type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"

@@ -4,7 +4,7 @@ Nothing here is fast, and nothing here is shared with another backend.
 """
 
 from clha_fast.reference.head import logits, token_logps
-from clha_fast.reference.objectives import LOSSES, clha_loss, loss, pro_loss, sft_loss
+from clha_fast.reference.objectives import LOSSES, clha_loss, coh_loss, loss, pro_loss, sft_loss
 from clha_fast.reference.policy import policy_loss
 from clha_fast.reference.preference import (
     cpo_loss,
@@ -19,6 +19,7 @@ from clha_fast.reference.preference import (
 __all__ = [
     "LOSSES",
     "clha_loss",
+    "coh_loss",
     "cpo_loss",
     "dpo_loss",
     "hinge_loss",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.objectives import CLHAOptions, PROOptions, SFTOptions
+from clha_fast.objectives import CLHAOptions, CoHOptions, PROOptions, SFTOptions
 from clha_fast.options import HeadOptions
 from clha_fast.reference import parts, policy, preference
 from clha_fast.types import RankingInputs
@@ -155,6 +155,22 @@ def sft_loss(
     return loss, metrics, scores
 
 
+def coh_loss(
+    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, options: CoHOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chain of Hindsight on token log-probabilities: minus their sum over all chains, by the number of tokens."""
+    sizes, lengths, sums, scores, _ = parts.candidates(logps, targets, given, head)
+    present = lengths > 0
+    loss = -sums[present].sum() / parts.count(given.token_count, max(1.0, float(lengths.sum())), logps)
+    good_nll = -sum(scores[sum(sizes[:p])].detach() for p in range(len(sizes)))
+    i, _ = parts.pairs(sizes, logps.device)
+    none = torch.zeros_like(i, dtype=torch.bool)
+    closed = torch.zeros(len(sizes), dtype=torch.bool)
+    # Rewards all equal: no pair of chains has an order.
+    everything = (loss.new_zeros(()), loss, scores, lengths, sizes, torch.zeros_like(scores), none, none, closed)
+    return loss, parts.metrics(*everything, (torch.as_tensor(good_nll),)), scores
+
+
 def loss(
     logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, objective: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,5 +196,6 @@ LOSSES: dict[str, Any] = {
     "orpo": preference.orpo_loss,
     "cpo": preference.cpo_loss,
     "sft": sft_loss,
+    "coh": coh_loss,
     "policy": policy.policy_loss,
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,8 @@ def policy_loss(
         for t in range(start, start + span):
             if targets[t] == head.ignore_index:
                 continue
-            ratio = torch.exp((logps[t] - old[t]).clamp(max=80))
+            log_ratio = (logps[t] - old[t]).clamp(max=80)
+            ratio = torch.exp(log_ratio)
             a = advantages[t]
             if a > 0:
                 candidate = candidate - a * torch.minimum(ratio, ratio.new_tensor(1 + options.clip_high))
@@ -40,7 +39,7 @@ def policy_loss(
             rho = float(ratio.detach())
             own["ratio"] += rho
             own["clip_share"] += bool((a > 0 and rho > 1 + options.clip_high) or (a < 0 and rho < 1 - options.clip_low))
-            own["old_kl"] += rho - 1 - math.log(rho)
+            own["old_kl"] += rho - 1 - float(log_ratio.detach())
             if options.kl_weight > 0:
                 assert given.reference_logps is not None
                 d = (given.reference_logps[t].to(logps) - logps[t]).clamp(max=80)

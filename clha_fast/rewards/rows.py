@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from clha_fast.batching.collator import RankedCollator
 # How far a response's reward may move when a longer one is batched with it, relative to the larger of the two.
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
 _DRIFT_HALF = 5e-2
+_Row = TypeVar("_Row")
 
 
 def reward_collator(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RankedCollator:
@@ -64,12 +65,7 @@ def padded_rewards(
     return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
-def read_as_text(
-    score: Callable[[list[Sequence[int]]], Tensor],
-    dtype: torch.dtype,
-    longer: Sequence[int],
-    shorter: Sequence[int],
-) -> str:
+def read_as_text(score: Callable[[list[_Row]], Tensor], dtype: torch.dtype, longer: _Row, shorter: _Row) -> str:
     """What shows that a model reads padding as text, whatever the mask says; "" where nothing does.
 
     Args:

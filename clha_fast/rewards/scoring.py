@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.utils import logging
 
-from clha_fast.data.convert import convert
-from clha_fast.data.notes import Notes
-from clha_fast.data.readers import Source, read_records
-from clha_fast.data.records import RankedRecord, make_record
-from clha_fast.files import Journal, RunIdentity, check_destination
+from clha_fast.data.readers import Source
+from clha_fast.data.records import RankedRecord
+from clha_fast.files import check_destination
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
-from clha_fast.rewards.rows import read_as_text, reward_collator, token_rows
+from clha_fast.rewards.rows import reward_collator
+from clha_fast.rewards.run import Row, ScoringError, ScoringInterrupted, ScoringRun, as_records
 
 __all__ = [
     "RewardModel",
@@ -33,16 +27,6 @@ __all__ = [
     "score_file",
     "score_records",
 ]
-
-_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
-
-
-class ScoringError(RuntimeError):
-    """Scoring could not go on; the message says why and what is kept."""
-
-
-class ScoringInterrupted(KeyboardInterrupt):
-    """Ctrl-C while scoring; the message says what is kept."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +94,17 @@ def score_file(
         ScoringInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     check_destination(destination, resume=resume, overwrite=overwrite)
-    records = _as_records(source, format, columns)
-    run = _Run(records, reward_model, batch_size, max_length, progress)
-    path = os.fspath(destination)
-    journal = run.journal(f"{path}.partial", resume)
-    resumed = len(journal.values)
-    try:
-        with journal:
-            run.score(journal, progress)
-        scored = run.with_rewards(journal.values)
-        written = [_best_first(record) for record in scored] if rank_by_reward else scored
-        convert((record.as_dict() for record in written), path, "canonical", overwrite=overwrite, notes=Notes())
-    except OSError as error:
-        raise ScoringError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
-    except KeyboardInterrupt:
-        raise ScoringInterrupted(f"interrupted; {journal.kept()}") from None
-    os.unlink(f"{path}.partial")
+    records = as_records(source, format, columns)
+    run = _RewardRun(records, reward_model, batch_size, max_length, progress)
+    scored: list[RankedRecord] = []
+    written: list[RankedRecord] = []
+
+    def finish(rewards: dict[int, float]) -> list[RankedRecord]:
+        scored.extend(run.with_rewards(rewards))
+        written.extend([_best_first(record) for record in scored] if rank_by_reward else scored)
+        return written
+
+    resumed = run.write(os.fspath(destination), finish, resume=resume, overwrite=overwrite, progress=progress)
     replaced = sum(record.rewards is not None for record in records)
     return ScoreResult(scored, written, sum(map(len, run.rows_of)), resumed, run.truncated, replaced, run.max_length)
 
@@ -139,7 +118,7 @@ def score_records(
     progress: bool = True,
 ) -> list[RankedRecord]:
     """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`."""
-    run = _Run(list(records), reward_model, batch_size, max_length, progress)
+    run = _RewardRun(list(records), reward_model, batch_size, max_length, progress)
     journal = run.journal(None)
     try:
         run.score(journal, progress)
@@ -148,30 +127,16 @@ def score_records(
     return run.with_rewards(journal.values)
 
 
-def _as_records(
-    source: Source | Sequence[RankedRecord], format: str, columns: Mapping[str, Any] | None
-) -> list[RankedRecord]:
-    if not isinstance(source, (str, os.PathLike)):
-        rows = list(cast("Iterable[Any]", source))
-        if rows and all(isinstance(row, RankedRecord) for row in rows):
-            return rows
-        source = rows
-    return read_records(source, format, columns=columns)
-
-
 def _best_first(record: RankedRecord) -> RankedRecord:
-    return make_record(
-        record.prompt,
-        record.completions,
-        rewards=record.rewards,
-        sft_index=record.sft_index or None,
-        rank_by_reward=True,
-        source=record.source,
-    )
+    rewards = record.rewards or ()
+    order = sorted(range(len(rewards)), key=lambda k: -rewards[k])  # stable: equal ones in the order given
+    ordered = record.in_order(order)
+    return ordered if record.sft_index else dataclasses.replace(ordered, sft_index=0)
 
 
-class _Run:
-    """The token rows of all responses, cut into batches of like length."""
+class _RewardRun(ScoringRun):
+    key = "rewards"
+    scorer = "reward_model"
 
     def __init__(
         self,
@@ -181,112 +146,22 @@ class _Run:
         max_length: int | None,
         progress: bool,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
         limit = reward_model.max_positions
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length: expected at most the reward model's {limit} positions, got {max_length}")
-        self.records = records
         self.reward_model = reward_model
-        self.batch_size = batch_size
         self.max_length = reward_model.default_max_length if max_length is None else max_length
-        self.rows: list[list[int]] = []
-        self.places: list[tuple[str, int]] = []  # the record and response that a row is from
-        self.rows_of: list[list[int]] = []  # positions of the rows of each record
-        self.truncated = 0
-        self._tokenise(progress and len(records) > _LARGE)
-        order = sorted(range(len(self.rows)), key=lambda index: -len(self.rows[index]))
-        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        collator = reward_collator(reward_model.tokenizer, self.max_length)
+        super().__init__(records, reward_model.model, collator, batch_size, progress)
 
-    def _tokenise(self, progress: bool) -> None:
-        collator = reward_collator(self.reward_model.tokenizer, self.max_length)
-        for record in logging.tqdm(self.records, desc="Tokenising", unit=" prompts", disable=not progress):
-            feature, prompt_cut, cut = collator.tokenize_counted(record)
-            self.truncated += bool(prompt_cut or cut)
-            found: dict[tuple[int, ...], int] = {}
-            rows = [tuple(row) for row in token_rows(feature)]
-            for number, row in enumerate(rows):
-                # The same response twice is scored once: apart, padding could part their rewards by a last bit.
-                if row not in found:
-                    found[row] = len(self.rows)
-                    self.rows.append(list(row))
-                    self.places.append((record.source, number))
-            self.rows_of.append([found[row] for row in rows])
+    def settings(self) -> dict[str, Any]:
+        return {"max_length": self.max_length, "label": self.reward_model.label or 0}
 
-    def identity(self) -> RunIdentity:
-        """What decides the numbers, down to the last bit."""
-        model = self.reward_model.model
-        source, tokens = hashlib.sha256(), hashlib.sha256()
-        for record in self.records:
-            source.update(json.dumps(record.as_dict(), sort_keys=True).encode() + b"\n")
-        for row in self.rows:
-            tokens.update(f"{row}\n".encode())
-        settings = {
-            "batch_size": self.batch_size,
-            "max_length": self.max_length,
-            "label": self.reward_model.label or 0,
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-        data = {
-            "source": source.hexdigest(),
-            "tokenizer or template": tokens.hexdigest(),
-            "reward_model": self.reward_model.fingerprint(),
-        }
-        return RunIdentity(settings, data)
+    def fingerprint(self) -> str:
+        return self.reward_model.fingerprint()
 
-    def journal(self, path: str | None, resume: bool = False) -> Journal:
-        words = {"key": "rewards", "items": "responses", "done": "scored"}
-        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, **words)
-
-    def score(self, journal: Journal, progress: bool) -> None:
-        """Score the batches that the journal lacks."""
-        if len(journal.finished) < len(self.batches):
-            self._check_padding(journal)
-        bar = logging.tqdm(
-            total=len(self.rows),
-            initial=len(journal.values),
-            desc="Scoring",
-            unit=" responses",
-            disable=not progress,
-        )
-        with bar:
-            for number, batch in enumerate(self.batches):
-                if number in journal.finished:
-                    continue
-                scores = self._forward([self.rows[index] for index in batch], journal)
-                self._check_finite(batch, scores, journal)
-                # Nine digits are enough to read the same float32 again.
-                journal.add(number, [float(f"{score:.9g}") for score in scores.tolist()])
-                bar.update(len(batch))
-
-    def _forward(self, rows: Sequence[Sequence[int]], journal: Journal) -> Tensor:
-        try:
-            return self.reward_model.score_tokens(rows)
-        except torch.OutOfMemoryError as error:
-            size = f"{len(rows)} responses of up to {len(rows[0]):,} tokens"
-            raise ScoringError(f"batch_size: {size} do not fit in memory; {journal.kept()}") from error
-
-    def _check_padding(self, journal: Journal) -> None:
-        """Some models read padding as text whatever the mask says; their scores must not be written."""
-        ragged = next((batch for batch in self.batches if len(self.rows[batch[-1]]) < len(self.rows[batch[0]])), None)
-        if ragged is None:
-            return
-        model, score = self.reward_model.model, lambda rows: self._forward(rows, journal)
-        shown = read_as_text(score, model.dtype, self.rows[ragged[0]], self.rows[ragged[-1]])
-        if shown:
-            raise ScoringError(
-                f"batch_size: expected 1 for {type(model).__name__}, which reads padding as text ({shown}), got "
-                f"{self.batch_size}"
-            )
-
-    def _check_finite(self, batch: Sequence[int], scores: Tensor, journal: Journal) -> None:
-        for index, score in zip(batch, scores.tolist(), strict=True):
-            if not math.isfinite(score):
-                source, number = self.places[index]
-                raise ScoringError(
-                    f"{source}: completions[{number}]: expected a finite score, got {score}; {journal.kept()}"
-                )
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        return self.reward_model.score_tokens([row.tokens for row in rows])
 
     def with_rewards(self, rewards: dict[int, float]) -> list[RankedRecord]:
         """The records, with rewards by position of the row."""
@@ -295,7 +170,3 @@ class _Run:
             values = tuple(rewards[index] for index in indices)
             out.append(dataclasses.replace(record, rewards=values))
         return out
-
-
-def _is_score(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)

@@ -41,6 +41,11 @@ def first_prompts(dataset: Any, count: int, collator: Any) -> list[Mapping[str, 
                     f"another kind is given, got {type(collator).__name__}"
                 )
             example = collator.tokenize_record(example)
+        masks = example.get("completion_mask")
+        if masks is not None:
+            # Of chains, what stands before the first scored token begins the answer that is asked for.
+            marker = list(example["completion_ids"][0])[: list(masks[0]).index(1)]
+            example = {**example, "prompt_ids": [*example["prompt_ids"], *marker]}
         found.append(example)
     return found
 

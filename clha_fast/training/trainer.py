@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from clha_fast.batching.batch import CandidateBatch, first_prompts
+from clha_fast.batching.batch import CandidateBatch, check_chains, first_prompts
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 
 # What a collator reads of a tokenised record, or of a row in one of the known formats.
 COLUMNS = (
-    "prompt_ids completion_ids source prompt completions rewards ranks sft_index chosen rejected score_chosen "
-    "score_rejected prefix suffix reward query responses scores answers instruction fill "
+    "prompt_ids completion_ids completion_mask source prompt completions rewards ranks sft_index chosen rejected "
+    "score_chosen score_rejected prefix suffix reward query responses scores answers instruction fill "
     "system tools chat_template_kwargs margin "
     "reference_logps reference_tokens old_logps advantages token_weights"
 )
@@ -261,6 +261,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     ) -> tuple[Tensor, CLHAMetrics]:
         for limit in self._row_limits:
             limit.check_width(batch.input_ids.shape[1])
+        if batch.candidates_per_prompt.shape[0]:
+            check_chains(batch.chains, self.loss_options)
         check_dropped(vars(batch), self.loss_options)
         tensors = {**batch.loss_inputs(), **(counts or {})}
         if self.reference.frozen is not None:

@@ -12,7 +12,7 @@ from clha_fast import HeadOptions, backends
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.types import Needs
 from tests.support.helpers import make_case
-from tests.support.triton_harness import DEVICE, DTYPES
+from tests.support.triton_harness import DEVICE, every_dtype
 
 RAGGED = ([5, 3, 0, 7, 2, 4, 6, 1, 3], [3, 1, 2, 3])
 BACKENDS = ["workspace", "triton"]
@@ -32,7 +32,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_reads_nothing_back(backend: str, dtype: torch.dtype) -> None:
     case = make_case(*RAGGED, rows=9, bias=True, rewards=True, sft_index=True, dtype=dtype)

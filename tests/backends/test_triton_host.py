@@ -18,7 +18,7 @@ from clha_fast.options import HeadOptions
 from clha_fast.types import Needs, RankingInputs
 from csrc_triton import backward, forward, persistent_backward, routed, routing
 from csrc_triton import clha as ranking
-from tests.support.triton_harness import DEVICE, PLAIN, RICH, Problem, problem
+from tests.support.triton_harness import DEVICE, PLAIN, RICH, Problem, every_dtype, problem
 
 # What brings values of a tensor to the host, or makes a shape of them.
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount", "item")
@@ -69,7 +69,7 @@ def run(p: Problem, grad: Tensor, sizes: list[int], steps: list[tuple[str, Any]]
     return list(steps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@every_dtype
 @pytest.mark.parametrize("head", [PLAIN, RICH, PLAIN.replace(max_dropped_mass=0.1)], ids=["plain", "rich", "routed"])
 def test_nothing_depends_on_the_data(head: HeadOptions, dtype: torch.dtype, steps: list[tuple[str, Any]]) -> None:
     head = head.replace(workspace_bytes=20_000)
@@ -83,7 +83,7 @@ def test_nothing_depends_on_the_data(head: HeadOptions, dtype: torch.dtype, step
     assert any("kernel" in name for name in names)
     assert not [name for name in names if any(word in name.split(".") for word in WAITING)]
     expected = "routed_logit_grad" if head.max_dropped_mass is not None else "logit_grad"
-    if dtype == torch.float16 and head.max_dropped_mass is None and DEVICE == "cpu":
+    if dtype.itemsize == 2 and head.max_dropped_mass is None and DEVICE == "cpu":
         expected = "persistent_logit_grad"
     assert f"{expected}_kernel" in names
 

@@ -17,11 +17,14 @@ from clha_fast.objectives.clha import PUBLISHED
 from tests.support.helpers import Case, make_case
 from tests.support.value_gpu import OnGPU, ValueGPU
 
+pytestmark = pytest.mark.usefixtures("bfloat16_kernels")
+
 CHUNKS = HeadOptions(workspace_bytes=2**15)
 RICH = HeadOptions(scale=0.9, softcap=8.0, temperature=0.7)
 # Nothing has a mass of exactly 0 here: every pair is kept, and the routed kernels' result is exact.
 ROUTED = HeadOptions(max_dropped_mass=0.0, workspace_bytes=2**15)
 HEADS = {"chunks": CHUNKS, "rich": RICH, "routed": ROUTED}
+KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUICK = [
     ("torch", "fp32", "chunks", 90, "cpu"),
     ("torch", "fp16", "rich", 90, "cuda"),
@@ -31,16 +34,16 @@ QUICK = [
     ("triton", "fp32", "chunks", 90, "cpu"),
     ("triton", "fp16", "rich", 90, "cuda"),
     ("triton", "fp16", "routed", 90, "cpu"),
+    ("workspace", "bf16", "chunks", 90, "cpu"),
+    ("triton", "bf16", "chunks", 90, "cuda"),
 ]
 EVERY = [
     row
-    for row in itertools.product(
-        ("torch", "workspace", "triton"), ("fp32", "fp16"), HEADS, (80, 90, 100), ("cpu", "cuda")
-    )
+    for row in itertools.product(("torch", "workspace", "triton"), KINDS, HEADS, (80, 90, 100), ("cpu", "cuda"))
     if row not in QUICK and (row[0], row[2]) != ("workspace", "routed") and (row[0] != "torch" or row[3] == 90)
 ]
-# Norm of the error over norm of the exact value: a few roundings of float32, one of float16.
-LIMITS = {torch.float32: 4 * torch.finfo(torch.float32).eps, torch.float16: torch.finfo(torch.float16).eps}
+# Norm of the error over norm of the exact value: a few roundings of float32, one of 16 bits.
+LIMITS = {dtype: torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1) for dtype in KINDS.values()}
 
 
 def build(dtype: torch.dtype, rows: int | None) -> Case:
@@ -82,7 +85,7 @@ def check(value: Any, found: tuple[Any, ...], wanted: tuple[Tensor, tuple[Tensor
 
 
 def run(entry: str, backend: str, kind: str, name: str, capability: int, sizes: str) -> None:
-    dtype, head = {"fp32": torch.float32, "fp16": torch.float16}[kind], HEADS[name]
+    dtype, head = KINDS[kind], HEADS[name]
     case = build(dtype, rows=9 if sizes == "cpu" else None)
     upstream = torch.tensor(0.5) if entry == "loss" else torch.linspace(-1, 1, case.targets.numel())
     gpu = ValueGPU()

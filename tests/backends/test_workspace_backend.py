@@ -22,13 +22,13 @@ from clha_fast.types import Needs
 from tests.support.helpers import Case, make_case, rank
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
     PLAIN,
     RICH,
     check,
     close,
     eager_gradients,
     error,
+    every_dtype,
     forward,
     gradients,
     problem,
@@ -45,7 +45,7 @@ def on_device(case: Case) -> Case:
     return dataclasses.replace(case, **{n: t.to(DEVICE) for n in names if (t := getattr(case, n)) is not None})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 20_000), (RICH, None)], ids=["chunks", "rich"])
 @pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
 def test_no_worse_than_the_eager_path(
@@ -57,34 +57,6 @@ def test_no_worse_than_the_eager_path(
     grad = upstream(p)
     exact = eager_gradients(p, grad, torch.float64)
     eagers = eager_gradients(p, grad, dtype)
-    for value, eager, wanted in zip(gradients(p, grad, backend=workspace_backend), eagers, exact, strict=True):
-        assert value is not None
-        assert error(value, wanted) <= 1.05 * error(eager, wanted)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is tested as itself there")
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
-def test_bfloat16_is_no_worse_than_the_eager_path(
-    head: HeadOptions, spread: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The interpreter's bfloat16 is wrong: the passes get the workspace as float32 and give it back rounded."""
-
-    def statistics(z: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return triton_softmax.statistics(z.float(), *others)
-
-    def gradient(z: Tensor, *others: Any) -> None:
-        wide = z.float()
-        triton_softmax.gradient(wide, *others)
-        z.copy_(wide)
-
-    monkeypatch.setattr(workspace_backend, "statistics", statistics)
-    monkeypatch.setattr(workspace_backend, "gradient", gradient)
-    p = problem(50, 130, 64, dtype=torch.bfloat16, head=head, bias=True, seed=4)
-    p.weight *= spread
-    grad = upstream(p)
-    exact = eager_gradients(p, grad, torch.float64)
-    eagers = eager_gradients(p, grad, p.hidden.dtype)
     for value, eager, wanted in zip(gradients(p, grad, backend=workspace_backend), eagers, exact, strict=True):
         assert value is not None
         assert error(value, wanted) <= 1.05 * error(eager, wanted)
@@ -203,7 +175,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_nothing_as_large_as_the_workspace_or_the_gradient_stands_beside_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +291,7 @@ def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypat
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_bitwise_repeatable(dtype: torch.dtype) -> None:
     case = on_device(make_case(*RAGGED, rows=9, bias=True, rewards=True, dtype=dtype))
     head = HeadOptions(workspace_bytes=1500)
@@ -364,7 +336,7 @@ def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
             case.to(torch.float32).loss("workspace")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_dtype
 def test_the_bias_takes_no_copy_of_the_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum in float64 first copies what it adds up, inside the operator: a profiler alone sees that."""
     tokens, words = 64, 500

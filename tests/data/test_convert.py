@@ -45,6 +45,7 @@ def records(draw):
         tuple(completions),
         None if rewards is None else tuple(rewards),
         draw(st.integers(0, size - 1)),
+        subset=draw(texts | st.just("")),
     )
 
 

@@ -130,6 +130,21 @@ def test_a_mapped_field_that_the_format_does_not_read_is_refused() -> None:
         read_records([row], columns={"rewards": "other"})
 
 
+def test_subsets_are_read_from_any_format_and_mapped() -> None:
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "subset": "s", "part": "t"},
+        {"prompt": "p", "completions": ["a", "b"], "subset": "s", "part": "t"},
+    ]
+    for row in rows:
+        assert read_records([row])[0].subset == "s"
+        assert read_records([row], columns={"subset": "part"})[0].subset == "t"
+        assert read_records([{**row, "subset": 3}])[0].subset == ""
+        with pytest.raises(RecordError, match="subset: expected a text, got 3"):
+            read_records([{**row, "part": 3}], columns={"subset": "part"})
+    pair = {"chosen": "Say it a", "rejected": "Say it b", "subset": "not a prompt"}
+    assert (read_records([pair])[0].prompt, read_records([pair])[0].subset) == ("Say it", "not a prompt")
+
+
 def test_groups_must_be_of_one_prompt_and_bad_rows_do_not_stop_the_others() -> None:
     columns = {"prompt": "q", "completions": "a", "group_by": "g"}
     rows = [{"g": 1, "q": "x", "a": "1"}, {"g": 1, "q": "y", "a": "2"}, {"g": 2, "q": "z", "a": "3"}, {"q": "z"}]

@@ -25,6 +25,11 @@ def test_ranks_reorder_rewards_and_sft_target(ranks):
     assert record.completions[record.sft_index] == "worst"
 
 
+def test_a_subset_stays_with_a_record_that_is_ordered():
+    record = make_record("p", ["a", "b"], rewards=[1, 2], rank_by_reward=True, subset="s")
+    assert (record.completions, record.subset) == (("b", "a"), "s")
+
+
 def test_without_sft_index_the_best_rank_is_the_target():
     assert make_record("p", WORST_FIRST, ranks=[2, 1, 0]).sft_index == 0
 
@@ -60,12 +65,13 @@ def test_lists_become_tuples_and_source_is_no_part_of_equality():
 
 def test_as_dict_leaves_out_what_is_default():
     assert RankedRecord("p", ("a",)).as_dict() == {"prompt": "p", "completions": ["a"]}
-    full = RankedRecord(({"role": "user", "content": "q"},), ("a", "b"), (1.0, 0.0), 1).as_dict()
+    full = RankedRecord(({"role": "user", "content": "q"},), ("a", "b"), (1.0, 0.0), 1, subset="s").as_dict()
     assert full == {
         "prompt": [{"role": "user", "content": "q"}],
         "completions": ["a", "b"],
         "rewards": [1.0, 0.0],
         "sft_index": 1,
+        "subset": "s",
     }
 
 
@@ -99,6 +105,7 @@ BAD = [
     ("target negative", "p", TWO, {"sft_index": -1}, "sft_index", "from 0 to 1", "-1"),
     ("target half", "p", TWO, {"sft_index": 0.5}, "sft_index", "from 0 to 1", "0.5"),
     ("target bool", "p", TWO, {"sft_index": True}, "sft_index", "from 0 to 1", "True"),
+    ("subset number", "p", TWO, {"subset": 3}, "subset", "a text", "3"),
     ("nothing to rank by", "p", TWO, {"rank_by_reward": True}, "rewards", "rewards to rank by", "None"),
 ]
 

@@ -15,13 +15,13 @@ from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
     PLAIN,
     RICH,
     Problem,
     check,
     close,
     eager_gradients,
+    every_dtype,
     forward,
     gradients,
     problem,
@@ -83,7 +83,7 @@ def test_any_shape(
     check(p, torch.where(skip.to(DEVICE), 0, upstream(p, seed)), backend=backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("skipped", [[3], list(range(0, 37, 2)), list(range(37))], ids=["one", "half", "all"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_tokens_without_a_gradient_spoil_nothing(backend: ModuleType, dtype: torch.dtype, skipped: list[int]) -> None:

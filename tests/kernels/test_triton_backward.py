@@ -20,12 +20,13 @@ from clha_fast.types import Needs
 from csrc_triton import backward
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
     PLAIN,
     RICH,
+    both_halves,
     check,
     eager_gradients,
     error,
+    every_dtype,
     forward,
     gradients,
     problem,
@@ -33,7 +34,7 @@ from tests.support.triton_harness import (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 1), (RICH, None)], ids=["chunks", "rich"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0], ids=["flat", "plain", "peaked"])
 def test_no_worse_than_the_eager_path(
@@ -157,16 +158,17 @@ def test_what_is_not_needed_costs_nothing(needs: tuple[int, int, int], monkeypat
     assert len(shapes) == int(needs[0])  # only the float32 rows of dhidden are made by torch.empty here
 
 
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
-def test_bitwise_repeatable() -> None:
-    p = problem(70, 90, 24, bias=True, rows=9, dtype=torch.float16, head=RICH.replace(workspace_bytes=4000))
+def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+    p = problem(70, 90, 24, bias=True, rows=9, dtype=dtype, head=RICH.replace(workspace_bytes=4000))
     for first, second in zip(gradients(p, upstream(p)), gradients(p, upstream(p)), strict=True):
         assert first is not None
         assert second is not None
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_the_loss_end_to_end_is_no_worse_than_eager(dtype: torch.dtype) -> None:
     """Through autograd and the public function, a factor on the loss included."""
     p = problem(66, 170, 64, dtype=dtype, rows=60, ignored=0.1)

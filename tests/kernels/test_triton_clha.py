@@ -16,7 +16,7 @@ from clha_fast.backends.triton.head import Head
 from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.types import RankingInputs
-from tests.support.triton_harness import DEVICE, DTYPES, PLAIN, Problem, eager_logps, exact_loss, loss, problem
+from tests.support.triton_harness import DEVICE, PLAIN, Problem, eager_logps, every_dtype, exact_loss, loss, problem
 
 
 def integers(*values: int) -> Tensor:
@@ -234,7 +234,7 @@ def test_long_candidates_add_up(tokens: int) -> None:
     assert metric(metrics, "scored_tokens") == tokens
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_no_worse_than_the_eager_path(dtype: torch.dtype) -> None:
     ours = eagers = 0.0
     for seed in range(4):

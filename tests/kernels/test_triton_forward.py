@@ -15,12 +15,13 @@ from clha_fast.errors import BackendError
 from clha_fast.options import HeadOptions
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
     PLAIN,
     RICH,
     Problem,
+    both_halves,
     eager_logps,
     error,
+    every_dtype,
     exact_logps,
     forward,
     problem,
@@ -57,7 +58,7 @@ def test_two_logits_by_hand() -> None:
     torch.testing.assert_close(logps.exp().cpu(), torch.tensor([1 / (1 + math.e**2), 1 / (1 + math.e**-2)]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -69,7 +70,7 @@ def test_agrees_with_float64(dtype: torch.dtype, bias: bool, head: HeadOptions, 
     assert (logps[p.targets == head.ignore_index] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
 def test_no_worse_than_the_eager_path(dtype: torch.dtype, head: HeadOptions) -> None:
     p = problem(80, 230, 96, dtype=dtype, head=head, bias=True)
@@ -151,8 +152,9 @@ def test_nothing_scored() -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset", "strided", "padded rows"])
-def test_layouts(layout: str) -> None:
-    p = problem(dtype=torch.float16)
+@both_halves
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    p = problem(dtype=dtype)
     if layout == "transposed":
         p.weight, p.hidden = p.weight.t().contiguous().t(), p.hidden.t().contiguous().t()
     elif layout == "expanded":

@@ -19,6 +19,7 @@ from tests.support.triton_harness import (
     PLAIN,
     RICH,
     Problem,
+    both_halves,
     eager_gradients,
     error,
     exact_logps,
@@ -42,9 +43,10 @@ def statistics(
 
 @pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
-def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: HeadOptions) -> None:
-    p = problem(100, 170, 72, dtype=HALF, head=head, bias=bias, rows=rows, ignored=0.2)
+def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: HeadOptions, dtype: torch.dtype) -> None:
+    p = problem(100, 170, 72, dtype=dtype, head=head, bias=bias, rows=rows, ignored=0.2)
     config = configs.select("persistent_forward", "interpreter", "16-bit")
     if DEVICE == "cpu":
         assert tiles(100, config["BLOCK_N"]) * tiles(170, config["BLOCK_V"]) > programs(p.hidden.device)
@@ -55,18 +57,22 @@ def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: Hea
             torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
 
 
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
-def test_the_copy_in_chunks_changes_nothing() -> None:
-    p = problem(100, 70, 44, dtype=HALF, rows=30)  # 44 columns: the copy's rows are padded to 48
+def test_the_copy_in_chunks_changes_nothing(dtype: torch.dtype) -> None:
+    p = problem(100, 70, 44, dtype=dtype, rows=30)  # 44 columns: the copy's rows are padded to 48
     p.weight = torch.nn.functional.pad(p.weight, (0, 4), value=float("nan"))[:, :44]
     for value, wanted in zip(statistics(p, copy=1), statistics(p), strict=True):
         assert torch.equal(value, wanted)
 
 
 @pytest.mark.parametrize("by_pointers", [False, True], ids=["persistent", "pointers"])
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
-def test_statistics_narrower_than_a_tile(by_pointers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(40, 106, 40, dtype=HALF, bias=True)
+def test_statistics_narrower_than_a_tile(
+    by_pointers: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(40, 106, 40, dtype=dtype, bias=True)
     plain = statistics(p, by_pointers)
     monkeypatch.setattr(triton_forward, "ROUTE_WORDS", 16)
     narrow = statistics(p, by_pointers, routed=True)
@@ -83,12 +89,13 @@ def test_statistics_narrower_than_a_tile(by_pointers: bool, monkeypatch: pytest.
     ("bias", "rows", "workspace_bytes", "skipped"),
     [(True, None, None, 0.0), (False, 11, 1, 0.5), (True, None, 5000, 0.2), (True, None, 1, 1.1)],
 )
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gradients_have_the_same_bits(
-    bias: bool, rows: int | None, workspace_bytes: int | None, skipped: float, head: HeadOptions
+    bias: bool, rows: int | None, workspace_bytes: int | None, skipped: float, head: HeadOptions, dtype: torch.dtype
 ) -> None:
     # 44 columns: the sorted rows are padded to 48.
-    p = problem(70, 150, 44, dtype=HALF, head=head, bias=bias, rows=rows, ignored=0.1)
+    p = problem(70, 150, 44, dtype=dtype, head=head, bias=bias, rows=rows, ignored=0.1)
     p.weight = torch.nn.functional.pad(p.weight, (0, 4), value=float("nan"))[:, :44]
     draw = torch.Generator().manual_seed(0)
     grad = torch.where(torch.rand(70, generator=draw) < skipped, 0.0, torch.randn(70, generator=draw)).to(DEVICE)
@@ -109,14 +116,19 @@ def test_gradients_have_the_same_bits(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("shift", "scale"), [(-20.0, 1.0), (-200.0, 1.0), (200.0, -1.0), (200.0, 0.0)])
-def test_words_behind_the_last_are_nothing(shift: float, scale: float, bias: bool) -> None:
+@both_halves
+def test_words_behind_the_last_are_nothing(shift: float, scale: float, bias: bool, dtype: torch.dtype) -> None:
     """A tile's padding words have logit 0, whose exponential is infinite beside a log-sum-exp far below: no NaN."""
-    p = problem(20, 50, 48, dtype=HALF, bias=bias, head=PLAIN.replace(scale=scale))
+    p = problem(20, 50, 48, dtype=dtype, bias=bias, head=PLAIN.replace(scale=scale))
     assert Head.of(p.inputs, p.head).is_persistent_backward or DEVICE == "cuda"
     p.hidden[:, 0], p.weight[:, 0] = 1.0, shift
     grad = torch.randn(20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     exact = eager_gradients(p, grad, torch.float64)
-    for value, eager, wanted in zip(gradients(p, grad), eager_gradients(p, grad, HALF), exact, strict=False):
+    found, eagers = gradients(p, grad), eager_gradients(p, grad, dtype)
+    # The exact sums of dhidden's column of shifts are 0: how a token's roundings cancel in them is chance.
+    for gradient in (found, eagers, exact):
+        gradient[0] = gradient[0][:, 1:]  # type: ignore[index]
+    for value, eager, wanted in zip(found, eagers, exact, strict=False):
         assert value is not None
         assert float((value.double() - wanted).norm()) <= 1.05 * float((eager.double() - wanted).norm())
 
@@ -160,8 +172,11 @@ def test_when_it_runs(case: str, persistent: bool, copied: bool) -> None:
 
 
 @pytest.mark.parametrize(("width", "persistent"), [(48, True), (40, False)])
-def test_the_backward_runs_where_rows_of_gradients_start_on_16_elements(width: int, persistent: bool) -> None:
-    p = problem(37, 101, width, dtype=HALF)
+@both_halves
+def test_the_backward_runs_where_rows_of_gradients_start_on_16_elements(
+    width: int, persistent: bool, dtype: torch.dtype
+) -> None:
+    p = problem(37, 101, width, dtype=dtype)
     head = Head.of(p.inputs, p.head)
     if DEVICE == "cpu":  # A GPU may have no TMA.
         assert head.is_persistent
@@ -169,16 +184,18 @@ def test_the_backward_runs_where_rows_of_gradients_start_on_16_elements(width: i
     grad = torch.linspace(-1, 1, 37, device=DEVICE)
     for value, wanted in zip(gradients(p, grad)[:2], eager_gradients(p, grad, torch.float64), strict=True):
         assert value is not None
-        assert error(value, wanted) < torch.finfo(HALF).eps
+        assert error(value, wanted) < torch.finfo(dtype).eps
 
 
-def test_one_token_one_word_one_unit() -> None:
+@both_halves
+def test_one_token_one_word_one_unit(dtype: torch.dtype) -> None:
     for tokens, vocabulary, width in [(1, 1, 8), (1, 50, 8), (3, 1, 16), (1, 1, 1), (5, 40, 1)]:
-        p = problem(tokens, vocabulary, width, dtype=HALF)
+        p = problem(tokens, vocabulary, width, dtype=dtype)
         if width == 1:  # rows that start on 16 bytes all the same
             p.weight = torch.nn.functional.pad(p.weight, (0, 7), value=float("nan"))[:, :1]
         assert Head.of(p.inputs, p.head).is_persistent or DEVICE == "cuda"
         torch.testing.assert_close(forward(p).logps.double(), exact_logps(p), rtol=2e-6, atol=2e-6)
         grad = torch.ones(tokens, device=DEVICE)
         for value, wanted in zip(gradients(p, grad), eager_gradients(p, grad, torch.float64), strict=False):
-            torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=2e-4)  # type: ignore[union-attr]
+            tolerance = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(value.double(), wanted, rtol=tolerance, atol=2e-4)  # type: ignore[union-attr]

@@ -16,12 +16,13 @@ from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Needs, RankingInputs
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
     PLAIN,
     RICH,
     Problem,
+    both_halves,
     eager_gradients,
     error,
+    every_dtype,
     forward,
     gradients,
     loss,
@@ -174,7 +175,7 @@ def equal_rows(p: Problem) -> Problem:
     return p
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize(("most", "head"), [(0.02, PLAIN), (0.9, PLAIN), (0.1, RICH)], ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_blocks_of_equal_rows_lose_nothing(most: float, head: HeadOptions, dtype: torch.dtype) -> None:
@@ -190,7 +191,7 @@ def test_blocks_of_equal_rows_lose_nothing(most: float, head: HeadOptions, dtype
     assert error(routed_gradients(p, grad, kept, means=False)[0], exact) > 2e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("most", [1e-2, 1e-1])
 def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: torch.dtype) -> None:
     """Words sorted by frequency, which one coordinate carries: with the means dhidden is three times as close."""
@@ -208,10 +209,11 @@ def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: tor
 
 
 @pytest.mark.parametrize(("tokens", "width", "scale"), [(50, 200, 1.0), (2, 2200, 1.0), (20, 5, 600.0)])
-def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, scale: float) -> None:
+@both_halves
+def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, scale: float, dtype: torch.dtype) -> None:
     """A workspace that holds masses and products of some tokens, of none, and sums of rows beyond 65504."""
     head = PLAIN.replace(max_dropped_mass=0.9, workspace_bytes=1)
-    p = equal_rows(problem(tokens, 2 * ROUTE_WORDS + 9, width, dtype=torch.float16, head=head))
+    p = equal_rows(problem(tokens, 2 * ROUTE_WORDS + 9, width, dtype=dtype, head=head))
     p.weight *= scale
     p.hidden *= 8 / (width**0.5 * scale)
     grad = torch.ones_like(upstream(p))
@@ -219,7 +221,7 @@ def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, sca
     value = gradients(p, grad, (True, False, False))[0]
     assert value is not None
     exact = eager_gradients(p, grad, torch.float64)[0]
-    assert error(value, exact) <= 1.05 * error(eager_gradients(p, grad, torch.float16)[0], exact)
+    assert error(value, exact) <= 1.05 * error(eager_gradients(p, grad, dtype)[0], exact)
 
 
 def test_means_of_what_has_no_mass_add_nothing() -> None:
@@ -270,7 +272,7 @@ def test_keeping_all_is_exact(
         close(value, wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_keeping_all_is_no_worse_than_the_eager_path(dtype: torch.dtype) -> None:
     p = problem(50, 300, 64, dtype=dtype, head=KEEP_ALL.replace(workspace_bytes=1), bias=True)
     grad = upstream(p)
@@ -400,9 +402,10 @@ def test_metrics_tell_what_was_left_out() -> None:
     torch.testing.assert_close(result.loss, dense.loss, rtol=1e-6, atol=0)
 
 
+@both_halves
 @pytest.mark.usefixtures("poisoned_memory")
-def test_bitwise_repeatable() -> None:
-    p = peaked(40, bias=True, rows=9, dtype=torch.float16, head=RICH.replace(max_dropped_mass=0.05, workspace_bytes=1))
+def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+    p = peaked(40, bias=True, rows=9, dtype=dtype, head=RICH.replace(max_dropped_mass=0.05, workspace_bytes=1))
     for first, second in zip(gradients(p, upstream(p)), gradients(p, upstream(p)), strict=True):
         assert first is not None
         assert second is not None

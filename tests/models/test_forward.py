@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import clha_fast
 from clha_fast import (
     CLHAOptions,
+    CoHOptions,
     CPOOptions,
     DPOOptions,
     HeadOptions,
@@ -52,6 +53,7 @@ OBJECTIVES = [
     CPOOptions(),
     PolicyOptions(reduction="sequence_mean"),
     PolicyOptions(advantages="given", kl_weight=0.1),
+    CoHOptions(),
 ]
 every_objective = pytest.mark.parametrize(
     "objective", OBJECTIVES, ids=[f"{o.name}-{n}" for n, o in enumerate(OBJECTIVES)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clha_fast import (
     CLHAOptions,
+    CoHOptions,
     CPOOptions,
     DPOOptions,
     HeadOptions,
@@ -39,6 +40,7 @@ from clha_fast.objectives.metrics import metric_names
 from clha_fast.objectives.ranked import RankedBatch, slopes
 from clha_fast.types import COUNTS, SIGNALS
 from tests.support.helpers import IGNORE, make_case, random_signals
+from tests.support.value_gpu import OnGPU, ValueGPU
 
 ROWS: list[Objective] = [
     CLHAOptions(),
@@ -64,6 +66,7 @@ ROWS: list[Objective] = [
     PolicyOptions(advantages="given", reduction="sequence_mean", kl_weight=0.04),
     SFTOptions(form="prompt_mean"),
     SFTOptions(form="token_mean"),
+    CoHOptions(),
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
@@ -225,6 +228,25 @@ def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, w
         results.append([loss.detach(), *grads, metrics.values])
     for got, want in zip(*results, strict=True):
         assert (got.double() - want.double()).norm() <= 3e-6 * want.double().norm() + 1e-7
+
+
+@every_row
+@pytest.mark.parametrize("sizes_there", [False, True])
+def test_its_terms_stay_on_the_gpu(objective, sizes_there):
+    """Tensors that only say they are on one: no two devices meet, and the numbers are the CPU's."""
+    logps, targets, given = batch(objective, SHAPES[0], 1)
+    scored = targets != IGNORE
+    wanted = RankedBatch(objective, given, scored, torch.float64).finish(logps)
+    inert = objective.inert(Layout.whole(given.candidates_per_prompt), given.rewards, given.sft_index)
+    with ValueGPU().here():
+        if sizes_there:
+            given = RankingInputs(*(None if value is None else OnGPU(value) for value in given))
+        found = RankedBatch(objective, given, OnGPU(scored), torch.float64).finish(OnGPU(logps))
+        layout = Layout.whole(given.candidates_per_prompt, given.rewards.device)
+        found_inert = objective.inert(layout, given.rewards, given.sft_index)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.value.to(want), want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found_inert.value if sizes_there else found_inert, inert)
 
 
 @every_row

@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ops": ("backends", "objectives", "errors", "options", "types"),
     "functional": ("backends/torch", "reference", "ops", "objectives", "options", "types"),
     "modules": ("functional", "ops", "objectives", "options", "types"),
-    "data": (),
+    "data": ("files",),
     "batching": ("data", "objectives", *BASE),
     "models": ("batching", "data", "functional", "ops", "objectives", *BASE),
     "rewards": ("models", "batching", "data", "objectives", *BASE),

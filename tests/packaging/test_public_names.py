@@ -10,21 +10,27 @@ import clha_fast
 
 NAMES = {
     "clha_fast": """
-        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions CPOOptions DPOOptions HeadOptions
-        HingeOptions IPOOptions LinearLoss ORPOOptions Objective PROOptions PolicyOptions RRHFOptions RankingInputs
-        SFTOptions SimPOOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
+        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions CPOOptions CoHOptions DPOOptions
+        HeadOptions HingeOptions IPOOptions LinearLoss ORPOOptions Objective PROOptions PolicyOptions RRHFOptions
+        RankingInputs SFTOptions SimPOOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
     """,
     "clha_fast.hf": """
         CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
         RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
     """,
     "clha_fast.reference": """
-        LOSSES clha_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss rrhf_loss
-        sft_loss simpo_loss token_logps
+        LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss
+        rrhf_loss sft_loss simpo_loss token_logps
     """,
     "clha_fast.objectives": """
-        OBJECTIVES CLHAOptions CPOOptions DPOOptions Group HingeOptions IPOOptions ORPOOptions Objective PROOptions Plan
-        PolicyOptions RRHFOptions SFTOptions SimPOOptions Terms Totals as_objective
+        OBJECTIVES CLHAOptions CPOOptions CoHOptions DPOOptions Group HingeOptions IPOOptions ORPOOptions Objective
+        PROOptions Plan PolicyOptions RRHFOptions SFTOptions SimPOOptions Terms Totals as_objective
+    """,
+    "clha_fast.evaluation": "Comparison Estimate Evaluation compare evaluate",
+    "clha_fast.generation": """
+        Answer EncodedPrompt Generated Generation GenerationBackend GenerationError GenerationInterrupted
+        GenerationSettings TransformersBackend encode_prompts generate_answers load_backend read_answers trained_prefix
+        write_answers
     """,
     "clha_fast.data": """
         FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records

@@ -226,6 +226,21 @@ def test_ranked_by_reward(tmp_path: Path, reward_model: RewardModel) -> None:
     assert measure_noise(result.written).total.reversed == 0
 
 
+def test_what_else_a_record_has_stays_with_it(tmp_path: Path) -> None:
+    """Tools were lost where the responses were ordered."""
+    tools = [{"type": "function", "function": {"name": "ring"}}]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {k}"}], "completions": ["a cat", "the dog ran"], "tools": tools}
+        for k in range(4)
+    ]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools | length }}{% endif %}" + CHAT
+    source = write(tmp_path / "in.jsonl", [{**row, "subset": "s"} for row in rows])
+    result = score_file(source, tmp_path / "out.jsonl", RewardModel(llama(), tokenizer), rank_by_reward=True)
+    assert [(record.template, record.subset) for record in result.written] == [({"tools": tools}, "s")] * 4
+    assert read_records(tmp_path / "out.jsonl") == result.written
+
+
 def test_truncated_as_training_truncates(tmp_path: Path, reward_model: RewardModel) -> None:
     """Here to what the model has positions for; the prompt loses its beginning, behind BOS."""
     prompt = " ".join(WORDS * 5)

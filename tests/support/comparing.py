@@ -1,20 +1,27 @@
-"""An objective that compares with a frozen model, two candidates or more; and the table of objectives with it."""
+"""An objective that compares with a frozen model, the table of objectives with it, and trainers of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clha_fast import Objective, RankingInputs, reference
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.objectives import OBJECTIVES, Group, Terms
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import HeadOptions
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import TOKENIZER, config
+
+COMPARING = {"name": "comparing", "beta": 0.5}
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,39 @@ def comparing_loss(
     return loss, torch.zeros(len(METRIC_NAMES)), torch.stack(own)
 
 
-@pytest.fixture
-def comparing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The class, in the table as `comparing`."""
+def add_to_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the time of a test `Comparing` is an objective of the library's."""
     monkeypatch.setitem(OBJECTIVES, "comparing", Comparing)
     monkeypatch.setitem(reference.LOSSES, "comparing", comparing_loss)
-    return Comparing
+
+
+def comparing_trainer(folder: Path, model: nn.Module | None = None, rows: Any = None, **changes: Any) -> CLHATrainer:
+    given = {name: changes.pop(name) for name in ("ref_model", "peft_config", "eval_dataset") if name in changes}
+    callbacks = changes.pop("callbacks", None)
+    return CLHATrainer(
+        make_model(len(TOKENIZER)) if model is None else model,
+        config(folder, **{"objective": COMPARING, **changes}),
+        train_dataset=make_rows(6) if rows is None else rows,
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+        **given,
+    )
+
+
+def exact(model: nn.Module, batch: CandidateBatch) -> Tensor:
+    """[N] by way of the model's own full logits, in evaluation mode."""
+    with torch.no_grad():
+        logits = model.eval()(**batch.model_inputs(), use_cache=False).logits.double()
+    logits = logits[:, -batch.input_ids.shape[1] :].flatten(0, 1)[batch.row_index]
+    return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+
+def with_reference(rows: list[Any], model: nn.Module) -> list[Any]:
+    """The rows with the model's own summed log-probabilities, as a file would hold them."""
+    collator = RankedCollator(TOKENIZER, drop_inert=False)
+    found = []
+    for row in rows:
+        batch = CandidateBatch.from_dict(collator([row]))
+        sums = [float(part.sum()) for part in exact(model, batch).split(batch.candidate_lengths.tolist())]
+        found.append({**row, "reference_logps": sums})
+    return found

@@ -67,6 +67,32 @@ def bert() -> Any:
     return spread(BertForSequenceClassification(BertConfig(**SIZES, pad_token_id=2)))
 
 
+def by_length(positions: int = 96, slope: float = 1.0) -> Any:
+    """A reward that grows by about `slope` a token of prompt and response, 0 in the middle of the positions.
+
+    The last hidden state is the unit vector of the last token's position; layers add nothing.
+    """
+    config = GPT2Config(
+        vocab_size=len(TOKENIZER),
+        n_embd=positions,
+        n_layer=1,
+        n_head=1,
+        n_positions=positions,
+        num_labels=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPT2ForSequenceClassification(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "ln_" not in name:
+                weight.zero_()
+        model.transformer.wpe.weight.copy_(torch.eye(positions))
+        place = torch.arange(positions, dtype=torch.float32)
+        model.score.weight[0] = slope * (place - place.mean()) / positions**0.5
+    return model.eval()
+
+
 def save_llama(path: Path) -> str:
     """A reward model as people have them: saved, without a padding token."""
     llama().save_pretrained(path)

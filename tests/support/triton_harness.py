@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,10 +18,22 @@ from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's bfloat16 is wrong; it is tested where it is real.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = HeadOptions()
 RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
+
+
+def over_dtypes(*dtypes: torch.dtype) -> Callable[[Any], Any]:
+    """Parametrizes `dtype`; the interpreter's bfloat16 is mended meanwhile."""
+
+    def decorate(test: Any) -> Any:
+        return pytest.mark.usefixtures("bfloat16_kernels")(pytest.mark.parametrize("dtype", dtypes)(test))
+
+    return decorate
+
+
+every_dtype = over_dtypes(*DTYPES)
+both_halves = over_dtypes(torch.float16, torch.bfloat16)
 
 
 @dataclass

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clha_fast.models.sharding import reshard
+from clha_fast.objectives import OBJECTIVES
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.comparing import Comparing
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
@@ -102,6 +104,19 @@ def weights(trainer: CLHATrainer) -> dict[str, Tensor]:
     return found
 
 
+def compare(folder: str) -> tuple[dict[str, Any], str]:
+    """(settings of an objective that compares with a copy, what is said where a model is spread over processes)."""
+    OBJECTIVES["comparing"] = Comparing
+    given = {"objective": {"name": "comparing", "beta": 2.0}}
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return given, ""
+    try:
+        make("native", f"{folder}-spread", **given)
+    except ValueError as error:
+        return given, str(error)
+    return given, "nothing"
+
+
 def make(wrapper: str, folder: str, **changes: Any) -> CLHATrainer:
     from accelerate import DistributedType, PartialState
     from accelerate.state import AcceleratorState
@@ -130,7 +145,8 @@ def make(wrapper: str, folder: str, **changes: Any) -> CLHATrainer:
 
 def main(wrapper: str, folder: str, out: str) -> None:
     torch.set_num_threads(1)
-    trainer = make(wrapper, folder)
+    changes, said = compare(folder) if wrapper == "compare" else ({}, "")
+    trainer = make(wrapper, folder, **changes)
     if wrapper == "ddp":  # accelerate would hold the model for prepared, and leave it without its wrapper
         trainer.evaluate()
     trainer.train()
@@ -145,10 +161,11 @@ def main(wrapper: str, folder: str, out: str) -> None:
         "weights": after,
         "eval": {k: v for k, v in metrics.items() if not any(word in k for word in skip)},
         "logs": lines,
+        "said": said,
     }
     trainer.save_model()
     if trainer.args.save_strategy != "no":
-        again = make(wrapper, folder)
+        again = make(wrapper, folder, **changes)
         again.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-2"))
         result["resumed"] = weights(again)
     if trainer.is_world_process_zero():

@@ -121,6 +121,14 @@ def test_tensor_parallel_head(alone: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_objective_that_compares_with_a_copy(tmp_path: Path) -> None:
+    one, two = start("compare", tmp_path, 1), start("compare", tmp_path, 2)
+    assert two["model"] == "DistributedDataParallel"
+    check(two, one)
+    assert two["said"].startswith("reference: expected 'file' under a model that is spread over processes (DTensor we")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "accelerate launch"])
 def test_ddp(alone: dict[str, Any], tmp_path: Path, launcher: list[str]) -> None:
     two = start("ddp", tmp_path, 2, launcher)

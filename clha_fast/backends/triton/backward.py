@@ -30,8 +30,10 @@ class Active:
     def of(cls, grad_logps: Tensor, head: Head, num_rows: int) -> Active:
         grad = torch.where(head.targets == head.ignore_index, 0.0, grad_logps.to(torch.float32))
         size = grad.abs()
-        # The largest finite one: a single inf must not turn every other token's share into 0.
+        # The largest finite one: a single inf must not turn every other token's share into 0. Down to a power of two:
+        # any other factor would round what has been rounded to 16 bits once more, on another grid.
         peak = torch.where(torch.isfinite(size), size, 0.0).amax()
+        peak = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1.0)
         row = torch.arange(grad.shape[0], device=grad.device) if head.row_index is None else head.row_index
         key, order = torch.where(grad != 0, row.clamp(0, num_rows - 1), num_rows).sort(stable=True)
         row_ends = torch.searchsorted(key, torch.arange(num_rows, device=grad.device), right=True)
@@ -39,7 +41,7 @@ class Active:
             grad=grad,
             order=order,
             count=(grad != 0).sum(dtype=torch.int32),
-            peak=torch.where(peak > 0, peak, 1.0),
+            peak=peak,
             row_ends=row_ends,
         )
 

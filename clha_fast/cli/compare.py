@@ -1,0 +1,75 @@
+"""`clha-fast compare`: what it takes and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from clha_fast.cli.evaluate import add_reward_arguments, evaluation_of
+from clha_fast.cli.guard import guarded
+from clha_fast.cli.text import with_dashes
+from clha_fast.data import read_records
+from clha_fast.evaluation.comparison import compare as compare_evaluations
+from clha_fast.evaluation.comparison import comparison_table
+from clha_fast.evaluation.report import Evaluation
+from clha_fast.files import check_destination, write_json
+from clha_fast.generation.answers import read_answers
+
+DESCRIPTION = "A against B on the prompts that both have: win rate by reward, and every figure's difference, paired."
+
+
+def compare(words: Sequence[str]) -> int:
+    """`clha-fast compare`: the exit status.
+
+    Raises:
+        ValueError, OSError: a user error, in one sentence. ImportError: a package of the extra `eval` is missing.
+    """
+    parser = argparse.ArgumentParser(prog="clha-fast compare", description=DESCRIPTION)
+    for name in ("A", "B"):
+        parser.add_argument(name.lower(), metavar=name, help="what `clha-fast eval --out` wrote, or a file of answers")
+    add_reward_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a forward pass (default 8)")
+    parser.add_argument("--device", default="auto", help="of reward models (default: a GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", help="of reward models (default: the checkpoint's own)")
+    parser.add_argument("--out", metavar="FILE.json", help="write everything here")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE.json")
+    args = parser.parse_args(with_dashes(words))
+    return guarded("compare", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        check_destination(args.out, resume=True, overwrite=args.overwrite)
+    measured = {path: _read(path) for path in (args.a, args.b)}
+    answers = [path for path, found in measured.items() if found is None]
+    if answers and args.references is None:
+        raise ValueError(f"--references: expected a file to measure the answers in {answers[0]} against, got none")
+    if not answers and (args.references or args.reward_model or args.reward_check):
+        raise ValueError(
+            "--references, --reward-model, --reward-check: expected none beside two files of metrics, which are "
+            "compared as they are, got some"
+        )
+    if answers:
+        records = read_records(args.references, args.format)
+        for path in answers:
+            measured[path] = evaluation_of(read_answers(path), records, args)
+    found = compare_evaluations(*(measured[path] for path in (args.a, args.b)))  # type: ignore[arg-type]
+    print(f"A             {args.a}\nB             {args.b}\n{comparison_table(found)}")
+    if args.out is not None:
+        write_json(args.out, {"a": args.a, "b": args.b, **found.as_dict()})
+        print(f"\nall figures   {args.out}")
+    return 0
+
+
+def _read(path: str) -> Evaluation | None:
+    """The metrics in a file; None for a file of another kind, which must be answers."""
+    with open(path, encoding="utf-8") as file:
+        if file.read(1) != "{":
+            return None
+        file.seek(0)
+        try:
+            found = json.load(file)
+        except ValueError:  # one object a line
+            return None
+    return Evaluation.from_dict(found, path) if "values" in found else None

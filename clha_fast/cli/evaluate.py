@@ -1,0 +1,172 @@
+"""`clha-fast eval`: what it takes and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from clha_fast.cli.columns import COLUMNS_HELP, take_columns
+from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
+from clha_fast.cli.guard import guarded
+from clha_fast.cli.text import with_dashes
+from clha_fast.data import FORMATS, RankedRecord, read_records
+from clha_fast.evaluation import report
+from clha_fast.files import check_destination, write_json
+from clha_fast.generation.answers import Answer, read_answers
+from clha_fast.generation.hf import load_backend
+from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+
+# Options that say how answers are made, how the model is asked, and where models run.
+_ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume")
+_OF_THE_MODEL = ("answer_prefix", "max_prompt_length")
+_RUNNING = ("device", "dtype")
+DESCRIPTION = (
+    "Measure answers against ranked references: BLEU, length, diversity, rewards; with --model also the model's "
+    "likelihood and ranking. Without ANSWERS the model answers the references' prompts first."
+)
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of what answers are measured with."""
+    parser.add_argument("--references", metavar="FILE", help="ranked responses to the same prompts, best first")
+    parser.add_argument("--format", default="auto", help=f"of FILE: auto (default), {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--reward-model",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a sequence classifier whose rewards are reported; may be repeated",
+    )
+    parser.add_argument("--label", type=int, metavar="N", help="which logit is the reward, where there are several")
+    parser.add_argument(
+        "--reward-check",
+        metavar="FILE",
+        help="ranked responses on which reward models are checked (default: the references)",
+    )
+
+
+def reward_loaders(args: argparse.Namespace) -> dict[str, Callable[[], RewardModel]]:
+    """Reward models by name: the last part of their path, or all of it where two would be called the same."""
+    paths = args.reward_model
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"--reward-model: expected each once, got {path!r} {paths.count(path)} times")
+    short = [os.path.basename(path.rstrip("/")) or path for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    settings = {"label": args.label, "device": args.device, "dtype": args.dtype}
+    return {
+        name: functools.partial(load_reward_model, path, **settings) for name, path in zip(names, paths, strict=True)
+    }
+
+
+def reward_check_of(args: argparse.Namespace) -> list[RankedRecord] | None:
+    """The records on which reward models are checked, None for the references."""
+    if args.reward_check is None:
+        return None
+    if not args.reward_model:
+        raise ValueError("--reward-check: expected a --reward-model that it is for, got none")
+    return read_records(args.reward_check)
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """`clha-fast eval`: the exit status.
+
+    Raises:
+        ValueError, OSError: a user error, in one sentence. ImportError: a package of the extra `eval` is missing.
+    """
+    parser = argparse.ArgumentParser(prog="clha-fast eval", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser.add_argument("answers", metavar="ANSWERS", nargs="?", help="a file of `clha-fast generate`, or like one")
+    add_reward_arguments(parser)
+    parser.add_argument("--model", metavar="PATH", help="a causal language model to measure, and to answer")
+    parser.add_argument("--out", metavar="FILE.json", help="write everything here, prompt by prompt (for compare)")
+    parser.add_argument(
+        "--reward-margin", type=float, default=PUBLISHED.reward_margin, metavar="R", help="of kept pairs (default 3)"
+    )
+    parser.add_argument("--noise-rule", choices=get_args(NoiseRule), default=PUBLISHED.noise_rule, help="of kept pairs")
+    add_model_arguments(parser)
+    words, columns = take_columns(words)
+    args = parser.parse_args(with_dashes(words))
+    unused = [*(_ANSWERING if args.answers is not None else ()), *(() if args.model else _OF_THE_MODEL)]
+    unused += [] if args.model or args.reward_model else _RUNNING
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            why = "beside ANSWERS, which are measured as they are" if name in _ANSWERING else "without a model"
+            raise ValueError(f"--{name.replace('_', '-')}: expected none {why}, got {getattr(args, name)!r}")
+    return guarded("eval", lambda: _run(args, columns))
+
+
+def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
+    CLHAOptions(reward_margin=args.reward_margin)  # refused before a model is loaded
+    if args.references is None:
+        raise ValueError("--references: expected a file of ranked responses to measure against, got none")
+    if args.answers is None and args.model is None:
+        raise ValueError("ANSWERS: expected a file of answers, or --model that answers first, got neither")
+    made = None if args.answers is not None else _answers_path(args)
+    if args.out is not None:
+        check_destination(args.out, resume=True, overwrite=args.overwrite)
+    loaders, check = reward_loaders(args), reward_check_of(args)
+    records = read_records(args.references, args.format, columns=columns)[: args.limit]
+    given = None if made is not None else read_answers(args.answers)
+    print(f"references    {args.references}: {len(records):,} prompts", flush=True)
+    model: dict[str, Any] = {}
+    about: dict[str, Any] = {"references": args.references, "answers": args.answers, "model": args.model}
+    if args.model is not None:
+        settings = settings_of(args, args.model)
+        backend = load_backend(args.model, device=args.device, dtype=args.dtype)
+        print(f"model         {model_text(backend.model, args.model)}", flush=True)
+        model = {"model": backend.model, "tokenizer": backend.tokenizer}
+        about["answer_prefix"] = settings.answer_prefix
+        model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
+        if made is None:
+            say_prefix(args, settings)
+        else:
+            found = answer(args, backend, records, settings, made)
+            given = found.answers
+            about |= {"answers": made, "generation": vars(found.settings)}
+    evaluation = report.evaluate(
+        records,
+        given,
+        reward_models=loaders,
+        reward_check=check,
+        noise_rule=args.noise_rule,
+        reward_margin=args.reward_margin,
+        batch_size=args.batch_size,
+        progress=True,
+        about=about,
+        **model,
+    )
+    figures = evaluation.figures()
+    print(f"\n{report.evaluation_table(evaluation, figures)}")
+    if args.out is not None:
+        write_json(args.out, evaluation.as_dict(figures))
+        print(f"\nall figures   {args.out}")
+    return 0
+
+
+def _answers_path(args: argparse.Namespace) -> str:
+    if args.out is None:
+        raise ValueError("--out: expected a file beside which the answers are kept, got none")
+    path = f"{args.out.removesuffix('.json')}.answers.jsonl"
+    if os.path.isfile(path) and not args.overwrite:
+        raise FileExistsError(f"{path}: holds answers already; give it as ANSWERS to measure it, or overwrite=True")
+    check_destination(path, resume=args.resume, overwrite=args.overwrite)
+    return path
+
+
+def evaluation_of(
+    answers: Sequence[Answer], records: Sequence[RankedRecord], args: argparse.Namespace
+) -> report.Evaluation:
+    """Answers measured with `add_reward_arguments`' options."""
+    return report.evaluate(
+        records,
+        answers,
+        reward_models=reward_loaders(args),
+        reward_check=reward_check_of(args),
+        batch_size=args.batch_size,
+        progress=True,
+        about={"references": args.references},
+    )

@@ -1,0 +1,163 @@
+"""`clha-fast generate`: what it takes and what it prints; its options are those of `clha-fast eval --model` too."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from clha_fast.cli.columns import COLUMNS_HELP, take_columns
+from clha_fast.cli.guard import guarded
+from clha_fast.cli.text import with_dashes
+from clha_fast.data import FORMATS
+from clha_fast.data.prompts import Prompted, read_prompts
+from clha_fast.files import check_destination
+from clha_fast.generation.answers import Generation, generate_answers
+from clha_fast.generation.backend import GenerationSettings
+from clha_fast.generation.hf import TransformersBackend, load_backend
+from clha_fast.generation.prompts import trained_prefix
+from clha_fast.models.adapters import base_model
+from clha_fast.models.loading import DTYPES
+
+DESCRIPTION = "Answer prompts with a causal language model; one JSON object a line, in the order of the prompts."
+PLAIN = GenerationSettings()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of how a model answers."""
+    parser.add_argument(
+        "--backend", choices=["hf"], default="hf", help="what runs the model (others: docs/evaluation.md)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=PLAIN.max_new_tokens, metavar="N", help="of an answer (default 128)"
+    )
+    parser.add_argument(
+        "--max-prompt-length",
+        type=int,
+        default=PLAIN.max_prompt_length,
+        metavar="N",
+        help="tokens of a prompt, cut on the left behind its BOS (default 384)",
+    )
+    parser.add_argument("--temperature", type=float, default=PLAIN.temperature, metavar="T", help="0 (default): greedy")
+    parser.add_argument(
+        "--top-p", type=float, default=PLAIN.top_p, metavar="P", help="nucleus to draw from (default 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws, with each prompt's own text (default 0)")
+    parser.add_argument(
+        "--answer-prefix",
+        metavar="TEXT",
+        help="what answers begin with, not returned (default: the good marker of a run of `coh`, else nothing)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="ends an answer, may be repeated (default: the chat template's end of turn, or both speakers' names)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts a batch (default 8)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
+    parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)} (auto: the checkpoint's own)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its .partial file")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
+    """The settings of these options; the prefix is by default that of the run which trained the model.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    for name in ("batch_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+    if args.seed is not None and not args.temperature:
+        raise ValueError(f"--seed: expected none with temperature 0, which draws nothing, got {args.seed}")
+    return GenerationSettings(
+        max_new_tokens=args.max_new_tokens,
+        max_prompt_length=args.max_prompt_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed or 0,
+        answer_prefix=trained_prefix(model) if args.answer_prefix is None else args.answer_prefix,
+        stop=None if args.stop is None else tuple(args.stop),
+    )
+
+
+def model_text(model: object, path: str) -> str:
+    """A line for a causal language model."""
+    size = sum(weight.numel() for weight in model.parameters())  # type: ignore[attr-defined]
+    dtype = str(model.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+    name = type(base_model(model)).__name__  # type: ignore[arg-type]
+    return f"{path}: {name}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"  # type: ignore[attr-defined]
+
+
+def answer(
+    args: argparse.Namespace,
+    backend: TransformersBackend,
+    records: Sequence[Prompted],
+    settings: GenerationSettings,
+    destination: str,
+) -> Generation:
+    """`generate_answers`, with what is to be said before and after."""
+    how = f"temperature {settings.temperature:g}, seed {settings.seed}" if settings.temperature else "greedy"
+    print(f"answers       {how}, at most {settings.max_new_tokens:,} tokens")
+    say_prefix(args, settings)
+    found = generate_answers(
+        records,
+        backend,
+        destination,
+        settings,
+        batch_size=args.batch_size,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    print(f"written       {destination}: {_result_text(found, settings)}", flush=True)
+    return found
+
+
+def say_prefix(args: argparse.Namespace, settings: GenerationSettings) -> None:
+    """A line for what answers begin with, where it is anything."""
+    if settings.answer_prefix:
+        why = " (the model was trained behind it)" if args.answer_prefix is None else ""
+        print(f"prefix        every answer begins with {settings.answer_prefix!r}{why}", flush=True)
+
+
+def _result_text(found: Generation, asked: GenerationSettings) -> str:
+    used = found.settings
+    parts = [f"{len(found.answers):,} answers, {found.empty:,} empty, {found.unfinished:,} that nothing ended"]
+    if found.cut:
+        parts.append(f"{found.cut:,} prompts were cut to {used.max_prompt_length:,} tokens")
+    if used.max_new_tokens != asked.max_new_tokens:
+        parts.append(f"the model's positions left {used.max_new_tokens:,} new tokens")
+    if found.resumed:
+        parts.append(f"{found.resumed:,} prompts had been answered before")
+    return "; ".join(parts)
+
+
+def generate(words: Sequence[str]) -> int:
+    """`clha-fast generate`: the exit status.
+
+    Raises:
+        ValueError, OSError: a user error, in one sentence.
+    """
+    parser = argparse.ArgumentParser(prog="clha-fast generate", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser.add_argument("model", metavar="MODEL", help="a causal language model or adapter: its folder, or a name")
+    parser.add_argument("prompts", metavar="PROMPTS", help="ranked responses in any known format, or prompts alone")
+    parser.add_argument("destination", metavar="OUT", help="the JSON Lines file to write")
+    parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
+    add_model_arguments(parser)
+    words, columns = take_columns(words)
+    args = parser.parse_args(with_dashes(words))
+
+    def work() -> int:
+        settings = settings_of(args, args.model)
+        check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
+        records = read_prompts(args.prompts, args.format, columns=columns)[: args.limit]
+        backend = load_backend(args.model, device=args.device, dtype=args.dtype)
+        print(f"model         {model_text(backend.model, args.model)}")
+        print(f"prompts       {args.prompts}: {len(records):,}")
+        answer(args, backend, records, settings, args.destination)
+        return 0
+
+    return guarded("generate", work)

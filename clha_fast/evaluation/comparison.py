@@ -1,0 +1,193 @@
+"""Two sets of answers, or two models, on the prompts that both were measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
+from clha_fast.evaluation.report import RAW, REWARD, TOTAL, Column, Evaluation, Figure, figures_of, shown
+from clha_fast.evaluation.tables import table
+from clha_fast.generation.answers import occurrences
+
+# Figures that are measured against the reference answers.
+_AGAINST_REFERENCES = {"bleu", "corpus_bleu", "nll", "accuracy", "kept_accuracy", "kept_share", "tau", "prompt_tau"}
+_KEPT = {"kept_accuracy", "kept_share"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of A, of B, and A less B with the interval of both resampled together."""
+
+    title: str
+    a: Estimate
+    b: Estimate
+    difference: Estimate
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Wins:
+    """Prompts on which A's answer has the higher raw reward, the same (two empty answers too), the lower one.
+
+    Attributes:
+        rate: wins and half of the ties over prompts, with its interval; 0.5 is no difference.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    rate: Estimate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    prompts: that both have. only_a, only_b: that one has alone.
+    differences: subset -> figure -> `Difference`. wins: subset -> reward model -> `Wins`. notes: sentences.
+    """
+
+    prompts: int
+    only_a: int
+    only_b: int
+    differences: dict[str, dict[str, Difference]]
+    wins: dict[str, dict[str, Wins]]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        def plain(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: plain(item) for name, item in value.items()}
+            return plain(vars(value)) if isinstance(value, (Difference, Wins, Estimate)) else value
+
+        found: dict[str, Any] = plain(vars(self))
+        return found
+
+
+def compare(a: Evaluation, b: Evaluation) -> Comparison:
+    """A against B, paired by prompt.
+
+    A reward model is the same on both sides where its weights are, whatever it is called. Figures that one side lacks,
+    or that were measured against other references or with other settings, are named in the notes and left out.
+
+    Raises:
+        ValueError: no prompt in common.
+        ImportError: scipy is not installed.
+    """
+    ours, theirs = _aligned(a, b)
+    left, names = _renamed(a, b)
+    notes = [f"{text}: {name}" for name, text in names.items()]
+    made, other = figures_of(left.values), figures_of(b.values)
+    shared = {name: figure for name, figure in made.items() if name in other}
+    missing = [figure.title for name, figure in {**made, **other}.items() if name not in shared]
+    if missing:
+        notes.append(f"only one side has {', '.join(missing)}")
+    dropped = _incomparable(left, b, ours, theirs, notes)
+    shared = {name: figure for name, figure in shared.items() if name not in dropped}
+    differences: dict[str, dict[str, Difference]] = {}
+    wins: dict[str, dict[str, Wins]] = {}
+    subsets = [left.subsets[k] for k in ours]
+    for part, chosen in Evaluation([a.prompts[k] for k in ours], subsets, [], {}).parts().items():
+        here = [ours[k] for k in chosen], [theirs[k] for k in chosen]
+        differences[part] = {name: _difference(f, left.values, b.values, *here) for name, f in shared.items()}
+        wins[part] = {
+            name.removeprefix(RAW): _wins([left.values[name][k] for k in here[0]], [b.values[name][k] for k in here[1]])
+            for name in shared
+            if name.startswith(RAW)
+        }
+    return Comparison(len(ours), len(a.prompts) - len(ours), len(b.prompts) - len(ours), differences, wins, notes)
+
+
+def _aligned(a: Evaluation, b: Evaluation) -> tuple[list[int], list[int]]:
+    """Positions of the common prompts in both, in the order of A."""
+    place = {name: k for k, name in enumerate(occurrences(b.prompts))}
+    both = [(k, place[name]) for k, name in enumerate(occurrences(a.prompts)) if name in place]
+    if not both:
+        raise ValueError(
+            f"compare: expected prompts in common, got none among {len(a.prompts):,} and {len(b.prompts):,}"
+        )
+    return [k for k, _ in both], [k for _, k in both]
+
+
+def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
+    """A with B's names for the same reward models; and what is to be said of names that mean two models."""
+    names = {check["fingerprint"]: name for name, check in b.checks.items()}
+    values: dict[str, Column] = {}
+    said: dict[str, str] = {}
+    for column, numbers in a.values.items():
+        prefix = next((text for text in (REWARD, RAW) if column.startswith(text)), None)
+        if prefix is None:
+            values[column] = numbers
+            continue
+        name = column.removeprefix(prefix)
+        new = names.get(a.checks[name]["fingerprint"])
+        if new is None and name in b.checks:
+            said[name] = "two reward models of one name are not compared"
+            new = f"{name} (A's)"
+        values[prefix + (new or name)] = numbers
+    return Evaluation(a.prompts, a.subsets, a.references, values, a.corpus, a.checks, a.notes, a.about), said
+
+
+def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[int], notes: list[str]) -> set[str]:
+    dropped: set[str] = set()
+    others = sum(a.references[i] != b.references[j] for i, j in zip(ours, theirs, strict=True))
+    if others:
+        dropped |= _AGAINST_REFERENCES
+        notes.append(
+            f"{others:,} of {len(ours):,} prompts have other references on the two sides: BLEU, likelihood and ranking "
+            "are not compared"
+        )
+    changed = [name for name in ("noise_rule", "reward_margin") if a.about.get(name) != b.about.get(name)]
+    if changed and "kept" in a.values and "kept" in b.values:
+        dropped |= _KEPT
+        what = ", ".join(f"{name} {a.about.get(name)!r} and {b.about.get(name)!r}" for name in changed)
+        notes.append(f"kept pairs are not compared: {what}")
+    return dropped
+
+
+def _difference(
+    figure: Figure, a: Mapping[str, Column], b: Mapping[str, Column], ours: list[int], theirs: list[int]
+) -> Difference:
+    left, right = figure.rows(a, ours), figure.rows(b, theirs)
+    nothing = np.isnan(left).any(1) | np.isnan(right).any(1)
+    left, right = left[~nothing], right[~nothing]
+    return Difference(
+        figure.title,
+        estimate(figure.of, left),
+        estimate(figure.of, right),
+        difference(figure.of, left, right),
+        figure.digits,
+    )
+
+
+def _wins(a: Column, b: Column) -> Wins:
+    """By raw score, which does not saturate; an empty answer has none and loses to any other."""
+    scores = [tuple(-math.inf if value is None else value for value in both) for both in zip(a, b, strict=True)]
+    points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in scores]
+    counts = (points.count(1.0), points.count(0.5), points.count(0.0))
+    return Wins(*counts, estimate(ratio, np.column_stack([points, np.ones(len(points))])))
+
+
+def comparison_table(found: Comparison) -> str:
+    """Win rates and differences, subset after subset, and the sentences that belong to them."""
+    alone = f"{found.only_a:,} prompts stand in A alone, {found.only_b:,} in B alone"
+    lines = [f"{found.prompts:,} prompts in common; {alone}"]
+    for part, here in found.differences.items():
+        lines.append(f"\n{part or '(no subset)'}")
+        for name, wins in found.wins[part].items():
+            lines.append(
+                f"win rate of A by {name}: {shown(wins.rate, 3)} ({wins.wins:,} won, {wins.ties:,} tied, "
+                f"{wins.losses:,} lost)"
+            )
+        rows = [
+            [row.title, *(shown(e, row.digits) for e in (row.a, row.b, row.difference)), f"{row.difference.prompts:,}"]
+            for row in here.values()
+        ]
+        lines.append(table(["", "A", "B", "A - B, paired", "prompts"], rows))
+    lines.append("\n95% bootstrap intervals over prompts; a difference whose interval holds 0 may be chance")
+    notes = {row.difference.note for row in found.differences[TOTAL].values() if row.difference.note}
+    return "\n".join([*lines, *sorted(notes), *found.notes])

@@ -1,0 +1,332 @@
+"""One set of answers, or one model, measured: what every prompt adds, the figures of it, and their table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clha_fast.data.prompts import prompt_hash, subset_of
+from clha_fast.data.records import RankedRecord
+from clha_fast.evaluation.bleu import STATISTICS, corpus_bleu, corpus_statistics, published_bleu
+from clha_fast.evaluation.diversity import corpus_distinct_2, distinct_2, words
+from clha_fast.evaluation.intervals import Array, Estimate, estimate, ratio
+from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
+from clha_fast.evaluation.tables import table
+from clha_fast.generation.answers import Answer, occurrences
+from clha_fast.rewards.reward_model import RewardModel
+
+TOTAL = "Total"
+REWARD, RAW = "reward: ", "raw reward: "
+Column = list[float | None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of sums over prompts.
+
+    Attributes:
+        columns: of `Evaluation.values`; one column alone is averaged over the prompts that have it.
+        of: sums [..., K] to the figure [...]. scale: factor on the first column. digits: behind the point, in tables.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    of: Callable[[Array], Array] = ratio
+    scale: float = 1.0
+    digits: int = 3
+
+    def rows(self, values: Mapping[str, Column], chosen: Sequence[int]) -> Array:
+        """[P, K] for `estimate`; NaN where a prompt has no value."""
+        columns = [[values[name][k] for k in chosen] for name in self.columns]
+        found = np.array(columns, dtype=np.float64).T.reshape(len(chosen), len(columns))
+        found[:, 0] *= self.scale
+        return np.hstack([found, np.ones((len(chosen), 1))]) if len(self.columns) == 1 else found
+
+
+FIGURES = {
+    "bleu": Figure("BLEU over characters (published)", ("bleu",), digits=2),
+    "corpus_bleu": Figure("BLEU, corpus (sacrebleu)", tuple(f"bleu_{n}" for n in STATISTICS), corpus_bleu, digits=2),
+    "words": Figure("words an answer", ("words",), digits=1),
+    "distinct_2": Figure("distinct-2 within an answer", ("distinct_2",)),
+    "empty": Figure("empty answers, %", ("empty",), scale=100.0, digits=1),
+    "unfinished": Figure("answers that nothing ended, %", ("unfinished",), scale=100.0, digits=1),
+    "nll": Figure("NLL of the best answer, nats a token", ("nll", "nll_tokens")),
+    "accuracy": Figure("ranking accuracy, all ordered pairs", ("correct", "ordered")),
+    "kept_accuracy": Figure("ranking accuracy, kept pairs", ("kept_correct", "kept")),
+    "kept_share": Figure("kept pairs", ("kept", "pairs")),
+    "tau": Figure("Kendall's tau, pooled over pairs", ("concordance", "ordered")),
+    "prompt_tau": Figure("Kendall's tau, mean over prompts", ("tau",)),
+}
+
+
+def figures_of(values: Mapping[str, Column]) -> dict[str, Figure]:
+    """The figures whose columns are there; those of reward models first."""
+    found = {}
+    for name in values:
+        if name.startswith(REWARD):
+            found[name] = Figure(f"{name}, 100 sigmoid", (name,), digits=2)
+        elif name.startswith(RAW):
+            found[name] = Figure(name, (name,))
+    return found | {name: figure for name, figure in FIGURES.items() if set(figure.columns) <= set(values)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, prompt by prompt.
+
+    Attributes:
+        prompts: hash of each prompt. subsets: its part of the data, "" without parts. references: hash of the record
+            that it was measured against.
+        values: column -> one number a prompt, None where it has none; `FIGURES` says what is made of them.
+        corpus: subset -> figures of all its answers together, which no prompt adds to and which have no interval.
+        checks: reward model -> its `fingerprint`, its held-out pair `accuracy` and `refused`, why it is not reported.
+        notes: sentences to be shown. about: where it came from, and the settings.
+    """
+
+    prompts: list[str]
+    subsets: list[str]
+    references: list[str]
+    values: dict[str, Column]
+    corpus: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, list[int]]:
+        """Subset -> positions of its prompts; last `TOTAL`, all prompts: a mean over prompts, not over subsets."""
+        names = list(dict.fromkeys(self.subsets))
+        found = {name: [k for k, own in enumerate(self.subsets) if own == name] for name in names if names != [""]}
+        return {**found, TOTAL: list(range(len(self.prompts)))}
+
+    def figures(self) -> dict[str, dict[str, Estimate]]:
+        """Subset -> figure -> its estimate."""
+        made = figures_of(self.values)
+        return {
+            part: {name: estimate(figure.of, figure.rows(self.values, chosen)) for name, figure in made.items()}
+            for part, chosen in self.parts().items()
+        }
+
+    def as_dict(self, figures: Mapping[str, Mapping[str, Estimate]] | None = None) -> dict[str, Any]:
+        """For `metrics.json`: the fields, and the figures made of them."""
+        made = self.figures() if figures is None else figures
+        shown = {part: {name: found.as_dict() for name, found in here.items()} for part, here in made.items()}
+        return {"figures": shown, **vars(self)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], source: str = "metrics") -> Evaluation:
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: a field is missing, or the columns are not of one length.
+        """
+        names = ("prompts", "subsets", "references", "values")
+        for name in names:
+            if name not in found:
+                raise ValueError(f"{source}: expected the metrics of `clha-fast eval` with {', '.join(names)}")
+        columns = [found["prompts"], found["subsets"], found["references"], *found["values"].values()]
+        if len(set(map(len, columns))) != 1:
+            raise ValueError(f"{source}: expected one value a prompt in every column, got {sorted(map(len, columns))}")
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Records and the answers to their prompts, in the order of the answers; what has no partner is counted."""
+
+    records: list[RankedRecord]
+    answers: list[Answer]
+    without_reference: int
+    without_answer: int
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.without_reference:
+            found.append(f"{self.without_reference:,} answers have no reference and are left out")
+        if self.without_answer:
+            found.append(f"{self.without_answer:,} references have no answer and are left out")
+        return found
+
+
+def pair_answers(answers: Sequence[Answer], references: Sequence[RankedRecord]) -> Paired:
+    """Each answer with the reference of the same prompt; of a prompt that stands there twice, in the order given.
+
+    Raises:
+        ValueError: they have no prompt in common.
+    """
+    known = dict(zip(occurrences([prompt_hash(record) for record in references]), references, strict=True))
+    names = occurrences([answer.prompt_hash for answer in answers])
+    both = [(known[name], answer) for name, answer in zip(names, answers, strict=True) if name in known]
+    if not both:
+        raise ValueError(
+            f"references: expected records for the prompts of the answers, got {len(references):,} for other prompts"
+        )
+    records, found = (list(side) for side in zip(*both, strict=True))
+    return Paired(records, found, len(answers) - len(both), len(references) - len(both))
+
+
+def evaluate(
+    references: Sequence[RankedRecord],
+    answers: Sequence[Answer] | None = None,
+    *,
+    reward_models: Mapping[str, Callable[[], RewardModel]] | None = None,
+    reward_check: Sequence[RankedRecord] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    noise_rule: str = "abs",
+    reward_margin: float = 3.0,
+    max_prompt_length: int | None = 384,
+    answer_prefix: str = "",
+    batch_size: int = 8,
+    progress: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure answers against ranked references, and the model itself where it is given.
+
+    Args:
+        references: held-out records; the first response is the best.
+        answers: None measures the model alone. They are paired by `pair_answers`.
+        reward_models: name -> what loads it; each is loaded, used and dropped before the next. One whose held-out pair
+            accuracy does not lie above 0.5 with its whole interval adds no column, but a note.
+        reward_check: ranked records to measure reward models on; None takes the references.
+        model, tokenizer: a causal language model, for likelihood and ranking (`likelihood.candidate_scores`).
+        noise_rule, reward_margin: which pairs are kept. max_prompt_length, answer_prefix: of the model's prompts.
+        batch_size: rows of a forward pass.
+        about: what is kept beside the figures.
+
+    Raises:
+        ValueError: neither answers nor a model; no prompt in common; as `pair_answers` and `candidate_scores`.
+        ScoringError: as `clha_fast.rewards.scoring.score_file`. ImportError: a package of the extra `eval` is missing.
+    """
+    if answers is None and (model is None or reward_models):
+        raise ValueError("answers: expected some to measure (a model alone has no rewards), got None")
+    records, subsets = list(references), [subset_of(record) for record in references]
+    values: dict[str, Column] = {}
+    notes: list[str] = []
+    checks: dict[str, dict[str, Any]] = {}
+    texts: list[str] = []
+    if answers is not None:
+        paired = pair_answers(answers, records)
+        records, notes, texts = paired.records, paired.notes(), [answer.answer for answer in paired.answers]
+        pairs = zip(paired.records, paired.answers, strict=True)
+        subsets = [subset_of(record) or answer.subset for record, answer in pairs]
+        values = text_values(paired)
+        for name, load in (reward_models or {}).items():
+            held_out = references if reward_check is None else reward_check
+            checks[name], columns = _rewarded(name, load(), records, texts, held_out, batch_size, progress)
+            values |= columns
+        notes += [check["refused"] for check in checks.values() if check["refused"]]
+    if model is not None:
+        scores, tokens = candidate_scores(
+            model,
+            tokenizer,
+            records,
+            batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            answer_prefix=answer_prefix,
+            progress=progress,
+        )
+        values |= likelihood_values(records, scores, tokens, noise_rule=noise_rule, reward_margin=reward_margin)
+    found = Evaluation(
+        [prompt_hash(record) for record in records],
+        subsets,
+        [_reference_hash(record) for record in records],
+        values,
+        checks=checks,
+        notes=notes,
+        about={**(about or {}), "noise_rule": noise_rule, "reward_margin": reward_margin},
+    )
+    if texts:
+        for part, chosen in found.parts().items():
+            found.corpus[part] = {"distinct_2": corpus_distinct_2([texts[k] for k in chosen])}
+    return found
+
+
+def _rewarded(
+    name: str,
+    reward_model: RewardModel,
+    records: Sequence[RankedRecord],
+    texts: Sequence[str],
+    held_out: Sequence[RankedRecord],
+    batch_size: int,
+    progress: bool,
+) -> tuple[dict[str, Any], dict[str, Column]]:
+    """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    check = check_reward_model(name, held_out, reward_model, **settings)
+    kept = {
+        "fingerprint": reward_model.fingerprint(),
+        "accuracy": check.accuracy.as_dict(),
+        "refused": check.refused,
+    }
+    if check.refused:
+        return kept, {}
+    rewards, raw = answer_rewards(records, texts, reward_model, **settings)
+    return kept, {REWARD + name: [*rewards], RAW + name: raw}
+
+
+def text_values(paired: Paired) -> dict[str, Column]:
+    """The columns that need nothing but texts."""
+    texts = [answer.answer for answer in paired.answers]
+    best = [record.completions[0] for record in paired.records]
+    columns: dict[str, Column] = {"bleu": [*published_bleu(texts, best)]}
+    statistics = corpus_statistics(texts, best)
+    for place, name in enumerate(STATISTICS):
+        columns[f"bleu_{name}"] = [*(row[place] for row in statistics)]
+    columns["words"] = [float(count) for count in words(texts)]
+    columns["distinct_2"] = [distinct_2(text) for text in texts]
+    columns["empty"] = [float(not text) for text in texts]
+    if any(answer.finish for answer in paired.answers):
+        columns["unfinished"] = [float(a.finish == "length") if a.finish else None for a in paired.answers]
+    return columns
+
+
+def _reference_hash(record: RankedRecord) -> str:
+    text = json.dumps([record.completions, record.rewards])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shown(found: Estimate, digits: int) -> str:
+    """A value with its interval; "-" for what is not there."""
+    if found.value is None:
+        return "-"
+    text = f"{found.value:.{digits}f}"
+    return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def evaluation_table(evaluation: Evaluation, figures: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Figures with their intervals by subset and in total, then the sentences that belong to them."""
+    made = figures_of(evaluation.values)
+    rows = [
+        [figure.title, *(shown(figures[part][name], figure.digits) for part in figures)]
+        for name, figure in made.items()
+    ]
+    counts = ["prompts", *(f"{len(chosen):,}" for chosen in evaluation.parts().values())]
+    lines = [table(["", *(part or "(no subset)" for part in figures)], [counts, *rows])]
+    lines += _sentences(evaluation, figures[TOTAL])
+    return "\n".join(lines)
+
+
+def _sentences(evaluation: Evaluation, total: Mapping[str, Estimate]) -> list[str]:
+    found = ["", "95% bootstrap intervals over prompts; Total is over all prompts, not over subsets"]
+    for name, check in evaluation.checks.items():
+        if check["refused"]:
+            continue
+        accuracy = Estimate(**check["accuracy"])
+        share = f"{shown(accuracy, 3)} of the held-out pairs of {accuracy.prompts:,} prompts"
+        found.append(f"{name} prefers the better answer in {share}")
+    distinct = evaluation.corpus.get(TOTAL, {}).get("distinct_2")
+    if distinct is not None:
+        found.append(f"distinct-2 of all answers together {distinct:.3f}")
+    made = figures_of(evaluation.values)
+    said: dict[str, list[str]] = {}
+    for name, result in total.items():
+        if result.note and name not in ("empty", "unfinished"):
+            said.setdefault(result.note, []).append(made[name].title)
+    found += [f"{note} ({'; '.join(titles)})" for note, titles in said.items()]
+    return found + evaluation.notes

@@ -1,0 +1,106 @@
+"""What reward models say of answers, and whether they can be believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clha_fast.data.records import RankedRecord
+from clha_fast.evaluation.intervals import Estimate, estimate, ratio
+from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.scoring import score_records
+
+
+def answer_rewards(
+    records: Sequence[RankedRecord],
+    answers: Sequence[str],
+    reward_model: RewardModel,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> tuple[list[float], list[float | None]]:
+    """(reward, raw score) of each answer to the prompt of its record.
+
+    The reward is 100 sigmoid(raw), as it is published; an empty answer has the reward 0 and no raw score.
+
+    Args:
+        batch_size, max_length: as `clha_fast.rewards.scoring.score_file`, whose errors these are.
+    """
+    given = [
+        RankedRecord(record.prompt, (answer,), source=record.source, template=record.template)
+        for record, answer in zip(records, answers, strict=True)
+        if answer
+    ]
+    settings = {"batch_size": batch_size, "max_length": max_length}
+    scored = iter(score_records(given, reward_model, progress=progress, **settings) if given else [])  # type: ignore[arg-type]
+    raw: list[float | None] = []
+    for answer in answers:
+        rewards = next(scored).rewards if answer else None
+        raw.append(None if rewards is None else rewards[0])
+    return [0.0 if value is None else 100 * sigmoid(value) for value in raw], raw
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
+
+
+@dataclass(frozen=True)
+class RewardCheck:
+    """How often a reward model prefers the better-ranked response of held-out pairs.
+
+    Attributes:
+        accuracy: over all pairs i < j of the records, with its interval over prompts; a tie counts half. Pairs whose
+            own rewards are equal have no order and do not count.
+        refused: why the rewards of this model are not reported, in one sentence; "" where they are.
+    """
+
+    accuracy: Estimate
+    refused: str
+
+
+def check_reward_model(
+    name: str,
+    records: Sequence[RankedRecord],
+    reward_model: RewardModel,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> RewardCheck:
+    """Measure a reward model on ranked records that it was not trained on.
+
+    Args:
+        name: of the reward model, for the sentence.
+    """
+    ranked = [record for record in records if len(record.completions) > 1]
+    scored = score_records(ranked, reward_model, batch_size=batch_size, progress=progress) if ranked else []
+    rows = [_better(old, new) for old, new in zip(ranked, scored, strict=True)]
+    accuracy = estimate(ratio, np.array(rows).reshape(-1, 2))
+    if accuracy.value is None:
+        why = "there is no ranked pair to measure it on; give other records to check it with"
+    elif accuracy.low is None:
+        why = f"its accuracy on held-out pairs has no interval ({accuracy.note})"
+    elif accuracy.low <= 0.5:
+        why = (
+            f"its accuracy on held-out pairs is {accuracy.value:.3f}, and the interval from {accuracy.low:.3f} to "
+            f"{accuracy.high:.3f} does not lie above chance"
+        )
+    else:
+        why = ""
+    return RewardCheck(accuracy, f"no rewards of {name} are reported: {why}" if why else "")
+
+
+def _better(record: RankedRecord, scored: RankedRecord) -> tuple[float, float]:
+    """(pairs in which the better-ranked response has the higher score, ties half; pairs)."""
+    values = scored.rewards
+    assert values is not None
+    right = count = 0.0
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            if record.rewards is None or record.rewards[i] != record.rewards[j]:
+                right += 1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0
+                count += 1
+    return right, count

@@ -1,0 +1,256 @@
+"""A cell's evaluation: answers to held-out prompts, likelihood and ranking, rewards of a model that may be believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clha_fast.data.readers import read_records
+from clha_fast.data.records import RankedRecord
+from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
+from clha_fast.experiments.cells import Cell, cell_folder, content_hash, digest, model_of
+from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.run import DTYPES
+from clha_fast.files import write_json
+from clha_fast.generation import GenerationSettings, TransformersBackend, generate_answers, read_answers, trained_prefix
+from clha_fast.messages import check_keys
+from clha_fast.models.loading import load_model, load_tokenizer
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+
+METRICS = "metrics.json"
+ANSWERS = "answers.jsonl"
+# What decides on dev, and which way is better.
+_SIGNS = {"reward": 1, "accuracy": 1, "nll": -1}
+
+
+@functools.lru_cache(maxsize=2)
+def _reward_model(path: str, content: str) -> RewardModel:
+    return load_reward_model(path)
+
+
+@dataclass(frozen=True)
+class Assessor:
+    """How the cells of a comparison are evaluated, all alike.
+
+    Attributes:
+        models: "label" and "evaluation" -> a reward model's path. checks: the same -> its held-out pair accuracy, and
+            `refused`, why it is not used, or "".
+        generation: settings of answers. reward_margin, noise_rule: which test pairs are kept.
+    """
+
+    criterion: str
+    models: Mapping[str, str]
+    checks: Mapping[str, Mapping[str, Any]]
+    generation: GenerationSettings
+    batch_size: int
+    limits: Mapping[str, int | None]
+    noise_rule: str = "abs"
+    reward_margin: float = 3.0
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, comparison: Comparison, models: Mapping[str, str]) -> Assessor:
+        """The evaluation of a comparison; reward models are measured on the held-out pairs first.
+
+        Raises:
+            ValueError: unknown settings of generation; a label model that is no better than chance.
+        """
+        given = dict(comparison.generation)
+        batch_size = given.pop("batch_size", 8)
+        check_keys("generation", given, [f.name for f in dataclasses.fields(GenerationSettings)])
+        settings = GenerationSettings(**given)
+        limits = {"dev": comparison.dev_limit, "test": comparison.test_limit}
+        checks = {}
+        for role, path in models.items():
+            split = "dev" if role == "label" else "test"
+            records = [
+                record
+                for files in comparison.data.values()
+                for record in first_of_each(read_records(getattr(files, split)), limits[split])
+            ]
+            check = check_reward_model(f"the {role} model", records, _reward_model(path, content_hash(path)))
+            checks[role] = {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
+        criterion = comparison.criterion
+        if criterion is None:
+            usable = "label" in models and not checks["label"]["refused"]
+            criterion = "reward" if usable else "accuracy"
+        elif criterion == "reward" and checks["label"]["refused"]:
+            raise ValueError(f"criterion: expected another than 'reward', for {checks['label']['refused']}")
+        return cls(
+            criterion=criterion,
+            models=dict(models),
+            checks=checks,
+            generation=settings,
+            batch_size=batch_size,
+            limits=limits,
+            **comparison.evaluation,
+            dtype=comparison.run.get("dtype", "float32"),
+        )
+
+    @property
+    def sign(self) -> int:
+        """+1 where more of the criterion is better."""
+        return _SIGNS[self.criterion]
+
+    def criterion_of(self, found: Evaluation) -> float | None:
+        """The criterion of an evaluation on dev."""
+        name = REWARD + "label" if self.criterion == "reward" else self.criterion
+        return figure_of(found, name)
+
+    def notes(self) -> list[str]:
+        """Sentences that belong below the table."""
+        found = []
+        for role, check in self.checks.items():
+            accuracy = check["accuracy"]
+            if check["refused"]:
+                found.append(check["refused"])
+            else:
+                interval = f"[{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+                found.append(
+                    f"The {role} model prefers the better answer in {accuracy['value']:.3f} {interval} of the held-out "
+                    f"pairs of {accuracy['prompts']:,} prompts."
+                )
+        found.append(f"Learning rates are chosen on dev by {self.criterion}.")
+        return found
+
+
+def figure_of(found: Evaluation, name: str) -> float | None:
+    """A figure over all prompts, None where it is undefined or missing."""
+    figure = figures_of(found.values).get(name)
+    if figure is None:
+        return None
+    rows = figure.rows(found.values, range(len(found.prompts)))
+    value = float(figure.of(rows[~np.isnan(rows).any(1)].sum(0)))
+    return None if math.isnan(value) else value
+
+
+def first_of_each(records: Sequence[RankedRecord], limit: int | None) -> list[RankedRecord]:
+    """The first `limit` records of each subset, in order; all where it is None."""
+    seen: Counter[str] = Counter()
+    found = []
+    for record in records:
+        seen[record.subset] += 1
+        if limit is None or seen[record.subset] <= limit:
+            found.append(record)
+    return found
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """One cell's evaluation on "dev" or "test": where it lies, and what decides it beside the weights.
+
+    On dev no answers are made unless they decide.
+    """
+
+    comparison: Comparison
+    cell: Cell
+    base: str
+    assessor: Assessor
+    split: str
+
+    @property
+    def answers(self) -> bool:
+        return self.split == "test" or self.assessor.criterion == "reward"
+
+    @property
+    def role(self) -> str:
+        return "evaluation" if self.split == "test" else "label"
+
+    @property
+    def judge(self) -> str | None:
+        """The reward model's path."""
+        checked = self.assessor.checks.get(self.role)
+        return self.assessor.models[self.role] if self.answers and checked and not checked["refused"] else None
+
+    @property
+    def source(self) -> str:
+        return str(getattr(self.cell.files, self.split))
+
+    def identity(self) -> dict[str, Any]:
+        assessor = self.assessor
+        return {
+            "split": self.split,
+            "file": content_hash(self.source),
+            "limit": assessor.limits[self.split],
+            "generation": dataclasses.asdict(assessor.generation) if self.answers else None,
+            "kept": [assessor.noise_rule, assessor.reward_margin],
+            "judge": None if self.judge is None else content_hash(self.judge),
+            "dtype": assessor.dtype,
+            "batch_size": assessor.batch_size,
+        }
+
+    @property
+    def folder(self) -> str:
+        cell = cell_folder(self.comparison, self.cell, self.base)
+        return os.path.join(cell, f"{self.split}-{digest(self.identity())}")
+
+    def found(self) -> Evaluation | None:
+        """What an earlier run has found, None where it has not."""
+        path = os.path.join(self.folder, METRICS)
+        if not os.path.isfile(path):
+            return None
+        with open(path, encoding="utf-8") as file:
+            return Evaluation.from_dict(json.load(file), path)
+
+    def run(self) -> Evaluation:
+        """Load the cell's model and measure it.
+
+        Raises:
+            ValueError, OSError, RuntimeError: as `generate_answers`, `evaluate` and `answer_rewards`.
+        """
+        assessor, folder = self.assessor, self.folder
+        os.makedirs(folder, exist_ok=True)
+        records = first_of_each(read_records(self.source), assessor.limits[self.split])
+        path = model_of(self.comparison, self.cell, self.base)
+        model, tokenizer = load_model(path, DTYPES[assessor.dtype]), load_tokenizer(path)
+        prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
+        written = None
+        if self.answers:
+            target = os.path.join(folder, ANSWERS)
+            if not os.path.isfile(target):
+                generate_answers(
+                    records,
+                    TransformersBackend(model, tokenizer),
+                    target,
+                    dataclasses.replace(assessor.generation, answer_prefix=prefix),
+                    batch_size=assessor.batch_size,
+                    resume=True,
+                    progress=False,
+                )
+            written = read_answers(target)
+        found = evaluate(
+            records,
+            written,
+            model=model,
+            tokenizer=tokenizer,
+            noise_rule=assessor.noise_rule,
+            reward_margin=assessor.reward_margin,
+            max_prompt_length=assessor.generation.max_prompt_length,
+            answer_prefix=prefix,
+            batch_size=assessor.batch_size,
+            about=self.identity(),
+        )
+        if self.judge is not None and written is not None:
+            texts = [answer.answer for answer in written]
+            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, content_hash(self.judge)))
+            found.values[REWARD + self.role] = [*rewards]
+            found.values[RAW + self.role] = raw
+        write_json(os.path.join(folder, METRICS), vars(found))
+        return found
+
+
+def drop_weights(comparison: Comparison, cell: Cell, base: str) -> None:
+    """Remove a trained cell's model; what was measured stays."""
+    if cell.method.trains:
+        shutil.rmtree(model_of(comparison, cell, base), ignore_errors=True)

@@ -1,0 +1,140 @@
+"""What a comparison starts from: a base language model and reward models, loaded, or first made from its own data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PrinterCallback
+
+from clha_fast.data.readers import read_records
+from clha_fast.data.records import RankedRecord
+from clha_fast.data.rendering import plain_template
+from clha_fast.data.split import split_records
+from clha_fast.data.writing import write_records
+from clha_fast.experiments.cells import MODEL, content_hash, digest
+from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
+from clha_fast.experiments.run import Run, RunOptions
+from clha_fast.files import write_json
+from clha_fast.messages import check_keys
+from clha_fast.training.reward_trainer import RewardConfig
+
+_DONE = "done.json"
+
+
+def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
+    """The base model's folder or name; with `pretrain` it is first trained on the texts of the training files.
+
+    Prompts and responses are one text each there, all of whose tokens are scored: a language model, which knows
+    nothing of ranks.
+    """
+    if comparison.base is not None:
+        return comparison.base
+    assert comparison.pretrain is not None
+    given = dict(comparison.pretrain)
+    trains = sorted({files.train for files in comparison.data.values()})
+    identity = {"pretrain": given, "train": [content_hash(path) for path in trains]}
+    folder = os.path.join(comparison.output_dir, "base", digest(identity))
+    model = os.path.join(folder, MODEL)
+    if os.path.isfile(os.path.join(folder, _DONE)):
+        return model
+    say(f"base model: a language model of {', '.join(map(os.path.basename, trains))}")
+    os.makedirs(folder, exist_ok=True)
+    parts = [os.path.join(folder, f"{name}.jsonl") for name in ("texts", "held_out")]
+    write_texts(trains, given.pop("eval_fraction", 0.02), *parts)
+    fields = ("model_config", "build_tokenizer", "tokenizer", "model", "dtype", "attn_implementation")
+    options = RunOptions(
+        train_file=parts[0],
+        eval_file=parts[1],
+        resume=os.path.isdir(model) and bool(os.listdir(model)),
+        **{name: given.pop(name) for name in fields if name in given},
+    )
+    settings: dict[str, Any] = {"objective": {"name": "sft", "form": "token_mean"}, **given, "output_dir": model}
+    run = Run(options, settings)
+    finish(run)
+    nll = {name: found.get("eval_sft_loss") for name, found in (("before", run.before), ("after", run.after))}
+    write_json(os.path.join(folder, _DONE), {**identity, "held_out_nll": nll, "steps": run.trainer.state.global_step})
+    say(f"base model: {nll['before']:.3g} -> {nll['after']:.3g} nats a token, held out")
+    return model
+
+
+def write_texts(trains: Sequence[str], fraction: float, train: str, held_out: str) -> None:
+    """One record a (prompt, response), without a prompt: the whole conversation is the response.
+
+    Args:
+        fraction: of the prompts, whose conversations are held out.
+    """
+    records = [record for path in trains for record in read_records(path)]
+    for path, part in zip((train, held_out), split_records(records, fraction, seed=0), strict=True):
+        texts = dict.fromkeys(text for record in part for text in conversation_texts(record))
+        write_records((RankedRecord("", (text,)) for text in texts), path)
+
+
+def conversation_texts(record: RankedRecord) -> list[str]:
+    """The prompt, as the plain template writes it, and each response behind it."""
+    prompt = record.prompt if isinstance(record.prompt, str) else plain_template(record.prompt)
+    return [prompt + completion for completion in record.completions]
+
+
+def ready_reward_models(comparison: Comparison, base: str, say: Callable[[str], None]) -> dict[str, str]:
+    """ "label" and "evaluation" -> folder or name, for those that the comparison has; `train` trains one first.
+
+    Unless the configuration says otherwise, one that is trained starts from the base model, on the first ranking
+    length's training file, and where both are trained, each on its own half of the prompts.
+    """
+    found = {}
+    both = sum(isinstance(value, Mapping) for value in comparison.reward_models.values()) == 2
+    for half, role in enumerate(("label", "evaluation")):
+        value = comparison.reward_models.get(role)
+        if isinstance(value, Mapping):
+            given = {**({"half": half} if both else {}), **value["train"]}
+            found[role] = _trained_reward_model(comparison, role, given, base, say)
+        elif value is not None:
+            found[role] = value
+    return found
+
+
+def _trained_reward_model(
+    comparison: Comparison, role: str, given: dict[str, Any], base: str, say: Callable[[str], None]
+) -> str:
+    given.setdefault("train_file", next(iter(comparison.data.values())).train)
+    if not {"model", "model_config"} & set(given):
+        given["model"] = base
+    names = ("train_file", "model", "tokenizer", "eval_file")
+    paths = {name: content_hash(given[name]) for name in names if given.get(name) is not None}
+    identity = {"reward_model": given, "content": paths}
+    folder = os.path.join(comparison.output_dir, "reward_models", f"{role}-{digest(identity)}")
+    model = os.path.join(folder, MODEL)
+    if os.path.isfile(os.path.join(folder, _DONE)):
+        return model
+    say(f"{role} reward model: pairs of {os.path.basename(given['train_file'])}")
+    os.makedirs(folder, exist_ok=True)
+    fields = {f.name for f in dataclasses.fields(RewardRunOptions)} - {"resume", "overwrite"}
+    options = RewardRunOptions(
+        **{name: entry for name, entry in given.items() if name in fields},
+        resume=os.path.isdir(model) and bool(os.listdir(model)),
+    )
+    settings = {name: entry for name, entry in given.items() if name not in fields}
+    check_keys(f"reward_models.{role}.train", settings, [f.name for f in dataclasses.fields(RewardConfig) if f.init])
+    run = RewardRun(options, {**settings, "output_dir": model})
+    finish(run)
+    write_json(os.path.join(folder, _DONE), {**identity, "found": run.description()})
+    return model
+
+
+def finish(run: Run) -> None:
+    """All stages of a run.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; what was saved goes on from there.
+    """
+    run.prepare()
+    run.trainer.remove_callback(PrinterCallback)
+    run.evaluate_before()
+    run.train()
+    if run.interrupted:
+        raise KeyboardInterrupt
+    run.report()

@@ -1,0 +1,246 @@
+"""One cell of a comparison: a method trained at one ranking length, seed and learning rate, in a folder of its own.
+
+The folder is named by a hash of all that decides the weights, so that a run which was killed finds what is done, and
+a changed configuration never takes another's result for its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from clha_fast.batching.totals import SCALARS, dataset_counts
+from clha_fast.data.readers import read_records
+from clha_fast.data.writing import write_records
+from clha_fast.experiments.comparison import Comparison, Files
+from clha_fast.experiments.corruption import Corruption
+from clha_fast.experiments.folder import RUN_FILE
+from clha_fast.experiments.methods import Method, with_quantiles
+from clha_fast.experiments.run import Run, RunOptions
+from clha_fast.files import CHECKPOINT, file_hash, write_json
+from clha_fast.types import COUNTS
+
+_REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json")
+TRAINED_FILE = "trained.json"
+MODEL = "model"
+_TOKENS = COUNTS.index("token_count") - 1
+
+
+class CellError(RuntimeError):
+    """A cell could not be trained or evaluated; the message says why, the others go on."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What decides a cell's weights, beside what all cells share.
+
+    Attributes:
+        learning_rate: None where nothing is trained. corruption: of the training file.
+    """
+
+    method: Method
+    length: str
+    files: Files
+    seed: int
+    learning_rate: float | None = None
+    corruption: Corruption | None = None
+
+    @property
+    def key(self) -> str:
+        """A text that is this cell's alone within its comparison."""
+        noise = None if self.corruption is None else vars(self.corruption)
+        return json.dumps([self.method.name, self.length, self.seed, self.learning_rate, noise])
+
+    @property
+    def title(self) -> str:
+        """For a line of progress."""
+        parts = [self.method.label, f"n = {self.length}"]
+        if self.method.trains:
+            parts.append(f"seed {self.seed}")
+        if self.learning_rate is not None:
+            parts.append(f"learning rate {self.learning_rate:g}")
+        if self.corruption is not None:
+            parts.append(f"{self.corruption.kind} {self.corruption.rate:g}")
+        return ", ".join(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of(path: str, size: int, changed: int) -> str:
+    return file_hash(path)
+
+
+def content_hash(path: str) -> str:
+    """Of a file, or of a folder's files (a model's); the name itself where nothing is there (a name on the Hub)."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
+        kept = [name for name in names if name.endswith((".json", ".safetensors", ".bin", ".gguf", ".model", ".jinja"))]
+        # A run's own reports, and where it lay, say nothing of the weights.
+        kept = [name for name in kept if name not in _REPORTS]
+        return hashlib.sha256("".join(content_hash(os.path.join(path, name)) for name in kept).encode()).hexdigest()
+    if not os.path.isfile(path):
+        return path
+    stat = os.stat(path)
+    return _hash_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a JSON value's SHA-256."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
+    """All that decides a cell's weights, as a JSON value.
+
+    Args:
+        base: the folder or name of the base model.
+    """
+    method = cell.method
+    if not method.trains:
+        return {"checkpoint": content_hash(str(method.checkpoint))}
+    return {
+        "method": dict(method.settings),
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "corruption": None if cell.corruption is None else vars(cell.corruption),
+        "train": content_hash(cell.files.train),
+        "base": content_hash(base),
+        "budget_tokens": comparison.budget_tokens,
+        "settings": dict(comparison.settings),
+        "run": dict(comparison.run),
+    }
+
+
+def cell_folder(comparison: Comparison, cell: Cell, base: str) -> str:
+    """Where the cell lies."""
+    name = f"{cell.method.name}-n{cell.length}-{digest(identity(comparison, cell, base))}"
+    return os.path.join(comparison.output_dir, "cells", name)
+
+
+def train_cell(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
+    """Train a cell unless it is trained; what `TRAINED_FILE` then says of it.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `Run`.
+    """
+    folder = cell_folder(comparison, cell, base)
+    done = os.path.join(folder, TRAINED_FILE)
+    if os.path.isfile(done) and (not cell.method.trains or os.path.isdir(os.path.join(folder, MODEL))):
+        return trained(folder)
+    os.makedirs(folder, exist_ok=True)
+    if not cell.method.trains:
+        found: dict[str, Any] = {"model": cell.method.checkpoint, "log": []}
+    else:
+        found = _train(comparison, cell, base, folder)
+    write_json(os.path.join(folder, "cell.json"), {"title": cell.title, **identity(comparison, cell, base)})
+    write_json(done, found)
+    return found
+
+
+def trained(folder: str) -> dict[str, Any]:
+    """What `train_cell` said of the cell in a folder."""
+    with open(os.path.join(folder, TRAINED_FILE), encoding="utf-8") as file:
+        found: dict[str, Any] = json.load(file)
+    return found
+
+
+def model_of(comparison: Comparison, cell: Cell, base: str) -> str:
+    """The folder (or name) of a trained cell's model."""
+    if not cell.method.trains:
+        return str(cell.method.checkpoint)
+    return os.path.join(cell_folder(comparison, cell, base), MODEL)
+
+
+def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:
+    train_file = cell.files.train
+    records = read_records(train_file)
+    if cell.corruption is not None:
+        records = cell.corruption.apply(records)
+        train_file = os.path.join(folder, "train.jsonl")
+        write_records(records, train_file)
+    target = os.path.join(folder, MODEL)
+    holds = os.path.isdir(target) and bool(os.listdir(target))
+    settings = {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        **comparison.settings,
+        **with_quantiles(cell.method.settings, records),
+        "output_dir": target,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+    }
+    options = RunOptions(train_file=train_file, eval_fraction=0, model=base, resume=holds, **comparison.run)
+    run = Run(options, settings).prepare()
+    run.trainer.remove_callback(PrinterCallback)
+    run.trainer.add_callback(_LastLine())
+    if comparison.budget_tokens is not None:
+        run.trainer.args.max_steps = budget_steps(run, comparison.budget_tokens)
+    run.evaluate_before()
+    run.train()
+    if run.interrupted:
+        raise KeyboardInterrupt
+    run.report()
+    for name in os.listdir(target):
+        if CHECKPOINT.fullmatch(name):
+            shutil.rmtree(os.path.join(target, name))
+    summary = run.summary()[0]
+    log = [plain_line(line) for line in run.trainer.state.log_history]
+    losses = [line["loss"] for line in log if "loss" in line]
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in losses):
+        raise CellError(f"{cell.title}: the loss became infinite or NaN in training; a smaller learning rate may help")
+    return {
+        "model": MODEL,
+        "steps": run.trainer.state.global_step,
+        "scored_tokens": sum(line.get("num_tokens") or 0 for line in log),
+        "kept_share": summary.kept_pairs / summary.pairs if summary.pairs else None,
+        "gate_share": 1 - summary.closed_gates / summary.prompts,
+        "pair_quartiles": list(summary.gaps),
+        "log": log,
+    }
+
+
+class _LastLine(TrainerCallback):
+    """The last step writes a line, whatever `logging_steps`: the tokens of all lines are then all tokens."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+
+_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+def plain_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the log without times, which differ from run to run, and with None for NaN."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+        if name not in _TIMES
+    }
+
+
+def budget_steps(run: Run, tokens: int) -> int:
+    """Optimiser steps in which a prepared run scores about `tokens` tokens, inert candidates left out."""
+    trainer = run.trainer
+    args = trainer.args
+    dataset: Any = trainer.train_dataset
+    counts = dataset_counts(dataset, trainer.loss_options, args.drop_inert)
+    each = float(counts[len(counts) - SCALARS + _TOKENS]) / len(dataset)
+    if not each:
+        raise ValueError("budget_tokens: expected a training file with tokens that the objective scores, got none")
+    prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return max(1, round(tokens / (each * prompts)))
+
+
+def cells_of(comparison: Comparison, cell: Cell) -> list[Cell]:
+    """The trials of a cell, one a learning rate; of one that trains nothing, itself."""
+    if not cell.method.trains:
+        return [cell]
+    return [replace(cell, learning_rate=rate) for rate in comparison.learning_rates]

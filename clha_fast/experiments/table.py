@@ -1,0 +1,259 @@
+"""A whole comparison: base and reward models, learning rates chosen on dev, every seed trained, all of it on test."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clha_fast.data.readers import read_records
+from clha_fast.evaluation.comparison_tables import as_csv, markdown
+from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
+from clha_fast.evaluation.results import spreads
+from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
+from clha_fast.experiments.bases import ready_base, ready_reward_models
+from clha_fast.experiments.cells import Cell, cell_folder, cells_of, train_cell, trained
+from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.execution import Failure, run_all
+from clha_fast.experiments.methods import Method
+from clha_fast.files import write_json, write_text
+
+BASE = Method("base", "base model", {}, "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell that is done: what training said, and what the evaluation found."""
+
+    cell: Cell
+    trained: Mapping[str, Any]
+    assessment: Evaluation
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one ranking length (and one corruption): its cells, a seed each, or why there are none.
+
+    Attributes:
+        trials: learning rate -> the criterion on dev; {} where there was nothing to choose.
+    """
+
+    method: Method
+    cell: Cell
+    outcomes: Sequence[Outcome]
+    trials: Mapping[float, float | None]
+    failures: Sequence[str] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        first = self.outcomes[0] if self.outcomes else None
+        corruption = self.cell.corruption
+        found: dict[str, Any] = {
+            "length": self.cell.length,
+            "method": self.method.name,
+            "label": self.method.label,
+            "settings": dict(self.method.settings),
+            "corruption": None if corruption is None else {"kind": corruption.kind, "rate": corruption.rate},
+            "learning_rate": first.cell.learning_rate if first else None,
+            "trials": {f"{rate:g}": value for rate, value in self.trials.items()},
+            "seeds": [outcome.cell.seed for outcome in self.outcomes] if self.method.trains else [],
+        }
+        if first:
+            for name in ("kept_share", "gate_share"):
+                found[name] = first.trained.get(name)
+            tokens = [outcome.trained.get("scored_tokens") for outcome in self.outcomes]
+            known = [value for value in tokens if value is not None]
+            found["scored_tokens"] = sum(known) / len(known) if known else None
+            found["figures"] = spreads([outcome.assessment for outcome in self.outcomes])
+        if self.failures:
+            found["error"] = "; ".join(self.failures)
+        return found
+
+
+Say = Callable[[str], None]
+
+
+class Table:
+    """Runs a comparison, or what of it is not done yet.
+
+    Args:
+        comparison: what to run. say: gets a line for each step. ray, address: as `execution.run_all`.
+
+    Attributes:
+        rows: once run.
+    """
+
+    def __init__(
+        self, comparison: Comparison, say: Say = lambda line: None, *, ray: bool = False, address: str | None = None
+    ) -> None:
+        self.comparison, self.say = comparison, say
+        self._run_all = functools.partial(run_all, ray=ray, address=address)
+        self.rows: list[Row] = []
+
+    def run(self) -> list[Row]:
+        """Everything; a cell that fails leaves a row without figures and the reason.
+
+        Raises:
+            ValueError, OSError: files, base or reward models that cannot be used.
+        """
+        comparison = self.comparison
+        # Bad files are found, and what there is to say of them said, before hours of training.
+        for path in dict.fromkeys(path for files in comparison.data.values() for path in vars(files).values()):
+            read_records(path)
+        os.makedirs(comparison.output_dir, exist_ok=True)
+        with _quiet():
+            self.base = ready_base(comparison, self.say)
+            self.reward_models = ready_reward_models(comparison, self.base, self.say)
+            self.assessor = Assessor.of(comparison, self.reward_models)
+        chosen = self._choose(self._starts())
+        self.rows = self._finish(chosen)
+        return self.rows
+
+    def _starts(self) -> list[Cell]:
+        comparison = self.comparison
+        fixed = [replace(BASE, checkpoint=self.base), *comparison.checkpoints]
+        starts = []
+        for length, files in comparison.data.items():
+            starts += [Cell(method, length, files, comparison.seeds[0]) for method in fixed]
+            for corruption in comparison.corruptions:
+                starts += [
+                    Cell(method, length, files, comparison.seeds[0], comparison.learning_rates[0], corruption)
+                    for method in comparison.methods
+                ]
+        return starts
+
+    def _choose(self, starts: Sequence[Cell]) -> list[tuple[Cell, dict[float, float | None], list[str]]]:
+        """(the cell with its learning rate, the trials, what failed) of each start."""
+        many = len(self.comparison.learning_rates) > 1
+        trials = [trial for cell in starts if cell.method.trains and many for trial in cells_of(self.comparison, cell)]
+        work = functools.partial(_try, self.comparison, self.base, self.assessor)
+        found: dict[str, Any] = {}
+        for number, (cell, result) in enumerate(self._run_all(trials, work), start=1):
+            found[cell.key] = result
+            text = f"failed: {result.message}" if isinstance(result, Failure) else f"dev {_number(result)}"
+            self.say(f"trial {number}/{len(trials)}  {cell.title}: {text}")
+        chosen = []
+        for start in starts:
+            values: dict[float, float | None] = {}
+            failures = []
+            for trial in cells_of(self.comparison, start) if start.method.trains and many else []:
+                result = found[trial.key]
+                assert trial.learning_rate is not None
+                if isinstance(result, Failure):
+                    failures.append(f"learning rate {trial.learning_rate:g}: {result.message}")
+                values[trial.learning_rate] = None if isinstance(result, Failure) else result
+            known = {rate: value for rate, value in values.items() if value is not None}
+            if known:
+                # The first of equal ones, in the order of the configuration.
+                best = max(known, key=lambda rate: known[rate] * self.assessor.sign)
+                start = replace(start, learning_rate=best)
+                if not self.comparison.keep_models:
+                    for rate in set(values) - {best}:
+                        drop_weights(self.comparison, replace(start, learning_rate=rate), self.base)
+            chosen.append((start, values, failures if values and not known else []))
+        return chosen
+
+    def _finish(self, chosen: Sequence[tuple[Cell, dict[float, float | None], list[str]]]) -> list[Row]:
+        cells = []
+        for cell, _, failures in chosen:
+            if failures:
+                continue
+            seeds = self.comparison.seeds if cell.method.trains else self.comparison.seeds[:1]
+            cells += [replace(cell, seed=seed) for seed in seeds]
+        work = functools.partial(_do, self.comparison, self.base, self.assessor)
+        found: dict[str, Any] = {}
+        for number, (cell, result) in enumerate(self._run_all(cells, work), start=1):
+            found[cell.key] = result
+            text = f"failed: {result.message}" if isinstance(result, Failure) else _line(result)
+            self.say(f"cell {number}/{len(cells)}  {cell.title}: {text}")
+        rows = []
+        for start, trials, failures in chosen:
+            mine = [(cell, found[cell.key]) for cell in cells if replace(cell, seed=start.seed).key == start.key]
+            failed = [f"seed {cell.seed}: {got.message}" for cell, got in mine if isinstance(got, Failure)]
+            done = [got for _, got in mine if not isinstance(got, Failure)]
+            rows.append(Row(start.method, start, done, trials, [*failures, *failed]))
+        return rows
+
+    def subsets(self) -> list[str]:
+        """Names of the subsets of the test files, [] where there is only one."""
+        found: dict[str, None] = {}
+        for row in self.rows:
+            for outcome in row.outcomes:
+                found.update(dict.fromkeys(outcome.assessment.parts()))
+        return [name for name in found if name != TOTAL]
+
+    def write(self, notes: Sequence[str] = ()) -> dict[str, Any]:
+        """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
+        subsets = self.subsets()
+        rows = [row.as_dict() for row in self.rows]
+        below = [*self.assessor.notes(), *notes]
+        found = {
+            "subsets": subsets,
+            "rows": rows,
+            "criterion": self.assessor.criterion,
+            "reward_models": self.assessor.checks,
+            "notes": below,
+        }
+        folder = self.comparison.output_dir
+        write_json(os.path.join(folder, "table.json"), found)
+        write_text(os.path.join(folder, "table.csv"), as_csv(rows))
+        failed = [f"{row['label']}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
+        text = markdown(rows, subsets)
+        for line in (*below, *failed):
+            text += f"\n{line}\n"
+        write_text(os.path.join(folder, "table.md"), text)
+        return found
+
+
+def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> float | None:
+    """The criterion on dev of a trial."""
+    assessment = Assessment(comparison, cell, base, assessor, "dev")
+    found = assessment.found()
+    if found is None:
+        with _quiet():
+            train_cell(comparison, cell, base)
+            found = assessment.run()
+    return assessor.criterion_of(found)
+
+
+def _do(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> Outcome:
+    assessment = Assessment(comparison, cell, base, assessor, "test")
+    found = assessment.found()
+    if found is not None:
+        return Outcome(cell, trained(cell_folder(comparison, cell, base)), found)
+    with _quiet():
+        said = train_cell(comparison, cell, base)
+        found = assessment.run()
+    if not comparison.keep_models:
+        drop_weights(comparison, cell, base)
+    return Outcome(cell, said, found)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What there is to say of the files has been said; each cell would say it again, in a process of its own too."""
+    loggers = [logging.getLogger(name) for name in ("clha_fast", "transformers")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _line(outcome: Outcome) -> str:
+    parts = []
+    for name, short in {REWARD + "evaluation": "reward", "accuracy": "accuracy", "nll": "nll", "bleu": "BLEU"}.items():
+        value = figure_of(outcome.assessment, name)
+        if value is not None:
+            parts.append(f"{short} {_number(value)}")
+    return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,217 @@
+"""Reference log-probabilities for ranked responses: those of a frozen language model, computed once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clha_fast.batching.batch import CandidateFeature, pack_candidates
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.signals import token_checksum
+from clha_fast.data.readers import Source
+from clha_fast.data.records import RankedRecord
+from clha_fast.files import check_destination
+from clha_fast.models.adapters import virtual_tokens
+from clha_fast.models.frozen import FrozenModel
+from clha_fast.models.loading import DTYPES, check_vocabulary, find_device, fingerprint, load_model, load_tokenizer
+from clha_fast.rewards.run import Row, ScoringRun, as_records
+
+_SIGNALS = ("reference_logps", "reference_tokens")
+
+
+class Policy:
+    """A causal language model that says what log-probabilities responses have.
+
+    Args:
+        model: on its device; put into evaluation mode. tokenizer: of the model that will train.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+        UnsupportedHeadError: the model's head cannot be read, see `models.measure`.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_vocabulary(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self._frozen = FrozenModel(model)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for, None when its configuration names no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit - virtual_tokens(self.model) if isinstance(limit, int) and limit > 0 else None
+
+    def sums(self, rows: Sequence[Row]) -> Tensor:
+        """float64 [len(rows)] nats, on the CPU: log-probability of each response behind its prompt, without the logits.
+
+        The batch and the way through the model are those of training.
+        """
+        features: list[CandidateFeature] = [
+            {
+                "prompt_ids": row.prompt,
+                "completion_ids": [row.response],
+                "rewards": None,
+                "sft_index": 0,
+                "source": f"row {number}",
+            }
+            for number, row in enumerate(rows)
+        ]
+        pad = self.tokenizer.pad_token_id
+        batch = pack_candidates(
+            features, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad, drop_inert=False
+        )
+        logps = self._frozen(batch.to(self.model.device)).double().cpu()
+        return torch.stack([part.sum() for part in logps.split(batch.candidate_lengths.tolist())])
+
+
+def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> Policy:
+    """The causal language model of a local folder or of a name on the Hub, with its tokenizer.
+
+    Args:
+        device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
+        dtype: of the weights, float32 as in training unless told; "auto" is the checkpoint's own.
+
+    Raises:
+        ValueError: nothing there to load, weights that are missing, an unknown device or dtype; as `Policy`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = find_device(device)
+    path = os.fspath(path)
+    tokenizer = load_tokenizer(path, "policy")
+    model: Any = load_model(path, dtype if dtype == "auto" else getattr(torch, dtype), option="policy")
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
+    return Policy(model, tokenizer)
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """What a run of scoring with a policy gave.
+
+    Attributes:
+        records: the source's records in its order, with `reference_logps` and `reference_tokens`.
+        candidates: responses in all. tokens: of them all, those that are scored. resumed: responses (the same ones of a
+            record count once) that an earlier run had left.
+        truncated: records of which something was cut. replaced: records that had `reference_logps` before.
+    """
+
+    records: list[RankedRecord]
+    candidates: int
+    tokens: int
+    resumed: int
+    truncated: int
+    replaced: int
+
+    @property
+    def mean_logp(self) -> float:
+        """Nats a token, over all tokens."""
+        return sum(sum(record.signals["reference_logps"]) for record in self.records) / self.tokens
+
+
+def score_policy(
+    source: Source | Sequence[RankedRecord],
+    destination: str | os.PathLike[str],
+    policy: Policy,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PolicyResult:
+    """Write every record of `source` to `destination` with `reference_logps`, as canonical JSON Lines.
+
+    These are the summed log-probabilities, nats, of the responses' scored tokens under `policy`, at temperature 1: what
+    a frozen copy of it says in training. Rewards stay as they are. `reference_tokens`, written beside them, tell the
+    tokens that were summed over from others: training with another tokenizer, template or limit is refused.
+
+    Interruption, resuming and batches are those of `scoring.score_file`.
+
+    Args:
+        source: records, or as `clha_fast.data.iter_records`, with `format` and `columns`.
+        batch_size: responses in a forward pass.
+        max_length, max_prompt_length, max_completion_length: tokens; give training the same. None is no limit.
+        resume, overwrite, progress: as `scoring.score_file`.
+
+    Raises:
+        ValueError: a row that is longer than the model's positions; as `scoring.score_file`.
+        RecordError, OSError, ScoringError, ScoringInterrupted: as there.
+    """
+    check_destination(destination, resume=resume, overwrite=overwrite)
+    records = as_records(source, format, columns)
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "max_completion_length": max_completion_length,
+    }
+    run = _PolicyRun(records, policy, batch_size, limits, progress)
+    scored: list[RankedRecord] = []
+
+    def finish(sums: dict[int, float]) -> list[RankedRecord]:
+        scored.extend(run.with_reference(sums))
+        return scored
+
+    resumed = run.write(os.fspath(destination), finish, resume=resume, overwrite=overwrite, progress=progress)
+    replaced = sum("reference_logps" in record.signals for record in records)
+    tokens = sum(len(run.rows[index].response) for indices in run.rows_of for index in indices)
+    return PolicyResult(scored, sum(map(len, run.rows_of)), tokens, resumed, run.truncated, replaced)
+
+
+class _PolicyRun(ScoringRun):
+    key = "reference_logps"
+    scorer = "policy"
+
+    def __init__(
+        self,
+        records: list[RankedRecord],
+        policy: Policy,
+        batch_size: int,
+        limits: dict[str, int | None],
+        progress: bool,
+    ) -> None:
+        self.policy, self.limits = policy, limits
+        # What a record brings of an earlier policy's is replaced, and not held to these tokens.
+        collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
+        super().__init__(records, policy.model, collator, batch_size, progress)
+        positions, longest = policy.max_positions, max((len(row.tokens) for row in self.rows), default=0)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"max_length: expected rows of at most the {positions:,} positions of {type(policy.model).__name__}, "
+                f"got up to {longest:,} tokens; max_length={positions} cuts them, here as in training"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        return dict(self.limits)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.policy.model)
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        return self.policy.sums(rows)
+
+    def with_reference(self, sums: dict[int, float]) -> list[RankedRecord]:
+        """The records, with sums by position of the row."""
+        out = []
+        for record, indices in zip(self.records, self.rows_of, strict=True):
+            rows = [self.rows[index] for index in indices]
+            values = (
+                tuple(sums[index] for index in indices),
+                tuple(token_checksum(row.prompt, row.response) for row in rows),
+            )
+            signals = {**record.signals, **dict(zip(_SIGNALS, values, strict=True))}
+            out.append(dataclasses.replace(record, signals=signals))
+        return out

@@ -1,0 +1,223 @@
+"""The responses of a file, cut into batches that a model scores one after another, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.data.convert import convert
+from clha_fast.data.notes import Notes
+from clha_fast.data.readers import Source, read_records
+from clha_fast.data.records import RankedRecord
+from clha_fast.files import Journal, RunIdentity
+from clha_fast.rewards.rows import read_as_text
+
+_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+
+
+class ScoringError(RuntimeError):
+    """Scoring could not go on; the message says why and what is kept."""
+
+
+class ScoringInterrupted(KeyboardInterrupt):
+    """Ctrl-C while scoring; the message says what is kept."""
+
+
+class Row(NamedTuple):
+    """The tokens of one response behind its prompt."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+
+class ScoringRun:
+    """The token rows of all responses, cut into batches of like length.
+
+    Args:
+        model: the one that scores. collator: what tokenises the records, and cuts them.
+
+    Attributes:
+        truncated: records of which something was cut.
+
+    Raises:
+        ValueError: a bad batch size. RecordError: as `RankedCollator.tokenize_record`.
+    """
+
+    key: ClassVar[str]  # what a response's score is called in the journal
+    scorer: ClassVar[str]  # what the model is called
+
+    def __init__(
+        self, records: list[RankedRecord], model: Any, collator: RankedCollator, batch_size: int, progress: bool
+    ) -> None:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+        self.records = records
+        self.model = model
+        self.batch_size = batch_size
+        self.rows: list[Row] = []
+        self.places: list[tuple[str, int]] = []  # the record and response that a row is from
+        self.rows_of: list[list[int]] = []  # positions of the rows of each record
+        self.truncated = 0
+        self._tokenise(collator, progress and len(records) > _LARGE)
+        order = sorted(range(len(self.rows)), key=lambda index: -len(self.rows[index].tokens))
+        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers beside model, data and batches."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A hash of the model."""
+        raise NotImplementedError
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """The scores of some rows, float32 [len(rows)], on the CPU."""
+        raise NotImplementedError
+
+    def _tokenise(self, collator: RankedCollator, progress: bool) -> None:
+        for record in logging.tqdm(self.records, desc="Tokenising", unit=" prompts", disable=not progress):
+            feature, prompt_cut, cut = collator.tokenize_counted(record)
+            self.truncated += bool(prompt_cut or cut)
+            found: dict[tuple[int, ...], int] = {}
+            for number, ids in enumerate(feature["completion_ids"]):
+                # The same response twice is scored once: apart, padding could part their scores by a last bit.
+                if tuple(ids) not in found:
+                    found[tuple(ids)] = len(self.rows)
+                    self.rows.append(Row(list(feature["prompt_ids"]), list(ids)))
+                    self.places.append((record.source, number))
+            self.rows_of.append([found[tuple(ids)] for ids in feature["completion_ids"]])
+
+    def identity(self) -> RunIdentity:
+        """What decides the numbers, down to the last bit."""
+        source, tokens = hashlib.sha256(), hashlib.sha256()
+        for record in self.records:
+            source.update(json.dumps(record.as_dict(), sort_keys=True).encode() + b"\n")
+        for row in self.rows:
+            tokens.update(f"{row.tokens}\n".encode())
+        settings = {
+            "batch_size": self.batch_size,
+            "device": self.model.device.type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self.settings(),
+        }
+        data = {
+            "source": source.hexdigest(),
+            "tokenizer or template": tokens.hexdigest(),
+            self.scorer: self.fingerprint(),
+        }
+        return RunIdentity(settings, data)
+
+    def journal(self, path: str | None, resume: bool = False) -> Journal:
+        """What keeps the scores, in the file `path` where there is one."""
+        words = {"key": self.key, "items": "responses", "done": "scored"}
+        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, **words)
+
+    def score(self, journal: Journal, progress: bool) -> None:
+        """Score the batches that the journal lacks."""
+        if len(journal.finished) < len(self.batches):
+            self._check_padding(journal)
+        bar = logging.tqdm(
+            total=len(self.rows),
+            initial=len(journal.values),
+            desc="Scoring",
+            unit=" responses",
+            disable=not progress,
+        )
+        with bar:
+            for number, batch in enumerate(self.batches):
+                if number in journal.finished:
+                    continue
+                scores = self._forward([self.rows[index] for index in batch], journal)
+                self._check_finite(batch, scores, journal)
+                # Nine digits are enough to read the same float32 again.
+                journal.add(number, [float(f"{score:.9g}") for score in scores.tolist()])
+                bar.update(len(batch))
+
+    def write(
+        self,
+        path: str,
+        finish: Callable[[dict[int, float]], Sequence[RankedRecord]],
+        *,
+        resume: bool,
+        overwrite: bool,
+        progress: bool,
+    ) -> int:
+        """Score what is not yet scored, and write the records that `finish` makes of the scores by position of the row.
+
+        Returns:
+            how many responses an earlier run had left.
+
+        Raises:
+            ScoringError, ScoringInterrupted: as `scoring.score_file`.
+        """
+        journal = self.journal(f"{path}.partial", resume)
+        resumed = len(journal.values)
+        try:
+            with journal:
+                self.score(journal, progress)
+            rows = (record.as_dict() for record in finish(journal.values))
+            convert(rows, path, "canonical", overwrite=overwrite, notes=Notes())
+        except OSError as error:
+            raise ScoringError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
+        except KeyboardInterrupt:
+            raise ScoringInterrupted(f"interrupted; {journal.kept()}") from None
+        os.unlink(f"{path}.partial")
+        return resumed
+
+    def _forward(self, rows: Sequence[Row], journal: Journal) -> Tensor:
+        try:
+            return self.forward(rows)
+        except torch.OutOfMemoryError as error:
+            size = f"{len(rows)} responses of up to {len(rows[0].tokens):,} tokens"
+            raise ScoringError(f"batch_size: {size} do not fit in memory; {journal.kept()}") from error
+
+    def _check_padding(self, journal: Journal) -> None:
+        """Some models read padding as text whatever the mask says; their scores must not be written."""
+        lengths = [len(row.tokens) for row in self.rows]
+        ragged = next((batch for batch in self.batches if lengths[batch[-1]] < lengths[batch[0]]), None)
+        if ragged is None:
+            return
+        longer, shorter = self.rows[ragged[0]], self.rows[ragged[-1]]
+        shown = read_as_text(lambda rows: self._forward(rows, journal), self.model.dtype, longer, shorter)
+        if shown:
+            raise ScoringError(
+                f"batch_size: expected 1 for {type(self.model).__name__}, which reads padding as text ({shown}), got "
+                f"{self.batch_size}"
+            )
+
+    def _check_finite(self, batch: Sequence[int], scores: Tensor, journal: Journal) -> None:
+        for index, score in zip(batch, scores.tolist(), strict=True):
+            if not math.isfinite(score):
+                source, number = self.places[index]
+                raise ScoringError(
+                    f"{source}: completions[{number}]: expected a finite score, got {score}; {journal.kept()}"
+                )
+
+
+def as_records(
+    source: Source | Sequence[RankedRecord], format: str, columns: Mapping[str, Any] | None
+) -> list[RankedRecord]:
+    """Records as they are, or those of a file or table."""
+    if not isinstance(source, (str, os.PathLike)):
+        rows = list(cast("Iterable[Any]", source))
+        if rows and all(isinstance(row, RankedRecord) for row in rows):
+            return rows
+        source = rows
+    return read_records(source, format, columns=columns)
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

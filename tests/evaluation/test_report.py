@@ -1,0 +1,219 @@
+"""Answers measured and compared: what is a mean over what, what is left out and said, what can be paired."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from clha_fast.data import RankedRecord
+from clha_fast.evaluation.comparison import compare, comparison_table
+from clha_fast.evaluation.report import TOTAL, Evaluation, evaluate, evaluation_table, pair_answers
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, sigmoid
+from clha_fast.generation import Answer
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from tests.support.reward_models import SIZES, TOKENIZER, alone, by_length, plain_ids, spread
+from tests.support.tiny import make_model
+
+LONGER = RewardModel(by_length(), TOKENIZER)
+LENGTH = {"length": lambda: LONGER}
+
+
+def references(count: int = 8) -> list[RankedRecord]:
+    """The better response is the longer one."""
+    return [RankedRecord(f"say {k}:", ("the cat sat on a mat " * 2, "a dog")) for k in range(count)]
+
+
+def answers(texts: list[str], subsets: list[str] | None = None, finish: str = "stop") -> list[Answer]:
+    return [
+        Answer(f"say {k}:", text, finish, subset)
+        for k, (text, subset) in enumerate(zip(texts, subsets or [""] * len(texts), strict=True))
+    ]
+
+
+def raw(text: str, prompt: str = "say 0:") -> float:
+    return alone(LONGER.model, plain_ids(prompt, text))
+
+
+def test_rewards_are_100_sigmoid_and_an_empty_answer_has_0() -> None:
+    texts = ["a cat", "", "the old dog fell over a mat", "x"]
+    rewards, scores = answer_rewards(references(4), texts, LONGER)
+    wanted = [raw(text) for text in texts]
+    assert len({round(value, 3) for value in wanted}) > 2
+    assert scores[1] is None
+    assert [scores[k] for k in (0, 2, 3)] == pytest.approx([wanted[k] for k in (0, 2, 3)], abs=1e-5)
+    assert rewards == pytest.approx([100 * sigmoid(wanted[0]), 0, 100 * sigmoid(wanted[2]), 100 * sigmoid(wanted[3])])
+    assert answer_rewards(references(1), [""], LONGER) == ([0.0], [None])
+    assert (sigmoid(0), sigmoid(-1000), sigmoid(1000)) == (0.5, 0.0, 1.0)
+    assert sigmoid(-2) == pytest.approx(1 / (1 + math.exp(2)))
+
+
+def test_total_is_over_prompts_not_over_subsets() -> None:
+    texts = ["a cat", *["the old dog fell over a mat and then it sat"] * 3]
+    found = evaluate(references(), answers(texts, ["a", "b", "b", "b"]), reward_models=LENGTH)
+    figures = found.figures()
+    assert list(figures) == ["a", "b", TOTAL]
+    short, long = (100 * sigmoid(raw(text)) for text in texts[:2])
+    name = "reward: length"
+    assert [figures[part][name].value for part in figures] == pytest.approx([short, long, (short + 3 * long) / 4])
+    assert [figures[part]["words"].value for part in figures] == pytest.approx([2, 11, 35 / 4])
+    assert figures["a"][name].note == "one prompt: no interval"
+    total = figures[TOTAL][name]
+    assert total.low < total.value < total.high
+    assert found.notes == ["4 references have no answer and are left out"]
+    table = evaluation_table(found, figures)
+    assert "one prompt" not in table
+    assert "length prefers the better answer in 1.000 [1.000, 1.000] of the held-out pairs of 8 prompts" in table
+    assert "4 references have no answer" in table
+
+
+def test_a_reward_model_that_knows_nothing_has_no_column() -> None:
+    """Of three models one prefers the better answer, one the worse, one is a coin."""
+    records = [
+        RankedRecord(f"say {k}:", texts)
+        for k, texts in enumerate([("a dog", "the cat sat on a mat"), ("the cat sat on a mat", "a dog")] * 6)
+    ]
+    check = check_reward_model("coin", records, LONGER)
+    assert check.accuracy.value == 0.5
+    assert check.refused.startswith("no rewards of coin are reported: its accuracy on held-out pairs is 0.500")
+    worse = check_reward_model("worse", references(), RewardModel(by_length(slope=-1), TOKENIZER))
+    assert (worse.accuracy.value, worse.refused != "") == (0.0, True)
+    constant = check_reward_model("flat", references(), RewardModel(by_length(slope=0), TOKENIZER))
+    assert constant.accuracy.value == 0.5, "ties count half"
+    single = check_reward_model("x", [RankedRecord("a", ("b",))], LONGER)
+    assert single.refused.endswith("there is no ranked pair to measure it on; give other records to check it with")
+    assert "no interval (one prompt" in check_reward_model("x", references(1), LONGER).refused
+    tied = [RankedRecord("a", ("b", "c"), (1.0, 1.0))]
+    assert "no ranked pair" in check_reward_model("x", tied, LONGER).refused
+
+    given = answers(["a cat"] * 12)
+    found = evaluate(records, given, reward_models=LENGTH)
+    assert not [name for name in found.values if "reward" in name]
+    assert found.notes == [check.refused.replace("coin", "length")]
+    assert found.checks["length"]["accuracy"]["value"] == 0.5
+    trusted = evaluate(records, given, reward_models=LENGTH, reward_check=references())
+    assert "reward: length" in trusted.values
+
+
+def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"without weights for score\.weight; its scores would be random"):
+        evaluate(references(), answers(["a"]), reward_models={"lm": lambda: load_reward_model(str(tmp_path))})
+
+
+def test_empty_and_unfinished_answers_are_counted() -> None:
+    given = [*answers(["a cat sat", "", "a"]), Answer("say 3:", "", "length"), Answer("say 4:", "a b", "")]
+    found = evaluate(references(), given, reward_models=LENGTH).figures()[TOTAL]
+    assert (found["empty"].value, found["unfinished"].value) == (40.0, 25.0)
+    assert found["unfinished"].prompts == 4, "of one it is not known"
+    assert found["distinct_2"].prompts == 2
+    assert (found["bleu"].prompts, found["reward: length"].prompts, found["raw reward: length"].prompts) == (5, 5, 3)
+
+
+def test_twice_the_same_and_back_from_json(tmp_path: Path) -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    records = references()
+    texts = ["a cat", "", "the mat", "naïve 猫", "x", "y", "a dog", "the old hills"]
+    runs = [
+        evaluate(records, answers(texts), reward_models=LENGTH, model=model, tokenizer=TOKENIZER).as_dict()
+        for _ in range(2)
+    ]
+    first, second = (json.dumps(run, allow_nan=False) for run in runs)
+    assert first == second
+    assert Evaluation.from_dict(json.loads(first)).as_dict() == json.loads(first)
+    for broken in ({"values": {}}, {**json.loads(first), "subsets": []}):
+        with pytest.raises(ValueError, match="metrics: expected"):
+            Evaluation.from_dict(broken)
+
+
+def test_a_model_alone() -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    found = evaluate(references(), model=model, tokenizer=TOKENIZER).figures()[TOTAL]
+    assert list(found) == ["nll", "accuracy", "kept_accuracy", "kept_share", "tau", "prompt_tau"]
+    with pytest.raises(ValueError, match="answers: expected some to measure"):
+        evaluate(references(), model=model, tokenizer=TOKENIZER, reward_models=LENGTH)
+    with pytest.raises(ValueError, match="answers: expected some to measure"):
+        evaluate(references())
+
+
+def test_answers_find_their_references() -> None:
+    twice = [RankedRecord("a", ("first", "x")), RankedRecord("b", ("y", "x")), RankedRecord(" a\n", ("second", "x"))]
+    given = [Answer("a", "1"), Answer("c", "2"), Answer("a", "3"), Answer("a", "4")]
+    found = pair_answers(given, twice)
+    assert [(r.completions[0], a.answer) for r, a in zip(found.records, found.answers, strict=True)] == [
+        ("first", "1"),
+        ("second", "3"),
+    ]
+    assert (found.without_reference, found.without_answer) == (2, 1)
+    with pytest.raises(ValueError, match=r"references: expected records for the prompts .* got 1 for other prompts"):
+        pair_answers([Answer("c", "2")], twice[:1])
+
+
+# ---- comparison ----
+
+
+def test_wins_and_paired_differences_by_hand() -> None:
+    ours = evaluate(references(), answers(["a cat sat", "x", "", "", "a b"], list("sssst")), reward_models=LENGTH)
+    theirs = evaluate(
+        references(), answers(["x", "x", "x", "", "a b c", "only b"], list("sssstt")), reward_models=LENGTH
+    )
+    found = compare(ours, theirs)
+    assert (found.prompts, found.only_a, found.only_b) == (5, 0, 1)
+    wins = found.wins[TOTAL]["length"]
+    assert (wins.wins, wins.ties, wins.losses) == (1, 2, 2), "an empty answer loses to any other, and ties with one"
+    assert wins.rate.value == pytest.approx(2 / 5)
+    assert [found.wins[part]["length"].rate.value for part in ("s", "t")] == [pytest.approx(2 / 4), 0]
+    words = found.differences[TOTAL]["words"]
+    assert (words.a.value, words.b.value) == pytest.approx((6 / 5, 6 / 5))
+    assert words.difference.value == pytest.approx(0)
+    assert words.difference.low < 0 < words.difference.high
+    rewards = [100 * sigmoid(raw(text)) for text in ("a cat sat", "a b", "a b c", "x")]
+    difference = (rewards[0] - rewards[3] + 0 - rewards[3] + 0 + rewards[1] - rewards[2]) / 5
+    assert found.differences[TOTAL]["reward: length"].difference.value == pytest.approx(difference)
+    assert found.differences[TOTAL]["raw reward: length"].difference.prompts == 3, "both have answered"
+    text = comparison_table(found)
+    assert "5 prompts in common; 0 prompts stand in A alone, 1 in B alone" in text
+    assert "win rate of A by length: 0.400" in text
+    assert json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_against_itself_nothing_differs() -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    ours = evaluate(references(), answers(["a cat", "", "x"]), reward_models=LENGTH, model=model, tokenizer=TOKENIZER)
+    found = compare(ours, Evaluation.from_dict(json.loads(json.dumps(ours.as_dict()))))
+    for name, row in found.differences[TOTAL].items():
+        assert row.a == row.b
+        assert row.difference.value == 0, name
+    assert found.wins[TOTAL]["length"].rate.value == 0.5
+    assert found.notes == []
+
+
+def test_what_cannot_be_compared_is_named() -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    settings: dict[str, Any] = {"model": model, "tokenizer": TOKENIZER}
+    given = answers(["a cat", "x", "the mat"])
+    ours = evaluate(references(), given, reward_models=LENGTH, **settings)
+    # The same weights under another name are the same model, others under the same name are not.
+    renamed = evaluate(references(), given, reward_models={"size": lambda: LONGER}, **settings)
+    assert "size" in compare(ours, renamed).wins[TOTAL]
+    steeper = {"length": lambda: RewardModel(by_length(slope=2), TOKENIZER)}
+    found = compare(ours, evaluate(references(), given, reward_models=steeper, **settings))
+    assert found.wins[TOTAL] == {}
+    assert "two reward models of one name are not compared: length" in found.notes
+    bare = compare(ours, evaluate(references(), given))
+    assert list(bare.differences[TOTAL]) == ["bleu", "corpus_bleu", "words", "distinct_2", "empty", "unfinished"]
+    assert bare.notes[0].startswith("only one side has reward: length, 100 sigmoid, raw reward: length, NLL of")
+    margin = compare(ours, evaluate(references(), given, reward_margin=1.0, **settings))
+    assert "kept_accuracy" not in margin.differences[TOTAL]
+    assert "kept pairs are not compared: reward_margin 3.0 and 1.0" in margin.notes
+    others = [RankedRecord(record.prompt, ("a mat", "x")) for record in references()]
+    moved = compare(ours, evaluate(others, given, **settings))
+    assert list(moved.differences[TOTAL]) == ["words", "distinct_2", "empty", "unfinished"]
+    assert moved.notes[-1].startswith("3 of 3 prompts have other references on the two sides")
+    with pytest.raises(ValueError, match="compare: expected prompts in common, got none among 3 and 1"):
+        compare(ours, evaluate([RankedRecord("z", ("a", "b"))], [Answer("z", "x")]))

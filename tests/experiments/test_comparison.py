@@ -1,0 +1,198 @@
+"""A comparison's configuration: what is read, what is refused by name; methods, quantiles, cells and their folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from clha_fast.data.records import RankedRecord
+from clha_fast.experiments.cells import Cell, cell_folder, content_hash
+from clha_fast.experiments.claims import ablation, noise
+from clha_fast.experiments.comparison import parse_comparison
+from clha_fast.experiments.corruption import Corruption
+from clha_fast.experiments.methods import parse_methods, with_quantiles
+
+FILES = {"train": "train.jsonl", "dev": "dev.jsonl", "test": "test.jsonl"}
+WHOLE = {"output_dir": "out", "data": {2: FILES}, "base": "model", "methods": ["sft", "clha"]}
+
+
+def test_what_is_not_given_has_its_default():
+    found = parse_comparison(WHOLE)
+    assert [method.name for method in found.methods] == ["sft", "clha"]
+    assert [method.label for method in found.methods] == ["SFT", "CLHA"]
+    assert (found.seeds, found.learning_rates, found.criterion, found.budget_tokens) == ((1,), (1e-5,), None, None)
+    assert found.data["2"].dev == "dev.jsonl"
+    assert found.corruptions == (None,)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"output_dir": None}, "output_dir: expected a folder"),
+        ({"bse": "model"}, "configuration: unknown key 'bse'; did you mean 'base'?"),
+        ({"base": {"pretrained": {}}}, "base: expected a model's path or name, or `pretrain: {...}`"),
+        ({"data": {2: {"train": "a", "test": "b"}}}, "data.2: expected the files train, dev and test"),
+        ({"data": {2: {**FILES, "dev": "test.jsonl"}}}, "data.2: expected different files for dev and test"),
+        ({"methods": ["clhaa"]}, "methods[0]: expected `objective` to be one of"),
+        ({"methods": ["clha", "clha"]}, "methods: expected each name once, got 'clha' 2 times"),
+        ({"methods": [{"name": "clha", "margn": 1}]}, "methods[0]: unknown key 'margn'; did you mean 'margin'?"),
+        ({"methods": [{"name": "clha", "seed": 3}]}, "methods[0]: expected none of"),
+        ({"methods": "clha"}, "methods: expected a list of methods"),
+        ({"seeds": [1, 1]}, "seeds: expected each number once"),
+        ({"seeds": [1.5]}, "seeds: expected whole numbers"),
+        ({"learning_rates": []}, "learning_rates: expected a list of numbers"),
+        ({"learning_rates": ["fast"]}, "learning_rates: expected numbers, got 'fast'"),
+        ({"criterion": "bleu"}, "criterion: expected one of reward, accuracy, nll, got 'bleu'"),
+        ({"criterion": "reward"}, "criterion: expected reward_models.label"),
+        ({"budget_tokens": 0}, "budget_tokens: expected a positive whole number, got 0"),
+        ({"budget_tokens": 9, "settings": {"max_steps": 3}}, "budget_tokens: expected neither max_steps"),
+        ({"settings": {"seed": 1}}, "settings: expected no seed"),
+        ({"settings": [1]}, "settings: expected a mapping, got [1]"),
+        ({"reward_models": {"judge": "x"}}, "reward_models: unknown key 'judge'"),
+        ({"reward_models": {"label": 3}}, "reward_models.label: expected a path"),
+        ({"checkpoints": {"LLaMA": 7}}, "checkpoints.LLaMA: expected a model's path"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_comparison({**WHOLE, **change})
+
+
+def test_a_method_is_an_objective_with_settings_of_the_trainer():
+    abs_rule, named = parse_methods(
+        [{"name": "abs", "label": "CLHA, abs", "objective": "clha", "noise_rule": "abs"}, "pro"]
+    )
+    assert abs_rule.settings == {"objective": "clha", "noise_rule": "abs"}
+    assert (named.label, named.settings) == ("PRO", {"objective": "pro"})
+    with pytest.raises(ValueError, match="expected a name of letters"):
+        parse_methods([{"name": "../up", "objective": "clha"}])
+
+
+GAPS = [RankedRecord("p", ("a", "b", "c"), (5.0, 4.0, 1.0)), RankedRecord("q", ("a", "b"), (0.0, 2.0))]
+
+
+@pytest.mark.parametrize(("quantile", "value"), [("q0", 1.0), ("q0.5", 2.5), ("q1", 4.0), ("q.25", 1.75)])
+def test_a_margin_is_a_quantile_of_all_reward_differences(quantile, value):
+    # 1, 3, 4 and 2, by hand
+    assert with_quantiles({"reward_margin": quantile}, GAPS)["reward_margin"] == pytest.approx(value)
+    nested = with_quantiles({"objective": {"name": "clha", "reward_margin": quantile}}, GAPS)
+    assert nested["objective"]["reward_margin"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["q1.5", "0.5", "median", "q"])
+def test_another_text_is_no_quantile(text):
+    with pytest.raises(ValueError, match="reward_margin: expected a number, or a quantile"):
+        with_quantiles({"reward_margin": text}, GAPS)
+
+
+def test_a_quantile_needs_rewards():
+    with pytest.raises(ValueError, match="expected records with rewards for the quantile"):
+        with_quantiles({"reward_margin": "q0.5"}, [RankedRecord("p", ("a", "b"))])
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "completions": ["a", "b"]}) + "\n")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in FILES}
+    return parse_comparison({**WHOLE, "output_dir": str(tmp_path / "out"), "data": {2: files}, "base": str(model)})
+
+
+def cell_of(comparison, **changes):
+    cell = Cell(comparison.methods[1], "2", comparison.data["2"], 1, 1e-5)
+    return dataclasses.replace(cell, **changes)
+
+
+def test_whatever_decides_the_weights_is_in_the_folders_name(comparison, tmp_path):
+    base = str(comparison.base)
+
+    def folder(cell, other=comparison):
+        return cell_folder(other, cell, base)
+
+    one = cell_of(comparison)
+    others = [
+        folder(cell_of(comparison, seed=2)),
+        folder(cell_of(comparison, learning_rate=2e-5)),
+        folder(cell_of(comparison, corruption=Corruption("flips", 0.1))),
+        folder(
+            cell_of(comparison, method=dataclasses.replace(one.method, settings={"objective": "clha", "margin": 1}))
+        ),
+        folder(one, dataclasses.replace(comparison, budget_tokens=5)),
+        folder(one, dataclasses.replace(comparison, settings={"per_device_train_batch_size": 2})),
+        folder(one, dataclasses.replace(comparison, run={"dtype": "bfloat16"})),
+    ]
+    before = folder(one)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "other", "completions": ["a", "bb"]}\n')
+    others.append(folder(one))
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 8}')
+    others.append(folder(one))
+    assert len({before, *others}) == 1 + len(others)
+
+
+def test_what_is_only_evaluated_otherwise_lies_in_the_same_folder(comparison):
+    base = str(comparison.base)
+    other = dataclasses.replace(comparison, generation={"max_new_tokens": 3}, test_limit=2, seeds=(1, 2))
+    assert cell_folder(comparison, cell_of(comparison), base) == cell_folder(other, cell_of(comparison), base)
+
+
+def test_a_name_on_the_hub_is_its_own_content():
+    assert content_hash("organisation/model") == "organisation/model"
+
+
+def test_the_ablation_takes_one_part_at_a_time():
+    given = {key: value for key, value in WHOLE.items() if key != "methods"}
+    claim = ablation({**given, "clha": {"preset": "paper"}, "sweeps": {"margin": [1, 2], "reward_margin": ["q0.5"]}})
+    settings = {method.name: dict(method.settings) for method in claim.comparison.methods}
+    whole = {"objective": "clha", "preset": "paper"}
+    assert settings.pop("no-gate")["reward_floor"] < -1e29
+    assert settings == {
+        "clha": whole,
+        "no-rescoring": {**whole, "noise_rule": "none"},
+        "no-margin": {**whole, "margin": 0.0},
+        "no-sft": {**whole, "sft_weight": 0.0},
+        "margin-1": {**whole, "margin": 1},
+        "margin-2": {**whole, "margin": 2},
+        "reward_margin-q0.5": {**whole, "reward_margin": "q0.5"},
+    }
+    assert claim.against == "clha"
+
+
+def test_noise_has_clean_data_beside_every_kind_and_rate():
+    given = {key: value for key, value in WHOLE.items() if key != "methods"}
+    claim = noise({**given, "kinds": ["flips", "rewards"], "rates": {"flips": [0.1, 0.2], "rewards": [1]}})
+    assert [method.name for method in claim.comparison.methods] == ["none", "abs", "signed"]
+    assert claim.comparison.corruptions == [
+        None,
+        Corruption("flips", 0.1),
+        Corruption("flips", 0.2),
+        Corruption("rewards", 1.0),
+    ]
+    assert claim.against == "none"
+    assert noise({**WHOLE, "against": "clha"}).against == "clha"
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "said"),
+    [
+        (ablation, {}, "methods: expected none"),
+        (ablation, {"methods": None, "sweeps": {"floor": [1]}}, "sweeps: expected lists under margin"),
+        (ablation, {"methods": None, "sweeps": {"margin": ["q0.5"]}}, "sweeps.margin: expected numbers"),
+        (ablation, {"methods": None, "sweeps": {"margin": 3}}, "sweeps.margin: expected a list, got 3"),
+        (ablation, {"methods": None, "clha": {"name": "pro"}}, "clha: expected settings of the CLHA loss"),
+        (noise, {"rates": [0.0]}, "rates: expected numbers above 0"),
+        (noise, {"rates": {"flips": [0.1]}}, "rates: expected a list of numbers for rewards"),
+        (noise, {"kinds": ["typos"], "rates": [0.1]}, "kind: expected one of rewards, flips, got 'typos'"),
+        (noise, {"against": "pro"}, "against: expected one of sft, clha, got 'pro'"),
+        (noise, {"clha": {"margin": 1}}, "clha: expected none beside methods"),
+    ],
+)
+def test_claims_refuse_by_name(make, change, said):
+    given = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make(given)

@@ -1,0 +1,233 @@
+"""A whole comparison in miniature, on a real tokenizer, models and reward models: killed, resumed, failing, on Ray."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clha_fast.cli.main import main
+from clha_fast.experiments.comparison import parse_comparison
+from clha_fast.experiments.table import Table
+from tests.support.helpers import ROOT
+
+for package in ("scipy", "nltk", "sacrebleu"):
+    pytest.importorskip(package, reason=f"{package} is not installed (the eval extra)")
+
+GOOD = ("the kettle sings softly", "a warm loaf rises slowly", "the river bends past mills")
+BAD = ("no", "what what what what", "nothing here at all")
+MODEL = {
+    **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96},
+}
+
+
+def write(path: Path, start: int, count: int, size: int) -> str:
+    lines = []
+    for number in range(start, start + count):
+        texts = [f"{GOOD[number % 3]} {number}", f"{BAD[number % 3]} {number}", f"{BAD[(number + 1) % 3]} zzz"]
+        record = {"prompt": f"question {number}?", "completions": texts[:size], "rewards": [4.0, -1.0, -5.0][:size]}
+        lines.append(json.dumps({**record, "subset": "even" if number % 2 == 0 else "odd"}))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def given(tmp_path):
+    data = {}
+    for size in (2, 3):
+        parts = {"train": (0, 24), "dev": (100, 6), "test": (200, 8)}
+        data[size] = {name: write(tmp_path / f"{name}{size}.jsonl", *part, size) for name, part in parts.items()}
+    train = {"num_train_epochs": 4, "learning_rate": 5e-3, "max_length": 64, "per_device_train_batch_size": 8}
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "data": data,
+        "base": {
+            "pretrain": {
+                **{"model_config": MODEL, "build_tokenizer": {"vocab_size": 300}, "max_length": 64},
+                **{
+                    "per_device_train_batch_size": 8,
+                    "num_train_epochs": 2,
+                    "learning_rate": 5e-3,
+                    "eval_fraction": 0.1,
+                },
+            }
+        },
+        "methods": ["sft", {"name": "clha", "preset": "paper", "reward_margin": "q0"}],
+        "seeds": [1, 2],
+        "learning_rates": [1e-3, 1e-2],
+        "budget_tokens": 600,
+        "reward_models": {"label": {"train": train}, "evaluation": {"train": train}},
+        "settings": {"per_device_train_batch_size": 4},
+        "generation": {"max_new_tokens": 6, "max_prompt_length": 32},
+        "evaluation": {"reward_margin": 0.0},
+    }
+
+
+def run(given) -> Table:
+    table = Table(parse_comparison(given))
+    table.run()
+    table.write()
+    return table
+
+
+def result(folder: str) -> dict[str, bytes]:
+    """What a comparison says, by name: tables, and every cell's metrics and answers."""
+    root = Path(folder)
+    kept = ("metrics.json", "answers.jsonl", "trained.json", "cell.json")
+    files = [path for path in root.rglob("*") if path.name in kept and "model" not in path.relative_to(root).parts]
+    files += [root / name for name in ("table.md", "table.csv", "table.json")]
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(files)}
+
+
+def small(given, **changes):
+    """One ranking length, one seed, no learning rate to choose, no reward model, so seconds."""
+    return {
+        **given,
+        **{"data": {2: given["data"][2]}, "seeds": [1], "learning_rates": [1e-3], "reward_models": {}},
+        **changes,
+    }
+
+
+@pytest.mark.slow
+def test_from_records_to_the_papers_table(given, tmp_path):
+    table = run(given)
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = {(row["length"], row["method"]): row for row in found["rows"]}
+    assert set(rows) == {(n, m) for n in ("2", "3") for m in ("base", "sft", "clha")}
+    assert not [row for row in found["rows"] if "error" in row]
+    assert found["subsets"] == ["even", "odd"]
+    for (_, method), row in rows.items():
+        total = row["figures"]["Total"]
+        assert {"bleu", "nll", "accuracy", "tau", "words", "corpus_bleu"} <= set(total)
+        if method != "base":
+            assert set(row["trials"]) == {"0.001", "0.01"}
+            assert row["seeds"] == [1, 2]
+            assert len(total["accuracy"]["seeds"]) == 2
+            # To the next step: 4 prompts of at most 2 or 3 answers of at most 30 tokens.
+            assert abs(row["scored_tokens"] - 600) < 4 * 3 * 30
+        assert total["accuracy"]["low"] <= total["accuracy"]["value"] <= total["accuracy"]["high"]
+    assert rows["2", "clha"]["figures"]["Total"]["accuracy"]["value"] > 0.75
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "even: BLEU over characters (published)" in text
+    assert table.assessor.criterion in text
+    before = result(given["output_dir"])
+    run(given)
+    assert result(given["output_dir"]) == before
+
+
+def test_a_second_run_finds_what_is_done_and_other_settings_are_measured_anew(given, tmp_path):
+    given = small(given, methods=["sft"])
+    run(given)
+    before = result(given["output_dir"])
+    models = {path: path.stat().st_mtime_ns for path in Path(given["output_dir"]).rglob("model.safetensors")}
+    run(given)
+    assert result(given["output_dir"]) == before
+    run({**given, "generation": {"max_new_tokens": 3}})
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    tests = [path for path in Path(given["output_dir"]).rglob("test-*") if path.is_dir()]
+    assert len(tests) == 4  # base and sft, under two settings
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
+    given = small(given, seeds=[1, 2])
+    run(given)
+    whole = result(given["output_dir"])
+    other = {**given, "output_dir": str(tmp_path / "killed")}
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(other))
+    command = [sys.executable, "-m", "clha_fast", "table2", "--config", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("cell 2/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "table.md").exists()
+    run(other)
+    assert result(other["output_dir"]) == whole
+
+
+def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys):
+    given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
+    given["methods"][0]["optim"] = "no_such_optimizer"
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(given))
+    assert main(["table2", "--config", str(config)]) == 1
+    out, error = capsys.readouterr()
+    assert "1 of 3 rows lack cells" in error
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert ["error" in row for row in rows] == [False, True, False]
+    assert "no_such_optimizer" in rows[1]["error"]
+    assert "no such thing, n = 2: seed 1: " in out
+
+
+def test_the_command_line_changes_single_entries(given, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(small(given, methods=["sft"])))
+    words = ["table2", "--config", str(config), "--output-dir", str(tmp_path / "elsewhere")]
+    assert main([*words, "--set", "settings.per_device_train_batch_size=8", "--set", "test_limit=2"]) == 0
+    out = capsys.readouterr().out
+    assert f"in {tmp_path / 'elsewhere'}: table.md" in out
+    found = [json.loads(path.read_text()) for path in (tmp_path / "elsewhere").rglob("test-*/metrics.json")]
+    assert [len(part["prompts"]) for part in found] == [4, 4]  # two of each subset
+    assert main([*words, "--set", "setings.x=1"]) == 2
+    assert "unknown key 'setings'; did you mean 'settings'?" in capsys.readouterr().err
+
+
+def test_models_are_removed_where_asked(given):
+    given = small(given, methods=["sft"], keep_models=False)
+    run(given)
+    before = result(given["output_dir"])
+    assert not list(Path(given["output_dir"], "cells").rglob("model.safetensors"))
+    run(given)
+    assert result(given["output_dir"]) == before
+
+
+@pytest.mark.parametrize(("command", "rows"), [("ablate", 5), ("noise", 9)])
+def test_the_papers_claims_are_tested_against_one_method(given, tmp_path, command, rows, capsys):
+    given = small(given, clha={"preset": "paper", "reward_margin": 0.5}, budget_tokens=200)
+    del given["methods"]
+    if command == "noise":
+        given["rates"] = {"flips": [0.3], "rewards": [1.0]}
+    config = tmp_path / "claims.yaml"
+    config.write_text(yaml.safe_dump(given))
+    assert main([command, "--config", str(config)]) == 0
+    found = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert len(found) == rows + 1  # the base model
+    differences = json.loads((tmp_path / "out" / "differences.json").read_text())
+    assert len(differences) == {"ablate": 4, "noise": 6}[command]
+    for row in differences:
+        mine, other = (
+            next(
+                part["figures"]["Total"]["accuracy"]["value"]
+                for part in found
+                if (part["method"], part["corruption"]) == (method, row["corruption"])
+            )
+            for method in (row["method"], row["against"])
+        )
+        assert row["differences"]["accuracy"]["value"] == pytest.approx(mine - other, abs=1e-12)
+    assert "differences.md" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(given, tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed (the ray extra)")
+    given = small(given, seeds=[1, 2])
+    run(given)
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+    )
+    try:
+        other = {**given, "output_dir": str(tmp_path / "ray")}
+        table = Table(parse_comparison(other), ray=True)
+        table.run()
+        table.write()
+    finally:
+        ray.shutdown()
+    assert result(other["output_dir"]) == result(given["output_dir"])
