@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clha_fast.cli import names
-from clha_fast.cli.text import as_flags
+from clha_fast.cli.text import complain
 from clha_fast.messages import nearest
 
 USER_ERROR = 2
@@ -93,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        print(f"clha-fast {name}: {as_flags(' '.join(text.split()))}", file=sys.stderr)
+        complain(name, text)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"clha-fast {name}: interrupted before anything was done", file=sys.stderr)
+        complain(name, "interrupted before anything was done")
         return 130
 
 
