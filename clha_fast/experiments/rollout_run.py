@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from clha_fast.data.prompts import Prompted, read_prompts
+from clha_fast.evaluation.accuracy import mean_interval
+from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run, RunOptions
 from clha_fast.files import RunIdentity
-from clha_fast.rewards.accuracy import check_intervals, ratio
 from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.training.rollout import METRICS, RolloutConfig, RolloutTrainer
@@ -63,7 +64,7 @@ class RolloutRun(Run):
     def _check_settings(self) -> None:
         super()._check_settings()
         if self.options.eval_file is not None or self.options.eval_fraction != 0:
-            check_intervals()
+            import_scipy()
 
     def _check_best_metric(self) -> None:
         check_best_metric(self.args.metric_for_best_model, METRICS)
@@ -94,18 +95,13 @@ class RolloutRun(Run):
 
     def _evaluate(self) -> dict[str, Any]:
         found = self.trainer.evaluate()
-        return {**found, "interval": mean_interval(found["rewards"])}
+        interval = mean_interval(found["rewards"])
+        return {**found, "interval": None if interval is None else list(interval)}
 
     def _evaluated(self) -> None:
         """Nothing: what training finds has no interval."""
 
-    def gain(self) -> tuple[float, list[float] | None]:
+    def gain(self) -> tuple[float, tuple[float, float] | None]:
         """How much the rewards of held-out prompts have risen on average, with the interval of paired differences."""
         gains = np.subtract(self.after["rewards"], self.before["rewards"]).tolist()
         return sum(gains) / len(gains), mean_interval(gains)
-
-
-def mean_interval(values: list[float]) -> list[float] | None:
-    """The 95% bootstrap interval of a mean over prompts, None of one prompt."""
-    _, interval = ratio(values, [1] * len(values))
-    return None if interval is None else list(interval)
