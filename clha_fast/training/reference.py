@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
@@ -24,7 +25,9 @@ from clha_fast.models.adapters import is_adapted, trained_beside_adapter
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import fingerprint, load_model, load_tokenizer
 from clha_fast.objectives import Objective
+from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.training.config import CLHAConfig
+from clha_fast.types import RankingInputs
 
 logger = logging.get_logger(__name__)
 
@@ -92,11 +95,18 @@ class Reference:
                 )
             return "model"
         if asked is not None:
-            if asked == "file" and datasets and not any(map(_has_reference, datasets)):
-                raise ValueError(
-                    f"reference: expected records with {SIGNAL} for 'file', got none in the first one; 'copy' computes "
-                    f"them, {_PRECOMPUTE}"
-                )
+            if asked == "file" and datasets:
+                found = next(filter(None, map(_reference_in, datasets)), None)
+                if not found:
+                    raise ValueError(
+                        f"reference: expected records with {SIGNAL} for 'file', got none in the first one; 'copy' "
+                        f"computes them, {_PRECOMPUTE}"
+                    )
+                if not _serves(found, objective):
+                    raise ValueError(
+                        f"reference: expected adapter, copy or a model with the objective {objective.name!r}, which "
+                        "compares token by token, got 'file', whose records have sums over responses"
+                    )
             if asked == "adapter" and not adapted:
                 raise ValueError(
                     "reference: expected a model with an adapter of peft's for 'adapter' (peft_config adds one), got "
@@ -105,7 +115,7 @@ class Reference:
             return asked if asked in _TEXTS else "model"
         if SIGNAL not in signals_of(objective):
             return None
-        if _has_reference(next(iter(datasets), None)):
+        if _serves(_reference_in(next(iter(datasets), None)), objective):
             return "file"
         if SIGNAL not in objective.needs:
             return None
@@ -226,17 +236,37 @@ def _check_tokenizer(path: str, tokenizer: Any) -> None:
             )
 
 
-def _has_reference(dataset: Any) -> bool:
-    """Whether the first example of a dataset, whatever it is, holds reference log-probabilities."""
+def _reference_in(dataset: Any) -> Any:
+    """The reference log-probabilities in the first example of a dataset, whatever it is; None for none."""
     if isinstance(dataset, RankedStream):
         dataset = dataset.source
     if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
         sized: Any = dataset
         first = sized[0] if len(sized) else None
     elif isinstance(dataset, (str, os.PathLike, Iterator)) or not hasattr(dataset, "__iter__"):
-        return False  # refused, or left alone, where datasets are made of them
+        return None  # refused, or left alone, where datasets are made of them
     else:
         first = next(table_rows(dataset), None)
     if isinstance(first, RankedRecord):
-        return SIGNAL in first.signals
-    return isinstance(first, Mapping) and first.get(SIGNAL) is not None
+        return first.signals.get(SIGNAL)
+    return first.get(SIGNAL) if isinstance(first, Mapping) else None
+
+
+def _serves(values: Any, objective: Objective) -> bool:
+    """Whether there are any that the objective can compare with: tried on sums of responses, where they are that."""
+    if not values:
+        return False
+    if hasattr(values[0], "__len__"):  # of tokens
+        return True
+    numbers = torch.arange(5, dtype=torch.float64)
+    given = RankingInputs(
+        torch.tensor([2, 3]),
+        torch.tensor([2]),
+        rewards=torch.tensor([1.0, 0.0]),
+        **{name: -numbers[:2] if name == SIGNAL else numbers for name in signals_of(objective)},
+    )
+    try:
+        RankedBatch(objective, given, torch.ones(5, dtype=torch.bool), torch.float64).rank(0, 1, -numbers)
+    except ValueError:
+        return False
+    return True

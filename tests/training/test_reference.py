@@ -24,6 +24,8 @@ from tests.support.power_cuts import dropout_model
 from tests.support.tiny import make_model, make_rows
 from tests.support.trainers import TOKENIZER
 
+SCORED = [{**row, "reference_logps": [-9.0] * len(row["completions"])} for row in make_rows(4)]
+
 
 @pytest.fixture(autouse=True)
 def _one_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,9 @@ def test_which_reference_is_taken_where_none_is_named(tmp_path: Path, caplog: py
         (may, scored, {}, "file"),
         (may, rows, {"reference": "copy"}, "copy"),
         ("sft", scored, {}, None),
+        ("policy", scored, {}, None),
+        # It compares token by token, and a file has sums.
+        ({"name": "policy", "kl_weight": 0.1}, scored, {}, "copy"),
     ]
     for objective, data, changes, kind in cases:
         caplog.clear()
@@ -163,7 +168,7 @@ def test_which_reference_is_taken_where_none_is_named(tmp_path: Path, caplog: py
         assert ours.reference.kind == kind
         assert ("reference_logps" in ours.data_collator(data[:1])) == (kind == "file")
         chosen = kind is not None and "reference" not in changes
-        assert caplog.text.count("reference: the objective 'comparing' compares with") == chosen
+        assert caplog.text.count("reference: the objective ") == chosen
         left_out = data is scored and kind != "file"
         assert ("reference_logps are left out" in caplog.text) == left_out
 
@@ -172,6 +177,10 @@ def test_which_reference_is_taken_where_none_is_named(tmp_path: Path, caplog: py
     ("changes", "message"),
     [
         ({"reference": "file"}, "^reference: expected records with reference_logps for 'file', got none in the first"),
+        (
+            {"reference": "file", "objective": {"name": "policy", "kl_weight": 0.1}, "rows": SCORED},
+            "^reference: expected adapter, copy or a model with the objective 'policy', which compares token by token",
+        ),
         ({"reference": "adapter"}, "^reference: expected a model with an adapter of peft's for 'adapter'"),
         ({"reference": "./nowhere"}, r"^reference: expected a folder that holds one, .* got './nowhere'"),
         ({"ref_model": "gpt2"}, "^ref_model: expected a model, got 'gpt2'; reference= takes the name of one"),
