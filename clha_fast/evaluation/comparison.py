@@ -127,7 +127,7 @@ def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
             continue
         name = column.removeprefix(prefix)
         new = names.get(_fingerprint(a, name))
-        if new is None and name in theirs:
+        if new is None and name in names.values():
             said[name] = "two reward models of one name are not compared"
             new = f"{name} (A's)"
         values[prefix + (new or name)] = numbers
