@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -153,9 +154,17 @@ def check_destination(destination: str | os.PathLike[str], *, resume: bool = Fal
         raise FileNotFoundError(f"{path}: expected an existing folder, got {os.path.dirname(path)}")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
-    partial = f"{path}.partial"
-    if os.path.lexists(partial) and not (resume or overwrite):
-        raise FileExistsError(f"{partial}: holds an unfinished run; give resume=True to continue it, or overwrite=True")
+    parts = journal_parts(f"{path}.partial")
+    if parts and not (resume or overwrite):
+        raise FileExistsError(
+            f"{parts[0]}: holds an unfinished run; give resume=True to continue it, or overwrite=True"
+        )
+
+
+def journal_parts(path: str) -> list[str]:
+    """The files of a run's journal: `path`, of one process or the first, and `path`.1 and so on, of the others."""
+    others = [name for name in glob.glob(f"{glob.escape(path)}.*") if name.removeprefix(f"{path}.").isdigit()]
+    return [path] * os.path.lexists(path) + sorted(others)
 
 
 def file_hash(path: str) -> str:
@@ -193,13 +202,19 @@ class RunIdentity:
 class Journal:
     """What a long run has done so far: a line for its identity, then one for each batch, added as soon as it is done.
 
+    Each of the processes that share a run writes a file of its own (`journal_parts`) and reads those of all, so a run
+    can go on in another number of processes. `Processes.share` keeps any from writing while another still reads.
+
     Args:
-        path: of the file; an existing one is read when `resume` is set, and replaced otherwise. None writes nothing.
+        path: of the first file; existing ones are read when `resume` is set, and replaced otherwise. None writes
+            nothing.
         batches: positions of the items of each batch.
         key: what an item's value is called in a line. valid: whether a value that was read can be one.
         items, done: words for the sentence about what is kept, such as "responses" and "scored".
+        part: number of this process.
 
     Attributes:
+        path: of the file that this process writes.
         finished: numbers of the batches that are in it. values: by position of the item.
 
     Raises:
@@ -217,19 +232,25 @@ class Journal:
         valid: Callable[[Any], bool],
         items: str,
         done: str,
+        part: int = 0,
     ) -> None:
-        self.path = path
+        self.path = path if path is None or not part else f"{path}.{part}"
+        self.identity = identity
         self.batches = batches
         self.finished: set[int] = set()
         self.values: dict[int, Any] = {}
         self._key, self._valid, self._items, self._done = key, valid, items, done
-        self._header = identity.as_dict()
-        self._good = 0
+        self.resume, self._first = resume, path
+        self._good, self._empty = 0, True  # of this process's own file: bytes to keep, whether no batch is in it
         self._file: IO[bytes] | None = None
-        if resume and path is not None and os.path.lexists(path):
-            self._read(path, identity)
+        for file in journal_parts(path) if resume and path is not None else ():
+            good, found = self._read(file, identity)
+            if file == self.path:
+                self._good, self._empty = good, not found
 
-    def _read(self, path: str, identity: RunIdentity) -> None:
+    def _read(self, path: str, identity: RunIdentity) -> tuple[int, int]:
+        """Takes a file's batches over; bytes of its good lines, and how many batches are in them."""
+        good = found = 0
         with open(path, "rb") as file:
             # What follows the last newline was cut off in the middle of being written.
             lines = file.read().split(b"\n")[:-1]
@@ -247,8 +268,11 @@ class Journal:
                     raise ValueError(
                         f"{path}:{number + 1}: damaged; begin again with overwrite=True, without resume=True"
                     )
-                return
-            self._good += len(line) + 1
+                break
+            else:
+                found += 1
+            good += len(line) + 1
+        return good, found
 
     def _take(self, entry: dict[str, Any] | None) -> bool:
         """Whether `entry` is a batch of this run; its values are taken over then."""
@@ -272,7 +296,7 @@ class Journal:
         try:
             self._file.truncate(self._good)
             if not self._good:
-                self._write(self._header)
+                self._write(self.identity.as_dict())
         except BaseException:
             self._close()
             raise
@@ -285,13 +309,14 @@ class Journal:
         if self._file is None:
             return
         self._file.close()
-        if self.path is not None and not self.values:  # nothing to keep: the next run may have other settings
+        if self.path is not None and self._empty:  # nothing to keep: the next run may have other settings
             os.unlink(self.path)
 
     def add(self, number: int, values: Sequence[Any]) -> None:
         """Note the values of a batch, in the file first."""
         if self.path is not None:
             self._write({"batch": number, self._key: list(values)})
+            self._empty = False
         self._note(number, values)
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -299,6 +324,11 @@ class Journal:
         data = memoryview(json.dumps(entry).encode() + b"\n")
         while data:
             data = data[self._file.write(data) :]
+
+    def remove(self) -> None:
+        """Delete the files of all processes."""
+        for file in journal_parts(self._first) if self._first is not None else ():
+            os.unlink(file)
 
     def kept(self) -> str:
         """A sentence's end that says what a later run can take over."""

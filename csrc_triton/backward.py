@@ -12,7 +12,7 @@ import triton.language as tl
 from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "padded"])
 def gather_kernel(
     hidden_ptr,
     row_index_ptr,
@@ -140,7 +140,7 @@ def logit_grad_kernel(
     tl.store(out + (local_k[:, None] * chunk_words + local_word[None, :]), g.to(dlogits_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def bias_grad_kernel(
     dlogits_ptr,
     dbias_ptr,
@@ -160,14 +160,14 @@ def bias_grad_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for start in range(0, active, BLOCK_N):
         row = (start + k).to(tl.int64)[:, None] * chunk_words
-        inside = (start + k < active)[:, None] & (word < num_words)[None, :]
-        acc += tl.load(dlogits_ptr + row + word[None, :], mask=inside, other=0.0).to(tl.float32)
+        # Whole vectors: words behind the last are there, up to a whole tile, and nobody stores their sums.
+        acc += tl.load(dlogits_ptr + row + word[None, :], mask=(start + k < active)[:, None], other=0.0).to(tl.float32)
     out = dbias_ptr + first_word.to(tl.int64) + word
     total = tl.load(out, mask=word < num_words, other=0.0) + tl.sum(acc, axis=0)
     tl.store(out, total, mask=word < num_words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def hidden_grad_kernel(
     dlogits_ptr,
     weight_ptr,
@@ -225,7 +225,7 @@ def hidden_grad_kernel(
         tl.store(out, acc, mask=(h < H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def weight_grad_kernel(
     dlogits_ptr,
     rows_ptr,
@@ -289,7 +289,7 @@ def weight_grad_kernel(
         tl.store(out + local, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def row_sum_kernel(
     drows_ptr,
     row_ends_ptr,

@@ -321,7 +321,7 @@ def prompts_kernel(
     tl.store(out + 15, tl.sum(scored_candidates))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def finish_kernel(partials_ptr, loss_ptr, metrics_ptr, P, BLOCK_P: tl.constexpr):
     """loss [] and metrics [16], float32: the sums of partials [P, 16] in a fixed order, by a single program."""
     column = tl.arange(0, METRICS)

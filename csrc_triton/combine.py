@@ -9,7 +9,7 @@ import triton.language as tl
 from csrc_triton.clha import count_prompt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "num_blocks"])
 def combine_kernel(
     block_peak_ptr,
     block_sum_ptr,

@@ -78,7 +78,7 @@ def write_statistics(
         tl.store(block_sum_ptr + block, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def head_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -163,7 +163,7 @@ def head_forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_tokens", "N"])
 def persistent_forward_kernel(
     rows_desc,
     weight_desc,

@@ -133,7 +133,7 @@ def persistent_hidden_grad_kernel(
         tl.store(out, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def persistent_weight_grad_kernel(
     dlogits_desc,
     rows_desc,

@@ -12,7 +12,7 @@ import triton.language as tl
 from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments"])
 def routed_logit_grad_kernel(
     rows_ptr,
     weight_ptr,
@@ -97,7 +97,7 @@ def routed_logit_grad_kernel(
     tl.store(out, g.to(dlogits_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments"])
 def routed_weight_grad_kernel(
     dlogits_ptr,
     rows_ptr,
@@ -156,7 +156,7 @@ def routed_weight_grad_kernel(
     tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments"])
 def routed_hidden_grad_kernel(
     dlogits_ptr,
     weight_ptr,
@@ -222,7 +222,7 @@ def routed_hidden_grad_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "num_segments"])
 def routed_bias_grad_kernel(
     dlogits_ptr,
     dbias_ptr,

@@ -16,7 +16,7 @@ def mass_bits(route_ptr, block, n, own, inside, N):
     return mass, tl.where(is_own, float("inf"), mass).to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def route_kernel(
     block_peak_ptr,
     block_sum_ptr,
@@ -112,7 +112,7 @@ def keeps(route_ptr, order_ptr, count_ptr, block, k, N):
     return inside & ((mass <= 0) == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_segments"])
 def route_count_kernel(
     route_ptr,
     order_ptr,
@@ -134,7 +134,7 @@ def route_count_kernel(
     tl.store(counts_ptr + block * num_segments + segment, tl.sum(kept.to(tl.int32), axis=1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "N", "num_segments"])
 def route_list_kernel(
     route_ptr,
     order_ptr,
@@ -164,7 +164,7 @@ def route_list_kernel(
     tl.store(list_ptr + local.to(tl.int64) * capacity + place, k, mask=kept > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_position", "num_rows", "N"])
 def dropped_mass_kernel(
     route_ptr,
     order_ptr,

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.guard import guarded
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.guard import guarded, launched, parse
 from clha_fast.data import FORMATS
 from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.files import check_destination
@@ -17,6 +16,7 @@ from clha_fast.generation.hf import TransformersBackend, load_backend
 from clha_fast.generation.prompts import trained_prefix
 from clha_fast.models.adapters import base_model
 from clha_fast.models.loading import DTYPES
+from clha_fast.processes import ALONE, Processes
 
 DESCRIPTION = "Answer prompts with a causal language model; one JSON object a line, in the order of the prompts."
 PLAIN = GenerationSettings()
@@ -98,6 +98,7 @@ def answer(
     records: Sequence[Prompted],
     settings: GenerationSettings,
     destination: str,
+    processes: Processes = ALONE,
 ) -> Generation:
     """`generate_answers`, with what is to be said before and after."""
     how = f"temperature {settings.temperature:g}, seed {settings.seed}" if settings.temperature else "greedy"
@@ -111,6 +112,7 @@ def answer(
         batch_size=args.batch_size,
         resume=args.resume,
         overwrite=args.overwrite,
+        processes=processes,
     )
     print(f"written       {destination}: {_result_text(found, settings)}", flush=True)
     return found
@@ -147,17 +149,19 @@ def generate(words: Sequence[str]) -> int:
     parser.add_argument("destination", metavar="OUT", help="the JSON Lines file to write")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     add_model_arguments(parser)
-    words, columns = take_columns(words)
-    args = parser.parse_args(with_dashes(words))
+    with launched() as processes:
+        words, columns = take_columns(words)
+        args = parse(parser, words)
 
-    def work() -> int:
-        settings = settings_of(args, args.model)
-        check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
-        records = read_prompts(args.prompts, args.format, columns=columns)[: args.limit]
-        backend = load_backend(args.model, device=args.device, dtype=args.dtype)
-        print(f"model         {model_text(backend.model, args.model)}")
-        print(f"prompts       {args.prompts}: {len(records):,}")
-        answer(args, backend, records, settings, args.destination)
-        return 0
+        def work() -> int:
+            settings = settings_of(args, args.model)
+            check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
+            processes.choose_device(args.device)
+            records = read_prompts(args.prompts, args.format, columns=columns)[: args.limit]
+            backend = load_backend(args.model, device=args.device, dtype=args.dtype)
+            print(f"model         {model_text(backend.model, args.model)}")
+            print(f"prompts       {args.prompts}: {len(records):,}")
+            answer(args, backend, records, settings, args.destination, processes)
+            return 0
 
-    return guarded("generate", work)
+        return guarded("generate", work)

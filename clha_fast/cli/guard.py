@@ -1,12 +1,19 @@
-"""How a long command ends: done, failed or interrupted, with a sentence that says what is kept."""
+"""How a long command ends, in each of its processes: done, failed or interrupted, and in a sentence what is kept."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from clha_fast.cli.text import as_flags
+from transformers.utils import logging
+
+from clha_fast.cli.text import complain, with_dashes
 from clha_fast.generation.answers import GenerationError, GenerationInterrupted
+from clha_fast.processes import Processes, join, joined
 from clha_fast.rewards.scoring import ScoringError, ScoringInterrupted
 
 FAILED = 1
@@ -18,11 +25,36 @@ def guarded(command: str, work: Callable[[], int]) -> int:
     try:
         return work()
     except (GenerationError, ScoringError) as error:
-        print(f"clha-fast {command}: {as_flags(str(error))}", file=sys.stderr)
+        complain(command, str(error))
         return FAILED
     except (GenerationInterrupted, ScoringInterrupted) as error:
-        print(f"clha-fast {command}: {as_flags(str(error))}", file=sys.stderr)
+        complain(command, str(error))
         return INTERRUPTED
     except KeyboardInterrupt:
-        print(f"clha-fast {command}: interrupted before anything was done", file=sys.stderr)
+        complain(command, "interrupted before anything was done")
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[Processes]:
+    """The processes that `torchrun` or `accelerate launch` has started; all but the first print errors alone."""
+    processes = join()
+    if not processes.rank:
+        yield processes
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield processes
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The options, or argparse's end of the program, whose reason one of the processes prints."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser.parse_args(with_dashes(words))
+    except SystemExit:
+        if joined().first_to_say(said.getvalue()):
+            print(said.getvalue(), end="", file=sys.stderr, flush=True)
+        raise

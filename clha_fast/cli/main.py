@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clha_fast.cli import names
-from clha_fast.cli.text import as_flags
+from clha_fast.cli.text import complain
 from clha_fast.messages import nearest
 
 USER_ERROR = 2
@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
     "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses"),
     "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file of responses"),
+    "rlhf": Command("rlhf", "rlhf", "train a model on answers of its own that a reward model judges"),
     "generate": Command("generate", "generate", "answer prompts with a model"),
     "eval": Command("evaluate", "evaluate", "measure answers, or a model, against ranked references"),
     "compare": Command("compare", "compare", "two sets of answers, prompt by prompt"),
@@ -92,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        print(f"clha-fast {name}: {as_flags(' '.join(text.split()))}", file=sys.stderr)
+        complain(name, text)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"clha-fast {name}: interrupted before anything was done", file=sys.stderr)
+        complain(name, "interrupted before anything was done")
         return 130
 
 

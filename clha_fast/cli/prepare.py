@@ -12,6 +12,7 @@ from typing import Any
 from clha_fast.cli.text import with_dashes
 from clha_fast.data import hh, tldr
 from clha_fast.data.extra import ExtraCandidates
+from clha_fast.data.parts import split_files
 from clha_fast.data.prepare import SUMMARY_FILE, UNRANKED, find_files, prepare
 
 DESCRIPTION = "Make ranked records to train on, to choose by and to test on from the raw files of a data set."
@@ -20,8 +21,10 @@ _PARSES = {"clean": hh.read_clean, "published": hh.read_published}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="clha-fast prepare", description=DESCRIPTION)
-    parser.add_argument("data", choices=("hh-rlhf", "tldr"), help="what the files are")
-    parser.add_argument("sources", metavar="SRC", nargs="+", help="a folder as published, files, or a glob")
+    parser.add_argument("data", choices=("hh-rlhf", "tldr", "ranked"), help="what the files are; ranked: any format")
+    parser.add_argument(
+        "sources", metavar="SRC", nargs="+", help="a folder as published, files, or a glob; of ranked, any format"
+    )
     parser.add_argument("folder", metavar="OUT", help="the folder to write train.jsonl, dev.jsonl and test.jsonl to")
     parser.add_argument(
         "--parse",
@@ -35,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompts of the training files to choose by: a fraction (default 0.01) or how many; 0 for none",
     )
+    parser.add_argument("--test", type=float, metavar="N", help="of ranked: the fraction of the prompts to test on")
     parser.add_argument(
         "--extra-candidate",
         action="append",
@@ -42,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE[:NAME]",
         help="answers to the same prompts (prompt, answer), one more candidate of each; may be given several times",
     )
-    parser.add_argument("--length", type=int, metavar="N", help="candidates of a record (default: 2 and one a FILE)")
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="candidates of a record (default: 2 and one a FILE; ranked: all)"
+    )
     parser.add_argument("--keep-short", action="store_true", help="keep records that FILE has no candidate for")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in OUT")
     return parser
@@ -50,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """Writes the folder and prints the counts; returns the exit status."""
-    given = _parser().parse_args(with_dashes(words))
+    given = _parser().parse_intermixed_args(with_dashes(words))
+    if given.data == "ranked":
+        return _ranked(given)
+    if given.test is not None:
+        raise ValueError(f"--test: expected none for {given.data}, whose test files are its own, got {given.test}")
     if given.data != "hh-rlhf" and given.parse is not None:
         raise ValueError(f"--parse: expected none for {given.data}, which is read in one way, got {given.parse}")
     parse = given.parse or "clean"
@@ -74,6 +84,26 @@ def run(words: Sequence[str]) -> int:
         track=_bar,
     )
     print("\n".join(_lines(summary, given.folder, subsets, others)))
+    return 0
+
+
+def _ranked(given: argparse.Namespace) -> int:
+    others = {"--parse": given.parse, "--extra-candidate": given.extra_candidate, "--keep-short": given.keep_short}
+    for flag, value in others.items():
+        if value:
+            raise ValueError(f"{flag}: expected none for ranked files, got some")
+    if given.test is None:
+        raise ValueError("--test: expected the fraction of the prompts to test on, such as 0.2, got none")
+    summary = split_files(
+        given.sources,
+        given.folder,
+        dev=_number(given.dev),
+        test=given.test,
+        length=given.length,
+        overwrite=given.overwrite,
+        track=_bar,
+    )
+    print("\n".join(_lines(summary, given.folder, (), ())))
     return 0
 
 

@@ -14,10 +14,10 @@ from clha_fast.cli.devices import device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
 from clha_fast.cli.train import FAILED, INTERRUPTED, Progress, folder_text
 from clha_fast.evaluation import tables as report
+from clha_fast.evaluation.accuracy import PairAccuracy
 from clha_fast.experiments.reward_run import CHANCE, REWARD_FILE, RewardRun, RewardRunOptions
 from clha_fast.files import CheckpointError, survivors
 from clha_fast.models.adapters import base_model
-from clha_fast.rewards.accuracy import PairAccuracy
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import as_flags, with_dashes
+from clha_fast.cli.guard import guarded, launched, parse
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.models.loading import DTYPES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
+from clha_fast.processes import Processes
 from clha_fast.rewards.noise import NoiseCounts, NoiseReport, measure_noise
 from clha_fast.rewards.policy import load_policy, score_policy
 from clha_fast.rewards.reward_model import load_reward_model
-from clha_fast.rewards.scoring import ScoreResult, ScoringError, ScoringInterrupted, check_destination, score_file
-
-FAILED = 1
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+from clha_fast.rewards.scoring import ScoreResult, check_destination, score_file
 
 DESCRIPTION = (
     "Add the rewards of a reward model to ranked or unranked responses, and report how they disagree; or with --policy "
@@ -87,9 +84,10 @@ def score(words: Sequence[str]) -> int:
     """`run`, from the words behind `clha-fast score`."""
     parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION, epilog=COLUMNS_HELP)
     add_arguments(parser)
-    words, columns = take_columns(words)
-    parser.set_defaults(columns=columns)
-    return run(parser.parse_args(with_dashes(words)))
+    with launched():
+        words, columns = take_columns(words)
+        parser.set_defaults(columns=columns)
+        return run(parse(parser, words))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,20 +96,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence.
     """
-    try:
-        return _run(args)
-    except ScoringError as error:
-        print(f"clha-fast score: {as_flags(str(error))}", file=sys.stderr)
-        return FAILED
-    except ScoringInterrupted as error:
-        print(f"clha-fast score: {as_flags(str(error))}", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        print("clha-fast score: interrupted before anything was scored", file=sys.stderr)
-        return INTERRUPTED
+    with launched() as processes:
+        return guarded("score", lambda: _run(args, processes))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, processes: Processes) -> int:
     # Whatever can be wrong with the options is said before a model is loaded or hours are spent.
     if (args.reward_model is None) == (args.policy is None):
         got = "neither" if args.policy is None else "both"
@@ -125,7 +114,8 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
-    return _score_rewards(args) if args.policy is None else _score_policy(args)
+    processes.choose_device(args.device)
+    return _score_rewards(args, processes) if args.policy is None else _score_policy(args, processes)
 
 
 def _read(args: argparse.Namespace) -> list[RankedRecord]:
@@ -138,7 +128,7 @@ def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> No
     print(f"source        {args.source}: {len(records):,} prompts, {candidates:,} responses", flush=True)
 
 
-def _score_policy(args: argparse.Namespace) -> int:
+def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
     records = _read(args)
     policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32")
     print(f"policy        {args.policy}: {_model_text(policy.model)}")
@@ -151,6 +141,7 @@ def _score_policy(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in ("max_length", *_POLICY)},
         resume=args.resume,
         overwrite=args.overwrite,
+        processes=processes,
     )
     parts = []
     if result.resumed:
@@ -167,7 +158,7 @@ def _score_policy(args: argparse.Namespace) -> int:
     return 0
 
 
-def _score_rewards(args: argparse.Namespace) -> int:
+def _score_rewards(args: argparse.Namespace, processes: Processes) -> int:
     margin = PUBLISHED.reward_margin if args.reward_margin is None else args.reward_margin
     floor = PUBLISHED.reward_floor if args.reward_floor is None else args.reward_floor
     CLHAOptions(reward_margin=margin, reward_floor=floor)
@@ -187,7 +178,10 @@ def _score_rewards(args: argparse.Namespace) -> int:
         rank_by_reward=args.rank_by_reward,
         resume=args.resume,
         overwrite=args.overwrite,
+        processes=processes,
     )
+    if processes.rank:
+        return 0  # the first one reports and draws
     print(f"written       {args.destination}{_result_text(result)}\n")
     noise = measure_noise(result.records, margin, floor)
     print(noise_table(noise, args.source))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
+
+from clha_fast.processes import joined
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
@@ -21,3 +24,9 @@ def with_dashes(words: Sequence[str]) -> list[str]:
 def as_flags(text: str) -> str:
     """A message of the library in the words of the command line: `overwrite=True` is ``--overwrite`` there."""
     return re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
+
+
+def complain(command: str, text: str) -> None:
+    """Print an error as one sentence of a command, unless another of its processes has printed the same."""
+    if joined().first_to_say(text):
+        print(f"clha-fast {command}: {as_flags(' '.join(text.split()))}", file=sys.stderr, flush=True)

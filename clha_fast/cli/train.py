@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerCallback
@@ -176,7 +176,9 @@ def header(run: Run) -> str:
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere one line for each line of the log."""
+    """A bar on a terminal; elsewhere one line for each line of the log, with `names` of it."""
+
+    names: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -200,8 +202,7 @@ class Progress(TrainerCallback):
         kind = "eval_" if "eval_loss" in logs else ""
         if f"{kind}loss" not in logs:
             return
-        names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-        values = {short: report.number(logs.get(kind + key)) for key, short in names.items()}
+        values = {short: report.number(logs.get(kind + key)) for key, short in self.names.items()}
         if self.bar is not None and not kind:
             self.bar.set_postfix(values)
         elif state.global_step:

@@ -332,6 +332,10 @@ def prepare(
                 os.unlink(os.path.join(path, name))
         publish_files(staged, path)
         write_json(os.path.join(path, SUMMARY_FILE), summary)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         if made:

@@ -115,7 +115,9 @@ def _aligned(a: Evaluation, b: Evaluation) -> tuple[list[int], list[int]]:
 
 def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
     """A with B's names for the same reward models; and what is to be said of names that mean two models."""
-    names = {check["fingerprint"]: name for name, check in b.checks.items()}
+    names = {
+        _fingerprint(b, name.removeprefix(RAW)): name.removeprefix(RAW) for name in b.values if name.startswith(RAW)
+    }
     values: dict[str, Column] = {}
     said: dict[str, str] = {}
     for column, numbers in a.values.items():
@@ -124,12 +126,17 @@ def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
             values[column] = numbers
             continue
         name = column.removeprefix(prefix)
-        new = names.get(a.checks[name]["fingerprint"])
-        if new is None and name in b.checks:
+        new = names.get(_fingerprint(a, name))
+        if new is None and name in names.values():
             said[name] = "two reward models of one name are not compared"
             new = f"{name} (A's)"
         values[prefix + (new or name)] = numbers
     return Evaluation(a.prompts, a.subsets, a.references, values, a.corpus, a.checks, a.notes, a.about), said
+
+
+def _fingerprint(evaluation: Evaluation, name: str) -> str:
+    """Of a reward model's weights; its name where nothing is known of them."""
+    return str(evaluation.checks.get(name, {}).get("fingerprint", name))
 
 
 def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[int], notes: list[str]) -> set[str]:

@@ -53,7 +53,8 @@ def candidate_scores(
         backend: as `clha_fast.attach`.
 
     Raises:
-        ValueError, UnsupportedHeadError, BackendError: as `RankedCollator.tokenize_record` and `clha_fast.attach`.
+        ValueError, UnsupportedHeadError, BackendError: as `RankedCollator.tokenize_record` and `clha_fast.attach`; a
+            log-probability that is not finite.
     """
     objective = SFTOptions()  # any objective has the scores
     limit = positions_of(model) if max_length is None else max_length
@@ -76,6 +77,10 @@ def candidate_scores(
                 size = len(features[number]["completion_ids"])
                 scores[number], found = found[:size], found[size:]
             bar.update(len(numbers))
+    for record, own in zip(records, scores, strict=True):
+        if not all(map(math.isfinite, own)):
+            expected = "finite log-probabilities of its responses"
+            raise RecordError.of(record.source, "model", expected, own)
     return scores, [[len(ids) for ids in feature["completion_ids"]] for feature in features]
 
 

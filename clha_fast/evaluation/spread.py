@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,17 +85,20 @@ def _interval(statistic: Callable[[Array], Array], rows: Array) -> tuple[float |
         runs = np.ones((*often.shape[:-1], 1)) if len(indices) == 1 else counts(indices[0], seeds)
         return statistic(np.einsum("...s,...p,spk->...k", runs, often, rows, optimize=True))
 
-    found = import_scipy().bootstrap(
-        (np.arange(prompts),) if seeds < 2 else (np.arange(seeds), np.arange(prompts)),
-        drawn,
-        n_resamples=RESAMPLES,
-        batch=100,
-        vectorized=True,
-        axis=-1,
-        confidence_level=LEVEL,
-        # BCa's jackknife leaves out one seed or one prompt, as if they were values of one sample each.
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
+    scipy_stats = import_scipy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # None says it
+        found = scipy_stats.bootstrap(
+            (np.arange(prompts),) if seeds < 2 else (np.arange(seeds), np.arange(prompts)),
+            drawn,
+            n_resamples=RESAMPLES,
+            batch=100,
+            vectorized=True,
+            axis=-1,
+            confidence_level=LEVEL,
+            # BCa's jackknife leaves out one seed or one prompt, as if they were values of one sample each.
+            method="percentile",
+            rng=np.random.default_rng(_SEED),
+        )
     low, high = (float(end) for end in found.confidence_interval)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)

@@ -25,8 +25,10 @@ from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.folder import RUN_FILE
 from clha_fast.experiments.methods import Method, with_quantiles
+from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.files import CHECKPOINT, file_hash, write_json
+from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
 
 _REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json")
@@ -116,6 +118,7 @@ def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
         "budget_tokens": comparison.budget_tokens,
         "settings": dict(comparison.settings),
         "run": dict(comparison.run),
+        **({"judge": content_hash(str(comparison.label_model))} if method.rollout else {}),
     }
 
 
@@ -177,8 +180,13 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }
-    options = RunOptions(train_file=train_file, eval_fraction=0, model=base, resume=holds, **comparison.run)
-    run = Run(options, settings).prepare()
+    given = {"train_file": train_file, "eval_fraction": 0, "model": base, "resume": holds, **comparison.run}
+    run: Run
+    if cell.method.rollout:
+        run = RolloutRun(RolloutRunOptions(**given, reward_model=comparison.label_model), settings)
+    else:
+        run = Run(RunOptions(**given), settings)
+    run.prepare()
     run.trainer.remove_callback(PrinterCallback)
     run.trainer.add_callback(_LastLine())
     if comparison.budget_tokens is not None:
@@ -191,7 +199,6 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     for name in os.listdir(target):
         if CHECKPOINT.fullmatch(name):
             shutil.rmtree(os.path.join(target, name))
-    summary = run.summary()[0]
     log = [plain_line(line) for line in run.trainer.state.log_history]
     losses = [line["loss"] for line in log if "loss" in line]
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in losses):
@@ -200,10 +207,18 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
         "model": MODEL,
         "steps": run.trainer.state.global_step,
         "scored_tokens": sum(line.get("num_tokens") or 0 for line in log),
+        **({} if cell.method.rollout else _shares(run)),
+        "log": log,
+    }
+
+
+def _shares(run: Run) -> dict[str, Any]:
+    """What the objective leaves out of the training file."""
+    summary = run.summary()[0]
+    return {
         "kept_share": summary.kept_pairs / summary.pairs if summary.pairs else None,
         "gate_share": 1 - summary.closed_gates / summary.prompts,
         "pair_quartiles": list(summary.gaps),
-        "log": log,
     }
 
 
@@ -227,15 +242,21 @@ def plain_line(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def budget_steps(run: Run, tokens: int) -> int:
-    """Optimiser steps in which a prepared run scores about `tokens` tokens, inert candidates left out."""
+    """Optimiser steps in which a prepared run scores about `tokens` tokens, inert candidates left out.
+
+    Of rollouts, whose lengths are not known before, as many as if every answer had its full length.
+    """
     trainer = run.trainer
-    args = trainer.args
+    args: Any = trainer.args
+    prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(args, RolloutConfig):
+        assert args.max_completion_length is not None
+        return max(1, round(tokens / (prompts * args.answers_per_prompt * args.max_completion_length)))
     dataset: Any = trainer.train_dataset
     counts = dataset_counts(dataset, trainer.loss_options, args.drop_inert)
     each = float(counts[len(counts) - SCALARS + _TOKENS]) / len(dataset)
     if not each:
         raise ValueError("budget_tokens: expected a training file with tokens that the objective scores, got none")
-    prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return max(1, round(tokens / (each * prompts)))
 
 

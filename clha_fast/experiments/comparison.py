@@ -39,8 +39,8 @@ class Comparison:
             is best on dev by `criterion`.
         criterion: "reward" (of greedy answers, by the label model), "accuracy" (ranking, all ordered pairs) or "nll"
             (of the best answer, a token); None is "reward" where there is a label model, else "accuracy".
-        budget_tokens: scored tokens that every method trains on (to the next step, inert candidates not counted);
-            None leaves `num_train_epochs` of `settings`.
+        budget_tokens: scored tokens that every method trains on (to the next step, inert candidates not counted; of
+            rollouts, if no answer ended early); None leaves `num_train_epochs` of `settings`.
         settings: fields of `CLHAConfig` for all methods. run: of `RunOptions` (dtype, peft_config, ...).
         reward_models: `label` chooses on dev, `evaluation` is reported: paths, or `{train: {...}}`, options of
             `clha-fast reward-model train`.
@@ -48,7 +48,8 @@ class Comparison:
         evaluation: `reward_margin` and `noise_rule`, by which test pairs count as kept, alike for all methods.
         test_limit, dev_limit: first prompts of each subset; None is all.
         keep_models: False removes a cell's weights once it is evaluated.
-        corruptions: what is done to the training file; (None,) is nothing.
+        corruptions: what is done to the training file; (None,) is nothing. label_model: of `reward_models`, once it is
+            there.
     """
 
     output_dir: str
@@ -70,9 +71,12 @@ class Comparison:
     dev_limit: int | None = None
     keep_models: bool = True
     corruptions: Sequence[Corruption | None] = (None,)
+    label_model: str | None = None
 
 
-_KEYS = tuple(f.name for f in dataclasses.fields(Comparison) if f.name not in ("pretrain", "corruptions"))
+_KEYS = tuple(
+    f.name for f in dataclasses.fields(Comparison) if f.name not in ("pretrain", "corruptions", "label_model")
+)
 
 
 def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comparison:
@@ -100,6 +104,12 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
     evaluation = _mapping(values, "evaluation")
     check_keys("evaluation", evaluation, ("reward_margin", "noise_rule"))
     CLHAOptions(**evaluation)
+    methods = parse_methods(values["methods"]) if "methods" in values else []
+    for method in methods:
+        if method.rollout and "label" not in reward_models:
+            raise ValueError(
+                f"reward_models: expected a label model, which judges what {method.name} answers, got none"
+            )
     for name in ("budget_tokens", "test_limit", "dev_limit"):
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -115,7 +125,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         data=_data(values.get("data")),
         base=base,
         pretrain=pretrain,
-        methods=parse_methods(values["methods"]) if "methods" in values else [],
+        methods=methods,
         checkpoints=_checkpoints(_mapping(values, "checkpoints")),
         seeds=_numbers(values, "seeds", (1,), int),
         learning_rates=_numbers(values, "learning_rates", (1e-5,), float),

@@ -14,8 +14,9 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.messages import check_keys, nearest
 from clha_fast.objectives import OBJECTIVES
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.rollout import RolloutConfig
 
-# How an objective is called in a table. `policy` has no rollouts there, so it is not called RLHF.
+# How a method is called in a table. `policy` trains on given answers, so it is not called RLHF.
 LABELS = {
     "clha": "CLHA",
     "pro": "PRO",
@@ -28,6 +29,7 @@ LABELS = {
     "orpo": "ORPO",
     "cpo": "CPO",
     "hinge": "hinge",
+    "rlhf": "RLHF",
     "policy": "offline clipped policy gradient",
 }
 _QUANTILE = re.compile(r"q(0(\.\d+)?|1(\.0+)?|\.\d+)")
@@ -44,6 +46,7 @@ class Method:
         name: in folders and files. label: in tables.
         settings: fields of `CLHAConfig`; {} for a row without training. `reward_margin` may be a quantile of the
             absolute reward differences of the training file, such as "q0.5".
+        rollout: whether it trains on answers that it samples itself (`RolloutConfig`, judged by the label model).
         checkpoint: a model that is evaluated as it is, in place of training.
     """
 
@@ -51,6 +54,7 @@ class Method:
     label: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    rollout: bool = False
 
     @property
     def trains(self) -> bool:
@@ -59,6 +63,8 @@ class Method:
 
 def parse_methods(given: Sequence[Any], what: str = "methods") -> list[Method]:
     """Methods from a configuration: names of objectives, or mappings `{name, label, ...}` of `CLHAConfig`'s fields.
+
+    "rlhf", or a mapping with `rollout: true`, samples its answers; its fields are those of `RolloutConfig`.
 
     Raises:
         ValueError: no method, an unknown objective or field, a field that is set for all methods alike, a name twice.
@@ -78,16 +84,20 @@ def _parse(entry: Any, place: str) -> Method:
         entry = {"name": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{place}: expected the name of an objective or a mapping with `name`, got {entry!r}")
-    settings = {name: value for name, value in entry.items() if name not in ("name", "label")}
+    settings = {name: value for name, value in entry.items() if name not in ("name", "label", "rollout")}
     name = entry["name"]
+    rollout = entry.get("rollout", name == "rlhf")
+    if not isinstance(rollout, bool):
+        raise ValueError(f"{place}: expected `rollout` to be true or false, got {rollout!r}")
+    config = RolloutConfig if rollout else CLHAConfig
     if not _NAME.fullmatch(name):
         raise ValueError(f"{place}: expected a name of letters, digits and _.+-, got {name!r}")
-    known = [f.name for f in dataclasses.fields(CLHAConfig) if f.init and f.name not in _SHARED]
+    known = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _SHARED]
     for taken in _SHARED:
         if taken in settings:
             raise ValueError(f"{place}: expected none of {', '.join(_SHARED)} (they are alike for all), got {taken}")
     check_keys(place, settings, known)
-    objective = settings.get("objective", name)
+    objective = settings.get("objective", "policy" if rollout else name)
     objective_name = objective.get("name") if isinstance(objective, Mapping) else objective
     if objective_name not in OBJECTIVES:
         raise ValueError(
@@ -96,7 +106,7 @@ def _parse(entry: Any, place: str) -> Method:
         )
     settings["objective"] = objective
     label = entry.get("label", LABELS.get(name, name))
-    return Method(name, str(label), settings)
+    return Method(name, str(label), settings, rollout=rollout)
 
 
 def with_quantiles(settings: Mapping[str, Any], records: Sequence[RankedRecord]) -> dict[str, Any]:

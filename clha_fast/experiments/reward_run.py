@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import half_of, shared_prompts
+from clha_fast.evaluation.accuracy import PairAccuracy, pair_accuracy
+from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.experiments.run import CURVE_FILE, DTYPES, METRICS_FILE, Run, RunOptions
 from clha_fast.files import write_json
 from clha_fast.models.loading import adapter_config, build_model, load_classifier
-from clha_fast.rewards.accuracy import PairAccuracy, check_intervals, pair_accuracy
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer, prompt_results, reward_limit
 
@@ -58,7 +59,7 @@ class RewardRun(Run):
 
     def _check_settings(self) -> None:
         if self.options.eval_file is not None or self.options.eval_fraction != 0:
-            check_intervals()
+            import_scipy()  # before hours of training
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
         kind = settings.get("task_type", "SEQ_CLS")

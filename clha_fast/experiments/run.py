@@ -188,9 +188,12 @@ class Run:
 
     def _check_settings(self) -> None:
         """Before anything is read or written: a backend that was asked for runs or is refused."""
+        self._check_best_metric()
+        resolve(self.args.backend, self.args.device.type, self._compute_dtype())
+
+    def _check_best_metric(self) -> None:
         own = self.args.loss_options().metric_names
         check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
-        resolve(self.args.backend, self.args.device.type, self._compute_dtype())
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
         return adapter_config(settings)

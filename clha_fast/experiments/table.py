@@ -107,6 +107,7 @@ class Table:
         with _quiet():
             self.base = ready_base(comparison, self.say)
             self.reward_models = ready_reward_models(comparison, self.base, self.say)
+            self.comparison = comparison = replace(comparison, label_model=self.reward_models.get("label"))
             self.assessor = Assessor.of(comparison, self.reward_models)
         chosen = self._choose(self._starts())
         self.rows = self._finish(chosen)

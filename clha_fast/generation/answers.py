@@ -22,6 +22,7 @@ from clha_fast.data.records import Prompt, RecordError, check_text
 from clha_fast.files import Journal, RunIdentity, check_destination
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationBackend, GenerationSettings
 from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
+from clha_fast.processes import ALONE, ProcessError, Processes
 
 FINISHES = ("stop", "length")
 _FIELDS = ("prompt", "answer", "finish", "prompt_hash", "subset", "tools", "chat_template_kwargs")
@@ -101,6 +102,7 @@ def generate_answers(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Generation:
     """Answer every record's prompt and write `destination`: JSON Lines, in the order of the records.
 
@@ -115,14 +117,17 @@ def generate_answers(
         batch_size: prompts in a batch.
         resume: continue what an earlier run with the same settings has left; nothing left is a new run.
         overwrite: replace `destination`; without `resume` also what an earlier run has left.
-        progress: show a bar.
+        progress: show a bar, in the first process.
+        processes: those that share the batches (`processes.join`). All call with the same arguments, but for the
+            number of the model's device, and return the same; the first one writes the very file that one alone writes.
 
     Raises:
         RecordError, ValueError: bad records or settings, before anything is answered; what is to be resumed is another
-            run or is damaged; a model that reads padding as text, with a batch size above 1.
+            run or is damaged; a model that reads padding as text, with a batch size above 1; processes with other
+            arguments.
         OSError: as `clha_fast.files.check_destination`.
-        GenerationError: the file cannot be written, or memory does not suffice. GenerationInterrupted: Ctrl-C. In both
-            cases the message says what is kept.
+        GenerationError: the file cannot be written, memory does not suffice, or another process has ended.
+            GenerationInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     settings = settings or GenerationSettings()
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
@@ -144,22 +149,29 @@ def generate_answers(
         valid=_is_generated,
         items="prompts",
         done="answered",
+        part=processes.rank,
     )
     resumed = len(journal.values)
     try:
+        share = processes.share(journal)
         with journal:
-            _answer(rows, backend, encoded.settings, journal, progress)
+            _answer(rows, backend, encoded.settings, journal, share, progress and not processes.rank)
+        processes.collect(journal)
         place = {row: number for number, row in enumerate(rows)}
         answers = []
         for record, row in zip(records, encoded.prompts, strict=True):
             text, finish = journal.values[place[row]]
             answers.append(Answer(record.prompt, text, finish, subset_of(record), record.template))
-        write_answers(path, answers, overwrite=overwrite)
+        if not processes.rank:
+            write_answers(path, answers, overwrite=overwrite)
+            journal.remove()
+        processes.gather("written")
+    except ProcessError as error:
+        raise GenerationError(f"{error}; {journal.kept()}") from error
     except OSError as error:
         raise GenerationError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
     except KeyboardInterrupt:
         raise GenerationInterrupted(f"interrupted; {journal.kept()}") from None
-    os.unlink(f"{path}.partial")
     return Generation(answers, encoded.settings, resumed, encoded.cut)
 
 
@@ -168,15 +180,14 @@ def _answer(
     backend: GenerationBackend,
     settings: GenerationSettings,
     journal: Journal,
+    share: Sequence[int],
     progress: bool,
 ) -> None:
-    bar = logging.tqdm(
-        total=len(rows), initial=len(journal.values), desc="Answering", unit=" prompts", disable=not progress
-    )
+    done, left = len(journal.values), sum(len(journal.batches[number]) for number in share)
+    bar = logging.tqdm(total=done + left, initial=done, desc="Answering", unit=" prompts", disable=not progress)
     with bar:
-        for number, batch in enumerate(journal.batches):
-            if number in journal.finished:
-                continue
+        for number in share:
+            batch = journal.batches[number]
             try:
                 found = backend.answer([rows[index] for index in batch], settings)
             except torch.OutOfMemoryError as error:

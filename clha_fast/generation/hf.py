@@ -65,7 +65,7 @@ class TransformersBackend:
 
     def answer(self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings) -> list[Generated]:
         self._check_padding(prompts)
-        ends = sorted({*prompts[0].ends, *own_ends(self.model)})
+        ends = sorted({*own_ends(self.model), *(token for prompt in prompts for token in prompt.ends)})
 
         def stopped(row: int, new: list[int]) -> bool:
             return cut_answer(self._text(new), prompts[row].stops)[1]

@@ -114,10 +114,12 @@ def closing_tokens(
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for example in examples:
         for ids in example["completion_ids"]:
-            # A newline may follow the end of turn.
-            last = next((int(token) for token in reversed(ids) if tokenizer.decode([int(token)]).strip()), None)
-            if last in special:
-                ends.add(last)
+            for token in reversed(ids):
+                if int(token) in special:
+                    ends.add(int(token))
+                # A newline may follow the end of turn.
+                if int(token) in special or tokenizer.decode([int(token)]).strip():
+                    break
     return sorted(ends)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
     from clha_fast.training.config import CLHAConfig
     from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
+    from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
     from clha_fast.training.trainer import CLHATrainer
 
 _WHERE = {
@@ -26,6 +27,8 @@ _WHERE = {
     "RankedStream": "clha_fast.batching.stream",
     "RewardConfig": "clha_fast.training.reward_trainer",
     "RewardTrainer": "clha_fast.training.reward_trainer",
+    "RolloutConfig": "clha_fast.training.rollout",
+    "RolloutTrainer": "clha_fast.training.rollout",
     "TokenBudgetSampler": "clha_fast.batching.sampling",
     "UnsupportedHeadError": "clha_fast.models.heads",
     "fused_head": "clha_fast.models.heads",
@@ -41,6 +44,8 @@ __all__ = [
     "RankedStream",
     "RewardConfig",
     "RewardTrainer",
+    "RolloutConfig",
+    "RolloutTrainer",
     "TokenBudgetSampler",
     "UnsupportedHeadError",
     "fused_head",

@@ -21,6 +21,7 @@ from clha_fast.files import check_destination
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import DTYPES, check_vocabulary, find_device, fingerprint, load_model, load_tokenizer
+from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.run import Row, ScoringRun, as_records
 
 _SIGNALS = ("reference_logps", "reference_tokens")
@@ -132,6 +133,7 @@ def score_policy(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> PolicyResult:
     """Write every record of `source` to `destination` with `reference_logps`, as canonical JSON Lines.
 
@@ -145,7 +147,7 @@ def score_policy(
         source: records, or as `clha_fast.data.iter_records`, with `format` and `columns`.
         batch_size: responses in a forward pass.
         max_length, max_prompt_length, max_completion_length: tokens; give training the same. None is no limit.
-        resume, overwrite, progress: as `scoring.score_file`.
+        resume, overwrite, progress, processes: as `scoring.score_file`.
 
     Raises:
         ValueError: a row that is longer than the model's positions; as `scoring.score_file`.
@@ -158,14 +160,15 @@ def score_policy(
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
     }
-    run = _PolicyRun(records, policy, batch_size, limits, progress)
+    run = _PolicyRun(records, policy, batch_size, limits, progress and not processes.rank)
     scored: list[RankedRecord] = []
 
     def finish(sums: dict[int, float]) -> list[RankedRecord]:
         scored.extend(run.with_reference(sums))
         return scored
 
-    resumed = run.write(os.fspath(destination), finish, resume=resume, overwrite=overwrite, progress=progress)
+    options = {"resume": resume, "overwrite": overwrite, "progress": progress}
+    resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
     replaced = sum("reference_logps" in record.signals for record in records)
     tokens = sum(len(run.rows[index].response) for indices in run.rows_of for index in indices)
     return PolicyResult(scored, sum(map(len, run.rows_of)), tokens, resumed, run.truncated, replaced)

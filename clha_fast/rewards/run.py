@@ -19,6 +19,7 @@ from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity
+from clha_fast.processes import ProcessError, Processes
 from clha_fast.rewards.rows import read_as_text
 
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
@@ -120,26 +121,20 @@ class ScoringRun:
         }
         return RunIdentity(settings, data)
 
-    def journal(self, path: str | None, resume: bool = False) -> Journal:
-        """What keeps the scores, in the file `path` where there is one."""
+    def journal(self, path: str | None, resume: bool = False, part: int = 0) -> Journal:
+        """What keeps the scores, in the file `path` where there is one; `part` is the number of the process."""
         words = {"key": self.key, "items": "responses", "done": "scored"}
-        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, **words)
+        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, part=part, **words)
 
-    def score(self, journal: Journal, progress: bool) -> None:
-        """Score the batches that the journal lacks."""
-        if len(journal.finished) < len(self.batches):
+    def score(self, journal: Journal, share: Sequence[int], progress: bool) -> None:
+        """Score the batches of these numbers."""
+        if share:
             self._check_padding(journal)
-        bar = logging.tqdm(
-            total=len(self.rows),
-            initial=len(journal.values),
-            desc="Scoring",
-            unit=" responses",
-            disable=not progress,
-        )
+        done, left = len(journal.values), sum(len(self.batches[number]) for number in share)
+        bar = logging.tqdm(total=done + left, initial=done, desc="Scoring", unit=" responses", disable=not progress)
         with bar:
-            for number, batch in enumerate(self.batches):
-                if number in journal.finished:
-                    continue
+            for number in share:
+                batch = self.batches[number]
                 scores = self._forward([self.rows[index] for index in batch], journal)
                 self._check_finite(batch, scores, journal)
                 # Nine digits are enough to read the same float32 again.
@@ -154,8 +149,11 @@ class ScoringRun:
         resume: bool,
         overwrite: bool,
         progress: bool,
+        processes: Processes,
     ) -> int:
         """Score what is not yet scored, and write the records that `finish` makes of the scores by position of the row.
+
+        Of several processes each scores its share; the first one writes.
 
         Returns:
             how many responses an earlier run had left.
@@ -163,18 +161,25 @@ class ScoringRun:
         Raises:
             ScoringError, ScoringInterrupted: as `scoring.score_file`.
         """
-        journal = self.journal(f"{path}.partial", resume)
+        journal = self.journal(f"{path}.partial", resume, processes.rank)
         resumed = len(journal.values)
         try:
+            share = processes.share(journal)
             with journal:
-                self.score(journal, progress)
-            rows = (record.as_dict() for record in finish(journal.values))
-            convert(rows, path, "canonical", overwrite=overwrite, notes=Notes())
+                self.score(journal, share, progress and not processes.rank)
+            processes.collect(journal)
+            records = finish(journal.values)
+            if not processes.rank:
+                rows = (record.as_dict() for record in records)
+                convert(rows, path, "canonical", overwrite=overwrite, notes=Notes())
+                journal.remove()
+            processes.gather("written")
+        except ProcessError as error:
+            raise ScoringError(f"{error}; {journal.kept()}") from error
         except OSError as error:
             raise ScoringError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
         except KeyboardInterrupt:
             raise ScoringInterrupted(f"interrupted; {journal.kept()}") from None
-        os.unlink(f"{path}.partial")
         return resumed
 
     def _forward(self, rows: Sequence[Row], journal: Journal) -> Tensor:

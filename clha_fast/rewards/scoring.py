@@ -13,6 +13,7 @@ from torch import Tensor
 from clha_fast.data.readers import Source
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import check_destination
+from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import reward_collator
 from clha_fast.rewards.run import Row, ScoringError, ScoringInterrupted, ScoringRun, as_records
@@ -64,6 +65,7 @@ def score_file(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> ScoreResult:
     """Write every record of `source` to `destination` with the rewards of `reward_model`, as canonical JSON Lines.
 
@@ -83,19 +85,21 @@ def score_file(
             best response, unless the record has named another than the first: then it follows that one.
         resume: continue what an earlier run with the same settings has left; nothing left is a new run.
         overwrite: replace `destination`; without `resume` also what an earlier run has left.
-        progress: show a bar.
+        progress: show a bar, in the first process.
+        processes: those that share the batches (`processes.join`). All call with the same arguments, but for the
+            number of the model's device, and return the same; the first one writes the very file that one alone writes.
 
     Raises:
         RecordError: a bad record, as `iter_records` and `RankedCollator.tokenize_record`; nothing is scored then.
-        ValueError: a bad option; what is to be resumed is another run or is damaged.
+        ValueError: a bad option; what is to be resumed is another run or is damaged; processes with other arguments.
         OSError: as `check_destination`; the source cannot be read.
-        ScoringError: a file cannot be written, a score is not finite, memory does not suffice, or the model gives a
-            response another score when others are batched with it.
+        ScoringError: a file cannot be written, a score is not finite, memory does not suffice, another process has
+            ended, or the model gives a response another score when others are batched with it.
         ScoringInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     check_destination(destination, resume=resume, overwrite=overwrite)
     records = as_records(source, format, columns)
-    run = _RewardRun(records, reward_model, batch_size, max_length, progress)
+    run = _RewardRun(records, reward_model, batch_size, max_length, progress and not processes.rank)
     scored: list[RankedRecord] = []
     written: list[RankedRecord] = []
 
@@ -104,7 +108,8 @@ def score_file(
         written.extend([_best_first(record) for record in scored] if rank_by_reward else scored)
         return written
 
-    resumed = run.write(os.fspath(destination), finish, resume=resume, overwrite=overwrite, progress=progress)
+    options = {"resume": resume, "overwrite": overwrite, "progress": progress}
+    resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
     replaced = sum(record.rewards is not None for record in records)
     return ScoreResult(scored, written, sum(map(len, run.rows_of)), resumed, run.truncated, replaced, run.max_length)
 
@@ -121,7 +126,7 @@ def score_records(
     run = _RewardRun(list(records), reward_model, batch_size, max_length, progress)
     journal = run.journal(None)
     try:
-        run.score(journal, progress)
+        run.score(journal, range(len(run.batches)), progress)
     except KeyboardInterrupt:
         raise ScoringInterrupted("interrupted while scoring; nothing of it is kept") from None
     return run.with_rewards(journal.values)

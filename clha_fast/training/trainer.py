@@ -286,6 +286,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step; with `normalizer="global"` also their counts over all processes."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._count_step(samples, device)
+        return samples, items
+
+    def _count_step(self, samples: list[Any], device: torch.device) -> None:
+        """What the loss of these micro-batches divides by."""
         self._step_counts = None
         if self.args.normalizer == "global" and samples:
             parts = [CandidateBatch.from_dict(sample) for sample in samples]
@@ -294,7 +299,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 most = int(self.accelerator.gather(torch.tensor([most], device=device)).max())
             counts = local_counts(parts, self.loss_options, most).to(device)
             self._step_counts = step_counts(self._sum_over_processes(counts), self.loss_options)
-        return samples, items
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""

@@ -91,6 +91,16 @@ def test_what_a_gpu_would_refuse_is_refused() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_batches_of_other_sizes_compile_nothing_anew(tmp_path: Path, capability: str) -> None:
+    """One variant of a kernel for each choice of its own constants, whatever the numbers of tokens and prompts."""
+    result = finish(start(tmp_path, "--cases", "sizes", "--no-compile", "--capability", capability))
+    assert len(result["cases"]) == 48
+    assert not failures(result)
+    assert {"combine_kernel", "gradient_kernel", "route_list_kernel"} <= {row["kernel"] for row in result["variants"]}
+    assert [row for row in result["variants"] if row["variants"] > 1] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_every_mode(tmp_path: Path, capability: str) -> None:

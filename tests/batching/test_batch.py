@@ -272,6 +272,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     values = [getattr(moved, f.name) for f in dataclasses.fields(moved)]
     assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.num_inert == pack(GOOD).num_inert
+    assert pack({**GOOD, "rewards": None}).to("meta").rewards is None
 
 
 @pytest.mark.parametrize(

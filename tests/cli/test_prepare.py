@@ -84,7 +84,7 @@ def test_parses_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert cli.main(words) == cli.USER_ERROR
         assert message in one_sentence(capsys)
-    assert cli.main([*command, "--overwrite", "--dev", "2"]) == 0
+    assert cli.main(["prepare", "hh-rlhf", str(raw), "--overwrite", "--dev", "2", str(out)]) == 0
     assert all(isinstance(record.prompt, tuple) for record in read_records(out / "train.jsonl"))
 
 

@@ -133,7 +133,7 @@ def test_globs_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("a.parquet", b"PAR1 is not all", "damaged parquet file"),
         ("b.PQ", b"", "damaged parquet file"),
         ("c.arrow", b"ARROW1 and no more", "damaged arrow file"),
-        ("d.csv.gz", gzip.compress(b"prompt,chosen,rejected\na,b,c\n" * 90)[:-20], "damaged csv file"),
+        ("d.csv.gz", gzip.compress(b"prompt,chosen,rejected\na,b,c\n" * 90, mtime=0)[:-20], "damaged csv file"),
         ("e.csv", b'prompt,chosen\n"a,b', "damaged csv file"),
         ("f.jsonl.bz2", bz2.compress(LINES * 900)[:-40], "damaged bz2 data"),
         ("g.jsonl.xz", lzma.compress(LINES)[:-20], "damaged xz data"),

@@ -160,6 +160,24 @@ def test_what_was_there_stays_unless_it_is_to_be_replaced(tmp_path: Path) -> Non
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    raw = hh_folder(tmp_path / "raw", 400, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            run(raw, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def answers(path: Path, records: list[RankedRecord], text: str) -> Path:
     rows = [{"prompt": record.as_dict()["prompt"], "answer": text.format(k)} for k, record in enumerate(records)]
     return write(path, rows)

@@ -182,6 +182,15 @@ def test_scores_are_the_eager_ones(rewards: bool) -> None:
     assert [s for own in one for s in own] == pytest.approx([s for own in scores for s in own], abs=1e-5)
 
 
+def test_a_model_that_says_nan_is_refused() -> None:
+    model = make_model(len(TOKENIZER))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[TOKENIZER(" joy", add_special_tokens=False)["input_ids"][0]] = torch.nan
+    records = [RankedRecord("a", ("x", "y")), RankedRecord("a", ("the joy of it", "y"), source="f:2")]
+    with pytest.raises(ValueError, match=r"model: expected finite log-probabilities of its responses, got \["):
+        candidate_scores(model, TOKENIZER, records)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_prefix_is_read_and_not_scored(chat: bool) -> None:
     prefix = "A helpful answer:"

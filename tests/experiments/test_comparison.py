@@ -41,6 +41,8 @@ def test_what_is_not_given_has_its_default():
         ({"methods": [{"name": "clha", "margn": 1}]}, "methods[0]: unknown key 'margn'; did you mean 'margin'?"),
         ({"methods": [{"name": "clha", "seed": 3}]}, "methods[0]: expected none of"),
         ({"methods": "clha"}, "methods: expected a list of methods"),
+        ({"methods": ["rlhf"]}, "reward_models: expected a label model, which judges what rlhf answers"),
+        ({"methods": [{"name": "x", "rollout": 3}]}, "methods[0]: expected `rollout` to be true or false"),
         ({"seeds": [1, 1]}, "seeds: expected each number once"),
         ({"seeds": [1.5]}, "seeds: expected whole numbers"),
         ({"learning_rates": []}, "learning_rates: expected a list of numbers"),

@@ -215,6 +215,21 @@ def test_the_papers_claims_are_tested_against_one_method(given, tmp_path, comman
     assert "differences.md" in capsys.readouterr().out
 
 
+def test_the_rlhf_row_samples_its_answers_and_is_judged_by_the_label_model(given):
+    given = small(given, methods=["rlhf"], reward_models={"label": given["reward_models"]["label"]}, budget_tokens=200)
+    given["settings"] = {"per_device_train_batch_size": 4, "max_prompt_length": 32, "max_completion_length": 6}
+    table = run(given)
+    found = json.loads((Path(given["output_dir"]) / "table.json").read_text())["rows"][1]
+    assert (found["label"], found["seeds"]) == ("RLHF", [1])
+    # 200 tokens: 2 steps of 4 prompts with 4 answers of 6 tokens.
+    assert table.rows[1].outcomes[0].trained["steps"] == 2
+    log = table.rows[1].outcomes[0].trained["log"]
+    assert any("reward" in line for line in log)
+    before = result(given["output_dir"])
+    run(given)
+    assert result(given["output_dir"]) == before
+
+
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(given, tmp_path):
     ray = pytest.importorskip("ray", reason="ray is not installed (the ray extra)")

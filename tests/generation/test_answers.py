@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from clha_fast.data import RankedRecord, RecordError, read_records
-from clha_fast.data.prompts import PromptRecord, prompt_hash, read_prompts
+from clha_fast.data import RecordError, read_records
+from clha_fast.data.prompts import PromptRecord, prompt_hash
 from clha_fast.generation import (
     Answer,
     GenerationError,
@@ -236,29 +236,6 @@ def test_reading_what_others_wrote(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text("")
     with pytest.raises(RecordError, match="expected at least one answer"):
         read_answers(tmp_path / "d.jsonl")
-
-
-def test_prompts_alone(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"prompt": "a", "subset": "s"},
-        {"prompt": [{"role": "user", "content": "Hi"}], "tools": [{"name": "t"}]},
-    ]
-    first, second = read_prompts(write(tmp_path / "a.jsonl", rows))
-    assert isinstance(first, PromptRecord)
-    assert (first.prompt, first.subset) == ("a", "s")
-    assert second.prompt[0] == {"role": "user", "content": "Hi"}
-    assert second.template == {"tools": [{"name": "t"}]}
-    ranked = read_prompts(make_rows(3))
-    assert all(isinstance(record, RankedRecord) for record in ranked)
-    assert prompt_hash(ranked[0]) == prompt_hash(PromptRecord(f" {ranked[0].prompt}\n"))
-    by_column = read_prompts([{"question": "q", "id": 3}], columns={"prompt": "question"})
-    assert [record.prompt for record in by_column] == ["q"]
-    with pytest.raises(RecordError, match=r"record 1: completions: expected a prompt alone, as in the first row"):
-        read_prompts([{"prompt": "a"}, {"prompt": "b", "completions": ["x"]}])
-    with pytest.raises(RecordError, match=r"record 1: prompt: expected a prompt, got None"):
-        read_prompts([{"prompt": "a"}, {"prompt": None}])
-    with pytest.raises(RecordError, match="unknown format"):
-        read_prompts([{"prompt": "a", "other": 1}])
 
 
 def test_a_run_of_coh_has_its_marker_in_front(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from tests.support.helpers import ROOT, run_python
 
 # Room -> rooms that it may import, lowest first. docs/design.md says what each knows; a room of its own is a folder, a
 # folder of `backends/`, or a file at the top of `clha_fast/`.
-BASE = ("errors", "version", "messages", "files", "options", "types", "layout")
+BASE = ("errors", "version", "messages", "files", "processes", "options", "types", "layout")
 MODEL_ROOMS = ("models", "batching", "data")
 RUN_ROOMS = ("experiments", "evaluation", "generation", "rewards", "training")
 ROOMS: dict[str, tuple[str, ...]] = {
     "csrc_triton": (),
     **dict.fromkeys(("errors", "version", "messages", "files", "options", "types", "layout"), ()),
+    "processes": ("files",),
     "objectives": ("options", "types", "layout"),
     "reference": ("objectives", "options", "types"),
     "backends": ("objectives", "options", "types", "layout"),

@@ -16,7 +16,7 @@ NAMES = {
     """,
     "clha_fast.hf": """
         CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
-        TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
+        RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss

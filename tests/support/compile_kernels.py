@@ -190,11 +190,13 @@ def specialise(kernel: str, values: dict[str, Any], launch: dict[str, int]) -> t
     for index, parameter in enumerate(KERNELS[kernel].params):
         name = parameter.name
         value = launch[name] if name in launch else values.get(name, "*fp32")
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        varies = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not varies):
             signature[name], constants[(index,)] = "constexpr", value
             continue
         signature[name] = value if isinstance(value, str) else "fp32" if isinstance(value, float) else "i32"
-        if (isinstance(value, str) and value.startswith("*")) or (isinstance(value, int) and value % 16 == 0):
+        is_aligned = isinstance(value, int) and value % 16 == 0 and not varies
+        if (isinstance(value, str) and value.startswith("*")) or is_aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
 from clha_fast.backends.triton.head import round_up, tiles
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
+from csrc_triton import clha as ranking
 from tests.support.compile_kernels import nvidia_registers
 from tests.support.fake_gpu import FakeGPU
 
@@ -177,9 +179,14 @@ def _backward(result: Tensor, inputs: dict[str, Any], dtype: str) -> dict[str, T
 
 
 def cases(which: str) -> Iterator[Case]:
-    """ "quick": every kernel and host branch once. "full": every mode that may matter. "shapes": the large ones."""
+    """ "quick": every kernel and host branch once. "full": every mode that may matter. "shapes": the large ones.
+
+    "sizes": one head and one way to call it, batch after batch, as packed batches differ.
+    """
     if which == "quick":
         yield from _quick()
+    elif which == "sizes":
+        yield from _batches()
     elif which == "full":
         for backend in ("triton", "workspace"):
             yield from _modes(backend)
@@ -256,6 +263,39 @@ def _quick() -> Iterator[Case]:
     yield Case("workspace", "logps", head=rich, bias=True, rows=100, dtype="float16")
     yield Case("workspace", head=rich, sizes="cuda", vocabulary=1000, options=PAIR_MEAN)
     yield Case("workspace", tokens=0, lengths=(0, 0), prompts=(2,))
+
+
+def _batches() -> Iterator[Case]:
+    small, rows = HeadOptions(workspace_bytes=2**20), (None, 777)
+    heads = {"triton": (small, small.replace(max_dropped_mass=0.01)), "workspace": (small,)}
+    for backend, entry in itertools.product(heads, ("loss", "logps")):
+        for head, hidden_rows in itertools.product(heads[backend], rows):
+            for number, tokens in enumerate((16, 1, 1041, 2000)):
+                prompts = ((4,), (1,), (3, 2), (2,) * 8)[number]
+                m = None if hidden_rows is None else hidden_rows + 8 * number
+                yield Case(backend, entry, tokens, vocabulary=1025, head=head, bias=True, rows=m, prompts=prompts)
+
+
+def variants(gpu: FakeGPU) -> list[dict[str, Any]]:
+    """A row for each kernel and choice of its own constants: by argument, what its variants have been compiled for."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for module in (backward, combine, forward, persistent_backward, ranking, routed, routing, softmax):
+        for name, kernel in vars(module).items():
+            for variant in gpu.variants.get(name, ()):
+                own = tuple(
+                    getattr(value, "value", value) if parameter.is_constexpr or value is None else kind
+                    for parameter, (kind, value) in zip(kernel.params, variant, strict=True)
+                    if parameter.is_constexpr or kind[0] not in "i" or value is None
+                )
+                row = found.setdefault((name, own), {"kernel": name, "variants": 0, "arguments": {}})
+                row["variants"] += 1
+                for parameter, known in zip(kernel.params, variant, strict=True):
+                    if not parameter.is_constexpr:
+                        row["arguments"].setdefault(parameter.name, set()).add(str(known))
+    return [
+        row | {"arguments": {name: sorted(known) for name, known in row["arguments"].items() if len(known) > 1}}
+        for row in found.values()
+    ]
 
 
 def specialisations(gpu: FakeGPU) -> list[dict[str, Any]]:
@@ -341,12 +381,12 @@ def walk(which: str, backend: str, capability: int, compiles: bool) -> dict[str,
                 rows.append({"case": case.name, "error": f"{type(error).__name__}: {error}"})
             if which in ("shapes", "memory"):
                 rows[-1]["allowed_forward"], rows[-1]["allowed"] = allowed(case)
-    return {"cases": rows, "kernels": specialisations(gpu)}
+    return {"cases": rows, "kernels": specialisations(gpu), "variants": variants(gpu)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", choices=("quick", "full", "shapes", "memory"), default="quick")
+    parser.add_argument("--cases", choices=("quick", "full", "shapes", "sizes", "memory"), default="quick")
     parser.add_argument("--backend", choices=("triton", "workspace"), default="")
     parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100))
     parser.add_argument("--no-compile", action="store_true")

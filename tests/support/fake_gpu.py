@@ -102,6 +102,7 @@ class FakeGPU(TorchDispatchMode):
 
     Attributes:
         memory: addresses and bytes. launches: (kernel's name, grid, compiled kernel or None) of every launch.
+        variants: of every kernel's name what Triton compiles for: each argument's (type, what is known of its value).
     """
 
     def __init__(self, capability: int = 90, *, compiles: bool = True) -> None:
@@ -110,6 +111,7 @@ class FakeGPU(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.memory = Memory()
         self.launches: list[tuple[str, tuple[int, ...], Any]] = []
+        self.variants: dict[str, set[tuple[Any, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -201,6 +203,8 @@ class FakeGPU(TorchDispatchMode):
                 raise LaunchError(f"{name}: argument {argument}")
             if isinstance(argument, TensorDescriptor):
                 self._check_descriptor(name, argument)
+        *_, bind = kernel.device_caches[0]
+        self.variants.setdefault(name, set()).add(tuple(bind(*args, **kwargs)[1]))
         compiled = None
         if self.compiles:
             compiled = self._compile(kernel, *args, grid=grid, warmup=True, **kwargs)

@@ -165,7 +165,7 @@ class Loaded:
             # In sums over tokens the largest power is 1 for the product, and comes back in float32. On the device.
             unit = power.amax().clamp(min=torch.finfo(torch.float32).tiny)
             share = (power / unit).to(self.rows.dtype)
-        gradient(self.z, self.targets, lse.contiguous(), grad, sweep.ready)
+        gradient(self.z, self.targets, lse.clone(), grad, sweep.ready)  # cloned, as targets are
         z = self.z[:, : sweep.vocabulary]
         if sweep.dhidden is not None:
             self._add_hidden(sweep.dhidden, z, power)

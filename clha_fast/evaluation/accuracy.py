@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_RESAMPLES = 9999
-_SEED = 0
-_BLOCK = 10**7  # numbers that are resampled at a time
+import numpy as np
+
+from clha_fast.evaluation.intervals import estimate, ratio
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,6 @@ class PairAccuracy:
         return {"accuracy": self.accuracy, "interval": None if self.interval is None else list(self.interval)}
 
 
-def check_intervals() -> None:
-    """ImportError where scipy, which makes the intervals, is not installed."""
-    if importlib.util.find_spec("scipy") is None:
-        raise ImportError(
-            "eval_fraction: expected scipy, which makes the interval of the held-out accuracy, got none; "
-            "pip install 'clha-fast[eval]' brings it, and eval_fraction 0 holds nothing out"
-        )
-
-
 def pair_accuracy(correct: Sequence[float], pairs: Sequence[int]) -> PairAccuracy:
     """The accuracy over all pairs; prompts are resampled, for the pairs of one are not independent.
 
@@ -50,23 +40,12 @@ def pair_accuracy(correct: Sequence[float], pairs: Sequence[int]) -> PairAccurac
     Raises:
         ImportError: scipy is not installed.
     """
-    check_intervals()
-    from scipy import stats
-
-    def share(right: Any, of: Any, axis: int = -1) -> Any:
-        return right.sum(axis=axis) / of.sum(axis=axis)
-
-    interval = None
-    if len(pairs) > 1:
-        found = stats.bootstrap(
-            (correct, pairs),
-            share,
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            batch=max(1, _BLOCK // len(pairs)),
-            method="percentile",  # the others are not defined where every resample gives the same
-            rng=_SEED,
-        ).confidence_interval
-        interval = (float(found.low), float(found.high))
+    found = estimate(ratio, np.column_stack([correct, pairs]))
+    interval = None if found.low is None or found.high is None else (found.low, found.high)
     return PairAccuracy(sum(correct) / sum(pairs), interval, len(pairs), sum(pairs))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% bootstrap interval of a mean over prompts, None of one prompt; ImportError without scipy."""
+    found = estimate(ratio, np.column_stack([values, np.ones(len(values))]))
+    return None if found.low is None or found.high is None else (found.low, found.high)

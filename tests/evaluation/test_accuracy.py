@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
 
 import pytest
 
-from clha_fast.rewards.accuracy import check_intervals, pair_accuracy
+from clha_fast.evaluation.accuracy import mean_interval, pair_accuracy
 
 
 def test_by_hand() -> None:
@@ -44,7 +44,16 @@ def test_ends() -> None:
     assert one.as_dict() == {"accuracy": 1.0, "interval": None}
 
 
+def test_means() -> None:
+    pytest.importorskip("scipy")
+    low, high = mean_interval([0.0, 1.0] * 50) or (0, 0)
+    assert (high + low) / 2 == pytest.approx(0.5, abs=0.02)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.12)
+    assert mean_interval([3.0]) is None
+    assert mean_interval([0.0, 0.0]) == (0, 0)
+
+
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"expected scipy, .*, got none; pip install 'clha-fast\[eval\]'"):
-        check_intervals()
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"scipy is not installed; pip install 'clha-fast\[eval\]' brings it"):
+        pair_accuracy([1.0, 0.0], [1, 1])

@@ -1,0 +1,175 @@
+"""`clha-fast rlhf`: what it prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers.utils import logging
+
+from clha_fast.cli.devices import backend_text, device_text
+from clha_fast.cli.options import collect, config_hints, field_hints
+from clha_fast.cli.train import FAILED, INTERRUPTED, Progress, folder_text
+from clha_fast.evaluation import tables as report
+from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
+from clha_fast.experiments.run import METRICS_FILE
+from clha_fast.files import CheckpointError, survivors
+from clha_fast.models.adapters import base_model
+from clha_fast.training.rollout import PromptDataset, RolloutConfig
+
+HELP = """\
+usage: clha-fast rlhf [--config RUN.yaml] [--OPTION VALUE ...]
+
+The model answers prompts, a reward model judges the answers, clipped policy gradients (GRPO) update the model.
+Options stand in the YAML file under the same names; flags win.
+
+files     --train_file FILE (its prompts; responses are not used)  --eval_file FILE | --eval_fraction 0.1 (0: none)
+          --format auto  --columns.prompt question
+folder    --output_dir DIR  --resume | --overwrite
+model     --model PATH_OR_NAME  --tokenizer PATH_OR_NAME  --dtype float32  --attn_implementation NAME
+          --peft_config.r 8 ...
+reward    --reward_model PATH (clha-fast reward-model train makes one)  --label N
+rollout   --answers_per_prompt 4  --temperature 1  --max_prompt_length 384  --max_completion_length 128
+          --rollout_steps 1 (optimiser steps on the answers of one rollout; clipping needs more than 1)
+          --per_device_eval_batch_size 8 (answers that are sampled or judged at a time)
+loss      --objective.clip_low 0.2 --objective.clip_high 0.2 --objective.reduction token_mean|sequence_mean
+          --objective.kl_weight 0 (above 0: a frozen copy of the model is kept; --reference names another one)
+training  --learning_rate --max_steps --num_train_epochs --per_device_train_batch_size (prompts)
+          --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
+"""
+RUN_HINTS = field_hints(RolloutRunOptions)
+CONFIG_HINTS = config_hints(RolloutConfig)
+
+
+class _Progress(Progress):
+    names: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "reward": "reward",
+        "answer_tokens": "tokens",
+        "clip_share": "clipped",
+    }
+
+
+def rlhf(words: Sequence[str]) -> int:
+    """`clha-fast rlhf`: the exit status.
+
+    Raises:
+        ValueError, OSError, ImportError: user errors, each one sentence.
+    """
+    if {"-h", "--help"} & set(words):
+        print(HELP, end="")
+        return 0
+    started = time.monotonic()
+    options = collect(words, hints={**CONFIG_HINTS, **RUN_HINTS})
+    objective = options.get("objective")
+    if isinstance(objective, Mapping):  # --objective.clip_low alone
+        options["objective"] = {"name": "policy", **objective}
+    logging.set_verbosity_error()
+    run = RolloutRun(
+        RolloutRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
+        {name: value for name, value in options.items() if name in CONFIG_HINTS},
+    ).prepare()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return _train(run, started)
+    except CheckpointError as error:
+        print(f"clha-fast rlhf: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _train(run: RolloutRun, started: float) -> int:
+    callbacks = run.trainer.callback_handler.callbacks
+    run.trainer.remove_callback(next(c for c in callbacks if type(c).__name__ == "PrinterCallback"))
+    print(header(run), flush=True)
+    run.evaluate_before()
+    if run.before:
+        print(f"\nheld out before training: {_reward_text(run.before)}\n", flush=True)
+    run.trainer.add_callback(_Progress())
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
+        return INTERRUPTED
+    if run.interrupted:
+        run.write_metrics()
+        step = run.trainer.state.global_step
+        print(
+            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    run.trainer.remove_callback(_Progress)
+    run.report()
+    print(f"\n{results(run)}")
+    print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
+    print(f"model           {run.folder}")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+    return 0
+
+
+def header(run: RolloutRun) -> str:
+    """What will be trained, on what, judged by whom."""
+    args, trainer = run.args, run.trainer
+    parameters = [p.numel() for p in trainer.model.parameters()]
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    part = "" if trained == sum(parameters) else f" ({trained / 1e6:.2f} M of them trained)"
+    options: Any = trainer.loss_options
+    kl = f", divergence x {options.kl_weight:g} from {trainer.reference.text}" if options.kl_weight else ""
+    judge = type(run.reward_model.model).__name__
+    lines = {
+        "model": f"{type(base_model(run.model)).__name__}, {sum(parameters) / 1e6:.2f} M parameters{part}",
+        "reward": f"{run.options.reward_model}: {judge}",
+        "device": device_text(args.device),
+        "backend": backend_text(args.backend, args.device, run.model.dtype),
+        "loss": f"policy: clipped at {1 - options.clip_low:g} and {1 + options.clip_high:g}, {options.reduction}{kl}",
+        "rollout": f"{args.answers_per_prompt} answers a prompt, of at most "
+        f"{trainer.train_dataset.settings.max_new_tokens} tokens, for {args.rollout_steps} "
+        f"step{'s' if args.rollout_steps > 1 else ''}",
+        "training": _data_text(trainer.train_dataset),
+        "held out": _data_text(trainer.eval_dataset) if run.held_out else "no held-out set",
+        "folder": folder_text(run),
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+def _data_text(data: PromptDataset) -> str:
+    cut = f"; {data.cut_prompts:,} cut to max_prompt_length" if data.cut_prompts else ""
+    return f"{len(data):,} prompts{cut}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else "{:.4g} to {:.4g}".format(*interval)
+
+
+def _reward_text(found: Mapping[str, Any]) -> str:
+    return f"mean reward {report.number(found['eval_reward'])} (95% interval {_interval(found['interval'])})"
+
+
+def results(run: RolloutRun) -> str:
+    """The held-out rewards before and after training, and how sure the difference is."""
+    if not run.held_out:
+        return "no held-out set: not evaluated"
+    gain, interval = run.gain()
+    sides = (run.before, run.after)
+    rows = [
+        ["mean reward", *(report.number(side["eval_reward"]) for side in sides), report.number(gain)],
+        ["  95% interval", *(_interval(side["interval"]) for side in sides), _interval(interval)],
+        ["tokens an answer", *(report.number(side["eval_answer_tokens"]) for side in sides), ""],
+        ["unfinished", *(report.number(side["eval_unfinished_share"]) for side in sides), ""],
+        ["empty", *(report.number(side["eval_empty_share"]) for side in sides), ""],
+    ]
+    text = [
+        report.table(["held out, greedy", "before", "after", "difference"], rows),
+        f"{len(run.after['rewards']):,} prompts; intervals: bootstrap over prompts",
+        "These rewards are of the model that the policy was trained to please: let another one judge it.",
+    ]
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        text.append("The interval of the difference includes 0.")
+    return "\n".join(text)

@@ -1,0 +1,136 @@
+"""Ranked records of any format, split by prompt into files to train on, to choose by and to test on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from clha_fast.data.containers import files_of
+from clha_fast.data.extra import prompt_digest
+from clha_fast.data.prepare import SPLITS, SUMMARY_FILE, Track
+from clha_fast.data.readers import iter_records
+from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.writing import write_records
+from clha_fast.files import WRITING, file_hash, publish_files, write_json
+
+
+def of_length(record: RankedRecord, length: int) -> RankedRecord:
+    """The record with `length` of its candidates: the best, the worst, and others at even steps of rank between."""
+    size = len(record.completions)
+    chosen = [round(k * (size - 1) / (length - 1)) for k in range(length)]
+    return dataclasses.replace(
+        record,
+        completions=tuple(record.completions[k] for k in chosen),
+        rewards=None if record.rewards is None else tuple(record.rewards[k] for k in chosen),
+        sft_index=0,
+        signals={name: tuple(values[k] for k in chosen) for name, values in record.signals.items()},
+    )
+
+
+def split_files(
+    sources: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    dev: float,
+    test: float,
+    length: int | None = None,
+    overwrite: bool = False,
+    track: Track[Any] = lambda rows, name: rows,
+) -> dict[str, Any]:
+    """Write train.jsonl, dev.jsonl and test.jsonl, and prepare.json with counts and hashes.
+
+    Which file a record is in depends on a hash of its prompt alone: whatever is added, no prompt changes its place, and
+    none is in two of them. A record without a `subset` gets its file's name.
+
+    Args:
+        sources: files or globs in any format that `read_records` takes.
+        dev, test: fractions of the prompts.
+        length: candidates of a record (`of_length`); records with fewer are left out and counted, as bad ones always
+            are. None is all.
+
+    Raises:
+        FileExistsError: `folder` has such files and `overwrite` is not set.
+        ValueError: fractions that leave none for a file, a length below 2, no good record in a file.
+    """
+    for name, value in (("dev", dev), ("test", test)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}: expected a fraction of the prompts between 0 and 1, got {value!r}")
+    if dev + test >= 1:
+        raise ValueError(f"dev: expected fractions that leave prompts to train on, got dev {dev} and test {test}")
+    if length is not None and length < 2:
+        raise ValueError(f"length: expected at least 2 candidates, got {length}")
+    path = os.path.expanduser(os.fspath(folder))
+    names = [f"{split}.jsonl" for split in SPLITS]
+    there = [name for name in (*names, SUMMARY_FILE) if os.path.lexists(os.path.join(path, name))]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{os.path.join(path, there[0])}: exists already; expected a new folder, or overwrite=True"
+        )
+    parts: dict[str, list[RankedRecord]] = {split: [] for split in SPLITS}
+    counts: dict[str, dict[str, Any]] = {}
+    first: dict[str, str] = {}
+    files = [file for source in sources for file in files_of(source)]
+    for file in files:
+        stem = os.path.basename(file).partition(".")[0]
+        bad: list[RecordError] = []
+        for record in track(iter_records(file, errors=bad), os.path.basename(file)):
+            subset = record.subset or stem
+            digest = prompt_digest(record)
+            share = digest / 2**64
+            split = "test" if share < test else "dev" if share < test + dev else "train"
+            empty = {"read": 0, "kept": 0, "dropped": Counter()}
+            count = counts.setdefault(subset, {}).setdefault(split, empty)
+            count["read"] += 1
+            if length is not None and len(record.completions) < length:
+                reason = f"fewer than {length} candidates"
+                count["dropped"][reason] += 1
+                first.setdefault(reason, record.source)
+                continue
+            count["kept"] += 1
+            kept = record if length is None else of_length(record, length)
+            parts[split].append(dataclasses.replace(kept, subset=subset))
+        for error in bad:
+            count = counts.setdefault(stem, {}).setdefault("bad", {"read": 0, "kept": 0, "dropped": Counter()})
+            reason = f"not as expected: {error.field}"
+            count["read"] += 1
+            count["dropped"][reason] += 1
+            first.setdefault(reason, error.source)
+    for split, records in parts.items():
+        if not records:
+            total = sum(count["read"] for found in counts.values() for count in found.values())
+            raise RecordError(
+                f"{split}: expected at least one record, got none of {total:,}; give more prompts, or other fractions "
+                "or another length"
+            )
+    os.makedirs(path, exist_ok=True)
+    staged = os.path.join(path, WRITING)
+    shutil.rmtree(staged, ignore_errors=True)
+    os.makedirs(staged)
+    try:
+        written = {}
+        for split, records in parts.items():
+            target = os.path.join(staged, f"{split}.jsonl")
+            write_records(records, target)
+            subsets = Counter(record.subset for record in records)
+            prompts = len({prompt_digest(record) for record in records})
+            written[f"{split}.jsonl"] = {
+                **{"records": len(records), "prompts": prompts, "subsets": dict(subsets)},
+                "sha256": file_hash(target),
+            }
+        summary = {
+            "settings": {"data": "ranked", "dev": dev, "test": test, "length": length},
+            "files": {os.path.basename(file): file_hash(file) for file in files if os.path.isfile(file)},
+            "extra_candidates": [],
+            "counts": counts,
+            "first": first,
+            "written": written,
+        }
+        publish_files(staged, path)
+        write_json(os.path.join(path, SUMMARY_FILE), summary)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return summary

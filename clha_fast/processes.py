@@ -1,0 +1,154 @@
+"""One run of a file shared out over the processes that `torchrun` or `accelerate launch` has started.
+
+Each does some of the batches and keeps them in a journal of its own. They wait for one another three times: before
+the batches, so that all know what is left; behind them, to exchange values; and until the first has written. In between
+nobody waits: one that fails says why and ends, and the launcher ends the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clha_fast.files import Journal
+
+# Shares differ in length, so the first who is done may wait for hours; one that has ended is noticed at once.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run has ended early."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run; `Processes()` is one alone. `join` finds them.
+
+    Attributes:
+        rank: of this process; the first one, 0, writes and prints. world: how many there are.
+        local_rank: among those of the machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    group: Any = None
+    store: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in the order of ranks; waits for all.
+
+        Raises:
+            ProcessError: one has ended.
+        """
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(found, value, group=self.group)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.world} waited for another that has ended; what that one printed says why"
+            ) from error
+        return found
+
+    def share(self, journal: Journal) -> list[int]:
+        """Numbers of the batches that this process does, of those that no journal of the run has; waits for all.
+
+        Every `world`-th of what is left, whoever did the others, so a run may go on in another number of processes.
+        Files of a run that is not resumed are deleted.
+
+        Raises:
+            ValueError: the processes do not have the same run before them, or not the same journals. ProcessError.
+        """
+        if not self.rank and not journal.resume:
+            journal.remove()
+        (first, done), *others = self.gather((journal.identity, journal.finished))
+        for rank, (identity, finished) in enumerate(others, 1):
+            changed = identity.differences(first.as_dict())
+            if not changed and finished != done:
+                changed = ["it finds other batches finished; all must see the destination's folder"]
+            if changed:
+                raise ValueError(
+                    f"processes: expected the same run in all, got another in process {rank} than in process 0 "
+                    f"({'; '.join(changed)}); give all the same files, settings and kind of device"
+                )
+        left = [number for number in range(len(journal.batches)) if number not in journal.finished]
+        return left[self.rank :: self.world]
+
+    def collect(self, journal: Journal) -> None:
+        """Has the values of all processes in `journal.values`; waits for all.
+
+        Raises:
+            ProcessError: one has ended.
+        """
+        for values in self.gather(journal.values):
+            journal.values.update(values)
+
+    def choose_device(self, device: str) -> None:
+        """Makes the accelerator of this process's number the one that "auto", or a device without a number, means.
+
+        Raises:
+            ValueError: the machine has more processes than accelerators.
+        """
+        import torch
+
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if self.world == 1 or found is None or device not in ("auto", found.type):
+            return
+        count = torch.accelerator.device_count()
+        if self.local_rank >= count:
+            raise ValueError(
+                f"device: expected a {found.type} device a process, got process {self.local_rank} of a machine with "
+                f"{count}; start {count} a machine, or name the device that all share, such as {found.type}:0 or cpu"
+            )
+        torch.accelerator.set_device_index(self.local_rank)
+
+    def first_to_say(self, text: str) -> bool:
+        """Whether no other process has asked this about the same text: what all find out is said once."""
+        if self.store is None:
+            return True
+        name = hashlib.sha256(text.encode()).hexdigest()
+        try:
+            return bool(self.store.add(name, 1) == 1)
+        except RuntimeError:  # the process that holds the store has ended
+            return True
+
+
+ALONE = Processes()
+_joined = ALONE
+
+
+def join() -> Processes:
+    """This process among those that a launcher has started; `ALONE` where it has started one, or there is none.
+
+    Read from RANK, WORLD_SIZE and LOCAL_RANK. Waits until all have joined. They speak over gloo, whatever the devices.
+
+    Raises:
+        ValueError: one of MASTER_ADDR and MASTER_PORT, which launchers set too, is missing.
+    """
+    global _joined
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and "RANK" in os.environ and _joined is ALONE:
+        import torch.distributed as dist
+
+        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+        if dist.is_initialized():
+            _joined = Processes(rank, world, local, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        else:
+            store, *_ = next(dist.rendezvous("env://"))
+            meeting = dist.PrefixStore("clha_fast/group", store)
+            dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=_PATIENCE)
+            _joined = Processes(rank, world, local, None, dist.PrefixStore("clha_fast/said", store))
+    return _joined
+
+
+def joined() -> Processes:
+    """What `join` has found, `ALONE` before."""
+    return _joined

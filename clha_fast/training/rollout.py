@@ -1,0 +1,377 @@
+"""RLHF with a rollout step: the policy answers prompts, a reward judges, clipped policy gradients update."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
+from clha_fast.data.prompts import Prompted
+from clha_fast.data.records import RecordError
+from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
+from clha_fast.generation.hf import generate_tokens, positions_of
+from clha_fast.generation.prompts import encode_prompts, own_ends
+from clha_fast.models.adapters import base_model
+from clha_fast.models.forward import LogpForward
+from clha_fast.objectives.policy import PolicyOptions
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
+from clha_fast.training.validation import sampling_strategy
+
+# Rewards of the answers to each prompt, from the prompts' records and the answers' texts.
+Reward = Callable[[Sequence[Prompted], Sequence[Sequence[str]]], list[list[float]]]
+METRICS = ("reward", "answer_tokens", "unfinished_share", "empty_share")
+_WAITING_FILE = "rollout.pt"
+
+
+@dataclass
+class RolloutConfig(CLHAConfig):
+    """`CLHAConfig` for `RolloutTrainer`; a batch counts prompts, each with all its answers.
+
+    Args:
+        objective: "policy", or a mapping with the settings of `PolicyOptions`; advantages are those of the group.
+            With `kl_weight` the reference is a frozen copy of the model as it is at the start, unless `reference`
+            names another.
+        answers_per_prompt: sampled from the policy at `temperature`, from all of its distribution.
+        rollout_steps: optimiser steps on the answers of one rollout. With 1 the policy that is updated is the one that
+            sampled, and nothing is clipped.
+        max_prompt_length, max_completion_length: tokens of a prompt and of an answer.
+        per_device_eval_batch_size: answers that are sampled, or judged, at a time.
+
+    Raises:
+        ValueError: as `CLHAConfig`; fewer than two answers a prompt; a setting that has no meaning here.
+    """
+
+    objective: dict[str, Any] | str | None = field(default="policy", metadata={"help": "policy, or with settings."})
+    normalizer: str = field(default="global", metadata={"help": "batch or global."})
+    max_prompt_length: int | None = field(default=384, metadata={"help": "Tokens, cut on the left."})
+    max_completion_length: int | None = field(default=128, metadata={"help": "Tokens of an answer."})
+    answers_per_prompt: int = field(default=4, metadata={"help": "Sampled from the policy."})
+    rollout_steps: int = field(default=1, metadata={"help": "Optimiser steps on one rollout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = self.loss_options()
+        if not isinstance(options, PolicyOptions) or options.advantages != "group":
+            raise ValueError(f"objective: expected policy with the advantages of the group, got {self.objective!r}")
+        for name, least in (("answers_per_prompt", 2), ("rollout_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {getattr(self, name)}")
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length: expected a number of tokens, at which an answer ends, got None")
+        if self.reference == "file":
+            raise ValueError("reference: expected copy, adapter or a model for answers that are sampled, got 'file'")
+        for name, none in _NOTHING.items():
+            if getattr(self, name) != none:
+                raise ValueError(f"{name}: expected {none!r} where answers are sampled, got {getattr(self, name)!r}")
+        if sampling_strategy(self) == "group_by_length":
+            raise ValueError("train_sampling_strategy: expected random or sequential, got 'group_by_length'")
+        if self.fsdp or self.deepspeed or self.world_size > 1:
+            raise ValueError(
+                "args: expected one process without FSDP or DeepSpeed (this loop is a small one; TRL's GRPOTrainer is "
+                f"for many), got {self.world_size} process{'es' if self.world_size > 1 else ''}"
+            )
+
+
+_NOTHING: dict[str, Any] = {
+    "max_length": None,
+    "max_tokens_per_batch": None,
+    "dataset_num_proc": None,
+    "skip_bad_records": False,
+    "eval_samples": 0,
+    "batch_eval_metrics": False,
+}
+
+
+class PromptDataset(torch.utils.data.Dataset[int]):
+    """Prompts, tokenised once; an item is its own number.
+
+    Attributes:
+        records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
+    """
+
+    skipped: Sequence[RecordError] = ()
+
+    def __init__(
+        self,
+        records: Sequence[Prompted],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        positions: int | None = None,
+    ) -> None:
+        if not records:
+            raise RecordError("prompts: expected at least one, got none")
+        encoded = encode_prompts(records, tokenizer, settings, positions)
+        self.records, self.prompts = list(records), encoded.prompts
+        self.settings, self.cut_prompts = encoded.settings, encoded.cut
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def collate_numbers(numbers: Sequence[int]) -> dict[str, Tensor]:
+    """The batch of a `PromptDataset`."""
+    return {"prompts": torch.tensor(list(numbers))}
+
+
+class RolloutTrainer(CLHATrainer):
+    """Trains a causal language model on answers of its own: GRPO and its kin, in one process.
+
+    Every `rollout_steps` optimiser steps the policy, as it then is, answers the prompts of those steps
+    (`answers_per_prompt` each), `reward` judges the answers, and `PolicyOptions` makes advantages of them within each
+    prompt. The log-probabilities of the policy that sampled, one a token, are computed by the very forward that trains.
+    Dropout is switched off, for the ratio of both would measure it.
+
+    Logs carry `reward` (the mean over answers), `answer_tokens`, `unfinished_share` (answers that reached
+    `max_completion_length`) and `empty_share`; evaluation the same under `eval_`, of one greedy answer a prompt.
+    A resumed run gives the very weights of an uninterrupted one: draws depend on `seed`, step and place alone, and a
+    checkpoint holds the answers that still wait.
+
+    Args:
+        model, args, processing_class, peft_config, ref_model, **kwargs: as `CLHATrainer`; `args` a `RolloutConfig`.
+        reward: from records and texts of answers, see `rewards.answers.AnswerRewards`; or a function of your own.
+        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file).
+
+    Raises:
+        ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite.
+    """
+
+    control: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RolloutConfig,
+        reward: Reward,
+        train_dataset: Sequence[Prompted] | None = None,
+        eval_dataset: Sequence[Prompted] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, RolloutConfig):
+            raise ValueError(f"args: expected a RolloutConfig, got {type(args).__name__}")
+        if processing_class is None:
+            raise ValueError("processing_class: expected the model's tokenizer, got None")
+        assert args.max_completion_length is not None
+        settings = GenerationSettings(args.max_completion_length, args.max_prompt_length, seed=args.seed)
+        train, held_out = (
+            PromptDataset(rows, processing_class, settings, positions_of(model)) if rows else None
+            for rows in (train_dataset, eval_dataset)
+        )
+        self.reward = reward
+        self._waiting: list[list[dict[str, Any]]] = []
+        self._to_skip = 0
+        self._rollouts: list[dict[str, float]] = []
+        super().__init__(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            data_collator=collate_numbers,
+            **kwargs,
+        )
+        _no_dropout(self.model)
+        backend: Any = args.backend
+        self._logps = LogpForward(base_model(self.model), self.head_info, self.head_options, backend)
+
+    # ---- rollouts ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimiser step; the first step of a rollout answers the prompts of all."""
+
+        def draw() -> list[Any]:
+            return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)[0]
+
+        for _ in range(self._to_skip):  # prompts of the answers that came with a checkpoint
+            draw()
+        self._to_skip = 0
+        if not self._waiting:
+            drawn = (draw() for _ in range(self.args.rollout_steps))
+            self._waiting = self._rollout([step for step in drawn if step])
+        samples = self._waiting.pop(0) if self._waiting else []
+        self._count_step(samples, device)
+        return samples, None
+
+    def _rollout(self, steps: Sequence[Sequence[dict[str, Tensor]]]) -> list[list[dict[str, Any]]]:
+        """The micro-batches of these steps' prompts, answered by the policy as it is."""
+        batches = [batch["prompts"].tolist() for step in steps for batch in step]
+        numbers = [number for batch in batches for number in batch]
+        if not numbers:
+            return []
+        found = self._answer(self.train_dataset, numbers, self.args.answers_per_prompt, self.args.temperature)
+        self._rollouts.append(found.metrics)
+        features = iter(found.features)
+        packed = iter([self._pack([next(features) for _ in batch]) for batch in batches])
+        return [[next(packed) for _ in step] for step in steps]
+
+    def _pack(self, features: list[CandidateFeature]) -> dict[str, Any]:
+        """A micro-batch with `old_logps`, on the CPU."""
+        batch = pack_candidates(
+            features,
+            pad_token_id=self._pad,
+            objective=self.loss_options,
+            drop_inert=self.args.drop_inert,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+        here = CandidateBatch.from_dict(self._prepare_inputs(batch.as_dict()))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logps = self._logps(self.model, here.model_inputs(), here.targets, here.row_index)
+        return dataclasses.replace(batch, old_logps=logps.float().cpu()).as_dict()
+
+    @property
+    def _pad(self) -> int:
+        tokenizer: Any = self.processing_class
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def _answer(self, dataset: PromptDataset, numbers: Sequence[int], count: int, temperature: float) -> Answered:
+        """`count` answers to each of these prompts, judged; of no temperature greedy ones."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        prompts = [dataset.prompts[number] for number in numbers for _ in range(count)]
+        places = [f"{self.args.seed} {self.state.global_step} {place}" for place in range(len(prompts))]
+        seeds = [int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 1 for place in places]
+        training = model.training
+        model.eval()
+        tokens: list[list[int]] = []
+        with self.compute_loss_context_manager():
+            for start in range(0, len(prompts), self.args.eval_batch_size):
+                part = slice(start, start + self.args.eval_batch_size)
+                tokens += self._sample(model, prompts[part], seeds[part], dataset.settings.max_new_tokens, temperature)
+        model.train(training)
+        texts, finished = zip(*map(self._text, prompts, tokens), strict=True)
+        grouped = [list(texts[start : start + count]) for start in range(0, len(texts), count)]
+        records = [dataset.records[number] for number in numbers]
+        rewards = self._judge(records, grouped)
+        features: list[CandidateFeature] = [
+            {
+                "prompt_ids": prompts[place * count].ids,
+                "completion_ids": tokens[place * count : (place + 1) * count],
+                "rewards": own,
+                "sft_index": 0,
+                "source": record.source,
+            }
+            for place, (record, own) in enumerate(zip(records, rewards, strict=True))
+        ]
+        values: tuple[list[float], ...] = (
+            [reward for own in rewards for reward in own],
+            [float(len(row)) for row in tokens],
+            [float(not end) for end in finished],
+            [float(not text) for text in texts],
+        )
+        means = {name: sum(value) / len(tokens) for name, value in zip(METRICS, values, strict=True)}
+        return Answered(features, means)
+
+    def _sample(
+        self, model: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int], length: int, temperature: float
+    ) -> list[list[int]]:
+        stopped = None
+        if any(prompt.stops for prompt in prompts):
+
+            def stopped(row: int, new: list[int]) -> bool:
+                return cut_answer(self._decode(new), prompts[row].stops)[1]
+
+        return generate_tokens(
+            model,
+            [prompt.ids for prompt in prompts],
+            ends=self._ends(prompts[0]),
+            pad=self._pad,
+            max_new_tokens=length,
+            temperature=temperature,
+            seeds=seeds,
+            stopped=stopped,
+        )
+
+    def _ends(self, prompt: EncodedPrompt) -> list[int]:
+        return sorted({*prompt.ends, *own_ends(self.accelerator.unwrap_model(self.model))})
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        tokenizer: Any = self.processing_class
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _text(self, prompt: EncodedPrompt, tokens: Sequence[int]) -> tuple[str, bool]:
+        """An answer's text as its reader gets it, and whether it has an end."""
+        ended = tokens[-1] in self._ends(prompt)
+        text, stop = cut_answer(self._decode(tokens[:-1] if ended else tokens), prompt.stops)
+        return text, ended or stop
+
+    def _judge(self, records: Sequence[Prompted], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        rewards = [[float(value) for value in own] for own in self.reward(records, texts)]
+        if list(map(len, rewards)) != list(map(len, texts)):
+            raise ValueError(
+                f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "
+                f"{list(map(len, rewards))[:8]}"
+            )
+        if not all(abs(value) < float("inf") for own in rewards for value in own):
+            raise ValueError("reward: expected finite numbers, got others")
+        return rewards
+
+    # ---- evaluation, checkpoints, logs ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """The rewards of one greedy answer a held-out prompt; also `rewards`, those of each prompt, not logged.
+
+        Args:
+            eval_dataset: None is the trainer's own; or records.
+        """
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+            assert self.args.max_completion_length is not None
+            settings = GenerationSettings(self.args.max_completion_length, self.args.max_prompt_length)
+            dataset = PromptDataset(eval_dataset, self.processing_class, settings, positions_of(self.model))
+        if not isinstance(dataset, PromptDataset):
+            raise ValueError("eval_dataset: expected prompts to answer, got none")
+        found = self._answer(dataset, range(len(dataset)), 1, 0.0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return {**metrics, "rewards": [own for feature in found.features for own in feature["rewards"] or ()]}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `CLHATrainer`; a training line also gets the means over the rollouts since the last one."""
+        if "loss" in logs and self._rollouts:
+            logs.update({name: sum(part[name] for part in self._rollouts) / len(self._rollouts) for name in METRICS})
+            self._rollouts = []
+        super().log(logs, start_time)
+
+    def _write_more(self, checkpoint: str) -> None:
+        super()._write_more(checkpoint)
+        torch.save({"waiting": self._waiting, "rollouts": self._rollouts}, os.path.join(checkpoint, _WAITING_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        found = torch.load(os.path.join(resume_from_checkpoint, _WAITING_FILE), weights_only=True)
+        self._waiting, self._rollouts = found["waiting"], found["rollouts"]
+        self._to_skip = len(self._waiting)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a rollout gave: the prompts with their answers and rewards, and means over the answers."""
+
+    features: list[CandidateFeature]
+    metrics: dict[str, float]
+
+
+def _no_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):  # for functional.dropout
+                setattr(module, name, 0.0)

@@ -1,0 +1,130 @@
+"""`clha-fast rlhf`: from a model, a reward model and prompts to a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from clha_fast.cli import main as cli
+from clha_fast.cli import reward_model as cli_reward_model
+from clha_fast.cli import rlhf as cli_rlhf
+from clha_fast.experiments.rollout_run import RolloutRunOptions
+from clha_fast.experiments.run import RunOptions
+from tests.support.command_line import one_sentence
+from tests.support.reward_models import TOKENIZER, save_llama, write
+from tests.support.tiny import make_model
+
+pytest.importorskip("scipy")
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    """`rlhf` over 12 prompts, 3 to 5 of them held out, with a reward model of random weights."""
+    if not (folder / "policy").exists():
+        make_model(len(TOKENIZER)).save_pretrained(folder / "policy")
+        TOKENIZER.save_pretrained(folder / "policy")
+        save_llama(folder / "judge")
+        write(folder / "prompts.jsonl", [{"prompt": f"say {number}"} for number in range(12)])
+    words = ["rlhf", "--train_file", folder / "prompts.jsonl", "--model", folder / "policy"]
+    words += ["--reward_model", folder / "judge", "--output_dir", folder / "run", "--eval_fraction", "0.3", "--use_cpu"]
+    words += ["--max_steps", "4", "--save_steps", "3", "--logging_steps", "2", "--per_device_train_batch_size", "2"]
+    words += ["--max_completion_length", "5", "--learning_rate", "1e-2", "--rollout_steps", "2", *flags]
+    return [str(word) for word in words]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run" / "metrics.json").read_text())
+    return found
+
+
+def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "loss      policy: clipped at 0.8 and 1.2, token_mean\n" in out
+    assert "rollout   4 answers a prompt, of at most 5 tokens, for 2 steps\n" in out
+    assert "held out before training: mean reward " in out
+    found = figures(tmp_path)
+    before, after = found["before"], found["after"]
+    assert len(before["rewards"]) == len(after["rewards"]) >= 2
+    assert before["interval"][0] <= before["eval_reward"] <= before["interval"][1]
+    assert before["eval_reward"] == pytest.approx(sum(before["rewards"]) / len(before["rewards"]))
+    row = next(line for line in out.splitlines() if line.startswith("mean reward"))
+    assert row.split()[2:] == [
+        f"{value:.4g}"
+        for value in (before["eval_reward"], after["eval_reward"], after["eval_reward"] - before["eval_reward"])
+    ]
+    assert [line["step"] for line in found["log"] if "reward" in line] == [2, 4]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert not torch.equal(trained["lm_head.weight"], make_model(len(TOKENIZER)).state_dict()["lm_head.weight"])
+
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # step 3 is the first of a rollout of two
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert cli.main(command(tmp_path, "--resume")) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    again = figures(tmp_path)
+    assert (again["before"], again["after"]["rewards"]) == (before, after["rewards"])
+    config = tmp_path / "judge" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    capsys.readouterr()
+    assert cli.main(command(tmp_path, "--resume")) == 2
+    assert "reward_model changed" in capsys.readouterr().err
+
+
+def test_settings_of_the_objective(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--objective.clip_high",
+        "0.28",
+        "--objective.kl_weight",
+        "0.1",
+        "--eval_fraction",
+        "0",
+        "--max_steps",
+        "1",
+    ]
+    assert cli.main(command(tmp_path, *flags)) == 0
+    out = capsys.readouterr().out
+    assert "policy: clipped at 0.8 and 1.28, token_mean, divergence x 0.1 from a frozen copy of the model" in out
+    assert "no held-out set: not evaluated" in out
+
+
+def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*flags: str) -> str:
+        assert cli.main(command(tmp_path, *flags)) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "rank_by_reward: expected False where a model answers prompts, got True" in refused("--rank_by_reward")
+    assert "build_tokenizer: expected None" in refused("--build_tokenizer.vocab_size", "300")
+    assert "max_length: expected None where answers are sampled, got 9" in refused("--max_length", "9")
+    assert "metric_for_best_model: expected one of reward, answer_tokens" in refused("--metric_for_best_model", "loss")
+    assert "reward_model: expected" in refused("--reward_model", str(tmp_path / "nothing"))
+    capsys.readouterr()
+    assert cli.main(["rlhf", "--train_file", "x", "--model", "y", "--output_dir", "z"]) == 2
+    assert "reward_model: expected a folder or name of a reward model, got nothing" in one_sentence(capsys)
+    assert cli.main(["rlhf", "--train_file", "x", "--reward_model", "y", "--output_dir", "z"]) == 2
+    assert "model: expected a folder or name of the language model to go on with" in one_sentence(capsys)
+    assert cli.main(["rlhf", "--help"]) == 0
+
+
+def test_every_option_of_a_run_is_used_or_refused() -> None:
+    """A new field of `RunOptions` becomes an option here, too: decide what a rollout does with it."""
+    own = set(RolloutRunOptions.__dataclass_fields__) - set(RunOptions.__dataclass_fields__)
+    assert own == {"reward_model", "label"}
+    known = """train_file eval_file eval_fraction format columns rank_by_reward skip_bad_records model model_config
+    tokenizer build_tokenizer peft_config dtype attn_implementation resume overwrite"""
+    assert set(RunOptions.__dataclass_fields__) == set(known.split())
+
+
+@pytest.mark.parametrize("module", [cli_rlhf, cli_reward_model])
+def test_options_named_in_the_help_exist(module: Any) -> None:
+    text = module.HELP if module is cli_rlhf else module.TRAIN_HELP
+    named = set(re.findall(r"--(\w+)", text)) - {"OPTION", "config", "reward"}  # `score --reward-model`
+    assert named <= {*module.RUN_HINTS, *module.CONFIG_HINTS}
+    assert {"train_file", "output_dir", "resume", "learning_rate"} <= named

@@ -1,0 +1,117 @@
+"""Ranked files split by prompt: every prompt in one file, whatever else there is, and candidates cut to a length."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clha_fast.cli.main import main
+from clha_fast.data import read_records
+from clha_fast.data.parts import of_length, split_files
+from clha_fast.data.records import RankedRecord
+
+
+def write(path, start, count, size=4, subset=None):
+    lines = []
+    for number in range(start, start + count):
+        row = {
+            "prompt": f"question {number}",
+            "completions": [f"answer {number} {k}" for k in range(size)],
+            "rewards": [float(size - k) for k in range(size)],
+        }
+        lines.append(json.dumps({**row, **({"subset": subset} if subset else {})}))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def prompts(folder):
+    return {name: [r.prompt for r in read_records(str(folder / f"{name}.jsonl"))] for name in ("train", "dev", "test")}
+
+
+def test_no_prompt_is_in_two_files_and_none_moves_when_others_come(tmp_path):
+    one = write(tmp_path / "one.jsonl", 0, 120)
+    again = write(tmp_path / "again.jsonl", 60, 120, size=2, subset="own")
+    split_files([one], tmp_path / "a", dev=0.2, test=0.3)
+    split_files([one, again], tmp_path / "b", dev=0.2, test=0.3)
+    small, large = prompts(tmp_path / "a"), prompts(tmp_path / "b")
+    for name, found in small.items():
+        assert set(found) <= set(large[name])
+    sets = [set(found) for found in large.values()]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 180
+    assert 0.15 < len(set(large["dev"])) / 180 < 0.25
+    assert 0.2 < len(set(large["test"])) / 180 < 0.4
+    subsets = {record.subset for record in read_records(str(tmp_path / "b" / "train.jsonl"))}
+    assert subsets == {"one", "own"}
+
+
+@pytest.mark.parametrize(("length", "chosen"), [(2, (0, 4)), (3, (0, 2, 4)), (4, (0, 1, 3, 4)), (5, (0, 1, 2, 3, 4))])
+def test_best_worst_and_even_steps_between(length, chosen):
+    record = RankedRecord(
+        "q",
+        tuple("abcde"),
+        (5.0, 4.0, 3.0, 2.0, 1.0),
+        sft_index=2,
+        signals={"reference_logps": (-1.0, -2.0, -3.0, -4.0, -5.0)},
+        subset="s",
+    )
+    found = of_length(record, length)
+    assert found.completions == tuple("abcde"[k] for k in chosen)
+    assert found.rewards == tuple(5.0 - k for k in chosen)
+    assert found.signals["reference_logps"] == tuple(-1.0 - k for k in chosen)
+    assert (found.sft_index, found.subset) == (0, "s")
+
+
+def test_records_that_are_too_short_are_left_out_and_counted(tmp_path, capsys):
+    long, short = write(tmp_path / "long.jsonl", 0, 80), write(tmp_path / "short.jsonl", 200, 40, size=2)
+    command = [
+        "prepare",
+        "ranked",
+        long,
+        short,
+        str(tmp_path / "out"),
+        "--dev",
+        "0.2",
+        "--test",
+        "0.2",
+        "--length",
+        "3",
+    ]
+    assert main(command) == 0
+    assert "40  fewer than 3 candidates" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert (
+        sum(count["dropped"].get("fewer than 3 candidates", 0) for count in summary["counts"]["short"].values()) == 40
+    )
+    assert {len(r.completions) for r in read_records(str(tmp_path / "out" / "train.jsonl"))} == {3}
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
+    good = write(tmp_path / "good.jsonl", 0, 60)
+    with open(good, "a") as file:
+        file.write(json.dumps({"prompt": "x", "completions": ["a", ""]}) + "\n{broken\n")
+    assert main(["prepare", "ranked", good, str(tmp_path / "out"), "--dev", "0.2", "--test", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "bad 0 of 2 records kept" in out
+    assert f"not as expected: completions[1] (first: {good}:61)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--test", "0.2", "--dev", "0.9"], "leave prompts to train on"),
+        (["--test", "0.2", "--dev", "30"], "dev: expected a fraction of the prompts between 0 and 1"),
+        (["--test", "0.2", "--dev", "0.1", "--length", "1"], "length: expected at least 2 candidates, got 1"),
+        (["--test", "0.2", "--dev", "0.1", "--length", "9"], "train: expected at least one record, got none of 30"),
+        (["--dev", "0.1"], "--test: expected the fraction"),
+        (["--test", "0.2", "--parse", "clean"], "--parse: expected none for ranked files"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence_and_writes_nothing(tmp_path, capsys, words, said):
+    source = write(tmp_path / "a.jsonl", 0, 30)
+    assert main(["prepare", "ranked", source, str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,226 @@
+"""Rollouts: what is sampled is what is trained, its log-probabilities are the sampler's, and the reward rises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clha_fast.batching.batch import CandidateBatch
+from clha_fast.data.prompts import Prompted, PromptRecord
+from clha_fast.generation.backend import EncodedPrompt
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from tests.support.power_cuts import CutAfter, PowerCut, dropout_model, weights
+from tests.support.tiny import make_model, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+PROMPTS: list[Prompted] = [PromptRecord(f"say {number}") for number in range(10)]
+
+
+def vowels(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """A reward that can be computed: it likes an e."""
+    return [[float(text.count("e")) for text in texts] for texts in answers]
+
+
+def trainer(
+    folder: Path, model: Any = None, reward: Any = vowels, callbacks: Any = (), **changes: Any
+) -> RolloutTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 16,
+        "answers_per_prompt": 5,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
+    return RolloutTrainer(
+        make_model(len(TOKENIZER)) if model is None else model,
+        RolloutConfig(**{**settings, **changes}),
+        reward,
+        PROMPTS,
+        PROMPTS[:3],
+        TOKENIZER,
+        callbacks=list(callbacks),
+    )
+
+
+def rollout(ours: RolloutTrainer, *steps: list[int]) -> list[CandidateBatch]:
+    drawn = [[{"prompts": torch.tensor(numbers)}] for numbers in steps]
+    return [CandidateBatch.from_dict(batch) for step in ours._rollout(drawn) for batch in step]
+
+
+def eager_logps(model: Any, batch: CandidateBatch, temperature: float) -> torch.Tensor:
+    logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.row_index] / temperature
+    return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+
+def test_reward_rises(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, max_steps=40, rollout_steps=2, logging_steps=10, per_device_train_batch_size=5)
+    before = ours.evaluate()
+    ours.train()
+    after = ours.evaluate()
+    seen = [line["reward"] for line in ours.state.log_history if "loss" in line]
+    assert len(seen) == 4
+    assert seen[0] < 1 < 3 < seen[-1]
+    assert seen == sorted(seen)
+    assert before["eval_reward"] < 1 < 3 < after["eval_reward"]
+    assert after["eval_reward"] == sum(after["rewards"]) / 3
+    assert any(line.get("clip_share", 0) > 0 for line in ours.state.log_history)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_trained_is_what_was_sampled(tmp_path: Path, temperature: float) -> None:
+    judged: list[tuple[str, str]] = []
+
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        judged.extend(
+            (str(record.prompt), text) for record, texts in zip(records, answers, strict=True) for text in texts
+        )
+        return vowels(records, answers)
+
+    ours = trainer(tmp_path, reward=reward, temperature=temperature, drop_inert=False)
+    (batch,) = rollout(ours, [3, 7])
+    assert batch.candidates_per_prompt.tolist() == [5, 5]
+    assert [prompt for prompt, _ in judged] == ["say 3"] * 5 + ["say 7"] * 5
+    rows = batch.targets.split(batch.candidate_lengths.tolist())
+    assert len({tuple(row.tolist()) for row in rows}) > 7
+    for row, (_, text) in zip(rows, judged, strict=True):
+        assert TOKENIZER.decode(row, skip_special_tokens=True).strip() == text
+        assert 1 not in row[:-1].tolist()
+        assert len(row) == 6 or row[-1] == 1
+    assert batch.rewards is not None
+    assert batch.rewards.tolist() == [float(text.count("e")) for _, text in judged]
+    assert batch.old_logps is not None
+    with torch.no_grad():
+        expected = eager_logps(ours.model.eval(), batch, temperature)
+    torch.testing.assert_close(batch.old_logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_first_step_by_hand(tmp_path: Path) -> None:
+    """rho is 1: the loss is -sum A_i |y_i| / tokens, its slope -A_i / tokens a token."""
+    ours = trainer(tmp_path, drop_inert=False)
+    drawn = iter([{"prompts": torch.tensor([1, 2])}])
+    samples, _ = ours.get_batch_samples(drawn, 1, torch.device("cpu"))
+    batch = CandidateBatch.from_dict(samples[0])
+    assert batch.rewards is not None
+    rewards = batch.rewards.double().split([5, 5])
+    assert all(len(own.unique()) > 1 for own in rewards)
+    advantages = torch.cat([(own - own.mean()) / (own.std() + 1e-4) for own in rewards])
+    lengths = batch.candidate_lengths
+    expected = -float((advantages * lengths).sum() / lengths.sum())
+    ours.current_gradient_accumulation_steps = 1
+    ours.accelerator.gradient_state._set_sync_gradients(True)
+    loss = ours.training_step(ours.model, samples[0])
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    by_hand = -(eager_logps(ours.model, batch, 1.0) * advantages.repeat_interleave(lengths)).sum() / lengths.sum()
+    names = [name for name, _ in ours.model.named_parameters()]
+    gradients = dict(zip(names, torch.autograd.grad(by_hand, list(ours.model.parameters())), strict=True))
+    norm = sum(float(grad.norm()) ** 2 for grad in gradients.values()) ** 0.5
+    assert norm > 0.01
+    for name, weight in ours.model.named_parameters():
+        assert weight.grad is not None
+        assert float((weight.grad - gradients[name]).norm()) < 1e-4 * norm, name
+
+
+def test_the_sampler_is_the_policy_until_it_is_updated(tmp_path: Path) -> None:
+    """Dropout would part them; with three steps a rollout the later ones are off. An epoch has 5: 3, 2, and anew."""
+    ours = trainer(tmp_path, dropout_model(), max_steps=6, rollout_steps=3)
+    ours.train()
+    lines = [line for line in ours.state.log_history if "loss" in line]
+    assert [line["old_kl"] > 1e-7 for line in lines] == [False, True, True, False, True, False]
+    assert [lines[step]["ratio"] for step in (0, 3, 5)] == pytest.approx([1, 1, 1], abs=1e-6)
+    assert ours.model.config.attn_pdrop == 0.1  # what is saved is the model as it came
+
+
+def test_reference(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, objective={"name": "policy", "kl_weight": 0.5}, reference="copy")
+    ours.train()
+    found = [line["reference_kl"] for line in ours.state.log_history if "loss" in line]
+    assert found[0] == pytest.approx(0, abs=1e-7)
+    assert found[-1] > 1e-4
+
+
+# 10 prompts, 2 a batch: 5 steps an epoch, so that its last rollout is shorter; a cut at 4 has one step's answers left.
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
+def test_resumed_in_the_middle_of_a_rollout(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = {"max_steps": 8, "rollout_steps": 3, "save_strategy": "steps", "save_steps": 4, **changes}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    half = trainer(tmp_path / "half", callbacks=[CutAfter(4)], **settings)
+    with pytest.raises(PowerCut):
+        half.train()
+    torch.manual_seed(1234)
+    rest = trainer(tmp_path / "half", **settings)
+    rest.train(resume_from_checkpoint=True)
+    expected = weights(whole.model)
+    assert not torch.equal(expected["lm_head.weight"], weights(half.model)["lm_head.weight"])
+    for name, tensor in weights(rest.model).items():
+        assert torch.equal(tensor, expected[name]), name
+    for name in ("reward", "loss", "ratio"):
+        assert [line.get(name) for line in rest.state.log_history] == [
+            line.get(name) for line in whole.state.log_history
+        ], name
+
+
+def test_stop_texts(tmp_path: Path) -> None:
+    ours = trainer(tmp_path)
+    prompt = EncodedPrompt((0, 5), ("Human:",), (1,), 0)
+    for text, expected in (("joy Human: rain", ("joy", True)), ("joy", ("joy", False)), ("Human:", ("", True))):
+        assert ours._text(prompt, TOKENIZER(text, add_special_tokens=False)["input_ids"]) == expected
+    assert ours._text(prompt, [*TOKENIZER("joy", add_special_tokens=False)["input_ids"], 1]) == ("joy", True)
+    assert ours._text(prompt, [1]) == ("", True)
+
+
+def test_equal_rewards_train_nothing(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, reward=lambda records, answers: [[1.0] * len(texts) for texts in answers], max_steps=2)
+    before = weights(ours.model)
+    ours.train()
+    for name, tensor in weights(ours.model).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            lambda r, a: [[0.0] for _ in a],
+            r"reward: expected 2 lists of 5 numbers, one an answer, got lists of \[1, 1\]",
+        ),
+        (lambda r, a: [[math.nan] * len(t) for t in a], "reward: expected finite numbers"),
+    ],
+)
+def test_rewards_that_are_refused(tmp_path: Path, reward: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, reward=reward).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "sft"}, "objective: expected policy with the advantages of the group, got 'sft'"),
+        ({"objective": {"name": "policy", "advantages": "given"}}, "objective: expected policy with the advantages of"),
+        ({"answers_per_prompt": 1}, "answers_per_prompt: expected a whole number of at least 2, got 1"),
+        ({"rollout_steps": 0}, "rollout_steps: expected a whole number of at least 1, got 0"),
+        ({"max_completion_length": None}, "max_completion_length: expected a number of tokens"),
+        ({"max_length": 10}, "max_length: expected None where answers are sampled, got 10"),
+        ({"eval_samples": 2}, "eval_samples: expected 0 where answers are sampled, got 2"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
+        ({"fsdp": True}, "args: expected one process without FSDP or DeepSpeed"),
+        ({"margin": 2.0}, "margin: expected none with objective='policy'"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **changes)
