@@ -407,9 +407,11 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         skipped: list[RecordError] | None = None,
     ) -> None:
         self.skipped: list[RecordError] = [] if skipped is None else skipped
-        carried = [name for name in collator.signals if name in PER_CANDIDATE]
+        optional = [name for name in collator.signals if name in PER_CANDIDATE]
+        if collator.options.markers is not None:
+            optional.append("completion_mask")
         found = (
-            tokenise_table(records, collator.tokenize_counted, num_proc, skipped, carried)
+            tokenise_table(records, collator.tokenize_counted, num_proc, skipped, optional)
             if is_table(records)
             else tokenise_all(records, collator.tokenize_counted, num_proc, skipped, progress)
         )

@@ -165,12 +165,12 @@ def tokenise_table(
     tokenise: Tokenise,
     num_proc: int | None = None,
     skipped: list[RecordError] | None = None,
-    signals: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> Tokenised:
     """A `datasets.Dataset` of rows in a known format, tokenised by its own `map`; arguments as `tokenise_all`.
 
     Args:
-        signals: those of a record that `tokenise` may give.
+        optional: what `tokenise` may give beside what every feature has: signals, `completion_mask`.
 
     The result is a table in memory, four bytes a token. It is not cached on disk: a cache is looked up by the name of
     a function in this library, and would outlive a change of what that function does.
@@ -178,13 +178,13 @@ def tokenise_table(
     check_num_proc(num_proc)
     datasets = importlib.import_module("datasets")
     whole, number = datasets.Value("int32"), datasets.Value("int64")
+    numbers, masks = datasets.List(datasets.Value("float64")), datasets.List(datasets.List(datasets.Value("int8")))
     columns = {
         "prompt_ids": datasets.List(whole),
         "completion_ids": datasets.List(datasets.List(whole)),
-        "completion_mask": datasets.List(datasets.List(datasets.Value("int8"))),
-        "rewards": datasets.List(datasets.Value("float64")),
+        "rewards": numbers,
         "sft_index": number,
-        **{name: datasets.List(datasets.Value("float64")) for name in signals},
+        **{name: masks if name == "completion_mask" else numbers for name in optional},
         "source": datasets.Value("string"),
         "error": datasets.Value("string"),
         "cut_prompts": number,
@@ -192,7 +192,7 @@ def tokenise_table(
         "notes": datasets.Value("string"),
     }
     done = table.map(
-        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None, signals=signals),
+        functools.partial(_table_row, tokenise=tokenise, skip=skipped is not None, optional=optional),
         with_indices=True,
         num_proc=num_proc,
         remove_columns=table.column_names,
@@ -218,17 +218,16 @@ def tokenise_table(
 
 
 def _table_row(
-    row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool, signals: Collection[str]
+    row: Mapping[str, Any], index: int, tokenise: Tokenise, skip: bool, optional: Collection[str]
 ) -> dict[str, Any]:
     notes = Notes()
     try:
         feature, prompts, completions = tokenise(as_record(row, f"record {index}", notes))
         counts = {"cut_prompts": prompts, "cut_completions": completions, "notes": json.dumps(notes.as_dict())}
-        return {"completion_mask": None, **dict.fromkeys(signals), **feature, "error": None, **counts}
+        return {**dict.fromkeys(optional), **feature, "error": None, **counts}
     except RecordError as error:
         if not skip:
             raise
-        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "completion_mask": None}
-        nothing |= {"rewards": None, "sft_index": 0}
+        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "rewards": None, "sft_index": 0}
         nothing |= {"cut_prompts": 0, "cut_completions": 0, "notes": json.dumps(Notes().as_dict())}
-        return {**nothing, **dict.fromkeys(signals), "source": error.source, "error": str(error)}
+        return {**nothing, **dict.fromkeys(optional), "source": error.source, "error": str(error)}

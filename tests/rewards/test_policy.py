@@ -20,11 +20,13 @@ from clha_fast.cli import main as cli
 from clha_fast.data import RankedRecord, read_records
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.rewards.policy import Policy, load_policy, score_policy
+from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.run import Row, ScoringError
+from clha_fast.rewards.scoring import score_file
 from tests.support.adapters import BODY, lora_config, stir
 from tests.support.comparing import add_to_table
 from tests.support.power_cuts import dropout_model
-from tests.support.reward_models import save_llama, write
+from tests.support.reward_models import llama, save_llama, write
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -146,6 +148,26 @@ def test_scoring_again_replaces_what_was_there(tmp_path: Path, policy: Policy) -
     plain = score_policy(make_rows(3), tmp_path / "c.jsonl", policy, progress=False)
     assert again.records == plain.records
     assert first.records != plain.records
+
+
+def test_rewards_and_reference_log_probabilities_stay_with_their_responses(tmp_path: Path, policy: Policy) -> None:
+    """Whichever comes first, and ordered by reward."""
+    rows = make_rows(5, rewards=False)
+    reward_model = RewardModel(llama(), TOKENIZER)
+    both = []
+    for number, first in enumerate((score_policy, score_file)):
+        middle, out = tmp_path / f"{number}-middle.jsonl", tmp_path / f"{number}.jsonl"
+        judge, judges = (policy, reward_model) if first is score_policy else (reward_model, policy)
+        first(rows, middle, judge, progress=False)
+        second = score_file if first is score_policy else score_policy
+        second(middle, out, judges, progress=False)
+        both.append(read_records(out))
+    assert both[0] == both[1]
+    ranked = score_file(tmp_path / "0.jsonl", tmp_path / "ranked.jsonl", reward_model, rank_by_reward=True).written
+    for record, before in zip(ranked, both[0], strict=True):
+        known = set(zip(before.completions, before.signals["reference_logps"], before.rewards, strict=True))
+        assert list(record.rewards) == sorted(before.rewards, reverse=True)
+        assert set(zip(record.completions, record.signals["reference_logps"], record.rewards, strict=True)) == known
 
 
 def command(*words: object) -> int:

@@ -129,6 +129,18 @@ def test_dropout_is_off_for_the_frozen_model_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("way", [{}, {"peft_config": lora_config(BODY)}], ids=["copy", "adapter"])
+def test_autocast_is_that_of_both(tmp_path: Path, way: dict[str, Any]) -> None:
+    """In bfloat16, too, a model that has not moved is 0 away from itself: each pair costs log 2."""
+    rows = make_rows(4)
+    pairs = sum(len(row["completions"]) * (len(row["completions"]) - 1) / 2 for row in rows) / len(rows)
+    given = {"bf16": True, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, **way}
+    ours = trainer(tmp_path, rows=rows, objective={"name": "comparing", "beta": 50.0}, **given)
+    assert ours.evaluate(rows)["eval_loss"] == pytest.approx(pairs * math.log(2), rel=1e-5)
+    ours.train()
+    assert ours.state.log_history[-2]["loss"] == pytest.approx(pairs * math.log(2), rel=1e-4)
+
+
 def test_a_temperature_is_that_of_both(tmp_path: Path) -> None:
     start = make_model(len(TOKENIZER))
     ours = trainer(tmp_path, copy.deepcopy(start), temperature=1.7)
