@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from clha_fast.cli import main as cli
 from clha_fast.data import read_records
 from clha_fast.files import Journal, RunIdentity, check_destination, journal_parts
 from clha_fast.generation import GenerationSettings, generate_answers, load_backend
-from clha_fast.processes import ALONE, Processes
+from clha_fast.processes import ALONE, Processes, join
 from clha_fast.rewards.scoring import load_reward_model, score_file
 from tests.support.helpers import ROOT
 from tests.support.reward_models import TOKENIZER, save_llama, spread, write
@@ -168,6 +169,20 @@ def test_journals_of_several_processes(tmp_path: Path) -> None:
     assert ALONE.share(journal(path)) == []
     assert ALONE.share(journal(path, resume=False, size=2)) == [0, 1, 2]
     assert sorted(os.listdir(tmp_path)) == ["1.partial.3", "[1].partial.old"]
+
+
+def test_without_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["generate", "model", "prompts", str(tmp_path / "out")]) == 2
+    assert "MASTER_ADDR expected, but not set" in capsys.readouterr().err
+    # Somebody else's variable, without a rank, is no launcher.
+    monkeypatch.delenv("RANK")
+    assert join() is ALONE
 
 
 def test_a_device_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
