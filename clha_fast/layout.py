@@ -34,7 +34,7 @@ class Layout:
         candidate_offsets = [0, *itertools.accumulate(candidates_per_prompt.tolist())]
         before = torch.zeros(len(scored) + 1, dtype=torch.long, device=scored.device)
         torch.cumsum(scored, 0, out=before[1:])
-        edges = before[torch.tensor(token_offsets, device=scored.device)]
+        edges = before[from_host(token_offsets, torch.long, scored.device)]
         lengths = (edges[1:] - edges[:-1]).to(torch.float64)
         return cls(token_offsets, candidate_offsets, scored, lengths)
 
@@ -84,13 +84,12 @@ class Layout:
     @cached_property
     def starts(self) -> Tensor:
         """int64 [P], the first candidate of each prompt."""
-        return torch.tensor(self.candidate_offsets[:-1], dtype=torch.long, device=self.device)
+        return from_host(self.candidate_offsets[:-1], torch.long, self.device)
 
     @cached_property
     def sizes(self) -> Tensor:
         """float64 [P], candidates of each prompt."""
-        offsets = torch.tensor(self.candidate_offsets, dtype=torch.float64, device=self.device)
-        return offsets.diff()
+        return from_host(self.candidate_offsets, torch.float64, self.device).diff()
 
     @cached_property
     def rank(self) -> Tensor:
@@ -98,9 +97,14 @@ class Layout:
         return torch.arange(self.num_candidates, device=self.device) - self.starts[self.prompt]
 
 
+def from_host(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers that the host has; unlike `torch.tensor(..., device="cuda")` it waits for no GPU."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def _owners(offsets: Sequence[int], device: torch.device) -> Tensor:
     """Which of the segments between `offsets` each element lies in."""
-    sizes = torch.tensor(offsets, device=device).diff()
+    sizes = from_host(offsets, torch.long, device).diff()
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), sizes, output_size=offsets[-1])
 
 

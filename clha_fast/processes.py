@@ -131,7 +131,7 @@ def join() -> Processes:
     Read from RANK, WORLD_SIZE and LOCAL_RANK. Waits until all have joined. They speak over gloo, whatever the devices.
 
     Raises:
-        ValueError: one of MASTER_ADDR and MASTER_PORT, which launchers set too, is missing.
+        ValueError: the others do not come; MASTER_ADDR or MASTER_PORT, which launchers set too, is missing.
     """
     global _joined
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -142,9 +142,16 @@ def join() -> Processes:
         if dist.is_initialized():
             _joined = Processes(rank, world, local, dist.new_group(backend="gloo", timeout=_PATIENCE))
         else:
-            store, *_ = next(dist.rendezvous("env://"))
-            meeting = dist.PrefixStore("clha_fast/group", store)
-            dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=_PATIENCE)
+            try:
+                store, *_ = next(dist.rendezvous("env://"))  # waits for all, half an hour at most
+                meeting = dist.PrefixStore("clha_fast/group", store)
+                dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=_PATIENCE)
+            except RuntimeError as error:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise ValueError(
+                    f"processes: expected WORLD_SIZE={world} of them to meet at {place}, got {error}; start all with "
+                    "torchrun or accelerate launch, or unset WORLD_SIZE to run in one"
+                ) from error
             _joined = Processes(rank, world, local, None, dist.PrefixStore("clha_fast/said", store))
     return _joined
 

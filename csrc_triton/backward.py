@@ -82,6 +82,8 @@ def logit_grad_kernel(
     post_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,6 +126,7 @@ def logit_grad_kernel(
         z,
         first_token + k,
         k < count,
+        (tile_n + 1) * BLOCK_N <= count,
         first_v,
         order_ptr,
         targets_ptr,
@@ -134,6 +137,9 @@ def logit_grad_kernel(
         pre_scale,
         post_scale,
         HAS_SOFTCAP,
+        POSITIVE,
+        False,
+        PTX,
         BLOCK_V,
     )
     out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V

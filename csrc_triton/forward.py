@@ -7,7 +7,7 @@ away together, where logits are large. log_softmax, which this replaces, does no
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import activation, raw_logits, tile_of
+from csrc_triton.tiles import LOG2_E, mask_words, power, raw_logits, scaled_logits, tile_of
 
 
 @triton.jit
@@ -28,6 +28,8 @@ def write_statistics(
     post_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STATISTIC: tl.constexpr,
@@ -37,45 +39,55 @@ def write_statistics(
     is_token = n < N
     first = tile_v.to(tl.int64) * BLOCK_V
     word = tl.arange(0, BLOCK_V)
-    is_word = word < tl.minimum(V - first, BLOCK_V).to(tl.int32)
+    words = tl.minimum(V - first, BLOCK_V).to(tl.int32)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + first + word, mask=is_word, other=0.0).to(tl.float32)[None, :]
-    z, _ = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
-    z = tl.where(is_word[None, :], z, float("-inf"))
+        z += tl.load(bias_ptr + first + word, mask=word < words, other=0.0).to(tl.float32)[None, :]
+    z, _, factor = scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP, POSITIVE)
+    z = mask_words(z, words, BLOCK_V)
 
     # Loaded behind the loop, whose registers they would take.
     target = tl.load(targets_ptr + n, mask=is_token, other=ignore_index)
-    is_scored = target != ignore_index
-    is_valid = is_scored & has_row & (target >= 0) & (target < V)
+    is_valid = (target != ignore_index) & has_row & (target >= 0) & (target < V)
+    if tile_v == 0:  # whose target is in no block
+        nothing = tl.where(target == ignore_index, 0.0, float("nan"))
+        tl.store(target_logit_ptr + n, nothing, mask=is_token & (is_valid == 0))
     is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
-    column = tl.where(is_here, target - first, -1).to(tl.int32)
-    logit = tl.sum(tl.where(word[None, :] == column[:, None], z, 0.0), axis=1)
-    # Tokens whose target is in no block are the first block's to write.
-    logit = tl.where(is_here, logit, tl.where(is_scored, float("nan"), 0.0))
-    # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
-    is_first = tile_v + tl.zeros((BLOCK_N,), tl.int32) == 0
-    tl.store(target_logit_ptr + n, logit, mask=is_token & (is_here | (is_first & (is_valid == 0))))
+    if tl.max(is_here.to(tl.int32), axis=0) > 0:  # about one tile in four at 128256 words
+        column = tl.where(is_here, target - first, -1).to(tl.int32)
+        logit = tl.sum(tl.where(word[None, :] == column[:, None], z, 0.0), axis=1)
+        tl.store(target_logit_ptr + n, logit * factor, mask=is_here)
 
     # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
     # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.
     if STATISTIC == BLOCK_V:
         peak = tl.max(z, axis=1)
-        anchor = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.sum(tl.exp(z - anchor[:, None]), axis=1)
+        total = sum_of_powers(z, peak, factor, 1, PTX)
         block = tile_v.to(tl.int64) * N + n
-        tl.store(block_peak_ptr + block, peak, mask=is_token)
+        tl.store(block_peak_ptr + block, peak * factor, mask=is_token)
         tl.store(block_sum_ptr + block, total, mask=is_token)
     else:
         parts: tl.constexpr = BLOCK_V // STATISTIC
         z = tl.reshape(z, (BLOCK_N, parts, STATISTIC))
         peak = tl.max(z, axis=2)
-        anchor = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.sum(tl.exp(z - anchor[:, :, None]), axis=2)
+        total = sum_of_powers(z, peak, factor, 2, PTX)
         part = tile_v.to(tl.int64) * parts + tl.arange(0, parts)
         block = part[None, :] * N + n[:, None]
         inside = is_token[:, None] & (part * STATISTIC < V)[None, :]
-        tl.store(block_peak_ptr + block, peak, mask=inside)
+        tl.store(block_peak_ptr + block, peak * factor, mask=inside)
         tl.store(block_sum_ptr + block, total, mask=inside)
+
+
+@triton.jit
+def sum_of_powers(z, peak, factor, AXIS: tl.constexpr, PTX: tl.constexpr):
+    """The sum along the last axis of exp(factor * (z - peak)); 0 where all is -inf."""
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    unit = factor * LOG2_E
+    if PTX:
+        shift = anchor * unit
+        # What the shift's rounding adds to all powers of a row: to 2^-24 of the largest logit, and exactly known.
+        return tl.sum(power(z, unit, tl.expand_dims(shift, AXIS), PTX), axis=AXIS) * power(anchor, -unit, -shift, PTX)
+    else:
+        return tl.sum(power(z, unit, tl.expand_dims(anchor, AXIS), PTX), axis=AXIS)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -102,6 +114,8 @@ def head_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_ROW_INDEX: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -157,6 +171,8 @@ def head_forward_kernel(
         post_scale,
         HAS_BIAS,
         HAS_SOFTCAP,
+        POSITIVE,
+        PTX,
         BLOCK_N,
         BLOCK_V,
         STATISTIC,
@@ -182,6 +198,8 @@ def persistent_forward_kernel(
     post_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     STATISTIC: tl.constexpr,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -228,6 +246,8 @@ def persistent_forward_kernel(
             post_scale,
             HAS_BIAS,
             HAS_SOFTCAP,
+            POSITIVE,
+            PTX,
             BLOCK_N,
             BLOCK_V,
             STATISTIC,

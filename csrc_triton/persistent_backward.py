@@ -32,6 +32,8 @@ def persistent_logit_grad_kernel(
     post_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,20 +60,15 @@ def persistent_logit_grad_kernel(
             z = tl.dot(x, w.T, z)
         local_k, local_word = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
         first_v = first_word + tile_v.to(tl.int64) * BLOCK_V
-        # A padding word has logit 0: exp(-lse) may be infinite, and meets a 0 of the weight. With this logit it has no
-        # share. Not with an infinite one, which a scale of 0 would turn into NaN.
-        is_word = local_word < tl.minimum(V - first_v, BLOCK_V).to(tl.int32)
-        lowest = tl.where(pre_scale < 0, 1e30, -1e30)
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + first_v + local_word, mask=is_word, other=0.0).to(tl.float32)
-            z += tl.where(is_word, bias, lowest)[None, :]
-        else:
-            z = tl.where(is_word[None, :], z, lowest)
+            is_word = local_word < tl.minimum(V - first_v, BLOCK_V).to(tl.int32)
+            z += tl.load(bias_ptr + first_v + local_word, mask=is_word, other=0.0).to(tl.float32)[None, :]
         position = first_token + tile_n * BLOCK_N + local_k
         g = logit_gradient(
             z,
             position,
             position < count,
+            first_token + (tile_n + 1) * BLOCK_N <= count,
             first_v,
             order_ptr,
             targets_ptr,
@@ -82,6 +79,9 @@ def persistent_logit_grad_kernel(
             pre_scale,
             post_scale,
             HAS_SOFTCAP,
+            POSITIVE,
+            True,  # a padding word has logit 0: exp(-lse) may be infinite, and meets a 0 of the weight
+            PTX,
             BLOCK_V,
         )
         out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V

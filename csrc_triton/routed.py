@@ -37,6 +37,8 @@ def routed_logit_grad_kernel(
     post_scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    PTX: tl.constexpr,
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -81,6 +83,7 @@ def routed_logit_grad_kernel(
         z,
         k,
         is_pair,
+        (tile_n + 1) * BLOCK_N <= total,
         first_v,
         order_ptr,
         targets_ptr,
@@ -91,6 +94,9 @@ def routed_logit_grad_kernel(
         pre_scale,
         post_scale,
         HAS_SOFTCAP,
+        POSITIVE,
+        False,
+        PTX,
         BLOCK_V,
     )
     out = dlogits_ptr + (slot * ROUTE_WORDS + (tile_v % parts) * BLOCK_V)[:, None] + word[None, :]

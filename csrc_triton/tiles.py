@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def tile_of(pid, tiles_a, tiles_b, GROUP: tl.constexpr):
@@ -86,10 +88,70 @@ def raw_logits(
 
 
 @triton.jit
+def power(z, unit, shift, PTX: tl.constexpr):
+    """2^(unit * z - shift), z [rows, columns] and the others [rows, 1]; with PTX rounded once before the power.
+
+    One FFMA and one MUFU an element. Without PTX (AMD, the interpreter) shift comes divided by unit, and is taken off
+    first: a product of its own would be rounded at the size of the logits.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f,f,f",
+            [z, unit, -shift],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.exp2((z - shift) * unit)
+
+
+@triton.jit
+def power_near(z, unit, shift, low, PTX: tl.constexpr):
+    """`power` times 2^low, the small rest [rows, 1] that a shift in float32 leaves."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; add.f32 t, t, $4; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f,f,f,f",
+            [z, unit, -shift, low],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.exp2((z - shift) * unit + low)
+
+
+@triton.jit
+def scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP: tl.constexpr, POSITIVE: tl.constexpr):
+    """(z', slope, factor): logits are factor * z', factor > 0. slope is `activation`'s, 1 without a softcap.
+
+    Without a softcap the scale itself is the factor if POSITIVE, and costs no product a logit.
+    """
+    if HAS_SOFTCAP:
+        z, slope = tanh(z * pre_scale)
+        return z, slope, tl.cast(post_scale, tl.float32)
+    elif POSITIVE:
+        return z, 1.0, tl.cast(pre_scale * post_scale, tl.float32)
+    else:
+        return z * pre_scale, 1.0, tl.cast(post_scale, tl.float32)
+
+
+@triton.jit
+def mask_words(z, words, BLOCK_V: tl.constexpr):
+    """z [rows, BLOCK_V], -inf from column `words` on: a pass over the tile that only the last one pays for."""
+    if words < BLOCK_V:
+        z = tl.where((tl.arange(0, BLOCK_V) < words)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
 def logit_gradient(
     z,
     position,
     is_active,
+    is_whole,
     first_v,
     order_ptr,
     targets_ptr,
@@ -100,27 +162,47 @@ def logit_gradient(
     pre_scale,
     post_scale,
     HAS_SOFTCAP: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """grad / peak * f'(z) / f'(0) * (softmax - onehot) of raw logits z [BLOCK_N, BLOCK_V], words first_v and after.
 
     Row i belongs to the token that stands at `position` [BLOCK_N] of the sorted order; what is not active is 0.
+    is_whole: all of them are. MASKED: words behind the last have no share, whatever their logits are.
     """
     # Loaded behind the loop, whose registers they would take.
     word = tl.arange(0, BLOCK_V)
     token = tl.load(order_ptr + position, mask=is_active, other=0)
     target = tl.load(targets_ptr + token, mask=is_active, other=0)
-    # float64 in two float32 parts: a float32 log-sum-exp of 1e4 would be off by 5e-4, and every probability with it.
     lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
-    lse_high = lse.to(tl.float32)
-    lse_low = (lse - lse_high).to(tl.float32)
     grad = tl.load(grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
-    grad = tl.where((target >= 0) & (target < V), grad, float("nan"))
-    column = (target - first_v).to(tl.int32)
+    grad = -tl.where((target >= 0) & (target < V), grad, float("nan"))
 
-    z, slope = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+    z, slope, factor = scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP, POSITIVE)
+    unit = factor * LOG2_E
+    # A float32 shift near the log-sum-exp, and what float64 says is missing: a float32 log-sum-exp of 1e4 would be off
+    # by 5e-4, and every probability with it.
+    anchor = lse.to(tl.float32) / factor
+    exact = anchor.to(tl.float64) * factor.to(tl.float64) * LOG2_E - lse * LOG2_E
+    shift = anchor
+    if PTX:
+        shift = anchor * unit
+        exact += shift.to(tl.float64) - anchor.to(tl.float64) * unit.to(tl.float64)
+    low = exact.to(tl.float32)
+
+    if MASKED:
+        z = mask_words(z, tl.minimum(V - first_v, BLOCK_V).to(tl.int32), BLOCK_V)
+    p = power_near(z, unit, shift[:, None], low[:, None], PTX)
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
-    g = tl.exp((z - lse_high[:, None]) - lse_low[:, None]) - tl.where(word[None, :] == column[:, None], 1.0, 0.0)
-    g = -grad[:, None] * g * slope
+    column = (target - first_v).to(tl.int32)
+    if tl.max(((target >= first_v) & (target < first_v + BLOCK_V)).to(tl.int32), axis=0) > 0:
+        p = tl.where(word[None, :] == column[:, None], p - 1.0, p)
+    g = p * grad[:, None]
+    if HAS_SOFTCAP:
+        g = g * slope
     # Padding tokens must be zeros: 0 * inf is NaN. Padding words need a finite gradient, by the logits they come with.
-    return tl.where(is_active[:, None], g, 0.0)
+    if is_whole == 0:
+        g = tl.where(is_active[:, None], g, 0.0)
+    return g

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,31 +16,35 @@ USER_ERROR = 2
 
 
 class Command(NamedTuple):
-    """Where a command is, imported when it is asked for; `checked`: misspelled options are found before seconds of
-    imports.
+    """Where a command is, imported when it is asked for.
+
+    Attributes:
+        checked: misspelled options are found before seconds of imports. shared: a launcher's processes share its work;
+            of any other, each would do all of it, and write the same files.
     """
 
     module: str
     function: str
     help: str
     checked: bool = False
+    shared: bool = False
 
 
 COMMANDS = {
-    "train": Command("train", "train", "train a causal language model on ranked responses", checked=True),
-    "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", checked=True),
+    "train": Command("train", "train", "train a causal language model on ranked responses", True, True),
+    "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", True, True),
     "prepare": Command("prepare", "run", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
-    "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses"),
-    "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file of responses"),
+    "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses", shared=True),
+    "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file", shared=True),
     "rlhf": Command("rlhf", "rlhf", "train a model on answers of its own that a reward model judges"),
-    "generate": Command("generate", "generate", "answer prompts with a model"),
+    "generate": Command("generate", "generate", "answer prompts with a model", shared=True),
     "eval": Command("evaluate", "evaluate", "measure answers, or a model, against ranked references"),
     "compare": Command("compare", "compare", "two sets of answers, prompt by prompt"),
     "table2": Command("experiments", "table2", "methods x ranking lengths x seeds, trained and measured alike"),
     "ablate": Command("experiments", "ablate", "CLHA without each of its parts, and with other margins"),
     "noise": Command("experiments", "noise_command", "what noise in rewards or ranks does to methods"),
-    "env": Command("env", "env", "versions, devices, and which backend would run"),
+    "env": Command("env", "env", "versions, devices, and which backend would run", shared=True),
 }
 
 
@@ -61,6 +66,12 @@ def usage() -> str:
 def run(name: str, words: Sequence[str]) -> int:
     """The exit status of a command, given what stands behind its name."""
     command = COMMANDS[name]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if not command.shared and processes != "1":
+        raise ValueError(
+            f"{name}: expected one process, got {processes} (WORLD_SIZE), each of which would do all of the work and "
+            "write the same files; start it without torchrun or accelerate launch"
+        )
     if command.checked:
         names.check_names(words)
     module = importlib.import_module(f"clha_fast.cli.{command.module}")

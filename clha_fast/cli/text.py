@@ -29,4 +29,5 @@ def as_flags(text: str) -> str:
 def complain(command: str, text: str) -> None:
     """Print an error as one sentence of a command, unless another of its processes has printed the same."""
     if joined().first_to_say(text):
-        print(f"clha-fast {command}: {as_flags(' '.join(text.split()))}", file=sys.stderr, flush=True)
+        line = "\n" if joined().rank else ""  # the first process's bar may stand in this one
+        print(f"{line}clha-fast {command}: {as_flags(' '.join(text.split()))}", file=sys.stderr, flush=True)

@@ -115,9 +115,8 @@ def _aligned(a: Evaluation, b: Evaluation) -> tuple[list[int], list[int]]:
 
 def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
     """A with B's names for the same reward models; and what is to be said of names that mean two models."""
-    names = {
-        _fingerprint(b, name.removeprefix(RAW)): name.removeprefix(RAW) for name in b.values if name.startswith(RAW)
-    }
+    theirs = [name.removeprefix(RAW) for name in b.values if name.startswith(RAW)]
+    names = {_fingerprint(b, name): name for name in theirs}
     values: dict[str, Column] = {}
     said: dict[str, str] = {}
     for column, numbers in a.values.items():

@@ -271,18 +271,20 @@ class Objective(Settings):
 
     def plan(self, layout: Layout, given: RankingInputs, dtype: torch.dtype) -> Plan:
         """What data decide; rewards are compared in `dtype`, as the reference compares them."""
-        rewards = None if given.rewards is None else given.rewards.to(device=layout.device, dtype=dtype)
+        rewards = None if given.rewards is None else given.rewards.to(layout.device, dtype, non_blocking=True)
         pairs = Pairs.of(layout, rewards)
         target = self.targets(layout, rewards, given.sft_index)
         gate = (layout.lengths[target] > 0) & self.gates(None if rewards is None else rewards[target])
         counted = (
-            torch.tensor(float(layout.num_prompts), dtype=torch.float64, device=layout.device),
+            torch.full((), layout.num_prompts, dtype=torch.float64, device=layout.device),
             self.count_candidates(layout),
             layout.lengths.sum(),
             layout.lengths[target].sum(),
         )
         totals = [
-            (own if (value := getattr(given, name)) is None else value).to(layout.device, torch.float64)
+            (own if (value := getattr(given, name)) is None else value).to(
+                layout.device, torch.float64, non_blocking=True
+            )
             for name, own in zip(COUNTS[1:], counted, strict=True)
         ]
         return Plan(layout, given, Totals(*totals), rewards, pairs, self.kept(pairs), target, gate)

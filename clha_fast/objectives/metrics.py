@@ -56,18 +56,20 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
     better, worse = group.scores[group.i], group.scores[group.j]
     gap = worse - better
     order = plan.pairs.order
-    agreement = -(order * gap)[plan.pairs.present & (order != 0)]
+    # Selected in place: an index by a mask has a shape that a GPU would have to tell.
+    ordered = plan.pairs.present & (order != 0)
+    agreement = torch.where(ordered, -(order * gap), 0.0)
     common = [
         terms.rank,
         terms.sft,
         kept.sum(),
         kept.numel(),
-        (gap[kept] < 0).sum(),
-        -gap[kept].sum(),
-        better[kept].sum(),
-        worse[kept].sum(),
+        (kept & (gap < 0)).sum(),
+        -torch.where(kept, gap, 0.0).sum(),
+        torch.where(kept, better, 0.0).sum(),
+        torch.where(kept, worse, 0.0).sum(),
         (objective.active(group) & kept).sum(),
-        agreement.numel(),
+        ordered.sum(),
         (agreement > 0).sum(),
         (agreement < 0).sum(),
         plan.gate.sum(),
@@ -77,9 +79,12 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
     ]
     routed = [0.0] * (len(METRIC_NAMES) - len(common))
     own = objective.report(group)
-    sums = [*common, *routed, *(own[name] for name in objective.metric_names)]
+    sums: list[Any] = [*common, *routed, *(own[name] for name in objective.metric_names)]
     # Not by way of torch's default dtype: in bfloat16 a Python float keeps three digits.
-    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=gap.device) for value in sums])
+    zero = torch.zeros((), dtype=torch.float32, device=gap.device)
+    return torch.stack(
+        [value.to(zero) if isinstance(value, Tensor) else torch.full_like(zero, value) for value in sums]
+    )
 
 
 class CLHAMetrics:

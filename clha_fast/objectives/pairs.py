@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clha_fast.layout import Layout, accumulate
+from clha_fast.layout import Layout, accumulate, from_host
 
 
 def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
@@ -56,9 +56,9 @@ class Pairs:
         offsets = [0]
         for count in later:
             offsets.append(offsets[-1] + count)
-        counts = torch.tensor(later, dtype=torch.long, device=device)
+        counts = from_host(later, torch.long, device)
         i = torch.repeat_interleave(torch.arange(layout.num_candidates, device=device), counts, output_size=offsets[-1])
-        first = torch.tensor(offsets[:-1], dtype=torch.long, device=device)
+        first = from_host(offsets[:-1], torch.long, device)
         distance = torch.arange(offsets[-1], device=device) - first[i] + 1
         j = i + distance
         present = (layout.lengths[i] > 0) & (layout.lengths[j] > 0)

@@ -91,6 +91,18 @@ def test_what_a_gpu_would_refuse_is_refused() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_objective_makes_the_host_wait() -> None:
+    """PRO, SFT and CLHA on either backend, sizes on the CPU: log-probabilities, terms and metrics."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.objective_walk"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == 6
+    assert not any(errors.values()), errors
+
+
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_batches_of_other_sizes_compile_nothing_anew(tmp_path: Path, capability: str) -> None:
     """One variant of a kernel for each choice of its own constants, whatever the numbers of tokens and prompts."""

@@ -370,3 +370,10 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "killed").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("command", ["eval", "compare", "convert", "prepare", "table2", "ablate", "noise", "rlhf"])
+def test_commands_that_processes_do_not_share_are_refused_under_a_launcher(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([command, "anything"]) == 2
+    assert f"{command}: expected one process, got 2 (WORLD_SIZE)" in capsys.readouterr().err

@@ -98,6 +98,30 @@ def test_registers_leave_room_for_the_programs_meant_to_share_a_multiprocessor(r
         assert (row["shared"] + 1024) * together <= 228 * 1024, table([row])
 
 
+def one(rows: list[Row], kernel: str, variant: str = "plain") -> Row:
+    (row,) = [
+        row
+        for row in rows
+        if (row["kernel"], row["arch"], row["entry"], row["variant"]) == (kernel, "sm_90", "16-bit", variant)
+    ]
+    return row
+
+
+def test_epilogues_are_light(rows: list[Row]) -> None:
+    """Instructions of a whole kernel: a product, a power and two sums a logit, in branches what few tiles need."""
+    forward = one(rows, "persistent_forward")
+    assert forward["registers"] <= 215, table([forward])
+    assert forward["instructions"] <= 3000, table([forward])
+    for kernel, variant, most in (
+        ("persistent_logit_grad", "plain", 4200),
+        ("persistent_forward_softcap", "softcap", 3800),
+        ("persistent_forward_softcap", "bias", 2500),
+        ("persistent_logit_grad_softcap", "softcap", 4400),
+    ):
+        row = one(rows, kernel, variant)
+        assert row["instructions"] <= most, table([row])
+
+
 def test_blocks_fit_together() -> None:
     """The GEMMs of the backward walk a workspace that `logit_grad` cuts into whole tiles of its own."""
     for name in ("logit_grad", "logit_grad_softcap"):

@@ -34,7 +34,7 @@ N, V, H, CHUNK_N, CHUNK_V, P, C = 8192, 128256, 4096, 8192, 4096, 64, 512
 WIDTH = {"odd": 1001, "ragged": 2320}
 
 
-def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
+def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
     """Values as the host passes them; strings stand for pointers."""
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
     ones = variant == "ones"
@@ -53,6 +53,7 @@ def head_arguments(kernel: str, dtype: str, variant: str, launch: dict[str, int]
     }
     scales = {"pre_scale": 1.0, "post_scale": 1.0, "factor": 1.0, "ignore_index": -100}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    flags |= {"PTX": arch.startswith("sm_"), "POSITIVE": True}
     pointers = {
         "hidden_ptr": x,
         "weight_ptr": x,
@@ -215,7 +216,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
         if is_pass
         else ranking_arguments(variant)
         if kernel in ("combine", "count", "prompts", "finish")
-        else head_arguments(kernel, dtype, variant, launch)
+        else head_arguments(kernel, arch, dtype, variant, launch)
     )
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
     signature, constants, attributes = specialise(kernel, values, launch)
@@ -248,6 +249,7 @@ def _amd(assembly: str) -> dict[str, Any]:
         "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "tma": 0,
         "maxreg": 0,
+        "instructions": len(re.findall(r"^\s+[vs]_\w+", assembly, re.MULTILINE)),
     }
 
 
@@ -264,6 +266,7 @@ def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
         "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b", sass)),
         "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/ +[A-Z@]", sass)),
     }
 
 

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast import ops
 from tests.support.no_gpu import told
+from tests.support.powers import powers
 
 GPU = torch.device("cuda", 0)
 # What brings values to the host, or makes a shape of them.
@@ -147,6 +148,7 @@ class ValueGPU(TorchDispatchMode):
 
         with told(capability, 3), contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", interpret))
+            stack.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_inline_asm", powers))
             for make in (torch.tensor, torch.as_tensor):
                 made = functools.partial(self._tensor, make)
                 stack.enter_context(mock.patch.object(torch, make.__name__, made))

@@ -211,6 +211,8 @@ class Backward:
             post_scale=head.post_scale,
             HAS_BIAS=head.flags["HAS_BIAS"],
             HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
+            POSITIVE=head.flags["POSITIVE"],
+            PTX=head.flags["PTX"],
             **self._by_pointers(config, reads_weight=True),
             **config,
         )

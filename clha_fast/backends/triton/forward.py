@@ -121,6 +121,8 @@ def _persistent(
             head.post_scale,
             HAS_BIAS=head.flags["HAS_BIAS"],
             HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
+            POSITIVE=head.flags["POSITIVE"],
+            PTX=head.flags["PTX"],
             STATISTIC=statistic,
             **config,
         )

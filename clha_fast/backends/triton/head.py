@@ -131,6 +131,8 @@ class Head:
                 "HAS_BIAS": bias is not None,
                 "HAS_SOFTCAP": head.softcap is not None,
                 "PRECISION": matmul_precision(hidden.device),
+                "POSITIVE": head.scale > 0,
+                "PTX": architecture(hidden.device).startswith("sm_"),
             },
         )
 
