@@ -14,6 +14,7 @@ import yaml
 from clha_fast.cli.names import PRINTING, OptionError, unknown
 from clha_fast.experiments.run import RunOptions
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.objective import CLHA_FIELDS, DEFAULT
 
 
 def field_hints(cls: type) -> dict[str, Any]:
@@ -178,15 +179,21 @@ def _named(name: str, value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings are merged entry by entry, those of another objective are left behind."""
+    """`over` wins; mappings are merged entry by entry. Another objective leaves the settings of the first behind."""
     merged = dict(base)
+    before, after = (_named("objective", options.get("objective")) for options in (base, over))
+    if isinstance(after, dict) and after.get("name", _name_of(before)) != _name_of(before):
+        for name in ("objective", "preset", *CLHA_FIELDS):
+            merged.pop(name, None)
     for name, value in over.items():
         before, value = _named(name, merged.get(name)), _named(name, value)
         both = isinstance(before, dict) and isinstance(value, dict)
-        if both and name == "objective" and value.get("name", before.get("name")) != before.get("name"):
-            both = False
         merged[name] = {**before, **value} if both else value
     return merged
+
+
+def _name_of(objective: Any) -> Any:
+    return objective.get("name") if isinstance(objective, dict) else DEFAULT
 
 
 def collect(

@@ -109,6 +109,15 @@ def test_flags_of_objectives() -> None:
     base = {"objective": {"name": "dpo", "beta": 1}}
     assert cli_options.merge(base, {"objective": {"name": "pro"}}) == {"objective": {"name": "pro"}}
     assert cli_options.merge(base, {"objective": "dpo"}) == base
+    # The file's settings of CLHA are those of an objective that the flags replace.
+    base = {"preset": "paper", "margin": 1.0, "seed": 3}
+    assert cli_options.merge(base, {"objective": "pro", "sft_weight": 1.0}) == {
+        "seed": 3,
+        "objective": {"name": "pro"},
+        "sft_weight": 1.0,
+    }
+    assert cli_options.merge(base, {"objective": "clha"}) == {**base, "objective": {"name": "clha"}}
+    assert cli_options.merge({**base, "objective": "clha"}, {"seed": 4}) == {**base, "objective": "clha", "seed": 4}
     with pytest.raises(OptionError, match=r"^--deepspeed\.stage: expected either a value or entries of deepspeed"):
         read_flags(["--deepspeed", "a.json", "--deepspeed.stage", "2"])
 
