@@ -39,7 +39,9 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) 
             _draw(panels[key], lines, key, style, label)
         _draw(panels["logps"], lines, "logps/chosen", style, label)
         _draw(panels["logps"], lines, "logps/rejected", {**style, "linestyle": "--"}, None)
-        dropped = [{**line, "noise": None if (k := line.get("kept_pair_share")) is None else 1 - k} for line in lines]
+        # A method that ranks nothing keeps no pair, which is not noise.
+        ranks = [line for line in lines if line.get("kept_pair_share")]
+        dropped = [{**line, "noise": 1 - line["kept_pair_share"]} for line in ranks]
         _draw(panels["noise"], dropped, "noise", style, label)
     for key, axes in panels.items():
         axes.set_title(_PANELS[key] + (" (chosen solid, rejected dashed)" if key == "logps" else ""), fontsize=10)

@@ -213,11 +213,12 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
 
 
 def _shares(run: Run) -> dict[str, Any]:
-    """What the objective leaves out of the training file."""
+    """What the objective leaves out of the training file; None where it ranks nothing, or has no SFT term."""
     summary = run.summary()[0]
+    objective = run.trainer.loss_options
     return {
-        "kept_share": summary.kept_pairs / summary.pairs if summary.pairs else None,
-        "gate_share": 1 - summary.closed_gates / summary.prompts,
+        "kept_share": summary.kept_pairs / summary.pairs if summary.pairs and objective.ranks else None,
+        "gate_share": None if objective.gates(None) is False else 1 - summary.closed_gates / summary.prompts,
         "pair_quartiles": list(summary.gaps),
     }
 
