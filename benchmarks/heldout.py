@@ -331,6 +331,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     base = merge(read_config(given.config), {"train_file": given.train_file})
     report, rows = held_out(base, GRID, SEEDS, given.test_file, given.folder)
+    files = {"--train-file": given.train_file, "--test-file": given.test_file, "--config": given.config}
+    flags = " ".join(f"{flag} {os.path.basename(path)}" for flag, path in files.items() if path is not None)
+    report = {"command": f"python -m benchmarks.heldout {flags} --folder FOLDER --output JSON", **report}
     if given.output is None:
         print(json.dumps(report, indent=1))
         return
