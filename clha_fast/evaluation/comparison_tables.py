@@ -93,13 +93,16 @@ def differences_markdown(found: Sequence[Mapping[str, Any]], against: str, names
         cells = [str(row["length"]), *([noise_text(row["corruption"])] if noisy else []), row["label"]]
         for name in present:
             spread = row["differences"].get(name)
-            text = shown(spread, figure_named(name).digits)
+            text = shown(spread, figure_named(name).digits + 1)
             clear = spread is not None and spread["low"] is not None and (spread["low"] > 0 or spread["high"] < 0)
             cells.append(f"**{text}**" if clear else text)
         rows.append(cells)
     seeds = sorted({len(row["seeds"]) for row in found})
-    count = " or ".join(map(str, seeds)) or "0"
-    text = f"{count} seeds; 95% intervals over seeds and prompts, paired; bold where 0 lies outside."
+    if seeds == [1]:
+        text = "1 seed: 95% intervals over prompts alone, paired; bold where 0 lies outside."
+    else:
+        count = " or ".join(map(str, seeds)) or "0"
+        text = f"{count} seeds; 95% intervals over seeds and prompts, paired; bold where 0 lies outside."
     return f"{_pipes(header, rows)}\n\n{text}\n"
 
 

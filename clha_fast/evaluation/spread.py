@@ -33,9 +33,12 @@ class Spread:
 
 
 def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> Spread:
-    """A figure of sums over seeds and prompts, with its 95% percentile bootstrap interval.
+    """A figure of sums over seeds and prompts, with its 95% interval.
 
-    Seeds and prompts are drawn independently, with replacement (`scipy.stats.bootstrap`); one seed is kept as it is.
+    Seeds and prompts are drawn independently, with replacement (`scipy.stats.bootstrap`), and the ends of the
+    percentile interval are moved out for the few seeds there are: a bootstrap over S of them has (S - 1) / S of their
+    variance, and normal tails. The factor is sqrt(S / (S - 1)) on the seeds' part of the variance, and Student's t with
+    Satterthwaite's degrees of freedom. One seed is kept as it is: the interval is over prompts alone.
 
     Args:
         statistic: maps sums [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
@@ -45,12 +48,16 @@ def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> 
     rows = np.where(np.isnan(rows).any(-1, keepdims=True), 0.0, rows)
     seeds = tuple(_number(statistic(own.sum(0))) for own in rows)
     value = _number(statistic(rows.sum((0, 1))))
-    low, high = (None, None) if value is None else _interval(statistic, rows)
+    if value is None or rows.shape[1] < 2:
+        return Spread(value, None, None, seeds)
+    low, high = _interval(_draws(statistic, rows, over_seeds=rows.shape[0] > 1), value, statistic, rows)
     return Spread(value, low, high, seeds)
 
 
 def paired_difference(statistic: Callable[[Array], Array], ours: Array, theirs: Array) -> Spread:
     """The figure of `ours` less that of `theirs`, rows [S, P, K] of the same seeds and prompts, drawn together.
+
+    Where one side has no value (NaN), neither counts.
 
     Raises:
         ValueError: the shapes differ.
@@ -62,34 +69,35 @@ def paired_difference(statistic: Callable[[Array], Array], ours: Array, theirs: 
     def difference(sums: Array) -> Array:
         return np.asarray(statistic(sums[..., :size]) - statistic(sums[..., size:]))
 
-    missing = np.isnan(ours).any(-1, keepdims=True), np.isnan(theirs).any(-1, keepdims=True)
-    parts = [np.where(gone, 0.0, rows) for gone, rows in zip(missing, (ours, theirs), strict=True)]
-    return over_seeds_and_prompts(difference, np.concatenate(parts, -1))
+    return over_seeds_and_prompts(difference, np.concatenate([ours, theirs], -1))
 
 
 def _number(value: Any) -> float | None:
     return None if math.isnan(float(value)) else float(value)
 
 
-def _interval(statistic: Callable[[Array], Array], rows: Array) -> tuple[float | None, float | None]:
+def _draws(
+    statistic: Callable[[Array], Array], rows: Array, over_seeds: bool = False, over_prompts: bool = True
+) -> Array:
+    """[RESAMPLES], the figure of drawn seeds, of drawn prompts, or of both."""
     seeds, prompts, _ = rows.shape
-    if prompts < 2:
-        return None, None
+    sizes = ([seeds] if over_seeds else []) + ([prompts] if over_prompts else [])
 
     def counts(index: Any, size: int) -> Array:
         """[..., size], how often each was drawn."""
         return np.asarray((index[..., None] == np.arange(size)).sum(-2), dtype=np.float64)
 
     def drawn(*indices: Any, axis: int) -> Array:
-        often = counts(indices[-1], prompts)
-        runs = np.ones((*often.shape[:-1], 1)) if len(indices) == 1 else counts(indices[0], seeds)
+        lead = indices[0].shape[:-1]
+        often = counts(indices[-1], prompts) if over_prompts else np.ones((*lead, prompts))
+        runs = counts(indices[0], seeds) if over_seeds else np.ones((*lead, seeds))
         return statistic(np.einsum("...s,...p,spk->...k", runs, often, rows, optimize=True))
 
     scipy_stats = import_scipy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # None says it
         found = scipy_stats.bootstrap(
-            (np.arange(prompts),) if seeds < 2 else (np.arange(seeds), np.arange(prompts)),
+            tuple(np.arange(size) for size in sizes),
             drawn,
             n_resamples=RESAMPLES,
             batch=100,
@@ -100,5 +108,24 @@ def _interval(statistic: Callable[[Array], Array], rows: Array) -> tuple[float |
             method="percentile",
             rng=np.random.default_rng(_SEED),
         )
-    low, high = (float(end) for end in found.confidence_interval)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+    return np.asarray(found.bootstrap_distribution)
+
+
+def _interval(
+    draws: Array, value: float, statistic: Callable[[Array], Array], rows: Array
+) -> tuple[float | None, float | None]:
+    if not np.isfinite(draws).all():
+        return None, None
+    tail = (1 - LEVEL) / 2
+    low, high = (float(end) for end in np.quantile(draws, [tail, 1 - tail]))
+    seeds, prompts, _ = rows.shape
+    of_seeds = float(_draws(statistic, rows, True, False).var()) * seeds / (seeds - 1) if seeds > 1 else 0.0
+    of_prompts = float(_draws(statistic, rows).var())
+    if not of_seeds + of_prompts > 0:
+        return low, high
+    stats = import_scipy()
+    freedom = (of_seeds + of_prompts) ** 2 / (of_seeds**2 / max(seeds - 1, 1) + of_prompts**2 / (prompts - 1))
+    wider = float(stats.t.ppf(1 - tail, freedom) / stats.norm.ppf(1 - tail))
+    if seeds > 1:
+        wider *= math.sqrt((of_seeds + of_prompts) / (of_seeds * (seeds - 1) / seeds + of_prompts))
+    return value - (value - low) * wider, value + (high - value) * wider

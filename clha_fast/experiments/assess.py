@@ -17,10 +17,12 @@ import numpy as np
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
+from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
-from clha_fast.experiments.cells import Cell, cell_folder, content_hash, digest, model_of
+from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.contents import data_hash, digest, model_hash
 from clha_fast.experiments.run import DTYPES
 from clha_fast.files import write_json
 from clha_fast.generation import GenerationSettings, TransformersBackend, generate_answers, read_answers, trained_prefix
@@ -74,12 +76,10 @@ class Assessor:
         checks = {}
         for role, path in models.items():
             split = "dev" if role == "label" else "test"
-            records = [
-                record
-                for files in comparison.data.values()
-                for record in first_of_each(read_records(getattr(files, split)), limits[split])
-            ]
-            check = check_reward_model(f"the {role} model", records, _reward_model(path, content_hash(path)))
+            found = [record for files in comparison.data.values() for record in read_records(getattr(files, split))]
+            # A prompt that stands at several ranking lengths is one draw, not several.
+            records = list({prompt_key(record): record for record in found}.values())
+            check = check_reward_model(f"the {role} model", records, _reward_model(path, model_hash(path)))
             checks[role] = {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
         criterion = comparison.criterion
         if criterion is None:
@@ -122,6 +122,7 @@ class Assessor:
                     f"pairs of {accuracy['prompts']:,} prompts."
                 )
         found.append(f"Learning rates are chosen on dev by {self.criterion}.")
+        found.append("Accuracy over kept pairs goes by rank, that over ordered pairs, and tau, by reward.")
         return found
 
 
@@ -174,6 +175,14 @@ class Assessment:
         return self.assessor.models[self.role] if self.answers and checked and not checked["refused"] else None
 
     @property
+    def prefix(self) -> str:
+        """What answers begin with: given, or the good marker of a checkpoint's run or of the cell's own objective."""
+        given = self.assessor.generation.answer_prefix
+        if given or self.cell.method.trains:
+            return given
+        return trained_prefix(str(self.cell.method.checkpoint)) or ""
+
+    @property
     def source(self) -> str:
         return str(getattr(self.cell.files, self.split))
 
@@ -181,11 +190,13 @@ class Assessment:
         assessor = self.assessor
         return {
             "split": self.split,
-            "file": content_hash(self.source),
+            "file": data_hash(self.source),
             "limit": assessor.limits[self.split],
+            # Prompts are cut, and a marker stands before responses, where nothing is generated too.
+            "prompt": [assessor.generation.max_prompt_length, self.prefix],
             "generation": dataclasses.asdict(assessor.generation) if self.answers else None,
             "kept": [assessor.noise_rule, assessor.reward_margin],
-            "judge": None if self.judge is None else content_hash(self.judge),
+            "judge": None if self.judge is None else model_hash(self.judge),
             "dtype": assessor.dtype,
             "batch_size": assessor.batch_size,
         }
@@ -243,7 +254,7 @@ class Assessment:
         )
         if self.judge is not None and written is not None:
             texts = [answer.answer for answer in written]
-            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, content_hash(self.judge)))
+            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, model_hash(self.judge)))
             found.values[REWARD + self.role] = [*rewards]
             found.values[RAW + self.role] = raw
         write_json(os.path.join(folder, METRICS), vars(found))

@@ -14,8 +14,9 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
 from clha_fast.data.split import split_records
 from clha_fast.data.writing import write_records
-from clha_fast.experiments.cells import MODEL, content_hash, digest
+from clha_fast.experiments.cells import MODEL
 from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.contents import data_hash, digest, with_contents
 from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.files import write_json
@@ -36,7 +37,7 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     assert comparison.pretrain is not None
     given = dict(comparison.pretrain)
     trains = sorted({files.train for files in comparison.data.values()})
-    identity = {"pretrain": given, "train": [content_hash(path) for path in trains]}
+    identity = {"pretrain": with_contents(given), "train": [data_hash(path) for path in trains]}
     folder = os.path.join(comparison.output_dir, "base", digest(identity))
     model = os.path.join(folder, MODEL)
     if os.path.isfile(os.path.join(folder, _DONE)):
@@ -103,9 +104,7 @@ def _trained_reward_model(
     given.setdefault("train_file", next(iter(comparison.data.values())).train)
     if not {"model", "model_config"} & set(given):
         given["model"] = base
-    names = ("train_file", "model", "tokenizer", "eval_file")
-    paths = {name: content_hash(given[name]) for name in names if given.get(name) is not None}
-    identity = {"reward_model": given, "content": paths}
+    identity = {"reward_model": with_contents(given)}
     folder = os.path.join(comparison.output_dir, "reward_models", f"{role}-{digest(identity)}")
     model = os.path.join(folder, MODEL)
     if os.path.isfile(os.path.join(folder, _DONE)):

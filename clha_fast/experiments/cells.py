@@ -6,8 +6,6 @@ a changed configuration never takes another's result for its own.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import math
 import os
@@ -22,16 +20,15 @@ from clha_fast.batching.totals import SCALARS, dataset_counts
 from clha_fast.data.readers import read_records
 from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
+from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
-from clha_fast.experiments.folder import RUN_FILE
 from clha_fast.experiments.methods import Method, with_quantiles
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import Run, RunOptions
-from clha_fast.files import CHECKPOINT, file_hash, write_json
+from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
 
-_REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json")
 TRAINED_FILE = "trained.json"
 MODEL = "model"
 _TOKENS = COUNTS.index("token_count") - 1
@@ -60,7 +57,8 @@ class Cell:
     def key(self) -> str:
         """A text that is this cell's alone within its comparison."""
         noise = None if self.corruption is None else vars(self.corruption)
-        return json.dumps([self.method.name, self.length, self.seed, self.learning_rate, noise])
+        method = [self.method.name, self.method.checkpoint]
+        return json.dumps([*method, self.length, self.seed, self.learning_rate, noise])
 
     @property
     def title(self) -> str:
@@ -75,30 +73,6 @@ class Cell:
         return ", ".join(parts)
 
 
-@functools.lru_cache(maxsize=256)
-def _hash_of(path: str, size: int, changed: int) -> str:
-    return file_hash(path)
-
-
-def content_hash(path: str) -> str:
-    """Of a file, or of a folder's files (a model's); the name itself where nothing is there (a name on the Hub)."""
-    if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
-        kept = [name for name in names if name.endswith((".json", ".safetensors", ".bin", ".gguf", ".model", ".jinja"))]
-        # A run's own reports, and where it lay, say nothing of the weights.
-        kept = [name for name in kept if name not in _REPORTS]
-        return hashlib.sha256("".join(content_hash(os.path.join(path, name)) for name in kept).encode()).hexdigest()
-    if not os.path.isfile(path):
-        return path
-    stat = os.stat(path)
-    return _hash_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of a JSON value's SHA-256."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
     """All that decides a cell's weights, as a JSON value.
 
@@ -107,18 +81,18 @@ def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
     """
     method = cell.method
     if not method.trains:
-        return {"checkpoint": content_hash(str(method.checkpoint))}
+        return {"checkpoint": model_hash(str(method.checkpoint))}
     return {
-        "method": dict(method.settings),
+        "method": with_contents(method.settings),
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "corruption": None if cell.corruption is None else vars(cell.corruption),
-        "train": content_hash(cell.files.train),
-        "base": content_hash(base),
+        "train": data_hash(cell.files.train),
+        "base": model_hash(base),
         "budget_tokens": comparison.budget_tokens,
-        "settings": dict(comparison.settings),
-        "run": dict(comparison.run),
-        **({"judge": content_hash(str(comparison.label_model))} if method.rollout else {}),
+        "settings": with_contents(comparison.settings),
+        "run": with_contents(comparison.run),
+        **({"judge": model_hash(str(comparison.label_model))} if method.rollout else {}),
     }
 
 
@@ -140,7 +114,7 @@ def train_cell(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
         return trained(folder)
     os.makedirs(folder, exist_ok=True)
     if not cell.method.trains:
-        found: dict[str, Any] = {"model": cell.method.checkpoint, "log": []}
+        found: dict[str, Any] = {"log": []}
     else:
         found = _train(comparison, cell, base, folder)
     write_json(os.path.join(folder, "cell.json"), {"title": cell.title, **identity(comparison, cell, base)})
@@ -204,7 +178,6 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in losses):
         raise CellError(f"{cell.title}: the loss became infinite or NaN in training; a smaller learning rate may help")
     return {
-        "model": MODEL,
         "steps": run.trainer.state.global_step,
         "scored_tokens": sum(line.get("num_tokens") or 0 for line in log),
         **({} if cell.method.rollout else _shares(run)),
@@ -224,10 +197,10 @@ def _shares(run: Run) -> dict[str, Any]:
 
 
 class _LastLine(TrainerCallback):
-    """The last step writes a line, whatever `logging_steps`: the tokens of all lines are then all tokens."""
+    """The last step writes a line, and each that is saved: the tokens of all lines are all tokens, resumed or not."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
 
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
@@ -249,16 +222,18 @@ def budget_steps(run: Run, tokens: int) -> int:
     """
     trainer = run.trainer
     args: Any = trainer.args
-    prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    dataset: Any = trainer.train_dataset
+    batches = math.ceil(len(dataset) / (args.train_batch_size * args.world_size))
+    steps = math.ceil(batches / args.gradient_accumulation_steps)  # an epoch's last ones may be small
     if isinstance(args, RolloutConfig):
         assert args.max_completion_length is not None
-        return max(1, round(tokens / (prompts * args.answers_per_prompt * args.max_completion_length)))
-    dataset: Any = trainer.train_dataset
-    counts = dataset_counts(dataset, trainer.loss_options, args.drop_inert)
-    each = float(counts[len(counts) - SCALARS + _TOKENS]) / len(dataset)
-    if not each:
+        whole = float(len(dataset) * args.answers_per_prompt * args.max_completion_length)
+    else:
+        counts = dataset_counts(dataset, trainer.loss_options, args.drop_inert)
+        whole = float(counts[len(counts) - SCALARS + _TOKENS])
+    if not whole:
         raise ValueError("budget_tokens: expected a training file with tokens that the objective scores, got none")
-    return max(1, round(tokens / (each * prompts)))
+    return max(1, round(tokens * steps / whole))
 
 
 def cells_of(comparison: Comparison, cell: Cell) -> list[Cell]:

@@ -13,6 +13,7 @@ from clha_fast.experiments.methods import Method, parse_methods
 from clha_fast.messages import check_keys
 from clha_fast.objectives.clha import CLHAOptions
 
+BASE_NAME = "base"
 Criterion = Literal["reward", "accuracy", "nll"]
 
 
@@ -94,18 +95,29 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
     criterion = values.get("criterion")
     if criterion is not None and criterion not in get_args(Criterion):
         raise ValueError(f"criterion: expected one of {', '.join(get_args(Criterion))}, got {criterion!r}")
+    settings = _mapping(values, "settings")
     reward_models = _mapping(values, "reward_models")
     check_keys("reward_models", reward_models, ("label", "evaluation"))
     for name, value in reward_models.items():
         if not isinstance(value, str) and not (isinstance(value, Mapping) and set(value) == {"train"}):
             raise ValueError(f"reward_models.{name}: expected a path or `train: {{...}}`, got {value!r}")
+        if isinstance(value, str):
+            reward_models[name] = os.path.expanduser(value)
     if criterion == "reward" and "label" not in reward_models:
         raise ValueError("criterion: expected reward_models.label, which judges dev answers, for 'reward', got none")
     evaluation = _mapping(values, "evaluation")
     check_keys("evaluation", evaluation, ("reward_margin", "noise_rule"))
     CLHAOptions(**evaluation)
     methods = parse_methods(values["methods"]) if "methods" in values else []
+    checkpoints = _checkpoints(_mapping(values, "checkpoints"))
     for method in methods:
+        if method.name in (BASE_NAME, *(other.name for other in checkpoints)):
+            raise ValueError(f"methods: expected names that neither a checkpoint nor the base has, got {method.name!r}")
+        if values.get("budget_tokens") is not None and "max_tokens_per_batch" in {**settings, **method.settings}:
+            raise ValueError(
+                "budget_tokens: expected no max_tokens_per_batch beside it, with which the batches of methods differ, "
+                "got both"
+            )
         if method.rollout and "label" not in reward_models:
             raise ValueError(
                 f"reward_models: expected a label model, which judges what {method.name} answers, got none"
@@ -114,7 +126,6 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    settings = _mapping(values, "settings")
     for name in ("output_dir", "seed", "learning_rate"):
         if name in settings:
             raise ValueError(f"settings: expected no {name}, which the comparison sets itself")
@@ -126,7 +137,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         base=base,
         pretrain=pretrain,
         methods=methods,
-        checkpoints=_checkpoints(_mapping(values, "checkpoints")),
+        checkpoints=checkpoints,
         seeds=_numbers(values, "seeds", (1,), int),
         learning_rates=_numbers(values, "learning_rates", (1e-5,), float),
         criterion=criterion,
@@ -151,7 +162,7 @@ def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _base(value: Any) -> tuple[str | None, Mapping[str, Any] | None]:
     if isinstance(value, str) and value:
-        return value, None
+        return os.path.expanduser(value), None
     if isinstance(value, Mapping) and set(value) == {"pretrain"} and isinstance(value["pretrain"], Mapping):
         return None, dict(value["pretrain"])
     raise ValueError(f"base: expected a model's path or name, or `pretrain: {{...}}`, got {value!r}")
@@ -167,22 +178,30 @@ def _data(value: Any) -> dict[str, Files]:
         for name, path in files.items():
             if not isinstance(path, str):
                 raise ValueError(f"data.{length}.{name}: expected a path, got {path!r}")
-        if files["dev"] == files["test"]:
-            raise ValueError(
-                f"data.{length}: expected different files for dev and test, got {files['test']} for both: settings "
-                "chosen on what is reported flatter every method"
-            )
-        found[str(length)] = Files(**files)
+        places = {name: os.path.expanduser(path) for name, path in files.items()}
+        real = {name: os.path.realpath(path) for name, path in places.items()}
+        for name in ("train", "dev"):
+            if real[name] == real["test"]:
+                raise ValueError(
+                    f"data.{length}: expected different files for {name} and test, got {files['test']} for both: what "
+                    "was trained or chosen on the file that is reported flatters every method"
+                )
+        found[str(length)] = Files(**places)
     return found
 
 
 def _checkpoints(given: Mapping[str, Any]) -> list[Method]:
-    found = []
+    found: list[Method] = []
     for label, path in given.items():
         if not isinstance(path, str):
             raise ValueError(f"checkpoints.{label}: expected a model's path or name, got {path!r}")
         name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in str(label))
-        found.append(Method(name, str(label), {}, path))
+        if name in (BASE_NAME, *(other.name for other in found)):
+            raise ValueError(
+                f"checkpoints.{label}: expected labels that differ in letters and digits, and none called "
+                f"{BASE_NAME!r}, got two for {name!r}"
+            )
+        found.append(Method(name, str(label), {}, os.path.expanduser(path)))
     return found
 
 

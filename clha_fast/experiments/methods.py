@@ -98,6 +98,9 @@ def _parse(entry: Any, place: str) -> Method:
             raise ValueError(f"{place}: expected none of {', '.join(_SHARED)} (they are alike for all), got {taken}")
     check_keys(place, settings, known)
     objective = settings.get("objective", "policy" if rollout else name)
+    for place_of in (settings, objective):
+        if isinstance(place_of, Mapping) and isinstance(place_of.get("reward_margin"), str):
+            check_quantile(place_of["reward_margin"], f"{place}: ")
     objective_name = objective.get("name") if isinstance(objective, Mapping) else objective
     if objective_name not in OBJECTIVES:
         raise ValueError(
@@ -122,13 +125,20 @@ def with_quantiles(settings: Mapping[str, Any], records: Sequence[RankedRecord])
     value = found.get("reward_margin")
     if not isinstance(value, str):
         return found
-    if not _QUANTILE.fullmatch(value):
-        raise ValueError(f"reward_margin: expected a number, or a quantile from q0 to q1 such as q0.5, got {value!r}")
+    check_quantile(value)
     gaps = reward_gaps(records)
     if not gaps.size:
         raise ValueError(f"reward_margin: expected records with rewards for the quantile {value}, got none")
     found["reward_margin"] = float(np.quantile(gaps, float(value[1:])))
     return found
+
+
+def check_quantile(text: str, place: str = "") -> None:
+    """ValueError for a text that is no quantile."""
+    if not _QUANTILE.fullmatch(text):
+        raise ValueError(
+            f"{place}reward_margin: expected a number, or a quantile from q0 to q1 such as q0.5, got {text!r}"
+        )
 
 
 def reward_gaps(records: Sequence[RankedRecord]) -> np.ndarray:

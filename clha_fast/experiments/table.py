@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clha_fast.data.readers import read_records
+from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.comparison_tables import as_csv, markdown
+from clha_fast.evaluation.intervals import import_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
 from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
 from clha_fast.experiments.cells import Cell, cell_folder, cells_of, train_cell, trained
-from clha_fast.experiments.comparison import Comparison
+from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
 from clha_fast.files import write_json, write_text
 
-BASE = Method("base", "base model", {}, "")
+BASE = Method(BASE_NAME, "base model", {}, "")
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,10 @@ class Table:
             ValueError, OSError: files, base or reward models that cannot be used.
         """
         comparison = self.comparison
-        # Bad files are found, and what there is to say of them said, before hours of training.
-        for path in dict.fromkeys(path for files in comparison.data.values() for path in vars(files).values()):
-            read_records(path)
+        # What is missing, and what there is to say of files, is said before hours of training.
+        for package in ("scipy.stats", "nltk", "sacrebleu"):
+            import_extra(package, "evaluation")
+        self._overlaps = _overlaps(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():
             self.base = ready_base(comparison, self.say)
@@ -190,7 +193,7 @@ class Table:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
-        below = [*self.assessor.notes(), *notes]
+        below = [*self._overlaps, *self.assessor.notes(), *notes]
         found = {
             "subsets": subsets,
             "rows": rows,
@@ -207,6 +210,29 @@ class Table:
             text += f"\n{line}\n"
         write_text(os.path.join(folder, "table.md"), text)
         return found
+
+
+def _overlaps(comparison: Comparison) -> list[str]:
+    """A sentence for each pair of files that share prompts.
+
+    Raises:
+        ValueError: nothing is left to test on: all prompts of a test file are in the file that is trained or chosen on.
+    """
+    prompts: dict[str, set[str]] = {}
+    for files in comparison.data.values():
+        for path in vars(files).values():
+            if path not in prompts:
+                prompts[path] = {prompt_key(record) for record in read_records(path)}
+    found = []
+    for length, files in comparison.data.items():
+        test = prompts[files.test]
+        for name in ("train", "dev"):
+            shared = len(test & prompts[getattr(files, name)])
+            if shared == len(test):
+                raise ValueError(f"data.{length}: expected test prompts that {name} does not have, got none")
+            if shared:
+                found.append(f"{shared:,} of {len(test):,} test prompts (n = {length}) are in {name}, too.")
+    return found
 
 
 def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> float | None:

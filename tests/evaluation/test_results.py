@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 
+from clha_fast.evaluation import spread
 from clha_fast.evaluation.comparison_tables import as_csv, differences_markdown, figure_named, markdown
 from clha_fast.evaluation.intervals import ratio
 from clha_fast.evaluation.report import Evaluation
@@ -27,7 +28,8 @@ def test_the_mean_and_each_seed_by_hand():
     found = over_seeds_and_prompts(ratio, means([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]))
     assert found.value == 4.0
     assert found.seeds == (2.0, 6.0)
-    assert 1.0 <= found.low < 4.0 < found.high <= 7.0
+    # Two seeds that differ by 4: with one degree of freedom they say next to nothing.
+    assert found.low < -10 < 18 < found.high
 
 
 def test_a_ratio_weighs_prompts_by_their_denominators():
@@ -51,18 +53,57 @@ def test_equal_values_have_an_interval_of_width_0():
     assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_the_interval_is_that_of_a_plain_two_way_bootstrap(seeds):
-    draws = np.random.default_rng(0)
-    values = draws.normal(size=(seeds, 60)) + draws.normal(size=(seeds, 1)) + draws.normal(size=(1, 60))
-    plain = []
+def plain_bootstrap(values: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """The ends of a percentile interval of the mean, seeds and prompts drawn in a loop."""
+    seeds, prompts = values.shape
+    found = []
     for _ in range(4000):
-        runs, prompts = draws.integers(0, seeds, seeds), draws.integers(0, 60, 60)
-        plain.append(values[np.ix_(runs, prompts)].mean())
-    low, high = np.quantile(plain, [0.025, 0.975])
+        index = np.ix_(draws.integers(0, seeds, seeds), draws.integers(0, prompts, prompts))
+        found.append(values[index].mean())
+    return np.quantile(found, [0.025, 0.975])
+
+
+def test_over_one_seed_it_is_a_bootstrap_over_prompts():
+    draws = np.random.default_rng(0)
+    values = draws.normal(size=(1, 60))
     found = over_seeds_and_prompts(ratio, means(values))
-    assert found.low == pytest.approx(low, abs=0.06)
-    assert found.high == pytest.approx(high, abs=0.06)
+    wider = 2.001 / 1.960  # Student's t of 59 degrees of freedom over the normal
+    ends = values.mean() + (plain_bootstrap(values, draws) - values.mean()) * wider
+    assert [found.low, found.high] == pytest.approx(ends.tolist(), abs=0.02)
+
+
+def test_seeds_that_do_not_differ_widen_nothing():
+    draws = np.random.default_rng(0)
+    one = draws.normal(size=(1, 60))
+    single, many = over_seeds_and_prompts(ratio, means(one)), over_seeds_and_prompts(ratio, means(np.repeat(one, 4, 0)))
+    assert (single.value, single.low) == pytest.approx((many.value, many.low), abs=0.02)
+
+
+def test_few_seeds_widen_a_bootstrap_that_is_too_narrow():
+    draws = np.random.default_rng(2)
+    values = draws.normal(size=(3, 200)) + draws.normal(size=(3, 1))
+    low, high = plain_bootstrap(values, draws)
+    found = over_seeds_and_prompts(ratio, means(values))
+    # Nearly all variance is of seeds: sqrt(3 / 2), and t of 2 degrees of freedom over the normal, 4.303 / 1.960.
+    assert 2.0 < (found.high - found.low) / (high - low) < 2.75
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_of_few_seeds_hold_the_truth(seeds, monkeypatch):
+    monkeypatch.setattr(spread, "RESAMPLES", 200)
+    draws = np.random.default_rng(1)
+    hits = 0
+    for _ in range(80):
+        shared = draws.normal(size=(1, 40))
+        sides = [shared + draws.normal(size=(seeds, 40)) + 0.3 * draws.normal(size=(seeds, 1)) for _ in range(2)]
+        found = paired_difference(ratio, means(sides[0]), means(sides[1]))
+        hits += found.low <= 0 <= found.high
+    assert hits / 80 >= 0.9  # 0.81 without widening, at three seeds
+
+
+def test_a_prompt_without_a_value_on_one_side_counts_on_neither():
+    ours, theirs = means([[1.0, 2.0, 9.0, 3.0]]), means([[1.0, 2.0, np.nan, 3.0]])
+    assert paired_difference(ratio, ours, theirs).value == 0.0
 
 
 def test_pairing_takes_out_what_both_share():
@@ -171,6 +212,6 @@ def test_differences_are_bold_where_0_lies_outside():
     ]
     table, text = cells_of(differences_markdown(rows, "none", ["accuracy", "bleu"]))
     assert table[0] == ["n", "training data", "less none", figure_named("accuracy").title]
-    assert table[2] == ["2", "clean", "abs", "**0.200 [0.100, 0.300]**"]
-    assert table[3] == ["2", "flips 0.3", "abs", "0.200 [-0.100, 0.300]"]
-    assert text[0][0].startswith("1 seeds")
+    assert table[2] == ["2", "clean", "abs", "**0.2000 [0.1000, 0.3000]**"]
+    assert table[3] == ["2", "flips 0.3", "abs", "0.2000 [-0.1000, 0.3000]"]
+    assert text[0][0].startswith("1 seed: 95% intervals over prompts alone")

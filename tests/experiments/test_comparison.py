@@ -9,9 +9,10 @@ import re
 import pytest
 
 from clha_fast.data.records import RankedRecord
-from clha_fast.experiments.cells import Cell, cell_folder, content_hash
+from clha_fast.experiments.cells import Cell, cell_folder
 from clha_fast.experiments.claims import ablation, noise
 from clha_fast.experiments.comparison import parse_comparison
+from clha_fast.experiments.contents import data_hash, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import parse_methods, with_quantiles
 
@@ -56,6 +57,18 @@ def test_what_is_not_given_has_its_default():
         ({"reward_models": {"judge": "x"}}, "reward_models: unknown key 'judge'"),
         ({"reward_models": {"label": 3}}, "reward_models.label: expected a path"),
         ({"checkpoints": {"LLaMA": 7}}, "checkpoints.LLaMA: expected a model's path"),
+        ({"checkpoints": {"base": "x"}}, "checkpoints.base: expected labels that differ"),
+        ({"checkpoints": {"m 1": "x", "m-1": "y"}}, "checkpoints.m-1: expected labels that differ"),
+        (
+            {"checkpoints": {"sft": "x"}},
+            "methods: expected names that neither a checkpoint nor the base has, got 'sft'",
+        ),
+        ({"data": {2: {**FILES, "dev": "./test.jsonl"}}}, "data.2: expected different files for dev and test"),
+        ({"data": {2: {**FILES, "train": "test.jsonl"}}}, "data.2: expected different files for train and test"),
+        (
+            {"budget_tokens": 9, "settings": {"max_tokens_per_batch": 64}},
+            "budget_tokens: expected no max_tokens_per_batch",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, said):
@@ -144,7 +157,54 @@ def test_what_is_only_evaluated_otherwise_lies_in_the_same_folder(comparison):
 
 
 def test_a_name_on_the_hub_is_its_own_content():
-    assert content_hash("organisation/model") == "organisation/model"
+    assert model_hash("organisation/model") == "organisation/model"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "merges.txt", "vocab.txt", "pytorch_model.pt", "code.py", "deep/x.bin"]
+)
+def test_every_file_of_a_model_counts_but_for_a_runs_reports(tmp_path, name):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / name).write_text("one")
+    before = model_hash(str(tmp_path))
+    for report in ("run.json", "metrics.json", "README.md", "loss_curve.png", "training_args.bin"):
+        (tmp_path / report).write_text("a report")
+    assert model_hash(str(tmp_path)) == before
+    (tmp_path / name).write_text("other")
+    assert model_hash(str(tmp_path)) != before
+
+
+def test_the_model_under_an_adapter_counts(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (base / "model.safetensors").write_text("one")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = model_hash(str(adapter))
+    (base / "model.safetensors").write_text("other")
+    assert model_hash(str(adapter)) != before
+
+
+def test_data_count_under_every_name_that_they_are_read_by(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "set" / "split"
+    folder.mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "set/split/part.arrow"):
+        (tmp_path / name).write_text("one")
+    sources = ["~/a.jsonl", str(tmp_path / "*.jsonl"), str(tmp_path / "set")]
+    before = [data_hash(source) for source in sources]
+    for name in ("a.jsonl", "set/split/part.arrow"):
+        (tmp_path / name).write_text("other")
+    assert all(data_hash(source) != old for source, old in zip(sources, before, strict=True))
+
+
+def test_settings_that_name_a_folder_count_with_what_is_in_it(tmp_path):
+    (tmp_path / "config.json").write_text("one")
+    settings = {"objective": {"name": "dpo"}, "reference": str(tmp_path), "optim": "adamw_torch"}
+    before = with_contents(settings)
+    assert before["optim"] == "adamw_torch"
+    (tmp_path / "config.json").write_text("other")
+    assert with_contents(settings) != before
+    assert with_contents({"tokenizer": "organisation/name"}) == {"tokenizer": "organisation/name"}
 
 
 def test_the_ablation_takes_one_part_at_a_time():
