@@ -232,7 +232,7 @@ class Reference:
         if before.get("fingerprint") != (None if own is None else fingerprint(own)):
             kind = before.get("kind")
             given = "the same reference model" if kind == "model" else "the model that this run started from"
-            if kind not in (self.kind, "model"):
+            if "adapter" in (self.kind, kind) and kind != "model":
                 given = f"reference={kind!r} and {given}"
             raise ValueError(
                 f"resume_from_checkpoint: expected the reference that {checkpoint} was trained with, got another one; "
