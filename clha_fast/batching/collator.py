@@ -54,7 +54,8 @@ class RankedCollator:
 
     For an objective with `markers` the candidates of a record are chains of its answers (`data.chains.record_chains`),
     without rewards: each is one assistant turn, its parts are tokenised apart like prompt and response, and the tokens
-    of answers and of what closes the turn are scored, those of markers not.
+    of answers and of what closes the turn are scored, those of markers not. `max_completion_length` is that of each of
+    its answers (with what closes the turn, of the last); what `max_length` cuts is cut from the chain's end.
 
     Args:
         tokenizer: a transformers tokenizer with an EOS token. Padding uses its PAD token, else EOS (padding
@@ -168,17 +169,25 @@ class RankedCollator:
         chains = None if self.options.markers is None else self._chains(record, self.options.markers)
         prompt, prefix_length, responses, closed = self._texts(record, chains)
         if chains is None:
-            completions, masks = self._encode_responses(responses, record.source), None
+            found = [[ids] for ids in self._encode_responses(responses, record.source)]
         else:
-            completions, masks = self._encode_chains(responses, chains, record.source)
-        whole_lengths = []
-        for number, ids in enumerate(completions):
+            found = self._encode_chains(responses, chains, record.source)
+        whole_lengths, completions, masks = [], [], []
+        for number, parts in enumerate(found):
+            ids = parts[-1]
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            whole = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
-            whole_lengths.append(len(whole))
-            completions[number] = whole[: self.max_completion_length]
+            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
+            whole_lengths.append(sum(map(len, parts)))
+            # Answers and markers take turns, an answer is the last: each answer has the limit to itself.
+            scored = [(len(parts) - place) % 2 for place in range(len(parts))]
+            kept = [
+                part[: self.max_completion_length] if answer else part
+                for part, answer in zip(parts, scored, strict=True)
+            ]
+            completions.append([token for part in kept for token in part])
+            masks.append([answer for part, answer in zip(kept, scored, strict=True) for _ in part])
 
         needed = prefix_length + (len(prompt) > prefix_length)
         limit = len(prompt) if self.max_prompt_length is None else self.max_prompt_length
@@ -200,10 +209,8 @@ class RankedCollator:
             "sft_index": 0 if chains else record.sft_index,
             "source": record.source,
         }
-        if masks is not None:
-            # What closes a chain is scored with the answer that it ends.
-            padded = ([*mask, *([1] * (len(ids) - len(mask)))] for ids, mask in zip(completions, masks, strict=True))
-            cut_masks = [mask[: len(ids)] for ids, mask in zip(completions, padded, strict=True)]
+        if chains is not None:
+            cut_masks = [mask[: len(ids)] for ids, mask in zip(completions, masks, strict=True)]
             self._check_scored(cut_masks, masks, record.source)
             feature["completion_mask"] = cut_masks
         self._add_signals(feature, record)
@@ -338,8 +345,8 @@ class RankedCollator:
 
     def _encode_chains(
         self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """(tokens, mask) of each chain as it was rendered: markers and answers apart, 1 on answers' tokens."""
+    ) -> list[list[list[int]]]:
+        """Tokens of each chain's parts as it was rendered, markers and answers in turn."""
         parts: list[str] = []
         for number, (text, chain) in enumerate(zip(texts, chains, strict=True)):
             before = "".join(chain[:-1])
@@ -349,23 +356,13 @@ class RankedCollator:
             # A template may begin the turn with a blank, and closes it behind the last answer.
             parts += [text[:at] + chain[0], *chain[1:-1], text[at + len(before) :]]
         encoded = iter(self._encode_responses(parts, source))
-        ids, masks = [], []
-        for chain in chains:
-            found = list(itertools.islice(encoded, len(chain)))
-            ids.append([token for part in found for token in part])
-            masks.append([place % 2 for place, part in enumerate(found) for _ in part])
-        return ids, masks
+        return [list(itertools.islice(encoded, len(chain))) for chain in chains]
 
     def _check_scored(self, masks: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], source: str) -> None:
         for mask, before in zip(masks, whole, strict=True):
             if not any(mask):
-                marker = before.index(1)
-                name = "max_completion_length"
-                limit = self.max_completion_length
-                if limit is None or limit > marker:
-                    name, limit = "max_length", self.max_length
-                expected = f"room for the {marker} tokens of a chain's marker and an answer"
-                raise RecordError.of(source, name, expected, limit)
+                expected = f"room for the {before.index(1)} tokens of a chain's marker and an answer"
+                raise RecordError.of(source, "max_length", expected, self.max_length)
 
     @functools.cached_property
     def _adds_blank(self) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,17 @@ Prompted = RankedRecord | PromptRecord
 def subset_of(record: Prompted) -> str:
     """The part of its data set that a record is from, "" where there are no parts."""
     return str(getattr(record, "subset", ""))
+
+
+def answered(record: Prompted, answers: Sequence[str]) -> RankedRecord:
+    """The prompt with answers as generation gives them, without outer blanks, in the form that responses of data have.
+
+    Behind a text that does not end in a blank ("Assistant:", "TL;DR:") a response begins with one, its own or one that
+    is put there: what reads the record has learnt from such responses. Answers to messages stay as they are.
+    """
+    open_end = isinstance(record.prompt, str) and record.prompt[-1:].strip()
+    texts = tuple(f" {text}" if open_end and text[:1].strip() else text for text in answers)
+    return RankedRecord(record.prompt, texts, source=record.source, template=record.template)
 
 
 def prompt_hash(record: Prompted) -> str:

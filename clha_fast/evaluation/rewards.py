@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clha_fast.data.prompts import answered
 from clha_fast.data.records import RankedRecord
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
@@ -25,16 +26,13 @@ def answer_rewards(
 ) -> tuple[list[float], list[float | None]]:
     """(reward, raw score) of each answer to the prompt of its record.
 
-    The reward is 100 sigmoid(raw), as it is published; an empty answer has the reward 0 and no raw score.
+    The reward is 100 sigmoid(raw), as it is published; an empty answer has the reward 0 and no raw score. Behind a
+    text prompt an answer is read with the blank that responses begin with (`data.prompts.answered`).
 
     Args:
         batch_size, max_length: as `clha_fast.rewards.scoring.score_file`, whose errors these are.
     """
-    given = [
-        RankedRecord(record.prompt, (answer,), source=record.source, template=record.template)
-        for record, answer in zip(records, answers, strict=True)
-        if answer
-    ]
+    given = [answered(record, [answer]) for record, answer in zip(records, answers, strict=True) if answer]
     settings = {"batch_size": batch_size, "max_length": max_length}
     scored = iter(score_records(given, reward_model, progress=progress, **settings) if given else [])  # type: ignore[arg-type]
     raw: list[float | None] = []

@@ -92,6 +92,42 @@ def trained_beside_adapter(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
 
 
+# Of an adapter that changes nothing yet all of these are zero; a kind that is not here is not taken to change nothing.
+_ZERO_AT_FIRST = {
+    "LORA": ("lora_B", "lora_embedding_A"),
+    "ADALORA": ("lora_E",),
+    "VERA": ("vera_lambda_b",),
+    "LOHA": ("hada_w2_b",),
+}
+# Ways for LoRA to begin that leave the weights below the adapter as they are.
+_KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal")
+
+
+def changed_by_adapter(model: nn.Module, config: Any = None) -> str:
+    """Why a model with its adapter switched off is not the one that training starts from; "" where it is.
+
+    Args:
+        model: a PeftModel, or one that gets an adapter. config: the adapter that it gets: training starts from the
+            model without, and that is not there any more where the adapter takes its first weights out of the model's.
+    """
+    if config is not None:
+        way = getattr(config, "init_lora_weights", True)
+        moved = isinstance(way, str) and way.lower() not in _KEEPS_WEIGHTS
+        return f"init_lora_weights={way!r} takes the adapter's first weights out of the model's" if moved else ""
+    adapted: Any = model
+    active = adapted.active_adapters
+    for name in active:
+        found = adapted.peft_config[name].peft_type
+        kind = str(getattr(found, "value", found))
+        if kind not in _ZERO_AT_FIRST:
+            return f"the {kind} adapter {name!r} is not known to change nothing"
+        for path, weight in model.named_parameters():
+            parts = path.split(".")
+            if name in parts and any(part in parts for part in _ZERO_AT_FIRST[kind]) and bool(weight.detach().any()):
+                return f"the adapter {name!r} changes the model already ({path} is not zero)"
+    return ""
+
+
 @contextlib.contextmanager
 def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model that a PeftModel has been put around, as it was, in evaluation mode."""

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clha_fast.data.prompts import Prompted
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.prompts import Prompted, answered
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import read_as_text, reward_collator, token_rows
 
@@ -16,7 +15,9 @@ _SOME = "."
 
 
 class AnswerRewards:
-    """A reward model as a function of prompts and answers; each answer is read as `score_file` reads a response.
+    """A reward model as a function of prompts and answers.
+
+    Each answer is read as `score_file` reads the response that it is in a record (`data.prompts.answered`).
 
     Args:
         batch_size: answers in a forward pass.
@@ -38,9 +39,7 @@ class AnswerRewards:
         """
         rows: list[list[int]] = []
         for record, texts in zip(records, answers, strict=True):
-            filled = tuple(text or _SOME for text in texts)
-            ranked = RankedRecord(record.prompt, filled, source=record.source, template=record.template)
-            feature = self._collator.tokenize_record(ranked)
+            feature = self._collator.tokenize_record(answered(record, [text or _SOME for text in texts]))
             end = self.reward_model.tokenizer.eos_token_id
             for text, row in zip(texts, token_rows(feature), strict=True):
                 rows.append(row if text else [*feature["prompt_ids"], end])

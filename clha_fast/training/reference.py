@@ -21,7 +21,7 @@ from clha_fast.batching.stream import RankedStream
 from clha_fast.data.containers import table_rows
 from clha_fast.data.records import RankedRecord, shorten
 from clha_fast.files import write_json
-from clha_fast.models.adapters import is_adapted, trained_beside_adapter
+from clha_fast.models.adapters import changed_by_adapter, is_adapted, trained_beside_adapter
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import fingerprint, load_model, load_tokenizer
 from clha_fast.objectives import Objective
@@ -46,7 +46,7 @@ class Reference:
     """The reference of one run.
 
     Args:
-        ref_model: of the trainer. adapted: whether the model that trains has, or gets, an adapter of peft's.
+        model, ref_model, peft_config: of the trainer.
         datasets: what will be trained and evaluated on, as they were given, the first one first; none where a collator
             of somebody else's makes the batches.
 
@@ -59,11 +59,24 @@ class Reference:
     """
 
     def __init__(
-        self, args: CLHAConfig, objective: Objective, ref_model: nn.Module | None, adapted: bool, datasets: list[Any]
+        self,
+        args: CLHAConfig,
+        objective: Objective,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        peft_config: Any,
+        datasets: list[Any],
     ) -> None:
         self.frozen: FrozenModel | None = None
         self._args = args
+        adapted = peft_config is not None or is_adapted(model)
         self.kind = self._kind(objective, ref_model, adapted, datasets)
+        why = ""
+        if self.kind == "adapter" and args.reference is None:
+            why = changed_by_adapter(model, peft_config)
+            if why:
+                self.kind = "copy"
+                why = f", not with {_TEXTS['adapter']}, for {why}"
         self.text = _TEXTS.get(self.kind or "", str(args.reference))
         if ref_model is not None:
             self.text = f"the {type(ref_model).__name__} given as ref_model"
@@ -75,7 +88,7 @@ class Reference:
         if self.kind is not None and args.reference is None and ref_model is None:
             say = logger.warning if self.kind == "copy" else logger.info
             more = "; it takes the weights' memory once more" if self.kind == "copy" else ""
-            say(f"reference: the objective {objective.name!r} compares with {self.text}{more}")
+            say(f"reference: the objective {objective.name!r} compares with {self.text}{why}{more}")
 
     def _kind(
         self, objective: Objective, ref_model: nn.Module | None, adapted: bool, datasets: list[Any]
@@ -200,8 +213,9 @@ class Reference:
     def write(self, folder: str) -> None:
         """What `check` looks for, into a checkpoint."""
         own: Any = self.own_model
-        if own is not None:
-            write_json(os.path.join(folder, REFERENCE_FILE), {"kind": self.kind, "fingerprint": fingerprint(own)})
+        if self.computed:
+            told = {"kind": self.kind, "fingerprint": None if own is None else fingerprint(own)}
+            write_json(os.path.join(folder, REFERENCE_FILE), told)
 
     def check(self, checkpoint: str) -> None:
         """Whether the run that `checkpoint` is from compared with the same model.
@@ -211,12 +225,15 @@ class Reference:
         """
         own: Any = self.own_model
         path = os.path.join(checkpoint, REFERENCE_FILE)
-        if own is None or not os.path.isfile(path):
+        if not self.computed or not os.path.isfile(path):
             return
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
-        if before.get("fingerprint") != fingerprint(own):
-            given = "the model that this run started from" if self.kind == "copy" else "the same reference model"
+        if before.get("fingerprint") != (None if own is None else fingerprint(own)):
+            kind = before.get("kind")
+            given = "the same reference model" if kind == "model" else "the model that this run started from"
+            if "adapter" in (self.kind, kind) and kind != "model":
+                given = f"reference={kind!r} and {given}"
             raise ValueError(
                 f"resume_from_checkpoint: expected the reference that {checkpoint} was trained with, got another one; "
                 f"give the trainer {given}, not the checkpoint's"

@@ -22,7 +22,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
 from clha_fast.files import last_checkpoint
-from clha_fast.models.adapters import base_model, is_adapted, with_adapter
+from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.models.forward import CandidateForward, check_dropped
 from clha_fast.models.measure import measure_head
 from clha_fast.models.sharding import reshard, whole_weights
@@ -129,9 +129,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self.loss_options = args.loss_options()
         held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         given = [part for part in (train_dataset, *held_out) if part is not None]
-        adapted = peft_config is not None or is_adapted(model)
         others = data_collator is not None and not isinstance(data_collator, RankedCollator)
-        self.reference = Reference(args, self.loss_options, ref_model, adapted, [] if others else given)
+        self.reference = Reference(args, self.loss_options, model, ref_model, peft_config, [] if others else given)
         eval_collator = data_collator
         if data_collator is None:
             data_collator = self._make_collator(processing_class, args, args.drop_inert)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import pickle
 from pathlib import Path
@@ -218,20 +219,54 @@ def test_truncation_is_that_of_candidates() -> None:
     tokenizer = make_tokenizer()
     whole = RankedCollator(tokenizer, COH).tokenize_record(record("Why? Why? Why? "))
     markers = [mask.index(1) for mask in whole["completion_mask"]]
-    for limit in (max(markers) + 1, len(whole["completion_ids"][0]), len(whole["completion_ids"][2]) - 1):
-        cut = RankedCollator(tokenizer, COH, max_completion_length=limit).tokenize_record(record("Why? Why? Why? "))
-        for name in ("completion_ids", "completion_mask"):
-            assert cut[name] == [ids[:limit] for ids in whole[name]]
-    message = (
-        rf"^f:7: max_completion_length: expected room for the {markers[0]} tokens of a chain's marker and an answer"
-    )
+    message = rf"^f:7: max_length: expected room for the {markers[0]} tokens of a chain's marker and an answer"
     with pytest.raises(RecordError, match=f"{message}, got {markers[0]}$"):
-        RankedCollator(tokenizer, COH, max_completion_length=markers[0]).tokenize_record(record("Why? "))
-    with pytest.raises(RecordError, match=r"^f:7: max_length: expected room for the"):
         RankedCollator(tokenizer, COH, max_length=markers[0]).tokenize_record(record("Why? "))
     cut = RankedCollator(tokenizer, COH, max_length=60).tokenize_record(record("Why? " * 40))
     assert max(map(len, cut["completion_ids"])) + len(cut["prompt_ids"]) == 60
     assert [len(ids) for ids in cut["completion_ids"]] == [len(mask) for mask in cut["completion_mask"] or ()]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma", "no end of turn", "text"])
+def test_each_answer_of_a_chain_has_the_limit_to_itself(name: str) -> None:
+    """Parts of a chain are those of the whole one, each answer cut, so both answers of an order chain are there."""
+    tokenizer = make_tokenizer() if name == "text" else chat_tokenizer(SHAPES[name])
+    row = record("Why? " if name == "text" else MESSAGES)
+
+    def parts(feature: Any, number: int) -> list[list[int]]:
+        pairs = zip(feature["completion_mask"][number], feature["completion_ids"][number], strict=True)
+        return [[token for _, token in run] for _, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
+
+    plain = RankedCollator(tokenizer, COH)
+    whole = [parts(plain.tokenize_record(row), number) for number in range(4)]
+    lengths = [len(answer) for chain in whole for answer in chain[1::2]]
+    assert len(set(lengths)) > 2
+    for limit in (1, 2, min(lengths) - 1, *sorted(set(lengths))):
+        collator = RankedCollator(tokenizer, COH, max_completion_length=limit)
+        feature, _, cut = collator.tokenize_counted(row)
+        wanted = [[part[:limit] if place % 2 else part for place, part in enumerate(chain)] for chain in whole]
+        assert [parts(feature, number) for number in range(4)] == wanted
+        # EOS or the end of turn stands behind a last answer that was not cut, and there alone.
+        assert [len(chain[-1]) <= limit for chain in whole] == [
+            ours[-1] == theirs[-1] for ours, theirs in zip(wanted, whole, strict=True)
+        ]
+        assert cut == sum(any(len(answer) > limit for answer in chain[1::2]) for chain in whole)
+        # What is too long for max_length is cut from the end of the chain, as of a response.
+        both = RankedCollator(tokenizer, COH, max_completion_length=limit, max_length=len(feature["prompt_ids"]) + 40)
+        for short, long in zip(both.tokenize_record(row)["completion_ids"], feature["completion_ids"], strict=True):
+            assert short == long[: len(short)]
+    assert cut == 0
+
+
+def test_two_long_answers_both_train() -> None:
+    tokenizer = make_tokenizer()
+    row = RankedRecord("Why? ", ("the cat sat " * 30, "a dog ran " * 30))
+    feature, _, cut = RankedCollator(tokenizer, COH, max_completion_length=9).tokenize_counted(row)
+    assert [sum(mask) for mask in feature["completion_mask"]] == [9, 9, 18, 18]
+    assert cut == 4
+    assert all(ids[-1] != tokenizer.eos_token_id for ids in feature["completion_ids"])
+    dataset = RankedDataset([row, RankedRecord("Who?", ("a", "b"))], RankedCollator(tokenizer, COH, None, None, 9))
+    assert dataset.cut_completions == 4
 
 
 def test_datasets_workers_and_tables() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.data.prompts import PromptRecord, prompt_hash, read_prompts
+from clha_fast.data.prompts import PromptRecord, answered, prompt_hash, read_prompts
 from tests.support.tiny import make_rows
 
 
@@ -36,3 +36,23 @@ def test_prompts_alone(tmp_path: Path) -> None:
         read_prompts([{"prompt": "a"}, {"prompt": None}])
     with pytest.raises(RecordError, match="unknown format"):
         read_prompts([{"prompt": "a", "other": 1}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "response"),
+    [
+        ("Assistant:", "yes", " yes"),
+        ("TL;DR:", " yes", " yes"),
+        ("TL;DR:", "\nyes", "\nyes"),
+        ("Assistant: ", "yes", "yes"),
+        ("Assistant:\n", "yes", "yes"),
+        ("", "yes", "yes"),
+        ([{"role": "user", "content": "Why?"}], "yes", "yes"),
+    ],
+)
+def test_answers_in_the_form_of_responses(prompt: Any, answer: str, response: str) -> None:
+    template = {} if isinstance(prompt, str) else {"tools": [{"name": "t"}]}
+    record = PromptRecord(prompt, "f:3", template)
+    found = answered(record, [answer, answer])
+    assert found.completions == (response, response)
+    assert (found.prompt, found.source, found.template) == (record.prompt, "f:3", record.template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,109 @@ def test_a_switched_off_adapter_is_the_model_before(
 def test_virtual_tokens_are_an_adapter_too(tmp_path: Path) -> None:
     model = virtual("PromptTuningConfig")
     base = model.get_base_model()
-    ours = trainer(tmp_path, model, max_steps=1)
+    ours = trainer(tmp_path, model, max_steps=1, reference="adapter")
     batch = batch_of(ours)
     assert ours.reference.frozen is not None
     torch.testing.assert_close(ours.reference.frozen(batch).double(), exact(base, batch), rtol=0, atol=1e-5)
     ours.train()
+
+
+def _peft(kind: str = "LoraConfig", **settings: Any) -> nn.Module:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=BODY, **settings)
+    return peft.get_peft_model(make_model(len(TOKENIZER), tie_word_embeddings=False), config)
+
+
+def _one_weight(part: str, **settings: Any) -> nn.Module:
+    """Of all the weights that begin at zero a single one has moved."""
+    model = _peft(**settings)
+    with torch.no_grad():
+        last = [weight for name, weight in model.named_parameters() if part in name][-1]
+        last.view(-1)[-1] = 0.5
+    return model
+
+
+def _second_adapter(active: str) -> nn.Module:
+    model: Any = stir(_peft())
+    model.add_adapter("fresh", lora_config(BODY))
+    model.set_adapter(active)
+    return model
+
+
+NEUTRAL: dict[str, Any] = {
+    "lora": _peft,
+    "lora on embeddings": lambda: peft.get_peft_model(make_model(len(TOKENIZER)), lora_config(["embed_tokens"])),
+    "dora": lambda: _peft(use_dora=True),
+    "adalora": lambda: _peft("AdaLoraConfig", total_step=10),
+    "vera": lambda: _peft("VeraConfig"),
+    "loha": lambda: _peft("LoHaConfig"),
+    "a trained one that is not active": lambda: _second_adapter("fresh"),
+}
+MOVED: dict[str, tuple[Any, str]] = {
+    "lora": (
+        lambda: stir(_peft()),
+        r"the adapter 'default' changes the model already \(.*lora_B.default.weight is not",
+    ),
+    "one weight": (lambda: _one_weight("lora_B"), "is not zero"),
+    "adalora": (lambda: _one_weight("lora_E", kind="AdaLoraConfig", total_step=10), "is not zero"),
+    "pissa": (lambda: _peft(init_lora_weights="pissa"), "is not zero"),
+    "the active one of two": (lambda: _second_adapter("default"), "is not zero"),
+    "ia3": (lambda: _peft("IA3Config", feedforward_modules=[]), "the IA3 adapter 'default' is not known to change not"),
+    "virtual tokens": (lambda: virtual("PromptTuningConfig"), "the PROMPT_TUNING adapter 'default' is not known to"),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_an_adapter_that_changes_nothing_is_switched_off(tmp_path: Path, name: str) -> None:
+    assert trainer(tmp_path, NEUTRAL[name]()).reference.kind == "adapter"
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_training_goes_on_from_an_adapter_that_changes_the_model(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where none is named the reference is the model as it starts: x is 0 for every pair."""
+    make, why = MOVED[name]
+    model, start = make(), make()
+    start.load_state_dict(model.state_dict())
+    ours = trainer(tmp_path, model, max_steps=2, learning_rate=0.05)
+    assert ours.reference.kind == "copy"
+    assert re.search(f"compares with a frozen copy of .*, not with the model with its adapter.*{why}", caplog.text)
+    assert ours.reference.frozen is not None
+    batch = batch_of(ours)
+    before = ours.reference.frozen(batch)
+    torch.testing.assert_close(before.double(), exact(start, batch), rtol=0, atol=1e-5)
+    ours.train()
+    assert torch.equal(ours.reference.frozen(batch), before)
+    assert trainer(tmp_path, make(), reference="adapter").reference.kind == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [(True, "adapter"), ("gaussian", "adapter"), (False, "adapter"), ("pissa", "copy")]
+)
+def test_a_new_adapter_that_takes_the_models_weights(tmp_path: Path, way: Any, kind: str) -> None:
+    """The reference is the model that was given, whatever the adapter makes of it."""
+    start = make_model(len(TOKENIZER), tie_word_embeddings=False)
+    ours = trainer(tmp_path, copy.deepcopy(start), peft_config=lora_config(BODY, init_lora_weights=way))
+    assert ours.reference.kind == kind
+    batch = batch_of(ours)
+    assert ours.reference.frozen is not None
+    torch.testing.assert_close(ours.reference.frozen(batch).double(), exact(start, batch), rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_keeps_to_the_switched_off_adapter(tmp_path: Path) -> None:
+    trainer(tmp_path, _peft(), max_steps=2, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    begun = peft.PeftModel.from_pretrained(
+        make_model(len(TOKENIZER), tie_word_embeddings=False), checkpoint, is_trainable=True
+    )
+    other = trainer(tmp_path, copy.deepcopy(begun), max_steps=2)
+    assert other.reference.kind == "copy"
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: expected the reference .* give the trainer reference='a"
+    ):
+        other.train(resume_from_checkpoint=checkpoint)
+    for model, way in ((_peft(), {}), (begun, {"reference": "adapter"})):
+        trainer(tmp_path, model, max_steps=2, **way).train(resume_from_checkpoint=checkpoint)
 
 
 def test_what_trains_beside_the_adapter_would_change_it(tmp_path: Path) -> None:
