@@ -232,13 +232,12 @@ def test_the_rlhf_row_samples_its_answers_and_is_judged_by_the_label_model(given
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes(given, tmp_path):
+def test_ray_gives_the_same_bytes(given, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed (the ray extra)")
     given = small(given, seeds=[1, 2])
     run(given)
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
-    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         other = {**given, "output_dir": str(tmp_path / "ray")}
         table = Table(parse_comparison(other), ray=True)
