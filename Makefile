@@ -5,7 +5,12 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
+# More for pip when it makes the tests' environment, such as "transformers==5.15.1 accelerate==1.12.0".
+WITH ?=
+# What depends on the releases of transformers, accelerate and peft.
+HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards
+
+.PHONY: demo test test-all test-oldest test-newest test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
@@ -17,6 +22,14 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
+
+# The oldest releases that pyproject.toml allows, and the newest there are, each in an environment of its own.
+test-oldest test-newest: test-%:
+	rm -f .venv-$*/.dev
+	$(MAKE) test VENV=.venv-$* WITH="$(WITH_$*)" ARGS="$(or $(ARGS),$(HOSTED))"
+
+WITH_oldest := -r tests/packaging/oldest.txt
+WITH_newest := --upgrade transformers accelerate peft
 
 test-architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.architectures --write docs/architectures.md $(ARGS)
@@ -40,7 +53,7 @@ bench-gpu: $(VENV)/.peers
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-run
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info demo-run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +68,7 @@ $(VENV)/.plot: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" $(WITH)
 	touch $@
 
 # In a folder of their own: the tests' environment does without them.

@@ -226,15 +226,14 @@ def budget_loader(
     )
 
 
-def pass_epochs_on(loader: DataLoader[Any]) -> None:
-    """Let the epoch reach a sampler inside accelerate's shard when the first batches are skipped, too.
+def start_epoch(loader: DataLoader[Any], epoch: int) -> None:
+    """Tell the samplers in a prepared loader which epoch's order comes next, however deep they are.
 
-    Trainer and accelerate look one level deep, and skipping puts one more around the shard: a run resumed inside a
-    later epoch would go through the first one's order. (accelerate does the same for its own random sampler.)
+    Trainer and accelerate look one or two levels deep, some releases less, and skipping batches puts one more around
+    accelerate's shard: a run resumed inside a later epoch would go through the first one's order.
     """
-    shard: Any = getattr(loader, "batch_sampler", None)
-    inner: Any = getattr(shard, "batch_sampler", None)
-    if hasattr(inner, "set_epoch"):
-        shard.set_epoch = inner.set_epoch
-    elif hasattr(getattr(inner, "sampler", None), "set_epoch"):
-        shard.sampler = inner.sampler
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))

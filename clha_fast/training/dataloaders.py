@@ -18,9 +18,9 @@ from clha_fast.batching.sampling import (
     LengthSampler,
     TokenBudgetSampler,
     budget_loader,
-    pass_epochs_on,
     prompt_shapes,
     row_lengths,
+    start_epoch,
 )
 from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import add_counts, dataset_counts, local_counts
@@ -48,13 +48,19 @@ class RankedLoaders(Trainer):
         """
         budget = self.args.max_tokens_per_batch
         if budget is None or self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
-            loader = super().get_train_dataloader()
-        else:
-            sampler = self._budget_sampler(budget)
-            plain = budget_loader(self.train_dataset, self.data_collator, sampler, self.args)
-            loader = self.accelerator.prepare(plain)
-        pass_epochs_on(loader)
-        return loader
+            return super().get_train_dataloader()
+        sampler = self._budget_sampler(budget)
+        loader = budget_loader(self.train_dataset, self.data_collator, sampler, self.args)
+        # The sampler's batches are even already, and before 1.14 accelerate evens out none without a fixed size.
+        self.accelerator.even_batches, even = False, self.accelerator.even_batches
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even
+
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        start_epoch(train_dataloader, epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _budget_sampler(self, budget: int) -> TokenBudgetSampler:
         collator = self.data_collator

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -34,6 +33,7 @@ from clha_fast.training.lengths import RowLimit
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
+from clha_fast.training.validation import check_fsdp
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +90,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
 
     # Each micro-batch's loss is a mean of its own, so Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
+    # As `Trainer` sets it for the model at hand; before transformers 5.20 none is.
+    is_distributed_loading_by_transformers = False
 
     def __init__(
         self,
@@ -115,14 +117,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "model: expected a causal language model (AutoModelForCausalLM.from_pretrained loads one), got "
                 f"{shorten(model)}"
             )
-        asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        # Before there is an Accelerator, which leaves the wish in the environment.
-        if asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
-            raise ValueError(
-                "fsdp: expected processes with an accelerator each (without, accelerate trains with DDP instead), got "
-                "CPUs; load the model with from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or "
-                "see examples/fsdp2_loop.py"
-            )
+        check_fsdp(args)
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None (no logits exist that it could be given), got a function")
@@ -169,6 +164,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self._eval_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None
         self._silent = True  # no batch so far had a response on which the loss depends
+        self._took_steps = False
         self.dataset_names = []
         self._counted = weakref.WeakKeyDictionary()
         config: Any = getattr(model, "config", None)
@@ -285,6 +281,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step; with `normalizer="global"` also their counts over all processes."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._took_steps |= bool(samples)
         self._count_step(samples, device)
         return samples, items
 
@@ -311,6 +308,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "
                 "trains with is_trainable=True"
             )
+        self._took_steps = False
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if resumed is True:
             resumed = last_checkpoint(self.args.output_dir)
@@ -318,7 +316,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             self.reference.check(os.fspath(resumed))
         found = super().train(*args, **kwargs)
         step, most = self.state.global_step, self.state.max_steps
-        if step == getattr(self, "_initial_global_step", None):
+        if not self._took_steps:
             why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
             logger.warning(f"train: nothing was trained; {why}")
         return found

@@ -6,10 +6,14 @@ import difflib
 import enum
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import accelerate
 import torch
+from accelerate import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -67,6 +71,24 @@ def check_machine(args: Any) -> None:
             raise ValueError(f"report_to: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
         if name not in available:
             raise ValueError(f"report_to: expected a reporter whose package is installed, got {name!r}")
+
+
+def check_fsdp(args: Any) -> None:
+    """For settings or an environment that ask for FSDP, before there is an Accelerator, which leaves the wish there.
+
+    Raises:
+        ValueError: processes on CPUs, with which accelerate trains under DDP instead; an accelerate without FSDP2.
+    """
+    if not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            "fsdp: expected processes with an accelerator each (without, accelerate trains with DDP instead), got "
+            "CPUs; load the model with from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or "
+            "see examples/fsdp2_loop.py"
+        )
+    if "fsdp_version" not in FullyShardedDataParallelPlugin.__dataclass_fields__:
+        raise ValueError(f"fsdp: expected accelerate 1.6 or newer, which knows FSDP2, got {accelerate.__version__}")
 
 
 def check_schedule(args: Any) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from tests.support.helpers import ROOT
+from tests.support.versions import lacks_type, older
 
 # What each of the sample shows, and what has to be found behind its head.
 SAMPLE = {
     "falcon_h1": "scale 0.6",
     "hyperclovax": "scale 1.9",  # multiplies where Granite divides
-    "inkling2_text": "softcap 3.5, 91 of 96 rows",
+    # Its head has had no rows to spare since 5.24.
+    "inkling2_text": "softcap 3.5, 91 of 96 rows" if older("transformers", "5.24") else "softcap 3.5",
     "xlnet": "bias",
     "minicpm3": "identity",  # hidden states divided before the head
     "prophetnet": "stream 0",
@@ -40,12 +42,13 @@ def walk(folder: Path, *arguments: str, timeout: int) -> list[dict[str, Any]]:
 
 
 def test_sample(tmp_path: Path) -> None:
-    results = walk(tmp_path, "--variants", "untied", "--types", *SAMPLE, timeout=120)
-    assert [(r["model_type"], r["outcome"], r["reason"]) for r in results] == [(t, "right", "") for t in SAMPLE]
-    assert {r["model_type"]: r["transform"] for r in results} == SAMPLE
+    sample = {name: transform for name, transform in SAMPLE.items() if not lacks_type(name)}
+    results = walk(tmp_path, "--variants", "untied", "--types", *sample, timeout=120)
+    assert [(r["model_type"], r["outcome"], r["reason"]) for r in results] == [(t, "right", "") for t in sample]
+    assert {r["model_type"]: r["transform"] for r in results} == sample
     # The comparison would have seen a lost transform.
     felt = {r["model_type"]: r["felt"] for r in results if r["felt"] is not None}
-    assert felt.keys() == {name for name, transform in SAMPLE.items() if "scale" in transform or "softcap" in transform}
+    assert felt.keys() == {name for name, transform in sample.items() if "scale" in transform or "softcap" in transform}
     assert min(felt.values()) > 0.1
     assert {r["model_type"] for r in results if r["aux_loss"]} == {"qwen3_moe"}
 
@@ -58,7 +61,9 @@ def test_every_architecture(tmp_path: Path) -> None:
     for result in results:
         assert bool(result["reason"]) == (result["outcome"] != "right")
         outcomes.setdefault(result["model_type"], set()).add(result["outcome"])
-    assert not [r for r in results if r["outcome"] == "wrong"]
+    # Its model counts its router's logits where it has none.
+    broken = {"doge"} if older("transformers", "5.15") else set()
+    assert {r["model_type"] for r in results if r["outcome"] == "wrong"} <= broken
     assert {name for name, seen in outcomes.items() if "refused" in seen} <= REFUSED
     missing = set() if importlib.util.find_spec("timm") else {"gemma3n"}
     assert {name for name, seen in outcomes.items() if seen == {"not buildable"}} <= NOT_BUILDABLE | missing

@@ -239,6 +239,7 @@ def mixed() -> nn.Module:
 
 
 CPT = {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 2], "cpt_mask": [1, 1, 1]}
+ADDED_BY_TRANSFORMERS = "LoRA on the head, model.add_adapter of transformers"
 CASES: dict[str, Callable[[], Measured]] = {
     "LoRA on the body": after(lambda: lora(BODY)),
     "LoRA on the body, tied embeddings": after(lambda: lora(BODY, tied=True)),
@@ -260,7 +261,7 @@ CASES: dict[str, Callable[[], Measured]] = {
     "LoRA on the head, merge_adapter": lambda: merged(HEAD, keep=True),
     "LoRA on the head, merge_and_unload": lambda: merged(HEAD, keep=False),
     "LoRA on the head, PeftMixedModel": after(mixed),
-    "LoRA on the head, model.add_adapter of transformers": after(added_by_transformers),
+    ADDED_BY_TRANSFORMERS: after(added_by_transformers),
     "DoRA on the head": after(lambda: lora(HEAD, use_dora=True)),
     "DoRA on the head, tied embeddings": after(lambda: lora(HEAD, tied=True, use_dora=True)),
     "IA3 on the head": tuned("IA3Config", feedforward_modules=[]),

@@ -16,6 +16,8 @@ import torch
 from clha_fast.training.samples import SAMPLES_FILE
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.trainers import trainer
+from tests.support.versions import needs, older
 
 TORCHRUN = ["torch.distributed.run", "--standalone"]
 # With --cpu it starts one process, whatever --num_processes says; the script itself asks for the CPU.
@@ -71,6 +73,7 @@ def check(two: dict[str, Any], one: dict[str, Any]) -> None:
 
 def test_fsdp2_by_fsdp_true(alone: dict[str, Any], tmp_path: Path) -> None:
     """accelerate's road; one list of devices that it keeps had to be told that processes on CPUs will do."""
+    needs("accelerate", "1.6", "knows no FSDP2")
     two = start("fsdp", tmp_path, 2)
     assert two["model"] == "FSDPLlamaForCausalLM"
     assert two["sharded"]
@@ -78,8 +81,18 @@ def test_fsdp2_by_fsdp_true(alone: dict[str, Any], tmp_path: Path) -> None:
     check(two, alone)
 
 
+@pytest.mark.skipif(not older("accelerate", "1.6"), reason="this accelerate knows FSDP2")
+@pytest.mark.parametrize("asked", [{"fsdp": True}, {"fsdp": "full_shard"}, {}], ids=["true", "words", "environment"])
+def test_fsdp2_needs_a_newer_accelerate(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not asked:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^fsdp: expected accelerate 1\.6 or newer, which knows FSDP2, got 1\."):
+        trainer(tmp_path, **asked)
+
+
 @pytest.mark.slow
 def test_fsdp2_sharded_checkpoints(alone: dict[str, Any], tmp_path: Path) -> None:
+    needs("accelerate", "1.6", "knows no FSDP2")
     two = start("fsdp-sharded", tmp_path, 2)
     check(two, alone)
     assert "model.safetensors" in two["files"], "the final model is whole all the same"
@@ -91,6 +104,7 @@ def test_fsdp2_sharded_checkpoints(alone: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_fsdp2_by_an_accelerate_configuration(alone: dict[str, Any], tmp_path: Path) -> None:
     """The environment that `accelerate launch --config_file examples/fsdp2.yaml` gives its processes."""
+    needs("accelerate", "1.6", "knows no FSDP2")
     from accelerate.commands.config import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
@@ -108,6 +122,7 @@ def test_fsdp2_by_an_accelerate_configuration(alone: dict[str, Any], tmp_path: P
 
 @pytest.mark.slow
 def test_fsdp2_by_transformers(alone: dict[str, Any], tmp_path: Path) -> None:
+    needs("transformers", "5.13", "shards no model as it is loaded")
     two = start("native", tmp_path, 2)
     assert two["sharded"]
     check(two, alone)
@@ -115,6 +130,7 @@ def test_fsdp2_by_transformers(alone: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tensor_parallel_head(alone: dict[str, Any], tmp_path: Path) -> None:
+    needs("transformers", "5.13", "shards no model as it is loaded")
     two = start("tp", tmp_path, 2)
     assert two["sharded"]
     check(two, alone)
