@@ -125,7 +125,10 @@ def split_files(
             "settings": {"data": "ranked", "dev": dev, "test": test, "length": length},
             "files": {os.path.basename(file): file_hash(file) for file in files if os.path.isfile(file)},
             "extra_candidates": [],
-            "counts": counts,
+            "counts": {
+                subset: {split: found[split] for split in (*SPLITS, "bad") if split in found}
+                for subset, found in counts.items()
+            },
             "first": first,
             "written": written,
         }

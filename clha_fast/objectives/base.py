@@ -207,6 +207,13 @@ def _segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
     return zeros.index_add(0, owner, values)
 
 
+# Where a signal that is missing may come from.
+_WAYS = {
+    "reference_logps": "; attach(frozen_copy).token_logps(batch) says them, clha-fast score --policy writes them to a "
+    "file, and CLHATrainer(reference=...) takes care of them",
+}
+
+
 @dataclass(frozen=True)
 class Objective(Settings):
     """A loss of token log-probabilities, as frozen settings that encode to one string.
@@ -248,7 +255,9 @@ class Objective(Settings):
         """ValueError for a field that is missing, or that nobody would read."""
         for name in self.needs:
             if getattr(given, name) is None:
-                raise ValueError(f"{name}: expected values, which the objective {self.name!r} needs, got None")
+                raise ValueError(
+                    f"{name}: expected values, which the objective {self.name!r} needs, got None{_WAYS.get(name, '')}"
+                )
         for name in SIGNALS:
             if getattr(given, name) is not None and name not in (*self.reads, *self.needs):
                 raise ValueError(f"{name}: expected None, for the objective {self.name!r} does not read it, got values")
