@@ -130,7 +130,8 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
     if missing:
         raise ValueError(
             f"reward_model: expected a trained sequence classifier, got {path} without weights for "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its scores would be random (clha-fast reward-model train makes one of it)"
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its scores would be random "
+            "(clha-fast reward-model train makes one of it)"
         )
     reward_model = RewardModel(model, tokenizer, label)
     try:
