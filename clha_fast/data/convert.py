@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,13 @@ def convert(
 
     Args:
         source, format, rank_by_reward, errors, columns, notes: as `iter_records`.
-        overwrite: replace an existing `destination`; it may be `source` itself.
+        overwrite: replace an existing `destination`. It may be `source` itself where nothing of that is lost.
 
     Raises:
         FileExistsError: `destination` exists and `overwrite` is not set.
         FileNotFoundError: the folder of `destination` does not exist.
-        RecordError, ValueError, OSError: as `iter_records`; OSError also when writing fails.
+        RecordError, ValueError, OSError: as `iter_records`; ValueError also where `destination` is `source`, which has
+            columns that nobody reads, or bad records; OSError also when writing fails.
     """
     path = os.path.expanduser(os.fspath(destination))
     if os.path.lexists(path) and not overwrite:
@@ -63,6 +65,7 @@ def convert(
     counts = (
         Notes(os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records") if notes is None else notes
     )
+    in_place, bad_before = _is_among(path, source), len(errors or ())
     records = completions = with_rewards = 0
     partial = f"{path}.{os.getpid()}.partial"
     try:
@@ -74,6 +77,8 @@ def convert(
                 with_rewards += record.rewards is not None
             file.flush()
             os.fsync(file.fileno())
+        if in_place:
+            _check_nothing_lost(path, counts.unread, len(errors or ()) - bad_before)
         os.replace(partial, path)
     finally:
         # Still there only when something above failed.
@@ -82,3 +87,21 @@ def convert(
     if notes is None:
         counts.say()
     return ConvertCounts(records, completions, with_rewards, len(errors or ()), counts.pairs, counts.reversed)
+
+
+def _is_among(path: str, source: Source) -> bool:
+    """Whether the file is the source, or one of those that its pattern stands for."""
+    if not isinstance(source, (str, os.PathLike)) or not os.path.exists(path):
+        return False
+    name = os.path.expanduser(os.fspath(source))
+    return any(os.path.exists(one) and os.path.samefile(one, path) for one in (name, *glob.glob(name)))
+
+
+def _check_nothing_lost(path: str, unread: Collection[str], bad: int) -> None:
+    lost = [f"the columns {', '.join(unread)}, which nobody reads"] if unread else []
+    lost += [f"{bad:,} bad records"] if bad else []
+    if lost:
+        raise ValueError(
+            f"destination: expected another file than the source, which has {' and '.join(lost)}, and would lose them, "
+            f"got {path} itself; convert to a new file"
+        )

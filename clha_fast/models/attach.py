@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
@@ -209,15 +210,29 @@ class Attached:
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
-        scale = kwargs.get("loss_scale")
+        scale = _checked_scale(kwargs.get("loss_scale"))
         found = self._forward(
             self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others, wrapped=False
         )
         metrics = found.metrics
         if scale is not None:
-            values = torch.cat([metrics.values[:2] * scale.to(metrics.values), metrics.values[2:]])
+            factor = scale.to(metrics.values) if isinstance(scale, Tensor) else scale
+            values = torch.cat([metrics.values[:2] * factor, metrics.values[2:]])
             metrics = CLHAMetrics(values, metrics.scores, names=metrics.names)
         return CLHAOutput(loss=found.loss, metrics=metrics, aux_loss=found.auxiliary)
+
+
+def _checked_scale(scale: Any) -> Any:
+    """`loss_scale` as it was given; looked at on the host only where that waits for no GPU."""
+    if scale is None or torch.compiler.is_compiling():
+        return scale
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not number and not (isinstance(scale, Tensor) and scale.dim() == 0):
+        got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise ValueError(f"loss_scale: expected one number, as Attached.counts gives it, got {got}")
+    if (number or scale.device.type == "cpu") and not 0 <= float(scale) < math.inf:
+        raise ValueError(f"loss_scale: expected a finite number of at least 0, got {float(scale)}")
+    return scale
 
 
 def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:

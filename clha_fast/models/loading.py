@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -43,6 +43,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Weights whose checksum is taken at once: what it needs beside them stays in a CPU's cache.
 _PART = 1 << 18
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+# The bases: errors of whatever carries the requests, of which no connection and no answer in time are no OSError.
+# ValueError: a name that cannot be one.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -110,7 +113,7 @@ def check_reachable(option: str, name: str) -> None:
         get_hf_file_metadata(hf_hub_url(name, _KNOWN_FILES[0]), timeout=_PATIENCE)
     except EntryNotFoundError:  # the name is there, with other files
         return
-    except Exception as error:  # whatever carries requests today: none of its errors is ours
+    except _HUB_ERRORS as error:
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
         raise ValueError(f"{expected}, which is no folder here, and the Hub gives none ({reason})") from error
 

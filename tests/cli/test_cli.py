@@ -254,8 +254,11 @@ def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out.count("usage: clha-fast COMMAND") == 2
-    assert cli.main(["trian"]) == 2
-    assert f"expected a command ({', '.join(cli.COMMANDS)}), got 'trian'" in capsys.readouterr().err
+    known = f"clha-fast: expected a command ({', '.join(cli.COMMANDS)}), got "
+    for given, hint in {"trian": "train", "Score": "score", "converts": "convert", "--config": None, "x": None}.items():
+        assert cli.main([given, "--config", "run.yaml"]) == 2
+        said = f"; did you mean {hint!r}?" if hint else ""
+        assert capsys.readouterr().err == f"{known}{given!r}{said}\n"
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     named = set(re.findall(r"--(\w+)", text)) - {"OPTION", "config", "policy"}  # `score --policy`

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,27 @@ def test_training_without_a_held_out_set(tmp_path: Path, capsys: pytest.CaptureF
     assert [line["step"] for line in found["log"] if "loss" in line] == [2]
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert cli.main(command(tmp_path, "--resume", eval_fraction=0, max_steps=2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_steps": 3, "logging_steps": 500}, [3]),
+        ({"max_steps": 5, "logging_steps": 2}, [2, 4, 5]),
+        ({"max_steps": 4, "logging_steps": 2}, [2, 4]),
+        ({"max_steps": 1, "logging_steps": 1}, [1]),
+        ({"max_steps": 3, "logging_strategy": "no"}, []),
+    ],
+)
+def test_the_last_step_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], steps: list[int]
+) -> None:
+    assert cli.main(command(tmp_path, eval_fraction=0, **settings)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in lines] == [f"step {step}/{settings['max_steps']}" for step in steps]
+    assert all("loss " in line and "margin " in line for line in lines)
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    assert [line["step"] for line in log if "loss" in line] == steps
 
 
 def test_the_header_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

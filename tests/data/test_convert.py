@@ -98,6 +98,37 @@ def test_bad_records_can_be_left_out(tmp_path):
     assert errors[0].source == f"{source}:2"
 
 
+@pytest.mark.parametrize(
+    ("rows", "skip", "lost"),
+    [
+        ([RRHF], False, None),
+        ([{"prompt": "a", "completions": ["b", "c"]}], True, None),
+        ([{**RRHF, "id": 7}, RRHF], False, "the columns id, which nobody reads"),
+        ([{**RRHF, "id": 7, "origin": "web"}], False, "the columns id, origin, which nobody reads"),
+        ([RRHF, {**RRHF, "scores": [1]}], True, "1 bad records"),
+        ([{**RRHF, "id": 7}, {**RRHF, "scores": [1]}], True, "the columns id, which nobody reads and 1 bad records"),
+    ],
+)
+@pytest.mark.parametrize("way", ["path", "link", "pattern"])
+def test_a_file_over_itself_loses_nothing(tmp_path, rows, skip, lost, way):
+    source = target = write(tmp_path / "rrhf.jsonl", rows)
+    if way == "link":
+        source = tmp_path / "link.jsonl"
+        source.symlink_to(target)
+    if way == "pattern":
+        source = tmp_path / "rr*.jsonl"
+    before = target.read_bytes()
+    if lost is None:
+        convert(source, target, overwrite=True, errors=[] if skip else None)
+        assert read_records(target, "canonical")
+        return
+    with pytest.raises(ValueError, match=rf"^destination: expected another file than the source, which has {lost}, "):
+        convert(source, target, overwrite=True, errors=[] if skip else None)
+    assert target.read_bytes() == before
+    convert(source, tmp_path / "new.jsonl", errors=[] if skip else None)
+    assert not [name for name in names(tmp_path) if "partial" in name]
+
+
 @pytest.fixture
 def full_disk():
     """Writes past `limit` bytes of a file fail, by the kernel's own file size limit."""

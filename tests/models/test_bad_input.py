@@ -27,6 +27,36 @@ def test_models_without_an_output_embedding() -> None:
         clha_fast.attach(model, OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (float("nan"), "a finite number of at least 0, got nan"),
+        (torch.tensor(float("nan")), "a finite number of at least 0, got nan"),
+        (torch.tensor(float("inf")), "a finite number of at least 0, got inf"),
+        (torch.tensor(-1), "a finite number of at least 0, got -1.0"),
+        (-0.5, "a finite number of at least 0, got -0.5"),
+        (torch.ones(2), r"one number, as Attached.counts gives it, got shape \(2,\)"),
+        (torch.ones(1), r"one number, as Attached.counts gives it, got shape \(1,\)"),
+        ("2", "one number, as Attached.counts gives it, got '2'"),
+        (True, "one number, as Attached.counts gives it, got True"),
+        ([2.0], r"one number, as Attached.counts gives it, got \[2.0\]"),
+    ],
+)
+def test_a_loss_scale_that_is_none(scale: Any, said: str) -> None:
+    with clha_fast.attach(model := base(), OPTIONS), pytest.raises(ValueError, match=f"^loss_scale: expected {said}$"):
+        model(**collate().as_dict(), loss_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0, 3, 2.5, torch.tensor(0.0), torch.tensor(3), torch.tensor(2.5)])
+def test_a_loss_scale_multiplies_the_loss(scale: Any) -> None:
+    with clha_fast.attach(model := base(), OPTIONS):
+        plain, scaled = model(**collate().as_dict()), model(**collate().as_dict(), loss_scale=scale)
+    assert plain.loss.item() > 0
+    assert scaled.loss.item() == pytest.approx(float(scale) * plain.loss.item(), rel=1e-6)
+    assert scaled.metrics.rank_loss.item() == pytest.approx(float(scale) * plain.metrics.rank_loss.item(), rel=1e-6)
+    assert scaled.metrics.kendall_tau.item() == plain.metrics.kendall_tau.item()
+
+
 def test_a_tokenizer_larger_than_the_model() -> None:
     batch = collate().as_dict()
     largest = int(batch["input_ids"].max())

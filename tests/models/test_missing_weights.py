@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,30 @@ def test_a_mistyped_path_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(ValueError, match=r"which is a file$"):
             load("weights.bin")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["gpt22", "some/model", "x" * 200, "-a-", "a..b/c"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_name_that_cannot_be_had(name: str, load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a real request: nobody listens there, and of the last three it can be seen that they are no names."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    with pytest.raises(ValueError, match=r"^\w+: expected .* which is no folder here, and the Hub gives none \(.+\)$"):
+        load(name)
+
+
+@pytest.mark.parametrize("error", [TypeError("a mistake"), AttributeError("another"), KeyError("a third")])
+def test_mistakes_of_our_own_are_not_the_hubs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clha_fast.models import loading
+
+    def wrong(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", wrong)
+    with pytest.raises(type(error)):
+        loading.check_reachable("model", "gpt22")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
