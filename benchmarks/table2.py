@@ -1,7 +1,7 @@
 """What a run of `clha-fast table2` found, kept with all that repeats it, and shown in docs/table2.md.
 
-    python -m benchmarks.table2 runs/table2-cpu examples/table2_cpu.yaml runs/pairs runs/triples --commit COMMIT
-    python -m benchmarks.table2 --render
+python -m benchmarks.table2 runs/table2-cpu examples/table2_cpu.yaml runs/pairs runs/triples --commit COMMIT
+python -m benchmarks.table2 --render
 """
 
 from __future__ import annotations
