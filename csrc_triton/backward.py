@@ -231,7 +231,7 @@ def hidden_grad_kernel(
         tl.store(out, acc, mask=(h < H)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_words"])
+@triton.jit
 def weight_grad_kernel(
     dlogits_ptr,
     rows_ptr,
