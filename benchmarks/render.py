@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def _routed(methods: dict[str, Any]) -> str:
             "of their norm."
         )
     return text
+
+
+def wrapped(text: str) -> str:
+    """Its lines at most 140 characters long; rows of tables stay whole."""
+    lines = text.split("\n")
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 140) for line in lines)
 
 
 def render(report: dict[str, Any], names: list[str]) -> str:
@@ -107,8 +114,12 @@ def _figure(row: dict[str, Any], name: str, digits: int = 3) -> str:
     return f"{row[name]['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def held_out(report: dict[str, Any], against_length: bool = False) -> str:
-    """Markdown of `benchmarks.heldout`'s report: every model's figures on the test file, and where they come from."""
+def held_out(report: dict[str, Any], against_length: bool = False, only: tuple[str, ...] = ()) -> str:
+    """Markdown of `benchmarks.heldout`'s report: every model's figures on the test file, and where they come from.
+
+    Args:
+        only: the columns to show; all by default.
+    """
     counts, models, seeds = report["test"], report["models"], ", ".join(map(str, report["seeds"]))
     columns = {
         "accuracy": (f"ranking accuracy, {counts['kept']} kept pairs", 3, "0.5"),
@@ -120,6 +131,7 @@ def held_out(report: dict[str, Any], against_length: bool = False) -> str:
     if against_length:
         shorter = f"{counts['against']} kept pairs whose better answer is the shorter"
         columns["accuracy_against_length"] = (shorter, 3, "0.5")
+    columns = {name: column for name, column in columns.items() if not only or name in only}
     titles, digits, chance = zip(*columns.values(), strict=True)
     lines = [f"| {counts['prompts']} prompts held out | {' | '.join(titles)} |", f"|---|{'---|' * len(columns)}"]
     for name, label in MODELS.items():
@@ -140,6 +152,11 @@ def held_out(report: dict[str, Any], against_length: bool = False) -> str:
         f"torch {e['torch']}, transformers {e['versions']['transformers']}, commit {commits}."
     )
     return "\n".join([*lines, "", origin])
+
+
+def brief(report: dict[str, Any]) -> str:
+    """`held_out` as README has it: three figures, short lines."""
+    return wrapped(held_out(report, only=("accuracy", "kendall_tau", "nll")))
 
 
 def choosing(report: dict[str, Any]) -> str:
@@ -218,11 +235,12 @@ def main() -> None:
     for page, shown in (("README.md", names[:1]), ("docs/benchmarks.md", names)):
         path = ROOT / page
         text = path.read_text()
-        new = _fill(text, (START, END), render(report, shown))
+        readme = page == "README.md"
+        new = _fill(text, (START, END), wrapped(render(report, shown)) if readme else render(report, shown))
         if SCALING[0] in text and "scaling" in report:
             new = _fill(new, SCALING, scaling_origin(report["scaling"]))
         if HELD_OUT[0] in text:
-            new = _fill(new, HELD_OUT, held_out(trained, against_length=CHOOSING[0] in text))
+            new = _fill(new, HELD_OUT, brief(trained) if readme else held_out(trained, against_length=True))
         if CHOOSING[0] in text:
             new = _fill(new, CHOOSING, choosing(trained))
         if args.check and new != text:

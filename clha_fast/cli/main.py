@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train", "train", "train a causal language model on ranked responses", True, True),
-    "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", True, True),
+    "demo": Command("demo", "demo", "the same on the bundled data, in a few minutes on a CPU", True, True),
     "prepare": Command("prepare", "run", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
     "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses", shared=True),

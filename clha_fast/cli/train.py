@@ -1,22 +1,23 @@
-"""`clha-fast train` and `clha-fast demo`: what they print."""
+"""`clha-fast train`: what it prints."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from clha_fast.cli.defaults import defaults_text
 from clha_fast.cli.devices import backend_text, device_text
-from clha_fast.cli.options import collect, read_config, split
+from clha_fast.cli.options import collect, split
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
@@ -26,6 +27,7 @@ from clha_fast.models.adapters import base_model
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
+from clha_fast.training.samples import SAMPLES_FILE
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -69,19 +71,8 @@ def _help() -> str:
         for name in OBJECTIVES
         if name != DEFAULT
     )
-    return TRAIN_HELP.replace("OBJECTIVES\n", "\n          ".join((f"{DEFAULT} (unless told)", *lines)) + "\n")
-
-
-DEMO_HELP = """\
-usage: clha-fast demo [--OPTION VALUE ...]
-
-Trains a small model on the bundled ranked responses and reports; the options are those of `clha-fast train`.
-"""
-
-
-def bundled(name: str) -> str:
-    """The path of a file of the demo."""
-    return str(resources.files("clha_fast").joinpath("demo").joinpath(name))
+    text = TRAIN_HELP.replace("OBJECTIVES\n", "\n          ".join((f"{DEFAULT} (unless told)", *lines)) + "\n")
+    return f"{text}\n{defaults_text()}"
 
 
 def _share(part: int, whole: int) -> str:
@@ -250,6 +241,17 @@ def memory_report(run: Run) -> dict[str, int]:
     return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
 
 
+def _print_answers(run: Run) -> None:
+    """The first held-out prompt, as it was answered before training and is now, where `eval_samples` asks for it."""
+    path = os.path.join(run.folder, SAMPLES_FILE)
+    if not run.args.eval_samples or not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if line["index"] == 0]
+    if lines:
+        print(f"\n{report.answers_text(lines[0], lines[-1])}")
+
+
 def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     run.trainer.remove_callback(Progress)  # the table says it
     run.report()
@@ -258,6 +260,7 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     own = run.trainer.loss_options.metric_names
     table = report.evaluation_table(run.before, run.after, own) if run.held_out else "no held-out set: not evaluated"
     print(f"\n{table}")
+    _print_answers(run)
     log = run.trainer.state.log_history
     if not command.get("plot", True):
         pass
@@ -322,7 +325,7 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
         ValueError, OSError: user errors, each one sentence.
     """
     if {"-h", "--help"} & set(words):
-        print(_help() if base is None else DEMO_HELP, end="")
+        print(_help(), end="")
         return 0
     started = time.monotonic()
     run_options, config, command = split(collect(words, base))
@@ -340,10 +343,3 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
     finally:
         if bars:
             logging.enable_progress_bar()
-
-
-def demo(words: Sequence[str]) -> int:
-    """`clha-fast demo`: `train` with the bundled configuration and data; a demo run before it is replaced."""
-    base = {**read_config(bundled("demo.yaml")), "train_file": bundled("ranked_demo.jsonl")}
-    resume = any(word.partition("=")[0] == "--resume" for word in words)
-    return train(words, {**base, "overwrite": not resume})

@@ -11,6 +11,8 @@ EVALUATION_ROWS = {
     "eval_rewards/accuracies": "ranking accuracy (kept pairs)",
     "eval_kendall_tau": "Kendall's tau (all ordered pairs)",
     "eval_rewards/margins": "margin (nats a token)",
+    "eval_logps/chosen": "  better answers' log-probability",
+    "eval_logps/rejected": "  worse answers' log-probability",
     "eval_loss": "loss",
     "eval_rank_loss": "  rank term",
     "eval_sft_loss": "  SFT term",
@@ -56,6 +58,16 @@ def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], ow
     rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in names.items()]
     best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
     return table(["held out", "before", f"after{best}"], rows)
+
+
+def answers_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """One prompt and its answers at two steps, lines of `samples.jsonl`."""
+    rows = [("question", before["prompt"])]
+    for line in (before, after) if after["step"] > before["step"] else (after,):
+        end = "" if line["finished"] else " ..."
+        rows.append((f"answer at step {line['step']}", line["completion"].strip() + end))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {' '.join(text.split()) or '(empty)'}" for name, text in rows)
 
 
 def memory_table(peaks: Mapping[str, int], names: Mapping[str, str]) -> str:

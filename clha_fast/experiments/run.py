@@ -50,7 +50,6 @@ CURVE_FILE = "loss_curve.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Where a run from files wants something else than transformers' Trainer.
 DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
     "logging_steps": 10,
     "save_steps": 100,
     "save_total_limit": 2,

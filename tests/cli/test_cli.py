@@ -320,20 +320,6 @@ def test_curve_without_points_and_without_matplotlib(
     assert not (tmp_path / "run" / "loss_curve.png").exists()
 
 
-def test_demo_runs_from_the_bundled_files_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--output_dir", str(tmp_path / "demo"), "--max_steps", "2", "--memory_report", "false", "--use_cpu"]
-    tiny = ["--model_config.num_hidden_layers", "1", "--model_config.hidden_size", "32", "--max_length", "32"]
-    assert cli.main(["demo", *flags, *tiny]) == 0
-    assert cli.main(["demo", *flags, *tiny]) == 0
-    out = capsys.readouterr().out
-    assert out.count("ranking accuracy (kept pairs)") == 2
-    assert (tmp_path / "demo" / "model.safetensors").exists()
-    assert cli.main(["demo", *flags, *tiny, "--resume"]) == 0
-    assert "resumed from" in capsys.readouterr().out
-    assert cli.main(["demo", "--help"]) == 0
-    assert "usage: clha-fast demo" in capsys.readouterr().out
-
-
 def test_metrics_file_is_json_whatever_the_numbers(tmp_path: Path) -> None:
     # Without a kept pair accuracies are means over nothing.
     rows = [{"prompt": f"p {k}", "completions": ["a cat", "a dog"], "rewards": [1.0, 0.5]} for k in range(12)]

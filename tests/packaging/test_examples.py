@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.helpers import ROOT
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -24,8 +25,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
         (["examples/accelerate_loop.py", "--cpu"], 4),
         ([*TORCHRUN, "examples/accelerate_loop.py", "--cpu"], 2),
         (["examples/trainer.py"], 4),
+        (["examples/own_objective.py"], 4),
     ],
-    ids=["bare", "accelerate", "accelerate, two processes", "trainer"],
+    ids=["bare", "accelerate", "accelerate, two processes", "trainer", "own objective"],
 )
 def test_example(command: list[str], epoch: int, tmp_path: Path) -> None:
     if command[-1].endswith("trainer.py"):
@@ -45,6 +47,31 @@ def test_example(command: list[str], epoch: int, tmp_path: Path) -> None:
     losses = [float(value) for value in re.findall(r"^step \d+ loss (\S+)", done.stdout, re.MULTILINE)]
     assert len(losses) == 12
     assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "bare_loop",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("trainer", "own_objective", "accelerate_loop")),
+    ],
+)
+def test_example_takes_a_model_and_data(script: str, tmp_path: Path) -> None:
+    """Conversations, for which the prompt is no text, and a model with its tokenizer from a folder."""
+    rows = make_rows(8)
+    for row in rows:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    command = [sys.executable, f"examples/{script}.py", "--model", str(tmp_path / "model")]
+    command += ["--data", str(tmp_path / "data.jsonl"), "--steps", "1"]
+    command += {"trainer": ["--output-dir", str(tmp_path / "run")], "accelerate_loop": ["--cpu"]}.get(script, [])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^step \d+ loss ", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.slow
