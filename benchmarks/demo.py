@@ -3,14 +3,19 @@
 python -m benchmarks.demo --folder runs/demo --output benchmarks/results/demo.json
 
 A setting is judged on prompts set aside from the demo's training part: of those under which the better answers are on
-average no less likely afterwards than before, the one with the most kept pairs ranked right. Only then are the prompts
+average no less likely afterwards than before, the one with the most kept pairs ranked right is chosen (where there is
+none, the one that loses least). Only then are the prompts
 that the demo holds out looked at, with several seeds of the model. A run that is stopped goes on where it was.
+
+python -m benchmarks.demo --picture demo-run/metrics.json    # docs/demo.png, of a demo that has run
+python -m benchmarks.demo --render                           # the section of docs/benchmarks.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +25,16 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from benchmarks.measure import cpu_environment, versions
+from benchmarks.render import ROOT, _fill
 from clha_fast.cli.demo import SECOND, first_part
 from clha_fast.cli.options import merge, split
 from clha_fast.data.split import split_records
 from clha_fast.experiments.run import Run
 from clha_fast.files import write_json
 
+RESULT = ROOT / "benchmarks" / "results" / "demo.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKS = ("<!-- demo: rendered by benchmarks/demo.py -->", "<!-- /demo -->")
 # Weight and margin in nats a token, learning rate, epochs.
 GRID: dict[str, dict[str, Any]] = {
     f"margin {margin:g}, SFT {weight:g}, {rate:g}, {epochs} epochs": {
@@ -39,8 +48,8 @@ GRID: dict[str, dict[str, Any]] = {
         (1.0, 0.05, 5e-4, 3),
         (1.0, 0.5, 5e-4, 3),
         (0.5, 0.5, 5e-4, 3),
-        (0.5, 0.5, 1e-3, 3),
-        (0.5, 1.0, 1e-3, 3),
+        (0.5, 1.0, 5e-4, 3),
+        (0.3, 1.0, 5e-4, 3),
     )
 }
 SPLITS = (11, 12)
@@ -62,13 +71,15 @@ QUIET = {
 
 
 class _Part(Run):
-    """A run on the demo's training part alone, some of whose prompts are set aside by the split's number."""
+    """A run whose held-out prompts are the demo's, or of whose training part alone some are set aside, by a number."""
 
-    aside: int
+    aside: int | None
 
     def split(self, records: Any, held_out: Any) -> None:
-        train, _ = split_records(records, self.options.eval_fraction or 0, 1)  # the demo's own split
-        self.train_records, self.held_out = split_records(train, 0.25, self.aside)
+        train, held_out = split_records(records, SECOND["eval_fraction"], SECOND["seed"])
+        self.train_records, self.held_out = (
+            (train, held_out) if self.aside is None else split_records(train, 0.25, self.aside)
+        )
 
 
 def _trained(settings: Mapping[str, Any], folder: Path, name: str, aside: int | None) -> dict[str, Any]:
@@ -77,14 +88,12 @@ def _trained(settings: Mapping[str, Any], folder: Path, name: str, aside: int | 
     if result.exists():
         return json.loads(result.read_text())
     base = folder / f"base-{aside}-{settings['seed']}"
-    options = merge(settings, {"output_dir": str(folder / "run"), "model": str(base)})
+    options = merge(settings, {"output_dir": str(folder / f"run-{os.getpid()}"), "model": str(base)})
     run_options, config, _ = split(
         {key: value for key, value in options.items() if key not in ("model_config", "build_tokenizer")}
     )
-    kind = Run if aside is None else _Part
-    run: Run = kind(run_options, config)
-    if isinstance(run, _Part):
-        run.aside = aside
+    run = _Part(run_options, config)
+    run.aside = aside
     run.split(*run.read())
     start = time.process_time()
     if not (base / "done.json").exists():
@@ -125,29 +134,97 @@ def choose(folder: Path) -> dict[str, Any]:
         runs = [_trained({**SECOND, **QUIET, **changes}, folder, name, aside) for aside in SPLITS]
         rows[name] = {part: {key: _mean(runs, part, key) for key in SHOWN} for part in ("before", "after")}
     fluent = {name: row for name, row in rows.items() if row["after"]["better"] >= row["before"]["better"]}
-    chosen = max(fluent or rows, key=lambda name: rows[name]["after"]["accuracy"])
+    if fluent:
+        chosen = max(fluent, key=lambda name: fluent[name]["after"]["accuracy"])
+    else:
+        chosen = max(rows, key=lambda name: rows[name]["after"]["better"])
     return {"splits": list(SPLITS), "settings": rows, "chosen": chosen}
+
+
+# ---- what is shown ----
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Markdown: every setting on the prompts set aside, and the chosen one on the demo's held-out prompts."""
+    columns = "kept pairs right | Kendall's tau | better answers | worse answers"
+    first = next(iter(report["settings"].values()))["before"]
+    lines = [
+        f"| means of {len(report['splits'])} splits | {columns} |",
+        "|---|---|---|---|---|",
+        _row("the language model before", first),
+    ]
+    for name, row in report["settings"].items():
+        lines.append(_row(f"**{name}** (chosen)" if name == report["chosen"] else name, row["after"]))
+    lines += [
+        "",
+        f"| the demo's held-out prompts | {columns} |",
+        "|---|---|---|---|---|",
+    ]
+    for seed, found in report["held_out"].items():
+        lines += [_row(f"seed {seed}, {part}", found[part]) for part in ("before", "after")]
+    e, runs = report["environment"], list(report["held_out"].values())
+    seconds = sum(run["cpu_seconds"] + run["language_model"]["cpu_seconds"] for run in runs) / len(runs)
+    lines += [
+        "",
+        f"Log-probabilities in nats a token, means over the two sides of the kept pairs. Both parts of a training took "
+        f"{seconds:.0f} seconds of CPU time. `python -m benchmarks.demo`, {e['date']}: {e['cpu']}, {e['threads']} "
+        f"thread{'s' if e['threads'] > 1 else ''}, torch {e['torch']}, transformers {e['versions']['transformers']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, found: Mapping[str, float]) -> str:
+    cells = (f"{found['accuracy']:.3f}", f"{found['tau']:.3f}", f"{found['better']:.2f}", f"{found['worse']:.2f}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def picture(metrics: Mapping[str, Any], path: Path) -> None:
+    """A demo's evaluations over its steps: ranking accuracy, and the log-probability of both sides."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    held_out = {line["step"]: line for line in metrics["log"] if "eval_loss" in line}
+    last = max(line["step"] for line in metrics["log"])
+    held_out |= {0: metrics["before"], last: metrics["after"]}
+    steps = sorted(held_out)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=110, layout="constrained")
+    left.plot(steps, [held_out[step]["eval_rewards/accuracies"] for step in steps], "o-")
+    left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    left.set(title="held-out pairs ranked right", xlabel="step", ylabel="share of the kept pairs", ylim=(0, 1))
+    for key, label in (("chosen", "better answers"), ("rejected", "worse answers")):
+        right.plot(steps, [held_out[step][f"eval_logps/{key}"] for step in steps], "o-", label=label)
+    right.set(title="their log-probability", xlabel="step", ylabel="nats a token")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the trainings")
-    parser.add_argument("--output", type=Path, help="JSON; printed where it is not given")
+    parser.add_argument("--folder", type=Path, help="of the trainings")
+    parser.add_argument("--output", type=Path, default=RESULT, help="JSON")
+    parser.add_argument("--picture", type=Path, help="metrics.json of a demo")
+    parser.add_argument("--render", action="store_true", help="the section of docs/benchmarks.md, from the JSON")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()
-    report = {
-        "environment": {**cpu_environment(), "versions": versions("torch", "transformers")},
-        **choose(given.folder),
-    }
-    changes = GRID[report["chosen"]]
-    report["held_out"] = {
-        seed: _trained({**SECOND, **QUIET, **changes, "seed": seed}, given.folder, "held out", None) for seed in SEEDS
-    }
-    if given.output is None:
-        print(json.dumps(report, indent=1))
-    else:
+    if given.picture:
+        picture(json.loads(given.picture.read_text()), PAGE.with_name("demo.png"))
+    if given.folder:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        logging.set_verbosity_error()
+        about = {**cpu_environment(), "versions": versions("torch", "transformers")}
+        report: dict[str, Any] = {"environment": about, **choose(given.folder)}
+        name = report["chosen"]
+        setting = {**SECOND, **QUIET, **GRID[name]}
+        report["held_out"] = {
+            str(seed): _trained({**setting, "seed": seed}, given.folder, name, None) for seed in SEEDS
+        }
         write_json(str(given.output), report)
+    if given.render:
+        PAGE.write_text(_fill(PAGE.read_text(), MARKS, page(json.loads(given.output.read_text()))))
 
 
 if __name__ == "__main__":

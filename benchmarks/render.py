@@ -187,6 +187,7 @@ def choosing(report: dict[str, Any]) -> str:
 
 
 def _fill(text: str, marks: tuple[str, str], content: str) -> str:
+    """`text` with `content` between the two marks."""
     before, rest = text.split(marks[0])
     return f"{before}{marks[0]}\n{content}\n{marks[1]}{rest.split(marks[1])[1]}"
 

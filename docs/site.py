@@ -30,3 +30,8 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Lead the links there; README is what the first page says."""
     return OUTSIDE.sub(lambda link: "](" + ("index.md" if link[1] == "README.md" else f"files/{link[1]}"), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings announce a block of code with two colons; on the page it is one."""
+    return html.replace("::</p>", ":</p>")

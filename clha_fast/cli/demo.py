@@ -37,25 +37,9 @@ SECOND = {**read_config(bundled("demo.yaml")), "train_file": bundled("ranked_dem
 # What makes a new model, and what both parts share.
 _NEW = ("model_config", "build_tokenizer")
 _SHARED = (
-    *_NEW,
-    "train_file",
-    "eval_file",
-    "columns",
-    "format",
-    "dtype",
-    "attn_implementation",
-    "max_length",
-    "workspace_mb",
-)
-_SHARED = (
-    *_SHARED,
-    "max_prompt_length",
-    "max_completion_length",
-    "max_steps",
-    "backend",
-    "seed",
-    "use_cpu",
-    "output_dir",
+    *(*_NEW, "train_file", "eval_file", "columns", "format", "dtype", "attn_implementation", "output_dir"),
+    *("max_length", "max_prompt_length", "max_completion_length", "max_steps", "seed", "use_cpu"),
+    *("backend", "workspace_mb"),
 )
 
 

@@ -39,7 +39,7 @@ def test_a_language_model_then_its_ranks(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "demo" / "model.safetensors").exists()
     lines = [json.loads(line) for line in (tmp_path / "demo" / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["index"] == 0] == [0, 2]
-    assert f"question          {lines[0]['prompt']}\n" in out
+    assert f"question          {lines[0]['prompt'].strip()}\n" in out
 
     assert cli.main(["demo", *flags, "--resume"]) == 0
     out = capsys.readouterr().out
