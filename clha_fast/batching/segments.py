@@ -67,8 +67,7 @@ class Segments:
                 positions[row, span] = torch.arange(begin, begin + length)
                 segments[row, span] = number
                 groups[row, span] = seen[row]
-            end = sum(candidates[-1] if candidates else prompt)
-            positions[row, end:] = torch.arange(self.width - end)
+            positions[row, sum(candidates[-1] if candidates else prompt) :] = 0
             seen[row] += 1
         return TokenSegments(positions, segments, groups)
 

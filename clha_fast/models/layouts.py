@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.segments import Segments, check_layout
 from clha_fast.models import segment_masks
 from clha_fast.models.adapters import virtual_tokens
-from clha_fast.models.embedding import is_dtensor
+from clha_fast.models.embedding import input_embedding_weight, is_dtensor
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.layout_probe import LayoutProbe, candidates_of
 from clha_fast.models.segment_masks import UnsupportedLayoutError
@@ -28,17 +29,23 @@ class RowLayouts:
 
     Args:
         model: the unwrapped model, or a PeftModel that adds virtual tokens. forward: its log-probabilities.
-        run: the model's own forward.
+        run: the model's own forward. around: what it runs within, such as an adapter's absence.
 
     Attributes:
         layout: `padded`, `packed` or `shared`.
     """
 
-    def __init__(self, model: nn.Module, forward: LogpForward, run: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: LogpForward,
+        run: Callable[..., Any],
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         self.layout = "padded"
         self._model = model
         self._probe = LayoutProbe(model, forward, run)
-        self._whole = True
+        self._around = around
         # Texts of up to so many tokens have been compared.
         self._seen = 0
 
@@ -67,10 +74,8 @@ class RowLayouts:
                     f"{virtual_tokens(self._model)} in front of each row; layout='padded' runs it"
                 )
             segment_masks.install()
-            self._whole = not any(
-                is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in self._model.parameters()
-            )
-            self._probe.check(layout, gradients=self._whole)
+            with self._around():
+                self._probe.check(layout, gradients=not _spread(self._model))
         self.layout = layout
         return layout
 
@@ -101,9 +106,17 @@ class RowLayouts:
                     "RankedCollator(layout='padded') takes it"
                 )
         # With weights spread over processes all would have to come here at the same batch.
-        if self._whole and segments.longest >= 2 * max(self._seen, 1):
-            self._probe.compare(_longest(batch["input_ids"], segments), "shared" if several else "packed")
+        if segments.longest >= 2 * max(self._seen, 1) and not _spread(self._model):
+            with self._around():
+                self._probe.compare(_longest(batch["input_ids"], segments), "shared" if several else "packed")
             self._seen = segments.longest
+
+
+def _spread(model: nn.Module) -> bool:
+    """Whether no process can run the model alone: FSDP, tensor parallelism or ZeRO-3 have its weights."""
+    if input_embedding_weight(model).dim() != 2:  # FSDP's first version, which flattens
+        return True
+    return any(is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _longest(input_ids: Tensor, segments: Segments) -> list[CandidateFeature]:
