@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clha_fast.batching.batch import CandidateFeature
-from clha_fast.batching.segments import Segments, check_layout
+from clha_fast.batching.segments import LAYOUTS, Segments, check_layout
 from clha_fast.models import segment_masks
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
@@ -21,6 +21,7 @@ from clha_fast.models.segment_masks import UnsupportedLayoutError
 
 logger = logging.getLogger("clha_fast")
 
+LAYOUT_CHOICES = (*LAYOUTS, "auto")
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
 
 
