@@ -216,10 +216,25 @@ class LogpForward(_Forward):
         Raises:
             ValueError, UnsupportedHeadError: as `CandidateForward`.
         """
+        return self.scored(run, inputs, targets, row_index, wrapped=wrapped)[0]
+
+    def scored(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        targets: Tensor,
+        row_index: Tensor | None,
+        *,
+        others: Mapping[str, Any] | None = None,
+        wrapped: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """(what a call gives, on the head's device, with a graph where gradients are on; the model's output)."""
 
         def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, ...]:
-            return (head_logps(hidden, weight, bias, targets, row_index, head=self.head, backend=self.backend),)
+            goals = targets.to(hidden.device)
+            rows = None if row_index is None else row_index.to(hidden.device)
+            return (head_logps(hidden, weight, bias, goals, rows, head=self.head, backend=self.backend),)
 
-        _, fused = self._run(run, inputs, targets, compute, wrapped=wrapped)
+        output, fused = self._run(run, inputs, targets, compute, others, wrapped)
         (logps,) = fused.result
-        return logps
+        return (output.logits if fused.in_output else logps), output

@@ -16,7 +16,8 @@ NAMES = {
     """,
     "clha_fast.hf": """
         CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
-        RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
+        RolloutConfig RolloutTrainer Scorer TokenBudgetSampler TokenScores UnsupportedHeadError fused_head inspect_head
+        score
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss
