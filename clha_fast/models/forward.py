@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from clha_fast.batching.batch import inert_mask
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
-from clha_fast.models.head_loss import head_logps, head_loss
+from clha_fast.models.head_loss import head_loss, head_values
 from clha_fast.models.heads import (
     FusedHead,
     HeadCompute,
@@ -216,7 +216,7 @@ class LogpForward(_Forward):
         Raises:
             ValueError, UnsupportedHeadError: as `CandidateForward`.
         """
-        return self.scored(run, inputs, targets, row_index, wrapped=wrapped)[0]
+        return self.scored(run, inputs, targets, row_index, wrapped=wrapped)[0][0]
 
     def scored(
         self,
@@ -225,16 +225,22 @@ class LogpForward(_Forward):
         targets: Tensor,
         row_index: Tensor | None,
         *,
+        temperature: Tensor | None = None,
+        statistics: Sequence[str] = (),
         others: Mapping[str, Any] | None = None,
         wrapped: bool = True,
     ) -> tuple[Tensor, Any]:
-        """(what a call gives, on the head's device, with a graph where gradients are on; the model's output)."""
+        """(log-probabilities and `statistics` [1 + S, N], on the head's device; the model's output).
+
+        With a graph where gradients are on: one tensor, which wrappers that hang hooks on the output see whole.
+        """
+        settings: dict[str, Any] = {"head": self.head, "backend": self.backend, "statistics": statistics}
 
         def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, ...]:
             goals = targets.to(hidden.device)
             rows = None if row_index is None else row_index.to(hidden.device)
-            return (head_logps(hidden, weight, bias, goals, rows, head=self.head, backend=self.backend),)
+            each = None if temperature is None else temperature.to(hidden.device)
+            return (head_values(hidden, weight, bias, goals, rows, temperature=each, **settings),)
 
         output, fused = self._run(run, inputs, targets, compute, others, wrapped)
-        (logps,) = fused.result
-        return (output.logits if fused.in_output else logps), output
+        return (output.logits if fused.in_output else fused.result[0]), output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from clha_fast.models.attach import check_whole, unwrap
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
+from clha_fast.ops import checks
 from clha_fast.ops.dispatch import Backend, check_name
 
 # Measuring puts the whole model into evaluation mode for a moment: one thread at a time.
@@ -33,10 +34,16 @@ class TokenScores(NamedTuple):
     Attributes:
         logps: log-probabilities, nats, float32 or better.
         scored: bool, the tokens that have one.
+        entropy, sum_sq_probs, mean_logit, is_top1: the `statistics` that were asked for, as `clha_fast.token_logps` has
+            them, in the dtype of `logps`; else None.
     """
 
     logps: Tensor
     scored: Tensor
+    entropy: Tensor | None = None
+    sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 class Scorer:
@@ -97,6 +104,8 @@ class Scorer:
         shift_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        temperature: Tensor | None = None,
+        statistics: Sequence[str] = (),
         gradient: bool = False,
         **others: Any,
     ) -> TokenScores:
@@ -116,11 +125,16 @@ class Scorer:
         assert targets is not None
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        names = checks.statistics(statistics, self._forward.head)
+        settings: dict[str, Any] = {"statistics": names, "others": others, "wrapped": gradient}
+        if temperature is not None:
+            each = _each(temperature, targets)
+            settings["temperature"] = each if labels is None else F.pad(each, (0, 1), value=1.0)[:, 1:]
         with torch.set_grad_enabled(gradient):
-            logps, scored, _ = score_grid(self._forward, self.model, present, targets, others=others, wrapped=gradient)
+            values, scored, _ = score_grid(self._forward, self.model, present, targets, **settings)
         if labels is not None:
-            logps, scored = _behind(logps), _behind(scored)
-        return TokenScores(logps, scored)
+            values, scored = _behind(values), _behind(scored)
+        return TokenScores(values[0], scored, **dict(zip(names, values[1:], strict=True)))
 
 
 def score(
@@ -131,8 +145,9 @@ def score(
     shift_labels: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    statistics: Sequence[str] = (),
     gradient: bool = False,
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
@@ -160,7 +175,9 @@ def score(
         attention_mask: [B, T], 0 on padding on either side; None where there is none.
         position_ids: [B, T], restarting where sequences are packed into a row, which transformers keeps apart where
             `attention_mask` is None. Of `labels` the first of every sequence is not scored.
-        temperature: divisor of the logits. ignore_index: label that is not scored.
+        temperature: divisor of the logits; a tensor [B] or [B, T] is one for each row, or for each place of a label.
+        ignore_index: label that is not scored.
+        statistics: of "entropy" (with a gradient), "sum_sq_probs", "mean_logit" and "is_top1", from the same pass.
         gradient: whether the result has a graph. It then needs the model's forward for itself: no other thread may
             call meanwhile.
         backend, workspace_bytes: as `clha_fast.attach`.
@@ -179,14 +196,18 @@ def score(
         labels = input_ids.masked_fill(prompt_mask, -100)
         logps = score(reference, input_ids, labels, attention_mask=attention_mask).logps.sum(1)
     """
-    settings: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
-    with _MEASURING, Scorer(model, backend=backend, workspace_bytes=workspace_bytes, **settings) as scorer:
+    each = temperature if isinstance(temperature, Tensor) else None
+    settings: dict[str, Any] = {"temperature": 1.0 if isinstance(temperature, Tensor) else temperature}
+    settings |= {"ignore_index": ignore_index, "backend": backend, "workspace_bytes": workspace_bytes}
+    with _MEASURING, Scorer(model, **settings) as scorer:
         return scorer(
             input_ids,
             labels,
             shift_labels=shift_labels,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            temperature=each,
+            statistics=statistics,
             gradient=gradient,
             **others,
         )
@@ -198,20 +219,34 @@ def score_grid(
     inputs: Mapping[str, Tensor],
     targets: Tensor,
     *,
-    others: Mapping[str, Any] | None = None,
-    wrapped: bool = True,
+    temperature: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor, Any]:
-    """(log-probabilities [B, T], which of them count, the model's output): what is ignored costs the head nothing.
+    """(log-probabilities and statistics [1 + S, B, T], which count [B, T], the model's output).
+
+    What is ignored costs the head nothing; on a GPU the number of scored tokens is waited for.
 
     Args:
-        targets: [B, T], `targets[b, t]` read from tokens up to t. Others: as `LogpForward.scored`. On a GPU the number
-            of scored tokens is waited for.
+        targets: [B, T], `targets[b, t]` read from tokens up to t. temperature: [B, T] or None. Others: as
+            `LogpForward.scored`.
     """
     counts = targets != forward.head.ignore_index
     rows = counts.flatten().nonzero()[:, 0]
-    logps, output = forward.scored(run, inputs, targets.flatten()[rows], rows, others=others, wrapped=wrapped)
-    grid = logps.new_zeros(targets.numel()).index_copy(0, rows.to(logps.device), logps)
-    return grid.reshape(targets.shape), counts.to(logps.device), output
+    each = None if temperature is None else temperature.flatten()[rows.to(temperature.device)]
+    values, output = forward.scored(run, inputs, targets.flatten()[rows], rows, temperature=each, **settings)
+    grid = values.new_zeros(values.shape[0], targets.numel()).index_copy(1, rows.to(values.device), values)
+    return grid.reshape(values.shape[0], *targets.shape), counts.to(values.device), output
+
+
+def _each(temperature: Tensor, targets: Tensor) -> Tensor:
+    """[B, T] of a temperature for each row or each place."""
+    wide = temperature[:, None] if temperature.dim() == 1 else temperature
+    if wide.dim() != 2 or wide.shape[0] != targets.shape[0] or wide.shape[1] not in (1, targets.shape[1]):
+        raise ValueError(
+            f"temperature: expected a number, [B] or [B, T] with [B, T] = {list(targets.shape)}, got "
+            f"{list(temperature.shape)}"
+        )
+    return wide.expand(targets.shape)
 
 
 def _check_shapes(input_ids: Tensor, **given: Tensor | None) -> None:
@@ -244,5 +279,5 @@ def _known(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tenso
 
 
 def _behind(values: Tensor) -> Tensor:
-    """[B, T] at the places that predict to [B, T] at the places that are predicted."""
-    return F.pad(values, (1, 0))[:, :-1]
+    """[..., T] at the places that predict to [..., T] at the places that are predicted."""
+    return F.pad(values, (1, 0))[..., :-1]

@@ -103,6 +103,51 @@ def test_a_sliced_vocabulary_and_a_transform_behind_the_head() -> None:
     torch.testing.assert_close(found.logps, torch.where(found.scored, expected, 0.0), rtol=0, atol=1e-11)
 
 
+STATISTICS = ("is_top1", "entropy", "sum_sq_probs", "mean_logit")
+
+
+def eager_statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    p = z.softmax(-1)
+    return {
+        "entropy": -(p * p.log()).sum(-1),
+        "sum_sq_probs": (p**2).sum(-1),
+        "mean_logit": z.mean(-1),
+        "is_top1": (z.argmax(-1) == labels).to(z.dtype),
+    }
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "head"])
+def test_statistics_and_temperatures(name: str) -> None:
+    """On a head of one weight, and on one that is called in chunks; entropy with a gradient."""
+    model: nn.Module = adapted("head") if name == "head" else model_of(name)
+    ids, mask, labels = (part[:2] for part in rows())
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    labels[0, 5] = logits[0, 4].argmax()
+    every = torch.linspace(0.5, 2, labels.numel(), dtype=torch.float64).reshape(labels.shape)
+    for temperature, wide in ((1.3, torch.tensor(1.3, dtype=torch.float64)), (every[:, 0], every[:, :1]), (every, every)):
+        settings: Any = {"attention_mask": mask, "temperature": temperature, "statistics": STATISTICS}
+        settings |= {"workspace_bytes": 30000, "gradient": True}
+        found = score(model, ids, labels, **settings)
+        z = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        z = z / wide.expand(labels.shape)[:, 1:, None]
+        expected = eager_statistics(z, labels[:, 1:])
+        for statistic, values in expected.items():
+            got = getattr(found, statistic)
+            want = torch.where(found.scored[:, 1:], values, 0.0)
+            torch.testing.assert_close(got[:, 1:], want, rtol=0, atol=1e-10)
+        assert found.is_top1 is not None
+        assert found.is_top1[0, 5] == 1
+        upstream = torch.linspace(-1, 1, found.logps.numel(), dtype=torch.float64).reshape(found.logps.shape)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        wanted = torch.autograd.grad(
+            (torch.where(found.scored, upstream, 0.0)[:, 1:] * expected["entropy"]).sum(), trained
+        )
+        assert found.entropy is not None
+        for mine, theirs in zip(torch.autograd.grad((found.entropy * upstream).sum(), trained), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
 def test_packed_rows_are_as_alone() -> None:
     model = model_of("llama")
     generator = torch.Generator().manual_seed(2)
@@ -240,6 +285,8 @@ REFUSED = {
     ),
     "cache": ({"labels": None, "use_cache": True}, "use_cache: expected nothing of this name"),
     "temperature": ({"labels": None, "temperature": 0.0}, "temperature"),
+    "temperatures": ({"labels": None, "temperature": torch.ones(B + 1)}, "temperature: expected a number"),
+    "statistics": ({"labels": None, "statistics": ["top5"]}, "statistics: expected a sequence of entropy"),
     "backend": ({"labels": None, "backend": "cuda"}, "backend"),
 }
 
