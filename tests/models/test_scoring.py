@@ -125,7 +125,11 @@ def test_statistics_and_temperatures(name: str) -> None:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     labels[0, 5] = logits[0, 4].argmax()
     every = torch.linspace(0.5, 2, labels.numel(), dtype=torch.float64).reshape(labels.shape)
-    for temperature, wide in ((1.3, torch.tensor(1.3, dtype=torch.float64)), (every[:, 0], every[:, :1]), (every, every)):
+    for temperature, wide in (
+        (1.3, torch.tensor(1.3, dtype=torch.float64)),
+        (every[:, 0], every[:, :1]),
+        (every, every),
+    ):
         settings: Any = {"attention_mask": mask, "temperature": temperature, "statistics": STATISTICS}
         settings |= {"workspace_bytes": 30000, "gradient": True}
         found = score(model, ids, labels, **settings)
