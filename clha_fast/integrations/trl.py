@@ -1,8 +1,8 @@
 """TRL's trainers with this library's head: `use_clha` for those with a fused one, `FusedHeadMixin` for the others.
 
 TRL (>= 1.15) puts a forward on the model's instance that answers ``model(..., labels=..., fused_lm_head=True)`` with
-log-probabilities. It reads scale and softcap from names in the configuration; here they are measured. Its trainers, their
-losses and their settings stay as they are.
+log-probabilities. It reads scale and softcap from names in the configuration; here they are measured. Its trainers,
+their losses and their settings stay as they are.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ class TRLHead:
 def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | None = None) -> TRLHead:
     """TRL's DPO, KTO, GRPO, RLOO or SFT trainer with log-probabilities and statistics from this library's head.
 
-    Nothing else of the trainer changes: losses, metrics and settings are TRL's. What the model does to its head's result
-    is measured, where TRL reads it from names in the configuration; the policy and a separate reference model both
-    change, and a PeftModel's base.
+    Nothing else of the trainer changes: losses, metrics and settings are TRL's. What the model does to its head's
+    result is measured, where TRL reads it from names in the configuration; the policy and a separate reference model
+    both change, and a PeftModel's base.
 
     Args:
         trainer: made already, and not trained yet: ``trainer.train()`` may wrap the models.
@@ -191,12 +191,13 @@ def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | 
     """
     trl = import_trl()
     check_name(backend)
+    models: list[Any] = [getattr(trainer, name, None) for name in ("model", "ref_model")]
     if not isinstance(trainer, tuple(getattr(trl, name) for name in TRAINERS)):
         raise ValueError(
             f"trainer: expected one of TRL's {', '.join(TRAINERS)}, got {type(trainer).__name__}; CPOTrainer and "
             "ORPOTrainer take FusedHeadMixin"
         )
-    models = [unwrap(model) for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
+    models = [unwrap(model) for model in models if model is not None]
     asked = [_settings(model) for model in models]
     heads: list[_Head] = []
     try:
@@ -237,7 +238,7 @@ class FusedHeadMixin:
     scored, not over prompts and padding too, for which no logits are made.
 
     Args:
-        head_backend, head_workspace_bytes: `backend` and `workspace_bytes` of `clha_fast.attach`, beside TRL's arguments.
+        head_backend, head_workspace_bytes: `backend` and `workspace_bytes` of `clha_fast.attach`, beside TRL's own.
 
     Raises:
         ImportError, ValueError, UnsupportedHeadError, BackendError: as `use_clha`; ValueError for an encoder-decoder.
@@ -283,8 +284,6 @@ class FusedHeadMixin:
         sums = torch.where(of_answer, logps, 0.0).sum(-1)
         if orpo or trainer.loss_type in ("ipo", "simpo"):
             sums = sums / of_answer.sum(-1)
-        logits = [
-            part[counts] for part, counts in ((means[:chosen], scored[:chosen]), (means[chosen:], scored[chosen:]))
-        ]
-        found = (sums[:chosen], sums[chosen:], *logits, nll)
+        sides = (slice(chosen), slice(chosen, None))
+        found = (*(sums[side] for side in sides), *(means[side][scored[side]] for side in sides), nll)
         return (*found, output.aux_loss) if trainer.aux_loss_enabled else found

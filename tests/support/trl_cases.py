@@ -236,10 +236,10 @@ TABLE = (
 )
 
 NOTES = """
-Errors against the same trainer with TRL's own head, relative (the loss to at least 1): equal is at most {loss:g} for the
-loss and {gradients:g} for the rest. Two-layer models in float32 on the CPU, softcap 7 (gemma2), scale 0.3 (cohere), adapters
-stirred; RLOO in float64, for its ratio is e to a sum of some 50 nats. Rendered by `python -m tests.support.trl_cases --write
-docs/integrations.md` with {versions}.
+Errors against the same trainer with TRL's own head, relative (the loss to at least 1): equal is at most {loss:g} for
+the loss and {gradients:g} for the rest. Two-layer models in float32 on the CPU, softcap 7 (gemma2), scale 0.3 (cohere),
+adapters stirred; RLOO in float64, for its ratio is e to a sum of some 50 nats. Rendered by
+`python -m tests.support.trl_cases --write docs/integrations.md` with {versions}.
 """
 MARKS = ("<!-- trl-table: rendered by tests/support/trl_cases.py -->\n", "\n<!-- /trl-table -->")
 
