@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.ops import checks, derivatives
 from clha_fast.ops.dispatch import Backend, resolve
 from clha_fast.options import HeadOptions
-from clha_fast.types import HeadInputs, RankingInputs, VocabShard
+from clha_fast.types import STATISTICS, HeadInputs, RankingInputs, VocabShard
 
 _DEFAULT_HEAD = HeadOptions()
 
@@ -29,6 +29,7 @@ def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: boo
     return resolve(backend, str(hidden.device), hidden.dtype, gradients=gradients, routed=routed)
 
 
+@overload
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -36,10 +37,39 @@ def token_logps(
     *,
     bias: Tensor | None = None,
     row_index: Tensor | None = None,
+    temperature: Tensor | None = None,
     head: HeadOptions = _DEFAULT_HEAD,
     shard: VocabShard | None = None,
     backend: Backend = "auto",
-) -> Tensor:
+    statistics: None = None,
+) -> Tensor: ...
+@overload
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    temperature: Tensor | None = None,
+    head: HeadOptions = _DEFAULT_HEAD,
+    shard: VocabShard | None = None,
+    backend: Backend = "auto",
+    statistics: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    temperature: Tensor | None = None,
+    head: HeadOptions = _DEFAULT_HEAD,
+    shard: VocabShard | None = None,
+    backend: Backend = "auto",
+    statistics: Sequence[str] | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of target tokens without the [N, V] logits; differentiable in hidden, weight and bias.
 
     Replaces::
@@ -52,33 +82,53 @@ def token_logps(
         weight: [V, H] output embedding, hidden's dtype. bias: [V] or None.
         targets: [N] int64, the token each position must predict; `head.ignore_index` marks tokens not scored.
         row_index: [N] int64, token t reads `hidden[row_index[t]]`, repeats allowed; None when M == N.
+        temperature: [N] floating, positive: each token's logits are divided by its own, after scale and softcap, in
+            the place of `head.temperature`, which must be 1 then. No gradient flows into it. None is the head's.
         head: scale, softcap, temperature, workspace and `max_dropped_mass` of the gradients, see `HeadOptions`.
         shard: None where `weight` is whole; else [V_local, H] are this process's rows of it, V_local >= 1, and all
             processes of the group call with the same `hidden`, `targets` and `row_index`. In the forward two
             collectives over [N] numbers run, in the backward one over dhidden (`VocabShard.reduce_hidden`).
         backend: "auto", "triton", "workspace", "torch" or "reference" (eager: it does form the logits); a `shard` is
             taken by "auto" and "torch".
+        statistics: names of what is wanted beside logp, from the same pass, of p = softmax(z) with z the logits after
+            scale, softcap and temperature: "entropy" = -sum_v p log p in nats, differentiable, with 0 log 0 = 0;
+            "sum_sq_probs" = sum_v p^2; "mean_logit" = sum_v z / V; "is_top1", 1 where no logit is above the target's,
+            else 0. The last three have no gradient.
 
     Returns:
         [N] nats, float32 (float64 for float64 input); 0 for ignored tokens. Under autocast the inputs are cast as
-        `F.linear` casts them. On a GPU a target out of range gives NaN, without a synchronisation.
+        `F.linear` casts them. On a GPU a target out of range gives NaN, without a synchronisation. With `statistics`
+        (logps, values): a dict of the names asked for, each [N] in logps' dtype, 0 for ignored tokens.
 
     Raises:
         ValueError: shapes, dtypes, devices or the kind of `head` do not fit; on CPU tensors also targets or row indices
-            out of range.
+            out of range, and temperatures that are not positive; `head.max_dropped_mass` with statistics or with a
+            temperature for each token.
         BackendError: the backend asked for cannot run here.
         RuntimeError: forward-mode or second derivatives, which only "reference" has; torch.func's grad, vjp, jacrev and
             vmap are taken by all.
     """
     checks.settings(head)
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
+    inputs = checks.with_temperature(inputs, temperature, head)
+    names = None if statistics is None else checks.statistics(statistics, head)
     if shard is not None:
-        return _sharded(inputs, head, shard, backend)
+        return _sharded(inputs, head, shard, backend, names)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
-        return reference.token_logps(*inputs, head)
-    return ops.token_logps(*inputs, head.encoded, name)[0]
+        of = (*inputs[:5], head, inputs.temperature)
+        logps = reference.token_logps(*of)
+        if names is None:
+            return logps
+        values = reference.token_statistics(*of)
+        return logps, {n: values[n] for n in names}
+    if not names:
+        logps = ops.token_logps(*inputs, head.encoded, name)[0]
+        return logps if names is None else (logps, {})
+    logps, _, *found = ops.token_statistics(*inputs, head.encoded, name, ",".join(names))
+    values = dict(zip(STATISTICS, found, strict=True))
+    return logps, {n: values[n] for n in names}
 
 
 def linear_clha_loss(
@@ -192,12 +242,13 @@ def linear_loss(
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
         checks.ranking_values(targets.shape[0], given)
         logps = _sharded(inputs, head, shard, backend)
+        assert isinstance(logps, Tensor)
         return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
     name = _resolve(backend, inputs, head, sweep=True)
     if name == "reference":
         checks.has_values(hidden)
         checks.target_values(inputs, head.ignore_index)
-        logps = reference.token_logps(*inputs, head)
+        logps = reference.token_logps(*inputs[:5], head)
         checks.ranking_values(targets.shape[0], given)
         if OBJECTIVES.get(objective.name) is type(objective):
             loss, values, scores = reference.loss(logps, targets, given, head, objective)
@@ -211,12 +262,15 @@ def linear_loss(
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)
 
 
-def _sharded(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: Backend) -> Tensor:
+def _sharded(
+    inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: Backend, names: tuple[str, ...] | None = None
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     from clha_fast.backends.torch import vocab_parallel
 
     checks.sharded_head(inputs, head, shard, backend)
     derivatives.reverse_mode_alone("token_logps")
-    return vocab_parallel.token_logps(inputs, shard, head)
+    logps, values = vocab_parallel.token_logps(inputs, shard, head, names or ())
+    return logps if names is None else (logps, values)
 
 
 def _rank(logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, ...]:

@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 
 
 class HeadInputs(NamedTuple):
-    """hidden [M, H], weight [V, H], bias [V] or None, targets [N] int64, row_index [N] int64 or None."""
+    """hidden [M, H], weight [V, H], bias [V] or None, targets [N] int64, row_index [N] int64 or None.
+
+    temperature: [N] float32 (float64 for float64 hidden), the divisor of each token's logits in the place of
+    `HeadOptions.temperature`, which is 1 then; None for one for all.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     targets: Tensor
     row_index: Tensor | None
+    temperature: Tensor | None = None
+
+
+# What a pass over a token's logits can say beside its log-probability; `functional.token_logps` says what each is.
+STATISTICS = ("entropy", "sum_sq_probs", "mean_logit", "is_top1")
 
 
 class VocabShard(NamedTuple):
@@ -96,6 +105,21 @@ class HeadResult(NamedTuple):
     logps: Tensor
     lse: Tensor
     route: Tensor
+
+
+class StatisticsResult(NamedTuple):
+    """logps [N], lse [N] float64, and the values [N] of those of `STATISTICS` that were asked for, 0 where ignored."""
+
+    logps: Tensor
+    lse: Tensor
+    values: dict[str, Tensor]
+
+
+class EntropySlopes(NamedTuple):
+    """dL/dentropy [N] of each token, and its entropy [N], of which the gradient is made."""
+
+    grad: Tensor
+    entropy: Tensor
 
 
 class LossResult(NamedTuple):

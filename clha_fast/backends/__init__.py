@@ -9,7 +9,16 @@ from torch import Tensor
 
 from clha_fast.objectives import Objective
 from clha_fast.options import HeadOptions
-from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from clha_fast.types import (
+    EntropySlopes,
+    Gradients,
+    HeadInputs,
+    HeadResult,
+    LossResult,
+    Needs,
+    RankingInputs,
+    StatisticsResult,
+)
 
 MODULES = {
     "torch": "clha_fast.backends.torch.backend",
@@ -38,6 +47,20 @@ class HeadBackend(Protocol):
         self, grad_logps: Tensor, inputs: HeadInputs, lse: Tensor, route: Tensor, head: HeadOptions, needs: Needs
     ) -> Gradients:
         """Gradients of sum_t grad_logps_t * logp_t, in the inputs' dtypes; None where not needed."""
+
+    def statistics_forward(self, inputs: HeadInputs, head: HeadOptions, names: tuple[str, ...]) -> StatisticsResult:
+        """`token_logps_forward` and, from the same pass, those of `types.STATISTICS` that are named; nothing routed."""
+
+    def statistics_backward(
+        self,
+        grad_logps: Tensor,
+        slopes: EntropySlopes,
+        inputs: HeadInputs,
+        lse: Tensor,
+        head: HeadOptions,
+        needs: Needs,
+    ) -> Gradients:
+        """`token_logps_backward` of sum_t grad_logps_t * logp_t + slopes.grad_t * entropy_t; lse is the float64 one."""
 
     def loss_forward(
         self, inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective

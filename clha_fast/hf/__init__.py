@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clha_fast.batching.sampling import TokenBudgetSampler
     from clha_fast.batching.stream import RankedStream
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+    from clha_fast.models.scoring import Scorer, TokenScores, score
     from clha_fast.training.config import CLHAConfig
     from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
     from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
@@ -29,10 +30,13 @@ _WHERE = {
     "RewardTrainer": "clha_fast.training.reward_trainer",
     "RolloutConfig": "clha_fast.training.rollout",
     "RolloutTrainer": "clha_fast.training.rollout",
+    "Scorer": "clha_fast.models.scoring",
     "TokenBudgetSampler": "clha_fast.batching.sampling",
+    "TokenScores": "clha_fast.models.scoring",
     "UnsupportedHeadError": "clha_fast.models.heads",
     "fused_head": "clha_fast.models.heads",
     "inspect_head": "clha_fast.models.heads",
+    "score": "clha_fast.models.scoring",
 }
 
 __all__ = [
@@ -46,10 +50,13 @@ __all__ = [
     "RewardTrainer",
     "RolloutConfig",
     "RolloutTrainer",
+    "Scorer",
     "TokenBudgetSampler",
+    "TokenScores",
     "UnsupportedHeadError",
     "fused_head",
     "inspect_head",
+    "score",
 ]
 
 

@@ -283,7 +283,7 @@ _DATA_PARALLEL = (
 )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, torch.compile's wrapper, a DeepSpeed engine or a PeftModel.
 
     A PeftModel that adds virtual tokens is taken as the model: only there the tokens' positions are known.
@@ -305,6 +305,16 @@ def _unwrap(model: nn.Module) -> nn.Module:
             inner = base
         else:
             return inner
+
+
+def check_whole(model: nn.Module) -> None:
+    """ValueError for a head that cannot be measured because ZeRO-3 holds its weight in parts."""
+    head: Any = output_embedding(model)
+    if hasattr(getattr(head, "weight", None), "ds_id") and head.weight.numel() == 0:
+        raise ValueError(
+            "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "
+            "deepspeed.initialize, and build the model outside deepspeed.zero.Init"
+        )
 
 
 def attach(
@@ -369,15 +379,10 @@ def attach(
     check_name(backend)
     check_layout(layout, "auto")
     objective = check_adds_up(as_objective(options))
-    inner = _unwrap(model)
+    inner = unwrap(model)
     if _STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
-    head: Any = output_embedding(inner)
-    if hasattr(getattr(head, "weight", None), "ds_id") and head.weight.numel() == 0:
-        raise ValueError(
-            "model: expected whole weights, got those that DeepSpeed's ZeRO-3 has taken apart; attach before "
-            "deepspeed.initialize, and build the model outside deepspeed.zero.Init"
-        )
+    check_whole(inner)
     info = measure_head(inner, backend)
     attached = Attached(
         inner,

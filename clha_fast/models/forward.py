@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from clha_fast.batching.batch import TOKEN_SEGMENTS, inert_mask
 from clha_fast.batching.segments import Segments, TokenSegments
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
-from clha_fast.models.head_loss import head_logps, head_loss
+from clha_fast.models.head_loss import head_loss, head_values
 from clha_fast.models.heads import (
     FusedHead,
     HeadCompute,
@@ -261,10 +261,31 @@ class LogpForward(_Forward):
         Raises:
             ValueError, UnsupportedHeadError: as `CandidateForward`.
         """
+        return self.scored(run, inputs, targets, row_index, wrapped=wrapped)[0][0]
+
+    def scored(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        targets: Tensor,
+        row_index: Tensor | None,
+        *,
+        temperature: Tensor | None = None,
+        statistics: Sequence[str] = (),
+        others: Mapping[str, Any] | None = None,
+        wrapped: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """(log-probabilities and `statistics` [1 + S, N], on the head's device; the model's output).
+
+        With a graph where gradients are on: one tensor, which wrappers that hang hooks on the output see whole.
+        """
+        settings: dict[str, Any] = {"head": self.head, "backend": self.backend, "statistics": statistics}
 
         def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> tuple[Tensor, ...]:
-            return (head_logps(hidden, weight, bias, targets, row_index, head=self.head, backend=self.backend),)
+            goals = targets.to(hidden.device)
+            rows = None if row_index is None else row_index.to(hidden.device)
+            each = None if temperature is None else temperature.to(hidden.device)
+            return (head_values(hidden, weight, bias, goals, rows, temperature=each, **settings),)
 
-        _, fused = self._run(run, inputs, targets, compute, wrapped=wrapped)
-        (logps,) = fused.result
-        return logps
+        output, fused = self._run(run, inputs, targets, compute, others, wrapped)
+        return (output.logits if fused.in_output else fused.result[0]), output

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from clha_fast.functional import linear_loss, token_logps
 from clha_fast.models.embedding import head_name
 from clha_fast.models.heads import HeadForward
-from clha_fast.models.own_forward import check_backend
+from clha_fast.models.own_forward import check_backend, token_values
 from clha_fast.models.own_forward import head_loss as own_forward_loss
-from clha_fast.models.own_forward import token_logps as own_forward_logps
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend
@@ -57,26 +57,29 @@ def head_loss(
     return linear_loss(hidden, rows, targets, bias=bias, shard=shard, **settings)
 
 
-def head_logps(
+def head_values(
     hidden: Tensor,
     weight: Tensor | HeadForward,
     bias: Tensor | None,
     targets: Tensor,
     row_index: Tensor | None,
     *,
+    temperature: Tensor | None = None,
     head: HeadOptions,
     backend: Backend = "auto",
+    statistics: Sequence[str] = (),
 ) -> Tensor:
-    """`functional.token_logps` [N], float32 or better, in the place of `head_loss`; arguments and errors as there."""
+    """[1 + S, N] of what `functional.token_logps` gives, in the place of `head_loss`; arguments and errors as there."""
+    settings: dict[str, Any] = {"row_index": row_index, "temperature": temperature, "head": head}
     if isinstance(weight, HeadForward):
         _check_plain(hidden, weight)
         check_backend(backend, weight)
-        whole = backend == "reference"
-        return own_forward_logps(
-            hidden, weight, targets, bias=bias, row_index=row_index, head=head, in_chunks=not whole
-        )
+        settings |= {"statistics": statistics, "in_chunks": backend != "reference"}
+        return token_values(hidden, weight, targets, bias=bias, **settings)
     hidden, rows, bias, shard = _local(hidden, weight, bias)
-    return token_logps(hidden, rows, targets, bias=bias, row_index=row_index, head=head, shard=shard, backend=backend)
+    settings |= {"shard": shard, "backend": backend}
+    logps, values = token_logps(hidden, rows, targets, bias=bias, statistics=statistics, **settings)
+    return torch.stack([logps, *(values[name] for name in statistics)])
 
 
 def _check_plain(hidden: Tensor, weight: HeadForward) -> None:

@@ -7,6 +7,8 @@ the price of a second forward of the head and of autograd's memory for one chunk
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -37,14 +39,16 @@ def check_backend(backend: str, head: HeadForward) -> None:
         _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
 
 
-def token_logps(
+def token_values(
     hidden: Tensor,
     forward: HeadForward,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
     row_index: Tensor | None = None,
+    temperature: Tensor | None = None,
     head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
+    statistics: Sequence[str] = (),
     in_chunks: bool = True,
 ) -> Tensor:
     """`functional.token_logps` with a head that is a function.
@@ -56,13 +60,14 @@ def token_logps(
 
     Args:
         hidden: [M, H]. forward: from `heads.inspect_head(own_forward=True)`. targets: [N] int64. bias: [V], added
-            behind the head, or None. row_index: [N] int64 or None. head: as in `functional.token_logps`;
-            `workspace_bytes` bounds what a chunk's logits and their gradients take together.
+            behind the head, or None. row_index: [N] int64 or None. temperature, head, statistics: as in
+            `functional.token_logps`; `workspace_bytes` bounds what a chunk's logits and their gradients take together.
         in_chunks: False forms all logits at once.
 
     Returns:
-        [N] nats, float32 (float64 for float64 logits), with a graph to `hidden` and to all that the head reads.
-        Dropout in the head is drawn chunk by chunk, and the same in the backward.
+        [1 + S, N], log-probabilities in nats and the S `statistics`, float32 (float64 for float64 logits), with a graph
+        to `hidden` and to all that the head reads. Dropout in the head is drawn chunk by chunk, and the same in the
+        backward.
 
     Raises:
         ValueError: on CPU tensors, targets or row indices out of range.
@@ -86,25 +91,38 @@ def token_logps(
     if count == 0:
         # One row goes through, so that whatever the head reads has a gradient (of zeros), and so does the bias.
         nothing = forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
-        return nothing if bias is None else nothing + bias[:0]
-    # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more.
-    row_bytes = forward.vocab_size * (4 if head.softcap is None else 5) * _wide(hidden.dtype).itemsize
+        nothing = nothing if bias is None else nothing + bias[:0]
+        return nothing.expand(1 + len(statistics), 0)
+    # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more, an entropy's product two.
+    matrices = 4 + (head.softcap is not None) + 2 * bool(statistics)
+    row_bytes = forward.vocab_size * matrices * _wide(hidden.dtype).itemsize
     budget = head.workspace_bytes or max(_MIN_WORKSPACE, forward.vocab_size * hidden.shape[1])
     size = max(1, budget // row_bytes) if in_chunks else count
+    divisors = [None] * count if temperature is None else temperature.split(size)
     parts = []
-    for part, goals in zip(rows.split(size), targets.split(size), strict=True):
+    for part, goals, divisor in zip(rows.split(size), targets.split(size), divisors, strict=False):
+        settings = (forward, part, goals, bias, divisor, head, tuple(statistics))
         if training and in_chunks:
-            parts.append(checkpoint(_chunk, forward, part, goals, bias, head, use_reentrant=False))
+            parts.append(checkpoint(_chunk, *settings, use_reentrant=False))
         else:
-            parts.append(_chunk(forward, part, goals, bias, head))
-    return torch.cat(parts)
+            parts.append(_chunk(*settings))
+    return torch.cat(parts, dim=1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | None, head: HeadOptions) -> Tensor:
+def _chunk(
+    forward: HeadForward,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    head: HeadOptions,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """[1 + S, n]"""
     z = forward(rows)
     z = z.to(_wide(z.dtype))
     if bias is not None:
@@ -113,13 +131,31 @@ def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | N
         z = z * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
-    if head.temperature != 1.0:
+    if temperature is not None:
+        z = z / temperature.to(z)[:, None]
+    elif head.temperature != 1.0:
         z = z / head.temperature
     scored = targets != head.ignore_index
     # Checked before on a CPU; on a GPU such a target makes its token NaN without a wait, as in the kernels.
     valid = (targets >= 0) & (targets < z.shape[1])
-    chosen = z.log_softmax(-1).gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
-    return torch.where(scored, torch.where(valid, chosen, torch.nan), 0.0)
+    place = torch.where(valid, targets, 0).unsqueeze(1)
+    logs = z.log_softmax(-1)
+    values = [logs.gather(1, place).squeeze(1), *(_STATISTICS[name](z, logs, place) for name in statistics)]
+    return torch.where(scored, torch.where(valid, torch.stack(values), torch.nan), 0.0)
+
+
+def _entropy(z: Tensor, logs: Tensor, place: Tensor) -> Tensor:
+    # Chosen before the product: 0 * -inf, and the slope of it, would be NaN.
+    return -(logs.exp() * torch.where(logs == -torch.inf, 0.0, logs)).sum(-1)
+
+
+# `functional.token_logps` says what each is.
+_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": _entropy,
+    "sum_sq_probs": lambda z, logs, place: (2 * logs.detach()).exp().sum(-1),
+    "mean_logit": lambda z, logs, place: z.detach().mean(-1),
+    "is_top1": lambda z, logs, place: (z.gather(1, place).squeeze(1) >= z.amax(-1)).to(z.dtype),
+}
 
 
 def head_loss(
@@ -138,10 +174,10 @@ def head_loss(
 
     Raises:
         BackendError: `backend` is neither "auto" nor "reference" (which forms all logits at once).
-        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_loss`.
+        ValueError, UnsupportedHeadError: as `token_values` and `functional.linear_loss`.
     """
     check_backend(backend, forward)
-    logps = token_logps(
+    (logps,) = token_values(
         hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
     )
     return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)

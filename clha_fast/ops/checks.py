@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.options import HeadOptions
-from clha_fast.types import COUNTS, SIGNALS, HeadInputs, RankingInputs, VocabShard
+from clha_fast.types import COUNTS, SIGNALS, STATISTICS, HeadInputs, RankingInputs, VocabShard
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -78,10 +78,51 @@ def head_inputs(
     return inputs
 
 
+def with_temperature(inputs: HeadInputs, temperature: Tensor | None, head: HeadOptions) -> HeadInputs:
+    """The inputs with a temperature for each token, checked and in float32 or better."""
+    if temperature is None:
+        return inputs
+    require_tensors(temperature=temperature)
+    hidden, count = inputs.hidden, inputs.targets.shape[0]
+    ok = temperature.shape == (count,) and temperature.is_floating_point() and temperature.device == hidden.device
+    _expect(ok, "temperature", partial(_temperatures, count, hidden.device), temperature)
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected values without a gradient, got a tensor that requires one; detach() it")
+    if head.temperature != 1:
+        raise ValueError(f"temperature: expected None beside HeadOptions(temperature={head.temperature}), got values")
+    _no_routing(head, "a temperature for each token")
+    if _cpu(temperature) and count:
+        wrong = ~(torch.isfinite(temperature) & (temperature > 0))
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"temperature: expected positive finite numbers, got {float(temperature[at])} at position {at}"
+            )
+    return inputs._replace(temperature=temperature.to(torch.promote_types(hidden.dtype, torch.float32)))
+
+
+def _temperatures(count: int, device: torch.device) -> str:
+    return f"floating [N = {count}] on {device} (or HeadOptions(temperature=))"
+
+
+def statistics(names: Sequence[str], head: HeadOptions) -> tuple[str, ...]:
+    """Names of statistics, checked; each once."""
+    if isinstance(names, str) or any(name not in STATISTICS for name in names):
+        raise ValueError(f"statistics: expected a sequence of {', '.join(STATISTICS)}, got {names!r}")
+    if names:
+        _no_routing(head, "statistics")
+    return tuple(dict.fromkeys(names))
+
+
+def _no_routing(head: HeadOptions, beside: str) -> None:
+    if head.max_dropped_mass is not None:
+        raise ValueError(f"max_dropped_mass: expected None beside {beside}, got {head.max_dropped_mass}")
+
+
 def _check_head(inputs: HeadInputs) -> None:
     """Shapes, dtypes and devices of what token log-probabilities are made from."""
     require_tensors(**inputs._asdict())
-    hidden, weight, bias, targets, row_index = inputs
+    hidden, weight, bias, targets, row_index = inputs[:5]
     _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
     width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
@@ -198,7 +239,7 @@ def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None 
 
     `vocabulary` is V where the weight holds a part of its rows.
     """
-    hidden, weight, _, targets, row_index = inputs
+    hidden, weight, _, targets, row_index = inputs[:5]
     rows = hidden.shape[0]
     if vocabulary is None:
         vocabulary = weight.shape[0]

@@ -3,7 +3,7 @@
 Nothing here is fast, and nothing here is shared with another backend.
 """
 
-from clha_fast.reference.head import logits, token_logps
+from clha_fast.reference.head import logits, token_logps, token_statistics
 from clha_fast.reference.objectives import LOSSES, clha_loss, coh_loss, loss, pro_loss, sft_loss
 from clha_fast.reference.policy import policy_loss
 from clha_fast.reference.preference import (
@@ -33,4 +33,5 @@ __all__ = [
     "sft_loss",
     "simpo_loss",
     "token_logps",
+    "token_statistics",
 ]

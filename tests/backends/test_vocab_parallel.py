@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from clha_fast import CLHAOptions, HeadOptions, RankingInputs, linear_clha_loss, linear_loss, reference, token_logps
-from clha_fast.types import VocabShard
+from clha_fast.types import STATISTICS, VocabShard
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,3 +109,20 @@ def test_bad_arguments() -> None:
     # In the vocabulary, but on no process: as an index out of range on a GPU.
     logps = token_logps(hidden, weight, torch.tensor([4, 7]), shard=VocabShard(0, 8))
     assert logps.isnan().tolist() == [False, True]
+
+
+def test_statistics_are_the_plain_ones() -> None:
+    """Values of one shard that holds everything, with a temperature for each token; NaN and -inf included."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 4), (21, 4), (21,)))
+    hidden[5], bias[3] = math.nan, -math.inf
+    targets, temperature = torch.tensor([3, 1, -100, 7, 20, 2]), torch.linspace(0.5, 2, 6)
+    found = []
+    for shard in (None, VocabShard(0, 21)):
+        leaves = [hidden[:, :].clone().requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+        arguments = {"bias": leaves[2], "temperature": temperature, "shard": shard, "statistics": STATISTICS}
+        logps, values = token_logps(*leaves[:2], targets, **arguments)
+        kept = torch.tensor([1, 3, 4])
+        loss = (logps[kept] * values["entropy"][kept]).sum()
+        found.append([logps.detach(), *(v.detach() for v in values.values()), *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(found[1], found[0], equal_nan=True)

@@ -16,11 +16,12 @@ NAMES = {
     """,
     "clha_fast.hf": """
         CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
-        RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
+        RolloutConfig RolloutTrainer Scorer TokenBudgetSampler TokenScores UnsupportedHeadError fused_head inspect_head
+        score
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss
-        rrhf_loss sft_loss simpo_loss token_logps
+        rrhf_loss sft_loss simpo_loss token_logps token_statistics
     """,
     "clha_fast.objectives": """
         OBJECTIVES CLHAOptions CPOOptions CoHOptions DPOOptions Group HingeOptions IPOOptions ORPOOptions Objective

@@ -32,7 +32,7 @@ from clha_fast import reference
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.models.attach import empty_batch
-from clha_fast.types import VocabShard
+from clha_fast.types import STATISTICS, VocabShard
 from tests.support.wrapper_common import (
     EXACT,
     INERT,
@@ -211,22 +211,26 @@ def vocabulary_parallel() -> Measured:
     logps = reference.token_logps(hidden, weight, bias, targets, rows, head)
     ranking = (lengths, sizes, rewards, torch.tensor([2, 0]), None, None)
     loss, metrics, scores = reference.clha_loss(logps, targets, *ranking, head, OPTIONS)
+    exact = reference.token_statistics(hidden, weight, bias, targets, rows, head)
     wanted = [
-        torch.autograd.grad(value, (hidden, weight, bias), retain_graph=True) for value in (loss, logps @ upstream)
+        torch.autograd.grad(value, (hidden, weight, bias), retain_graph=True)
+        for value in (loss, logps @ upstream, logps @ upstream + exact["entropy"].square().sum())
     ]
 
     own = slice(*(round(vocabulary * (rank + k) / size + 0.1) for k in (0, 1)))
     shard = VocabShard(own.start, vocabulary)
     inputs = (hidden, weight[own], targets)
-    got_logps = clha_fast.token_logps(*inputs, shard=shard, bias=bias[own], row_index=rows, head=head)
+    arguments = {"shard": shard, "bias": bias[own], "row_index": rows, "head": head}
+    got_logps = clha_fast.token_logps(*inputs, **arguments)
+    same_logps, statistics = clha_fast.token_logps(*inputs, **arguments, statistics=STATISTICS)
     given = clha_fast.RankingInputs(*ranking[:4])
-    got_loss, got = clha_fast.linear_loss(
-        *inputs, given, OPTIONS, shard=shard, bias=bias[own], row_index=rows, head=head
-    )
+    got_loss, got = clha_fast.linear_loss(*inputs, given, OPTIONS, **arguments)
     errors = [(got_logps - logps).abs().max(), (got_loss - loss).abs(), (got.scores - scores).abs().max()]
+    errors += [(same_logps - logps).abs().max(), *((statistics[name] - exact[name]).abs().max() for name in exact)]
     values = torch.stack([*errors, (got.values - metrics).abs().max() / 1e6]).max()  # metrics are float32
     worst = torch.zeros((), dtype=torch.float64)
-    for value, expected in zip((got_loss, got_logps @ upstream), wanted, strict=True):
+    both = same_logps @ upstream + statistics["entropy"].square().sum()
+    for value, expected in zip((got_loss, got_logps @ upstream, both), wanted, strict=True):
         grads = list(torch.autograd.grad(value, (hidden, weight, bias), retain_graph=True))
         for grad in grads[1:]:  # each process fills its own rows
             dist.all_reduce(grad)

@@ -17,12 +17,22 @@ from torch import Tensor
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.torch import routing as torch_routing
 from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
+from clha_fast.backends.torch.moments import Mix, finished, mixed
 from clha_fast.layout import Chunk, prompt_chunks
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.options import HeadOptions
-from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from clha_fast.types import (
+    EntropySlopes,
+    Gradients,
+    HeadInputs,
+    HeadResult,
+    LossResult,
+    Needs,
+    RankingInputs,
+    StatisticsResult,
+)
 
 _MIN_WORKSPACE = 16 * 2**20
 _ROUTED_METRICS = METRIC_NAMES.index("kept_blocks")
@@ -31,8 +41,9 @@ _ROUTED_METRICS = METRIC_NAMES.index("kept_blocks")
 class _Sweep(TorchHead):
     """A head with a store for the exponentials of some tokens."""
 
-    def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs) -> None:
+    def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs, wanted: tuple[str, ...] = ()) -> None:
         super().__init__(inputs, head)
+        self.wanted = wanted
         vocabulary, width = self.weight.shape
         # Passes without a store take this many tokens at a time: enough for a GEMM's full speed.
         self.batch = max(128, width)
@@ -47,6 +58,7 @@ class _Sweep(TorchHead):
         self.logps, self.peak, self.log_total, self.lse = (
             torch.empty(count, dtype=self.dtype, device=self.device) for _ in range(4)
         )
+        self.statistics = {name: torch.empty_like(self.logps) for name in wanted}
         self.scored = self.targets != head.ignore_index
         # Checked before on a CPU; on a GPU such a target makes its token NaN, as in the kernels, without a wait.
         self.valid = (self.targets >= 0) & (self.targets < vocabulary)
@@ -89,15 +101,19 @@ class _Sweep(TorchHead):
     def note(self, scan: Scan) -> Scan:
         """Keeps a scan's numbers per token."""
         t = scan.tokens
-        valid = torch.where(self.valid[t], scan.logps, torch.nan)
-        self.logps[t] = torch.where(self.scored[t], valid, 0.0)
+        self.logps[t] = self._usable_value(scan.logps, t)
+        for name, value in finished(scan.moments, scan.total, self.weight.shape[0]).items():
+            self.statistics[name][t] = self._usable_value(value.to(self.dtype), t)
         self.peak[t], self.log_total[t], self.lse[t] = scan.peak, scan.log_total, scan.lse
         return scan
 
+    def _usable_value(self, value: Tensor, tokens: Tensor) -> Tensor:
+        """value [n], 0 where ignored, NaN where the target is out of range."""
+        return torch.where(self.scored[tokens], torch.where(self.valid[tokens], value, torch.nan), 0.0)
+
     def usable(self, grad_logps: Tensor, tokens: Tensor) -> Tensor:
         """The gradient of the tokens' log-probabilities: 0 where ignored, NaN where the target is out of range."""
-        grad = torch.where(self.scored[tokens], grad_logps.to(self.dtype), 0.0)
-        return torch.where(self.scored[tokens] & ~self.valid[tokens], torch.nan, grad)
+        return self._usable_value(grad_logps.to(self.dtype), tokens)
 
     def active(self, grad: Tensor) -> Tensor:
         """Positions of the gradients that are not zero; on a GPU all, for how many is known to the device alone."""
@@ -112,12 +128,12 @@ def _score(sweep: _Sweep, tokens: Tensor, route: torch_routing.Route | None = No
             route.add(scan)
 
 
-def _recomputed(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> Iterator[Part]:
+def _recomputed(sweep: _Sweep, tokens: Tensor, grad: Tensor, mix: Mix | None = None) -> Iterator[Part]:
     """Scored tokens whose logits have to be formed anew, as many at a time as one pass takes."""
     at = sweep.active(grad)
     for piece in at.split(sweep.batch):
-        t = tokens[piece]
-        yield sweep.recomputed(t, sweep.peak[t], sweep.log_total[t], grad[piece])
+        t, own = tokens[piece], None if mix is None else mix.at(piece)
+        yield sweep.recomputed(t, sweep.peak[t], sweep.log_total[t], grad[piece], own)
 
 
 def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
@@ -125,6 +141,30 @@ def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
     sweep = _Sweep(inputs, head, Needs(False, False, False))
     _score(sweep, sweep.tokens(0, inputs.targets.numel()))
     return HeadResult(sweep.logps, sweep.lse, _no_route(sweep))
+
+
+def statistics_forward(inputs: HeadInputs, head: HeadOptions, names: tuple[str, ...]) -> StatisticsResult:
+    """`token_logps_forward` and what `reference.token_statistics` says, in the same pass."""
+    sweep = _Sweep(inputs, head, Needs(False, False, False), names)
+    _score(sweep, sweep.tokens(0, inputs.targets.numel()))
+    # Both parts in one number, which has digits left for log(total) beside a peak of 1e4.
+    return StatisticsResult(sweep.logps, sweep.peak.double() + sweep.log_total.double(), sweep.statistics)
+
+
+def statistics_backward(
+    grad_logps: Tensor, slopes: EntropySlopes, inputs: HeadInputs, lse: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
+    """Gradients of sum_t grad_logps_t * logp_t + slopes.grad_t * entropy_t, the logits formed once again."""
+    sweep = _Sweep(inputs, head, needs)
+    sweep.allocate(needs)
+    everything = sweep.tokens(0, inputs.targets.numel())
+    sweep.peak = lse.to(sweep.dtype)
+    sweep.log_total = (lse - sweep.peak).to(sweep.dtype)
+    bonus = EntropySlopes(sweep.usable(slopes.grad, everything), slopes.entropy)
+    grad, mix = mixed(sweep.usable(grad_logps, everything), bonus)
+    for part in _recomputed(sweep, everything, grad, mix):
+        sweep.add_gradients([part])
+    return sweep.gradients(inputs.hidden.dtype)
 
 
 def _no_route(sweep: _Sweep) -> Tensor:

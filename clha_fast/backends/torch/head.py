@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clha_fast.backends.torch.moments import LEAST, Mix
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
-from clha_fast.types import Gradients, HeadInputs, Needs
+from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
 
 # One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
 _BLOCK_BYTES = 3 * 2**20
@@ -23,7 +24,7 @@ _LARGEST_BLOCK_BYTES = 64 * 2**20
 # Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
 _PIECE_BYTES = 2**19
 
-# (first word, last word, the words' rows, out [words, n]): writes softmax - target
+# (first word, last word, the words' rows, out [words, n]): writes softmax - target, or what `Mix` says
 Fill = Callable[[int, int, Tensor, Tensor], None]
 
 
@@ -40,6 +41,8 @@ class Scan:
 
     `chosen` is the target's logit (0 where the target is not among the head's words), `slope` the softcap's derivative
     there. `total` = sum(exp(z - peak)) is float64; `block_peaks` and `block_sums` are [ceil(V / ROUTE_WORDS), n].
+    `moments`: of the `STATISTICS` that were wanted the float64 sums [n] over all words, by name: of
+    exp(z - peak) (z - peak), exp(z - peak)^2, and z; and whether the target's logit is `peak`.
     """
 
     tokens: Tensor
@@ -49,6 +52,7 @@ class Scan:
     slope: Tensor | None
     block_peaks: Tensor
     block_sums: Tensor
+    moments: dict[str, Tensor]
 
     @property
     def log_total(self) -> Tensor:
@@ -89,8 +93,10 @@ class TorchHead:
     """
 
     def __init__(self, inputs: HeadInputs, head: HeadOptions, first_word: int = 0) -> None:
-        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs
+        self.hidden, self.weight, self.bias, self.targets, self.row_index, self.temperature = inputs
         self.head, self.first_word = head, first_word
+        # Which of `STATISTICS` a scan sums up beside the exponentials.
+        self.wanted: tuple[str, ...] = ()
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         self.device = self.hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
@@ -168,7 +174,11 @@ class TorchHead:
         if self.bias is not None:
             out += self.bias[a : a + out.shape[0]].unsqueeze(1)
 
-    def _transform(self, z: Tensor, want_slope: bool) -> Tensor | None:
+    def divisor(self, tokens: Tensor) -> Tensor | None:
+        """The tokens' own temperatures [n], if they have any."""
+        return None if self.temperature is None else self.temperature[tokens].to(self.dtype)
+
+    def _transform(self, z: Tensor, want_slope: bool, divisor: Tensor | None = None) -> Tensor | None:
         """Scale, softcap and temperature in place; the softcap's slope where it is wanted."""
         slope = None
         if self.head.scale != 1.0:
@@ -177,23 +187,34 @@ class TorchHead:
             z.div_(self.head.softcap).tanh_()
             slope = 1 - z * z if want_slope else None
             z *= self.head.softcap
-        if self.head.temperature != 1.0:
+        if divisor is not None:
+            z /= divisor
+        elif self.head.temperature != 1.0:
             z /= self.head.temperature
         return slope
+
+    def _slope_of(self, log_p: Tensor, lse: Tensor, divisor: Tensor | None) -> Tensor:
+        """The slope of a softcap at logits that are known by their log-probabilities [words, n]."""
+        assert self.head.softcap is not None
+        bent = log_p.clamp(min=LEAST).add_(lse.to(self.dtype))
+        bent *= (self.head.temperature if divisor is None else divisor) / self.head.softcap
+        return 1 - bent * bent
 
     def scan(self, tokens: Tensor, store: Tensor | None = None) -> Scan:
         """One pass over the logits of `tokens` [n].
 
         Args:
             store: [V, n], takes every block's exponentials exp(z - the block's peak), times the softcap's slope; None
-                keeps nothing.
+                keeps nothing. Where the entropy is `wanted`, they come without the slope.
         """
         count, vocabulary = tokens.numel(), self.weight.shape[0]
         rows, (word, own) = self.token_rows(tokens), self.columns(tokens)
         num_blocks = -(-vocabulary // ROUTE_WORDS)
         peaks, sums = (torch.empty(num_blocks, count, dtype=self.dtype, device=self.device) for _ in range(2))
+        extra = {name: torch.empty_like(sums) for name in STATISTICS[:3] if name in self.wanted}
         raw = torch.zeros(count, dtype=self.dtype, device=self.device)
-        want_slope = store is not None
+        top, divisor = torch.zeros_like(raw), self.divisor(tokens)
+        want_slope = store is not None and "entropy" not in self.wanted
         scratch = self.scratch(count) if store is None else store
         for a, b in self.blocks(count):
             z = scratch[: b - a] if store is None else store[a:b]
@@ -201,24 +222,48 @@ class TorchHead:
             raw = self._pick_target(z, word - a, own, raw)
             for piece in self._pieces(z):
                 part = z[piece]
-                slope = self._transform(part, want_slope)
+                slope = self._transform(part, want_slope, divisor)
+                if "is_top1" in self.wanted:
+                    # As it stands among the others: what is transformed alone may be rounded otherwise.
+                    top = self._pick_target(part, word - (a + piece.start), own, top)
                 for first, group in _words(part):
                     block = (a + piece.start) // ROUTE_WORDS + first
-                    peak = peaks[block : block + group.shape[0]]
+                    blocks = slice(block, block + group.shape[0])
+                    peak = peaks[blocks]
                     torch.amax(group, 1, out=peak)
+                    if "mean_logit" in extra:
+                        torch.sum(group, 1, out=extra["mean_logit"][blocks])
                     # A block of -inf alone adds nothing; (-inf) - (-inf) would be NaN.
-                    group.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1)).exp_()
-                    torch.sum(group, 1, out=sums[block : block + group.shape[0]])
+                    group.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1))
+                    below = group.clamp(min=LEAST) if "entropy" in extra else None
+                    torch.sum(group.exp_(), 1, out=sums[blocks])
+                    if below is not None:
+                        torch.sum(below.mul_(group), 1, out=extra["entropy"][blocks])
+                    if "sum_sq_probs" in extra:
+                        torch.sum(group * group, 1, out=extra["sum_sq_probs"][blocks])
                 if slope is not None:
                     part *= slope
-        slope = self._transform(raw, want_slope)
+        slope = self._transform(raw, store is not None, divisor)
         peak = peaks.amax(0)
         total = torch.zeros(count, dtype=torch.float64, device=self.device)
+        moments = {name: torch.zeros_like(total) for name in extra}
         for piece in self._pieces(peaks):
-            total += (sums[piece].double() * torch.exp(peaks[piece].double() - peak.double())).sum(0)
-        return Scan(tokens, peak, total, raw, slope, peaks, sums)
+            lead = peaks[piece].double() - peak.double()
+            share = lead.exp()
+            total += (sums[piece].double() * share).sum(0)
+            for name, part in extra.items():
+                sized = part[piece].double()
+                if name == "entropy":
+                    # A block of -inf alone has no exponentials, and 0 * -inf would be NaN.
+                    sized = (sized + sums[piece] * lead.clamp(min=LEAST)) * share
+                elif name == "sum_sq_probs":
+                    sized = sized * share**2
+                moments[name] += sized.sum(0)
+        if "is_top1" in self.wanted:
+            moments["is_top1"] = (own & (top >= peak)).to(torch.float64)
+        return Scan(tokens, peak, total, raw, slope, peaks, sums, moments)
 
-    def stored(self, scan: Scan, store: Tensor, grad: Tensor) -> Part:
+    def stored(self, scan: Scan, store: Tensor, grad: Tensor, mix: Mix | None = None) -> Part:
         """Tokens whose exponentials `scan` left in a store, for `add_gradients`; grad [n].
 
         On a CPU tokens with a zero gradient are left out. The store may be the memory of the weight's gradient.
@@ -230,39 +275,63 @@ class TorchHead:
                 keep = None
         if keep is not None:
             tokens, grad = tokens[keep], grad[keep]
+            mix = None if mix is None else mix.at(keep)
         pick = (lambda t: t) if keep is None else (lambda t: t.index_select(-1, keep))
         word, own = self.columns(tokens)
-        lse = pick(scan.peak + scan.total.log())
+        lse, divisor = pick(scan.peak + scan.total.log()), self.divisor(tokens)
         true_class = own.to(self.dtype) if scan.slope is None else own * pick(scan.slope)
+        if mix is not None:
+            true_class = true_class * mix.main
 
         def fill(a: int, b: int, _words_: Tensor, out: Tensor) -> None:
             blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
             share = torch.exp(pick(scan.block_peaks[blocks]).double() - lse).to(self.dtype)
             for (first, p), (_, source) in zip(_words(out), _words(pick(store[a:b])), strict=True):
                 torch.mul(source, share[first : first + p.shape[0]].unsqueeze(1), out=p)
+            if mix is not None:
+                for piece in self._pieces(out):
+                    log_p = out[piece].log()
+                    if self.head.softcap is not None:
+                        out[piece] *= self._slope_of(log_p, lse, divisor)
+                    out[piece] *= mix.weights(log_p)
             self._subtract_target(out, word - a, own, true_class)
 
         return Part(tokens, grad, fill)
 
-    def recomputed(self, tokens: Tensor, peak: Tensor, log_total: Tensor, grad: Tensor) -> Part:
+    def recomputed(self, tokens: Tensor, peak: Tensor, log_total: Tensor, grad: Tensor, mix: Mix | None = None) -> Part:
         """Tokens whose logits `add_gradients` forms anew, for known log-sum-exps; all [n]."""
         word, own = self.columns(tokens)
-        rows = self.token_rows(tokens)
+        rows, divisor = self.token_rows(tokens), self.divisor(tokens)
 
         def fill(a: int, _b: int, words: Tensor, out: Tensor) -> None:
             self._logits(words, rows, a, out)
-            self.softmax_minus_target(out, word - a, own, peak, log_total)
+            self.softmax_minus_target(out, word - a, own, peak, log_total, divisor, mix)
 
         return Part(tokens, grad, fill)
 
-    def softmax_minus_target(self, z: Tensor, at: Tensor, own: Tensor, peak: Tensor, log_total: Tensor) -> None:
-        """Raw logits [words, n] become d(-logp) / d(raw logits), but for scale / temperature, in place."""
-        slope = self._transform(self._pick_target(z, at, own, torch.zeros_like(peak)), True)
+    def softmax_minus_target(
+        self,
+        z: Tensor,
+        at: Tensor,
+        own: Tensor,
+        peak: Tensor,
+        log_total: Tensor,
+        divisor: Tensor | None = None,
+        mix: Mix | None = None,
+    ) -> None:
+        """Raw logits [words, n] become d(-logp) / d(raw logits), but for scale / temperature, in place; or a mix."""
+        slope = self._transform(self._pick_target(z, at, own, torch.zeros_like(peak)), True, divisor)
         true_class = own.to(self.dtype) if slope is None else own * slope
+        if mix is not None:
+            true_class = true_class * mix.main
         for piece in self._pieces(z):
             part = z[piece]
-            slope = self._transform(part, True)
-            part.sub_(peak).sub_(log_total).exp_()
+            slope = self._transform(part, True, divisor)
+            part.sub_(peak).sub_(log_total)
+            weights = None if mix is None else mix.weights(part)
+            part.exp_()
+            if weights is not None:
+                part *= weights
             if slope is not None:
                 part *= slope
         self._subtract_target(z, at, own, true_class)
@@ -286,6 +355,8 @@ class TorchHead:
             return
         tokens = torch.cat([part.tokens for part in parts])
         factor = -torch.cat([part.grad for part in parts]).to(self.dtype) * (self.head.scale / self.head.temperature)
+        if (divisor := self.divisor(tokens)) is not None:
+            factor = factor / divisor
         count, width = tokens.numel(), self.weight.shape[1]
         scaled, unit = self._scaled_rows(tokens, factor)
         dhidden = None if self.dhidden is None else torch.zeros(count, width, dtype=self.dtype, device=self.device)

@@ -100,7 +100,7 @@ class Head:
 
     @classmethod
     def of(cls, inputs: HeadInputs, head: HeadOptions) -> Head:
-        hidden, weight, bias, targets, row_index = inputs
+        hidden, weight, bias, targets, row_index = inputs[:5]
         if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
                 "hidden: expected float32, float16 or bfloat16 for backend 'triton', "

@@ -85,7 +85,7 @@ class _Sweep:
     """The workspace, the tokens that stand in it, and the gradients that have been summed so far."""
 
     def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs) -> None:
-        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs
+        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs[:5]
         self.ready = Head.of(inputs, head)
         self.vocabulary, self.width = self.weight.shape
         self.factor = self.ready.pre_scale * self.ready.post_scale

@@ -1,0 +1,1 @@
+"""What runs inside other people's trainers: a file a host, which imports the host when it is asked for."""
