@@ -243,6 +243,19 @@ def load_model(
     return _load_whole(name, option, dtype=dtype, **extra)
 
 
+def is_classifier(name: str, option: str = "model") -> bool:
+    """Whether the configuration in a local folder, or of a name on the Hub, is a sequence classifier's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return False
+    with _one_sentence(option, name):
+        config = AutoConfig.from_pretrained(name)
+    return any("ForSequenceClassification" in kind for kind in config.architectures or ())
+
+
 def load_classifier(
     name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, seed: int = 0
 ) -> tuple[PreTrainedModel, list[str]]:

@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluation": ("generation", "rewards", *MODEL_ROOMS, "reference", "functional", "objectives", *BASE),
     "experiments": ("evaluation", "generation", "rewards", "training", *MODEL_ROOMS, "ops", "objectives", *BASE),
     "face": ("models", "functional", "modules", "objectives", *BASE),
-    "hf": ("training", "models", "batching"),
+    "hf": ("training", "rewards", "models", "batching"),
     "demo": (),
     "cli": (*RUN_ROOMS, "models", "data", "ops", "objectives", *BASE),
     "__main__": ("cli",),

@@ -15,8 +15,8 @@ NAMES = {
         RankingInputs SFTOptions SimPOOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
     """,
     "clha_fast.hf": """
-        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
-        RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head
+        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream Ranking RewardConfig RewardTrainer
+        RolloutConfig RolloutTrainer TokenBudgetSampler UnsupportedHeadError fused_head inspect_head rank
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss
