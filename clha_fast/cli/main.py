@@ -40,6 +40,7 @@ COMMANDS = {
     "rlhf": Command("rlhf", "rlhf", "train a model on answers of its own that a reward model judges"),
     "generate": Command("generate", "generate", "answer prompts with a model", shared=True),
     "rank": Command("rank", "rank", "put answers in order, best first, by a model's scores", shared=True),
+    "merge": Command("merge", "merge", "merge an adapter into its base model"),
     "eval": Command("evaluate", "evaluate", "measure answers, or a model, against ranked references"),
     "compare": Command("compare", "compare", "two sets of answers, prompt by prompt"),
     "table2": Command("experiments", "table2", "methods x ranking lengths x seeds, trained and measured alike"),
