@@ -86,7 +86,7 @@ def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys
     said = capsys.readouterr().out
     assert f"adapter       {adapter}: LORA\n" in said
     assert "merged        " in said
-    assert "the head has weights of its own now" in said
+    assert "which shared a weight, have one each now" in said
     rows = str(write(tmp_path / "in.jsonl", [{"prompt": "say", "completions": ["a cat", "a dog ran"]}]))
     assert cli.main(["rank", out, rows, str(tmp_path / "ranked"), "--device", "cpu"]) == 0
     words = ("--max-new-tokens", "4", "--device", "cpu")
