@@ -34,6 +34,7 @@ COMMANDS = {
     "train": Command("train", "train", "train a causal language model on ranked responses", True, True),
     "demo": Command("train", "demo", "the same on the bundled data, in a few minutes on a CPU", True, True),
     "prepare": Command("prepare", "run", "raw HH-RLHF or TL;DR to ranked train, dev and test files"),
+    "inspect": Command("inspect", "inspect", "what a file of ranked responses holds, as a model will read it"),
     "convert": Command("data", "convert", "rewrite a file of ranked responses as canonical JSON Lines"),
     "reward-model": Command("reward_model", "reward_model", "train a reward model on ranked responses", shared=True),
     "score": Command("score", "score", "add rewards, or a model's log-probabilities, to a file", shared=True),

@@ -256,6 +256,21 @@ def is_classifier(name: str, option: str = "model") -> bool:
     return any("ForSequenceClassification" in kind for kind in config.architectures or ())
 
 
+def config_positions(name: str) -> int | None:
+    """Tokens that the model of a folder or name has positions for; None without a limit, and of a tokenizer alone.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    check_reachable("model", name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def load_classifier(
     name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, seed: int = 0
 ) -> tuple[PreTrainedModel, list[str]]:
