@@ -28,7 +28,7 @@ from clha_fast.objectives.pairs import keeps
 from clha_fast.reports.data_summary import DataSummary, summarise
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
-_ENOUGH = 0.5  # a reward margin that keeps this share of the pairs needs no other
+ENOUGH = 0.5  # a reward margin that keeps this share of the pairs needs no other
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:
     margin = getattr(objective, "reward_margin", None)
     own = math.nan if margin is None else _share_above(gaps, margin)
     suggested = quantiles[SHARES.index(0.25)]
-    if margin is not None and own >= _ENOUGH:
+    if margin is not None and own >= ENOUGH:
         suggested = margin
     kept = tuple(_share_above(gaps, quantile) for quantile in quantiles)
     return Gaps(quantiles, kept, own, suggested, _share_above(gaps, suggested))

@@ -9,7 +9,7 @@ from clha_fast.evaluation.tables import number, table
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.reports import page
 from clha_fast.reports.data_summary import data_text
-from clha_fast.reports.inspection import SHARES, Candidate, Example, Inspection, Token
+from clha_fast.reports.inspection import ENOUGH, SHARES, Candidate, Example, Inspection, Token
 
 _MOST_BAD = 3  # errors that are shown
 _LEGEND = (
@@ -62,7 +62,7 @@ def margin_advice(found: Inspection, objective: CLHAOptions) -> str:
     gaps = found.gaps
     assert gaps is not None
     own = f"reward_margin {objective.reward_margin:g} keeps {_percent(gaps.margin_kept)} of the pairs"
-    if gaps.suggested == objective.reward_margin:
+    if gaps.margin_kept >= ENOUGH:
         return f"{own}: it fits"
     return (
         f"{own}; suggested: reward_margin {gaps.suggested:.4g}, the lower quartile of the reward gaps, which keeps "
