@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -137,6 +137,27 @@ def write_text(path: str, text: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> None:
+    """Write JSON objects, one a line, UTF-8; the file appears complete or not at all.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is not set. OSError: it cannot be written.
+    """
+    path = os.fspath(path)
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
+    beside = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(beside, "x", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
 
 
 def check_destination(destination: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Sequence
 
+from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
 from clha_fast.data import FORMATS
@@ -12,11 +15,12 @@ from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.files import check_destination
 from clha_fast.generation.answers import Generation, generate_answers
 from clha_fast.generation.backend import GenerationSettings
+from clha_fast.generation.chat import Chat
 from clha_fast.generation.hf import TransformersBackend, load_backend
 from clha_fast.generation.prompts import trained_prefix
 from clha_fast.models.adapters import base_model
 from clha_fast.models.loading import DTYPES
-from clha_fast.processes import ALONE, Processes
+from clha_fast.processes import ALONE, Processes, joined
 
 DESCRIPTION = "Answer prompts with a causal language model; one JSON object a line, in the order of the prompts."
 PLAIN = GenerationSettings()
@@ -33,9 +37,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-prompt-length",
         type=int,
-        default=PLAIN.max_prompt_length,
         metavar="N",
-        help="tokens of a prompt, cut on the left behind its BOS (default 384)",
+        help=f"tokens of a prompt, cut on the left behind its BOS (default {PLAIN.max_prompt_length})",
     )
     parser.add_argument("--temperature", type=float, default=PLAIN.temperature, metavar="T", help="0 (default): greedy")
     parser.add_argument(
@@ -61,6 +64,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
+def prompt_length(args: argparse.Namespace) -> int | None:
+    """Tokens that a prompt may have."""
+    return PLAIN.max_prompt_length if args.max_prompt_length is None else int(args.max_prompt_length)
+
+
 def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
     """The settings of these options; the prefix is by default that of the run which trained the model.
 
@@ -75,7 +83,7 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
         raise ValueError(f"--seed: expected none with temperature 0, which draws nothing, got {args.seed}")
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
-        max_prompt_length=args.max_prompt_length,
+        max_prompt_length=prompt_length(args),
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed or 0,
@@ -137,6 +145,19 @@ def _result_text(found: Generation, asked: GenerationSettings) -> str:
     return "; ".join(parts)
 
 
+def _chat(args: argparse.Namespace) -> int:
+    processes = joined().world
+    if processes != 1:
+        raise ValueError(f"--chat: expected one process, got {processes} (WORLD_SIZE)")
+    settings = settings_of(args, args.model)
+    if args.max_prompt_length is None:
+        settings = dataclasses.replace(settings, max_prompt_length=None)
+    backend = load_backend(args.model, device=args.device, dtype=args.dtype)
+    chat = Chat(backend, settings, args.system, not args.no_history)
+    print(f"model         {model_text(backend.model, args.model)}", file=sys.stderr)
+    return converse(chat)
+
+
 def generate(words: Sequence[str]) -> int:
     """`clha-fast generate`: the exit status.
 
@@ -145,15 +166,31 @@ def generate(words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="clha-fast generate", description=DESCRIPTION, epilog=COLUMNS_HELP)
     parser.add_argument("model", metavar="MODEL", help="a causal language model or adapter: its folder, or a name")
-    parser.add_argument("prompts", metavar="PROMPTS", help="ranked responses in any known format, or prompts alone")
-    parser.add_argument("destination", metavar="OUT", help="the JSON Lines file to write")
+    parser.add_argument(
+        "prompts", metavar="PROMPTS", nargs="?", help="ranked responses in any known format, or prompts alone"
+    )
+    parser.add_argument("destination", metavar="OUT", nargs="?", help="the JSON Lines file to write")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk to the model instead: a line, an answer as it is written, a line, ... (answers to standard output)",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="of --chat: the conversation's first message")
+    parser.add_argument(
+        "--no-history",
+        action="store_true",
+        help="of --chat: each line is a text prompt of its own, for a model that was trained on prompts as texts",
+    )
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     add_model_arguments(parser)
     with launched() as processes:
         words, columns = take_columns(words)
         args = parse(parser, words)
+        check_chat(args, parser, columns)
 
         def work() -> int:
+            if args.chat:
+                return _chat(args)
             settings = settings_of(args, args.model)
             check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
             processes.choose_device(args.device)

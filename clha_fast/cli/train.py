@@ -20,11 +20,11 @@ from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, split
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
-from clha_fast.experiments.data_summary import DataSummary
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
 from clha_fast.files import CheckpointError, survivors
 from clha_fast.models.adapters import base_model
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
+from clha_fast.reports.data_summary import DataSummary, data_text, share_text
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
 from clha_fast.training.samples import SAMPLES_FILE
@@ -76,10 +76,6 @@ def _help() -> str:
     return f"{text}\n{defaults_text()}"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
-
-
 def _loss_text(args: CLHAConfig, options: Objective) -> str:
     means = f"means over each {'micro-batch' if args.normalizer == 'batch' else 'optimiser step'}"
     if isinstance(options, CLHAOptions):
@@ -91,34 +87,13 @@ def _loss_text(args: CLHAConfig, options: Objective) -> str:
     return f"{options.name}{f': {settings}' if settings else ''}; {means}"
 
 
-def _data_text(summary: DataSummary, options: Objective) -> str:
-    span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
-    text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
-    clha = isinstance(options, CLHAOptions)
-    if not summary.rewarded and clha:
-        return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
-    parts = []
-    if clha:
-        parts.append(f"pairs dropped as noise {_share(summary.noise_pairs, summary.pairs)}")
-    elif summary.noise_pairs:  # whatever the objective's own rule is
-        parts.append(f"pairs left out {_share(summary.noise_pairs, summary.pairs)}")
-    if not summary.rewarded:
-        parts.append("no rewards")
-    elif clha or (options.ranks and options.by_rank):
-        parts.append(f"kept pairs reversed {_share(summary.reversed_pairs, summary.kept_pairs)}")
-    parts.append(f"inert responses {_share(summary.inert, summary.candidates)}")
-    if clha:
-        parts.append(f"SFT gates closed {_share(summary.closed_gates, summary.prompts)}")
-    return f"{text}; {', '.join(parts)}"
-
-
 def _cut_text(dataset: Any, summary: DataSummary) -> str:
     """What the limits have cut; "" where they have cut nothing."""
     if not (dataset.cut_prompts or dataset.cut_completions):
         return ""
     return (
-        f"; cut to the length limits: prompts {_share(dataset.cut_prompts, summary.prompts)}, "
-        f"responses {_share(dataset.cut_completions, summary.candidates)}"
+        f"; cut to the length limits: prompts {share_text(dataset.cut_prompts, summary.prompts)}, "
+        f"responses {share_text(dataset.cut_completions, summary.candidates)}"
     )
 
 
@@ -148,11 +123,11 @@ def header(run: Run) -> str:
         "backend": backend_text(args.backend, args.device, dtype),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
-        "training": _data_text(train, options) + _cut_text(trainer.train_dataset, train),
+        "training": data_text(train, options) + _cut_text(trainer.train_dataset, train),
         "held out": (
             "no held-out set"
             if held_out is None
-            else _data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out)
+            else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out)
         ),
         "folder": folder_text(run),
     }

@@ -21,7 +21,6 @@ from clha_fast.data.containers import files_of
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
-from clha_fast.experiments.data_summary import DataSummary, summarise
 from clha_fast.experiments.folder import check_folder, claim_folder
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.messages import nearest
@@ -35,6 +34,7 @@ from clha_fast.models.loading import (
     texts_of,
 )
 from clha_fast.ops.dispatch import resolve
+from clha_fast.reports.data_summary import DataSummary, summarise
 from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS

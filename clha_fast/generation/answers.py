@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from clha_fast.data.columns import template_of
 from clha_fast.data.containers import rows_of
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash, subset_of
 from clha_fast.data.records import Prompt, RecordError, check_text
-from clha_fast.files import Journal, RunIdentity, check_destination
+from clha_fast.files import Journal, RunIdentity, check_destination, write_lines
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationBackend, GenerationSettings
 from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
 from clha_fast.processes import ALONE, ProcessError, Processes
@@ -231,19 +229,7 @@ def write_answers(destination: str | os.PathLike[str], answers: Sequence[Answer]
     Raises:
         FileExistsError: `destination` exists and `overwrite` is not set. OSError: it cannot be written.
     """
-    path = os.fspath(destination)
-    if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
-    beside = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(beside, "x", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in answers)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
+    write_lines(destination, (answer.as_dict() for answer in answers), overwrite=overwrite)
 
 
 def read_answers(source: str | os.PathLike[str]) -> list[Answer]:

@@ -63,12 +63,21 @@ class TransformersBackend:
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def answer(self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings) -> list[Generated]:
+    def answer(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        settings: GenerationSettings,
+        said: Callable[[int, str], None] | None = None,
+    ) -> list[Generated]:
+        """As `GenerationBackend.answer`; `said(row, text)` is called with what a row's answer is so far, uncut."""
         self._check_padding(prompts)
         ends = sorted({*own_ends(self.model), *(token for prompt in prompts for token in prompt.ends)})
 
         def stopped(row: int, new: list[int]) -> bool:
-            return cut_answer(self._text(new), prompts[row].stops)[1]
+            text = self._text(new)
+            if said is not None:
+                said(row, text)
+            return cut_answer(text, prompts[row].stops)[1]
 
         rows = generate_tokens(
             self.model,
@@ -79,7 +88,7 @@ class TransformersBackend:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seeds=[prompt.seed for prompt in prompts],
-            stopped=stopped if any(prompt.stops for prompt in prompts) else None,
+            stopped=stopped if said is not None or any(prompt.stops for prompt in prompts) else None,
         )
         found = []
         for prompt, row in zip(prompts, rows, strict=True):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clha_fast.batching.stream import RankedStream
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
     from clha_fast.models.scoring import Scorer, TokenScores, score
+    from clha_fast.rewards.ranking import Ranking, rank
     from clha_fast.training.config import CLHAConfig
     from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
     from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
@@ -26,6 +27,7 @@ _WHERE = {
     "RankedCollator": "clha_fast.batching.collator",
     "RankedDataset": "clha_fast.batching.collator",
     "RankedStream": "clha_fast.batching.stream",
+    "Ranking": "clha_fast.rewards.ranking",
     "RewardConfig": "clha_fast.training.reward_trainer",
     "RewardTrainer": "clha_fast.training.reward_trainer",
     "RolloutConfig": "clha_fast.training.rollout",
@@ -37,6 +39,7 @@ _WHERE = {
     "fused_head": "clha_fast.models.heads",
     "inspect_head": "clha_fast.models.heads",
     "score": "clha_fast.models.scoring",
+    "rank": "clha_fast.rewards.ranking",
 }
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "RankedCollator",
     "RankedDataset",
     "RankedStream",
+    "Ranking",
     "RewardConfig",
     "RewardTrainer",
     "RolloutConfig",
@@ -56,6 +60,7 @@ __all__ = [
     "UnsupportedHeadError",
     "fused_head",
     "inspect_head",
+    "rank",
     "score",
 ]
 

@@ -72,6 +72,14 @@ class CLHAOutput(ModelOutput):
     metrics: CLHAMetrics | None = None
     aux_loss: Tensor | None = None
 
+    @property
+    def scores(self) -> Tensor | None:
+        """[C] s_i = S_i / |y_i| of every candidate of the batch, float32, nats a token, without a graph (Eq. 3).
+
+        One that was dropped before the model ran (`RankedCollator(drop_inert=False)` drops none) is not among them.
+        """
+        return None if self.metrics is None else self.metrics.scores
+
 
 class Attached:
     """The settings that `attach` put on a model; a context manager that detaches at its end.

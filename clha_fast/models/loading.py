@@ -239,8 +239,36 @@ def load_model(
     """
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return _load_adapter(name, option, dtype=dtype, **extra)
+        return load_adapter(name, option, base_option=option, dtype=dtype, **extra)
     return _load_whole(name, option, dtype=dtype, **extra)
+
+
+def is_classifier(name: str, option: str = "model") -> bool:
+    """Whether the configuration in a local folder, or of a name on the Hub, is a sequence classifier's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return False
+    with _one_sentence(option, name):
+        config = AutoConfig.from_pretrained(name)
+    return any("ForSequenceClassification" in kind for kind in config.architectures or ())
+
+
+def config_positions(name: str) -> int | None:
+    """Tokens that the model of a folder or name has positions for; None without a limit, and of a tokenizer alone.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    check_reachable("model", name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_classifier(
@@ -304,24 +332,36 @@ def _load_whole(name: str, option: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def _load_adapter(name: str, option: str, **settings: Any) -> PreTrainedModel:
-    """As peft's `AutoPeftModelForCausalLM`, with the weights of the base model and of the adapter checked."""
+def load_adapter(
+    name: str, option: str = "model", *, base: str | None = None, base_option: str = "model", **settings: Any
+) -> PreTrainedModel:
+    """As peft's `AutoPeftModelForCausalLM`, with the weights of the base model and of the adapter checked.
+
+    Args:
+        base: the base model, in the place of the one that the adapter names.
+        option, base_option: what errors call adapter and base model.
+        settings: of the base model's `from_pretrained`.
+
+    Raises:
+        ValueError, ImportError: as `load_model`.
+    """
     peft = import_peft()
     with _one_sentence(option, name):
         config = peft.PeftConfig.from_pretrained(name)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"{option}: expected an adapter of a causal language model, got {name} for {config.task_type}")
-    if not config.base_model_name_or_path:
+    named = config.base_model_name_or_path
+    if not (base or named):
         raise ValueError(f"{option}: expected an adapter that names its base model, got {name}, which names none")
-    revision = {} if config.revision is None else {"revision": config.revision}
-    base = _load_whole(config.base_model_name_or_path, option, **settings, **revision)
+    revision = {} if base or config.revision is None else {"revision": config.revision}
+    whole = _load_whole(base or named, base_option, **settings, **revision)
     if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
         size = len(load_tokenizer(name, option))
-        if size > base.get_input_embeddings().weight.shape[0]:
-            base.resize_token_embeddings(size)
+        if size > whole.get_input_embeddings().weight.shape[0]:
+            whole.resize_token_embeddings(size)
     with _one_sentence(option, name), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = peft.PeftModelForCausalLM.from_pretrained(base, name, is_trainable=True)
+        model = peft.PeftModelForCausalLM.from_pretrained(whole, name, is_trainable=True)
     missing = next(
         (text for text in (str(warning.message) for warning in said) if "missing adapter keys" in text), None
     )

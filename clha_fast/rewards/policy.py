@@ -88,13 +88,15 @@ class Policy:
         return torch.stack([part.sum() for part in logps.split(batch.candidate_lengths.tolist())])
 
 
-def load_policy(path: str, *, device: str = "auto", dtype: str = "float32", layout: str = "padded") -> Policy:
+def load_policy(
+    path: str, *, device: str = "auto", dtype: str = "float32", layout: str = "padded", option: str = "policy"
+) -> Policy:
     """The causal language model of a local folder or of a name on the Hub, with its tokenizer.
 
     Args:
         device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
         dtype: of the weights, float32 as in training unless told; "auto" is the checkpoint's own.
-        layout: as `Policy`.
+        layout: as `Policy`. option: what errors call it.
 
     Raises:
         ValueError: nothing there to load, weights that are missing, an unknown device or dtype; as `Policy`.
@@ -104,8 +106,8 @@ def load_policy(path: str, *, device: str = "auto", dtype: str = "float32", layo
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
     path = os.fspath(path)
-    tokenizer = load_tokenizer(path, "policy")
-    model: Any = load_model(path, dtype if dtype == "auto" else getattr(torch, dtype), option="policy")
+    tokenizer = load_tokenizer(path, option)
+    model: Any = load_model(path, dtype if dtype == "auto" else getattr(torch, dtype), option=option)
     try:
         model.to(place)
     except torch.OutOfMemoryError as error:
@@ -178,12 +180,12 @@ def score_policy(
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
     }
-    run = _PolicyRun(records, policy, batch_size, limits, progress and not processes.rank)
+    run = PolicyRun(records, policy, batch_size, limits, progress and not processes.rank)
     scored: list[RankedRecord] = []
 
-    def finish(sums: dict[int, float]) -> list[RankedRecord]:
+    def finish(sums: dict[int, float]) -> list[dict[str, Any]]:
         scored.extend(run.with_reference(sums))
-        return scored
+        return [record.as_dict() for record in scored]
 
     options = {"resume": resume, "overwrite": overwrite, "progress": progress}
     resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
@@ -192,7 +194,9 @@ def score_policy(
     return PolicyResult(scored, sum(map(len, run.rows_of)), tokens, resumed, run.truncated, replaced)
 
 
-class _PolicyRun(ScoringRun):
+class PolicyRun(ScoringRun):
+    """`ScoringRun` by a language model: the score of a response is its summed log-probability."""
+
     key = "reference_logps"
     scorer = "policy"
 

@@ -14,11 +14,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.data.convert import convert
-from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
-from clha_fast.files import Journal, RunIdentity
+from clha_fast.files import Journal, RunIdentity, write_lines
 from clha_fast.processes import ProcessError, Processes
 from clha_fast.rewards.rows import read_as_text
 
@@ -144,14 +142,14 @@ class ScoringRun:
     def write(
         self,
         path: str,
-        finish: Callable[[dict[int, float]], Sequence[RankedRecord]],
+        finish: Callable[[dict[int, float]], Sequence[Mapping[str, Any]]],
         *,
         resume: bool,
         overwrite: bool,
         progress: bool,
         processes: Processes,
     ) -> int:
-        """Score what is not yet scored, and write the records that `finish` makes of the scores by position of the row.
+        """Score what is not yet scored, and write the lines that `finish` makes of the scores by position of the row.
 
         Of several processes each scores its share; the first one writes.
 
@@ -168,10 +166,9 @@ class ScoringRun:
             with journal:
                 self.score(journal, share, progress and not processes.rank)
             processes.collect(journal)
-            records = finish(journal.values)
+            lines = finish(journal.values)
             if not processes.rank:
-                rows = (record.as_dict() for record in records)
-                convert(rows, path, "canonical", overwrite=overwrite, notes=Notes())
+                write_lines(path, lines, overwrite=overwrite)
                 journal.remove()
             processes.gather("written")
         except ProcessError as error:

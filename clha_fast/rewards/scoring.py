@@ -99,14 +99,14 @@ def score_file(
     """
     check_destination(destination, resume=resume, overwrite=overwrite)
     records = as_records(source, format, columns)
-    run = _RewardRun(records, reward_model, batch_size, max_length, progress and not processes.rank)
+    run = RewardRun(records, reward_model, batch_size, max_length, progress and not processes.rank)
     scored: list[RankedRecord] = []
     written: list[RankedRecord] = []
 
-    def finish(rewards: dict[int, float]) -> list[RankedRecord]:
+    def finish(rewards: dict[int, float]) -> list[dict[str, Any]]:
         scored.extend(run.with_rewards(rewards))
         written.extend([_best_first(record) for record in scored] if rank_by_reward else scored)
-        return written
+        return [record.as_dict() for record in written]
 
     options = {"resume": resume, "overwrite": overwrite, "progress": progress}
     resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
@@ -123,7 +123,7 @@ def score_records(
     progress: bool = True,
 ) -> list[RankedRecord]:
     """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`."""
-    run = _RewardRun(list(records), reward_model, batch_size, max_length, progress)
+    run = RewardRun(list(records), reward_model, batch_size, max_length, progress)
     journal = run.journal(None)
     try:
         run.score(journal, range(len(run.batches)), progress)
@@ -139,7 +139,9 @@ def _best_first(record: RankedRecord) -> RankedRecord:
     return ordered if record.sft_index else dataclasses.replace(ordered, sft_index=0)
 
 
-class _RewardRun(ScoringRun):
+class RewardRun(ScoringRun):
+    """`ScoringRun` by a reward model."""
+
     key = "rewards"
     scorer = "reward_model"
 

@@ -17,9 +17,9 @@ from clha_fast.data import make_record
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.evaluation import memory
 from clha_fast.evaluation import tables as report
-from clha_fast.experiments.data_summary import summarise
 from clha_fast.models.loading import build_model, build_tokenizer
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from clha_fast.reports.data_summary import summarise
 from tests.support.command_line import SETTINGS
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer

@@ -12,9 +12,9 @@ from clha_fast.cli import main as cli
 from clha_fast.cli.score import noise_table
 from clha_fast.data import make_record
 from clha_fast.data.records import RankedRecord
-from clha_fast.experiments.data_summary import summarise
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.pairs import gap_quartiles, keeps
+from clha_fast.reports.data_summary import summarise
 from clha_fast.rewards.noise import measure_noise
 from tests.support.command_line import command
 from tests.support.trainers import trainer

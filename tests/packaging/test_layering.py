@@ -15,7 +15,7 @@ from tests.support.helpers import ROOT, run_python
 # folder of `backends/`, or a file at the top of `clha_fast/`.
 BASE = ("errors", "version", "messages", "files", "processes", "options", "types", "layout")
 MODEL_ROOMS = ("models", "batching", "data")
-RUN_ROOMS = ("experiments", "evaluation", "generation", "rewards", "training")
+RUN_ROOMS = ("experiments", "reports", "evaluation", "generation", "rewards", "training")
 ROOMS: dict[str, tuple[str, ...]] = {
     "csrc_triton": (),
     **dict.fromkeys(("errors", "version", "messages", "files", "options", "types", "layout"), ()),
@@ -35,10 +35,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "generation": ("models", "batching", "data", *BASE),
     "training": ("generation", "rewards", "models", "batching", "data", "functional", "ops", "objectives", *BASE),
     "evaluation": ("generation", "rewards", *MODEL_ROOMS, "reference", "functional", "objectives", *BASE),
-    "experiments": ("evaluation", "generation", "rewards", "training", *MODEL_ROOMS, "ops", "objectives", *BASE),
+    "reports": ("evaluation", *MODEL_ROOMS, "objectives", *BASE),
+    "experiments": (*RUN_ROOMS[1:], *MODEL_ROOMS, "ops", "objectives", *BASE),
     "face": ("models", "functional", "modules", "objectives", *BASE),
     "integrations": ("training", *MODEL_ROOMS, "functional", "ops", "objectives", *BASE),
-    "hf": ("training", "models", "batching"),
+    "hf": ("training", "rewards", "models", "batching"),
     "demo": (),
     "cli": (*RUN_ROOMS, "models", "data", "ops", "objectives", *BASE),
     "__main__": ("cli",),

@@ -15,9 +15,9 @@ NAMES = {
         RankingInputs SFTOptions SimPOOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
     """,
     "clha_fast.hf": """
-        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream RewardConfig RewardTrainer
+        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream Ranking RewardConfig RewardTrainer
         RolloutConfig RolloutTrainer Scorer TokenBudgetSampler TokenScores UnsupportedHeadError fused_head inspect_head
-        score
+        rank score
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss

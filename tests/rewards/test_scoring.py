@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from clha_fast.data import RankedRecord, RecordError, read_records
-from clha_fast.experiments.data_summary import summarise
 from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.reports.data_summary import summarise
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoringError, score_file

@@ -29,6 +29,7 @@ COMMANDS: dict[str, list[str]] = {
     "one batch": ["generate", "{0}/model", "{0}/in.jsonl", "{1}", *SHORT, "--limit", "2"],
     "rewards": ["score", "{0}/in.jsonl", "{1}", "--reward-model", "{0}/reward", "--batch-size", "4", "--device", "cpu"],
     "logps": ["score", "{0}/in.jsonl", "{1}", "--policy", "{0}/model", "--batch-size", "4", "--device", "cpu"],
+    "ranked": ["rank", "{0}/model", "{0}/in.jsonl", "{1}", "--batch-size", "4", "--device", "cpu"],
 }
 REFUSED: dict[str, list[str]] = {
     "exists already": ["generate", "{0}/model", "{0}/in.jsonl", "{0}/in.jsonl"],

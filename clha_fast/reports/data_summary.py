@@ -10,7 +10,7 @@ import torch
 from clha_fast.batching.batch import inert_mask
 from clha_fast.data.records import RankedRecord
 from clha_fast.layout import Layout
-from clha_fast.objectives import Objective
+from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.types import RankingInputs
 
@@ -84,3 +84,30 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         reversed_pairs=backwards,
         gaps=gap_quartiles(torch.cat(leads)) if leads else (),
     )
+
+
+def share_text(part: int, whole: int) -> str:
+    """A count with its percentage."""
+    return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
+
+
+def data_text(summary: DataSummary, options: Objective) -> str:
+    """The counts in a line, with what an objective makes of them."""
+    span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
+    text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
+    clha = isinstance(options, CLHAOptions)
+    if not summary.rewarded and clha:
+        return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
+    parts = []
+    if clha:
+        parts.append(f"pairs dropped as noise {share_text(summary.noise_pairs, summary.pairs)}")
+    elif summary.noise_pairs:  # whatever the objective's own rule is
+        parts.append(f"pairs left out {share_text(summary.noise_pairs, summary.pairs)}")
+    if not summary.rewarded:
+        parts.append("no rewards")
+    elif clha or (options.ranks and options.by_rank):
+        parts.append(f"kept pairs reversed {share_text(summary.reversed_pairs, summary.kept_pairs)}")
+    parts.append(f"inert responses {share_text(summary.inert, summary.candidates)}")
+    if clha:
+        parts.append(f"SFT gates closed {share_text(summary.closed_gates, summary.prompts)}")
+    return f"{text}; {', '.join(parts)}"

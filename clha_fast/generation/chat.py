@@ -1,0 +1,104 @@
+"""A conversation with a model: history, answers as they are written, and what an interrupted one leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from clha_fast.data.prompts import PromptRecord
+from clha_fast.data.records import Message
+from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
+from clha_fast.generation.hf import TransformersBackend
+from clha_fast.generation.prompts import encode_prompts
+
+
+class Reply(NamedTuple):
+    """text: without outer blanks. finish: "stop", "length" or "interrupted". dropped: oldest turns left out so far."""
+
+    text: str
+    finish: str
+    dropped: int
+
+
+class Chat:
+    """A conversation; messages go through the chat template, or are a plain transcript where the tokenizer has none.
+
+    Args:
+        settings: `max_prompt_length` None is what the model's positions leave. A conversation that is longer loses its
+            oldest turns, never the system message or the last line.
+        system: the first message, "" for none. history: False makes every line a text prompt of its own, as it stands.
+
+    Attributes:
+        messages: of both sides, without the system message.
+
+    Raises:
+        ValueError: a system message without history.
+    """
+
+    def __init__(
+        self, backend: TransformersBackend, settings: GenerationSettings, system: str = "", history: bool = True
+    ) -> None:
+        if system and not history:
+            raise ValueError(f"system: expected none where every line is a prompt of its own, got {system!r}")
+        self.backend, self.settings, self.history = backend, settings, history
+        self.messages: list[Message] = []
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._dropped = 0
+
+    def reset(self) -> None:
+        """Forget what was said, but for the system message."""
+        self.messages, self._dropped = [], 0
+
+    def say(self, line: str, said: Callable[[str], None] = lambda piece: None) -> Reply:
+        """The answer to a line; KeyboardInterrupt ends it, and what was written until then stays in the conversation.
+
+        Args:
+            said: called with pieces of the answer as they are written; joined they are the reply's text.
+
+        Raises:
+            RecordError: the chat template refuses the messages. ValueError: a line too long for the model.
+        """
+        turn: Message = {"role": "user", "content": line}
+        prompt, settings = self._encode(line, turn)
+        written = _Written(prompt.stops, said)
+        try:
+            (found,) = self.backend.answer([prompt], settings, lambda row, text: written.so_far(text))
+            written.end(found.text)
+            reply = Reply(found.text, found.finish, self._dropped)
+        except KeyboardInterrupt:
+            reply = Reply(written.text, "interrupted", self._dropped)
+        # An empty turn is one that many templates refuse.
+        if self.history and reply.text:
+            self.messages += [turn, {"role": "assistant", "content": reply.text}]
+        return reply
+
+    def _encode(self, line: str, turn: Message) -> tuple[EncodedPrompt, GenerationSettings]:
+        while True:
+            prompt = (*self._system, *self.messages, turn) if self.history else line
+            record = PromptRecord(prompt, "chat")
+            found = encode_prompts([record], self.backend.tokenizer, self.settings, self.backend.max_positions)
+            if not found.cut or not self.messages:
+                return found.prompts[0], found.settings
+            self.messages = self.messages[2:]
+            self._dropped += 1
+
+
+class _Written:
+    """What of an answer can be shown as it is written: no half a letter, nothing that may become a stop text."""
+
+    def __init__(self, stops: Sequence[str], said: Callable[[str], None]) -> None:
+        self.stops, self.said, self.text = stops, said, ""
+
+    def so_far(self, whole: str) -> None:
+        text, _ = cut_answer(whole, self.stops)
+        text = text.rstrip("\ufffd")
+        held = max(
+            (k for stop in self.stops for k in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:k])),
+            default=0,
+        )
+        self.end(text[: len(text) - held].rstrip())
+
+    def end(self, text: str) -> None:
+        if len(text) > len(self.text) and text.startswith(self.text):
+            self.said(text[len(self.text) :])
+            self.text = text

@@ -1,0 +1,88 @@
+"""`clha-fast generate --chat` through a pipe, in a process of its own, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clha_fast.cli import main as cli
+from tests.support.command_line import one_sentence
+from tests.support.helpers import ROOT
+from tests.support.reward_models import TOKENIZER, write
+from tests.support.scripted import scripted
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """It says "a cat" whenever it is asked in few words, and never ends where the prompt is longer."""
+    path = str(tmp_path_factory.mktemp("model"))
+    positions, short = 768, len(TOKENIZER("ab")["input_ids"])
+    cat, word = (TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in ("a cat", " dog"))
+    script = {short - 1 + k: token for k, token in enumerate(cat)}
+    script |= dict.fromkeys(range(short + len(cat), positions), word[0])
+    scripted(TOKENIZER, script, positions).save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    return path
+
+
+def start(model: str, *words: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "clha_fast",
+        "generate",
+        model,
+        "--chat",
+        "--device",
+        "cpu",
+        *words,
+    ]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
+
+
+def test_lines_are_answered_through_a_pipe(model: str) -> None:
+    with start(model, "--no-history") as process:
+        out, err = process.communicate("ab\n\n/what\n/reset\nab\n/quit\nab\n", timeout=120)
+    assert process.returncode == 0, err
+    assert out == "a cat\na cat\n"
+    assert "model         " in err
+    assert "/what: expected one of /reset, /quit, /help; nothing was sent" in err
+    assert "(the conversation begins anew)" in err
+
+
+def test_ctrl_c_ends_an_answer_and_the_end_of_the_file_all(model: str) -> None:
+    with start(model, "--no-history", "--max-new-tokens", "700") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print("a longer line than the other", file=process.stdin, flush=True)
+        assert process.stdout.read(8), "it is being answered"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("ab\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "(interrupted)" in err
+    assert out.endswith("\na cat\n")
+    assert len(out) < 690 * len(" dog")
+
+
+def test_what_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = str(write(tmp_path / "in.jsonl", [{"prompt": "say"}]))
+    for words, expected in (
+        ((model, rows, "--chat"), "PROMPTS: expected none with --chat"),
+        ((model, "--chat", "--batch-size", "3"), "--batch-size: expected none with --chat"),
+        ((model, "--chat", "--columns.prompt", "q"), "--columns: expected none with --chat"),
+        ((model, rows), "OUT: expected PROMPTS and OUT, two files, or --chat, got no OUT"),
+        ((model, rows, "out", "--system", "be kind"), "--system: expected none without --chat"),
+        ((model, "--chat", "--no-history", "--system", "be kind"), "--system: expected none with --no-history"),
+    ):
+        assert cli.main(["generate", *words]) == 2
+        assert expected in one_sentence(capsys), words

@@ -1,0 +1,99 @@
+"""`clha-fast rank`: models of both kinds from their folders, resumed runs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clha_fast.cli import main as cli
+from clha_fast.rewards.policy import Policy
+from tests.support.command_line import one_sentence
+from tests.support.reward_models import TOKENIZER, by_length, spread, write
+from tests.support.tiny import make_model, make_rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    for name, model in (("policy", spread(make_model(len(TOKENIZER)))), ("reward", by_length())):
+        model.save_pretrained(path / name)
+        TOKENIZER.save_pretrained(path / name)
+    write(path / "in.jsonl", make_rows(9))
+    return path
+
+
+def run(*words: object) -> int:
+    return cli.main(["rank", *map(str, words), "--device", "cpu"])
+
+
+def test_a_policy_ranks_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(folder / "policy", folder / "in.jsonl", out, "--batch-size", 4) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"policy        {folder / 'policy'}: LlamaForCausalLM, ")
+    assert "source        " in said
+    assert "9 prompts" in said
+    assert "answers, best first; " in said
+    assert "% of the pairs stand as in the file; " in said
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(line["scores"] == sorted(line["scores"], reverse=True) for line in lines)
+    renamed = write(tmp_path / "named.jsonl", [{"q": "say", "one": "a cat", "two": "a dog ran"}])
+    columns = ("--columns.prompt", "q", "--columns.completions", "[one, two]")
+    assert run(folder / "policy", renamed, tmp_path / "named", *columns) == 0
+    assert sorted(json.loads((tmp_path / "named").read_text())["completions"]) == ["a cat", "a dog ran"]
+
+
+def test_a_classifier_is_taken_for_a_reward_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    rows = write(tmp_path / "in.jsonl", [{"prompt": "say", "completions": ["a", "a cat sat on a mat", "a cat"]}])
+    assert run(folder / "reward", rows, out) == 0
+    assert capsys.readouterr().out.startswith("reward model  ")
+    line = json.loads(out.read_text())
+    assert line["completions"] == ["a cat sat on a mat", "a cat", "a"]
+    assert line["order"] == [1, 2, 0]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (folder / "policy", folder / "in.jsonl")
+    assert run(*words, tmp_path / "whole", "--batch-size", 4) == 0
+    real, calls = Policy.sums, []
+
+    def interrupted(self: Policy, rows: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Policy, "sums", interrupted)
+    out = tmp_path / "out"
+    assert run(*words, out, "--batch-size", 4) == 130
+    monkeypatch.undo()
+    assert not out.exists()
+    assert "kept in" in capsys.readouterr().err
+    assert run(*words, out, "--batch-size", 4) == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+    assert run(*words, out, "--batch-size", 4, "--resume") == 0
+    assert "had been scored before" in capsys.readouterr().out
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = write(tmp_path / "empty.jsonl", [{"prompt": "say", "completions": ["a cat", ""]}])
+    policy, reward, rows, out = folder / "policy", folder / "reward", folder / "in.jsonl", tmp_path / "no"
+    for words, expected in (
+        ((policy, empty, out), "empty.jsonl:1: completions[1]: expected a response that is not empty"),
+        ((policy, rows, rows), "in.jsonl: exists already"),
+        ((policy, rows, out, "--label", 1), "--label: expected none with a language model"),
+        ((reward, rows, out, "--max-prompt-length", 9), "--max-prompt-length: expected none with a reward model"),
+        ((policy, rows, out, "--batch-size", 0), "--batch-size: expected a positive whole number"),
+        ((tmp_path / "none", rows, out), "model: expected a folder that holds one, or a name on the Hub"),
+    ):
+        assert run(*words) == 2
+        assert expected in one_sentence(capsys), words
+    assert not out.exists()

@@ -1,0 +1,135 @@
+"""Adapters merged into their base: the same logits, whole folders, tied heads parted, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clha_fast.cli import main as cli
+from clha_fast.models.merging import merge_adapter
+from tests.support.adapters import BODY, lora_config, stir
+from tests.support.reward_models import TOKENIZER, spread, write
+from tests.support.tiny import make_model
+
+IDS = torch.tensor([[0, 40, 41, 42, 43], [0, 60, 61, 45, 7]])
+
+
+def save(folder: Path, config: Any, tied: bool, tokenizer: bool = True) -> Tensor:
+    """A base and an adapter on it that is not fresh, in `folder`; the adapter's logits."""
+    model = spread(make_model(len(TOKENIZER), tie_word_embeddings=tied))
+    model.generation_config.repetition_penalty = 1.3
+    model.save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = stir(peft.get_peft_model(base, config)).eval()
+        adapted.save_pretrained(folder / "adapter")
+    if tokenizer:
+        TOKENIZER.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return torch.as_tensor(adapted(input_ids=IDS).logits)
+
+
+CONFIGS = {
+    "body": lora_config(BODY),
+    "head": lora_config([*BODY, "lm_head"]),
+    "dora": lora_config(["q_proj", "lm_head"], use_dora=True),
+    "a head of its own": lora_config(["q_proj"], modules_to_save=["lm_head"]),
+    "embedding": lora_config(["q_proj", "embed_tokens"]),
+    "ia3": peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merged_logits_are_the_adapters(tmp_path: Path, name: str, tied: bool) -> None:
+    expected = save(tmp_path, CONFIGS[name], tied)
+    found = merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        got = merged(input_ids=IDS).logits
+    assert not hasattr(merged, "peft_config")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    parted = tied and name not in ("body", "ia3")
+    assert found.untied == parted
+    assert merged.config.tie_word_embeddings == (tied and not parted)
+    assert merged.generation_config.repetition_penalty == 1.3
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == TOKENIZER.get_vocab()
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, CONFIGS["head"], tied=True, tokenizer=False)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    adapter, out = str(tmp_path / "adapter"), str(tmp_path / "out")
+    assert cli.main(["merge", adapter, out]) == 2
+    assert f"model: expected a folder that holds one, or a name on the Hub, got '{tmp_path / 'base'}'" in (
+        capsys.readouterr().err
+    )
+    run = {"settings": {"objective": {"name": "coh", "good_marker": "Good:"}}, "data": {}}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(run))
+    assert cli.main(["merge", adapter, out, "--model", str(tmp_path / "moved")]) == 0
+    said = capsys.readouterr().out
+    assert f"adapter       {adapter}: LORA\n" in said
+    assert "merged        " in said
+    assert "which shared a weight, have one each now" in said
+    rows = str(write(tmp_path / "in.jsonl", [{"prompt": "say", "completions": ["a cat", "a dog ran"]}]))
+    assert cli.main(["rank", out, rows, str(tmp_path / "ranked"), "--device", "cpu"]) == 0
+    words = ("--max-new-tokens", "4", "--device", "cpu")
+    assert cli.main(["generate", out, rows, str(tmp_path / "answers"), *words]) == 0
+    assert "every answer begins with 'Good:' (the model was trained behind it)" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "moved", tmp_path / "base")
+    TOKENIZER.save_pretrained(adapter)  # as a run leaves it
+    assert cli.main(["rank", adapter, rows, str(tmp_path / "own"), "--device", "cpu"]) == 0
+    own, merged = (json.loads((tmp_path / name).read_text()) for name in ("own", "ranked"))
+    assert own["order"] == merged["order"]
+    assert own["scores"] == pytest.approx(merged["scores"], rel=1e-4)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, CONFIGS["body"], tied=False)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"adapter: expected a folder that holds an adapter .*without adapter_config"):
+        merge_adapter(tmp_path / "base", out)
+    with pytest.raises(ValueError, match="no such folder"):
+        merge_adapter(tmp_path / "none", out)
+    with pytest.raises(FileExistsError, match="exists already; expected a new folder"):
+        merge_adapter(adapter, tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="expected a folder in one that exists"):
+        merge_adapter(adapter, tmp_path / "none" / "out")
+    with pytest.raises(ValueError, match="dtype: expected one of auto, float32"):
+        merge_adapter(adapter, out, dtype="float8")
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    shutil.rmtree(adapter)
+    save(tmp_path, virtual, tied=False)
+    with pytest.raises(ValueError, match="adapter: expected one that changes weights, got PROMPT_TUNING"):
+        merge_adapter(adapter, out)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "NONE_OF_THEM"}')
+    with pytest.raises(ValueError, match="adapter: expected a configuration of peft's"):
+        merge_adapter(adapter, out)
+    assert not out.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, CONFIGS["body"], tied=False)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="adapter: could not be merged"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
