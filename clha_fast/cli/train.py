@@ -102,6 +102,9 @@ def _loss_text(args: CLHAConfig, options: Objective) -> str:
 def _data_text(summary: DataSummary, options: Objective) -> str:
     span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
     text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
+    if summary.chains is not None:
+        unchained = _share(summary.unchained, summary.candidates)
+        return f"{text}, made into {summary.chains:,} chains; responses between best and worst, in no chain {unchained}"
     clha = isinstance(options, CLHAOptions)
     if not summary.rewarded and clha:
         return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"
@@ -124,9 +127,10 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     """What the limits have cut; "" where they have cut nothing."""
     if not (dataset.cut_prompts or dataset.cut_completions):
         return ""
+    run, name = (summary.candidates, "responses") if summary.chains is None else (summary.chains, "chains")
     return (
         f"; cut to the length limits: prompts {_share(dataset.cut_prompts, summary.prompts)}, "
-        f"responses {_share(dataset.cut_completions, summary.candidates)}"
+        f"{name} {_share(dataset.cut_completions, run)}"
     )
 
 
@@ -290,7 +294,9 @@ def _train(run: Run, command: Mapping[str, Any], started: float) -> int:
     run.evaluate_before()
     if main_process and run.before:
         accuracy = report.number(run.before.get("eval_rewards/accuracies"))
-        print(f"\nheld out before training: ranking accuracy {accuracy}\n", flush=True)
+        # Without pairs (chains) there is none.
+        found = f"loss {report.number(run.before['eval_loss'])}" if accuracy == "-" else f"ranking accuracy {accuracy}"
+        print(f"\nheld out before training: {found}\n", flush=True)
     try:
         run.train()
     except KeyboardInterrupt:
