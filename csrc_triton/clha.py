@@ -285,7 +285,7 @@ def prompts_kernel(
             pair = kept & is_first
             rank_loss += tl.where(is_active & is_first, weight * slack, 0.0)
             kept_pairs += pair.to(tl.float64)
-            correct += (pair & (lead > 0)).to(tl.float64)
+            correct += tl.where(pair & (lead > 0), 1.0, 0.0) + tl.where(pair & (lead == 0), 0.5, 0.0)
             lead_sum += tl.where(pair, lead, 0.0)
             chosen += tl.where(pair, score_i, 0.0)
             rejected += tl.where(pair, score_j, 0.0)

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.text import with_dashes
 from clha_fast.data import hh, tldr
 from clha_fast.data.extra import ExtraCandidates
@@ -20,7 +21,9 @@ _PARSES = {"clean": hh.read_clean, "published": hh.read_published}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="clha-fast prepare", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="clha-fast prepare", description=DESCRIPTION, epilog=f"Of ranked: {COLUMNS_HELP}"
+    )
     parser.add_argument("data", choices=("hh-rlhf", "tldr", "ranked"), help="what the files are; ranked: any format")
     parser.add_argument(
         "sources", metavar="SRC", nargs="+", help="a folder as published, files, or a glob; of ranked, any format"
@@ -36,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dev",
         default="0.01",
         metavar="N",
-        help="prompts of the training files to choose by: a fraction (default 0.01) or how many; 0 for none",
+        help="prompts of the training files to choose by: a fraction (default 0.01; at least one prompt) or how many; "
+        "0 for none",
     )
     parser.add_argument("--test", type=float, metavar="N", help="of ranked: the fraction of the prompts to test on")
     parser.add_argument(
@@ -56,9 +60,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """Writes the folder and prints the counts; returns the exit status."""
+    words, columns = take_columns(words)
     given = _parser().parse_intermixed_args(with_dashes(words))
     if given.data == "ranked":
-        return _ranked(given)
+        return _ranked(given, columns)
+    if columns is not None:
+        raise ValueError(
+            f"--columns.{next(iter(columns))}: expected none for {given.data}, whose columns are known, got one"
+        )
     if given.test is not None:
         raise ValueError(f"--test: expected none for {given.data}, whose test files are its own, got {given.test}")
     if given.data != "hh-rlhf" and given.parse is not None:
@@ -87,7 +96,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _ranked(given: argparse.Namespace) -> int:
+def _ranked(given: argparse.Namespace, columns: Mapping[str, Any] | None) -> int:
     others = {"--parse": given.parse, "--extra-candidate": given.extra_candidate, "--keep-short": given.keep_short}
     for flag, value in others.items():
         if value:
@@ -100,6 +109,7 @@ def _ranked(given: argparse.Namespace) -> int:
         dev=_number(given.dev),
         test=given.test,
         length=given.length,
+        columns=columns,
         overwrite=given.overwrite,
         track=_bar,
     )

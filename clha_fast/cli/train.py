@@ -91,9 +91,10 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     """What the limits have cut; "" where they have cut nothing."""
     if not (dataset.cut_prompts or dataset.cut_completions):
         return ""
+    run, name = (summary.candidates, "responses") if summary.chains is None else (summary.chains, "chains")
     return (
         f"; cut to the length limits: prompts {share_text(dataset.cut_prompts, summary.prompts)}, "
-        f"responses {share_text(dataset.cut_completions, summary.candidates)}"
+        f"{name} {share_text(dataset.cut_completions, run)}"
     )
 
 
@@ -269,7 +270,9 @@ def _train(run: Run, command: Mapping[str, Any], started: float) -> int:
     run.evaluate_before()
     if main_process and run.before:
         accuracy = report.number(run.before.get("eval_rewards/accuracies"))
-        print(f"\nheld out before training: ranking accuracy {accuracy}\n", flush=True)
+        # Without pairs (chains) there is none.
+        found = f"loss {report.number(run.before['eval_loss'])}" if accuracy == "-" else f"ranking accuracy {accuracy}"
+        print(f"\nheld out before training: {found}\n", flush=True)
     try:
         run.train()
     except KeyboardInterrupt:

@@ -30,6 +30,11 @@ def record_chains(record: RankedRecord, markers: Markers) -> list[tuple[str, ...
     return [best, worst, (*best, *then_worst), (*worst, *then_best)]
 
 
+def chain_count(responses: int) -> int:
+    """How many chains a record of so many responses has."""
+    return 4 if responses > 1 else 1
+
+
 def _answer(record: RankedRecord, number: int) -> str:
     text = record.completions[number]
     if not text.strip():

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clha_fast.data.containers import files_of
@@ -38,6 +38,7 @@ def split_files(
     dev: float,
     test: float,
     length: int | None = None,
+    columns: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     track: Track[Any] = lambda rows, name: rows,
 ) -> dict[str, Any]:
@@ -48,13 +49,14 @@ def split_files(
 
     Args:
         sources: files or globs in any format that `read_records` takes.
-        dev, test: fractions of the prompts.
+        dev, test: fractions of the prompts; of `dev` at least one prompt, where another is left to train on.
         length: candidates of a record (`of_length`); records with fewer are left out and counted, as bad ones always
             are. None is all.
+        columns: as `iter_records`, for all files alike.
 
     Raises:
         FileExistsError: `folder` has such files and `overwrite` is not set.
-        ValueError: fractions that leave none for a file, a length below 2, no good record in a file.
+        ValueError: fractions that leave none for a file, a length below 2, no good record in a file, bad `columns`.
     """
     for name, value in (("dev", dev), ("test", test)):
         if not 0 < value < 1:
@@ -70,38 +72,38 @@ def split_files(
         raise FileExistsError(
             f"{os.path.join(path, there[0])}: exists already; expected a new folder, or overwrite=True"
         )
-    parts: dict[str, list[RankedRecord]] = {split: [] for split in SPLITS}
     counts: dict[str, dict[str, Any]] = {}
     first: dict[str, str] = {}
+    found: list[tuple[int, RankedRecord]] = []
     files = [file for source in sources for file in files_of(source)]
     for file in files:
         stem = os.path.basename(file).partition(".")[0]
         bad: list[RecordError] = []
-        for record in track(iter_records(file, errors=bad), os.path.basename(file)):
-            subset = record.subset or stem
-            digest = prompt_digest(record)
-            share = digest / 2**64
-            split = "test" if share < test else "dev" if share < test + dev else "train"
-            empty = {"read": 0, "kept": 0, "dropped": Counter()}
-            count = counts.setdefault(subset, {}).setdefault(split, empty)
-            count["read"] += 1
-            if length is not None and len(record.completions) < length:
-                reason = f"fewer than {length} candidates"
-                count["dropped"][reason] += 1
-                first.setdefault(reason, record.source)
-                continue
-            count["kept"] += 1
-            kept = record if length is None else of_length(record, length)
-            parts[split].append(dataclasses.replace(kept, subset=subset))
+        for record in track(iter_records(file, errors=bad, columns=columns), os.path.basename(file)):
+            found.append((prompt_digest(record), dataclasses.replace(record, subset=record.subset or stem)))
         for error in bad:
             count = counts.setdefault(stem, {}).setdefault("bad", {"read": 0, "kept": 0, "dropped": Counter()})
             reason = f"not as expected: {error.field}"
             count["read"] += 1
             count["dropped"][reason] += 1
             first.setdefault(reason, error.source)
+    ends = _ends([digest for digest, record in found if len(record.completions) >= (length or 0)], test, dev)
+    parts: dict[str, list[RankedRecord]] = {split: [] for split in SPLITS}
+    for digest, record in found:
+        split = "test" if digest < ends[0] else "dev" if digest < ends[1] else "train"
+        empty = {"read": 0, "kept": 0, "dropped": Counter()}
+        count = counts.setdefault(record.subset, {}).setdefault(split, empty)
+        count["read"] += 1
+        if length is not None and len(record.completions) < length:
+            reason = f"fewer than {length} candidates"
+            count["dropped"][reason] += 1
+            first.setdefault(reason, record.source)
+            continue
+        count["kept"] += 1
+        parts[split].append(record if length is None else of_length(record, length))
     for split, records in parts.items():
         if not records:
-            total = sum(count["read"] for found in counts.values() for count in found.values())
+            total = sum(count["read"] for of_subset in counts.values() for count in of_subset.values())
             raise RecordError(
                 f"{split}: expected at least one record, got none of {total:,}; give more prompts, or other fractions "
                 "or another length"
@@ -122,12 +124,15 @@ def split_files(
                 "sha256": file_hash(target),
             }
         summary = {
-            "settings": {"data": "ranked", "dev": dev, "test": test, "length": length},
+            "settings": {
+                **{"data": "ranked", "dev": dev, "test": test, "length": length},
+                **({} if columns is None else {"columns": dict(columns)}),
+            },
             "files": {os.path.basename(file): file_hash(file) for file in files if os.path.isfile(file)},
             "extra_candidates": [],
             "counts": {
-                subset: {split: found[split] for split in (*SPLITS, "bad") if split in found}
-                for subset, found in counts.items()
+                subset: {split: of_subset[split] for split in (*SPLITS, "bad") if split in of_subset}
+                for subset, of_subset in counts.items()
             },
             "first": first,
             "written": written,
@@ -137,3 +142,10 @@ def split_files(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return summary
+
+
+def _ends(digests: Sequence[int], test: float, dev: float) -> tuple[int, int]:
+    """Digests below the first are for test, those from there up to the second for development."""
+    first, second = int(test * 2**64), int((test + dev) * 2**64)
+    rest = sorted({digest for digest in digests if digest >= first})
+    return first, max(second, rest[1]) if len(rest) > 1 else second

@@ -243,7 +243,11 @@ def _dev_limit(prompts: set[int], dev: float) -> int:
     fraction = not isinstance(dev, int)
     if isinstance(dev, bool) or not (0 < dev < 1 if fraction else dev >= 0):
         raise ValueError(f"dev: expected a number of prompts, or a fraction between 0 and 1, got {dev!r}")
-    limit = int(dev * 2**64) if fraction else [*sorted(prompts), 2**64][min(int(dev), len(prompts))]
+    ordered = [*sorted(prompts), 2**64]
+    if fraction:  # at least one prompt, where another is left to train on
+        limit = max(int(dev * 2**64), ordered[1] if len(prompts) > 1 else 0)
+    else:
+        limit = ordered[min(int(dev), len(prompts))]
     chosen = sum(digest < limit for digest in prompts)
     if chosen == len(prompts) or (dev and not chosen):
         side = "training" if chosen else "development"
@@ -278,7 +282,7 @@ def prepare(
 
     Args:
         read: of a row, its place and its file, the record; raises `Dropped` with a reason.
-        dev: a fraction below 1, or a number of prompts; 0 for none.
+        dev: a fraction below 1 (at least one prompt), or a number of prompts; 0 for none.
         length: candidates of a record that `extras` lengthen, 2 and one a file by default. keep_short: records that
             have fewer stay, and are left out otherwise. A split of which they know no prompt stays as it is.
         settings: more for prepare.json.

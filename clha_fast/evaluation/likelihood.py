@@ -16,10 +16,10 @@ from clha_fast.batching.batch import CandidateFeature, pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.intervals import import_scipy
-from clha_fast.generation.hf import positions_of
 from clha_fast.layout import Layout, accumulate
 from clha_fast.models.attach import attach
-from clha_fast.objectives.pairs import Pairs
+from clha_fast.models.positions import positions_of
+from clha_fast.objectives.pairs import Pairs, wins
 from clha_fast.objectives.sft import SFTOptions
 
 COLUMNS = (
@@ -134,6 +134,7 @@ def likelihood_values(
     nll / nll_tokens: -S and |y| of the first response, the best. pairs, kept: all pairs, and those that the noise rule
     keeps. kept_correct: kept pairs whose better-ranked response has the higher score. ordered: pairs with an order (by
     reward where there are rewards, equal ones have none; else by rank). correct: those that the scores have likewise.
+    Equal scores are half right in both.
     concordance: those less the opposite ones, so that its sum over that of `ordered` is the trainer's tau. tau:
     Kendall's of the prompt alone (scipy's tau-b), None where it is undefined.
 
@@ -183,8 +184,8 @@ def _pair_counts(
     return {
         "pairs": per_prompt(torch.ones_like(lead)),
         "kept": per_prompt(kept),
-        "kept_correct": per_prompt(kept & (lead > 0)),
+        "kept_correct": per_prompt(torch.where(kept, wins(lead), 0.0)),
         "ordered": per_prompt(pairs.order != 0),
-        "correct": per_prompt(agreement > 0),
+        "correct": per_prompt(torch.where(pairs.order != 0, wins(agreement), 0.0)),
         "concordance": per_prompt(agreement),
     }

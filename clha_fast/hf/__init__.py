@@ -38,8 +38,8 @@ _WHERE = {
     "UnsupportedHeadError": "clha_fast.models.heads",
     "fused_head": "clha_fast.models.heads",
     "inspect_head": "clha_fast.models.heads",
-    "score": "clha_fast.models.scoring",
     "rank": "clha_fast.rewards.ranking",
+    "score": "clha_fast.models.scoring",
 }
 
 __all__ = [

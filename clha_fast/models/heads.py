@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ from clha_fast.options import HeadOptions
 # (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a
 # tensor, or a tuple that begins with one.
 HeadCompute = Callable[[Tensor, Any, "Tensor | None"], Any]
+# On a module whose forward something of ours stands in for.
+_TAKEN = "_clha_taken"
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,26 @@ class HeadInfo:
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module.forward` is `forward` inside; hooks still run. On the instance only, and always undone.
 
-    Where a switch stands, this thread alone is switched, and nobody else sees a change.
+    Where a switch stands, this thread alone is switched, and nobody else sees a change; elsewhere one at a time.
     """
     if switch.installed(module):
         with switch.switched(module, forward):
             yield
         return
+    eager = not torch.compiler.is_compiling()
+    if eager and vars(module).setdefault(_TAKEN, forward) is not forward:
+        raise RuntimeError(
+            "model: expected one call at a time where its forward or its head's is replaced (CLHATrainer, fused_head, "
+            "a tensor-parallel head), got a second one within it; call it from one thread, or attach a copy in each"
+        )
     present = "forward" in vars(module)
     before: Any = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
+        if eager:
+            del vars(module)[_TAKEN]
         if present:
             module.forward = before
         else:
@@ -294,7 +305,8 @@ class FusedHead:
 
     def __init__(self, model: nn.Module, info: HeadInfo, compute: HeadCompute) -> None:
         self._model, self._info, self._compute = model, info, compute
-        self._model_forward = model.forward
+        self._model_forward, self._head_forward = model.forward, info.module.forward
+        self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.called = self.in_output = False
         self.result: Any = None
         self._length: int | None = None
@@ -316,7 +328,13 @@ class FusedHead:
             bias = added if bias is None else bias + added
         return weight, bias
 
+    def _elsewhere(self) -> bool:
+        """Whether this is a call of another thread, which is none of ours."""
+        return not torch.compiler.is_compiling() and self._thread not in (None, threading.get_ident())
+
     def head_forward(self, hidden: Tensor, **others: Any) -> Tensor:
+        if self._elsewhere():
+            return self._head_forward(hidden, **others)
         if self.called:
             raise refuse(self._model, self._info.module, "the model's forward calls it more than once")
         if others:
@@ -341,6 +359,8 @@ class FusedHead:
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     def model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._elsewhere():
+            return self._model_forward(*args, **kwargs)
         ids = kwargs.get("input_ids")
         self._length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
         output = self._model_forward(*args, **kwargs)

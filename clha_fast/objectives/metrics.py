@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.pairs import wins
 
 # The order of the metrics vector that every backend fills (float32 [19], and behind them what the objective names);
 # every entry is a sum. The last three stay 0 where gradients are exact: (token, vocabulary block) pairs that a routed
@@ -64,7 +65,7 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
         terms.sft,
         kept.sum(),
         kept.numel(),
-        (kept & (gap < 0)).sum(),
+        torch.where(kept, wins(-gap), 0.0).sum(),
         -torch.where(kept, gap, 0.0).sum(),
         torch.where(kept, better, 0.0).sum(),
         torch.where(kept, worse, 0.0).sum(),
@@ -130,7 +131,7 @@ class CLHAMetrics:
 
     @property
     def ranking_accuracy(self) -> Tensor:
-        """Share of the kept pairs in which the better candidate has the higher score."""
+        """Share of the kept pairs in which the better candidate has the higher score; equal scores count half."""
         return self._per_kept_pair("correct_pairs")
 
     @property

@@ -20,6 +20,11 @@ def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
     return torch.ones_like(lead, dtype=torch.bool)
 
 
+def wins(lead: Tensor) -> Tensor:
+    """1 where the better candidate is ahead (lead > 0), half where they are equal, else 0; in the dtype of `lead`."""
+    return (lead > 0).to(lead.dtype) + 0.5 * (lead == 0)
+
+
 def gap_quartiles(gaps: Tensor) -> tuple[float, ...]:
     """The three quartiles of |gaps|: reward margins that drop about 25, 50 and 75 % of the pairs; () of none.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clha_fast.layout import Layout, accumulate
 from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.pairs import wins
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Preference(Objective):
         return x[group.i] - x[group.j]
 
     def report(self, group: Group) -> Mapping[str, Tensor]:
-        """Of the kept pairs, the sum of x_i - x_j, and how many are above 0."""
+        """Of the kept pairs, the sum of x_i - x_j, and how many are above 0, those at 0 half."""
         leads = self.leads(group)[group.kept]
-        return dict(zip(self.metric_names, (leads.sum(), (leads > 0).sum()), strict=True))
+        return dict(zip(self.metric_names, (leads.sum(), wins(leads).sum()), strict=True))
 
     def gates(self, rewards: Tensor | None) -> Tensor | bool:
         return False

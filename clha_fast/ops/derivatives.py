@@ -27,6 +27,16 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def refuse_dropped_tangents(name: str) -> None:
+    """In an operator's body: RuntimeError where forward mode is on and nothing below takes its tangents.
+
+    An `autograd.Function` runs its forward with forward mode off, and refuses by itself; what is left are calls of
+    ``torch.ops.clha_fast`` by name, whose tangents torch drops.
+    """
+    if _forward_mode() and torch._C._is_fwd_grad_enabled():
+        refuse_forward(name)
+
+
 # torch.compile asks while it traces, where the answer is that of the call it traces.
 vars(transforming)["_dynamo_marked_constant"] = vars(_forward_mode)["_dynamo_marked_constant"] = True
 

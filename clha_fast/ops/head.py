@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clha_fast import backends
 from clha_fast.ops import checks
-from clha_fast.ops.derivatives import differentiable, refuse_second
+from clha_fast.ops.derivatives import differentiable, refuse_dropped_tangents, refuse_second
 from clha_fast.ops.schema import HEAD, NEEDS, schema
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, Needs
@@ -61,6 +61,7 @@ def fake_gradients(inputs: HeadInputs, dtype: torch.dtype, needs: Needs) -> tupl
 
 def _token_logps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logps [N], lse [N], route)."""
+    refuse_dropped_tangents("token_logps")
     *tensors, head, backend = arguments
     inputs, settings = HeadInputs(*tensors), HeadOptions.decode(head)
     checks.target_values(inputs, settings.ignore_index)
@@ -87,6 +88,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _token_logps_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) by recomputing the logits; empty where not needed."""
+    refuse_dropped_tangents("token_logps_backward")
     grad_logps, *tensors, lse, route, head, backend, need_hidden, need_weight, need_bias = arguments
     inputs, needs = HeadInputs(*tensors), Needs(need_hidden, need_weight, need_bias)
     settings = HeadOptions.decode(head)

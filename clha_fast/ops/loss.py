@@ -12,7 +12,7 @@ from clha_fast.backends import SWEEPING
 from clha_fast.objectives import decode
 from clha_fast.objectives.metrics import metric_names
 from clha_fast.ops import checks
-from clha_fast.ops.derivatives import differentiable, plain, refuse_second, transforming
+from clha_fast.ops.derivatives import differentiable, plain, refuse_dropped_tangents, refuse_second, transforming
 from clha_fast.ops.head import as_cast, fake_gradients, fake_statistics, head_gradients, or_empty, score_dtype
 from clha_fast.ops.schema import HEAD, NEEDS, RANKING, schema
 from clha_fast.options import HeadOptions
@@ -37,6 +37,7 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
     A sweeping backend returns the gradients with the loss; the others leave them empty and recompute.
     """
+    refuse_dropped_tangents("linear_loss")
     call = _Call(arguments)
     head, objective = HeadOptions.decode(call.head), decode(call.objective)
     checks.target_values(call.inputs, head.ignore_index)

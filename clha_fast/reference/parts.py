@@ -91,7 +91,7 @@ def metrics(
             sft_loss,
             kept.sum(),
             kept.numel(),
-            (lead[kept] > 0).sum(),
+            (lead[kept] > 0).sum() + 0.5 * (lead[kept] == 0).sum(),
             lead[kept].sum(),
             scores[i][kept].sum(),
             scores[j][kept].sum(),

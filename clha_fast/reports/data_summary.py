@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from clha_fast.batching.batch import inert_mask
+from clha_fast.data.chains import chain_count
 from clha_fast.data.records import RankedRecord
 from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
@@ -27,6 +28,8 @@ class DataSummary:
         reversed_pairs: kept ones in which the worse-ranked response has the higher reward.
         closed_gates: prompts whose SFT target's reward is not above the floor.
         gaps: quartiles of |r_i - r_j| over all pairs, () without rewards or pairs.
+        chains: what training runs in the place of `candidates`, of an objective with markers; else None. unchained:
+            responses in none of them.
     """
 
     prompts: int
@@ -40,6 +43,8 @@ class DataSummary:
     closed_gates: int
     reversed_pairs: int = 0
     gaps: tuple[float, ...] = ()
+    chains: int | None = None
+    unchained: int = 0
 
     @property
     def kept_pairs(self) -> int:
@@ -71,6 +76,9 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         backwards += int((plan.kept & (plan.pairs.order < 0)).sum())
         if plan.pairs.lead is not None:
             leads.append(plan.pairs.lead)
+    chained = {}
+    if objective.markers is not None:
+        chained = {"chains": sum(map(chain_count, sizes.tolist())), "unchained": int((sizes - 2).clamp(min=0).sum())}
     return DataSummary(
         prompts=len(records),
         candidates=int(sizes.sum()),
@@ -83,6 +91,7 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         closed_gates=closed,
         reversed_pairs=backwards,
         gaps=gap_quartiles(torch.cat(leads)) if leads else (),
+        **chained,
     )
 
 
@@ -95,6 +104,9 @@ def data_text(summary: DataSummary, options: Objective) -> str:
     """The counts in a line, with what an objective makes of them."""
     span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"
     text = f"{summary.prompts:,} prompts, {summary.candidates:,} responses ({span} a prompt)"
+    if summary.chains is not None:
+        unchained = share_text(summary.unchained, summary.candidates)
+        return f"{text}, made into {summary.chains:,} chains; responses between best and worst, in no chain {unchained}"
     clha = isinstance(options, CLHAOptions)
     if not summary.rewarded and clha:
         return f"{text}, no rewards: all {summary.pairs:,} pairs count, all SFT gates are open"

@@ -164,8 +164,9 @@ def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: s
     if found.cut_prompts or found.cut_completions:
         limits = ("max_length", "max_prompt_length", "max_completion_length")
         given = ", ".join(f"{limit}={getattr(collator, limit)}" for limit in limits if getattr(collator, limit))
+        what = "responses" if collator.options.markers is None else "chains"
         logger.warning(
             f"{name}: {found.cut_prompts:,} of {len(found):,} prompts and {found.cut_completions:,} of "
-            f"{sum(len(found[k]['completion_ids']) for k in range(len(found))):,} responses were cut to {given}"
+            f"{sum(len(found[k]['completion_ids']) for k in range(len(found))):,} {what} were cut to {given}"
         )
     return found

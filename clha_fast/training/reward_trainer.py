@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from clha_fast.batching.sampling import LengthSampler
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
+from clha_fast.objectives.pairs import wins
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
@@ -238,7 +239,7 @@ class RewardTrainer(CheckpointingTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if model.training:
             lead = (rewards[better] - rewards[worse]).detach()
-            seen = torch.stack([_correct(lead).sum(), lead.sum(), lead.new_tensor(len(lead))])
+            seen = torch.stack([wins(lead).sum(), lead.sum(), lead.new_tensor(len(lead))])
             self._seen = seen if self._seen is None else self._seen + seen
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
@@ -256,7 +257,7 @@ class RewardTrainer(CheckpointingTrainer):
             rewards = self._rewards(model, inputs)
         lead = rewards[inputs["better"]] - rewards[inputs["worse"]]
         columns = [
-            _prompt_sums(_correct(lead), counts),
+            _prompt_sums(wins(lead), counts),
             _prompt_sums(lead, counts),
             _prompt_means(-F.logsigmoid(lead), counts),
             counts.to(lead.dtype),
@@ -291,11 +292,6 @@ class RewardTrainer(CheckpointingTrainer):
             logs.update({"rewards/accuracies": correct / pairs, "rewards/margins": margin / pairs})
             self._seen = None
         super().log(logs, start_time)
-
-
-def _correct(lead: Tensor) -> Tensor:
-    """1 where the better response has the higher reward, half where it has the same; of NaN nothing."""
-    return (lead > 0).to(lead.dtype) + 0.5 * (lead == 0)
 
 
 def prompt_results(predictions: Any) -> tuple[list[float], list[int]]:

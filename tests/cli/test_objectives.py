@@ -84,6 +84,28 @@ def test_header_and_card_of_an_objective_that_compares(tmp_path: Path, capsys: p
     assert "preset" not in card
 
 
+def test_the_header_of_chains_counts_them_apart_from_responses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: a record of one response is one chain, any other four; those between best and worst are in none."""
+    rows = [{"prompt": "a b", "completions": ["c d", "e f", "g", "h", "i"][:size]} for size in (1, 2, 3, 5)]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"eval_fraction": None, "eval_file": str(tmp_path / "held.jsonl"), "max_completion_length": 1}
+    with caplog.at_level("WARNING"):
+        assert cli.main(words(tmp_path, "--objective", "coh", **given)) == 0
+    out = capsys.readouterr().out
+    said = (
+        "4 prompts, 11 responses (1 to 5 a prompt), made into 13 chains; responses between best and worst, in no chain"
+    )
+    cut = "4 (36%); cut to the length limits: prompts 0 (0%), chains 13 (100%)"
+    for name in ("training", "held out"):
+        assert f"\n{name:<9} {said} {cut}\n" in out
+    assert "held out before training: loss " in out
+    assert "pairs" not in out.split("held out before")[0]
+    assert "13 of 13 chains were cut" in caplog.text
+
+
 def test_a_file_says_the_same_as_flags(tmp_path: Path) -> None:
     ways: list[tuple[list[str], Any]] = [
         (["--objective", "pro", "--objective.form", "paper", "--objective.sft-weight", "1e-1"], "clha"),

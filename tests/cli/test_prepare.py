@@ -68,7 +68,8 @@ def test_parses_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for more, message in (
         (["--dev", "2"], "exists already; expected a new folder, or --overwrite"),
         (["--overwrite", "--dev", "many"], "--dev: expected a fraction or a number of prompts, got 'many'"),
-        (["--overwrite", "--dev", "0.00001"], "leaves none for development"),
+        (["--overwrite", "--dev", "0.99999"], "leaves none for training"),
+        (["--overwrite", "--columns.prompt", "x"], "--columns.prompt: expected none for hh-rlhf, whose columns are"),
         (["--overwrite", "--length", "3"], "length: expected 2 without extra candidates"),
         (["--overwrite", "--extra-candidate", "nowhere.jsonl:x"], "nowhere.jsonl"),
     ):

@@ -99,6 +99,34 @@ def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
     assert f"not as expected: completions[1] (first: {good}:61)" in out
 
 
+def test_columns_of_other_names(tmp_path):
+    rows = [{"question": f"q {k}", "a": f"x {k}", "b": f"y {k}", "s": [k + 2.0, k + 1.0]} for k in range(40)]
+    source = tmp_path / "own.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    flags = ["--columns.prompt", "question", "--columns.completions=[a, b]", "--columns.rewards", "s"]
+    assert main(["prepare", "ranked", str(source), *flags, str(out), "--dev", "0.2", "--test", "0.2"]) == 0
+    found = [r for name in ("train", "dev", "test") for r in read_records(str(out / f"{name}.jsonl"))]
+    got = {(r.prompt, r.completions, r.rewards) for r in found}
+    assert got == {(f"q {k}", (f"x {k}", f"y {k}"), (k + 2.0, k + 1.0)) for k in range(40)}
+    columns = {"prompt": "question", "completions": ["a", "b"], "rewards": "s"}
+    assert json.loads((out / "prepare.json").read_text())["settings"]["columns"] == columns
+
+
+def test_development_is_at_least_one_prompt(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", 0, 30)
+    assert main(["prepare", "ranked", source, str(tmp_path / "few"), "--test", "0.2", "--dev", "1e-9"]) == 0
+    few = prompts(tmp_path / "few")
+    split_files([source], tmp_path / "many", dev=0.3, test=0.2)
+    many = prompts(tmp_path / "many")
+    assert len(few["dev"]) == 1
+    assert set(few["dev"]) < set(many["dev"])
+    assert sorted(few["test"]) == sorted(many["test"])
+    one = write(tmp_path / "b.jsonl", 0, 1)
+    assert main(["prepare", "ranked", one, str(tmp_path / "one"), "--test", "1e-9"]) == 2
+    assert "dev: expected at least one record, got none of 1; give more prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -75,11 +75,28 @@ def test_development_sets_that_are_none(tmp_path: Path, dev: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dev", "side"), [(1e-9, "development"), (8, "training"), (100, "training"), (0.999999, "training")]
+    ("each", "dev", "side"),
+    [(2, 8, "training"), (2, 100, "training"), (2, 0.999999, "training"), (0, 0.01, "development"), (0, 1, "training")],
 )
-def test_a_side_that_would_be_empty(tmp_path: Path, dev: float, side: str) -> None:
-    with pytest.raises(ValueError, match=rf"dev: \S+ of 8 different prompts leaves none for {side}; give another"):
-        run(hh_folder(tmp_path / "raw", 2, 1), tmp_path / "out", dev=dev)
+def test_a_side_that_would_be_empty(tmp_path: Path, each: int, dev: float, side: str) -> None:
+    raw = hh_folder(tmp_path / "raw", 2, 1)
+    if not each:  # one prompt in all
+        raw = tmp_path / "one"
+        write(raw / "helpful-base" / "train.jsonl", questions("x", 1))
+        write(raw / "helpful-base" / "test.jsonl", questions("y", 1))
+    prompts = 8 if each else 1
+    with pytest.raises(ValueError, match=rf"dev: \S+ of {prompts} different prompts leaves none for {side}; give "):
+        run(raw, tmp_path / "out", dev=dev)
+
+
+@pytest.mark.parametrize(("each", "dev"), [(1, 0.01), (2, 1e-9), (3, 0.01)])
+def test_a_fraction_is_at_least_one_prompt(tmp_path: Path, each: int, dev: float) -> None:
+    raw = hh_folder(tmp_path / "raw", each, 1)
+    run(raw, tmp_path / "small", dev=dev)
+    run(raw, tmp_path / "one", dev=1)
+    small, one = (keys(tmp_path / name / "dev.jsonl") for name in ("small", "one"))
+    assert small == one
+    assert len(small) == 1
 
 
 def test_records_of_one_prompt_stay_together_and_repeated_ones_go(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ import clha_fast
 from clha_fast import CLHAOptions, PROOptions
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.models.adapters import base_model
 from clha_fast.models.heads import UnsupportedHeadError
 from tests.support.adapters import lora
 from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.trainers import trainer
 
 TOKENIZER = make_tokenizer()
 OPTIONS = CLHAOptions(margin=0.5, sft_weight=0.1)
@@ -139,6 +142,42 @@ def test_a_model_that_calls_another_in_between() -> None:
     clha_fast.attach(alone, OPTIONS)
     assert torch.equal(outer(**batch(1)).loss, alone(**batch(1)).loss)
     assert torch.equal(seen[0], wanted)
+
+
+@pytest.mark.parametrize("make", [untied, tied, adapted], ids=lambda make: make.__name__)
+def test_a_model_in_training_is_itself_in_another_thread(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """The trainer's step has the head replaced; a plain call beside it, in the midst of a forward, has its logits."""
+    model, fields = make().eval(), batch(1)
+    plain = {name: fields[name] for name in ("input_ids", "attention_mask")}
+    wanted = model(**plain).logits.detach()
+    ours = trainer(tmp_path, model)
+    loss = ours.compute_loss(ours.model, fields)
+    refused, seen = [], []
+
+    def beside() -> None:
+        seen.append(model(**plain).logits.detach())
+        for call in (ours.evaluate, lambda: ours.compute_loss(ours.model, fields)):
+            with pytest.raises(RuntimeError, match=r"^model: expected one call at a time where its forward or its"):
+                call()
+            refused.append(call)
+        with pytest.raises(UnsupportedHeadError, match="its forward has been replaced on the instance"):
+            clha_fast.attach(model)
+
+    def hook(*_: Any) -> None:
+        if not entered:
+            entered.append(threading.get_ident())
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(beside).result()
+
+    entered: list[int] = []
+    handle = base_model(model).model.norm.register_forward_hook(hook)
+    again = ours.compute_loss(ours.model, fields)
+    handle.remove()
+    assert torch.equal(loss, again)
+    assert torch.equal(seen[0], wanted)
+    assert len(refused) == 2
+    assert torch.equal(model(**plain).logits, wanted), "and afterwards"
+    assert ours.evaluate()["eval_loss"] > 0
 
 
 def test_a_head_that_another_thread_calls_is_said() -> None:

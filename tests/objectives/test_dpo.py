@@ -49,8 +49,9 @@ def test_a_model_that_is_its_own_reference_knows_nothing(form: str) -> None:
     """All x are equal: log of n! orders, or log 2 a pair; means over prompts, of which one has a single response."""
     logps = -torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inputs = RankingInputs(torch.tensor([2, 1, 3, 2]), torch.tensor([3, 1]), reference_logps=logps)
-    loss, _ = ranking_loss(logps, inputs, DPOOptions(form=form))
+    loss, metrics = ranking_loss(logps, inputs, DPOOptions(form=form))
     assert float(loss) == pytest.approx(math.log(6 if form == "plackett_luce" else 2) / 2, rel=1e-12)
+    assert metrics.as_dict()["implicit_rewards/accuracies"] == 0.5, "neither right nor wrong"
 
 
 @FORMS

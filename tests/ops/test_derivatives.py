@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from clha_fast import (
     CLHAOptions,
+    HeadOptions,
     PROOptions,
     RankingInputs,
     SFTOptions,
@@ -116,6 +117,37 @@ def test_forward_mode_is_refused_by_name(make: Callable[[Case, str], Loss], of: 
             dual = [forward_ad.make_dual(v, o) if n == place else v for n, (v, o) in enumerate(zip(at, ones))]  # noqa: B905
             with pytest.raises(RuntimeError, match=said):
                 run(*dual)
+
+
+@every_case
+def test_operators_called_by_name_drop_no_tangent(of: Case) -> None:
+    """``torch.ops.clha_fast``: their tangents would be left out, a derivative of 0."""
+    operators, at, head = torch.ops.clha_fast, tensors(of), HeadOptions().encoded
+    scored, lse, route = operators.token_logps(*at, of.targets, of.row_index, head, "torch")
+
+    def logps(*given: Tensor) -> Tensor:
+        return operators.token_logps(*given, of.targets, of.row_index, head, "torch")[0]
+
+    def loss(*given: Tensor) -> Tensor:
+        settings = (head, CLHAOptions().encoded, "torch", False, False, False)
+        return operators.linear_loss(*given, of.targets, of.row_index, *of.ranking, *settings)[0]
+
+    def gradient(*given: Tensor) -> Tensor:
+        more = (lse, route, head, "torch", True, True, True)
+        return operators.token_logps_backward(scored, *given, of.targets, of.row_index, *more)[0]
+
+    for run, name in ((logps, "token_logps"), (loss, "linear_loss"), (gradient, "token_logps_backward")):
+        plain, said = run(*at), rf"^{name}: expected reverse mode .* got forward mode"
+        assert plain.isfinite().all()
+        for place in range(3):
+            with forward_ad.dual_level():
+                dual = [forward_ad.make_dual(v, v) if n == place else v for n, v in enumerate(at)]
+                with pytest.raises(RuntimeError, match=said):
+                    run(*dual)
+        for transform in (torch.func.jacfwd, lambda f: lambda *a: torch.func.jvp(f, a, a)):
+            with pytest.raises(RuntimeError, match=said):
+                transform(run)(*at)
+        assert torch.equal(run(*at), plain)
 
 
 @every_loss

@@ -195,7 +195,7 @@ def plain_loss(
                 hinges.setdefault(j - i, []).append(hinge)
                 in_prompt += hinge
                 m["kept"] += 1
-                m["correct"] += s[i] > s[j]
+                m["correct"] += (s[i] > s[j]) + 0.5 * (s[i] == s[j])
                 m["margin"] += s[i] - s[j]
                 m["chosen"] += s[i]
                 m["rejected"] += s[j]
