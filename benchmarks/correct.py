@@ -1,5 +1,7 @@
 """Before any speed is reported: every path of the library against float64, in every dtype the device has.
 
+A path that is wrong is not timed.
+
 The bar is the contract's: no more than 1.05 times the error of the same loss done eagerly in that dtype. A routed
 backward is held to its dtype's own rounding besides what it was allowed to drop. A CPU times each method that agrees
 with the eager loss (`check`); how far a GPU's peers are from it is recorded.
@@ -7,19 +9,19 @@ with the eager loss (`check`); how far a GPU's peers are from it is recorded.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.inputs import TINY, Batch, Shape, Workload, make_batch, shrink, workload_batch
-from benchmarks.measure import FAILURES, Step, describe
+from benchmarks.measure import FAILURES, BrokenDeviceError, Deadline, Step, describe, is_broken
 from benchmarks.methods import CPU_METHODS, DROPPED, GPU_METHODS, LOGPS, clha_arguments, methods_of, routed
+from benchmarks.processes import OUT_OF_TIME, output_within
 from clha_fast import HeadOptions, linear_clha_loss, reference, token_logps
 
 BAR = 1.05
@@ -27,7 +29,9 @@ BAR = 1.05
 SEEDS = (0, 1, 2)
 FLAT = "flat softmax"
 NAMES = ("value", "dhidden", "dweight", "dbias")
-ROOT = Path(__file__).resolve().parent.parent
+LEAVES = ("hidden", "weight", "bias")
+# All tests that are marked for a GPU. They import nothing but torch, triton, pytest and the library's loss.
+OWN_TESTS = ("tests/kernels/test_gpu_triton.py", "tests/backends/test_no_waiting.py")
 Inputs = list[dict[str, Any]]
 Result = list[list[Tensor]]
 
@@ -51,7 +55,7 @@ def _run(inputs: Inputs, dtype: torch.dtype, backend: Any, head: HeadOptions, of
     """
     results = []
     for one in inputs:
-        leaves = {name: one[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")}
+        leaves = {name: one[name].to(dtype).requires_grad_() for name in LEAVES if name in one}
         if of_loss:
             value, _ = linear_clha_loss(**(one | leaves | {"head": head, "backend": backend}))
             upstream = torch.tensor(0.5, dtype=value.dtype, device=value.device)
@@ -64,27 +68,39 @@ def _run(inputs: Inputs, dtype: torch.dtype, backend: Any, head: HeadOptions, of
     return [list(part) for part in zip(*results, strict=True)]
 
 
-def _cases(device: str, tiny: bool) -> Iterator[tuple[str, torch.dtype, Inputs, HeadOptions]]:
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16)
-    tokens, width, vocabulary = (48, 32, 205) if tiny else (700, 256, 5003)
+DTYPES = ("float32", "float16", "bfloat16")
+SOFTCAP = HeadOptions(softcap=20.0)
+# Name: entropy in nats (None: random weights), bias, and the head. What is timed has neither bias nor softcap.
+CASES: dict[str, tuple[float | None, bool, HeadOptions]] = {
+    FLAT: (None, False, HeadOptions()),
+    f"{FLAT}, bias": (None, True, HeadOptions()),
+    "peaked": (2.0, False, HeadOptions()),
+    "peaked, softcap, chunks, bias": (2.0, True, SOFTCAP),
+}
+# Name: backend, and what a routed backward drops.
+PATHS: dict[str, tuple[str, float | None]] = {
+    "triton": ("triton", None),
+    "workspace": ("workspace", None),
+    "torch": ("torch", None),
+    "routed 0": ("triton", 0.0),
+    "routed 0.01": ("triton", 1e-2),
+}
+
+
+def _inputs(case: str, dtype: torch.dtype, device: str, tiny: bool) -> tuple[Inputs, HeadOptions]:
+    nats, has_bias, head = CASES[case]
+    tokens, width, vocabulary = (24, 16, 141) if tiny else (700, 256, 5003)
+    if "chunks" in case:
+        head = head.replace(workspace_bytes=vocabulary * tokens)
     shape = Shape(tokens, width, vocabulary, mean_response=max(2, tokens // 12), dtype=torch.float32)
-    for dtype in dtypes:
-        for name, nats, head in (
-            (FLAT, None, HeadOptions()),
-            ("peaked, softcap, chunks", 2.0, HeadOptions(softcap=20.0, workspace_bytes=vocabulary * tokens)),
-        ):
-            inputs = []
-            for seed in SEEDS:
-                batch = make_batch(shape, device, padded=True, nats=nats, seed=seed, on_device=seed != SEEDS[1])
-                inputs.append(
-                    clha_arguments(batch, "reference")
-                    | {
-                        "hidden": batch.hidden.detach().to(dtype),
-                        "weight": batch.weight.detach().to(dtype),
-                        "bias": (torch.arange(vocabulary, device=device) % 7 / 10).to(dtype),
-                    }
-                )
-            yield name, dtype, inputs, head
+    inputs = []
+    for seed in SEEDS[: 1 if tiny else None]:
+        batch = make_batch(shape, device, padded=True, nats=nats, seed=seed, on_device=seed != SEEDS[1])
+        own = {"hidden": batch.hidden.detach().to(dtype), "weight": batch.weight.detach().to(dtype)}
+        if has_bias:
+            own["bias"] = (torch.arange(vocabulary, device=device) % 7 / 10).to(dtype)
+        inputs.append(clha_arguments(batch, "reference") | own)
+    return inputs, head
 
 
 class _Bar:
@@ -92,7 +108,7 @@ class _Bar:
 
     def __init__(self, case: str, dtype: torch.dtype, inputs: Inputs, head: HeadOptions) -> None:
         self.case, self.dtype = case, dtype
-        self.of_loss = case != FLAT
+        self.of_loss = not case.startswith(FLAT)
         self.exact = _run(inputs, torch.float64, "reference", head, self.of_loss)
         self.eager = _run(inputs, dtype, "reference", head, self.of_loss)
         self.rows: list[dict[str, Any]] = []
@@ -100,12 +116,12 @@ class _Bar:
         if dtype == torch.float32:
             # A float32 logit of size z is off by z * 2^-24 whoever forms it, and a probability by a few roundings more:
             # below that, neither of two orders of operations is the better one.
-            one = inputs[0]
-            logits = reference.logits(one["hidden"].double(), one["weight"].double(), one["bias"].double(), head)
+            one = {name: inputs[0][name].detach().double() for name in LEAVES if name in inputs[0]}
+            logits = reference.logits(one["hidden"], one["weight"], one.get("bias"), head)
             self.floor = max(8.0, float(logits.abs().max())) * 2.0**-24
 
     def compare(self, path: str, found: Result, names: tuple[str, ...], extra: float = 0.0) -> None:
-        for place, name in enumerate(NAMES):
+        for place, name in enumerate(NAMES[: len(self.exact)]):
             if name not in names:
                 continue
             error = _error(found[place], self.exact[place])
@@ -121,33 +137,52 @@ class _Bar:
 
 
 def check_paths(
-    device: str, paths: tuple[str, ...] = ("triton", "workspace", "torch"), tiny: bool = False
-) -> list[Any]:
-    """One row a path, dtype and case; raises IncorrectError at the first that is over the bar or not repeatable."""
+    device: str,
+    paths: Sequence[str] = tuple(PATHS),
+    dtype: str = "float32",
+    tiny: bool = False,
+    found: Callable[[dict[str, Any]], None] = lambda sofar: None,
+    cases: Sequence[str] = tuple(CASES),
+) -> dict[str, Any]:
+    """{"rows": a row a path, case and gradient, "wrong": {path: why}} in a dtype.
+
+    Wrong is a path whose error is over the bar, whose two runs differ, or which fails. found: gets what is known after
+    every case.
+    """
     rows: list[Any] = []
-    for name, dtype, inputs, head in _cases(device, tiny):
-        bar = _Bar(name, dtype, inputs, head)
+    wrong: dict[str, str] = {}
+    kind = getattr(torch, dtype)
+    for case in cases:
+        inputs, head = _inputs(case, kind, device, tiny)
+        bar = _Bar(case, kind, inputs, head)
         for path in paths:
-            found = _run(inputs, dtype, path, head, bar.of_loss)
-            again = _run(inputs[:1], dtype, path, head, bar.of_loss)
-            if not all(torch.equal(a[0], b[0]) for a, b in zip(found, again, strict=True)):
-                raise IncorrectError(f"{path}, {dtype}, {name}: two runs differ")
-            # A few hundred bias gradients are too few for a ratio of two roundings to mean anything.
-            bar.compare(path, found, NAMES[:3] if tiny else NAMES)
+            if path in wrong:
+                continue
+            try:
+                _check(bar, path, inputs, head, tiny)
+            except IncorrectError as reason:
+                wrong[path] = str(reason)
+            except FAILURES as failure:
+                wrong[path] = f"{path}, {dtype}, {case}: {describe(failure)}"
+            if path in wrong and is_broken():
+                raise BrokenDeviceError(path, wrong[path])
         rows += bar.rows
-    return rows
+        found({"rows": rows, "wrong": wrong})
+    return {"rows": rows, "wrong": wrong}
 
 
-def check_routed(device: str, tiny: bool = False) -> list[Any]:
-    """Nothing is lost at d = 0; at d = 1e-2 no more than that, beside the dtype's own error."""
-    rows: list[Any] = []
-    for name, dtype, inputs, head in _cases(device, tiny):
-        bar = _Bar(name, dtype, inputs, head)
-        for mass in (0.0, 1e-2):
-            found = _run(inputs, dtype, "triton", head.replace(max_dropped_mass=mass), bar.of_loss)
-            bar.compare(f"routed {mass}", found, ("dhidden", "dweight"), mass)
-        rows += bar.rows
-    return rows
+def _check(bar: _Bar, path: str, inputs: Inputs, head: HeadOptions, tiny: bool) -> None:
+    """Nothing is lost at a dropped mass of 0; else no more than that, beside the dtype's own error."""
+    backend, mass = PATHS[path]
+    result = _run(inputs, bar.dtype, backend, head.replace(max_dropped_mass=mass), bar.of_loss)
+    if mass is not None:
+        bar.compare(path, result, ("dhidden", "dweight"), mass)
+        return
+    again = _run(inputs[:1], bar.dtype, backend, head, bar.of_loss)
+    if not all(torch.equal(a[0], b[0]) for a, b in zip(result, again, strict=True)):
+        raise IncorrectError(f"{path}, {bar.dtype}, {bar.case}: two runs differ")
+    # A few hundred bias gradients are too few for a ratio of two roundings to mean anything.
+    bar.compare(path, result, NAMES[:3] if tiny else NAMES)
 
 
 def errors(step: Step, batch: Batch, loss: Tensor, wanted: Batch) -> dict[str, float]:
@@ -176,7 +211,7 @@ def check(name: str, workload: Workload) -> None:
                 raise IncorrectError(f"{name} on {workload.name}: {of} is off by {error:.2e}; no speed is reported")
 
 
-def check_peers(device: str, tiny: bool = False) -> dict[str, Any]:
+def check_peers(device: str, tiny: bool, deadline: Deadline) -> dict[str, Any]:
     """How far each peer's gradients of the CLHA loss are from eager's on a small shape: recorded, not judged."""
     shape = TINY[0] if tiny else Shape(1024, 1024, 32000)
     wanted = make_batch(shape, device)
@@ -186,25 +221,34 @@ def check_peers(device: str, tiny: bool = False) -> dict[str, Any]:
         method = GPU_METHODS[name]
         if method.own or method.compiles or method.computes != LOGPS or name == "eager_hf":
             continue
+        if not deadline.allows(0):
+            found[name] = {"failed": OUT_OF_TIME}
+            continue
         batch = make_batch(shape, device)
         try:
             off = errors(method.build(batch), batch, eager, wanted)
             found[name] = {of: off[of] for of in ("dhidden", "dweight")}
         except FAILURES as failure:
             found[name] = {"failed": describe(failure)}
+            if is_broken():
+                break
     return found
 
 
-def run_tests(seconds: float) -> str:
-    """The tests that are marked for a GPU; raises IncorrectError when one fails or the time is over."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise IncorrectError(f"pytest -m gpu did not end within {seconds:.0f} s") from None
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
-    # 5: nothing was collected.
-    if done.returncode not in (0, 5):
-        raise IncorrectError(f"pytest -m gpu: {last}")
-    return last
+def run_tests(seconds: float) -> dict[str, Any]:
+    """{"passed": pytest's last line}, {"wrong": ...} or {"failed": why it could not be told}."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"failed": "not installed: pytest"}
+    # Without conftest.py, which needs hypothesis and serves machines without a GPU.
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--noconftest", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(4, os.cpu_count() or 1))]
+    out, _, status = output_within([*command, *OWN_TESTS], seconds, merge=True)
+    lines = out.strip().splitlines() or [""]
+    if status is None:
+        return {"failed": OUT_OF_TIME}
+    if status == 0:
+        return {"passed": lines[-1]}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    # 1: tests failed. Others: pytest itself could not go on.
+    return {"wrong" if status == 1 else "failed": lines[-1], "tests": failed[:20]}

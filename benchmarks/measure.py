@@ -67,6 +67,24 @@ def clean() -> None:
         torch.cuda.empty_cache()
 
 
+class BrokenDeviceError(Exception):
+    """A method left the GPU's context unusable: nothing else can run in this process."""
+
+    def __init__(self, method: str, reason: str) -> None:
+        super().__init__(f"{method}: {reason}")
+        self.method, self.reason = method, reason
+
+
+def is_broken() -> bool:
+    """Whether this process's context on the GPU is of no more use, as after an illegal address."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False
+
+
 class Clock:
     """Times one call on a device: events and a flushed L2 on a GPU, a wall clock elsewhere."""
 
@@ -98,12 +116,16 @@ def interleaved(
     before: Step | None = None,
     failures: tuple[type[BaseException], ...] = FAILURES,
     progress: bool = False,
+    after: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Medians and spreads over interleaved rounds, and medians of each round's ratio to every method in `bases`.
 
     The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
-    reason. Rounds stop early, after at least one, when the deadline is near. before: called ahead of every step, not
-    timed. progress: a line a round.
+    reason. Rounds stop early, after at least one, when the deadline is near; behind it no method but the first begins.
+    before: called ahead of every step, not timed. progress: a line a round. after: gets what is known after each round.
+
+    Raises:
+        BrokenDeviceError: a method took the GPU's context with it.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
@@ -115,6 +137,10 @@ def interleaved(
         for name, step in steps.items():
             if name in failed:
                 continue
+            if not deadline.allows(0) and (times[name] or (index == 0 and name != next(iter(steps)))):
+                if not times[name]:
+                    failed[name] = "out of time"
+                continue
             if before is not None:
                 before()
             try:
@@ -125,10 +151,20 @@ def interleaved(
                 if index:
                     times[name].append(seconds)
             if name in failed:  # outside of the handler, whose traceback holds what the method had allocated
+                if clock.cuda and is_broken():
+                    raise BrokenDeviceError(name, failed[name])
                 clean()
         slowest = time.monotonic() - start if index else 0.0
         if progress:
             print(f"  round {index}/{rounds}", file=sys.stderr, flush=True)
+        if after is not None and index:
+            after(_summary(times, failed, bases))
+    return _summary(times, failed, bases)
+
+
+def _summary(
+    times: dict[str, list[float]], failed: dict[str, str], bases: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         if name in failed or not own:
@@ -141,8 +177,9 @@ def interleaved(
             "rounds": len(own),
         }
         for base in bases:
-            if base in times and base not in failed and len(times[base]) == len(own):
-                row[f"over_{base}"] = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
+            if times.get(base) and base not in failed:
+                # Rounds that both took part in: the deadline may have come within one.
+                row[f"over_{base}"] = statistics.median(a / b for a, b in zip(own, times[base], strict=False))
         result[name] = row
     return result
 

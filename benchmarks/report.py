@@ -43,6 +43,16 @@ def save(report: dict[str, Any], path: Path) -> None:
         writer.writerows(_rows(report))
 
 
+def keep_old(path: Path) -> None:
+    """Gives an earlier run's report and table a number of their own, so that the next run replaces nothing."""
+    number = 1
+    while path.with_name(f"{path.stem}.{number}{path.suffix}").exists():
+        number += 1
+    for file in (path, path.with_suffix(".csv")):
+        if file.exists():
+            file.rename(file.with_name(f"{file.stem}.{number}{file.suffix}"))
+
+
 def workload_table(found: dict[str, Any]) -> str:
     """One workload of a CPU as Markdown."""
     lines = [
@@ -64,7 +74,8 @@ def workload_table(found: dict[str, Any]) -> str:
 
 def shape_table(entry: dict[str, Any]) -> str:
     """One shape and mode of a GPU as lines of text."""
-    lines = [f"{entry['shape']}, {entry['mode']}, softmax entropy {entry['entropy']:.1f} nats"]
+    entropy = "unknown" if entry["entropy"] is None else f"{entry['entropy']:.1f} nats"
+    lines = [f"{entry['shape']}, {entry['mode']}, softmax entropy {entropy}"]
     for name, row in entry["methods"].items():
         if "failed" in row:
             lines.append(f"  {name:28} {row['failed']}")

@@ -22,6 +22,7 @@ from benchmarks.inputs import SHAPES, WORKLOADS, Shape
 
 ROOT = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured"
+MIB = 2**20
 # Share of the vendor's rate that a persistent Triton product is taken to reach.
 TRITON_EFFICIENCY = 0.92
 # Share of (token, block) pairs that a softmax of 2.2 nats keeps at 1e-2 dropped mass and blocks of 128 words; simulated
@@ -138,6 +139,32 @@ def cost(
     else:
         raise ValueError(f"path: expected one of the modelled paths, got {path!r}")
     return total.cost()
+
+
+def counted_bytes(path: str, shape: Shape) -> tuple[int, int]:
+    """(bytes of a fused forward, of the whole call, gradients included) at the peak above the inputs, by the design.
+
+    path: "fused", "routed" or "workspace". For 16-bit inputs in the caller's own rows, all gradients wanted, no
+    `workspace_bytes`. About 100 bytes a token go to what is numbered by tokens: targets, log-sum-exps, coefficients,
+    their order.
+    """
+    n, h, v = shape.tokens, shape.width, shape.vocabulary
+    small = 100 * n + MIB
+    if path == "workspace":
+        wide = 4 * (n + v) * h
+        workspace = max(64 * MIB, 4 * v * h)
+        chunk = min(n, workspace // (2 * v))
+        # Logits of a chunk beside the float32 gradients and a copy of its rows; later, their rounding to 16 bits.
+        return 0, max(wide + min(workspace, 2 * n * (v + 64)) + 3 * chunk * h, wide // 2 * 3) + small
+    # dhidden comes last, in the place of the sorted rows.
+    dweight, rows = 2 * v * h, 6 * -(-n // 128) * 128 * h
+    # Tokens go in chunks of 8192 by 4096 words; with several, a chunk's words are summed in float32.
+    partial = 4 * 4096 * h if n > 8192 else 0
+    if path == "fused":
+        return 8 * n * -(-v // 256) + small, dweight + 64 * MIB + rows + partial + small
+    blocks = -(-v // 128)
+    route = 4 * n * blocks
+    return 3 * route + small, dweight + 65 * MIB + rows + route + 8 * blocks * -(-n // 512) + small
 
 
 PATHS = ("bound_forward", "fused_forward", "bound", "workspace", "fused", "routed", "eager")

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import correct
 from benchmarks import report as report_files
-from benchmarks.correct import IncorrectError, _Bar
+from benchmarks.correct import OWN_TESTS, PATHS, IncorrectError, _Bar, check_paths
+from benchmarks.gpu import Run, find_shapes
 from benchmarks.inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
-from benchmarks.measure import Clock, Deadline, interleaved
+from benchmarks.measure import BrokenDeviceError, Clock, Deadline, interleaved
 from benchmarks.memory import Job, measure
 from benchmarks.methods import GPU_METHODS, methods_of
+from benchmarks.processes import OUT_OF_TIME, output_within, run_piece
 from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 from clha_fast import PUBLISHED, HeadOptions, reference
 from tests.support.helpers import ROOT
@@ -178,6 +181,136 @@ def test_files_of_a_report(tmp_path: Path) -> None:
     assert len(report_files.plots(_report(dry_run=False), tmp_path)) <= 1
 
 
+def test_a_method_that_breaks_the_device_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    clock = Clock("cpu")
+    clock.seconds(lambda: None)
+    monkeypatch.setattr("benchmarks.measure.is_broken", lambda: True)
+    clock.cuda = True
+    monkeypatch.setattr(clock, "seconds", lambda step: step() or 1.0)
+    with pytest.raises(BrokenDeviceError, match=r"^bad: RuntimeError: an illegal") as caught:
+        interleaved({"bound": lambda: None, "bad": broken}, clock, 2, Deadline(60))
+    assert caught.value.method == "bad"
+
+
+def test_behind_the_deadline_no_method_begins_and_what_is_known_is_said() -> None:
+    said: list[dict] = []
+    steps = {"bound": lambda: None, "late": lambda: None}
+    found = interleaved(steps, Clock("cpu"), 3, Deadline(-1), after=said.append)
+    assert found["late"] == {"failed": OUT_OF_TIME}
+    assert said == [found]
+
+
+def test_a_path_that_is_wrong_is_said_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch path, its weight's gradient 1% too large; the reference is compared with itself beside it."""
+    run = correct._run
+    monkeypatch.setitem(correct.PATHS, "reference", ("reference", None))
+
+    def spoilt(inputs, dtype, backend, head, of_loss):  # type: ignore[no-untyped-def]
+        result = run(inputs, dtype, backend, head, of_loss)
+        if backend == "torch":
+            result[2] = [part * 1.01 for part in result[2]]
+        return result
+
+    monkeypatch.setattr(correct, "_run", spoilt)
+    found = check_paths("cpu", ("torch", "reference"), tiny=True)
+    assert list(found["wrong"]) == ["torch"]
+    assert "error of dweight is 0.01, expected <=" in found["wrong"]["torch"]
+    # A value and two gradients in each of four cases; two of them have no bias.
+    assert [row["path"] for row in found["rows"]].count("reference") == 4 * 3
+
+
+def test_what_a_killed_process_had_said_is_kept(tmp_path: Path) -> None:
+    out, _, status = output_within([sys.executable, "-u", "-c", "print(1); import time; time.sleep(60)"], 3)
+    assert (out, status) == ("1\n", None)
+    assert run_piece("speed", {}, "cpu", Deadline(1), tmp_path / "log") == {"failed": OUT_OF_TIME}
+
+
+def _run(folder: Path, **settings: bool) -> Run:
+    return Run("cpu", folder, 60, **settings)
+
+
+def test_an_earlier_run_is_kept_or_continued_and_never_replaced(tmp_path: Path) -> None:
+    first = _run(tmp_path)
+    first.report["first_look"] = {"one_loss": {}}
+    first.save()
+    assert _run(tmp_path, resume=True).report["first_look"] == {"one_loss": {}}
+    assert _run(tmp_path).report["first_look"] == {}
+    assert json.loads((tmp_path / "gpu.1.json").read_text())["first_look"] == {"one_loss": {}}
+    report = json.loads((tmp_path / "gpu.1.json").read_text())
+    report["environment"]["device"] = "another"
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match=r"^--resume: .* has device another, here it is CPU dry run"):
+        _run(tmp_path, resume=True)
+
+
+def test_what_was_not_checked_or_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path)
+    asked: list[list[str]] = []
+
+    def piece(name: str, given: dict, *rest: object) -> dict:
+        asked.append(given["methods"])
+        return {"entropy": 1.0, "rows": 1, "methods": {n: {"seconds": 1.0, "spread": 0.0} for n in given["methods"]}}
+
+    monkeypatch.setattr("benchmarks.gpu.run_piece", piece)
+    run.speed(TINY[0], "scored", 30)
+    methods = run.entry(TINY[0], "scored")["methods"]
+    assert asked == [["bound", "bound_forward", "eager_hf"]]
+    assert methods["fused"]["failed"].startswith("not checked: ")
+    names = list(run.checks())
+    wrong = {"workspace": "error of dhidden"}
+    run.report["correctness"]["paths"] = {names[0]: {"wrong": {}}, names[1]: {"wrong": wrong}}
+    run.speed(TINY[0], "scored", 30)
+    assert asked[1] == ["bound", "fused", "fused_forward"]
+    assert methods["workspace"]["failed"] == "incorrect: error of dhidden"
+    assert methods["fused"]["seconds"] == 1.0
+    assert run.stages(()) == 1
+
+
+def test_a_shape_goes_on_without_the_method_that_broke_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path)
+
+    def piece(name: str, given: dict, *rest: object) -> dict:
+        if "eager_hf" in given["methods"]:
+            return {"broken": "eager_hf", "why": "illegal address", "methods": {}}
+        return {"entropy": 1.0, "methods": {n: {"seconds": 1.0, "spread": 0.0} for n in given["methods"]}}
+
+    monkeypatch.setattr("benchmarks.gpu.run_piece", piece)
+    run.speed(TINY[0], "scored", 30)
+    methods = run.entry(TINY[0], "scored")["methods"]
+    assert methods["bound"]["seconds"] == 1.0
+    assert methods["eager_hf"] == {"failed": "broke the GPU's context: illegal address"}
+
+
+def test_shapes_by_name() -> None:
+    assert find_shapes([]) == SHAPES
+    assert find_shapes(["8192x4096x128256", SHAPES[1].name]) == SHAPES[:2]
+    with pytest.raises(SystemExit, match=r"^--shapes: expected some of .*, got '1x2x3'$"):
+        find_shapes(["1x2x3"])
+
+
+def test_the_gpu_s_own_tests_need_no_more_than_a_bare_machine_has() -> None:
+    """Every file with a test marked for a GPU is listed, and it and the benchmark are imported without extras."""
+    marked = {str(f.relative_to(ROOT)) for f in ROOT.glob("tests/*/test_*.py") if "pytest.mark.gpu\n" in f.read_text()}
+    assert marked == set(OWN_TESTS)
+    absent = ["datasets", "hypothesis", "peft", "nltk", "sacrebleu", "scipy", "pandas", "matplotlib", "trl", "ray"]
+    collect = ["-q", "-m", "gpu", "--noconftest", "--collect-only", "-p", "no:cacheprovider", *OWN_TESTS]
+    code = f"""
+import os, sys
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+for name in {absent}:
+    sys.modules[name] = None
+import benchmarks.gpu, benchmarks.pieces, pytest
+sys.exit(pytest.main({collect}))
+"""
+    out, _, status = output_within([sys.executable, "-c", code], 240, merge=True)
+    assert status == 0, out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
 def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
@@ -194,7 +327,10 @@ def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
         for name in ("bound", "workspace", "fused"):
             assert entry["methods"][name]["seconds"] > 0, (entry["mode"], entry["methods"][name])
             assert entry["methods"][name]["flops"] > 0
-    assert len(report["correctness"]["paths"]) >= 3 * 2 * 2 * 3
+    paths = report["correctness"]["paths"]
+    assert {row["path"] for found in paths.values() for row in found["rows"]} == set(PATHS)
+    assert not any(found["wrong"] or "failed" in found for found in paths.values())
+    assert all("peak_bytes" in found for found in report["first_look"]["memory"].values())
     for name in ("ranking_share", "over_candidates", "long_input", "memory_over_tokens", "synchronisation"):
         assert "failed" not in report["extras"][name], report["extras"][name]
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import Shape
+from benchmarks.roofline import counted_bytes
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
-from clha_fast.backends.triton.head import round_up, tiles
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
@@ -334,27 +335,9 @@ MIB = 2**20
 
 
 def allowed(case: Case) -> tuple[int, int]:
-    """(bytes of the forward of a Triton path, bytes of the whole call) at the peak, by the documented design.
-
-    For 16-bit inputs in the caller's own rows, all gradients wanted, no `workspace_bytes`. About 100 bytes a token go
-    to what is numbered by tokens: targets, log-sum-exps, coefficients, their order.
-    """
-    n, h, v = case.tokens, case.width, case.vocabulary
-    small = 100 * n + MIB
-    if case.backend == "workspace":
-        wide = 4 * (n + v) * h
-        workspace = max(64 * MIB, 4 * v * h)
-        chunk = min(n, workspace // (2 * v))
-        # Logits of a chunk beside the float32 gradients and a copy of its rows; later, their rounding to 16 bits.
-        return 0, max(wide + min(workspace, 2 * n * (v + 64)) + 3 * chunk * h, wide // 2 * 3) + small
-    # dhidden comes last, in the place of the sorted rows.
-    dweight, rows = 2 * v * h, 6 * round_up(n, 128) * h
-    # Tokens go in chunks of 8192 by 4096 words; with several, a chunk's words are summed in float32.
-    partial = 4 * 4096 * h if n > 8192 else 0
-    if case.head.max_dropped_mass is None:
-        return 8 * n * tiles(v, 256) + small, dweight + 64 * MIB + rows + partial + small
-    route = 4 * n * tiles(v, 128)
-    return 3 * route + small, dweight + 65 * MIB + rows + route + 8 * tiles(v, 128) * tiles(n, 512) + small
+    """`roofline.counted_bytes` of a case."""
+    path = next(name for name, known in PATHS.items() if known == (case.backend, case.head))
+    return counted_bytes(path, Shape(case.tokens, case.width, case.vocabulary))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
