@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clha_fast.models import switch
-from clha_fast.models.attach import unwrap
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
 from clha_fast.models.router import auxiliary_coefficient
 from clha_fast.models.scoring import score_grid
+from clha_fast.models.wrapped import unwrap
 from clha_fast.ops.dispatch import Backend, check_name
 
 OLDEST = (1, 15)

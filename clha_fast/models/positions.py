@@ -72,7 +72,7 @@ class RowLimit:
         self._check(max(dataset.lengths), where)
 
     def check_width(self, width: int) -> None:
-        """One batch, whose rows are padded to `width`, or whose longest text has so many tokens; errors as `check_dataset`."""
+        """One batch, whose rows are padded to `width`, or whose longest text has so many tokens; as `check_dataset`."""
         if torch.compiler.is_compiling():  # a comparison would make a graph for every width
             return
         if self.limit is not None and width > (self.limit if self.table else self._padded(self.limit)):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clha_fast.models import switch
-from clha_fast.models.attach import check_whole, unwrap
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
+from clha_fast.models.wrapped import check_whole, unwrap
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import Backend, check_name
 

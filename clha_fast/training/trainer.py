@@ -203,9 +203,10 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             [data_collator, eval_collator],
         )
         models = [part for part in (model, self.reference.own_model) if part is not None]
-        padded = isinstance(data_collator, RankedCollator) and data_collator.layout == "padded"
-        multiple = data_collator.pad_to_multiple_of if padded else None
-        self._row_limits = [RowLimit(part, multiple or 1) for part in models]
+        multiple = 1
+        if isinstance(data_collator, RankedCollator) and data_collator.layout == "padded":
+            multiple = data_collator.pad_to_multiple_of or 1
+        self._row_limits = [RowLimit(part, multiple) for part in models]
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_signals(dataset, name, self.loss_options, self.reference.kind)
