@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clha_fast import backends
 from clha_fast.ops import checks
-from clha_fast.ops.derivatives import differentiable, refuse_second
+from clha_fast.ops.derivatives import differentiable, refuse_dropped_tangents, refuse_second
 from clha_fast.ops.head import as_cast, fake_gradients, or_empty, score_dtype, token_logps_backward
 from clha_fast.ops.schema import HEAD, NEEDS, schema
 from clha_fast.options import HeadOptions
@@ -20,6 +20,7 @@ _WIDTH = len(HeadInputs._fields)
 
 def _token_statistics(*arguments: Any) -> tuple[Tensor, ...]:
     """logps, lse float64, and each of `STATISTICS`: empty where it is not among `names`, separated by commas."""
+    refuse_dropped_tangents("token_statistics")
     *tensors, head, backend, names = arguments
     inputs, settings = HeadInputs(*tensors), HeadOptions.decode(head)
     checks.target_values(inputs, settings.ignore_index)
@@ -48,6 +49,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _statistics_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) by recomputing the logits; empty where not needed."""
+    refuse_dropped_tangents("token_statistics_backward")
     grad_logps, grad_entropy, *tensors, lse, entropy, head, backend, need_hidden, need_weight, need_bias = arguments
     inputs, needs = HeadInputs(*tensors), Needs(need_hidden, need_weight, need_bias)
     slopes = EntropySlopes(grad_entropy, entropy)

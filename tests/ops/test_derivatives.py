@@ -123,20 +123,31 @@ def test_forward_mode_is_refused_by_name(make: Callable[[Case, str], Loss], of: 
 def test_operators_called_by_name_drop_no_tangent(of: Case) -> None:
     """``torch.ops.clha_fast``: their tangents would be left out, a derivative of 0."""
     operators, at, head = torch.ops.clha_fast, tensors(of), HeadOptions().encoded
-    scored, lse, route = operators.token_logps(*at, of.targets, of.row_index, head, "torch")
+    scored, lse, route = operators.token_logps(*at, of.targets, of.row_index, None, head, "torch")
 
     def logps(*given: Tensor) -> Tensor:
-        return operators.token_logps(*given, of.targets, of.row_index, head, "torch")[0]
+        return operators.token_logps(*given, of.targets, of.row_index, None, head, "torch")[0]
 
     def loss(*given: Tensor) -> Tensor:
         settings = (head, CLHAOptions().encoded, "torch", False, False, False)
-        return operators.linear_loss(*given, of.targets, of.row_index, *of.ranking, *settings)[0]
+        return operators.linear_loss(*given, of.targets, of.row_index, None, *of.ranking, *settings)[0]
 
     def gradient(*given: Tensor) -> Tensor:
         more = (lse, route, head, "torch", True, True, True)
-        return operators.token_logps_backward(scored, *given, of.targets, of.row_index, *more)[0]
+        return operators.token_logps_backward(scored, *given, of.targets, of.row_index, None, *more)[0]
 
-    for run, name in ((logps, "token_logps"), (loss, "linear_loss"), (gradient, "token_logps_backward")):
+    def entropy(*given: Tensor) -> Tensor:
+        return operators.token_statistics(*given, of.targets, of.row_index, None, head, "torch", "entropy")[2]
+
+    _, lse_of, nats, *_ = operators.token_statistics(*at, of.targets, of.row_index, None, head, "torch", "entropy")
+
+    def entropy_gradient(*given: Tensor) -> Tensor:
+        more = (lse_of, nats, head, "torch", True, True, True)
+        return operators.token_statistics_backward(scored, nats, *given, of.targets, of.row_index, None, *more)[0]
+
+    named = {"token_logps": logps, "linear_loss": loss, "token_logps_backward": gradient}
+    named |= {"token_statistics": entropy, "token_statistics_backward": entropy_gradient}
+    for name, run in named.items():
         plain, said = run(*at), rf"^{name}: expected reverse mode .* got forward mode"
         assert plain.isfinite().all()
         for place in range(3):
