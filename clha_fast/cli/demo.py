@@ -12,7 +12,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from clha_fast.cli.options import collect, read_config, split
-from clha_fast.cli.train import INTERRUPTED, Progress, train
+from clha_fast.cli.runs import INTERRUPTED, Progress
+from clha_fast.cli.train import train
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.language_model import language_model_run
 from clha_fast.experiments.run import Run
