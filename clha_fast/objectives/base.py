@@ -64,12 +64,15 @@ class Group:
     """Whole prompts [first, last) of a plan with their tokens' log-probabilities [n]: what `Objective.terms` reads.
 
     Indices (`owner`, `i`, `j`, `target`) count from the group's first candidate. Floating tensors are float64; on a
-    leaf that requires a gradient, `logps`, `sums` and `scores` have one. A candidate without a scored token has sum
-    and score 0, and must have no effect: `present` is False for it, as for its pairs.
+    leaf that requires a gradient, `logps`, `sums` and `scores` have one, as has the entropy. A candidate without a
+    scored token has sum and score 0, and must have no effect: `present` is False for it, as for its pairs.
     """
 
-    def __init__(self, plan: Plan, first: int, last: int, logps: Tensor) -> None:
+    def __init__(
+        self, plan: Plan, first: int, last: int, logps: Tensor, statistics: Mapping[str, Tensor] | None = None
+    ) -> None:
         layout = plan.layout
+        self.statistics = {name: value.to(torch.float64) for name, value in (statistics or {}).items()}
         self.plan, self.first, self.last = plan, first, last
         c0, c1 = layout.candidate_offsets[first], layout.candidate_offsets[last]
         self.prompts, self.candidates, self.tokens = slice(first, last), slice(c0, c1), slice(*layout.span(first, last))
@@ -78,6 +81,16 @@ class Group:
         self.owner = layout.owner[self.tokens] - c0
         self.lengths = layout.lengths[self.candidates]
         self.sums = _segment_sums(self.logps, self.owner, c1 - c0)
+
+    def statistic(self, name: str) -> Tensor:
+        """One of `types.STATISTICS` of each token [n], 0 where that is not scored; the entropy has a graph.
+
+        Raises:
+            ValueError: it is not there, for the objective does not list it in its `statistics`.
+        """
+        if name not in self.statistics:
+            raise ValueError(f"{name}: expected it among the objective's `statistics`, got {[*self.statistics]}")
+        return self.statistics[name]
 
     @property
     def totals(self) -> Totals:
@@ -261,6 +274,16 @@ class Objective(Settings):
         for name in SIGNALS:
             if getattr(given, name) is not None and name not in (*self.reads, *self.needs):
                 raise ValueError(f"{name}: expected None, for the objective {self.name!r} does not read it, got values")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Those of `types.STATISTICS` that `Group.statistic` gives to `terms` and `report`."""
+        return ()
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether `terms` depend on the entropy, which has a slope beside the log-probability's then."""
+        return False
 
     def kept(self, pairs: Pairs) -> Tensor:
         """bool [pairs], those that count, in the loss or where nothing is ranked in the metrics: all there are."""
