@@ -240,7 +240,7 @@ def linear_loss(
     objective = check_adds_up(as_objective(objective))
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
-    names = checks.statistics(objective.statistics, head)
+    names = checks.statistics(objective.wanted, head)
     scored = targets != head.ignore_index
     if shard is not None:
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
@@ -260,7 +260,7 @@ def linear_loss(
         logps = reference.token_logps(*inputs[:5], head)
         found = reference.token_statistics(*inputs[:5], head) if names else {}
         checks.ranking_values(targets.shape[0], given)
-        if OBJECTIVES.get(objective.name) is type(objective):
+        if OBJECTIVES.get(objective.name) is type(objective) and not objective.is_watched:
             loss, sums, scores = reference.loss(logps, targets, given, head, objective, found.get("entropy"))
         else:
             ranked = RankedBatch(objective, given, scored, logps.dtype)

@@ -7,6 +7,8 @@ the price of a second forward of the head and of autograd's memory for one chunk
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -68,6 +70,20 @@ def token_logps(
         ValueError: on CPU tensors, targets or row indices out of range.
         UnsupportedHeadError: a gradient is needed, and the head has none for its input.
     """
+    return token_statistics(hidden, forward, targets, (), bias, row_index, head, in_chunks)[0]
+
+
+def token_statistics(
+    hidden: Tensor,
+    forward: HeadForward,
+    targets: Tensor,
+    names: tuple[str, ...],
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
+    in_chunks: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_logps`, and of the same logits those of `types.STATISTICS` that are named."""
     inputs = HeadInputs(hidden, hidden, bias, targets, row_index)  # the weight's place is not looked at
     checks.target_values(inputs, head.ignore_index, vocabulary=forward.vocab_size)
     if head.max_dropped_mass is not None:
@@ -86,7 +102,8 @@ def token_logps(
     if count == 0:
         # One row goes through, so that whatever the head reads has a gradient (of zeros), and so does the bias.
         nothing = forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
-        return nothing if bias is None else nothing + bias[:0]
+        nothing = nothing if bias is None else nothing + bias[:0]
+        return nothing, dict.fromkeys(names, nothing)
     # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more.
     row_bytes = forward.vocab_size * (4 if head.softcap is None else 5) * _wide(hidden.dtype).itemsize
     budget = head.workspace_bytes or max(_MIN_WORKSPACE, forward.vocab_size * hidden.shape[1])
@@ -94,17 +111,21 @@ def token_logps(
     parts = []
     for part, goals in zip(rows.split(size), targets.split(size), strict=True):
         if training and in_chunks:
-            parts.append(checkpoint(_chunk, forward, part, goals, bias, head, use_reentrant=False))
+            parts.append(checkpoint(_chunk, forward, part, goals, bias, head, names, use_reentrant=False))
         else:
-            parts.append(_chunk(forward, part, goals, bias, head))
-    return torch.cat(parts)
+            parts.append(_chunk(forward, part, goals, bias, head, names))
+    logps, *values = torch.cat(parts, 1)
+    return logps, dict(zip(names, values, strict=True))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | None, head: HeadOptions) -> Tensor:
+def _chunk(
+    forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | None, head: HeadOptions, names: tuple[str, ...]
+) -> Tensor:
+    """Log-probabilities and what is named [1 + names, n]."""
     z = forward(rows)
     z = z.to(_wide(z.dtype))
     if bias is not None:
@@ -118,8 +139,19 @@ def _chunk(forward: HeadForward, rows: Tensor, targets: Tensor, bias: Tensor | N
     scored = targets != head.ignore_index
     # Checked before on a CPU; on a GPU such a target makes its token NaN without a wait, as in the kernels.
     valid = (targets >= 0) & (targets < z.shape[1])
-    chosen = z.log_softmax(-1).gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
-    return torch.where(scored, torch.where(valid, chosen, torch.nan), 0.0)
+    log_p = z.log_softmax(-1)
+    chosen = log_p.gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
+    made = [chosen, *(_MADE[name](z, log_p, chosen) for name in names)]
+    return torch.stack([torch.where(scored, torch.where(valid, value, torch.nan), 0.0) for value in made])
+
+
+# Of logits, their log-softmax and that of the targets; words that cannot come (-inf) have no share, and no slope.
+_MADE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": lambda z, log_p, chosen: -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1),
+    "sum_sq_probs": lambda z, log_p, chosen: log_p.detach().exp().square().sum(-1),
+    "mean_logit": lambda z, log_p, chosen: z.detach().mean(-1),
+    "is_top1": lambda z, log_p, chosen: torch.where(chosen.isnan(), chosen.detach(), chosen >= log_p.amax(-1)),
+}
 
 
 def head_loss(
@@ -141,7 +173,7 @@ def head_loss(
         ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_loss`.
     """
     check_backend(backend, forward)
-    logps = token_logps(
-        hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
+    logps, values = token_statistics(
+        hidden, forward, targets, objective.wanted, bias, row_index, head, in_chunks=backend != "reference"
     )
-    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index, statistics=values)

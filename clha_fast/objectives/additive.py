@@ -60,7 +60,7 @@ def compare(objective: Objective) -> None:
         },
     )
     whole = _batch(objective, given, len(logps))
-    seen = {name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.statistics}
+    seen = {name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.wanted}
     _check_terms(objective, whole, logps, seen)
     counts = dict(zip(COUNTS[1:], whole.plan.totals, strict=True))
     given = given._replace(pair_counts=whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES)), **counts)

@@ -7,6 +7,7 @@ some prompts at a time and a trainer some batches.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,6 +221,11 @@ def _segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
     return zeros.index_add(0, owner, values)
 
 
+# Metrics of a watched objective, by the names that TRL logs them under, and the statistics they are means of.
+WATCHED = {"entropy": "entropy", "mean_token_accuracy": "is_top1"}
+# Before the encoded string of one.
+WATCHED_MARK = "+"
+
 # Where a signal that is missing may come from.
 _WAYS = {
     "reference_logps": "; attach(frozen_copy).token_logps(batch) says them, clha-fast score --policy writes them to a "
@@ -243,6 +249,8 @@ class Objective(Settings):
     reads: ClassVar[tuple[str, ...]] = ()
     divides_by: ClassVar[tuple[str, ...]] = ("prompt_count",)
     metric_names: ClassVar[tuple[str, ...] | Mapping[str, str]] = ()
+    # True of what `watched` returns.
+    is_watched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require("name", self.name, bool(self.name), "a class attribute that names the objective")
@@ -284,6 +292,21 @@ class Objective(Settings):
     def reads_entropy(self) -> bool:
         """Whether `terms` depend on the entropy, which has a slope beside the log-probability's then."""
         return False
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """`statistics`, and what a `watched` objective reports beside them."""
+        return tuple(dict.fromkeys((*self.statistics, *(WATCHED.values() if self.is_watched else ()))))
+
+    def watched(self: _T) -> _T:
+        """The same objective, whose metrics also have the means over tokens of `WATCHED`."""
+        found = copy.copy(self)
+        names = self.metric_names
+        names = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "prompts")
+        object.__setattr__(found, "is_watched", True)
+        object.__setattr__(found, "metric_names", {**names, **dict.fromkeys(WATCHED, "scored_tokens")})
+        object.__setattr__(found, "encoded", f"{WATCHED_MARK}{self.encoded}")
+        return found
 
     def kept(self, pairs: Pairs) -> Tensor:
         """bool [pairs], those that count, in the loss or where nothing is ranked in the metrics: all there are."""

@@ -117,13 +117,13 @@ def statistics(names: Sequence[str], head: HeadOptions) -> tuple[str, ...]:
 def token_statistics(given: Mapping[str, Tensor], objective: Objective, logps: Tensor) -> dict[str, Tensor]:
     """The statistics of tokens that an objective names, which are all that it is given."""
     require_tensors(**given)
-    for name in (*objective.statistics, *given):
+    for name in (*objective.wanted, *given):
         if name not in given:
             raise ValueError(
                 f"statistics: expected {name!r}, which the objective {objective.label!r} reads, got {[*given]}; "
                 f"token_logps(..., statistics=({name!r},)) gives it"
             )
-        if name not in objective.statistics:
+        if name not in objective.wanted:
             raise ValueError(
                 f"statistics: expected no {name!r}, for the objective {objective.label!r} does not read it, got values"
             )

@@ -253,7 +253,7 @@ def loss_sweep(
     Reads the sizes on the host: with CPU tensors that costs a GPU nothing. The gradients of 16-bit inputs are float32,
     for they are rounded after the upstream gradient has been multiplied in.
     """
-    sweep = _Sweep(inputs, head, needs, objective.statistics)
+    sweep = _Sweep(inputs, head, needs, objective.wanted)
     sweep.mixes = objective.reads_entropy
     ranked = RankedBatch(objective, given, sweep.scored, sweep.dtype)
     num_prompts, num_tokens = ranked.layout.num_prompts, inputs.targets.numel()

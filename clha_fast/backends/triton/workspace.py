@@ -375,7 +375,7 @@ def loss_sweep(
         ranked = launcher(objective, given, sweep.ready)
         if isinstance(ranked, CLHARanking):
             ranked.count()
-        sweep.wanted = objective.statistics
+        sweep.wanted = objective.wanted
         store = _Store(sweep, inputs.targets.shape[0])
         chunks = _chunks(given, inputs.targets.shape[0], sweep.capacity)
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
