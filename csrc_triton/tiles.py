@@ -230,14 +230,19 @@ def logit_gradient(
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + token, mask=is_active, other=0.0) + rest
         share = tl.load(entropy_grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
-        mixed = tl.where(p == 0, 0.0, p * ((z - anchor[:, None]) * factor + entropy[:, None])) * share[:, None]
+        weight = grad[:, None] - ((z - anchor[:, None]) * factor + entropy[:, None]) * share[:, None]
+        # Only what the branch changes outlives it: two tiles more would not fit the registers.
+        p = tl.where(p == 0, 0.0, p * weight)
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
     column = (target - first_v).to(tl.int32)
     if tl.max(((target >= first_v) & (target < first_v + BLOCK_V)).to(tl.int32), axis=0) > 0:
-        p = tl.where(word[None, :] == column[:, None], p - 1.0, p)
-    g = p * grad[:, None]
-    if HAS_ENTROPY:
-        g -= mixed
+        taken = 1.0
+        if HAS_ENTROPY:
+            taken = grad[:, None]
+        p = tl.where(word[None, :] == column[:, None], p - taken, p)
+    g = p
+    if not HAS_ENTROPY:
+        g = p * grad[:, None]
     if HAS_SOFTCAP:
         g = g * slope
     # Padding tokens must be zeros: 0 * inf is NaN. Padding words need a finite gradient, by the logits they come with.

@@ -8,6 +8,7 @@ the price of a second forward of the head and of autograd's memory for one chunk
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def head_loss(
         ValueError, UnsupportedHeadError: as `token_values` and `functional.linear_loss`.
     """
     check_backend(backend, forward)
-    (logps,) = token_values(
-        hidden, forward, targets, bias=bias, row_index=row_index, head=head, in_chunks=backend != "reference"
-    )
-    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+    settings: dict[str, Any] = {"row_index": row_index, "head": head, "statistics": objective.wanted}
+    logps, *values = token_values(hidden, forward, targets, bias=bias, in_chunks=backend != "reference", **settings)
+    found = dict(zip(objective.wanted, values, strict=True))
+    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index, statistics=found)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import clha_fast
-from clha_fast import HeadOptions
+from clha_fast import HeadOptions, reference
 from clha_fast.errors import BackendError
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import HeadForward, UnsupportedHeadError, inspect_head
@@ -24,6 +24,7 @@ from clha_fast.models.own_forward import token_values
 from clha_fast.ops import dispatch
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
+from clha_fast.types import STATISTICS
 from tests.support.adapter_table import render
 from tests.support.adapters import (
     ADDED_BY_TRANSFORMERS,
@@ -329,3 +330,24 @@ def test_trainer(name: str, tmp_path: Any) -> None:
     trainer.train()
     changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert changed == set(expected)
+
+
+def test_statistics_of_a_head_with_a_forward_of_its_own() -> None:
+    """As of the weight alone, with their gradients, in chunks and whole; an ignored token, a softcap."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=draw, dtype=torch.float64)
+    linear = nn.Linear(5, 11, bias=False).double()
+    forward = HeadForward(linear, "a test", 11, True)
+    targets = torch.tensor([3, -100, 0, 10, 5, 5, 1])
+    head = HeadOptions(scale=2.0, softcap=3.0, temperature=0.7, workspace_bytes=11 * 5 * 8 * 2)
+    leaf = hidden.clone().requires_grad_()
+    found = reference.token_statistics(leaf, linear.weight, None, targets, None, head)
+    wanted = torch.autograd.grad(found["entropy"].square().sum(), (leaf, linear.weight))
+    for in_chunks in (True, False):
+        settings = {"statistics": STATISTICS, "head": head, "in_chunks": in_chunks}
+        logps, *made = token_values(leaf, forward, targets, **settings)
+        values = dict(zip(STATISTICS, made, strict=True))
+        torch.testing.assert_close(logps, reference.token_logps(leaf, linear.weight, None, targets, None, head))
+        torch.testing.assert_close(values, found)
+        got = torch.autograd.grad(values["entropy"].square().sum(), (leaf, linear.weight))
+        torch.testing.assert_close(got, wanted)

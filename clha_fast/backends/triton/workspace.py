@@ -318,24 +318,36 @@ class _Store:
         self.sweep = sweep
         self.logps = torch.empty(count, dtype=torch.float32, device=sweep.hidden.device)
         self.lse = torch.empty(count, dtype=torch.float64, device=sweep.hidden.device)
+        self.statistics = {name: torch.empty_like(self.logps) for name in sweep.wanted}
         self.loaded: Loaded | None = None
 
     def score(self, spans: Sequence[tuple[int, int]]) -> None:
         for start, stop in spans:
-            self.logps[start:stop], self.lse[start:stop], _ = _statistics(self.sweep, start, stop)
+            self._note(start, stop, _statistics(self.sweep, start, stop))
+
+    def _note(self, start: int, stop: int, found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> None:
+        self.logps[start:stop], self.lse[start:stop], values = found
+        for name, value in values.items():
+            self.statistics[name][start:stop] = value
 
     def hold(self, start: int, stop: int) -> None:
         self.loaded = None
         if start < stop:
             self.loaded = self.sweep.load(start, stop)
-            self.logps[start:stop], self.lse[start:stop], _ = self.loaded.statistics()
+            self._note(start, stop, self.loaded.statistics())
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
-        late = slopes[chunk.kept - chunk.start :]
         if self.loaded is not None:
-            self.loaded.backward(late, self.lse[chunk.kept : chunk.stop])
+            self._backward(self.loaded, chunk, slopes)
         for a, b in _pieces(chunk.start, chunk.kept, self.sweep.capacity):
-            self.sweep.load(a, b).backward(slopes[a - chunk.start : b - chunk.start], self.lse[a:b])
+            self._backward(self.sweep.load(a, b), chunk, slopes)
+
+    def _backward(self, loaded: Loaded, chunk: Chunk, slopes: Tensor) -> None:
+        tokens = slice(loaded.start, loaded.stop)
+        here, bonus = slopes[..., loaded.start - chunk.start : loaded.stop - chunk.start], None
+        if slopes.dim() == 2:
+            here, bonus = here[0], EntropySlopes(here[1], self.statistics["entropy"][tokens])
+        loaded.backward(here, self.lse[tokens], bonus)
 
 
 def _chunks(given: RankingInputs, num_tokens: int, capacity: int) -> list[Chunk]:
@@ -363,11 +375,13 @@ def loss_sweep(
         ranked = launcher(objective, given, sweep.ready)
         if isinstance(ranked, CLHARanking):
             ranked.count()
+        sweep.wanted = objective.wanted
         store = _Store(sweep, inputs.targets.shape[0])
         chunks = _chunks(given, inputs.targets.shape[0], sweep.capacity)
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
         slopes = sweep_prompts(store, chunks, ranked, gradients=any(needs))
-        loss, metrics, scores = ranked.finish(store.logps)
+        loss, metrics, scores = ranked.finish(store.logps, store.statistics)
+        slopes = slopes[0] if slopes.dim() == 2 else slopes
         result = LossResult(loss, metrics, scores, slopes.to(torch.float32), store.lse, _no_route(inputs))
         return result, sweep.gradients(torch.float32)
 
