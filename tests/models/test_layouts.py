@@ -121,10 +121,7 @@ def test_flex_attention_gets_a_block_mask() -> None:
         "flex_attention", segments.tokens(), {"q_length": segments.width, "kv_length": segments.width}
     )
     got = torch.stack(
-        [
-            torch.stack([given["mask_function"](torch.tensor(0), torch.tensor(0), q, k) for k in at])
-            for q in at
-        ]
+        [torch.stack([given["mask_function"](torch.tensor(0), torch.tensor(0), q, k) for k in at]) for q in at]
     )
     assert torch.equal(got, expected)
     assert given["attention_mask"] is None
