@@ -1,4 +1,4 @@
-"""The table of docs/plan.md, an 8B model on 131,072 scored tokens by layout and switch: `python -m benchmarks.long_plan`."""
+"""The table of docs/plan.md, an 8B model on 131,072 scored tokens: `python -m benchmarks.long_plan`."""
 
 from __future__ import annotations
 

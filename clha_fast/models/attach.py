@@ -25,6 +25,7 @@ from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward, LogpForward, check_dropped
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
+from clha_fast.models.tiled import tile_mlps, untile
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
@@ -69,7 +70,8 @@ class Attached:
     """The settings that `attach` put on a model; a context manager that detaches at its end.
 
     Attributes:
-        model: the unwrapped model. info: its head as measured. options, backend: as given.
+        model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
+            tiles.
     """
 
     def __init__(self, model: nn.Module, info: HeadInfo, options: Objective, backend: Backend, **head: Any) -> None:
@@ -78,6 +80,7 @@ class Attached:
         self._forward = CandidateForward(model, info, self.head_options, options, backend)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
+        self.tiled: list[nn.Module] = []
 
     def __enter__(self) -> Attached:
         return self
@@ -104,6 +107,7 @@ class Attached:
         if self._previous is not None:
             model.forward = self._previous
         switch.remove(self.info.module)
+        untile(self.tiled)
         return model
 
     def counts(
@@ -307,6 +311,7 @@ def attach(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     max_dropped_mass: float | None = None,
+    tiled_mlp: bool | int = False,
 ) -> Attached:
     """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
 
@@ -335,6 +340,8 @@ def attach(
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
             see `HeadOptions`.
+        tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
+            `models.tiled`.
 
     Returns:
         `Attached`: ``.detach()`` undoes it, as leaving a ``with`` block does.
@@ -373,6 +380,7 @@ def attach(
         workspace_bytes=workspace_bytes,
         max_dropped_mass=max_dropped_mass,
     )
+    attached.tiled = tile_mlps(inner, tiled_mlp)
     _put_on(inner, attached)
     return attached
 

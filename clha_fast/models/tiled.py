@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +84,24 @@ def _forward(self: nn.Module, hidden: Tensor) -> Tensor:
     return torch.cat(tiles).view(*hidden.shape[:-1], -1)
 
 
+def is_tiled(module: nn.Module) -> bool:
+    """Whether it runs a tile of tokens at a time, after `tile_mlps`."""
+    return getattr(vars(module).get("forward"), "func", None) is _forward
+
+
+def check_rows(rows: Any) -> bool | int:
+    """`tiled_mlp` as it was given, a number in a text as that number.
+
+    Raises:
+        ValueError: it is neither a switch nor a positive number of tokens.
+    """
+    if isinstance(rows, str) and rows.isdecimal():
+        rows = int(rows)
+    if not isinstance(rows, int) or (rows < 1 and rows is not False):
+        raise ValueError(f"tiled_mlp: expected True, False or a positive number of tokens a tile, got {rows!r}")
+    return rows
+
+
 def tile_mlps(model: nn.Module, rows: int | bool) -> list[nn.Module]:
     """Makes the model's MLPs run a tile of tokens at a time, from now on, in training and evaluation; returns them.
 
@@ -97,10 +115,8 @@ def tile_mlps(model: nn.Module, rows: int | bool) -> list[nn.Module]:
     Raises:
         ValueError: no MLP is found, one has a forward of somebody else's, or `rows` is out of range.
     """
-    if rows is False:
+    if check_rows(rows) is False:
         return []
-    if not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"tiled_mlp: expected True, False or a positive number of tokens a tile, got {rows!r}")
     found = find_mlps(model)
     if not found:
         raise ValueError(
@@ -109,20 +125,20 @@ def tile_mlps(model: nn.Module, rows: int | bool) -> list[nn.Module]:
             "leave tiled_mlp out"
         )
     for name, module in found.items():
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not is_tiled(module):
             raise ValueError(
                 f"tiled_mlp: expected {name} with its class's forward, got one that something else has put there; "
                 "set tiled_mlp before, or leave it out"
             )
     for module in found.values():
         setattr(module, _ROWS, next(_matrices(module))[0] if rows is True else rows)
-        module.forward = MethodType(_forward, module)
+        module.forward = partial(_forward, module)  # not a method, which pickle looks up on the class
     return list(found.values())
 
 
 def untile(modules: list[nn.Module]) -> None:
     """Undoes `tile_mlps` on the modules it returned."""
     for module in modules:
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+        if is_tiled(module):
             del module.forward
             delattr(module, _ROWS)
