@@ -1,9 +1,11 @@
-"""Candidates of several prompts as tensors: padded rows for the model, packed tokens for the loss."""
+"""Candidates of several prompts as tensors: rows for the model, packed tokens for the loss."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -11,6 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from clha_fast.batching.segments import Segments, TokenSegments, check_layout, joined_rows, padded_rows
 from clha_fast.batching.signals import PER_CANDIDATE, Values, check_signals, pack_signal, signals_of, unmistakable
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
@@ -63,6 +66,10 @@ class CandidateBatch:
         reference_logps, advantages: float32 [C], or [N] one a token, or None. old_logps, token_weights: float32 [N] or
             None. See `RankingInputs`: where N == C, one number a token.
         chains: `chains_of` the objective whose chains the candidates are; "" where they are answers.
+        segments: where prompts and candidates stand in rows that hold several of them (the layouts `packed` and
+            `shared`, B = 1 there, inert candidates have none); None where each row is one candidate.
+        position_ids, segment_ids, group_ids: int64 [B, T], `segments` by token, see `segments.TokenSegments`; None
+            without.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
@@ -83,10 +90,14 @@ class CandidateBatch:
     advantages: Tensor | None = None
     token_weights: Tensor | None = None
     chains: str = ""
+    segments: Segments | None = None
+    position_ids: Tensor | None = None
+    segment_ids: Tensor | None = None
+    group_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
-            dims = 2 if name in ("input_ids", "attention_mask") else 1
+            dims = 2 if name in ("input_ids", "attention_mask", *TOKEN_SEGMENTS) else 1
             dtype = torch.float32 if name in ("rewards", *SIGNALS) else torch.int64
             if tensor.dim() != dims or tensor.dtype != dtype:
                 got = f"{tensor.dtype} with shape {tuple(tensor.shape)}"
@@ -96,6 +107,10 @@ class CandidateBatch:
             if tensor is not None and tensor.shape != like.shape:
                 shape = tuple(tensor.shape)
                 raise ValueError(f"{name}: expected the shape {tuple(like.shape)} of {other}, got {shape}")
+        for name in TOKEN_SEGMENTS:
+            if (self.segments is None) != (getattr(self, name) is None):
+                there = "some" if self.segments is None else "none"
+                raise ValueError(f"{name}: expected beside segments, and only there, got {there}")
         for name, tensor in self.signals().items():
             allowed = [self.targets.shape, *([self.candidate_lengths.shape] if name in PER_CANDIDATE else [])]
             if tensor.shape not in allowed:
@@ -111,8 +126,9 @@ class CandidateBatch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, without `rewards` and signals that there are not: what a collator hands to a Trainer."""
-        return {**self._tensors(), **{name: getattr(self, name) for name in _NO_TENSORS}}
+        """The fields by name, without those that are None: what a collator hands to a Trainer."""
+        others = {name: getattr(self, name) for name in _NO_TENSORS}
+        return {**self._tensors(), **{name: value for name, value in others.items() if value is not None}}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CandidateBatch:
@@ -125,7 +141,7 @@ class CandidateBatch:
         given = {
             "rewards": None,
             **_NO_TENSORS,
-            **dict.fromkeys(SIGNALS),
+            **dict.fromkeys((*SIGNALS, *TOKEN_SEGMENTS)),
             **{name: fields[name] for name in names if name in fields},
         }
         for name in names:
@@ -140,9 +156,15 @@ class CandidateBatch:
         }
         return dataclasses.replace(self, **moved)
 
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a causal language model's forward."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a causal language model's forward; with `segments` all that says which tokens see which.
+
+        `models.forward` hands them to the model.
+        """
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.segments is None:
+            return found
+        return {**found, **{name: getattr(self, name) for name in ("segments", *TOKEN_SEGMENTS)}}
 
     def loss_inputs(self) -> dict[str, Tensor | None]:
         """Keyword arguments of `linear_clha_loss`, beside hidden states and weight; and the signals that there are."""
@@ -158,10 +180,12 @@ class CandidateBatch:
 
 
 _BLOCK = 1024
-_NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": ""}
+_NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": "", "segments": None}
+TOKEN_SEGMENTS = TokenSegments._fields
 
 _SAME_SHAPE = {
     "attention_mask": "input_ids",
+    **dict.fromkeys(TOKEN_SEGMENTS, "input_ids"),
     "row_index": "targets",
     "rewards": "candidate_lengths",
     "sft_index": "candidates_per_prompt",
@@ -238,6 +262,7 @@ def pack_candidates(
     drop_inert: bool = True,
     pad_to_multiple_of: int | None = None,
     signals: Sequence[str] | None = None,
+    layout: str = "padded",
 ) -> CandidateBatch:
     """A `CandidateBatch` of tokenised prompts, in order.
 
@@ -248,13 +273,17 @@ def pack_candidates(
             are inert, one row of one token remains.
         pad_to_multiple_of: T is rounded up to a multiple of it.
         signals: those of the features that the batch carries; None is those that the objective reads.
+        layout: `padded`, a row a candidate; `packed`, one row of all candidates, each behind its prompt; or `shared`,
+            one row in which a prompt stands once, before all of its candidates.
 
     Raises:
-        ValueError: no feature; a mixture of prompts with and without rewards or a signal; a prompt or response without
-            tokens; features that were tokenised for an objective of another kind (the message names the record).
+        ValueError: no feature; an unknown layout; a mixture of prompts with and without rewards or a signal; a prompt
+            or response without tokens; features that were tokenised for an objective of another kind (the message names
+            the record).
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
+    check_layout(layout)
     carried = signals_of(objective) if signals is None else signals
     check_features(features, carried)
     for feature in features:
@@ -274,25 +303,27 @@ def pack_candidates(
     triples = [(f["prompt_ids"], *scored) for f in features for scored in zip(*_scored(f), strict=True)]
     kept = [triple for triple, dropped in zip(triples, inert.tolist(), strict=True) if not dropped]
     rows = kept or [(features[0]["prompt_ids"][:1], [], torch.arange(0))]
-    width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
     step = pad_to_multiple_of or 1
-    width = -(-width // step) * step
-
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    row_index = []
-    for number, (prompt, completion, scored) in enumerate(rows):
-        length = len(prompt) + len(completion)
-        input_ids[number, :length] = torch.tensor([*prompt, *completion])
-        attention_mask[number, :length] = 1
-        # The token at position t is predicted by the row of position t - 1.
-        row_index.append(number * width + len(prompt) - 1 + scored)
-    index = torch.cat(row_index)
+    if layout == "padded":
+        input_ids, attention_mask, index, targets = padded_rows(rows, pad_token_id, step)
+        places: dict[str, Any] = {}
+    else:
+        numbers = [number for number, f in enumerate(features) for _ in f["completion_ids"]]
+        own = [number for number, dropped in zip(numbers, inert.tolist(), strict=True) if not dropped]
+        if layout == "packed":
+            own = list(range(len(own)))
+        by_family = itertools.groupby(zip(own, kept, strict=True), key=operator.itemgetter(0))
+        families = [[row for _, row in same] for _, same in by_family]
+        segments, input_ids, index, targets = joined_rows(families or [rows], pad_token_id, step)
+        by_token = segments.tokens()
+        attention_mask = (by_token.group_ids >= 0).long()
+        places = {"segments": segments, **by_token._asdict()}
     lengths = torch.tensor([len(scored) for *_, scored in triples]).masked_fill(inert, 0)
+    places |= {name: pack_signal(name, features, lengths) for name in carried if features[0].get(name) is not None}
     return CandidateBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        targets=input_ids.flatten()[index + 1],
+        targets=targets,
         row_index=index,
         candidate_lengths=lengths,
         candidates_per_prompt=sizes,
@@ -300,8 +331,8 @@ def pack_candidates(
         sft_index=sft_index,
         num_inert=int(inert.sum()),
         inert_for=objective.encoded if inert.any() else "",
-        **{name: pack_signal(name, features, lengths) for name in carried if features[0].get(name) is not None},
         chains=chains_of(objective),
+        **places,
     )
 
 

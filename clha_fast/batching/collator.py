@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
 from clha_fast.data.chains import record_chains
@@ -67,9 +68,10 @@ class RankedCollator:
         pad_to_multiple_of: rows are padded to a multiple of it.
         signals: those of the records that batches carry, names of `types.SIGNALS`; None is those that the loss reads.
             That others are left out is said once.
+        layout: of the rows, as `clha_fast.batching.batch.pack_candidates` has it: `padded`, `packed` or `shared`.
 
     Raises:
-        ValueError: the tokenizer has no EOS token; a limit is not a positive integer; a signal that there is not.
+        ValueError: the tokenizer has no EOS token; a limit is not a positive integer; an unknown signal or layout.
     """
 
     def __init__(
@@ -82,7 +84,10 @@ class RankedCollator:
         drop_inert: bool = True,
         pad_to_multiple_of: int | None = None,
         signals: Sequence[str] | None = None,
+        layout: str = "padded",
     ) -> None:
+        check_layout(layout)
+        self.layout = layout
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")
         if tokenizer.eos_token_id is None:
@@ -139,6 +144,7 @@ class RankedCollator:
             drop_inert=self.drop_inert,
             pad_to_multiple_of=self.pad_to_multiple_of,
             signals=self.signals,
+            layout=self.layout,
         ).as_dict()
         return {**batch, "num_fill": fill} if fill else batch
 

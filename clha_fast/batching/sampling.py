@@ -1,4 +1,4 @@
-"""Micro-batches of whole prompts with little padding: under a budget of padded tokens, or of like length."""
+"""Micro-batches of whole prompts with little padding: under a budget of tokens that run, or of like length."""
 
 from __future__ import annotations
 
@@ -31,13 +31,18 @@ _TRIALS = 4
 
 
 def prompt_shapes(
-    features: Sequence[CandidateFeature], options: Objective, drop_inert: bool = True, multiple: int | None = None
+    features: Sequence[CandidateFeature],
+    options: Objective,
+    drop_inert: bool = True,
+    multiple: int | None = None,
+    layout: str = "padded",
 ) -> list[Shape]:
     """(rows, tokens of the longest row) that each prompt puts into a batch.
 
     Args:
-        options, drop_inert, multiple: as `RankedCollator` has them (`multiple`: its `pad_to_multiple_of`). A prompt
-            whose candidates are all inert has no row, and the length of its longest candidate.
+        options, drop_inert, multiple, layout: as `RankedCollator` has them (`multiple`: its `pad_to_multiple_of`). A
+            prompt whose candidates are all inert has no row, and the length of its longest candidate. In packed and
+            shared batches all prompts are in one row: there a shape is (0, the tokens that a prompt adds to it).
 
     Raises:
         ValueError: an item is no tokenised record.
@@ -55,6 +60,10 @@ def prompt_shapes(
     shapes = []
     for item, mask in zip(items, kept.split(sizes), strict=True):
         lengths = [len(ids) for ids, keep in zip(item["completion_ids"], mask.tolist(), strict=True) if keep]
+        if layout != "padded":
+            prompts = len(lengths) if layout == "packed" else min(1, len(lengths))
+            shapes.append((0, prompts * len(item["prompt_ids"]) + sum(lengths)))
+            continue
         width = len(item["prompt_ids"]) + max(lengths or map(len, item["completion_ids"]))
         shapes.append((len(lengths), -(-width // step) * step))
     return shapes
@@ -67,14 +76,20 @@ def _tokenised(item: Any, index: int) -> CandidateFeature:
     raise ValueError(f"train_dataset[{index}]: expected {expected}, got {type(item).__name__}")
 
 
-def padded_tokens(shapes: Sequence[Shape], batch: Sequence[int]) -> int:
-    """Rows times the longest row, of one batch of positions in `shapes`."""
+def padded_tokens(shapes: Sequence[Shape], batch: Sequence[int], joined: bool = False) -> int:
+    """Tokens that run, padding among them, of one batch of positions in `shapes`: rows times the longest row.
+
+    Args:
+        joined: the shapes are of packed or shared batches, whose tokens add up.
+    """
+    if joined:
+        return sum(shapes[index][1] for index in batch)
     own = [shapes[index] for index in batch if shapes[index][0]]
     return sum(rows for rows, _ in own) * max((width for _, width in own), default=0)
 
 
 class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
-    """Batches of whole prompts, each of at most `max_tokens` padded tokens (rows times the longest row).
+    """Batches of whole prompts, each of at most `max_tokens` tokens that run (of padded rows, rows times the longest).
 
     An epoch shuffles the prompts, sorts blocks of them by length, cuts the blocks into batches and shuffles these.
     Every prompt is in exactly one batch of an epoch. Every epoch has the same number of batches, a multiple of
@@ -87,6 +102,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     Args:
         shapes: of `prompt_shapes`. max_tokens: a prompt that is larger forms a batch of its own, with a warning.
         num_processes: batch i goes to process i modulo num_processes (what accelerate does).
+        joined: the shapes are of packed or shared batches.
 
     Raises:
         ValueError: no prompt; `max_tokens` or `num_processes` is not positive.
@@ -94,7 +110,9 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     drop_last = False  # accelerate would leave the last batches out
 
-    def __init__(self, shapes: Sequence[Shape], max_tokens: int, seed: int = 0, num_processes: int = 1) -> None:
+    def __init__(
+        self, shapes: Sequence[Shape], max_tokens: int, seed: int = 0, num_processes: int = 1, joined: bool = False
+    ) -> None:
         for name, value in (("max_tokens", max_tokens), ("num_processes", num_processes)):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -105,11 +123,12 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         self.seed = seed
         self.num_processes = num_processes
         self.epoch = 0
-        whole = sum(rows * width for rows, width in shapes)
-        self._block = max(1, round(_BLOCK * max_tokens / max(whole, 1) * len(shapes)))
-        self.too_large = sum(rows * width > max_tokens for rows, width in shapes)
+        self.joined = joined
+        sizes = [padded_tokens([shape], [0], joined) for shape in shapes]
+        self._block = max(1, round(_BLOCK * max_tokens / max(sum(sizes), 1) * len(shapes)))
+        self.too_large = sum(size > max_tokens for size in sizes)
         if self.too_large:
-            largest = max(rows * width for rows, width in shapes)
+            largest = max(sizes)
             logger.warning(
                 f"max_tokens_per_batch: {self.too_large} of {len(shapes)} prompts are larger than {max_tokens} tokens "
                 f"(up to {largest}); each forms a batch of its own"
@@ -143,7 +162,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         return [batch for group in (first, *others) for batch in group]
 
     def _cost(self, batch: Sequence[int]) -> int:
-        return padded_tokens(self.shapes, batch)
+        return padded_tokens(self.shapes, batch, self.joined)
 
     def _random(self, epoch: int, what: str) -> random.Random:
         return random.Random(f"{self.seed} {epoch} {what}")
@@ -156,15 +175,17 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         batches: list[list[int]] = []
         for start in range(0, len(order), self._block):
             batch: list[int] = []
-            rows = width = 0
+            rows = width = total = 0
             for index in sorted(order[start : start + self._block], key=lambda k: -about[k]):
                 more, longest = self.shapes[index]
-                longest = longest if more else 0
-                if rows and (rows + more) * max(width, longest) > self.max_tokens:
+                longest = longest if more or self.joined else 0
+                cost = total + longest if self.joined else (rows + more) * max(width, longest)
+                if total and cost > self.max_tokens:
                     batches.append(batch)
-                    batch, rows, width = [], 0, 0
+                    batch, rows, width, total = [], 0, 0, 0
                 batch.append(index)
                 rows, width = rows + more, max(width, longest)
+                total = total + longest if self.joined else rows * width
             batches.append(batch)
         return batches
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,22 +57,24 @@ class Segments:
 
     def tokens(self) -> TokenSegments:
         """The same by token, on the CPU."""
-        positions, segments, groups = ([[] for _ in range(self.rows)] for _ in range(3))  # type: ignore[var-annotated]
+        positions = torch.arange(self.width).repeat(self.rows, 1)
+        segments, groups = torch.full_like(positions, -1), torch.full_like(positions, -1)
         seen = [0] * self.rows
         for row, prompt, candidates in self.groups:
-            for number, (_, length) in enumerate((prompt, *candidates)):
+            for number, (start, length) in enumerate((prompt, *candidates)):
+                span = slice(start, start + length)
                 begin = prompt[1] if number else 0
-                positions[row].append(torch.arange(begin, begin + length))
-                segments[row].append(torch.full((length,), number))
-                groups[row].append(torch.full((length,), seen[row]))
+                positions[row, span] = torch.arange(begin, begin + length)
+                segments[row, span] = number
+                groups[row, span] = seen[row]
+            positions[row, sum(candidates[-1] if candidates else prompt) :] = 0
             seen[row] += 1
-        filled = []
-        for parts, fill in ((positions, None), (segments, -1), (groups, -1)):
-            for row in parts:
-                rest = self.width - sum(map(len, row))
-                row.append(torch.arange(rest) if fill is None else torch.full((rest,), fill))
-            filled.append(torch.stack([torch.cat(row) for row in parts]))
-        return TokenSegments(*filled)
+        return TokenSegments(positions, segments, groups)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest text: of a prompt with its longest candidate."""
+        return max(prompt[1] + max((n for _, n in own), default=0) for _, prompt, own in self.groups)
 
 
 def place(lengths: Iterable[tuple[int, list[int]]], multiple: int = 1) -> Segments:
@@ -89,3 +91,47 @@ def place(lengths: Iterable[tuple[int, list[int]]], multiple: int = 1) -> Segmen
             at += length
         groups.append(SegmentGroup(0, (start, prompt), tuple(own)))
     return Segments(1, -(-at // multiple) * multiple, tuple(groups))
+
+
+def check_layout(layout: str, *more: str) -> None:
+    """ValueError where `layout` is none of `LAYOUTS` nor of `more`."""
+    if layout not in (*LAYOUTS, *more):
+        raise ValueError(f"layout: expected one of {', '.join((*LAYOUTS, *more))}, got {layout!r}")
+
+
+Rows = Sequence[tuple[Sequence[int], Sequence[int], Tensor]]  # prompt, candidate, places of its scored tokens
+
+
+def padded_rows(rows: Rows, pad: int, multiple: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, row_index, targets) of a row a candidate."""
+    width = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
+    width = -(-width // multiple) * multiple
+    input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    row_index = []
+    for number, (prompt, completion, scored) in enumerate(rows):
+        length = len(prompt) + len(completion)
+        input_ids[number, :length] = torch.tensor([*prompt, *completion])
+        attention_mask[number, :length] = 1
+        # The token at position t is predicted by the row of position t - 1.
+        row_index.append(number * width + len(prompt) - 1 + scored)
+    index = torch.cat(row_index)
+    return input_ids, attention_mask, index, input_ids.flatten()[index + 1]
+
+
+def joined_rows(families: Sequence[Rows], pad: int, multiple: int) -> tuple[Segments, Tensor, Tensor, Tensor]:
+    """(segments, input_ids, row_index, targets) of one row, in which those of a family share their prompt."""
+    # A family without a candidate's tokens is the one row that a model must run.
+    sizes = [(len(own[0][0]), [len(ids) for _, ids, _ in own if len(ids)]) for own in families]
+    segments = place(sizes, multiple)
+    input_ids = torch.full((segments.rows, segments.width), pad, dtype=torch.int64)
+    index, targets = [torch.arange(0)], [torch.arange(0)]
+    for own, (_, (start, length), candidates) in zip(families, segments.groups, strict=True):
+        input_ids[0, start : start + length] = torch.tensor(own[0][0])
+        for (_, completion, scored), (begin, size) in zip(own, candidates, strict=False):
+            ids = torch.tensor(completion)
+            input_ids[0, begin : begin + size] = ids
+            # A candidate's first token is predicted by the prompt's last row, wherever the candidate stands.
+            index.append(torch.where(scored == 0, start + length - 1, begin - 1 + scored))
+            targets.append(ids[scored])
+    return segments, input_ids, torch.cat(index), torch.cat(targets)

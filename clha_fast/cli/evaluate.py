@@ -17,12 +17,13 @@ from clha_fast.evaluation import report
 from clha_fast.files import check_destination, write_json
 from clha_fast.generation.answers import Answer, read_answers
 from clha_fast.generation.hf import load_backend
+from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 
 # Options that say how answers are made, how the model is asked, and where models run.
 _ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume")
-_OF_THE_MODEL = ("answer_prefix", "max_prompt_length")
+_OF_THE_MODEL = ("answer_prefix", "max_prompt_length", "layout")
 _RUNNING = ("device", "dtype")
 DESCRIPTION = (
     "Measure answers against ranked references: BLEU, length, diversity, rewards; with --model also the model's "
@@ -88,6 +89,13 @@ def evaluate(words: Sequence[str]) -> int:
     )
     parser.add_argument("--noise-rule", choices=get_args(NoiseRule), default=PUBLISHED.noise_rule, help="of kept pairs")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUT_CHOICES,
+        default="padded",
+        help="of the rows in which --model's likelihood is measured: padded (default), packed, shared (a prompt once "
+        "before its responses), or auto",
+    )
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))
     unused = [*(_ANSWERING if args.answers is not None else ()), *(() if args.model else _OF_THE_MODEL)]
@@ -121,6 +129,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         model = {"model": backend.model, "tokenizer": backend.tokenizer}
         about["answer_prefix"] = settings.answer_prefix
         model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
+        model["layout"] = args.layout
         if made is None:
             say_prefix(args, settings)
         else:

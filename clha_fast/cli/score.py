@@ -12,6 +12,7 @@ from clha_fast.cli.guard import guarded, launched, parse
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
+from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.models.loading import DTYPES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
@@ -27,7 +28,8 @@ DESCRIPTION = (
 )
 # Options that one of the two has, by attribute.
 _REWARDS = ("label", "rank_by_reward", "reward_margin", "reward_floor", "plot")
-_POLICY = ("max_prompt_length", "max_completion_length")
+_LIMITS = ("max_prompt_length", "max_completion_length")
+_POLICY = (*_LIMITS, "layout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-prompt-length", type=int, metavar="N", help="of --policy: as in training")
     parser.add_argument("--max-completion-length", type=int, metavar="N", help="of --policy: as in training")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUT_CHOICES,
+        help="of --policy: padded (default), a row a response; packed, all in one; shared, a prompt once before its "
+        "responses; auto, shared where the model computes it",
+    )
     parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DST.partial")
     parser.add_argument("--overwrite", action="store_true", help="replace DST (and, without --resume, DST.partial)")
@@ -110,7 +118,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         value = getattr(args, name)
         if value is not None and value is not False:
             raise ValueError(f"--{name.replace('_', '-')}: expected none beside {ours}, got {value}")
-    for name in ("batch_size", "max_length", *_POLICY):
+    for name in ("batch_size", "max_length", *_LIMITS):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
@@ -130,15 +138,17 @@ def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> No
 
 def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
     records = _read(args)
-    policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32")
-    print(f"policy        {args.policy}: {_model_text(policy.model)}")
+    layout = args.layout or "padded"
+    policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32", layout=layout)
+    said = "" if layout == "padded" else f", {policy.layout} rows"
+    print(f"policy        {args.policy}: {_model_text(policy.model)}{said}")
     _say_source(args, records)
     result = score_policy(
         records,
         args.destination,
         policy,
         batch_size=args.batch_size,
-        **{name: getattr(args, name) for name in ("max_length", *_POLICY)},
+        **{name: getattr(args, name) for name in ("max_length", *_LIMITS)},
         resume=args.resume,
         overwrite=args.overwrite,
         processes=processes,

@@ -38,6 +38,7 @@ def candidate_scores(
     max_length: int | None = None,
     answer_prefix: str = "",
     backend: Any = "auto",
+    layout: str = "padded",
     progress: bool = False,
 ) -> tuple[list[list[float]], list[list[int]]]:
     """(s_i of Eq. 3, nats a token; |y_i|, tokens) of every response of every record.
@@ -50,11 +51,11 @@ def candidate_scores(
         max_prompt_length, max_length: as `RankedCollator`; max_length None is the model's positions.
         answer_prefix: what the model's answers begin with (Chain of Hindsight's marker); read, not scored. A response
             follows after a blank.
-        backend: as `clha_fast.attach`.
+        backend, layout: as `clha_fast.attach`.
 
     Raises:
-        ValueError, UnsupportedHeadError, BackendError: as `RankedCollator.tokenize_record` and `clha_fast.attach`; a
-            log-probability that is not finite.
+        ValueError, UnsupportedHeadError, UnsupportedLayoutError, BackendError: as `RankedCollator.tokenize_record` and
+            `clha_fast.attach`; a log-probability that is not finite.
     """
     objective = SFTOptions()  # any objective has the scores
     limit = positions_of(model) if max_length is None else max_length
@@ -67,10 +68,14 @@ def candidate_scores(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
     bar = logging.tqdm(total=len(records), desc="Log-probabilities", unit=" prompts", disable=not progress)
-    with bar, attach(model, objective, backend=backend), torch.no_grad():
+    with bar, attach(model, objective, backend=backend, layout=layout) as attached, torch.no_grad():
         for numbers in _batches(features, batch_size):
             batch = pack_candidates(
-                [features[number] for number in numbers], pad_token_id=int(pad), objective=objective, drop_inert=False
+                [features[number] for number in numbers],
+                pad_token_id=int(pad),
+                objective=objective,
+                drop_inert=False,
+                layout=attached.layout,
             ).to(model.device)
             found = model(**batch.as_dict()).metrics.scores.tolist()
             for number in numbers:

@@ -183,6 +183,7 @@ def evaluate(
     max_prompt_length: int | None = 384,
     answer_prefix: str = "",
     batch_size: int = 8,
+    layout: str = "padded",
     progress: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> Evaluation:
@@ -196,7 +197,7 @@ def evaluate(
         reward_check: ranked records to measure reward models on; None takes the references.
         model, tokenizer: a causal language model, for likelihood and ranking (`likelihood.candidate_scores`).
         noise_rule, reward_margin: which pairs are kept. max_prompt_length, answer_prefix: of the model's prompts.
-        batch_size: rows of a forward pass.
+        batch_size: rows of a forward pass. layout: of the model's rows, as `clha_fast.attach` has it.
         about: what is kept beside the figures.
 
     Raises:
@@ -227,6 +228,7 @@ def evaluate(
             tokenizer,
             records,
             batch_size=batch_size,
+            layout=layout,
             max_prompt_length=max_prompt_length,
             answer_prefix=answer_prefix,
             progress=progress,

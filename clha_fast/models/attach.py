@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
@@ -18,12 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch, check_chains
+from clha_fast.batching.segments import check_layout
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import output_embedding
-from clha_fast.models.forward import MODEL_FIELDS, CandidateForward, LogpForward, check_dropped
+from clha_fast.models.forward import (
+    MODEL_FIELDS,
+    SEGMENT_FIELDS,
+    CandidateForward,
+    LogpForward,
+    check_dropped,
+    checked_scale,
+)
 from clha_fast.models.heads import HeadInfo
+from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.tiled import tile_mlps, untile
 from clha_fast.objectives import Group, Objective, as_objective
@@ -72,14 +80,21 @@ class Attached:
     Attributes:
         model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
             tiles.
+        layout: of the rows that the model has been seen to compute, for `RankedCollator`: `padded`, `packed` or
+            `shared`.
     """
 
-    def __init__(self, model: nn.Module, info: HeadInfo, options: Objective, backend: Backend, **head: Any) -> None:
+    def __init__(
+        self, model: nn.Module, info: HeadInfo, options: Objective, backend: Backend, layout: str, **head: Any
+    ) -> None:
         self.model, self.info, self.options, self.backend = model, info, options, backend
         self.head_options = info.options(**head)
         self._forward = CandidateForward(model, info, self.head_options, options, backend)
+        self._logps = LogpForward(model, info, self.head_options, backend)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
+        self._layouts = RowLayouts(model, self._logps, self.ordinary)
+        self.layout = self._layouts.settle(layout)
         self.tiled: list[nn.Module] = []
 
     def __enter__(self) -> Attached:
@@ -183,8 +198,8 @@ class Attached:
         """
         if not isinstance(batch, CandidateBatch):
             batch = CandidateBatch.from_dict(batch)
-        forward = LogpForward(self.model, self.info, self.head_options, self.backend)
-        return forward(self.ordinary, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False)
+        self._layouts.check(vars(batch))
+        return self._logps(self.ordinary, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False)
 
     def ordinary(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
@@ -211,10 +226,17 @@ class Attached:
         if kwargs["candidates_per_prompt"].shape[0]:
             check_chains(kwargs.get("chains", ""), self.options)
         check_dropped(kwargs, self.options)
-        inputs = {name: kwargs[name] for name in MODEL_FIELDS}
+        # Without segments, position_ids are somebody's own.
+        more = () if kwargs.get("segments") is None else SEGMENT_FIELDS
+        fields = (*MODEL_FIELDS, *more)
+        for name in more:
+            if kwargs.get(name) is None:
+                raise ValueError(f"{name}: expected beside segments in a batch of candidates, got none")
+        inputs = {name: kwargs[name] for name in fields}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
-        others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
-        scale = _checked_scale(kwargs.get("loss_scale"))
+        others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more)}
+        self._layouts.check(inputs, others)
+        scale = checked_scale(kwargs.get("loss_scale"))
         found = self._forward(
             self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others, wrapped=False
         )
@@ -224,19 +246,6 @@ class Attached:
             values = torch.cat([metrics.values[:2] * factor, metrics.values[2:]])
             metrics = CLHAMetrics(values, metrics.scores, names=metrics.names)
         return CLHAOutput(loss=found.loss, metrics=metrics, aux_loss=found.auxiliary)
-
-
-def _checked_scale(scale: Any) -> Any:
-    """`loss_scale` as it was given; looked at on the host only where that waits for no GPU."""
-    if scale is None or torch.compiler.is_compiling():
-        return scale
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not number and not (isinstance(scale, Tensor) and scale.dim() == 0):
-        got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
-        raise ValueError(f"loss_scale: expected one number, as Attached.counts gives it, got {got}")
-    if (number or scale.device.type == "cpu") and not 0 <= float(scale) < math.inf:
-        raise ValueError(f"loss_scale: expected a finite number of at least 0, got {float(scale)}")
-    return scale
 
 
 def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
@@ -311,6 +320,7 @@ def attach(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     max_dropped_mass: float | None = None,
+    layout: str = "padded",
     tiled_mlp: bool | int = False,
 ) -> Attached:
     """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
@@ -340,6 +350,10 @@ def attach(
         backend: "auto", "triton", "workspace", "torch" or "reference".
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
             see `HeadOptions`.
+        layout: `packed` or `shared` take batches of such rows (`RankedCollator(layout=)`), once a probe has seen that
+            the model computes them as it computes each candidate alone; the first batch is compared as well, and one
+            that is twice as long. `auto` is `shared` where the probe passes, else `padded`; `Attached.layout` says
+            which.
         tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
             `models.tiled`.
 
@@ -350,6 +364,7 @@ def attach(
         ValueError: nn.DataParallel, a model with its loss attached already, or a setting out of range.
         UnsupportedHeadError: the head cannot be fused, with the reason.
         BackendError: `backend` reads the head's weight, and the head is more than one.
+        UnsupportedLayoutError: the model does not compute such rows as it computes each candidate alone.
 
     Example::
 
@@ -359,6 +374,7 @@ def attach(
             output.loss.backward()
     """
     check_name(backend)
+    check_layout(layout, "auto")
     objective = check_adds_up(as_objective(options))
     inner = _unwrap(model)
     if _STATE in vars(inner):
@@ -375,6 +391,7 @@ def attach(
         info,
         objective,
         backend,
+        layout,
         temperature=temperature,
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from clha_fast.batching.batch import inert_mask
+from clha_fast.batching.batch import TOKEN_SEGMENTS, inert_mask
+from clha_fast.batching.segments import Segments, TokenSegments
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.head_loss import head_logps, head_loss
 from clha_fast.models.heads import (
@@ -24,12 +27,14 @@ from clha_fast.models.heads import (
 )
 from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
+from clha_fast.models.segment_masks import segmented
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
 
 MODEL_FIELDS = ("input_ids", "attention_mask")
+SEGMENT_FIELDS = ("segments", *TOKEN_SEGMENTS)
 
 
 def check_dropped(batch: Mapping[str, Any], objective: Objective) -> None:
@@ -55,6 +60,19 @@ def check_dropped(batch: Mapping[str, Any], objective: Objective) -> None:
         )
 
 
+def checked_scale(scale: Any) -> Any:
+    """`loss_scale` as it was given; looked at on the host only where that waits for no GPU."""
+    if scale is None or torch.compiler.is_compiling():
+        return scale
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not number and not (isinstance(scale, Tensor) and scale.dim() == 0):
+        got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise ValueError(f"loss_scale: expected one number, as Attached.counts gives it, got {got}")
+    if (number or scale.device.type == "cpu") and not 0 <= float(scale) < math.inf:
+        raise ValueError(f"loss_scale: expected a finite number of at least 0, got {float(scale)}")
+    return scale
+
+
 class Scored(NamedTuple):
     """loss: a scalar in nats, with a graph and the auxiliary loss in it; auxiliary: a mixture of experts' own."""
 
@@ -73,12 +91,13 @@ class _Forward:
     def __init__(self, model: nn.Module, info: HeadInfo) -> None:
         self.model, self.info = model, info
         self._flags = cache_flags(model)
+        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._embeddings = input_embedding_weight(model).shape[0]
 
     def _run(
         self,
         run: Callable[..., Any],
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         targets: Tensor | None,
         compute: HeadCompute,
         others: Mapping[str, Any] | None = None,
@@ -89,11 +108,32 @@ class _Forward:
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
         place = fused_head if wrapped else replaced_head
-        with place(self.model, compute, self.info) as fused, through_hooks(self.info, fused):
+        segments, tokens, inputs = self._segments(inputs)
+        with (
+            place(self.model, compute, self.info) as fused,
+            through_hooks(self.info, fused),
+            segmented(segments, tokens),
+        ):
             output = run(**inputs, **(others or {}), **self._flags)
         if not fused.called:
             raise UnsupportedHeadError(f"model: expected {type(self.model).__name__} to call its head, it did not")
         return output, fused
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """Rows of the input embedding, and tokens that the head scores."""
+        return self._embeddings, self.info.vocab_size
+
+    def _segments(self, inputs: Mapping[str, Any]) -> tuple[Segments | None, TokenSegments | None, Mapping[str, Any]]:
+        """What says which tokens see which, and the rest, which the model's forward takes."""
+        segments = inputs.get("segments")
+        if segments is None:
+            return None, None, inputs
+        tokens = TokenSegments(*(inputs[name] for name in TOKEN_SEGMENTS))
+        rest = {name: inputs[name] for name in MODEL_FIELDS}
+        if self._takes_positions:
+            rest["position_ids"] = tokens.position_ids
+        return segments, tokens, rest
 
     def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:
         head: Any = output_embedding(self.model)
@@ -135,7 +175,7 @@ class CandidateForward(_Forward):
     def __call__(
         self,
         run: Callable[..., Any],
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         tensors: Mapping[str, Tensor | None],
         *,
         scale: Tensor | int = 1,
@@ -145,7 +185,8 @@ class CandidateForward(_Forward):
         """One forward of `run`, which is the model or a wrapper around it.
 
         Args:
-            inputs: `MODEL_FIELDS`. tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
+            inputs: `CandidateBatch.model_inputs()`.
+            tensors: `CandidateBatch.loss_inputs()` and, where given, the counts of a step.
             scale: multiplies the loss, not the auxiliary loss nor the metrics. others: more arguments for `run`.
             wrapped: whether wrappers stand between `run` and the model, which hang hooks of theirs on the model's
                 output; False leaves the model's forward alone.
@@ -200,16 +241,20 @@ class LogpForward(_Forward):
         self.head, self.backend = head.replace(max_dropped_mass=None), backend
 
     @torch.no_grad()
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`with_graph` without a graph."""
+        return self.with_graph(*args, **kwargs)
+
+    def with_graph(
         self,
         run: Callable[..., Any],
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         targets: Tensor,
         row_index: Tensor | None,
         *,
         wrapped: bool = True,
     ) -> Tensor:
-        """[N] nats, float32 or better, without a graph and without the logits; arguments as `CandidateForward`.
+        """[N] nats, float32 or better, without the logits; arguments as `CandidateForward`.
 
         Dropout is as the model's mode has it.
 

@@ -11,6 +11,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.models.adapters import base_model, without_adapter
 from clha_fast.models.embedding import UnsupportedHeadError
 from clha_fast.models.forward import LogpForward
+from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.ops.dispatch import Backend
 
@@ -22,6 +23,9 @@ class FrozenModel:
         model: a causal language model, which is put into evaluation mode; with `adapter_off` a PeftModel that trains:
             it is run without its adapter, and is afterwards as it was.
         backend, temperature, workspace_bytes: as the loss has them.
+
+    Attributes:
+        layouts: what its batches may be; padded rows, until it has settled something else.
 
     Raises:
         UnsupportedHeadError, BackendError: as `measure.measure_head`.
@@ -45,6 +49,7 @@ class FrozenModel:
                 raise UnsupportedHeadError(f"reference: {error}") from error
             head = info.options(temperature, workspace_bytes=workspace_bytes)
             self._forward = LogpForward(inner, info, head, backend)
+        self.layouts = RowLayouts(inner, self._forward, inner, self._as_it_runs)
 
     def _as_it_runs(self) -> contextlib.AbstractContextManager[nn.Module]:
         return without_adapter(self.model) if self._adapter_off else contextlib.nullcontext(base_model(self.model))
@@ -53,6 +58,7 @@ class FrozenModel:
         """[N] nats, float32 or better, of the batch's scored tokens; errors as `forward.LogpForward`."""
         if not batch.targets.numel():
             return torch.zeros(0, dtype=torch.float32, device=batch.targets.device)
+        self.layouts.check(vars(batch))
         with self._as_it_runs() as inner:
             run = inner if self._adapter_off else self.model
             return self._forward(run, batch.model_inputs(), batch.targets, batch.row_index)

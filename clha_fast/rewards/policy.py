@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.batch import CandidateFeature, pack_candidates
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import token_checksum
 from clha_fast.data.readers import Source
 from clha_fast.data.records import RankedRecord
@@ -32,16 +34,23 @@ class Policy:
 
     Args:
         model: on its device; put into evaluation mode. tokenizer: of the model that will train.
+        layout: of the rows that run, `padded`, `packed`, `shared` (the responses of a record behind one prompt) or
+            `auto`, as `clha_fast.attach` has it.
+
+    Attributes:
+        layout: what that came to.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
         UnsupportedHeadError: the model's head cannot be read, see `models.measure`.
+        UnsupportedLayoutError: the model does not compute such rows as it computes each response alone.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, layout: str = "padded") -> None:
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self._frozen = FrozenModel(model)
+        self.layout = self._frozen.layouts.settle(layout)
 
     @property
     def max_positions(self) -> int | None:
@@ -52,36 +61,45 @@ class Policy:
     def sums(self, rows: Sequence[Row]) -> Tensor:
         """float64 [len(rows)] nats, on the CPU: log-probability of each response behind its prompt, without the logits.
 
-        The batch and the way through the model are those of training.
+        The batch and the way through the model are those of training. Neighbours with one prompt share it where the
+        layout does.
         """
+        families = [[row] for row in rows]
+        if self.layout == "shared":
+            families = [list(same) for _, same in itertools.groupby(rows, key=lambda row: row.prompt)]
         features: list[CandidateFeature] = [
             {
-                "prompt_ids": row.prompt,
-                "completion_ids": [row.response],
+                "prompt_ids": same[0].prompt,
+                "completion_ids": [row.response for row in same],
                 "rewards": None,
                 "sft_index": 0,
                 "source": f"row {number}",
             }
-            for number, row in enumerate(rows)
+            for number, same in enumerate(families)
         ]
         pad = self.tokenizer.pad_token_id
         batch = pack_candidates(
-            features, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad, drop_inert=False
+            features,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            drop_inert=False,
+            layout=self.layout,
         )
         logps = self._frozen(batch.to(self.model.device)).double().cpu()
         return torch.stack([part.sum() for part in logps.split(batch.candidate_lengths.tolist())])
 
 
-def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> Policy:
+def load_policy(path: str, *, device: str = "auto", dtype: str = "float32", layout: str = "padded") -> Policy:
     """The causal language model of a local folder or of a name on the Hub, with its tokenizer.
 
     Args:
         device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
         dtype: of the weights, float32 as in training unless told; "auto" is the checkpoint's own.
+        layout: as `Policy`.
 
     Raises:
         ValueError: nothing there to load, weights that are missing, an unknown device or dtype; as `Policy`.
     """
+    check_layout(layout, "auto")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
@@ -92,7 +110,7 @@ def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> P
         model.to(place)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
-    return Policy(model, tokenizer)
+    return Policy(model, tokenizer, layout)
 
 
 @dataclass(frozen=True)
@@ -190,6 +208,8 @@ class _PolicyRun(ScoringRun):
         # What a record brings of an earlier policy's is replaced, and not held to these tokens.
         collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
         super().__init__(records, policy.model, collator, batch_size, progress)
+        if policy.layout == "shared":
+            self.batches = _whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
         positions, longest = policy.max_positions, max((len(row.tokens) for row in self.rows), default=0)
         if positions is not None and longest > positions:
             raise ValueError(
@@ -198,7 +218,8 @@ class _PolicyRun(ScoringRun):
             )
 
     def settings(self) -> dict[str, Any]:
-        return dict(self.limits)
+        layout = self.policy.layout
+        return {**self.limits, **({} if layout == "padded" else {"layout": layout})}
 
     def fingerprint(self) -> str:
         return fingerprint(self.policy.model)
@@ -218,3 +239,10 @@ class _PolicyRun(ScoringRun):
             signals = {**record.signals, **dict(zip(_SIGNALS, values, strict=True))}
             out.append(dataclasses.replace(record, signals=signals))
         return out
+
+
+def _whole_records(rows_of: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Positions of rows in batches of at most `size`, the longest records first, the rows of a record side by side."""
+    records = sorted(({*rows} for rows in rows_of), key=lambda rows: -max((lengths[row] for row in rows), default=0))
+    order = [row for rows in records for row in sorted(rows)]
+    return [order[start : start + size] for start in range(0, len(order), size)]

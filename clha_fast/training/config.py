@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import signals_of
 from clha_fast.models.tiled import check_rows
 from clha_fast.objectives import Objective
@@ -41,8 +42,12 @@ class CLHAConfig(TrainingArguments):
         temperature: divisor of the logits.
         max_length, max_prompt_length, max_completion_length: tokens, see `RankedCollator`; None is no limit.
         pad_to_multiple_of: rows are padded to a multiple of it.
-        max_tokens_per_batch: padded tokens (rows times the longest) of a training micro-batch on each process, in
-            `per_device_train_batch_size`'s place: as many whole prompts of like length as fit, see
+        layout: of the rows that the model runs. "padded": one a candidate; "packed": all candidates of a micro-batch in
+            one, nothing padded; "shared": a prompt once, before all of its candidates. The last two are probed on the
+            model, and refused where it does not compute them as it computes each candidate alone. "auto": shared where
+            the probe passes and the tokens are a tenth fewer, else padded; it is said which. See docs/long-inputs.md.
+        max_tokens_per_batch: tokens that run (of padded rows, rows times the longest) of a training micro-batch on each
+            process, in `per_device_train_batch_size`'s place: as many whole prompts of like length as fit, see
             `batching.sampling.TokenBudgetSampler`. Micro-batches then hold different numbers of prompts, which
             normalizer="global" weighs alike.
         dataset_num_proc: processes that tokenise; None and 1 are the training process itself.
@@ -81,7 +86,8 @@ class CLHAConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the left."})
     max_completion_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the right."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rows are padded to it."})
-    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Padded tokens a micro-batch."})
+    layout: str = field(default="padded", metadata={"help": "padded, packed, shared or auto."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Tokens that run, a micro-batch."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
     workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits."})
@@ -111,6 +117,7 @@ class CLHAConfig(TrainingArguments):
             )
         _choice("normalizer", self.normalizer, ("batch", "global"))
         _choice("backend", self.backend, BACKENDS)
+        check_layout(self.layout, "auto")
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
         HeadOptions(max_dropped_mass=self.max_dropped_mass)

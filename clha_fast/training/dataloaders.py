@@ -36,6 +36,7 @@ class RankedLoaders(Trainer):
     data_collator: Any
     eval_collator: Any
     loss_options: Objective
+    layout: str
     _signature_columns: list[str] | None
     # Counts of evaluation sets, which do not change from evaluation to evaluation.
     _counted: weakref.WeakKeyDictionary[RankedDataset, Tensor]
@@ -70,8 +71,10 @@ class RankedLoaders(Trainer):
             self.loss_options,
             drop_inert=collator.drop_inert if own else self.args.drop_inert,
             multiple=collator.pad_to_multiple_of if own else self.args.pad_to_multiple_of,
+            layout=self.layout,
         )
-        return TokenBudgetSampler(shapes, budget, self._data_seed, self._data_processes)
+        joined = self.layout != "padded"
+        return TokenBudgetSampler(shapes, budget, self._data_seed, self._data_processes, joined)
 
     @property
     def _data_processes(self) -> int:

@@ -42,7 +42,8 @@ class RowLimit:
             tensor.dim() == 2 and 0 <= tensor.shape[0] - positions <= _SPARE_ROWS and _TABLE.search(name) is not None
             for name, tensor in tensors
         )
-        self.multiple = (collator.pad_to_multiple_of if isinstance(collator, RankedCollator) else None) or 1
+        padded = isinstance(collator, RankedCollator) and collator.layout == "padded"
+        self.multiple = (collator.pad_to_multiple_of if padded else None) or 1
         self._said = False
 
     def check_dataset(self, dataset: Any, name: str) -> None:
@@ -58,7 +59,7 @@ class RowLimit:
         self._check(max(dataset.lengths), where)
 
     def check_width(self, width: int) -> None:
-        """One batch, whose rows are padded to `width`; errors as `check_dataset`."""
+        """One batch, whose rows are padded to `width`, or whose longest text has so many tokens; errors as before."""
         if self.limit is not None and width > (self.limit if self.table else self._padded(self.limit)):
             self._check(width, "a batch")
 

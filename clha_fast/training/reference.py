@@ -23,6 +23,7 @@ from clha_fast.data.records import RankedRecord, shorten
 from clha_fast.files import write_json
 from clha_fast.models.adapters import changed_by_adapter, is_adapted, trained_beside_adapter
 from clha_fast.models.frozen import FrozenModel
+from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.loading import fingerprint, load_model, load_tokenizer
 from clha_fast.objectives import Objective
 from clha_fast.objectives.ranked import RankedBatch
@@ -204,6 +205,11 @@ class Reference:
         self.frozen = FrozenModel(
             model if own is None else own, backend, self._args.temperature, budget, adapter_off=own is None
         )
+
+    @property
+    def layouts(self) -> list[RowLayouts]:
+        """What probes the model that is frozen; none where there is none."""
+        return [] if self.frozen is None else [self.frozen.layouts]
 
     @property
     def own_model(self) -> nn.Module | None:

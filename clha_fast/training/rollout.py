@@ -226,6 +226,7 @@ class RolloutTrainer(CLHATrainer):
             objective=self.loss_options,
             drop_inert=self.args.drop_inert,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
+            layout=self.layout,
         )
         here = CandidateBatch.from_dict(self._prepare_inputs(batch.as_dict()))
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -22,7 +22,8 @@ from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.data.records import shorten
 from clha_fast.files import last_checkpoint
 from clha_fast.models.adapters import base_model, with_adapter
-from clha_fast.models.forward import CandidateForward, check_dropped
+from clha_fast.models.forward import CandidateForward, LogpForward, check_dropped
+from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.models.tiled import tile_mlps
@@ -30,6 +31,7 @@ from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
 from clha_fast.training.datasets import as_dataset, check_signals, check_trains
+from clha_fast.training.layout import asked_layout, settle_layout
 from clha_fast.training.lengths import RowLimit
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
@@ -82,10 +84,12 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         reference: where reference log-probabilities come from; its `kind` is None where the objective reads none.
         dataset_names: for the model card, set by whoever knows them.
         largest_batch: the training batch with the most scored tokens so far.
+        layout: of the batches' rows, `padded`, `packed` or `shared`: what `CLHAConfig.layout` came to.
 
     Raises:
         ValueError: one of these; more than one GPU in one process (`nn.DataParallel`): use torchrun.
         UnsupportedHeadError: the model's head cannot be fused.
+        UnsupportedLayoutError: the model does not compute rows of `CLHAConfig.layout` as it computes candidates alone.
         CheckpointError: a checkpoint could not be written; the one before it is intact.
     """
 
@@ -188,6 +192,18 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
             config.use_cache = caches
         self._check_wrappers()
+        if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
+            frozen.to(args.device)
+        logps = LogpForward(inner, self.head_info, self.head_options, args.backend)  # type: ignore[arg-type]
+        self._layouts = RowLayouts(inner, logps, inner)
+        self.layout = settle_layout(
+            asked_layout(args.layout, self.data_collator),
+            [self._layouts, *self.reference.layouts],
+            self.accelerator,
+            self.train_dataset,
+            self.loss_options,
+            [data_collator, eval_collator],
+        )
         models = [part for part in (model, self.reference.own_model) if part is not None]
         self._row_limits = [RowLimit(part, data_collator) for part in models]
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
@@ -196,8 +212,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             for limit in self._row_limits:
                 limit.check_dataset(dataset, name)
         check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
-        if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
-            frozen.to(args.device)
 
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""
@@ -257,10 +271,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
         for limit in self._row_limits:
-            limit.check_width(batch.input_ids.shape[1])
+            limit.check_width(batch.input_ids.shape[1] if batch.segments is None else batch.segments.longest)
         if batch.candidates_per_prompt.shape[0]:
             check_chains(batch.chains, self.loss_options)
         check_dropped(vars(batch), self.loss_options)
+        self._layouts.check(vars(batch))
         tensors = {**batch.loss_inputs(), **(counts or {})}
         if self.reference.frozen is not None:
             if batch.reference_logps is not None:

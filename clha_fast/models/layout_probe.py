@@ -1,0 +1,260 @@
+"""Whether a model computes rows that hold several candidates as it computes each candidate alone: tried, not believed.
+
+Two trials that need each other. Values: the log-probabilities of the candidates in their row, against each alone behind
+its prompt; they differ where positions are wrong or a candidate sees what it should not. Gradients: what a candidate's
+log-probability owes to the embeddings of others is exactly 0, however small a leak would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
+from clha_fast.models import segment_masks
+from clha_fast.models.forward import LogpForward
+from clha_fast.models.segment_masks import UnsupportedLayoutError
+
+# A candidate's mean difference, nats, is rounding up to so many times that of a row with padding behind it, and this much.
+_NOISE, _FLOOR = 20.0, 1e-4
+# More is no rounding in any dtype. A trained model of 135M parameters in bfloat16 shows 0.007 in rows that are right,
+# 0.4 with positions that are wrong and 1 where candidates see each other.
+_LIMIT = 0.1
+# Windows and chunks of attention up to so many tokens are filled.
+_FILLED = 512
+_WINDOW = re.compile(r"window|chunk|local_attention|attention_span|block_length")
+_Steps = list[tuple[str, str, Tensor | None, Tensor]]
+
+
+class LayoutProbe:
+    """Runs `model` on known tokens in a layout and alone.
+
+    Args:
+        model: the unwrapped model. forward: its log-probabilities. run: what is called, the model's own forward.
+    """
+
+    def __init__(self, model: nn.Module, forward: LogpForward, run: Callable[..., Any]) -> None:
+        self.model, self.forward, self.run = model, forward, run
+
+    def check(self, layout: str, gradients: bool = True) -> None:
+        """A prompt with three candidates beside one with one, longer than any window that is cheap to fill.
+
+        Args:
+            gradients: False for weights that are spread over processes.
+
+        Raises:
+            UnsupportedLayoutError: `layout` rows are not computed as rows alone; the model's class, the kind of layer
+                and the error are named.
+        """
+        features = self._features()
+        self.compare(features, layout)
+        if gradients:
+            self._check_gradients(pack(features, layout), layout)
+
+    def compare(self, features: Sequence[CandidateFeature], layout: str) -> None:
+        """Values of the first candidates and the last one of each feature, alone and in one row of `layout`.
+
+        Raises:
+            UnsupportedLayoutError: as `check`.
+        """
+        with self._as_it_is():
+            joined = pack(features, layout)
+            together = self._logps(joined)
+            if segment_masks.asked() == 0:
+                raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
+            parts = together.double().split(joined.candidate_lengths.tolist())
+            error, noise, first = torch.tensor(0.0), torch.tensor(0.0), 0
+            for feature in features:
+                count = len(feature["completion_ids"])
+                for number in sorted({*range(min(count, 2)), count - 1}):
+                    own = feature["completion_ids"][number]
+                    alone = candidates_of(feature["prompt_ids"], [own])
+                    length = len(feature["prompt_ids"]) + len(own)
+                    plain, behind = (
+                        self._logps(pack([alone], "padded", multiple)).double() for multiple in (None, length + 3)
+                    )
+                    # The worst candidate: a window's end may be felt by one of them alone. NaN stays.
+                    error = torch.maximum(error, (parts[first + number] - plain).abs().mean())
+                    noise = torch.maximum(noise, (behind - plain).abs().mean())
+                first += count
+            if error <= min(_NOISE * float(noise) + _FLOOR, _LIMIT):
+                return
+            kind = self._kind(features, joined)
+            raise self._refuse(
+                layout,
+                f"{kind}log-probabilities differ by {float(error):.2g} nats on average (by {float(noise):.2g} with "
+                "padding behind a row)",
+            )
+
+    def _features(self) -> list[CandidateFeature]:
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        told = vars(text) if text is not None else {}
+        windows = [v for name, v in told.items() if isinstance(v, int) and _WINDOW.search(name) and 0 < v <= _FILLED]
+        positions = getattr(text, "max_position_embeddings", None)
+        prompt = max([16, *(window + 8 for window in windows)])
+        if isinstance(positions, int) and positions > 0:
+            prompt = max(1, min(prompt, positions - 20))
+        size = min(self.forward.vocabulary)
+        special = {v for name, v in told.items() if name.endswith(("token_id", "token_index")) and isinstance(v, int)}
+        usual = torch.tensor([k for k in range(size) if k not in special])
+        draw = torch.Generator().manual_seed(0)
+
+        def some(count: int) -> list[int]:
+            found: list[int] = usual[torch.randint(len(usual), (count,), generator=draw)].tolist()
+            return found
+
+        return [
+            candidates_of(some(prompt), [some(12), some(20), some(16)]),
+            candidates_of(some(max(1, min(6, prompt))), [some(4)]),
+        ]
+
+    def _logps(self, batch: CandidateBatch) -> Tensor:
+        batch = batch.to(self._device)
+        return self.forward(self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embeddings.weight.device
+        return device
+
+    @contextlib.contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """Inside there is no dropout; modes and random states are afterwards as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        device = self._device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                self.model.eval()
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def _check_gradients(self, batch: CandidateBatch, layout: str) -> None:
+        """Whether the second candidate's log-probabilities owe nothing to tokens that it does not see."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        found: list[Tensor] = []
+
+        def leaf(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return None
+            found.append(output.detach().requires_grad_())
+            return found[-1]
+
+        batch = batch.to(self._device)
+        handle = embeddings.register_forward_hook(leaf)
+        try:
+            with self._as_it_is(), torch.enable_grad():
+                logps = self.forward.with_graph(
+                    self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False
+                )
+                if not found:
+                    raise self._refuse(layout, "it does not call its input embedding, so that no leak would be seen")
+                own = logps.split(batch.candidate_lengths.tolist())[1]
+                gradients = torch.autograd.grad(own.sum(), found, allow_unused=True)
+        finally:
+            handle.remove()
+        assert batch.segments is not None
+        assert batch.segment_ids is not None
+        group, segment = (0, 2) if layout == "shared" else (1, 1)
+        segments, groups = batch.segment_ids[0], batch.group_ids[0]  # type: ignore[index]
+        sees = (groups == group) & ((segments == 0) | (segments == segment))
+        size = torch.zeros(len(sees), device=sees.device)
+        for gradient in gradients:
+            if gradient is not None and gradient.shape[:2] == (1, len(sees)):
+                size += gradient[0].float().flatten(1).norm(dim=1)
+        most = float(size[sees].max())
+        leaked = float(size[~sees].max())
+        if not most > 0:
+            raise self._refuse(layout, "no gradient reaches its input embedding, so that no leak would be seen")
+        if leaked > 0 or leaked != leaked:
+            raise self._refuse(
+                layout,
+                f"a candidate sees others (a gradient of {leaked:.2g} at their embeddings, beside {most:.2g} at its "
+                "own text's)",
+            )
+
+    def _refuse(self, layout: str, seen: str) -> UnsupportedLayoutError:
+        way = "layout='packed' may run, and " if layout == "shared" else ""
+        return UnsupportedLayoutError(
+            f"layout: expected a model that computes {layout} rows as it computes each candidate alone, got "
+            f"{type(self.model).__name__}: {seen}; {way}layout='padded' runs with any model"
+        )
+
+    def _kind(self, features: Sequence[CandidateFeature], joined: CandidateBatch) -> str:
+        """Which layer is the first to make something else of the same input, where one can be told."""
+        assert joined.segments is not None
+        spans = [(prompt[1], span) for _, prompt, own in joined.segments.groups for span in own]
+        number = len(features[0]["completion_ids"]) - 1
+        behind, (start, length) = spans[number]
+        alone = pack([candidates_of(features[0]["prompt_ids"], [features[0]["completion_ids"][number]])], "padded")
+        one = self._steps(joined, slice(start, start + length))
+        other = self._steps(alone, slice(behind, behind + length))
+        for (name, kind, given, made), (name2, _, given2, made2) in zip(one, other, strict=False):
+            if name != name2:
+                break
+            same = given is None or given2 is None or not _differ(given, given2)
+            if same and _differ(made, made2):
+                return f"{kind} ({name or 'the model'}) gives other values in such a row, "
+        return ""
+
+    def _steps(self, batch: CandidateBatch, span: slice) -> _Steps:
+        """(name, class, first input, output) of the modules that ran, in the order in which they ended."""
+        width, head = batch.input_ids.shape[1], self.forward.info.module
+        found: _Steps = []
+
+        def part(value: Any) -> Tensor | None:
+            while isinstance(value, (tuple, list)) and value:
+                value = value[0]
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2 and value.shape[1] == width:
+                return value[0, span]
+            return None
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+                made = part(output)
+                if made is not None:
+                    given = args[0] if args else kwargs.get("hidden_states")
+                    found.append((name, type(module).__name__, part(given), made))
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(note(name), with_kwargs=True)
+            for name, module in self.model.named_modules()
+            if name and module is not head  # measured with the hooks that it has
+        ]
+        try:
+            self._logps(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def pack(features: Sequence[CandidateFeature], layout: str, multiple: int | None = None) -> CandidateBatch:
+    """All candidates of some prompts, padded with a token that any vocabulary has."""
+    return pack_candidates(features, pad_token_id=0, drop_inert=False, layout=layout, pad_to_multiple_of=multiple)
+
+
+def candidates_of(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> CandidateFeature:
+    """A prompt and its candidates, of which nothing else is known."""
+    return {
+        "prompt_ids": prompt,
+        "completion_ids": candidates,
+        "rewards": None,
+        "sft_index": 0,
+        "source": "probe",
+    }
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    far = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
+    return one.shape != other.shape or not float((one - other).norm()) <= far * float(other.norm()) + 1e-6

@@ -1,0 +1,134 @@
+"""Which layout a model's batches have: settled once by a probe, and looked after batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.segments import LAYOUTS, Segments, check_layout
+from clha_fast.models import segment_masks
+from clha_fast.models.adapters import virtual_tokens
+from clha_fast.models.embedding import input_embedding_weight, is_dtensor
+from clha_fast.models.forward import LogpForward
+from clha_fast.models.layout_probe import LayoutProbe, candidates_of
+from clha_fast.models.segment_masks import UnsupportedLayoutError
+
+logger = logging.getLogger("clha_fast")
+
+LAYOUT_CHOICES = (*LAYOUTS, "auto")
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
+
+
+class RowLayouts:
+    """The layout that a model has been seen to compute.
+
+    Args:
+        model: the unwrapped model, or a PeftModel that adds virtual tokens. forward: its log-probabilities.
+        run: the model's own forward. around: what it runs within, such as an adapter's absence.
+
+    Attributes:
+        layout: `padded`, `packed` or `shared`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: LogpForward,
+        run: Callable[..., Any],
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.layout = "padded"
+        self._model = model
+        self._probe = LayoutProbe(model, forward, run)
+        self._around = around
+        # Texts of up to so many tokens have been compared.
+        self._seen = 0
+
+    def settle(self, layout: str) -> str:
+        """Probes the model for `layout`, and returns the one it is to have.
+
+        Args:
+            layout: `auto` takes `shared` where the probe passes, else `padded`, and says which.
+
+        Raises:
+            ValueError: an unknown layout. UnsupportedLayoutError: the model does not compute it.
+        """
+        check_layout(layout, "auto")
+        if layout == "auto":
+            try:
+                layout = self.settle("shared")
+            except UnsupportedLayoutError as error:
+                layout = "padded"
+                logger.info("layout auto: padded (%s)", error)
+            else:
+                logger.info("layout auto: shared (%s computes it as rows alone)", type(self._model).__name__)
+        elif layout != "padded":
+            if virtual_tokens(self._model):
+                raise UnsupportedLayoutError(
+                    f"layout: expected a model without virtual tokens (peft's prompt tuning) for {layout} rows, got "
+                    f"{virtual_tokens(self._model)} in front of each row; layout='padded' runs it"
+                )
+            segment_masks.install()
+            with self._around():
+                self._probe.check(layout, gradients=not _spread(self._model))
+        self.layout = layout
+        return layout
+
+    def check(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
+        """One batch before it runs.
+
+        Args:
+            batch: fields of a `CandidateBatch`. others: what else the model is given.
+
+        Raises:
+            UnsupportedLayoutError: rows of a layout that the model was not probed for; images or embeddings in rows of
+                several candidates; the first batch, or one of twice the length, is not computed as rows alone.
+        """
+        segments: Segments | None = batch.get("segments")
+        if segments is None or torch.compiler.is_compiling():
+            return
+        several = any(len(group.candidates) > 1 for group in segments.groups)
+        if self.layout == "padded" or (several and self.layout == "packed"):
+            got = "shared" if several else "packed"
+            raise UnsupportedLayoutError(
+                f"layout: expected {self.layout} rows, got {got} ones; attach(model, layout={got!r}), or CLHAConfig's "
+                "layout, probes whether the model computes them"
+            )
+        for name, value in (others or {}).items():
+            if value is not None and any(part in name for part in _MEDIA):
+                raise UnsupportedLayoutError(
+                    f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
+                    "RankedCollator(layout='padded') takes it"
+                )
+        # With weights spread over processes all would have to come here at the same batch.
+        if segments.longest >= 2 * max(self._seen, 1) and not _spread(self._model):
+            with self._around():
+                self._probe.compare(_longest(batch["input_ids"], segments), "shared" if several else "packed")
+            self._seen = segments.longest
+
+
+def _spread(model: nn.Module) -> bool:
+    """Whether no process can run the model alone: FSDP, tensor parallelism or ZeRO-3 have its weights."""
+    if input_embedding_weight(model).dim() != 2:  # FSDP's first version, which flattens
+        return True
+    return any(is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _longest(input_ids: Tensor, segments: Segments) -> list[CandidateFeature]:
+    """The group with the longest text, and the one before or behind it."""
+    lengths = [prompt[1] + max((n for _, n in own), default=0) for _, prompt, own in segments.groups]
+    at = lengths.index(max(lengths))
+    chosen = segments.groups[max(at - 1, 0) : max(at - 1, 0) + 2]
+    found = []
+    for row, prompt, candidates in chosen:
+        ids = input_ids[row].tolist()
+        texts = [ids[start : start + length] for start, length in (prompt, *candidates)]
+        if candidates:
+            found.append(candidates_of(texts[0], texts[1:]))
+    return found
