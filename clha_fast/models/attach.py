@@ -12,15 +12,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 from clha_fast.batching.batch import CandidateBatch, check_chains
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
-from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import (
     MODEL_FIELDS,
@@ -34,6 +31,7 @@ from clha_fast.models.heads import HeadInfo
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.tiled import tile_mlps, untile
+from clha_fast.models.unwrap import DATA_PARALLEL, unwrap
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
@@ -278,37 +276,7 @@ def _attached_forward(model: nn.Module) -> MethodType:
 
 
 def _no_replicas(self: nn.Module) -> nn.Module:
-    raise ValueError(_DATA_PARALLEL)
-
-
-_DATA_PARALLEL = (
-    "model: expected one process a device, got nn.DataParallel (its copies share one head); start the loop with "
-    "torchrun or accelerate launch and wrap with DistributedDataParallel or fully_shard"
-)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile's wrapper, a DeepSpeed engine or a PeftModel.
-
-    A PeftModel that adds virtual tokens is taken as the model: only there the tokens' positions are known.
-    """
-    inner: Any = model
-    while True:
-        if isinstance(inner, nn.DataParallel):
-            raise ValueError(_DATA_PARALLEL)
-        if isinstance(inner, FullyShardedDataParallel):
-            raise ValueError(
-                "model: expected one not yet in FullyShardedDataParallel, whose flat parameters cannot be measured; "
-                "attach first, or use fully_shard"
-            )
-        if isinstance(inner, torch._dynamo.OptimizedModule):
-            inner = inner._orig_mod
-        elif isinstance(inner, DistributedDataParallel) or type(inner).__name__ == "DeepSpeedEngine":
-            inner = inner.module
-        elif (base := base_model(inner)) is not inner:
-            inner = base
-        else:
-            return inner
+    raise ValueError(DATA_PARALLEL)
 
 
 def attach(
@@ -376,7 +344,7 @@ def attach(
     check_name(backend)
     check_layout(layout, "auto")
     objective = check_adds_up(as_objective(options))
-    inner = _unwrap(model)
+    inner = unwrap(model)
     if _STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
     head: Any = output_embedding(inner)

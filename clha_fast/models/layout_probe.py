@@ -20,7 +20,8 @@ from clha_fast.models import segment_masks
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 
-# A candidate's mean difference, nats, is rounding up to so many times that of a row with padding behind it, and this much.
+# A candidate's mean difference, nats, is rounding up to so many times that of a row with padding behind it, plus a
+# floor.
 _NOISE, _FLOOR = 20.0, 1e-4
 # More is no rounding in any dtype. A trained model of 135M parameters in bfloat16 shows 0.007 in rows that are right,
 # 0.4 with positions that are wrong and 1 where candidates see each other.
@@ -56,33 +57,44 @@ class LayoutProbe:
         if gradients:
             self._check_gradients(pack(features, layout), layout)
 
-    def compare(self, features: Sequence[CandidateFeature], layout: str) -> None:
-        """Values of the first candidates and the last one of each feature, alone and in one row of `layout`.
+    def compare(
+        self, features: Sequence[CandidateFeature], layout: str, looked_at: Sequence[int] | None = None
+    ) -> None:
+        """Values of the first candidates and the last one of some features, alone and in one row of `layout`.
+
+        Args:
+            looked_at: positions in `features`; None is all.
 
         Raises:
             UnsupportedLayoutError: as `check`.
         """
         with self._as_it_is():
             joined = pack(features, layout)
-            together = self._logps(joined)
+            with self._running(layout, joined):
+                together = self._logps(joined)
             if segment_masks.asked() == 0:
                 raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
             parts = together.double().split(joined.candidate_lengths.tolist())
             error, noise, first = torch.tensor(0.0), torch.tensor(0.0), 0
-            for feature in features:
+            for place, feature in enumerate(features):
                 count = len(feature["completion_ids"])
-                for number in sorted({*range(min(count, 2)), count - 1}):
+                chosen = {*range(min(count, 2)), count - 1} if looked_at is None or place in looked_at else ()
+                for number in sorted(chosen):
                     own = feature["completion_ids"][number]
                     alone = candidates_of(feature["prompt_ids"], [own])
                     length = len(feature["prompt_ids"]) + len(own)
-                    plain, behind = (
-                        self._logps(pack([alone], "padded", multiple)).double() for multiple in (None, length + 3)
-                    )
+                    rows = [pack([alone], "padded", multiple) for multiple in (None, length + 3)]
+                    with self._running(layout, rows[1]):
+                        plain, behind = (self._logps(row).double() for row in rows)
                     # The worst candidate: a window's end may be felt by one of them alone. NaN stays.
                     error = torch.maximum(error, (parts[first + number] - plain).abs().mean())
                     noise = torch.maximum(noise, (behind - plain).abs().mean())
                 first += count
-            if error <= min(_NOISE * float(noise) + _FLOOR, _LIMIT):
+            if noise > _LIMIT / _NOISE:
+                raise self._refuse(
+                    layout, f"padding behind a row changes it by {float(noise):.2g} nats, and nothing can be compared"
+                )
+            if error <= _NOISE * noise + _FLOOR:
                 return
             kind = self._kind(features, joined)
             raise self._refuse(
@@ -110,7 +122,7 @@ class LayoutProbe:
             return found
 
         return [
-            candidates_of(some(prompt), [some(12), some(20), some(16)]),
+            candidates_of(some(prompt), [some(9), some(20), some(13)]),
             candidates_of(some(max(1, min(6, prompt))), [some(4)]),
         ]
 
@@ -137,6 +149,18 @@ class LayoutProbe:
                 for module, training in modes:
                     module.training = training
 
+    @contextlib.contextmanager
+    def _running(self, layout: str, batch: CandidateBatch) -> Iterator[None]:
+        """Inside, what a model says of a row that it does not run is a refusal, such as of a table that ends before."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            width = batch.input_ids.shape[1]
+            said = " ".join(str(error).split())
+            raise self._refuse(layout, f"it does not run a row of {width:,} tokens ({said})") from error
+
     def _check_gradients(self, batch: CandidateBatch, layout: str) -> None:
         """Whether the second candidate's log-probabilities owe nothing to tokens that it does not see."""
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -146,12 +170,12 @@ class LayoutProbe:
             if not isinstance(output, Tensor):
                 return None
             found.append(output.detach().requires_grad_())
-            return found[-1]
+            return found[-1].clone()  # which may be scaled in place
 
         batch = batch.to(self._device)
         handle = embeddings.register_forward_hook(leaf)
         try:
-            with self._as_it_is(), torch.enable_grad():
+            with self._as_it_is(), torch.enable_grad(), self._running(layout, batch):
                 logps = self.forward.with_graph(
                     self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False
                 )
