@@ -81,6 +81,14 @@ class Scored(NamedTuple):
     auxiliary: Tensor | None
 
 
+def _first_position(model: nn.Module) -> int:
+    """The row of a table of positions that a text begins with: behind the one of padding, in RoBERTa's kind."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
 class _Forward:
     """A model whose head, as measured, gives place to a function of what the head reads.
 
@@ -91,7 +99,10 @@ class _Forward:
     def __init__(self, model: nn.Module, info: HeadInfo) -> None:
         self.model, self.info = model, info
         self._flags = cache_flags(model)
-        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        takes = inspect.signature(type(model).forward).parameters
+        # Some hand what they do not name to the model inside; whether it arrives shows when the layout is probed.
+        handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        self._first_position = _first_position(model) if "position_ids" in takes or handed_on else None
         self._embeddings = input_embedding_weight(model).shape[0]
 
     def _run(
@@ -131,8 +142,8 @@ class _Forward:
             return None, None, inputs
         tokens = TokenSegments(*(inputs[name] for name in TOKEN_SEGMENTS))
         rest = {name: inputs[name] for name in MODEL_FIELDS}
-        if self._takes_positions:
-            rest["position_ids"] = tokens.position_ids
+        if self._first_position is not None:
+            rest["position_ids"] = tokens.position_ids + self._first_position
         return segments, tokens, rest
 
     def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
 from clha_fast.models import segment_masks
+from clha_fast.models.embedding import UnsupportedHeadError
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 
@@ -154,9 +155,9 @@ class LayoutProbe:
         """Inside, what a model says of a row that it does not run is a refusal, such as of a table that ends before."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UnsupportedLayoutError, UnsupportedHeadError):
             raise
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             width = batch.input_ids.shape[1]
             said = " ".join(str(error).split())
             raise self._refuse(layout, f"it does not run a row of {width:,} tokens ({said})") from error

@@ -47,8 +47,8 @@ class RowLayouts:
         self._model = model
         self._probe = LayoutProbe(model, forward, run)
         self._around = around
-        # Texts of up to so many tokens have been compared.
-        self._seen = 0
+        # Texts of up to so many tokens, in rows of so many, have been compared.
+        self._seen = (0, 0)
 
     def settle(self, layout: str) -> str:
         """Probes the model for `layout`, and returns the one it is to have.
@@ -106,11 +106,17 @@ class RowLayouts:
                     f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
                     "RankedCollator(layout='padded') takes it"
                 )
+        if not any(group.candidates for group in segments.groups):
+            return
         # With weights spread over processes all would have to come here at the same batch.
-        if segments.longest >= 2 * max(self._seen, 1) and not _spread(self._model):
+        sizes = segments.longest, segments.width
+        if any(size >= 2 * max(seen, 1) for size, seen in zip(sizes, self._seen, strict=True)) and not _spread(
+            self._model
+        ):
+            features, looked_at = _features(batch["input_ids"], segments)
             with self._around():
-                self._probe.compare(_longest(batch["input_ids"], segments), "shared" if several else "packed")
-            self._seen = segments.longest
+                self._probe.compare(features, "shared" if several else "packed", looked_at)
+            self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
 
 
 def _spread(model: nn.Module) -> bool:
@@ -120,15 +126,18 @@ def _spread(model: nn.Module) -> bool:
     return any(is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _longest(input_ids: Tensor, segments: Segments) -> list[CandidateFeature]:
-    """The group with the longest text, and the one before or behind it."""
-    lengths = [prompt[1] + max((n for _, n in own), default=0) for _, prompt, own in segments.groups]
-    at = lengths.index(max(lengths))
-    chosen = segments.groups[max(at - 1, 0) : max(at - 1, 0) + 2]
-    found = []
-    for row, prompt, candidates in chosen:
-        ids = input_ids[row].tolist()
-        texts = [ids[start : start + length] for start, length in (prompt, *candidates)]
-        if candidates:
-            found.append(candidates_of(texts[0], texts[1:]))
-    return found
+def _features(input_ids: Tensor, segments: Segments) -> tuple[list[CandidateFeature], tuple[int, ...]]:
+    """The prompts and candidates of a batch, and which are looked at: the one with the longest text, and the last."""
+    rows = input_ids.tolist()
+    groups = [group for group in segments.groups if group.candidates]
+    found = [
+        candidates_of(_text(rows[row], prompt), [_text(rows[row], span) for span in own]) for row, prompt, own in groups
+    ]
+    lengths = [prompt[1] + max(size for _, size in own) for _, prompt, own in groups]
+    longest = lengths.index(max(lengths)) if lengths else 0
+    return found, (longest, len(found) - 1)
+
+
+def _text(row: list[int], span: tuple[int, int]) -> list[int]:
+    start, length = span
+    return row[start : start + length]

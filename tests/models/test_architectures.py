@@ -51,6 +51,10 @@ def test_sample(tmp_path: Path) -> None:
     assert felt.keys() == {name for name, transform in sample.items() if "scale" in transform or "softcap" in transform}
     assert min(felt.values()) > 0.1
     assert {r["model_type"] for r in results if r["aux_loss"]} == {"qwen3_moe"}
+    joined = {r["model_type"]: (r["packed"], r["shared"]) for r in results}
+    assert joined["qwen3_moe"] == joined["minicpm3"] == ("right", "right")
+    assert joined["xlnet"] == ("refused: no masks", "refused: no masks")
+    assert "wrong" not in {value for pair in joined.values() for value in pair}
 
 
 @pytest.mark.slow
@@ -68,4 +72,8 @@ def test_every_architecture(tmp_path: Path) -> None:
     missing = set() if importlib.util.find_spec("timm") else {"gemma3n"}
     assert {name for name, seen in outcomes.items() if seen == {"not buildable"}} <= NOT_BUILDABLE | missing
     assert len(outcomes) > 100
+    for layout in ("packed", "shared"):
+        found = [result[layout] for result in results if result["variant"] == "untied"]
+        assert "wrong" not in found
+        assert found.count("right") >= 120
     assert all(f"| {name} |" in page.read_text() for name in outcomes)

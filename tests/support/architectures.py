@@ -18,6 +18,7 @@ import re
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -33,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from clha_fast import token_logps
 from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
 from clha_fast.models.router import auxiliary_coefficient
+from tests.support import layouts
 from tests.support.architecture_configs import FREE_TOKENS, shrink
 
 NATS = 1e-4
@@ -60,6 +62,7 @@ class Result:
         nats, relative: the largest differences of log-probabilities and of a parameter's gradient, over its norm.
         felt: by how much log-probabilities are off when the transform is left out, in nats; None without one.
         tied: whether input and output embedding are one parameter. aux_loss: whether there was a router's loss.
+        packed, shared: `layouts.short` of these rows; "" where they were not tried.
     """
 
     model_type: str
@@ -72,6 +75,8 @@ class Result:
     felt: float | None = None
     tied: bool = False
     aux_loss: bool = False
+    packed: str = ""
+    shared: str = ""
     parameters: int = 0
     seconds: float = 0.0
 
@@ -201,7 +206,11 @@ def check(model_type: str, variant: str) -> Result:
         return result.said(REFUSED, refusal)
     result.transform = describe(info)
     result.tied = info.module.weight is model.get_input_embeddings().weight
-    return compare(model, info, result)
+    result = compare(model, info, result)
+    if variant == VARIANTS[0] and result.outcome == RIGHT:
+        layouts.usual_attention(model.eval())
+        result.packed, result.shared = (layouts.short(layouts.judge(model, layout)) for layout in layouts.LAYOUTS)
+    return result
 
 
 def compare(model: nn.Module, info: HeadInfo, result: Result) -> Result:
@@ -292,19 +301,28 @@ def render(results: list[Result]) -> str:
     groups = grouped(results)
     rows = []
     counts = dict.fromkeys(SHOWN, 0)
+    joins: dict[str, Counter[str]] = {layout: Counter() for layout in layouts.LAYOUTS}
     for model_type, variants in sorted(groups.items()):
         result = worst(variants)
         counts[result.outcome] += 1
         embeddings = " and ".join(sorted({"tied" if r.tied else "untied" for r in variants if r.outcome == RIGHT}))
         reason = re.sub(r"([|<>])", r"\\\1", result.reason)
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-        rows.append(f"| {model_type} | {name} | {result.outcome} | {result.transform} | {embeddings} | {reason} |")
+        joined = [max((getattr(r, layout) for r in variants), default="") for layout in layouts.LAYOUTS]
+        for layout, said in zip(layouts.LAYOUTS, joined, strict=True):
+            joins[layout][said.partition(":")[0]] += 1
+        columns = (model_type, name, result.outcome, result.transform, embeddings, *joined, reason)
+        rows.append(f"| {' | '.join(columns)} |")
     right = [r for r in results if r.outcome == RIGHT]
     nats = max((r.nats for r in right), default=0.0)
     relative = max((r.relative for r in right), default=0.0)
     routers = len({r.model_type for r in right if r.aux_loss})
     versions = f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}"
     total = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    of_layouts = "; ".join(
+        f"{layout} rows: {', '.join(f'{found[outcome]} {outcome}' for outcome in layouts.OUTCOMES)}"
+        for layout, found in joins.items()
+    )
     return f"""# Architectures
 
 Written by `python -m tests.support.architectures --write docs/architectures.md` with
@@ -324,8 +342,13 @@ that also read images or sound are run on text alone.
 *Transform* is what was measured behind the head's own linear map: *identity*, a scale, a softcap c tanh(z / c), a
 vocabulary cut short, one of several streams; *bias* says that the head itself has one.
 
-| model type | class | result | transform | embeddings | reason |
-|---|---|---|---|---|---|
+*Packed* and *shared* are layouts of [long-inputs.md](long-inputs.md): *right* means that `attach` took the model, and
+that log-probabilities and all gradients are those of each candidate alone in a row, to {layouts.NATS:g} nats and
+{layouts.RELATIVE:g} of a gradient's norm, with prompts longer than the windows; *refused* says what the refusal names;
+*wrong* would be a model that was taken and differs. **{of_layouts}.**
+
+| model type | class | result | transform | embeddings | packed | shared | reason |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
 
@@ -344,7 +367,7 @@ def main() -> int:
     for result in walk(arguments.types, arguments.variants):
         results.append(result)
         numbers = f"{result.nats:.1e} {result.relative:.1e} {result.parameters:9d} {result.seconds:5.1f}s"
-        said = result.reason or result.transform
+        said = " | ".join(filter(None, (result.reason or result.transform, result.packed, result.shared)))
         print(f"{result.model_type:25} {result.variant:7} {result.outcome:13} {numbers} {said}", flush=True)
     outcomes = [worst(variants).outcome for variants in grouped(results).values()]
     print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in SHOWN))
@@ -352,7 +375,8 @@ def main() -> int:
         arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     if arguments.write:
         arguments.write.write_text(render(results))
-    return int(WRONG in outcomes)
+    joined = {value for result in results for value in (result.packed, result.shared)}
+    return int(WRONG in {*outcomes, *joined})
 
 
 if __name__ == "__main__":
