@@ -73,7 +73,9 @@ def planned(
 
 def _sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any
+    ) -> Any:
         if isinstance(mask, SegmentPlan):
             return planned(module, query, key, value, mask, *args, **kw)
         return original(module, query, key, value, mask, *args, **kw)
