@@ -56,6 +56,7 @@ def settings(wrapper: str, folder: str, world: int) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": False,
+        "layout": os.environ.get("ROW_LAYOUT", "padded"),
     }
     if wrapper.startswith("zero"):
         return {

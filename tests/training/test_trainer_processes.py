@@ -137,6 +137,19 @@ def test_tensor_parallel_head(alone: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "native", "tp", "zero3"])
+def test_shared_rows(alone: dict[str, Any], tmp_path: Path, wrapper: str) -> None:
+    """The run of one process with padded rows."""
+    if wrapper == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    if wrapper in ("native", "tp"):
+        needs("transformers", "5.13", "shards no model as it is loaded")
+    if wrapper == "fsdp":
+        needs("accelerate", "1.6", "knows no FSDP2")
+    check(start(wrapper, tmp_path, 2, ROW_LAYOUT="shared"), alone)
+
+
+@pytest.mark.slow
 def test_an_objective_that_compares_with_a_copy(tmp_path: Path) -> None:
     one, two = start("compare", tmp_path, 1), start("compare", tmp_path, 2)
     assert two["model"] == "DistributedDataParallel"
