@@ -47,6 +47,7 @@ COMMANDS = {
     "table2": Command("experiments", "table2", "methods x ranking lengths x seeds, trained and measured alike"),
     "ablate": Command("experiments", "ablate", "CLHA without each of its parts, and with other margins"),
     "noise": Command("experiments", "noise_command", "what noise in rewards or ranks does to methods"),
+    "plan": Command("plan", "plan", "what a training step would need in memory, before there is one"),
     "env": Command("env", "env", "versions, devices, and which backend would run", shared=True),
 }
 

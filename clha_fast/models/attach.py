@@ -30,6 +30,7 @@ from clha_fast.models.heads import HeadInfo
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.positions import RowLimit
+from clha_fast.models.tiled import tile_mlps, untile
 from clha_fast.models.wrapped import DATA_PARALLEL, check_whole, unwrap
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
@@ -83,7 +84,8 @@ class Attached:
     """The settings that `attach` put on a model; a context manager that detaches at its end.
 
     Attributes:
-        model: the unwrapped model. info: its head as measured. options, backend: as given.
+        model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
+            tiles.
         layout: of the rows that the model has been seen to compute, for `RankedCollator`: `padded`, `packed` or
             `shared`.
     """
@@ -100,6 +102,7 @@ class Attached:
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
         self._layouts = RowLayouts(model, self._logps, self.ordinary)
         self.layout = self._layouts.settle(layout)
+        self.tiled: list[nn.Module] = []
 
     def __enter__(self) -> Attached:
         return self
@@ -126,6 +129,7 @@ class Attached:
         if self._previous is not None:
             model.forward = self._previous
         switch.remove(self.info.module)
+        untile(self.tiled)
         return model
 
     def counts(
@@ -299,6 +303,7 @@ def attach(
     workspace_bytes: int | None = None,
     max_dropped_mass: float | None = None,
     layout: str = "padded",
+    tiled_mlp: bool | int = False,
 ) -> Attached:
     """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
 
@@ -333,6 +338,8 @@ def attach(
             the model computes them as it computes each candidate alone; the first batch is compared as well, and one
             that is twice as long. `auto` is `shared` where the probe passes, else `padded`; `Attached.layout` says
             which.
+        tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
+            `models.tiled`.
 
     Returns:
         `Attached`: ``.detach()`` undoes it, as leaving a ``with`` block does.
@@ -369,6 +376,7 @@ def attach(
         workspace_bytes=workspace_bytes,
         max_dropped_mass=max_dropped_mass,
     )
+    attached.tiled = tile_mlps(inner, tiled_mlp)
     _put_on(inner, attached)
     return attached
 

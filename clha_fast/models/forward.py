@@ -27,7 +27,7 @@ from clha_fast.models.heads import (
 )
 from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
-from clha_fast.models.segment_masks import segmented
+from clha_fast.models.segment_masks import IN_TWO_CALLS, segmented
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 from clha_fast.ops.dispatch import Backend
@@ -123,7 +123,7 @@ class _Forward:
         with (
             place(self.model, compute, self.info) as fused,
             through_hooks(self.info, fused),
-            segmented(segments, tokens),
+            segmented(segments, tokens, not torch.compiler.is_compiling() and self.model in IN_TWO_CALLS),
         ):
             output = run(**inputs, **(others or {}), **self._flags)
         if not fused.called:

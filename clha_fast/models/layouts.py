@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.segments import LAYOUTS, Segments, check_layout
-from clha_fast.models import segment_masks
+from clha_fast.models import segment_attention, segment_masks
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
 from clha_fast.models.forward import LogpForward
@@ -76,9 +76,32 @@ class RowLayouts:
                 )
             segment_masks.install()
             with self._around():
-                self._probe.check(layout, gradients=not _spread(self._model))
+                if not self._in_two_calls(layout):
+                    self._probe.check(layout, gradients=not _spread(self._model))
         self.layout = layout
         return layout
+
+    def _in_two_calls(self, layout: str) -> bool:
+        """Whether the model computes `layout` rows without masks: tried with the same probe; it then goes on to."""
+        config: Any = getattr(self._model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        implementation = getattr(text, "_attn_implementation", None)
+        if implementation not in segment_attention.TAKEN or _drops_out(text) or _spread(self._model):
+            return False
+        segment_masks.IN_TWO_CALLS.add(self._model)
+        try:
+            self._probe.check(layout)
+        # What layers raise that do more with a mask than hand it on.
+        except (
+            UnsupportedLayoutError,
+            segment_attention.UnsupportedAttentionError,
+            AttributeError,
+            TypeError,
+        ) as error:
+            segment_masks.IN_TWO_CALLS.discard(self._model)
+            logger.debug("layout %s: with masks (%s)", layout, error)
+            return False
+        return True
 
     def check(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
         """One batch before it runs.
@@ -117,6 +140,17 @@ class RowLayouts:
             with self._around():
                 self._probe.compare(features, "shared" if several else "packed", looked_at)
             self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
+
+
+def _drops_out(config: Any) -> bool:
+    names = (
+        "attention_dropout",
+        "attn_pdrop",
+        "attention_probs_dropout_prob",
+        "attn_dropout_prob",
+        "attention_dropout_prob",
+    )
+    return any(getattr(config, name, 0) for name in names)
 
 
 def _spread(model: nn.Module) -> bool:

@@ -12,19 +12,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 
 from clha_fast.batching.segments import Segments, TokenSegments
+from clha_fast.models import segment_attention
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", segment_attention.OWN)
+# Models, as long as they live, that were seen to compute such rows without masks: `segment_attention`.
+IN_TWO_CALLS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # A bool mask [B, 1, T, T] of one row of 32,768 tokens. What attention makes of it may be four times as large.
 MASK_BYTES = 1 << 30
 _NEEDED = ("mask_function", "attention_mask", "allow_is_causal_skip", "q_length", "kv_length")
@@ -42,6 +46,7 @@ class _Running(threading.local):
         self.segments: Segments | None = None
         self.tokens: TokenSegments | None = None
         self.asked = 0
+        self.two_calls = False
 
 
 _running = _Running()
@@ -58,11 +63,12 @@ def asked() -> int:
 
 
 @contextlib.contextmanager
-def segmented(segments: Segments | None, tokens: TokenSegments | None) -> Iterator[None]:
+def segmented(segments: Segments | None, tokens: TokenSegments | None, two_calls: bool = False) -> Iterator[None]:
     """Inside, and in this thread alone, masks are those of rows with `segments`; None changes nothing.
 
     Args:
-        tokens: `segments.tokens()` on the model's device.
+        tokens: `segments.tokens()` on the model's device. two_calls: layers are given a plan in the mask's place, where
+            their attention takes one.
 
     Raises:
         UnsupportedLayoutError: as `install`.
@@ -71,12 +77,12 @@ def segmented(segments: Segments | None, tokens: TokenSegments | None) -> Iterat
         yield
         return
     install()
-    before = _running.segments, _running.tokens
-    _running.segments, _running.tokens, _running.asked = segments, tokens, 0
+    before = _running.segments, _running.tokens, _running.two_calls
+    _running.segments, _running.tokens, _running.two_calls, _running.asked = segments, tokens, two_calls, 0
     try:
         yield
     finally:
-        _running.segments, _running.tokens = before
+        _running.segments, _running.tokens, _running.two_calls = before
 
 
 def install() -> None:
@@ -89,6 +95,7 @@ def install() -> None:
     if all(hasattr(table[name], "_clha_segments") for name in IMPLEMENTATIONS if name in table):
         return
     with _lock:
+        segment_attention.install()
         takes = inspect.signature(masking_utils.sdpa_mask).parameters
         for name in _NEEDED:
             if name not in takes:
@@ -107,14 +114,19 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         tokens = _running.tokens
         if tokens is None:
             return original(*args, **kwargs)
-        return original(*args, **_in_segments(name, tokens, kwargs))
+        own = _in_segments(name, tokens, kwargs)
+        if own is None:
+            assert _running.segments is not None
+            device = tokens.group_ids.device
+            return segment_attention.plan_for(_running.segments, kwargs.get("mask_function"), device)
+        return original(*args, **own)
 
     make_mask._clha_segments = True  # type: ignore[attr-defined]
     return make_mask
 
 
-def _in_segments(name: str, tokens: TokenSegments, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a function that makes masks, for rows with segments."""
+def _in_segments(name: str, tokens: TokenSegments, given: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a function that makes masks, for rows with segments; None where none is to be made."""
     _running.asked += 1
     rows, width = tokens.group_ids.shape
     if name not in IMPLEMENTATIONS:
@@ -129,6 +141,8 @@ def _in_segments(name: str, tokens: TokenSegments, given: dict[str, Any]) -> dic
             f"{sizes[0]} queries from {sizes[2]} and {sizes[1]} keys from {sizes[3]} (virtual tokens, a cache, or "
             "pooled keys); layout='padded' runs it"
         )
+    if _running.two_calls and name in segment_attention.TAKEN:
+        return None
     if name != "flex_attention" and rows * width * width > MASK_BYTES:
         raise UnsupportedLayoutError(
             f"layout: expected a row of at most {int((MASK_BYTES / rows) ** 0.5):,} tokens, whose mask takes "

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import signals_of
+from clha_fast.models.tiled import check_rows
 from clha_fast.objectives import Objective
 from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
@@ -56,6 +57,7 @@ class CLHAConfig(TrainingArguments):
         log_token_statistics: logs `entropy`, of the softmax at each token in nats, and `mean_token_accuracy`, the share
             of tokens that are the model's first choice, means over scored tokens, in evaluation too. The pass that
             makes log-probabilities sums them up; on GPUs CLHA's ranking then runs in torch instead of its kernels.
+        tiled_mlp: MLPs run so many tokens at a time, True chooses: the same gradients, less memory, see `models.tiled`.
         drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
         eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
         eval_samples: after an evaluation, this many of the first held-out prompts are answered, and the answers written
@@ -94,6 +96,7 @@ class CLHAConfig(TrainingArguments):
     workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits."})
     max_dropped_mass: float | None = field(default=None, metadata={"help": "Mass gradients may leave out."})
     log_token_statistics: bool = field(default=False, metadata={"help": "Log entropy and mean_token_accuracy."})
+    tiled_mlp: bool | str = field(default=False, metadata={"help": "MLPs a tile of tokens at a time: true, or tokens."})
     drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
     eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
     eval_samples: int = field(default=0, metadata={"help": "Held-out prompts to answer at evaluation."})
@@ -122,6 +125,7 @@ class CLHAConfig(TrainingArguments):
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
         HeadOptions(max_dropped_mass=self.max_dropped_mass)
+        self.tiled_mlp = check_rows(self.tiled_mlp)  # type: ignore[assignment]
         for name in ("max_tokens_per_batch", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:

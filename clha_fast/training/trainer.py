@@ -27,6 +27,7 @@ from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.positions import RowLimit
 from clha_fast.models.sharding import reshard, whole_weights
+from clha_fast.models.tiled import tile_mlps
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
@@ -147,6 +148,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 measured,
                 args.backend,  # type: ignore[arg-type]
             )
+        tile_mlps(inner, args.tiled_mlp)  # type: ignore[arg-type]  # config has made it a number or a switch
         self.reference.hold(model, frozen, budget)
         if isinstance(processing_class, PreTrainedTokenizerBase) and len(processing_class) > self.head_info.vocab_size:
             raise ValueError(

@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("files",),
     "batching": ("data", "objectives", *BASE),
     "models": ("batching", "data", "functional", "ops", "objectives", *BASE),
+    "planning": ("models", "batching", *BASE),
     "rewards": ("models", "batching", "data", "objectives", *BASE),
     "generation": ("models", "batching", "data", *BASE),
     "training": ("generation", "rewards", "models", "batching", "data", "functional", "ops", "objectives", *BASE),
@@ -41,7 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "integrations": ("training", *MODEL_ROOMS, "functional", "ops", "objectives", *BASE),
     "hf": ("training", "rewards", "models", "batching"),
     "demo": (),
-    "cli": (*RUN_ROOMS, "models", "data", "ops", "objectives", *BASE),
+    "cli": (*RUN_ROOMS, "planning", "models", "batching", "data", "ops", "objectives", *BASE),
     "__main__": ("cli",),
 }
 # Third-party packages that a room must not import, anywhere in its files.

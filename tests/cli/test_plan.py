@@ -1,0 +1,72 @@
+"""`clha-fast plan`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from clha_fast.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_text(model, capsys):
+    """A folder with a configuration alone is enough."""
+    assert main(["plan", "--model", model, "--tokens", "64", "--candidates", "4", "--memory", "80"]) == 0
+    text = capsys.readouterr().out
+    assert "1 x 4 candidates of 16 tokens behind prompts of 16: 64 scored tokens; padded: 4 x 32 tokens run" in text
+    assert "fits in 80 GiB" in text
+    assert "layer checkpoints" in text
+
+
+def test_json_and_the_way_out(model, capsys):
+    words = ["--tokens=2048", "--candidates=4", "--prompt", "1024", "--backend", "torch", "--dtype", "float32"]
+    assert main(["plan", "--model", model, *words, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (first["load"]["response"], first["load"]["tokens"], first["scored_tokens"]) == (512, 4 * 1536, 2048)
+    parts = first["bytes"]
+    fixed = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert parts["total"] == fixed + parts["kept"] + max(parts["layer"], parts["head"])
+    memory = parts["total"] * 0.7 / 2**30
+    assert main(["plan", "--model", model, *words, "--json", f"--memory={memory}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["with"]["fits"]) == (False, True)
+    assert found["with"]["options"] == ["--layout shared"]
+    assert main(["plan", "--model", model, *words, "--json", f"--memory={memory}", "--layout", "shared"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == found["with"]["bytes"]
+    assert main(["plan", "--model", model, *words, "--memory=0.001"]) == 0
+    assert "still" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--tokens: expected the scored tokens of a micro-batch, or --response, got neither"),
+        (["--tokens", "63"], "--tokens: expected a positive multiple of 4 candidates, got 63"),
+        (["--tokens", "64", "--response", "5"], "expected a positive multiple of 4 candidates of 5 tokens, got 64"),
+        (["--tokens", "64", "--memory", "0"], "--memory: expected a positive number of GiB, got 0.0"),
+        (["--response", "4", "--offload", "--no-checkpointing"], "--offload: expected gradient checkpointing"),
+        (["--response", "4", "--lora-rank", "0"], "--lora-rank: expected a positive whole number, got 0"),
+        (["--response", "4", "--tiled-mlp", "0"], "tiled_mlp: expected True, False or a positive number"),
+        (["--response", "-4"], "response: expected a positive whole number, got -4"),
+    ],
+)
+def test_refused_in_one_sentence(model, words, message, capsys):
+    assert main(["plan", "--model", model, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_such_model(capsys, tmp_path):
+    assert main(["plan", "--model", str(tmp_path / "none"), "--response", "4"]) == 2
+    assert "model: expected a folder that holds one" in capsys.readouterr().err
