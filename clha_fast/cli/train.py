@@ -20,12 +20,14 @@ from clha_fast.cli.options import collect, read_config, split
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
-from clha_fast.files import CheckpointError, survivors
+from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.reports.data_summary import DataSummary, data_text, share_text
+from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
+from clha_fast.training.samples import SAMPLES_FILE
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -116,6 +118,11 @@ def folder_text(run: Run) -> str:
 
 def header(run: Run) -> str:
     """What will be trained, on what, how."""
+    return "\n".join(f"{name:<9} {text}" for name, text in header_lines(run).items())
+
+
+def header_lines(run: Run) -> dict[str, str]:
+    """The header's lines by their names."""
     trainer, args = run.trainer, run.args
     config = run.model.config
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -147,7 +154,7 @@ def header(run: Run) -> str:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    return lines
 
 
 class Progress(TrainerCallback):
@@ -225,6 +232,22 @@ def memory_report(run: Run) -> dict[str, int]:
     return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
 
 
+def _write_page(run: Run) -> str:
+    path = os.path.join(run.folder, REPORT_FILE)
+    text = run_page(
+        os.path.basename(os.path.abspath(run.folder)),
+        header_lines(run).items(),
+        run.identity.settings,
+        run.before,
+        run.after,
+        run.trainer.state.log_history,
+        read_samples(os.path.join(run.folder, SAMPLES_FILE)),
+        run.trainer.loss_options.metric_names,
+    )
+    write_text(path, text)
+    return path
+
+
 def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
     run.trainer.remove_callback(Progress)  # the table says it
     run.report()
@@ -242,6 +265,7 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
         print(f"\nloss curve      {path}")
     else:
         print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")
+    print(f"report          {_write_page(run)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
     if command.get("memory_report"):
