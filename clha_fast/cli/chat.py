@@ -64,16 +64,18 @@ def _answer(chat: Chat, line: str) -> None:
         _note(f"({' '.join(str(error).split())})")
         return
     print(flush=True)
-    _say_end(chat, reply, dropped)
+    _say_end(reply, dropped)
 
 
-def _say_end(chat: Chat, reply: Reply, dropped: int | None) -> None:
+def _say_end(reply: Reply, dropped: int | None) -> None:
     if reply.finish == "length":
-        _note(f"(cut at {chat.settings.max_new_tokens:,} tokens: --max-new-tokens)")
+        _note("(cut: nothing ended it within --max-new-tokens, or the model's positions)")
     elif reply.finish == "interrupted":
         _note("(interrupted)")
     if not reply.text:
         _note("(an empty answer, which is not kept in the conversation)")
+    if reply.cut:
+        _note(f"(the line is too long: the model read the last {reply.cut:,} tokens)")
     if reply.dropped and dropped is None:
         _note(f"(the conversation is too long for the model: {reply.dropped:,} turns were left out)")
 

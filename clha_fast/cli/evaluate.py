@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.generate import add_model_arguments, answer, model_text, prompt_length, say_prefix, settings_of
+from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
 from clha_fast.cli.text import with_dashes
 from clha_fast.data import FORMATS, RankedRecord, read_records
@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         print(f"model         {model_text(backend.model, args.model)}", flush=True)
         model = {"model": backend.model, "tokenizer": backend.tokenizer}
         about["answer_prefix"] = settings.answer_prefix
-        model |= {"max_prompt_length": prompt_length(args), "answer_prefix": settings.answer_prefix}
+        model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
         model["layout"] = args.layout
         if made is None:
             say_prefix(args, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,8 +37,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-prompt-length",
         type=int,
+        default=PLAIN.max_prompt_length,
         metavar="N",
-        help=f"tokens of a prompt, cut on the left behind its BOS (default {PLAIN.max_prompt_length})",
+        help="tokens of a prompt, cut on the left behind its BOS (default 384)",
     )
     parser.add_argument("--temperature", type=float, default=PLAIN.temperature, metavar="T", help="0 (default): greedy")
     parser.add_argument(
@@ -65,11 +65,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def prompt_length(args: argparse.Namespace) -> int | None:
-    """Tokens that a prompt may have."""
-    return PLAIN.max_prompt_length if args.max_prompt_length is None else int(args.max_prompt_length)
-
-
 def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
     """The settings of these options; the prefix is by default that of the run which trained the model.
 
@@ -84,7 +79,7 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
         raise ValueError(f"--seed: expected none with temperature 0, which draws nothing, got {args.seed}")
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
-        max_prompt_length=prompt_length(args),
+        max_prompt_length=args.max_prompt_length,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed or 0,
@@ -150,8 +145,6 @@ def _chat(args: argparse.Namespace) -> int:
     if processes != 1:
         raise ValueError(f"--chat: expected one process, got {processes} (WORLD_SIZE)")
     settings = settings_of(args, args.model)
-    if args.max_prompt_length is None:
-        settings = dataclasses.replace(settings, max_prompt_length=None)
     backend = load_backend(args.model, device=args.device, dtype=args.dtype)
     chat = Chat(backend, settings, args.system, not args.no_history)
     print(f"model         {model_text(backend.model, args.model)}", file=sys.stderr)
@@ -183,10 +176,13 @@ def generate(words: Sequence[str]) -> int:
     )
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     add_model_arguments(parser)
+    parser.set_defaults(max_prompt_length=None)
     with launched() as processes:
         words, columns = take_columns(words)
         args = parse(parser, words)
         check_chat(args, parser, columns)
+        if args.max_prompt_length is None and not args.chat:  # a conversation may be as long as the model's positions
+            args.max_prompt_length = PLAIN.max_prompt_length
 
         def work() -> int:
             if args.chat:

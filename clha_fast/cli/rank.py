@@ -18,8 +18,8 @@ from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 
 DESCRIPTION = (
     "Put the answers to each prompt in order, best first: by the log-probability a token that a causal language model "
-    "gives them, or by a reward model's rewards. One JSON object a line: the record in its new order, its scores, and "
-    "the places that the answers had before (order)."
+    "gives them, or by a reward model's rewards. One JSON object a line: the record in its new order, the scores "
+    "(mean_logps, or rewards), and the places that the answers had before (order)."
 )
 _LENGTHS = ("max_length", "max_prompt_length", "max_completion_length")
 

@@ -18,8 +18,10 @@ from clha_fast.cli.runs import carry_out, folder_text, model_text
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
+from clha_fast.files import write_text
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.reports.data_summary import DataSummary, data_text, share_text
+from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
 from clha_fast.training.samples import SAMPLES_FILE
@@ -92,6 +94,11 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
 
 def header(run: Run) -> str:
     """What will be trained, on what, how."""
+    return "\n".join(f"{name:<9} {text}" for name, text in header_lines(run).items())
+
+
+def header_lines(run: Run) -> dict[str, str]:
+    """The header's lines by their names."""
     trainer, args = run.trainer, run.args
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
@@ -118,7 +125,7 @@ def header(run: Run) -> str:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    return lines
 
 
 def memory_report(run: Run) -> dict[str, int]:
@@ -152,6 +159,22 @@ def memory_report(run: Run) -> dict[str, int]:
     return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
 
 
+def _write_page(run: Run) -> str:
+    path = os.path.join(run.folder, REPORT_FILE)
+    text = run_page(
+        os.path.basename(os.path.abspath(run.folder)),
+        header_lines(run).items(),
+        run.identity.settings,
+        run.before,
+        run.after,
+        run.trainer.state.log_history,
+        read_samples(os.path.join(run.folder, SAMPLES_FILE)),
+        run.trainer.loss_options.metric_names,
+    )
+    write_text(path, text)
+    return path
+
+
 def _print_answers(run: Run) -> None:
     """The first held-out prompt, as it was answered before training and is now, where `eval_samples` asks for it."""
     path = os.path.join(run.folder, SAMPLES_FILE)
@@ -177,6 +200,7 @@ def _finish(run: Run, command: Mapping[str, Any]) -> None:
         print(f"\nloss curve      {path}")
     else:
         print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")
+    print(f"report          {_write_page(run)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
     if command.get("memory_report"):

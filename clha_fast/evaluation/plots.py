@@ -3,8 +3,57 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Panel(NamedTuple):
+    """One picture of a run: its title with the unit, and per line a key of the log, a label and a colour.
+
+    Attributes:
+        bounds: of the vertical axis, where the figure has any.
+    """
+
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    bounds: tuple[float, float] | None = None
+
+
+PANELS = (
+    Panel("loss (nats)", (("loss", "", "C0"),)),
+    Panel("ranking accuracy (kept pairs)", (("rewards/accuracies", "", "C0"),), (-0.03, 1.03)),
+    Panel("Kendall's tau (all ordered pairs)", (("kendall_tau", "", "C0"),), (-1.05, 1.05)),
+    Panel("margin, better less worse (nats a token)", (("rewards/margins", "", "C0"),)),
+    Panel(
+        "log-probability of kept pairs (nats a token)",
+        (("logps/chosen", "better", "C0"), ("logps/rejected", "worse", "C1")),
+    ),
+    Panel("terms of the loss (nats)", (("rank_loss", "rank", "C0"), ("sft_loss", "SFT", "C1"))),
+)
+
+
+class Series(NamedTuple):
+    """Points (step, value) of one key: in training, means since the line before; held out, at each evaluation."""
+
+    training: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+
+
+def series_of(
+    log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float], key: str
+) -> Series:
+    """The points of a run's log; `before` and `after` stand at its ends."""
+    last = max((int(line["step"]) for line in log), default=0)
+    training = [(int(line["step"]), line[key]) for line in log if "loss" in line and line.get(key) is not None]
+    name = f"eval_{key}"
+    held = {int(line["step"]): line[name] for line in log if line.get(name) is not None and 0 < line["step"] < last}
+    # Where an earlier step's weights are back, what was measured is theirs.
+    end = int(after.get("eval_step", last))
+    for step, found in ((0, before), (end, after)):
+        if found.get(name) is not None:
+            held[step] = found[name]
+    return Series(training, sorted(held.items()))
 
 
 def can_plot() -> bool:
@@ -15,30 +64,59 @@ def can_plot() -> bool:
 def loss_curve(
     log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float], path: str
 ) -> None:
-    """Draw loss and ranking accuracy over the steps of a run's log, training and held out, as a PNG.
+    """Draw `PANELS` over the steps of a run's log, training and held out, as a PNG.
 
     Raises:
         ImportError: matplotlib is not installed. OSError: the file cannot be written.
     """
+    _figure(log, before, after).savefig(path, dpi=120, format="png")
+
+
+def curves_svg(log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The same as an <svg> element, to stand in a page; two calls give the same text.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.hashsalt": "clha-fast", "svg.fonttype": "none"}):
+        figure = _figure(log, before, after)
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    last = max((int(line["step"]) for line in log), default=0)
-    for axes, key, label in ((left, "loss", "loss"), (right, "rewards/accuracies", "ranking accuracy")):
-        train = [(line["step"], line[key]) for line in log if "loss" in line and key in line]
-        name = f"eval_{key}"
-        held = [(line["step"], line[name]) for line in log if name in line and 0 < line["step"] < last]
-        ends = [(step, found[name]) for step, found in ((0, before), (last, after)) if name in found]
-        for points, style, title in ((train, "-", "training"), (sorted(held + ends), "o--", "held out")):
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=title, markersize=4)
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        drawn = False
+        for (key, label, colour), marker in zip(panel.lines, "os", strict=False):
+            training, held_out = series_of(log, before, after, key)
+            name = f"{label}, " if label else ""
+            style: dict[str, Any] = {"color": colour}
+            if training:
+                thin = {**style, "alpha": 0.55, "linewidth": 1.2}
+                axes.plot(*zip(*training, strict=True), label=f"{name}training", **thin)
+            if held_out:
+                # Two points say nothing of what lies between them.
+                line = f"{marker}--" if len(held_out) > 2 else marker
+                axes.plot(*zip(*held_out, strict=True), line, label=f"{name}held out", markersize=5, **style)
+            drawn = drawn or bool(training or held_out)
+        axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step")
-        axes.set_title(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if train or held or ends:
-            axes.legend()
-    right.set_ylim(0, 1)
-    figure.savefig(path, dpi=120, format="png")
+        if panel.bounds is not None:
+            axes.set_ylim(*panel.bounds)
+        if drawn:
+            axes.legend(fontsize=8)
+        else:
+            axes.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axes.transAxes, color="0.4")
+    return figure

@@ -11,8 +11,8 @@ EVALUATION_ROWS = {
     "eval_rewards/accuracies": "ranking accuracy (kept pairs)",
     "eval_kendall_tau": "Kendall's tau (all ordered pairs)",
     "eval_rewards/margins": "margin (nats a token)",
-    "eval_logps/chosen": "  better answers' log-probability",
-    "eval_logps/rejected": "  worse answers' log-probability",
+    "eval_logps/chosen": "log-probability of the better side (nats a token)",
+    "eval_logps/rejected": "log-probability of the worse side (nats a token)",
     "eval_loss": "loss",
     "eval_rank_loss": "  rank term",
     "eval_sft_loss": "  SFT term",
@@ -48,14 +48,18 @@ def margin_text(quartiles: Sequence[float], flag: str) -> str:
     return f"quartiles of the reward gaps {values}: {flag} of these drops at least 25, 50, 75% of the pairs as noise"
 
 
+def evaluation_rows(own: Sequence[str] = ()) -> dict[str, str]:
+    """`EVALUATION_ROWS`, and the objective's own metrics by these names."""
+    return {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
+
+
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], own: Sequence[str] = ()) -> str:
     """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last.
 
     Args:
         own: names of the objective's own metrics.
     """
-    names = {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
-    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in names.items()]
+    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in evaluation_rows(own).items()]
     best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
     return table(["held out", "before", f"after{best}"], rows)
 

@@ -35,6 +35,7 @@ from clha_fast.models.loading import (
 )
 from clha_fast.ops.dispatch import resolve
 from clha_fast.reports.data_summary import DataSummary, summarise
+from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS
@@ -160,7 +161,7 @@ class Run:
 
     config_class: ClassVar[type[TrainingArguments]] = CLHAConfig
     # What a run leaves in its folder beside the model and its checkpoints.
-    files: ClassVar[tuple[str, ...]] = (METRICS_FILE, CURVE_FILE, SAMPLES_FILE)
+    files: ClassVar[tuple[str, ...]] = (METRICS_FILE, CURVE_FILE, SAMPLES_FILE, REPORT_FILE)
     trainer: Any  # a CLHATrainer
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel

@@ -13,11 +13,17 @@ from clha_fast.generation.prompts import encode_prompts
 
 
 class Reply(NamedTuple):
-    """text: without outer blanks. finish: "stop", "length" or "interrupted". dropped: oldest turns left out so far."""
+    """What came of a line.
+
+    Attributes:
+        text: without outer blanks. finish: "stop", "length" or "interrupted".
+        dropped: oldest turns left out so far. cut: tokens that the prompt is cut to on its left, 0 where it is whole.
+    """
 
     text: str
     finish: str
     dropped: int
+    cut: int
 
 
 class Chat:
@@ -56,29 +62,30 @@ class Chat:
             said: called with pieces of the answer as they are written; joined they are the reply's text.
 
         Raises:
-            RecordError: the chat template refuses the messages. ValueError: a line too long for the model.
+            RecordError: the chat template refuses the messages.
         """
         turn: Message = {"role": "user", "content": line}
-        prompt, settings = self._encode(line, turn)
+        prompt, settings, cut = self._encode(line, turn)
         written = _Written(prompt.stops, said)
         try:
             (found,) = self.backend.answer([prompt], settings, lambda row, text: written.so_far(text))
             written.end(found.text)
-            reply = Reply(found.text, found.finish, self._dropped)
+            reply = Reply(found.text, found.finish, self._dropped, cut)
         except KeyboardInterrupt:
-            reply = Reply(written.text, "interrupted", self._dropped)
+            reply = Reply(written.text, "interrupted", self._dropped, cut)
         # An empty turn is one that many templates refuse.
         if self.history and reply.text:
             self.messages += [turn, {"role": "assistant", "content": reply.text}]
         return reply
 
-    def _encode(self, line: str, turn: Message) -> tuple[EncodedPrompt, GenerationSettings]:
+    def _encode(self, line: str, turn: Message) -> tuple[EncodedPrompt, GenerationSettings, int]:
         while True:
-            prompt = (*self._system, *self.messages, turn) if self.history else line
-            record = PromptRecord(prompt, "chat")
+            whole = (*self._system, *self.messages, turn) if self.history else line
+            record = PromptRecord(whole, "chat")
             found = encode_prompts([record], self.backend.tokenizer, self.settings, self.backend.max_positions)
             if not found.cut or not self.messages:
-                return found.prompts[0], found.settings
+                (prompt,) = found.prompts
+                return prompt, found.settings, len(prompt.ids) if found.cut else 0
             self.messages = self.messages[2:]
             self._dropped += 1
 

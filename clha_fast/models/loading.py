@@ -287,8 +287,8 @@ def load_classifier(
     """
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         raise ValueError(
-            f"model: expected a whole model, got {name} with an adapter alone; merge it (peft's merge_and_unload), "
-            "save the result and give that folder"
+            f"model: expected a whole model, got {name} with an adapter alone; merge it (clha-fast merge, or "
+            "peft's merge_and_unload) and give that folder"
         )
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_sentence("model", name):

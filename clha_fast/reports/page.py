@@ -43,7 +43,7 @@ td.bars { width: 12rem; min-width: 6rem; vertical-align: middle; }
 .cut { color: #8a1f1f; text-decoration: line-through; background: #fbe6e6; }
 .note { color: #4a5667; }
 .warn { border-left: .3rem solid #b36b00; padding-left: .7rem; }
-img, svg { max-width: 100%; height: auto; }
+.wide > svg { width: 100%; min-width: 50rem; height: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>
 </head>

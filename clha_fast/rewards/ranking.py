@@ -89,9 +89,10 @@ def rank_file(
 ) -> RankResult:
     """Write every record of `source` to `destination` with its answers best first, as JSON Lines.
 
-    A line is the canonical record in its new order, with `scores`, in that order, and `order`: the positions that the
-    answers had in `source`. Whatever else the record has of each answer (rewards, signals) moves with it; a text is
-    scored on the tokens that training gives it. Interruption, resuming and batches are those of `scoring.score_file`.
+    A line is the canonical record in its new order, with the scores in that order (`mean_logps` of a language model,
+    `rewards` of a reward model), and `order`: the positions that the answers had in `source`. Whatever else the record
+    has of each answer (rewards, signals) moves with it. An answer is scored on the tokens that training gives it.
+    Interruption, resuming and batches are those of `scoring.score_file`.
 
     Args:
         source: records, or as `clha_fast.data.iter_records`, with `format` and `columns`.
@@ -116,7 +117,9 @@ def rank_file(
 
     def finish(scores: dict[int, float]) -> list[dict[str, Any]]:
         rankings.extend(_rankings(run, scores))
-        return [_line(record, ranking) for record, ranking in zip(records, rankings, strict=True)]
+        # Not `scores`: readers refuse such a column without rewards, lest it be taken for them.
+        key = "mean_logps" if isinstance(judge, Policy) else "rewards"
+        return [_line(record, ranking, key) for record, ranking in zip(records, rankings, strict=True)]
 
     options = {"resume": resume, "overwrite": overwrite, "progress": progress}
     resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
@@ -200,8 +203,8 @@ def _ranking(scores: list[float]) -> Ranking:
     return Ranking(sorted(range(len(scores)), key=scores.__getitem__, reverse=True), scores)  # stable, reverse included
 
 
-def _line(record: RankedRecord, ranking: Ranking) -> dict[str, Any]:
+def _line(record: RankedRecord, ranking: Ranking, key: str) -> dict[str, Any]:
     line = record.in_order(ranking.order).as_dict()
     if not record.sft_index:  # it named no answer: the target is the best one
         line.pop("sft_index", None)
-    return {**line, "scores": [ranking.scores[k] for k in ranking.order], "order": ranking.order}
+    return {**line, key: [ranking.scores[k] for k in ranking.order], "order": ranking.order}

@@ -25,7 +25,7 @@ def test_a_language_model_then_its_ranks(tmp_path: Path, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert out.count("1. a language model of the answers") == 2
     assert out.count("ranking accuracy (kept pairs)") == 2
-    assert out.count("better answers' log-probability") == 2
+    assert out.count("log-probability of the better side") == 2
     train, _ = split_records(read_records(SECOND["train_file"]), SECOND["eval_fraction"], SECOND["seed"])
     assert f"{sum(len(record.completions) for record in train):,} answers" in out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clha_fast.cli import main as cli
+from clha_fast.data import read_records
 from clha_fast.rewards.policy import Policy
 from tests.support.command_line import one_sentence
 from tests.support.reward_models import TOKENIZER, by_length, spread, write
@@ -38,11 +39,14 @@ def test_a_policy_ranks_a_file(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "answers, best first; " in said
     assert "% of the pairs stand as in the file; " in said
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all(line["scores"] == sorted(line["scores"], reverse=True) for line in lines)
+    assert all(line["mean_logps"] == sorted(line["mean_logps"], reverse=True) for line in lines)
     renamed = write(tmp_path / "named.jsonl", [{"q": "say", "one": "a cat", "two": "a dog ran"}])
     columns = ("--columns.prompt", "q", "--columns.completions", "[one, two]")
     assert run(folder / "policy", renamed, tmp_path / "named", *columns) == 0
-    assert sorted(json.loads((tmp_path / "named").read_text())["completions"]) == ["a cat", "a dog ran"]
+    line = json.loads((tmp_path / "named").read_text())
+    assert sorted(line["completions"]) == ["a cat", "a dog ran"]
+    (record,) = read_records(tmp_path / "named")
+    assert (list(record.completions), record.rewards) == (line["completions"], None)
 
 
 def test_a_classifier_is_taken_for_a_reward_model(

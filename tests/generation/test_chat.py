@@ -85,7 +85,8 @@ def test_the_oldest_turns_of_a_long_conversation_go() -> None:
     assert len(chat.messages) < 2 * 8
     assert chat.messages[0]["role"] == "user"
     chat.reset()
-    assert chat.say("the cat").dropped == 0
+    assert chat.say("the cat")[2:] == (0, 0)
+    assert chat.say("the cat sat on a mat " * 30).cut == 64 - SHORT.max_new_tokens, "and that is said"
 
 
 def test_lines_without_history_are_prompts_as_they_stand(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys
     assert cli.main(["rank", adapter, rows, str(tmp_path / "own"), "--device", "cpu"]) == 0
     own, merged = (json.loads((tmp_path / name).read_text()) for name in ("own", "ranked"))
     assert own["order"] == merged["order"]
-    assert own["scores"] == pytest.approx(merged["scores"], rel=1e-4)
+    assert own["mean_logps"] == pytest.approx(merged["mean_logps"], rel=1e-4)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

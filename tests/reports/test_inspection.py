@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_degenerate_files(tmp_path: Path) -> None:
     assert "(1 of 2 records)" in " ".join(first.sentences), "counted over what was read"
     with pytest.raises(RecordError, match="expected a response that is not empty"):
         inspect_file([{"prompt": "a", "completions": [""]}], PUBLISHED, progress=False)
+
+
+def test_no_more_is_read_than_was_asked_for() -> None:
+    taken = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        while True:
+            taken.append(1)
+            yield {"prompt": f"say {len(taken)}", "completions": ["a cat", "a dog"], "rewards": [1, 0]}
+
+    found = inspect_file(rows(), PUBLISHED, most=50, progress=False)
+    assert (found.records, found.more) == (50, True)
+    assert len(taken) <= 60
 
 
 def test_the_page_stands_in_a_browser_and_runs_nothing(tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def test_a_file_is_written_best_first(tmp_path: Path) -> None:
         assert line["order"] == ranking.order
         assert line["completions"] == [row["completions"][k] for k in ranking.order]
         assert line["rewards"] == [row["rewards"][k] for k in ranking.order]
-        assert line["scores"] == sorted(ranking.scores, reverse=True)
+        assert line["mean_logps"] == sorted(ranking.scores, reverse=True)
         expected = own_scores(policy.model, TOKENIZER, row["prompt"], row["completions"])
         assert ranking.scores == pytest.approx(expected, abs=1e-5)
     assert lines[2]["sft_index"] == lines[2]["order"].index(1) or "sft_index" not in lines[2]
     assert lines[2]["subset"] == "odd"
     assert "sft_index" not in lines[0]
-    # With rewards it is a file of ranked responses again, in the new order.
+    # It is a file of ranked responses again, in the new order.
     assert [list(r.completions) for r in read_records(tmp_path / "out.jsonl")] == [x["completions"] for x in lines]
     same, pairs = result.agreement()
     assert pairs == sum(len(row["completions"]) * (len(row["completions"]) - 1) // 2 for row in rows)
@@ -153,6 +153,8 @@ def test_a_reward_model_orders_by_its_rewards(tmp_path: Path) -> None:
     result = rank_file(rows, tmp_path / "out.jsonl", judge, progress=False)
     (record,) = score_records([RankedRecord("say", tuple(rows[0]["completions"]))], judge, progress=False)
     assert result.rankings[0].order == [1, 2, 0]
+    (line,) = read_records(tmp_path / "out.jsonl")
+    assert list(line.rewards or ()) == sorted(record.rewards or (), reverse=True)
     assert tuple(result.rankings[0].scores) == record.rewards
     assert result.agreement() == (1, 3)
     with pytest.raises(ValueError, match="max_prompt_length: expected none with a reward model"):
