@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from clha_fast.version import __version__
 from tests.support.helpers import ROOT, run_python
 
 SOURCES = ("clha_fast", "csrc_triton", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -35,7 +36,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_it_is_pure_and_complete(wheel):
-    assert wheel.name == "clha_fast-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"clha_fast-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -48,7 +49,7 @@ def test_it_is_pure_and_complete(wheel):
     assert any(name.endswith(".jsonl") for name in data)
     assert packed == sources | data | {"clha_fast/py.typed"}
     assert "clha-fast = clha_fast.cli.main:main" in entry_points
-    for extra in ("flash-attn", "eval", "plot", "bench", "dev"):
+    for extra in ("flash-attn", "eval", "peft", "plot", "ray", "docs", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in headers
 
 
