@@ -42,7 +42,10 @@ def main() -> None:
         parser.error(f"{given.package}: expected a folder with a .gguf file, found none")
     place = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
     loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    # A model that was loaded from GGUF refuses to be saved; one from its configuration does not.
+    # A model that was loaded from GGUF refuses to be saved; one from its configuration does not. The weights are whole
+    # again, and a configuration that calls them quantised would keep them from being trained.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(given.output)

@@ -49,7 +49,7 @@ def test_it_is_pure_and_complete(wheel):
     assert any(name.endswith(".jsonl") for name in data)
     assert packed == sources | data | {"clha_fast/py.typed"}
     assert "clha-fast = clha_fast.cli.main:main" in entry_points
-    for extra in ("flash-attn", "eval", "plot", "bench", "dev"):
+    for extra in ("flash-attn", "eval", "peft", "plot", "ray", "docs", "bench", "dev"):
         assert f"Provides-Extra: {extra}" in headers
 
 
