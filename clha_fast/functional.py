@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from clha_fast import ops, reference
+from clha_fast.backends import SWEEPING
 from clha_fast.objectives import OBJECTIVES, Group, Objective, as_objective, encode
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
@@ -113,7 +114,8 @@ def token_logps(
     inputs = checks.with_temperature(inputs, temperature, head)
     names = None if statistics is None else checks.statistics(statistics, head)
     if shard is not None:
-        return _sharded(inputs, head, shard, backend, names)
+        logps, values = _sharded(inputs, head, shard, backend, names or ())
+        return logps if names is None else (logps, values)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
         checks.target_values(inputs, head.ignore_index)
@@ -238,45 +240,53 @@ def linear_loss(
     objective = check_adds_up(as_objective(objective))
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
+    names = checks.statistics(objective.wanted, head)
+    scored = targets != head.ignore_index
     if shard is not None:
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
         checks.ranking_values(targets.shape[0], given)
-        logps = _sharded(inputs, head, shard, backend)
-        assert isinstance(logps, Tensor)
-        return ranking_loss(logps, given, objective, scored=targets != head.ignore_index)
+        logps, values = _sharded(inputs, head, shard, backend, names)
+        return ranking_loss(logps, given, objective, scored=scored, statistics=values)
     name = _resolve(backend, inputs, head, sweep=True)
+    if names and name != "reference" and (name not in SWEEPING or derivatives.transforming()):
+        # What recomputes the logits takes one gradient through an operator of a loss, and two through this one.
+        logps, values = token_logps(
+            hidden, weight, targets, bias=bias, row_index=row_index, head=head, backend=backend, statistics=names
+        )
+        return ranking_loss(logps, given, objective, scored=scored, statistics=values)
     if name == "reference":
         checks.has_values(hidden)
         checks.target_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs[:5], head)
+        found = reference.token_statistics(*inputs[:5], head) if names else {}
         checks.ranking_values(targets.shape[0], given)
-        if OBJECTIVES.get(objective.name) is type(objective):
-            loss, values, scores = reference.loss(logps, targets, given, head, objective)
+        if OBJECTIVES.get(objective.name) is type(objective) and not objective.is_watched:
+            loss, sums, scores = reference.loss(logps, targets, given, head, objective, found.get("entropy"))
         else:
-            ranked = RankedBatch(objective, given, targets != head.ignore_index, logps.dtype)
-            loss, values, scores = ranked.evaluate(logps)
-        return loss, CLHAMetrics(values, scores.detach(), names=objective.metric_names)
+            ranked = RankedBatch(objective, given, scored, logps.dtype)
+            loss, sums, scores = ranked.evaluate(logps, found)
+        return loss, CLHAMetrics(sums, scores.detach(), names=objective.metric_names)
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in inputs[:3]]
-    loss, values, scores, *_ = ops.linear_loss(*inputs, *given, head.encoded, encode(objective), name, *needs)
-    return loss, CLHAMetrics(values, scores, names=objective.metric_names)
+    loss, sums, scores, *_ = ops.linear_loss(*inputs, *given, head.encoded, encode(objective), name, *needs)
+    return loss, CLHAMetrics(sums, scores, names=objective.metric_names)
 
 
 def _sharded(
-    inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: Backend, names: tuple[str, ...] | None = None
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backend: Backend, names: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
     from clha_fast.backends.torch import vocab_parallel
 
     checks.sharded_head(inputs, head, shard, backend)
     derivatives.reverse_mode_alone("token_logps")
-    logps, values = vocab_parallel.token_logps(inputs, shard, head, names or ())
-    return logps if names is None else (logps, values)
+    return vocab_parallel.token_logps(inputs, shard, head, names)
 
 
-def _rank(logps: Tensor, ranked: RankedBatch) -> tuple[Tensor, ...]:
+def _rank(logps: Tensor, entropies: Tensor | None, more: Mapping[str, Tensor], ranked: RankedBatch) -> tuple[Any, ...]:
     """(loss, metrics, scores, slopes)."""
-    slopes = ranked.rank(0, ranked.layout.num_prompts, logps).to(logps.dtype)
-    return (*ranked.finish(logps), slopes)
+    seen = {**more} if entropies is None else {**more, "entropy": entropies}
+    slopes = ranked.rank(0, ranked.layout.num_prompts, logps, seen).to(logps.dtype)
+    return (*ranked.finish(logps, seen), slopes)
 
 
 def _rank_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -285,9 +295,12 @@ def _rank_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _rank_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, None]:
+def _rank_gradients(ctx: Any, grad_loss: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:
     logps, slopes = ctx.saved_tensors
-    return None if grad_loss is None else _Slopes.apply(slopes, grad_loss, logps), None
+    if grad_loss is None:
+        return None, None, None, None
+    found = _Slopes.apply(slopes, grad_loss, logps)
+    return (*found, None, None) if slopes.dim() == 2 else (found, None, None, None)
 
 
 def _slopes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -311,6 +324,7 @@ def ranking_loss(
     objective: Objective | Callable[[Group], Tensor] = PUBLISHED,
     *,
     scored: Tensor | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, CLHAMetrics]:
     """A loss of token log-probabilities that somebody else has computed: n-way, any objective.
 
@@ -323,9 +337,12 @@ def ranking_loss(
         logps: [N] nats, float32 or float64, packed candidate after candidate, prompt after prompt.
         given, objective: as in `linear_loss`; sizes are read on the host.
         scored: bool [N], tokens that count, the others' log-probabilities are not looked at. None is all of them.
+        statistics: what an objective names in its `statistics` (``PolicyOptions(entropy_weight=0.01)``: the entropy),
+            as `token_logps` gives them: [N] each, in the dtype of `logps`.
 
     Returns:
-        (loss, metrics) in the dtype of `logps`; the loss has a gradient for `logps`, and no second one.
+        (loss, metrics) in the dtype of `logps`; the loss has a gradient for `logps`, and for the entropy of
+        `statistics` where the objective reads it; no second one.
 
     Raises:
         ValueError: as `linear_loss`.
@@ -333,10 +350,14 @@ def ranking_loss(
     objective = check_adds_up(as_objective(objective))
     checks.log_probabilities(logps, scored)
     checks.ranking_inputs(given, logps.shape[0], objective, logps.device)
+    seen = checks.token_statistics(statistics or {}, objective, logps)
     if scored is not None:
         logps = torch.where(scored, logps, 0.0)
+        seen = {name: torch.where(scored, value, 0.0) for name, value in seen.items()}
     checks.ranking_values(logps.shape[0], given)
     if scored is None:
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
-    loss, values, scores, _ = _Rank.apply(logps, RankedBatch(objective, given, scored, logps.dtype))
+    entropies = seen.pop("entropy", None)
+    ranked = RankedBatch(objective, given, scored, logps.dtype)
+    loss, values, scores, _ = _Rank.apply(logps, entropies, seen, ranked)
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)

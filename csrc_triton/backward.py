@@ -69,6 +69,9 @@ def logit_grad_kernel(
     order_ptr,
     count_ptr,
     peak_ptr,
+    temperature_ptr,
+    entropy_grad_ptr,
+    entropy_ptr,
     dlogits_ptr,
     first_token,
     first_word,
@@ -84,6 +87,8 @@ def logit_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     POSITIVE: tl.constexpr,
     PTX: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,7 +97,7 @@ def logit_grad_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dlogits [chunk_tokens, chunk_words] = grad / peak * f'(z) / f'(0) * (softmax - onehot), in the input dtype.
+    """dlogits [chunk_tokens, chunk_words] = what `tiles.logit_gradient` says, in the input dtype.
 
     Dividing by the power of two of the call's largest |grad| (`peak`) keeps float16 from underflowing, at no rounding.
     """
@@ -141,6 +146,11 @@ def logit_grad_kernel(
         False,
         PTX,
         BLOCK_V,
+        temperature_ptr,
+        entropy_grad_ptr,
+        entropy_ptr,
+        HAS_TEMPERATURE,
+        HAS_ENTROPY,
     )
     out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V
     tl.store(out + (local_k[:, None] * chunk_words + local_word[None, :]), g.to(dlogits_ptr.dtype.element_ty))

@@ -102,6 +102,10 @@ GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 
+# With statistics of the softmax, or a temperature for each token, whatever the head: more beside the logits.
+GEMMS["head_forward_statistics"] = GEMMS["head_forward_softcap"] | {}
+GEMMS["logit_grad_statistics"] = GEMMS["logit_grad_softcap"] | {}
+
 # The routed backward's GEMMs: a vocabulary block of 128 words with the tokens that keep it.
 GEMMS["routed_logit_grad"] = {  # tokens x words, reduced over H
     ("sm_80", "16-bit"): _tile(128, 128, 32, 16, 8, 4),
@@ -177,6 +181,16 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         "interpreter": _INTERPRETED,
     },
+    "persistent_forward_statistics": {
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
+        "interpreter": _INTERPRETED,
+    },
+    "persistent_logit_grad_statistics": {
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
+        "interpreter": _INTERPRETED,
+    },
     "persistent_hidden_grad": {
         "sm_90": _persistent(_tile(128, 64, 256, 16, 8, 4), False, False),
         "sm_100": _persistent(_tile(128, 64, 128, 16, 8, 4), False, True),
@@ -203,6 +217,10 @@ SMALL: dict[str, tuple[Config, Config]] = {
     "combine": (
         {"BLOCK_N": 32, "BLOCK_B": 64, "BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
         {"BLOCK_N": 64, "BLOCK_B": 2, "BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
+    ),
+    "token_statistics": (
+        {"BLOCK_N": 32, "BLOCK_B": 32, "num_warps": 4},
+        {"BLOCK_N": 64, "BLOCK_B": 2, "num_warps": 4},
     ),
     "count": (
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},

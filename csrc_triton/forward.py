@@ -7,7 +7,7 @@ away together, where logits are large. log_softmax, which this replaces, does no
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import LOG2_E, mask_words, power, raw_logits, scaled_logits, tile_of
+from csrc_triton.tiles import LOG2_E, mask_words, moments, power, raw_logits, scaled_logits, tile_of
 
 
 @triton.jit
@@ -33,6 +33,10 @@ def write_statistics(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STATISTIC: tl.constexpr,
+    temperature_ptr,
+    block_moments_ptr,
+    HAS_TEMPERATURE: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """What is kept of one tile of raw logits z [BLOCK_N, BLOCK_V]; words past V may hold anything."""
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -43,6 +47,10 @@ def write_statistics(
     if HAS_BIAS:
         z += tl.load(bias_ptr + first + word, mask=word < words, other=0.0).to(tl.float32)[None, :]
     z, _, factor = scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP, POSITIVE)
+    if HAS_TEMPERATURE:
+        factor = factor / tl.load(temperature_ptr + n, mask=is_token, other=1.0)
+    if MOMENTS:
+        whole = tl.sum(tl.where((word < words)[None, :], z, 0.0), axis=1) * factor
     z = mask_words(z, words, BLOCK_V)
 
     # Loaded behind the loop, whose registers they would take.
@@ -61,8 +69,16 @@ def write_statistics(
     # (-inf) - (-inf); NaN and +inf logits turn the sum into NaN, whatever the maximum made of them.
     if STATISTIC == BLOCK_V:
         peak = tl.max(z, axis=1)
-        total = sum_of_powers(z, peak, factor, 1, PTX)
         block = tile_v.to(tl.int64) * N + n
+        if HAS_TEMPERATURE or MOMENTS:
+            total, weighted, squares = moments(z, peak, tl.zeros((BLOCK_N,), tl.float32) + factor, PTX)
+        else:
+            total = sum_of_powers(z, peak, factor, 1, PTX)
+        if MOMENTS:
+            size = tl.cdiv(V, BLOCK_V).to(tl.int64) * N
+            tl.store(block_moments_ptr + block, weighted, mask=is_token)
+            tl.store(block_moments_ptr + size + block, squares, mask=is_token)
+            tl.store(block_moments_ptr + 2 * size + block, whole, mask=is_token)
         tl.store(block_peak_ptr + block, peak * factor, mask=is_token)
         tl.store(block_sum_ptr + block, total, mask=is_token)
     else:
@@ -100,6 +116,8 @@ def head_forward_kernel(
     block_peak_ptr,
     block_sum_ptr,
     target_logit_ptr,
+    temperature_ptr,
+    block_moments_ptr,
     M,
     N,
     V,
@@ -120,6 +138,8 @@ def head_forward_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     STATISTIC: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -130,6 +150,8 @@ def head_forward_kernel(
     hidden [M, H], weight [V, H] of any strides; bias [V], targets [N], row_index [N] contiguous. WIDE: a tile of
     weight may span 2^31 elements or more. STATISTIC divides BLOCK_V.
     target_logit is 0 for an ignored token, NaN for a target outside [0, V) or a row outside [0, M).
+    HAS_TEMPERATURE: logits are divided by temperature [N], too. MOMENTS: writes block_moments [3, cdiv(V, BLOCK_V), N],
+    of z' = logit - block_peak the sums of exp(z') z' and exp(z')^2, and the sum of the logits; STATISTIC is BLOCK_V.
     """
     tile_n, tile_v = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -176,6 +198,10 @@ def head_forward_kernel(
         BLOCK_N,
         BLOCK_V,
         STATISTIC,
+        temperature_ptr,
+        block_moments_ptr,
+        HAS_TEMPERATURE,
+        MOMENTS,
     )
 
 
@@ -188,6 +214,8 @@ def persistent_forward_kernel(
     block_peak_ptr,
     block_sum_ptr,
     target_logit_ptr,
+    temperature_ptr,
+    block_moments_ptr,
     first_token,
     chunk_tokens,
     N,
@@ -201,6 +229,8 @@ def persistent_forward_kernel(
     POSITIVE: tl.constexpr,
     PTX: tl.constexpr,
     STATISTIC: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -251,4 +281,8 @@ def persistent_forward_kernel(
             BLOCK_N,
             BLOCK_V,
             STATISTIC,
+            temperature_ptr,
+            block_moments_ptr,
+            HAS_TEMPERATURE,
+            MOMENTS,
         )

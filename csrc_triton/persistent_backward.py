@@ -21,6 +21,9 @@ def persistent_logit_grad_kernel(
     order_ptr,
     count_ptr,
     peak_ptr,
+    temperature_ptr,
+    entropy_grad_ptr,
+    entropy_ptr,
     dlogits_ptr,
     first_token,
     first_word,
@@ -34,6 +37,8 @@ def persistent_logit_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     POSITIVE: tl.constexpr,
     PTX: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,6 +88,11 @@ def persistent_logit_grad_kernel(
             True,  # a padding word has logit 0: exp(-lse) may be infinite, and meets a 0 of the weight
             PTX,
             BLOCK_V,
+            temperature_ptr,
+            entropy_grad_ptr,
+            entropy_ptr,
+            HAS_TEMPERATURE,
+            HAS_ENTROPY,
         )
         out = dlogits_ptr + tile_n.to(tl.int64) * BLOCK_N * chunk_words + tile_v * BLOCK_V
         tl.store(out + (local_k[:, None] * chunk_words + local_word[None, :]), g.to(dlogits_ptr.dtype.element_ty))

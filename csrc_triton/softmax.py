@@ -33,6 +33,8 @@ def statistics_kernel(
     block_peak_ptr,
     block_sum_ptr,
     target_logit_ptr,
+    temperature_ptr,
+    block_moments_ptr,
     N,
     V,
     width,
@@ -41,13 +43,16 @@ def statistics_kernel(
     pre_scale,
     post_scale,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """block_peak and block_sum [SPLITS, N], target_logit [N], float32, of raw logits z [N, V]: one read.
 
-    As `forward.head_forward_kernel` writes them: 0 for an ignored token, NaN for a target outside [0, V).
+    As `forward.head_forward_kernel` writes them: 0 for an ignored token, NaN for a target outside [0, V). So are
+    block_moments [3, SPLITS, N].
     """
     row, part, first, last = row_part(width, SPLITS, BLOCK_K * BLOCK_V)
     z_ptr += row * stride_z
@@ -56,18 +61,45 @@ def statistics_kernel(
     # number, which nothing but -inf lies below.
     peak = tl.full((BLOCK_V,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
+    if MOMENTS:
+        weighted = tl.zeros((BLOCK_V,), tl.float32)
+        squares = tl.zeros((BLOCK_V,), tl.float32)
+        sums = tl.zeros((BLOCK_V,), tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
     word = tl.arange(0, BLOCK_K)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     for start in range(first, last, BLOCK_K * BLOCK_V):
         is_word = (start + word < V) & (start + word < last)
         z = tl.load(z_ptr + start + word, mask=start + word < last, other=0.0).to(tl.float32)
         z, _ = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+        if HAS_TEMPERATURE:
+            z = z / temperature
+        if MOMENTS:
+            sums += tl.sum(tl.where(is_word, z, 0.0), axis=0)
         z = tl.where(is_word, z, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, axis=0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0)
+        if MOMENTS:
+            rise = peak - higher
+            share = tl.exp(rise)
+            below = z - higher[None, :]
+            p = tl.exp(below)
+            weighted = (weighted + total * rise) * share + tl.sum(tl.where(p == 0, 0.0, p * below), axis=0)
+            squares = squares * share * share + tl.sum(p * p, axis=0)
+            total = total * share + tl.sum(p, axis=0)
+        else:
+            total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0)
         peak = higher
     highest = tl.max(peak, axis=0)
     # NaN and +inf logits turn the sum into NaN, whatever the maximum made of them; nothing but -inf is a sum of 0.
     whole = tl.sum(total * tl.exp(peak - highest), axis=0)
+    if MOMENTS:
+        rise = peak - highest
+        share = tl.exp(rise)
+        out = block_moments_ptr + part * N + row
+        size = tl.cast(SPLITS, tl.int64) * N
+        tl.store(out, tl.sum((weighted + total * rise) * share, axis=0))
+        tl.store(out + size, tl.sum(squares * share * share, axis=0))
+        tl.store(out + 2 * size, tl.sum(sums, axis=0))
     tl.store(block_peak_ptr + part * N + row, tl.where(whole == 0, float("-inf"), highest))
     tl.store(block_sum_ptr + part * N + row, whole)
 
@@ -77,6 +109,8 @@ def statistics_kernel(
     column = tl.where(is_here, target, 0)
     logit = tl.load(z_ptr + column).to(tl.float32)
     logit, _ = activation(logit, pre_scale, post_scale, HAS_SOFTCAP)
+    if HAS_TEMPERATURE:
+        logit = logit / temperature
     logit = tl.where(is_here, logit, tl.where(target == ignore_index, 0.0, float("nan")))
     tl.store(target_logit_ptr + row, logit, mask=is_here | ((part == 0) & (is_valid == 0)))
 
@@ -87,25 +121,39 @@ def gradient_kernel(
     targets_ptr,
     lse_ptr,
     coefficients_ptr,
+    temperature_ptr,
+    entropy_grad_ptr,
+    entropy_ptr,
     V,
     width,
     stride_z,
     pre_scale,
     post_scale,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """z [N, V] = coefficient * (onehot - softmax) * f'(z) / f'(0), in place: one read and one write.
 
     A coefficient of 0 writes zeros and reads nothing: what has no gradient cannot spoil one. lse [N] is float64.
+    HAS_ENTROPY: less entropy_grad * softmax * (log softmax + entropy) * f'(z) / f'(0). HAS_TEMPERATURE: both
+    coefficients come divided by temperature [N], as the logits are here.
     """
     row, _, first, last = row_part(width, SPLITS, BLOCK_V)
     z_ptr += row * stride_z
     word = tl.arange(0, BLOCK_V)
     target = tl.load(targets_ptr + row)
     coefficient = tl.load(coefficients_ptr + row)
-    if coefficient == 0:
+    size = tl.abs(coefficient)
+    if HAS_ENTROPY:
+        share = tl.load(entropy_grad_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        size = size + tl.abs(share)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+    if size == 0:
         for start in range(first, last, BLOCK_V):
             zero = tl.zeros((BLOCK_V,), z_ptr.dtype.element_ty)
             tl.store(z_ptr + start + word, zero, mask=start + word < last)
@@ -119,7 +167,13 @@ def gradient_kernel(
             inside = start + word < last
             z = tl.load(z_ptr + start + word, mask=inside, other=0.0).to(tl.float32)
             z, slope = activation(z, pre_scale, post_scale, HAS_SOFTCAP)
+            if HAS_TEMPERATURE:
+                z = z / temperature
+            log_p = (z - lse_high) - lse_low
+            p = tl.exp(log_p)
             # 1 - p is formed in float32, where the target's probability is close to 1.
-            g = tl.where(start + word == target, 1.0, 0.0) - tl.exp((z - lse_high) - lse_low)
-            g = coefficient * g * slope
+            g = coefficient * (tl.where(start + word == target, 1.0, 0.0) - p)
+            if HAS_ENTROPY:
+                g -= tl.where(p == 0, 0.0, p * (log_p + entropy)) * share
+            g = g * slope
             tl.store(z_ptr + start + word, g.to(z_ptr.dtype.element_ty), mask=inside)

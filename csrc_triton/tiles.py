@@ -139,6 +139,25 @@ def scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP: tl.constexpr, POSITIVE:
 
 
 @triton.jit
+def moments(z, peak, factor, PTX: tl.constexpr):
+    """(sum of e, of e d, of e^2) a row, with d = factor (z - peak) and e = exp(d); z [rows, words], the others [rows].
+
+    A row of -inf alone has sums of 0, as has a word of -inf.
+    """
+    anchor = tl.where(peak == float("-inf"), 0.0, peak)
+    unit = factor * LOG2_E
+    shift = anchor
+    near = tl.full(anchor.shape, 1.0, tl.float32)
+    if PTX:
+        shift = anchor * unit
+        near = power(anchor, -unit, -shift, PTX)  # as in `forward.sum_of_powers`
+    p = power(z, unit[:, None], shift[:, None], PTX)
+    total = tl.sum(p, axis=1) * near
+    weighted = tl.sum(tl.where(p == 0, 0.0, p * (z - anchor[:, None])), axis=1) * near * factor
+    return total, weighted, tl.sum(p * p, axis=1) * near * near
+
+
+@triton.jit
 def mask_words(z, words, BLOCK_V: tl.constexpr):
     """z [rows, BLOCK_V], -inf from column `words` on: a pass over the tile that only the last one pays for."""
     if words < BLOCK_V:
@@ -166,11 +185,18 @@ def logit_gradient(
     MASKED: tl.constexpr,
     PTX: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    temperature_ptr=None,
+    entropy_grad_ptr=None,
+    entropy_ptr=None,
+    HAS_TEMPERATURE: tl.constexpr = False,
+    HAS_ENTROPY: tl.constexpr = False,
 ):
-    """grad / peak * f'(z) / f'(0) * (softmax - onehot) of raw logits z [BLOCK_N, BLOCK_V], words first_v and after.
+    """-grad / peak * f'(z) / f'(0) * (softmax - onehot) of raw logits z [BLOCK_N, BLOCK_V], words first_v and after.
 
-    Row i belongs to the token that stands at `position` [BLOCK_N] of the sorted order; what is not active is 0.
-    is_whole: all of them are. MASKED: words behind the last have no share, whatever their logits are.
+    HAS_ENTROPY: less entropy_grad / peak * f'(z) / f'(0) * softmax * (log softmax + entropy). HAS_TEMPERATURE: logits
+    are divided by each token's own, which the gradients come divided by. Row i belongs to the token that stands at
+    `position` [BLOCK_N] of the sorted order; what is not active is 0. is_whole: all of them are. MASKED: words behind
+    the last have no share, whatever their logits are.
     """
     # Loaded behind the loop, whose registers they would take.
     word = tl.arange(0, BLOCK_V)
@@ -181,12 +207,15 @@ def logit_gradient(
     grad = -tl.where((target >= 0) & (target < V), grad, float("nan"))
 
     z, slope, factor = scaled_logits(z, pre_scale, post_scale, HAS_SOFTCAP, POSITIVE)
+    if HAS_TEMPERATURE:
+        factor = factor / tl.load(temperature_ptr + token, mask=is_active, other=1.0)
     unit = factor * LOG2_E
     # A float32 shift near the log-sum-exp, and what float64 says is missing: a float32 log-sum-exp of 1e4 would be off
     # by 5e-4, and every probability with it.
     anchor = lse.to(tl.float32) / factor
     exact = anchor.to(tl.float64) * factor.to(tl.float64) * LOG2_E - lse * LOG2_E
     shift = anchor
+    rest = exact.to(tl.float32) / LOG2_E
     if PTX:
         shift = anchor * unit
         exact += shift.to(tl.float64) - anchor.to(tl.float64) * unit.to(tl.float64)
@@ -194,12 +223,26 @@ def logit_gradient(
 
     if MASKED:
         z = mask_words(z, tl.minimum(V - first_v, BLOCK_V).to(tl.int32), BLOCK_V)
+    if HAS_TEMPERATURE:
+        unit = unit[:, None]
+        factor = factor[:, None]
     p = power_near(z, unit, shift[:, None], low[:, None], PTX)
+    if HAS_ENTROPY:
+        entropy = tl.load(entropy_ptr + token, mask=is_active, other=0.0) + rest
+        share = tl.load(entropy_grad_ptr + token, mask=is_active, other=0.0) / tl.load(peak_ptr)
+        weight = grad[:, None] - ((z - anchor[:, None]) * factor + entropy[:, None]) * share[:, None]
+        # Only what the branch changes outlives it: two tiles more would not fit the registers.
+        p = tl.where(p == 0, 0.0, p * weight)
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
     column = (target - first_v).to(tl.int32)
     if tl.max(((target >= first_v) & (target < first_v + BLOCK_V)).to(tl.int32), axis=0) > 0:
-        p = tl.where(word[None, :] == column[:, None], p - 1.0, p)
-    g = p * grad[:, None]
+        taken = 1.0
+        if HAS_ENTROPY:
+            taken = grad[:, None]
+        p = tl.where(word[None, :] == column[:, None], p - taken, p)
+    g = p
+    if not HAS_ENTROPY:
+        g = p * grad[:, None]
     if HAS_SOFTCAP:
         g = g * slope
     # Padding tokens must be zeros: 0 * inf is NaN. Padding words need a finite gradient, by the logits they come with.

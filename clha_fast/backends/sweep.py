@@ -17,10 +17,16 @@ from clha_fast.objectives.ranked import Ranked
 
 
 class LogitStore(Protocol):
-    """Bounded memory for logits, and the gradients that they become. `logps` [N] are those of tokens seen so far."""
+    """Bounded memory for logits, and the gradients that they become. `logps` [N] are those of tokens seen so far.
+
+    `statistics` [N] are those of them that the objective names.
+    """
 
     @property
     def logps(self) -> Tensor: ...
+
+    @property
+    def statistics(self) -> dict[str, Tensor]: ...
 
     def score(self, spans: Sequence[tuple[int, int]]) -> None:
         """Fills `logps` of the tokens [start, stop) of each span, and keeps nothing of their logits."""
@@ -29,16 +35,21 @@ class LogitStore(Protocol):
         """Fills `logps` of tokens [start, stop) and keeps their logits; what was held before is gone."""
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
-        """Adds the gradients of sum_t slope_t * logp_t over the chunk's tokens, of which [kept, stop) are held."""
+        """Adds the gradients of sum_t slope_t * logp_t over the chunk's tokens, of which [kept, stop) are held.
+
+        Slopes [2, n] are of log-probabilities and of entropies.
+        """
 
 
 def sweep_prompts(store: LogitStore, chunks: Sequence[Chunk], ranked: Ranked, gradients: bool) -> Tensor:
-    """dL/dlogp [N] of all tokens, and, where `gradients` are wanted, what they add to the store's."""
+    """What `Ranked.rank` says of all tokens, [N] or [2, N], and, where `gradients` are wanted, the store's sums."""
     store.score([(chunk.start, chunk.kept) for chunk in chunks])
     slopes = []
     for chunk in chunks:
         store.hold(chunk.kept, chunk.stop)
-        slopes.append(ranked.rank(chunk.first, chunk.last, store.logps[chunk.start : chunk.stop]))
+        here = slice(chunk.start, chunk.stop)
+        seen = {name: value[here] for name, value in store.statistics.items()}
+        slopes.append(ranked.rank(chunk.first, chunk.last, store.logps[here], seen))
         if gradients:
             store.add_gradients(chunk, slopes[-1])
-    return torch.cat(slopes)
+    return torch.cat(slopes, -1)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clha_fast.objectives.base import Group, Objective, Plan, Terms, Totals
+from clha_fast.objectives.base import WATCHED_MARK, Group, Objective, Plan, Terms, Totals
 from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.objectives.coh import CoHOptions
 from clha_fast.objectives.cpo import CPOOptions
@@ -116,6 +116,8 @@ def encode(objective: Objective) -> str:
 
 def decode(encoded: str) -> Objective:
     """The objective of `encode`."""
+    if encoded.startswith(WATCHED_MARK):
+        return decode(encoded.removeprefix(WATCHED_MARK)).watched()
     if encoded.startswith("@"):
         return _LIVE[encoded]
     return OBJECTIVES[encoded.partition(" ")[0]].decode(encoded)

@@ -60,13 +60,21 @@ def compare(objective: Objective) -> None:
         },
     )
     whole = _batch(objective, given, len(logps))
-    _check_terms(objective, whole, logps)
+    seen = {name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.wanted}
+    _check_terms(objective, whole, logps, seen)
     counts = dict(zip(COUNTS[1:], whole.plan.totals, strict=True))
     given = given._replace(pair_counts=whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES)), **counts)
     parts = [_prompt(given, p) for p in range(len(_SIZES))]
     edges = whole.layout.prompt_edges
-    one = _evaluate(objective, [(given, logps)])
-    many = _evaluate(objective, [(part, logps[edges[p] : edges[p + 1]]) for p, part in enumerate(parts)])
+    one = _evaluate(objective, [(given, logps, seen)])
+    spans = [slice(*edges[p : p + 2]) for p in range(len(parts))]
+    many = _evaluate(
+        objective,
+        [
+            (part, logps[span], {name: value[span] for name, value in seen.items()})
+            for part, span in zip(parts, spans, strict=True)
+        ],
+    )
     for what, a, b in (("loss", one[0], many[0]), ("slope", one[1], many[1])):
         if not torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True):
             at = int((a - b).abs().argmax())
@@ -78,18 +86,18 @@ def compare(objective: Objective) -> None:
             )
     inert = objective.inert(whole.layout, given.rewards, given.sft_index)
     for k in inert.nonzero().flatten().tolist():
-        if one[1][whole.layout.owner == k].any():
+        if one[1][..., whole.layout.owner == k].any():
             raise ValueError(
                 f"objective {objective.label!r}: expected no slope for candidates that `inert` lets drop, got one for "
                 f"candidate {k} of prompts of {', '.join(map(str, _SIZES))}"
             )
 
 
-def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> None:
+def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor, seen: Mapping[str, Tensor]) -> None:
     """What the objective makes of a batch is two scalars with a graph to its log-probabilities."""
     named = f"objective {objective.label!r}"
     with recording():
-        group = Group(whole.plan, 0, len(_SIZES), logps.requires_grad_())
+        group = Group(whole.plan, 0, len(_SIZES), logps.requires_grad_(), seen)
         try:
             terms = objective.terms(group)
         except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -109,11 +117,11 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> Non
                 "no_grad?)"
             )
     logps.requires_grad_(False)
-    written = objective.slopes(Group(whole.plan, 0, len(_SIZES), logps))
+    written = objective.slopes(Group(whole.plan, 0, len(_SIZES), logps, seen))
     if written is not None:
         leaf = logps.detach().requires_grad_()
         with recording():
-            again = objective.terms(Group(whole.plan, 0, len(_SIZES), leaf))
+            again = objective.terms(Group(whole.plan, 0, len(_SIZES), leaf, seen))
             (slope,) = torch.autograd.grad(again.rank + again.sft, leaf)
         if not torch.allclose(written, slope, rtol=1e-9, atol=1e-12, equal_nan=True):
             raise ValueError(f"{named}: slopes: expected the gradient of its own terms, got another one")
@@ -125,7 +133,7 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor) -> Non
         if unknown:
             expected, got = "divisors of METRIC_NAMES", ", ".join(sorted(unknown))
             raise ValueError(f"{named}: metric_names: expected {expected}, got {got}")
-    missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps)))
+    missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps, seen)))
     if missing:
         raise ValueError(f"{named}: report: expected the sums {', '.join(sorted(missing))}, got none")
 
@@ -134,14 +142,16 @@ def _batch(objective: Objective, given: RankingInputs, tokens: int) -> RankedBat
     return RankedBatch(objective, given, torch.ones(tokens, dtype=torch.bool), torch.float64)
 
 
-def _evaluate(objective: Objective, parts: Sequence[tuple[RankingInputs, Tensor]]) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    objective: Objective, parts: Sequence[tuple[RankingInputs, Tensor, Mapping[str, Tensor]]]
+) -> tuple[Tensor, Tensor]:
     """(loss, slopes) over some batches."""
     losses, slopes = [], []
-    for given, logps in parts:
+    for given, logps, seen in parts:
         batch = _batch(objective, given, len(logps))
-        slopes.append(batch.rank(0, batch.layout.num_prompts, logps))
-        losses.append(batch.finish(logps)[0])
-    return torch.stack(losses).sum(), torch.cat(slopes)
+        slopes.append(batch.rank(0, batch.layout.num_prompts, logps, seen))
+        losses.append(batch.finish(logps, seen)[0])
+    return torch.stack(losses).sum(), torch.cat(slopes, -1)
 
 
 def _prompt(given: RankingInputs, p: int) -> RankingInputs:

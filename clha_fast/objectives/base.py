@@ -7,6 +7,7 @@ some prompts at a time and a trainer some batches.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,12 +65,15 @@ class Group:
     """Whole prompts [first, last) of a plan with their tokens' log-probabilities [n]: what `Objective.terms` reads.
 
     Indices (`owner`, `i`, `j`, `target`) count from the group's first candidate. Floating tensors are float64; on a
-    leaf that requires a gradient, `logps`, `sums` and `scores` have one. A candidate without a scored token has sum
-    and score 0, and must have no effect: `present` is False for it, as for its pairs.
+    leaf that requires a gradient, `logps`, `sums` and `scores` have one, as has the entropy. A candidate without a
+    scored token has sum and score 0, and must have no effect: `present` is False for it, as for its pairs.
     """
 
-    def __init__(self, plan: Plan, first: int, last: int, logps: Tensor) -> None:
+    def __init__(
+        self, plan: Plan, first: int, last: int, logps: Tensor, statistics: Mapping[str, Tensor] | None = None
+    ) -> None:
         layout = plan.layout
+        self.statistics = {name: value.to(torch.float64) for name, value in (statistics or {}).items()}
         self.plan, self.first, self.last = plan, first, last
         c0, c1 = layout.candidate_offsets[first], layout.candidate_offsets[last]
         self.prompts, self.candidates, self.tokens = slice(first, last), slice(c0, c1), slice(*layout.span(first, last))
@@ -78,6 +82,16 @@ class Group:
         self.owner = layout.owner[self.tokens] - c0
         self.lengths = layout.lengths[self.candidates]
         self.sums = _segment_sums(self.logps, self.owner, c1 - c0)
+
+    def statistic(self, name: str) -> Tensor:
+        """One of `types.STATISTICS` of each token [n], 0 where that is not scored; the entropy has a graph.
+
+        Raises:
+            ValueError: it is not there, for the objective does not list it in its `statistics`.
+        """
+        if name not in self.statistics:
+            raise ValueError(f"{name}: expected it among the objective's `statistics`, got {[*self.statistics]}")
+        return self.statistics[name]
 
     @property
     def totals(self) -> Totals:
@@ -207,6 +221,11 @@ def _segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
     return zeros.index_add(0, owner, values)
 
 
+# Metrics of a watched objective, by the names that TRL logs them under, and the statistics they are means of.
+WATCHED = {"entropy": "entropy", "mean_token_accuracy": "is_top1"}
+# Before the encoded string of one.
+WATCHED_MARK = "+"
+
 # Where a signal that is missing may come from.
 _WAYS = {
     "reference_logps": "; attach(frozen_copy).token_logps(batch) says them, clha-fast score --policy writes them to a "
@@ -230,6 +249,8 @@ class Objective(Settings):
     reads: ClassVar[tuple[str, ...]] = ()
     divides_by: ClassVar[tuple[str, ...]] = ("prompt_count",)
     metric_names: ClassVar[tuple[str, ...] | Mapping[str, str]] = ()
+    # True of what `watched` returns.
+    is_watched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require("name", self.name, bool(self.name), "a class attribute that names the objective")
@@ -261,6 +282,31 @@ class Objective(Settings):
         for name in SIGNALS:
             if getattr(given, name) is not None and name not in (*self.reads, *self.needs):
                 raise ValueError(f"{name}: expected None, for the objective {self.name!r} does not read it, got values")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Those of `types.STATISTICS` that `Group.statistic` gives to `terms` and `report`."""
+        return ()
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether `terms` depend on the entropy, which has a slope beside the log-probability's then."""
+        return False
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """`statistics`, and what a `watched` objective reports beside them."""
+        return tuple(dict.fromkeys((*self.statistics, *(WATCHED.values() if self.is_watched else ()))))
+
+    def watched(self: _T) -> _T:
+        """The same objective, whose metrics also have the means over tokens of `WATCHED`."""
+        found = copy.copy(self)
+        names = self.metric_names
+        names = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "prompts")
+        object.__setattr__(found, "is_watched", True)
+        object.__setattr__(found, "metric_names", {**names, **dict.fromkeys(WATCHED, "scored_tokens")})
+        object.__setattr__(found, "encoded", f"{WATCHED_MARK}{self.encoded}")
+        return found
 
     def kept(self, pairs: Pairs) -> Tensor:
         """bool [pairs], those that count, in the loss or where nothing is ranked in the metrics: all there are."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.base import WATCHED, Group, Objective, Terms
 
 # The order of the metrics vector that every backend fills (float32 [19], and behind them what the objective names);
 # every entry is a sum. The last three stay 0 where gradients are exact: (token, vocabulary block) pairs that a routed
@@ -78,7 +78,9 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
         (lengths > 0).sum(),
     ]
     routed = [0.0] * (len(METRIC_NAMES) - len(common))
-    own = objective.report(group)
+    own = dict(objective.report(group))
+    if objective.is_watched:
+        own |= {name: group.statistic(of).sum() for name, of in WATCHED.items()}
     sums: list[Any] = [*common, *routed, *(own[name] for name in objective.metric_names)]
     # Not by way of torch's default dtype: in bfloat16 a Python float keeps three digits.
     zero = torch.zeros((), dtype=torch.float32, device=gap.device)

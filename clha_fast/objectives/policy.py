@@ -2,7 +2,9 @@
 
 A token of candidate i with advantage A_i, rho = exp(logp - old_logp) and d = reference_logp - logp costs
 
-    -min( rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i ) + kl_weight * ( exp d - d - 1 )
+    -min( rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i ) + kl_weight * ( exp d - d - 1 ) - entropy_weight * H
+
+with H the entropy of its whole distribution:
 
 token_mean      sum over tokens / all scored tokens
 sequence_mean   sum over candidates of their means a token / all candidates
@@ -37,8 +39,7 @@ class PolicyOptions(Objective):
     GRPO is ``PolicyOptions(reduction="sequence_mean")``, DAPO ``PolicyOptions(clip_high=0.28)``, PPO's policy loss
     ``PolicyOptions(advantages="given")``. `old_logps`, one a token, are of the model that sampled; None says that this
     very model did: rho is then 1, and a token's slope -A. Log-ratios count up to 80 nats, for exp of more leaves
-    float32. There is no entropy bonus, for only dL/dlogp of the targets reaches a head, not the rest of its
-    distribution.
+    float32.
 
     Mean and std of "group" are over all candidates of a prompt, also those without tokens or that did not run: a
     reward counts whether or not its response is here. Equal rewards, and a prompt of one, have advantage 0.
@@ -50,6 +51,8 @@ class PolicyOptions(Objective):
             without tokens too.
         kl_weight: factor on the estimate of the divergence from a reference model; above 0 it needs `reference_logps`,
             one a token.
+        entropy_weight: factor on the entropy bonus: the mean entropy of the tokens' distributions, under the same
+            reduction, is taken off the loss. 0 for none.
     """
 
     advantages: Advantages = "group"
@@ -57,6 +60,7 @@ class PolicyOptions(Objective):
     clip_high: float = 0.2
     reduction: PolicyReduction = "token_mean"
     kl_weight: float = 0.0
+    entropy_weight: float = 0.0
 
     name: ClassVar[str] = "policy"
     reads: ClassVar[tuple[str, ...]] = ("old_logps",)
@@ -68,10 +72,19 @@ class PolicyOptions(Objective):
             require(name, getattr(self, name), getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         require_positive(clip_low=self.clip_low, clip_high=self.clip_high)
         require("clip_low", self.clip_low, self.clip_low <= 1, "at most 1, for rho is never below 0")
-        require_not_negative(kl_weight=self.kl_weight)
+        require_not_negative(kl_weight=self.kl_weight, entropy_weight=self.entropy_weight)
         super().__post_init__()
-        if self.kl_weight:
-            object.__setattr__(self, "metric_names", {**type(self).metric_names, "reference_kl": "scored_tokens"})
+        more = {"reference_kl": self.kl_weight, "entropy": self.entropy_weight}
+        names = {name: "scored_tokens" for name, weight in more.items() if weight}
+        object.__setattr__(self, "metric_names", {**type(self).metric_names, **names})
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return ("entropy",) if self.entropy_weight else ()
+
+    @property
+    def reads_entropy(self) -> bool:
+        return bool(self.entropy_weight)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -96,6 +109,8 @@ class PolicyOptions(Objective):
         each = -torch.minimum(rho * advantage, rho.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage)
         if self.kl_weight:
             each = each + self.kl_weight * _divergence(self._from_reference(group))
+        if self.entropy_weight:
+            each = each - self.entropy_weight * group.statistic("entropy")
         if self.reduction == "sequence_mean":
             each = each / group.lengths.clamp(min=1)[group.owner]
         of = group.totals.tokens if self.reduction == "token_mean" else group.totals.candidates
@@ -129,7 +144,11 @@ class PolicyOptions(Objective):
         rho = torch.where(group.scored, torch.exp(log_ratio), 0.0)
         clipped = ((rho < 1 - self.clip_low) & (advantage < 0)) | ((rho > 1 + self.clip_high) & (advantage > 0))
         sums = {"ratio": rho.sum(), "clip_share": clipped.sum(), "old_kl": _divergence(log_ratio).sum()}
-        return {**sums, "reference_kl": _divergence(self._from_reference(group)).sum()} if self.kl_weight else sums
+        if self.kl_weight:
+            sums["reference_kl"] = _divergence(self._from_reference(group)).sum()
+        if self.entropy_weight:
+            sums["entropy"] = group.statistic("entropy").sum()
+        return sums
 
     def gates(self, rewards: Tensor | None) -> Tensor | bool:
         return False
@@ -140,9 +159,11 @@ class PolicyOptions(Objective):
     def inert(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
         """Prompts whose rewards are all equal, which have advantage 0; none where they count all the same.
 
-        They do where advantages are given, in the divergence from a reference model, and among the tokens of a mean.
+        They do where advantages are given, in the divergence from a reference model, with an entropy bonus, and among
+        the tokens of a mean.
         """
-        if rewards is None or self.advantages == "given" or self.kl_weight or self.reduction == "token_mean":
+        counts = self.advantages == "given" or self.kl_weight or self.entropy_weight or self.reduction == "token_mean"
+        if rewards is None or counts:
             return torch.zeros(layout.num_candidates, dtype=torch.bool, device=layout.device)
         differs = torch.zeros(layout.num_prompts, device=layout.device)
         # As they came: what float64 tells apart may be equal in float32, never the other way round.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,16 +14,22 @@ from clha_fast.objectives.base import Group, Objective
 from clha_fast.objectives.metrics import metric_sums
 from clha_fast.types import RankingInputs
 
+# Of tokens, by their names in `types.STATISTICS`.
+Statistics = Mapping[str, Tensor] | None
+
 _AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView")
 
 
 class Ranked(Protocol):
     """What turns log-probabilities into slopes; a kernel that is fused for one objective is another one."""
 
-    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
-        """dL/dlogp of the tokens of prompts [first, last), whose log-probabilities are given [n]."""
+    def rank(self, first: int, last: int, logps: Tensor, statistics: Statistics = None) -> Tensor:
+        """dL/dlogp of the tokens of prompts [first, last), whose log-probabilities are given [n].
 
-    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        `statistics` [n] are those that the objective names. Of one that `reads_entropy`, [2, n]: dL/dlogp, dL/dentropy.
+        """
+
+    def finish(self, logps: Tensor, statistics: Statistics = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [], metrics, scores [C]) of all tokens [N]; a kernel takes what `rank` has left."""
 
 
@@ -41,16 +47,16 @@ class RankedBatch:
         self.layout = Layout.of(given.candidate_lengths, given.candidates_per_prompt, scored)
         self.plan = objective.plan(self.layout, given, dtype)
 
-    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
-        return slopes(self.objective, Group(self.plan, first, last, logps))
+    def rank(self, first: int, last: int, logps: Tensor, statistics: Statistics = None) -> Tensor:
+        return slopes(self.objective, Group(self.plan, first, last, logps, statistics))
 
     @torch.no_grad()
-    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.evaluate(logps)
+    def finish(self, logps: Tensor, statistics: Statistics = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.evaluate(logps, statistics)
 
-    def evaluate(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, logps: Tensor, statistics: Statistics = None) -> tuple[Tensor, Tensor, Tensor]:
         """`finish` with autograd's own graph from the loss to `logps`, for as many derivatives as anyone wants."""
-        group = Group(self.plan, 0, self.layout.num_prompts, logps)
+        group = Group(self.plan, 0, self.layout.num_prompts, logps, statistics)
         terms = self.objective.terms(group)
         with torch.no_grad():
             metrics = metric_sums(self.objective, group, terms)
@@ -58,21 +64,28 @@ class RankedBatch:
 
 
 def slopes(objective: Objective, group: Group) -> Tensor:
-    """float64 [n], d(rank + sft) / dlogp: the objective's closed form, else autograd's on this group alone."""
+    """float64 [n], d(rank + sft) / dlogp: the objective's closed form, else autograd's on this group alone.
+
+    [2, n] with d(rank + sft) / dentropy behind it where the objective reads entropies.
+    """
     found = objective.slopes(group)
     if found is not None:
         return found
     with recording():
         leaf = group.logps.detach().requires_grad_()
-        recorded = Group(group.plan, group.first, group.last, leaf)
+        leaves, seen = [leaf], dict(group.statistics)
+        if objective.reads_entropy:
+            leaves.append(group.statistic("entropy").detach().requires_grad_())
+            seen["entropy"] = leaves[1]
+        recorded = Group(group.plan, group.first, group.last, leaf, seen)
         terms = objective.terms(recorded)
         loss = terms.rank + terms.sft
         if not loss.requires_grad:
             # Prompts may have nothing to rank; but never is a loss without its slopes taken for one.
             assert torch.is_inference_mode_enabled() or recorded.sums.requires_grad, "autograd does not record here"
-            return torch.zeros_like(leaf)
-        (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
-    return slope
+            return torch.zeros_like(leaf if len(leaves) == 1 else torch.stack(leaves))
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return grads[0] if len(grads) == 1 else torch.stack(grads)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -112,6 +112,24 @@ def statistics(names: Sequence[str], head: HeadOptions) -> tuple[str, ...]:
     if names:
         _no_routing(head, "statistics")
     return tuple(dict.fromkeys(names))
+
+
+def token_statistics(given: Mapping[str, Tensor], objective: Objective, logps: Tensor) -> dict[str, Tensor]:
+    """The statistics of tokens that an objective names, which are all that it is given."""
+    require_tensors(**given)
+    for name in (*objective.wanted, *given):
+        if name not in given:
+            raise ValueError(
+                f"statistics: expected {name!r}, which the objective {objective.label!r} reads, got {[*given]}; "
+                f"token_logps(..., statistics=({name!r},)) gives it"
+            )
+        if name not in objective.wanted:
+            raise ValueError(
+                f"statistics: expected no {name!r}, for the objective {objective.label!r} does not read it, got values"
+            )
+        ok = given[name].shape == logps.shape and given[name].dtype == logps.dtype
+        _expect(ok, f"statistics[{name!r}]", "the shape and dtype of logps", given[name])
+    return dict(given)
 
 
 def _no_routing(head: HeadOptions, beside: str) -> None:

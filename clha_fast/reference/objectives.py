@@ -172,10 +172,16 @@ def coh_loss(
 
 
 def loss(
-    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, objective: Any
+    logps: Tensor,
+    targets: Tensor,
+    given: RankingInputs,
+    head: HeadOptions,
+    objective: Any,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of an objective of `LOSSES`: (loss [], metrics, scores [C])."""
-    return LOSSES[objective.name](logps, targets, given, head, objective)
+    """The loss of an objective of `LOSSES`: (loss [], metrics, scores [C]); `entropies` [N] where it reads them."""
+    more = (entropies,) if objective.reads_entropy else ()
+    return LOSSES[objective.name](logps, targets, given, head, objective, *more)
 
 
 def _clha(

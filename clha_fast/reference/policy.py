@@ -12,17 +12,23 @@ from clha_fast.types import RankingInputs
 
 
 def policy_loss(
-    logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOptions, options: PolicyOptions
+    logps: Tensor,
+    targets: Tensor,
+    given: RankingInputs,
+    head: HeadOptions,
+    options: PolicyOptions,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp d - d - 1) a token, where rho =
-    exp(logp - old_logp) and d = reference_logp - logp; the mean over tokens, or over candidates of their means.
+    exp(logp - old_logp) and d = reference_logp - logp, less entropy_weight times the token's entropy, of `entropies`
+    [N]; the mean over tokens, or over candidates of their means.
     """
     sizes, lengths, _, scores, reward = parts.candidates(logps, targets, given, head)
     spans: list[int] = given.candidate_lengths.tolist()
     advantages = _advantages(sizes, spans, reward, given, logps)
     old = logps.detach() if given.old_logps is None else given.old_logps.to(logps)
     total = logps[:0].sum()
-    own = dict.fromkeys(("ratio", "clip_share", "old_kl", "reference_kl"), 0.0)
+    own = dict.fromkeys(("ratio", "clip_share", "old_kl", "reference_kl", "entropy"), 0.0)
     start = 0
     for c, span in enumerate(spans):
         candidate = logps[:0].sum()
@@ -46,6 +52,10 @@ def policy_loss(
                 divergence = torch.exp(d) - d - 1
                 candidate = candidate + options.kl_weight * divergence
                 own["reference_kl"] += float(divergence.detach())
+            if options.entropy_weight > 0:
+                assert entropies is not None
+                candidate = candidate - options.entropy_weight * entropies[t]
+                own["entropy"] += float(entropies[t].detach())
         start += span
         total = total + (candidate / lengths[c].clamp(min=1) if options.reduction == "sequence_mean" else candidate)
     if options.reduction == "token_mean":

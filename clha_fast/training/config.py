@@ -49,6 +49,9 @@ class CLHAConfig(TRLNames, TrainingArguments):
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
         workspace_mb: memory in MiB that logits may take at a time; None chooses, see `HeadOptions`.
         max_dropped_mass: softmax mass that each token's gradient may leave out, see `HeadOptions`; None for exact ones.
+        log_token_statistics: logs `entropy`, of the softmax at each token in nats, and `mean_token_accuracy`, the share
+            of tokens that are the model's first choice, means over scored tokens, in evaluation too. The pass that
+            makes log-probabilities sums them up; on GPUs CLHA's ranking then runs in torch instead of its kernels.
         drop_inert: candidates that neither loss nor gradients depend on do not run through the model in training.
         eval_drop_inert: the same in evaluation; by default all run there, since Kendall's tau counts them all.
         eval_samples: after an evaluation, this many of the first held-out prompts are answered, and the answers written
@@ -92,6 +95,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
     skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
     workspace_mb: int | None = field(default=None, metadata={"help": "MiB for logits."})
     max_dropped_mass: float | None = field(default=None, metadata={"help": "Mass gradients may leave out."})
+    log_token_statistics: bool = field(default=False, metadata={"help": "Log entropy and mean_token_accuracy."})
     drop_inert: bool = field(default=True, metadata={"help": "Inert candidates skip the model in training."})
     eval_drop_inert: bool = field(default=False, metadata={"help": "The same in evaluation."})
     eval_samples: int = field(default=0, metadata={"help": "Held-out prompts to answer at evaluation."})

@@ -142,11 +142,12 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             self.head_options = self.head_info.options(
                 args.temperature, workspace_bytes=budget, max_dropped_mass=args.max_dropped_mass
             )
+            measured = self.loss_options.watched() if args.log_token_statistics else self.loss_options
             self._forward = CandidateForward(
                 inner,
                 self.head_info,
                 self.head_options,
-                self.loss_options,
+                measured,
                 args.backend,  # type: ignore[arg-type]
             )
         self.reference.hold(model, frozen, budget)
@@ -155,9 +156,9 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
                 f"model's head scores, got {len(processing_class)}; resize_token_embeddings makes room"
             )
-        self._train_metrics = RunningMetrics(self.loss_options)
+        self._train_metrics = RunningMetrics(measured)
         # An evaluation's batches are given the counts of the whole of it, so their terms are summed.
-        self._eval_metrics = RunningMetrics(self.loss_options, summed=True)
+        self._eval_metrics = RunningMetrics(measured, summed=True)
         self._step_counts: dict[str, Tensor] | None = None
         self._eval_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None

@@ -34,6 +34,19 @@ N, V, H, CHUNK_N, CHUNK_V, P, C = 8192, 128256, 4096, 8192, 4096, 64, 512
 WIDTH = {"odd": 1001, "ragged": 2320}
 
 
+# Of statistics: what else a kernel reads and writes with them, and does not have without.
+EXTRAS = {"temperature_ptr": "temperature", "entropy_grad_ptr": "moments", "entropy_ptr": "moments"}
+
+
+def extras(variant: str) -> dict[str, Any]:
+    """Arguments of kernels that know of temperatures for each token and of moments."""
+    pointers = {
+        name: "*fp32" if of in variant else None for name, of in (EXTRAS | {"block_moments_ptr": "moments"}).items()
+    }
+    has_moments = "moments" in variant
+    return pointers | {"HAS_TEMPERATURE": "temperature" in variant, "MOMENTS": has_moments, "HAS_ENTROPY": has_moments}
+
+
 def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dict[str, int]) -> dict[str, Any]:
     """Values as the host passes them; strings stand for pointers."""
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
@@ -90,7 +103,8 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     scales["max_dropped_mass"] = 0.01
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
     variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
-    return common | chunk | scales | flags | pointers | sizes | variants
+    own = extras("moments" if kernel == "token_statistics" else variant)
+    return common | chunk | scales | flags | pointers | sizes | variants | own
 
 
 def ranking_arguments(variant: str) -> dict[str, Any]:
@@ -113,6 +127,8 @@ def ranking_arguments(variant: str) -> dict[str, Any]:
 KERNELS = {
     "persistent_forward": forward.persistent_forward_kernel,
     "persistent_forward_softcap": forward.persistent_forward_kernel,
+    "persistent_forward_statistics": forward.persistent_forward_kernel,
+    "persistent_logit_grad_statistics": persistent_backward.persistent_logit_grad_kernel,
     "persistent_logit_grad": persistent_backward.persistent_logit_grad_kernel,
     "persistent_logit_grad_softcap": persistent_backward.persistent_logit_grad_kernel,
     "persistent_hidden_grad": persistent_backward.persistent_hidden_grad_kernel,
@@ -129,6 +145,8 @@ KERNELS = {
     "dropped_mass": routing.dropped_mass_kernel,
     "head_forward": forward.head_forward_kernel,
     "head_forward_softcap": forward.head_forward_kernel,
+    "head_forward_statistics": forward.head_forward_kernel,
+    "logit_grad_statistics": backward.logit_grad_kernel,
     "logit_grad": backward.logit_grad_kernel,
     "logit_grad_softcap": backward.logit_grad_kernel,
     "hidden_grad": backward.hidden_grad_kernel,
@@ -137,6 +155,7 @@ KERNELS = {
     "gather": backward.gather_kernel,
     "row_sum": backward.row_sum_kernel,
     "combine": combine.combine_kernel,
+    "token_statistics": combine.token_statistics_kernel,
     "prompts": ranking.prompts_kernel,
     "finish": ranking.finish_kernel,
     "statistics": softmax.statistics_kernel,
@@ -148,10 +167,17 @@ KERNELS = {
 def workspace_arguments(dtype: str, variant: str) -> dict[str, Any]:
     """The passes over the workspace: a vocabulary of whole vectors, or one that only its padding makes so."""
     words = 50257 if variant == "odd" else V
-    pointers = {"z_ptr": POINTERS[dtype], "targets_ptr": "*i64", "lse_ptr": "*fp64"}
+    pointers = {"z_ptr": POINTERS[dtype], "targets_ptr": "*i64", "lse_ptr": "*fp64"} | extras(variant)
     sizes = {"N": N, "V": words, "width": (words + 63) // 64 * 64, "stride_z": 50304, "ignore_index": -100}
-    scales = {"pre_scale": 1.0, "post_scale": 1.5, "HAS_SOFTCAP": variant == "softcap"}
+    scales = {"pre_scale": 1.0, "post_scale": 1.5, "HAS_SOFTCAP": "softcap" in variant}
     return pointers | sizes | scales | {"SPLITS": 1}
+
+
+def _variants(kernel: str) -> list[str]:
+    """What changes the code of a kernel's entry in the table."""
+    if kernel.endswith("_statistics"):
+        return ["moments", "temperature", "bias+softcap+moments+temperature"]
+    return ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
 
 
 def cases() -> list[tuple[str, str, str, str]]:
@@ -159,7 +185,7 @@ def cases() -> list[tuple[str, str, str, str]]:
     listed = []
     for arch in GPU:
         for kernel in configs.GEMMS:
-            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            variants = _variants(kernel)
             if kernel == "weight_grad":
                 variants.append("partial")
             if kernel == "head_forward":
@@ -168,7 +194,7 @@ def cases() -> list[tuple[str, str, str, str]]:
             listed.append((kernel, arch, "fp32", variants[-1]))
         listed += [(kernel, arch, "16-bit", "plain") for kernel in configs.SMALL]
         for kernel, entries in configs.PERSISTENT.items():
-            variants = ["softcap", "bias", "bias+softcap"] if kernel.endswith("_softcap") else ["plain"]
+            variants = _variants(kernel)
             if kernel == "persistent_forward":
                 variants.append("routed")
             if kernel == "persistent_forward_softcap":
@@ -176,12 +202,14 @@ def cases() -> list[tuple[str, str, str, str]]:
             listed += [(kernel, arch, "16-bit", variant) for variant in variants if arch in entries]
     listed += [(kernel, "sm_90", "16-bit", v) for v in ("odd", "wide") for kernel in ("head_forward", "hidden_grad")]
     # Sizes and strides of 1, which triton turns into constants. TMA takes one column of rows that are 16 bytes apart.
-    listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in KERNELS if not kernel.endswith("_softcap")]
+    once = [kernel for kernel in KERNELS if not kernel.endswith(("_softcap", "_statistics")) or kernel in configs.SMALL]
+    listed += [(kernel, "sm_90", "16-bit", "ones") for kernel in once]
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     listed += [("dropped_mass", arch, "16-bit", "bias+softcap") for arch in GPU]
     for kernel in ("statistics", "gradient"):
-        listed += [(kernel, arch, "16-bit", "softcap") for arch in ("sm_90", "gfx942")]
+        both = ("softcap", "softcap+moments+temperature")
+        listed += [(kernel, arch, "16-bit", variant) for arch in ("sm_90", "gfx942") for variant in both]
         listed += [(kernel, "sm_90", "16-bit", "odd"), (kernel, "sm_90", "fp32", "plain")]
     return listed
 

@@ -208,6 +208,10 @@ class _Store:
     def logps(self) -> Tensor:
         return self.sweep.logps
 
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        return self.sweep.statistics
+
     def chunks(self, edges: Sequence[int]) -> list[Chunk]:
         return prompt_chunks(edges, self.sweep.capacity, first=self.sweep.room())
 
@@ -222,9 +226,17 @@ class _Store:
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
         sweep, start = self.sweep, chunk.start
-        grad = sweep.usable(slopes, sweep.tokens(start, chunk.stop))
-        parts = [sweep.stored(scan, store, grad[scan.tokens - start]) for scan, store in self.held]
-        again = _recomputed(sweep, sweep.tokens(start, chunk.kept), grad[: chunk.kept - start])
+        everything, late = sweep.tokens(start, chunk.stop), chunk.kept - start
+        bonus = None
+        if slopes.dim() == 2:
+            bonus = EntropySlopes(sweep.usable(slopes[1], everything), sweep.statistics["entropy"][everything])
+            slopes = slopes[0]
+        grad, mix = mixed(sweep.usable(slopes, everything), bonus)
+        parts = []
+        for scan, store in self.held:
+            at = scan.tokens - start
+            parts.append(sweep.stored(scan, store, grad[at], None if mix is None else mix.at(at)))
+        again = _recomputed(sweep, everything[:late], grad[:late], mix)
         # One pass over the weight's gradient for what is stored and the first that is not.
         sweep.add_gradients([*parts, *itertools.islice(again, 1)])
         for part in again:
@@ -241,7 +253,8 @@ def loss_sweep(
     Reads the sizes on the host: with CPU tensors that costs a GPU nothing. The gradients of 16-bit inputs are float32,
     for they are rounded after the upstream gradient has been multiplied in.
     """
-    sweep = _Sweep(inputs, head, needs)
+    sweep = _Sweep(inputs, head, needs, objective.wanted)
+    sweep.mixes = objective.reads_entropy
     ranked = RankedBatch(objective, given, sweep.scored, sweep.dtype)
     num_prompts, num_tokens = ranked.layout.num_prompts, inputs.targets.numel()
     sweep.allocate(needs)
@@ -254,10 +267,11 @@ def loss_sweep(
     else:
         everything = sweep.tokens(0, num_tokens)
         _score(sweep, everything, route)
-        slopes = ranked.rank(0, num_prompts, sweep.logps)
+        slopes = ranked.rank(0, num_prompts, sweep.logps, sweep.statistics)
         if any(needs) and route is not None:
             route.backward(sweep.usable(slopes, everything), sweep.peak, sweep.log_total)
-    loss, metrics, scores = ranked.finish(sweep.logps)
+    loss, metrics, scores = ranked.finish(sweep.logps, sweep.statistics)
+    slopes = slopes[0] if slopes.dim() == 2 else slopes
     if route is not None:
         metrics[_ROUTED_METRICS : _ROUTED_METRICS + 3] = route.metrics()
     result = LossResult(loss, metrics, scores, slopes.to(sweep.dtype), sweep.lse, _no_route(sweep))

@@ -97,6 +97,8 @@ class TorchHead:
         self.head, self.first_word = head, first_word
         # Which of `STATISTICS` a scan sums up beside the exponentials.
         self.wanted: tuple[str, ...] = ()
+        # Whether gradients of entropies are made of what a scan stores.
+        self.mixes = False
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         self.device = self.hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
@@ -205,7 +207,7 @@ class TorchHead:
 
         Args:
             store: [V, n], takes every block's exponentials exp(z - the block's peak), times the softcap's slope; None
-                keeps nothing. Where the entropy is `wanted`, they come without the slope.
+                keeps nothing. Where the head `mixes`, they come without the slope.
         """
         count, vocabulary = tokens.numel(), self.weight.shape[0]
         rows, (word, own) = self.token_rows(tokens), self.columns(tokens)
@@ -214,7 +216,7 @@ class TorchHead:
         extra = {name: torch.empty_like(sums) for name in STATISTICS[:3] if name in self.wanted}
         raw = torch.zeros(count, dtype=self.dtype, device=self.device)
         top, divisor = torch.zeros_like(raw), self.divisor(tokens)
-        want_slope = store is not None and "entropy" not in self.wanted
+        want_slope = store is not None and not self.mixes
         scratch = self.scratch(count) if store is None else store
         for a, b in self.blocks(count):
             z = scratch[: b - a] if store is None else store[a:b]

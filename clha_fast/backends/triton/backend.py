@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clha_fast.backends.triton.backward import Active, Backward
 from clha_fast.backends.triton.clha import CLHARanking
-from clha_fast.backends.triton.combine import combine
-from clha_fast.backends.triton.forward import launch_head, make_route
+from clha_fast.backends.triton.combine import combine, token_statistics
+from clha_fast.backends.triton.forward import Blocks, launch_head, make_route
 from clha_fast.backends.triton.head import Head, on
 from clha_fast.backends.triton.launchers import launcher
 from clha_fast.backends.triton.persistent import PersistentBackward
@@ -21,7 +21,16 @@ from clha_fast.backends.triton.routed import routed_backward
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import HeadOptions
-from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from clha_fast.types import (
+    EntropySlopes,
+    Gradients,
+    HeadInputs,
+    HeadResult,
+    LossResult,
+    Needs,
+    RankingInputs,
+    StatisticsResult,
+)
 from csrc_triton.clha import METRICS
 
 
@@ -35,14 +44,24 @@ def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
     """
     ready = Head.of(inputs, head)
     with on(inputs.hidden.device):
-        peaks, sums, logits = _statistics(inputs, ready, head)
+        peaks, sums, logits, _ = _statistics(inputs, ready, head)
         logps, lse = combine(peaks, sums, logits, ready.targets, ready)
         if head.max_dropped_mass is None:
             return HeadResult(logps, lse, logps.new_empty(0))
         return HeadResult(logps, lse, make_route(peaks, sums, lse, ready, head.max_dropped_mass)[0])
 
 
-def _statistics(inputs: HeadInputs, ready: Head, head: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+def statistics_forward(inputs: HeadInputs, head: HeadOptions, names: tuple[str, ...]) -> StatisticsResult:
+    """`token_logps_forward`, and of the same launch's blocks what `reference.token_statistics` says."""
+    ready = Head.of(inputs, head)
+    with on(inputs.hidden.device):
+        blocks = launch_head(inputs.hidden, ready, head.workspace_bytes, routed=False, moments=True)
+        logps, lse = combine(*blocks[:3], ready.targets, ready)
+        values = token_statistics(blocks, lse, ready.targets, ready)
+    return StatisticsResult(logps, lse, {name: values[name].clone() for name in names})
+
+
+def _statistics(inputs: HeadInputs, ready: Head, head: HeadOptions) -> Blocks:
     return launch_head(inputs.hidden, ready, head.workspace_bytes, routed=head.max_dropped_mass is not None)
 
 
@@ -55,7 +74,7 @@ def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, ob
     """
     ready = Head.of(inputs, head)
     with on(inputs.hidden.device):
-        return rank(*_statistics(inputs, ready, head), ready, given, objective, head.max_dropped_mass)
+        return rank(*_statistics(inputs, ready, head)[:3], ready, given, objective, head.max_dropped_mass)
 
 
 def rank(
@@ -90,6 +109,25 @@ def token_logps_backward(
     nothing launched or allocated, for what is not needed. With `head.max_dropped_mass` only the (token, vocabulary
     block) pairs that `route` keeps are computed; of the others dhidden gets their mass times the block's mean row.
     """
+    return _backward(grad_logps, None, inputs, lse, route, head, needs)
+
+
+def statistics_backward(
+    grad_logps: Tensor, slopes: EntropySlopes, inputs: HeadInputs, lse: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
+    """`token_logps_backward` of sum_t grad_logps_t * logp_t + slopes.grad_t * entropy_t, in the same passes."""
+    return _backward(grad_logps, slopes, inputs, lse, lse.new_empty(0), head, needs)
+
+
+def _backward(
+    grad_logps: Tensor,
+    slopes: EntropySlopes | None,
+    inputs: HeadInputs,
+    lse: Tensor,
+    route: Tensor,
+    head: HeadOptions,
+    needs: Needs,
+) -> Gradients:
     hidden, weight, bias = inputs[:3]
     needs = Needs(needs.hidden, needs.weight, needs.bias and bias is not None)
     if not any(needs):
@@ -99,7 +137,7 @@ def token_logps_backward(
         return Gradients(*(zero if need else None for zero, need in zip(zeros, needs, strict=True)))
     ready = Head.of(inputs, head)
     with on(hidden.device):
-        active = Active.of(grad_logps, ready, hidden.shape[0])
+        active = Active.of(grad_logps, ready, hidden.shape[0], slopes)
         if head.max_dropped_mass is not None:
             return routed_backward(hidden, ready, active, lse, route, head, needs)
         kind = PersistentBackward if ready.is_persistent_backward else Backward

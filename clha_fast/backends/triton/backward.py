@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.triton.head import Head, gather, round_up, tiles
-from clha_fast.types import Needs
+from clha_fast.types import EntropySlopes, Needs
 from csrc_triton import backward
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -18,32 +18,46 @@ WORKSPACE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Active:
-    """Tokens sorted by the row they read, those with a gradient first; `count` and `peak` stay on the device."""
+    """Tokens sorted by the row they read, those with a gradient first; `count` and `peak` stay on the device.
+
+    With temperatures of their own, tokens' gradients come divided by them. `slopes`: of entropies, beside `grad`.
+    """
 
     grad: Tensor
     order: Tensor
     count: Tensor
     peak: Tensor
     row_ends: Tensor
+    slopes: EntropySlopes | None = None
 
     @classmethod
-    def of(cls, grad_logps: Tensor, head: Head, num_rows: int) -> Active:
-        grad = torch.where(head.targets == head.ignore_index, 0.0, grad_logps.to(torch.float32))
+    def of(cls, grad_logps: Tensor, head: Head, num_rows: int, slopes: EntropySlopes | None = None) -> Active:
+        grad = usable(grad_logps, head.targets, head.temperature, head)
         size = grad.abs()
+        if slopes is not None:
+            slopes = slopes._replace(grad=usable(slopes.grad, head.targets, head.temperature, head))
+            size = torch.maximum(size, slopes.grad.abs())
         # The largest finite one: a single inf must not turn every other token's share into 0. Down to a power of two:
         # any other factor would round what has been rounded to 16 bits once more, on another grid.
         peak = torch.where(torch.isfinite(size), size, 0.0).amax()
         peak = torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1.0)
         row = torch.arange(grad.shape[0], device=grad.device) if head.row_index is None else head.row_index
-        key, order = torch.where(grad != 0, row.clamp(0, num_rows - 1), num_rows).sort(stable=True)
+        key, order = torch.where(size != 0, row.clamp(0, num_rows - 1), num_rows).sort(stable=True)
         row_ends = torch.searchsorted(key, torch.arange(num_rows, device=grad.device), right=True)
         return cls(
             grad=grad,
             order=order,
-            count=(grad != 0).sum(dtype=torch.int32),
+            count=(size != 0).sum(dtype=torch.int32),
             peak=peak,
             row_ends=row_ends,
+            slopes=slopes,
         )
+
+
+def usable(grad: Tensor, targets: Tensor, temperature: Tensor | None, head: Head) -> Tensor:
+    """Gradients [n] in float32 for logits before a temperature of each token: 0 where ignored."""
+    grad = grad.to(torch.float32) if temperature is None else grad.to(torch.float32) / temperature
+    return torch.where(targets == head.ignore_index, 0.0, grad)
 
 
 class Chunk(NamedTuple):
@@ -107,7 +121,9 @@ class Backward:
         self.num_tokens = head.targets.shape[0]
         # d logit / d raw logit without the softcap's slope; it waits for the float32 end with the largest gradient.
         self.factor = head.pre_scale * head.post_scale
-        self.config = {name: head.config(self.prefix + name) for name in ("logit_grad", "hidden_grad", "weight_grad")}
+        mixes = active.slopes is not None
+        names = ("logit_grad", "hidden_grad", "weight_grad")
+        self.config = {name: head.config(self.prefix + name, statistics=mixes) for name in names}
         self.block_n = self.config["logit_grad"]["BLOCK_N"]
         self.chunks = Chunks.of(
             self.num_tokens,
@@ -189,6 +205,7 @@ class Backward:
 
     def _logit_grad(self, chunk: Chunk) -> None:
         config, head, (tokens, padded_words) = self.config["logit_grad"], self.head, chunk.dlogits.shape
+        slopes = self.active.slopes
         block_n, block_v, block_h = config["BLOCK_N"], config["BLOCK_V"], config["BLOCK_H"]
         self._kernel("logit_grad")[self._grid(tokens // block_n * (padded_words // block_v))](
             self._operand(self.rows, block_n, block_h),
@@ -200,6 +217,9 @@ class Backward:
             self.active.order,
             self.active.count,
             self.active.peak,
+            head.temperature,
+            None if slopes is None else slopes.grad,
+            None if slopes is None else slopes.entropy,
             chunk.dlogits,
             chunk.first_token,
             chunk.first_word,
@@ -213,6 +233,8 @@ class Backward:
             HAS_SOFTCAP=head.flags["HAS_SOFTCAP"],
             POSITIVE=head.flags["POSITIVE"],
             PTX=head.flags["PTX"],
+            HAS_TEMPERATURE=head.temperature is not None,
+            HAS_ENTROPY=slopes is not None,
             **self._by_pointers(config, reads_weight=True),
             **config,
         )

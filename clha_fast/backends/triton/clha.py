@@ -11,6 +11,7 @@ from torch import Tensor
 from clha_fast.backends.triton.head import Head
 from clha_fast.objectives import CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES
+from clha_fast.objectives.ranked import Statistics
 from clha_fast.types import RankingInputs
 from csrc_triton import clha as ranking
 
@@ -88,7 +89,7 @@ class CLHARanking:
             **self.head.config("count"),
         )
 
-    def rank(self, first: int, last: int, logps: Tensor) -> Tensor:
+    def rank(self, first: int, last: int, logps: Tensor, statistics: Statistics = None) -> Tensor:
         """dL/dlogp of the tokens of prompts [first, last); fills their candidates' scores and coefficients."""
         start = 0 if first == 0 else self._seen
         stop = self._seen = start + logps.shape[0]
@@ -135,7 +136,7 @@ class CLHARanking:
         # Lengths that do not add up must not become an access out of bounds.
         return torch.searchsorted(self.token_ends, tokens, right=True).clamp_(max=max(0, self.num_candidates - 1))
 
-    def finish(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logps: Tensor, statistics: Statistics = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, metrics, scores), once every prompt has been ranked; the metrics of a routed backward stay 0."""
         loss = torch.empty((), dtype=torch.float32, device=self.device)
         metrics = torch.zeros(len(METRIC_NAMES), dtype=torch.float32, device=self.device)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clha_fast.backends.triton.clha import CLHARanking
 from clha_fast.backends.triton.head import Head, tiles
+from clha_fast.types import STATISTICS
 from csrc_triton import clha
 from csrc_triton import combine as kernels
 
@@ -55,3 +56,29 @@ def combine(
             **config,
         )
     return logps, lse
+
+
+def token_statistics(
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor | None], lse: Tensor, targets: Tensor, head: Head
+) -> dict[str, Tensor]:
+    """`STATISTICS` [N] float32 of block peaks, sums [blocks, N], target logits [N] and moments [3, blocks, N]."""
+    block_peak, block_sum, target_logit, moments = blocks
+    num_tokens = target_logit.shape[0]
+    values = torch.empty(len(STATISTICS), num_tokens, dtype=torch.float32, device=lse.device)
+    config = head.config("token_statistics")
+    if num_tokens:
+        kernels.token_statistics_kernel[(tiles(num_tokens, config["BLOCK_N"]),)](
+            block_peak,
+            block_sum,
+            moments,
+            target_logit,
+            targets,
+            lse,
+            values,
+            num_tokens,
+            head.weight.shape[0],
+            block_peak.shape[0],
+            head.ignore_index,
+            **config,
+        )
+    return dict(zip(STATISTICS, values, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -13,19 +15,30 @@ from csrc_triton import forward, routing
 _COPY_BYTES = 64 * 2**20
 
 
-def launch_head(hidden: Tensor, head: Head, workspace_bytes: int | None, routed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(block_peak [blocks, N], block_sum [blocks, N], target_logit [N]), float32.
+class Blocks(NamedTuple):
+    """What the head's kernel writes, float32: peak and sum [blocks, N], target_logit [N], moments [3, blocks, N]."""
+
+    peak: Tensor
+    sum: Tensor
+    target_logit: Tensor
+    moments: Tensor | None = None
+
+
+def launch_head(hidden: Tensor, head: Head, workspace_bytes: int | None, routed: bool, moments: bool = False) -> Blocks:
+    """The numbers of every token and block of words; `moments` for statistics of its distribution.
 
     A block is a tile's words, or with `routed` at most ROUTE_WORDS of them. `workspace_bytes` (64 MiB) bounds the copy
     of hidden states that the persistent kernel needs where TMA cannot address them.
     """
     num_tokens, vocabulary = head.targets.shape[0], head.weight.shape[0]
-    config, statistic = _config(head), _statistic(head, routed)
+    config = _config(head, moments)
+    statistic = _statistic(config, routed)
     blocks = tiles(vocabulary, statistic)
-    statistics = (
+    statistics = Blocks(
         torch.empty(blocks, num_tokens, dtype=torch.float32, device=hidden.device),
         torch.empty(blocks, num_tokens, dtype=torch.float32, device=hidden.device),
         torch.empty(num_tokens, dtype=torch.float32, device=hidden.device),
+        torch.empty(3, blocks, num_tokens, dtype=torch.float32, device=hidden.device) if moments else None,
     )
     if num_tokens and head.is_persistent:
         _persistent(hidden, head, statistics, config, statistic, workspace_bytes or _COPY_BYTES)
@@ -34,19 +47,17 @@ def launch_head(hidden: Tensor, head: Head, workspace_bytes: int | None, routed:
     return statistics
 
 
-def _config(head: Head) -> dict[str, int]:
-    return head.config("persistent_forward" if head.is_persistent else "head_forward")
+def _config(head: Head, moments: bool = False) -> dict[str, int]:
+    return head.config("persistent_forward" if head.is_persistent else "head_forward", moments)
 
 
-def _statistic(head: Head, routed: bool) -> int:
+def _statistic(config: dict[str, int], routed: bool) -> int:
     """Words that one (maximum, sum) stands for."""
-    width = _config(head)["BLOCK_V"]
+    width = config["BLOCK_V"]
     return min(width, ROUTE_WORDS) if routed else width
 
 
-def _by_pointers(
-    hidden: Tensor, head: Head, statistics: tuple[Tensor, Tensor, Tensor], config: dict[str, int], statistic: int
-) -> None:
+def _by_pointers(hidden: Tensor, head: Head, statistics: Blocks, config: dict[str, int], statistic: int) -> None:
     num_tokens, (vocabulary, width) = head.targets.shape[0], head.weight.shape
     grid = (tiles(num_tokens, config["BLOCK_N"]) * tiles(vocabulary, config["BLOCK_V"]),)
     forward.head_forward_kernel[grid](
@@ -55,7 +66,9 @@ def _by_pointers(
         head.bias,
         head.targets,
         head.row_index,
-        *statistics,
+        *statistics[:3],
+        head.temperature,
+        statistics.moments,
         hidden.shape[0],
         num_tokens,
         vocabulary,
@@ -70,6 +83,8 @@ def _by_pointers(
         EVEN_H=width % config["BLOCK_H"] == 0,
         WIDE=head.is_wide,
         STATISTIC=statistic,
+        HAS_TEMPERATURE=head.temperature is not None,
+        MOMENTS=statistics.moments is not None,
         **config,
     )
 
@@ -77,7 +92,7 @@ def _by_pointers(
 def _persistent(
     hidden: Tensor,
     head: Head,
-    statistics: tuple[Tensor, Tensor, Tensor],
+    statistics: Blocks,
     config: dict[str, int],
     statistic: int,
     copy_bytes: int,
@@ -110,7 +125,9 @@ def _persistent(
             weight,
             head.bias,
             head.targets,
-            *statistics,
+            *statistics[:3],
+            head.temperature,
+            statistics.moments,
             first,
             tokens,
             num_tokens,
@@ -124,6 +141,8 @@ def _persistent(
             POSITIVE=head.flags["POSITIVE"],
             PTX=head.flags["PTX"],
             STATISTIC=statistic,
+            HAS_TEMPERATURE=head.temperature is not None,
+            MOMENTS=statistics.moments is not None,
             **config,
         )
 
@@ -157,7 +176,7 @@ def make_route(
             head.ignore_index,
             max_dropped_mass,
             # A tile may be narrower than a block; its statistics never are wider.
-            RATIO=ROUTE_WORDS // _statistic(head, routed=True),
+            RATIO=ROUTE_WORDS // _statistic(_config(head), routed=True),
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
         )

@@ -88,6 +88,7 @@ class Head:
     bias: Tensor | None
     targets: Tensor
     row_index: Tensor | None
+    temperature: Tensor | None
     ignore_index: int
     pre_scale: float
     post_scale: float
@@ -100,7 +101,7 @@ class Head:
 
     @classmethod
     def of(cls, inputs: HeadInputs, head: HeadOptions) -> Head:
-        hidden, weight, bias, targets, row_index = inputs[:5]
+        hidden, weight, bias, targets, row_index, temperature = inputs
         if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
                 "hidden: expected float32, float16 or bfloat16 for backend 'triton', "
@@ -119,6 +120,7 @@ class Head:
             bias=None if bias is None else bias.contiguous(),
             targets=targets.contiguous(),
             row_index=None if row_index is None else row_index.contiguous(),
+            temperature=None if temperature is None else temperature.contiguous(),
             ignore_index=head.ignore_index,
             pre_scale=pre,
             post_scale=post,
@@ -152,8 +154,15 @@ class Head:
         """
         return self.is_persistent and self.weight.shape[1] % 16 == 0
 
-    def config(self, kernel: str) -> dict[str, int]:
-        """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap or a bias."""
+    def config(self, kernel: str, statistics: bool = False) -> dict[str, int]:
+        """Launch arguments of a kernel; those that form logits have an entry of their own for a softcap or a bias.
+
+        And one for `statistics`, or a temperature for each token, whatever else there is.
+        """
+        if (
+            statistics or self.temperature is not None
+        ) and f"{kernel}_statistics" in configs.GEMMS | configs.PERSISTENT:
+            return configs.select(f"{kernel}_statistics", self.arch, self.tile_class)
         extended = self.flags["HAS_SOFTCAP"] or self.flags["HAS_BIAS"]
         if extended and f"{kernel}_softcap" in configs.GEMMS | configs.PERSISTENT:
             kernel = f"{kernel}_softcap"

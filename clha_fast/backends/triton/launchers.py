@@ -19,6 +19,6 @@ LAUNCHERS: dict[type[Objective], Callable[[Any, RankingInputs, Head], CLHARankin
 def launcher(objective: Objective, given: RankingInputs, head: Head) -> CLHARanking | RankedBatch:
     """What ranks a batch with an objective; `RankedBatch` reads the sizes on the host."""
     kind = LAUNCHERS.get(type(objective))
-    if kind is not None:
+    if kind is not None and not objective.wanted:
         return kind(objective, given, head)
     return RankedBatch(objective, given, head.targets != head.ignore_index, torch.float32)

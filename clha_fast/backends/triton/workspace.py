@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.sweep import sweep_prompts
+from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
 from clha_fast.backends.triton.head import Head, on
 from clha_fast.backends.triton.launchers import launcher
@@ -40,7 +41,16 @@ from clha_fast.backends.triton.softmax import gradient, padded_width, statistics
 from clha_fast.layout import Chunk, accumulate, even_capacity, even_share, prompt_chunks, prompt_edges
 from clha_fast.objectives import Objective
 from clha_fast.options import HeadOptions
-from clha_fast.types import Gradients, HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from clha_fast.types import (
+    EntropySlopes,
+    Gradients,
+    HeadInputs,
+    HeadResult,
+    LossResult,
+    Needs,
+    RankingInputs,
+    StatisticsResult,
+)
 
 _MIN_WORKSPACE = 64 * 2**20
 # Before torch 2.10 `addmm` with a wide result refuses a wide matrix to add to.
@@ -85,7 +95,8 @@ class _Sweep:
     """The workspace, the tokens that stand in it, and the gradients that have been summed so far."""
 
     def __init__(self, inputs: HeadInputs, head: HeadOptions, needs: Needs) -> None:
-        self.hidden, self.weight, self.bias, self.targets, self.row_index = inputs[:5]
+        self.hidden, self.weight, self.bias, self.targets, self.row_index, self.temperature = inputs
+        self.wanted: tuple[str, ...] = ()
         self.ready = Head.of(inputs, head)
         self.vocabulary, self.width = self.weight.shape
         self.factor = self.ready.pre_scale * self.ready.post_scale
@@ -148,30 +159,44 @@ class Loaded:
         self.sweep, self.start, self.stop = sweep, start, stop
         self.rows, self.index, self.targets, self.z = rows, index, targets, z
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """(logps [n] float32, lse [n] float64)."""
-        return statistics(self.z, self.targets, self.sweep.ready)
+    @property
+    def temperature(self) -> Tensor | None:
+        """[n], copied as `targets` are."""
+        whole = self.sweep.temperature
+        return None if whole is None else whole[self.start : self.stop].clone()
 
-    def backward(self, grad_logps: Tensor, lse: Tensor) -> None:
-        """Adds the gradients of sum_t grad_logps_t * logp_t; the logits are gone afterwards."""
-        sweep = self.sweep
-        grad = torch.where(self.targets == sweep.ready.ignore_index, 0.0, grad_logps.to(torch.float32)) * sweep.factor
+    def statistics(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(logps [n] float32, lse [n] float64, what the sweep wants beside them)."""
+        return statistics(self.z, self.targets, self.sweep.ready, self.temperature, self.sweep.wanted)
+
+    def backward(self, grad_logps: Tensor, lse: Tensor, slopes: EntropySlopes | None = None) -> None:
+        """Adds the gradients of sum_t grad_logps_t * logp_t + slopes.grad_t * entropy_t; the logits are gone then."""
+        sweep, temperature = self.sweep, self.temperature
+        grad = usable(grad_logps, self.targets, temperature, sweep.ready) * sweep.factor
+        size = grad
+        if slopes is not None:
+            bonus = usable(slopes.grad, self.targets, temperature, sweep.ready) * sweep.factor
+            slopes = EntropySlopes(bonus, slopes.entropy.clone())
+            size = torch.maximum(grad.abs(), bonus.abs())
         power = unit = share = None
         if self.rows.dtype == torch.float16:
             # z keeps a mantissa, for float16 has no exponents to spare; the power of two goes where it costs no bit.
-            grad, exponent = torch.frexp(grad)
+            exponent = torch.frexp(size).exponent
+            grad = torch.ldexp(grad, -exponent)
+            if slopes is not None:
+                slopes = slopes._replace(grad=torch.ldexp(slopes.grad, -exponent))
             # A gradient of 0 has exponent 0: its power would be the largest beside small ones, and they underflow.
-            power = torch.ldexp((grad != 0).to(grad.dtype), exponent).unsqueeze(1)
+            power = torch.ldexp((size != 0).to(grad.dtype), exponent).unsqueeze(1)
             # In sums over tokens the largest power is 1 for the product, and comes back in float32. On the device.
             unit = power.amax().clamp(min=torch.finfo(torch.float32).tiny)
             share = (power / unit).to(self.rows.dtype)
-        gradient(self.z, self.targets, lse.clone(), grad, sweep.ready)  # cloned, as targets are
+        gradient(self.z, self.targets, lse.clone(), grad, sweep.ready, temperature, slopes)  # cloned, as targets are
         z = self.z[:, : sweep.vocabulary]
         if sweep.dhidden is not None:
             self._add_hidden(sweep.dhidden, z, power)
         if sweep.dweight is not None:
             # What has no gradient is not multiplied by 0: its hidden state may be NaN.
-            rows = torch.where((grad == 0).unsqueeze(1), 0, self.rows)
+            rows = torch.where((size == 0).unsqueeze(1), 0, self.rows)
             self._add_weight(sweep.dweight, z, rows if share is None else rows * share, unit)
         if sweep.dbias is not None:
             self._add_bias(sweep.dbias, z, share, unit)
@@ -225,19 +250,31 @@ def token_logps_forward(inputs: HeadInputs, head: HeadOptions) -> HeadResult:
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, _NOTHING)
         sweep.reserve(even_share(inputs.targets.shape[0], sweep.capacity))
-        logps, lse = _statistics(sweep, 0, inputs.targets.shape[0])
+        logps, lse, _ = _statistics(sweep, 0, inputs.targets.shape[0])
     return HeadResult(logps, lse, _no_route(inputs))
 
 
-def _statistics(sweep: _Sweep, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(logps, lse) of tokens [start, stop)."""
+def statistics_forward(inputs: HeadInputs, head: HeadOptions, names: tuple[str, ...]) -> StatisticsResult:
+    """`token_logps_forward`, and of the same pass over the workspace what `reference.token_statistics` says."""
+    with on(inputs.hidden.device):
+        sweep = _Sweep(inputs, head, _NOTHING)
+        sweep.wanted = names
+        sweep.reserve(even_share(inputs.targets.shape[0], sweep.capacity))
+        return StatisticsResult(*_statistics(sweep, 0, inputs.targets.shape[0]))
+
+
+def _statistics(sweep: _Sweep, start: int, stop: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(logps, lse, what is wanted beside them) of tokens [start, stop)."""
     device = sweep.hidden.device
     logps = torch.empty(stop - start, dtype=torch.float32, device=device)
     lse = torch.empty(stop - start, dtype=torch.float64, device=device)
+    values = {name: torch.empty_like(logps) for name in sweep.wanted}
     for a, b in _pieces(start, stop, sweep.capacity):
         part = slice(a - start, b - start)
-        logps[part], lse[part] = sweep.load(a, b).statistics()
-    return logps, lse
+        logps[part], lse[part], found = sweep.load(a, b).statistics()
+        for name, value in found.items():
+            values[name][part] = value
+    return logps, lse, values
 
 
 def token_logps_backward(
@@ -247,11 +284,30 @@ def token_logps_backward(
 
     Sums run in float32 (the bias's over chunks in float64) and in a fixed order: two calls give the same bits.
     """
+    return _backward(grad_logps, None, inputs, lse, head, needs)
+
+
+def statistics_backward(
+    grad_logps: Tensor, slopes: EntropySlopes, inputs: HeadInputs, lse: Tensor, head: HeadOptions, needs: Needs
+) -> Gradients:
+    """`token_logps_backward` of sum_t grad_logps_t * logp_t + slopes.grad_t * entropy_t, in the same passes."""
+    return _backward(grad_logps, slopes, inputs, lse, head, needs)
+
+
+def _backward(
+    grad_logps: Tensor,
+    slopes: EntropySlopes | None,
+    inputs: HeadInputs,
+    lse: Tensor,
+    head: HeadOptions,
+    needs: Needs,
+) -> Gradients:
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)
         sweep.reserve(even_share(inputs.targets.shape[0], sweep.capacity))
         for a, b in _pieces(0, inputs.targets.shape[0], sweep.capacity):
-            sweep.load(a, b).backward(grad_logps[a:b], lse[a:b])
+            own = None if slopes is None else EntropySlopes(slopes.grad[a:b], slopes.entropy[a:b])
+            sweep.load(a, b).backward(grad_logps[a:b], lse[a:b], own)
     return sweep.gradients(inputs.hidden.dtype)
 
 
@@ -262,24 +318,36 @@ class _Store:
         self.sweep = sweep
         self.logps = torch.empty(count, dtype=torch.float32, device=sweep.hidden.device)
         self.lse = torch.empty(count, dtype=torch.float64, device=sweep.hidden.device)
+        self.statistics = {name: torch.empty_like(self.logps) for name in sweep.wanted}
         self.loaded: Loaded | None = None
 
     def score(self, spans: Sequence[tuple[int, int]]) -> None:
         for start, stop in spans:
-            self.logps[start:stop], self.lse[start:stop] = _statistics(self.sweep, start, stop)
+            self._note(start, stop, _statistics(self.sweep, start, stop))
+
+    def _note(self, start: int, stop: int, found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> None:
+        self.logps[start:stop], self.lse[start:stop], values = found
+        for name, value in values.items():
+            self.statistics[name][start:stop] = value
 
     def hold(self, start: int, stop: int) -> None:
         self.loaded = None
         if start < stop:
             self.loaded = self.sweep.load(start, stop)
-            self.logps[start:stop], self.lse[start:stop] = self.loaded.statistics()
+            self._note(start, stop, self.loaded.statistics())
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
-        late = slopes[chunk.kept - chunk.start :]
         if self.loaded is not None:
-            self.loaded.backward(late, self.lse[chunk.kept : chunk.stop])
+            self._backward(self.loaded, chunk, slopes)
         for a, b in _pieces(chunk.start, chunk.kept, self.sweep.capacity):
-            self.sweep.load(a, b).backward(slopes[a - chunk.start : b - chunk.start], self.lse[a:b])
+            self._backward(self.sweep.load(a, b), chunk, slopes)
+
+    def _backward(self, loaded: Loaded, chunk: Chunk, slopes: Tensor) -> None:
+        tokens = slice(loaded.start, loaded.stop)
+        here, bonus = slopes[..., loaded.start - chunk.start : loaded.stop - chunk.start], None
+        if slopes.dim() == 2:
+            here, bonus = here[0], EntropySlopes(here[1], self.statistics["entropy"][tokens])
+        loaded.backward(here, self.lse[tokens], bonus)
 
 
 def _chunks(given: RankingInputs, num_tokens: int, capacity: int) -> list[Chunk]:
@@ -307,11 +375,13 @@ def loss_sweep(
         ranked = launcher(objective, given, sweep.ready)
         if isinstance(ranked, CLHARanking):
             ranked.count()
+        sweep.wanted = objective.wanted
         store = _Store(sweep, inputs.targets.shape[0])
         chunks = _chunks(given, inputs.targets.shape[0], sweep.capacity)
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
         slopes = sweep_prompts(store, chunks, ranked, gradients=any(needs))
-        loss, metrics, scores = ranked.finish(store.logps)
+        loss, metrics, scores = ranked.finish(store.logps, store.statistics)
+        slopes = slopes[0] if slopes.dim() == 2 else slopes
         result = LossResult(loss, metrics, scores, slopes.to(torch.float32), store.lse, _no_route(inputs))
         return result, sweep.gradients(torch.float32)
 
