@@ -1,7 +1,7 @@
-"""What `test_scoring_processes` starts in two processes: scores through a wrapper and those of the model alone; no test.
+"""What `test_scoring_processes` starts in two processes: a model scored through a wrapper, and alone; no test.
 
-`torchrun ... -m tests.support.scoring_processes WRAPPER` fails where they differ. WRAPPER: ddp, fsdp2, or trl (two steps
-of TRL's DPOTrainer with this library's head and with its own).
+`torchrun ... -m tests.support.scoring_processes WRAPPER` fails where they differ. WRAPPER: ddp, fsdp2, or trl (two
+steps of TRL's DPOTrainer with this library's head and with its own).
 """
 
 from __future__ import annotations
