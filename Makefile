@@ -10,7 +10,7 @@ WITH ?=
 # What depends on the releases of transformers, accelerate and peft.
 HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards
 
-.PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
+.PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-integrations test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
@@ -39,6 +39,19 @@ test-oldest test-newest: test-%:
 WITH_oldest := -r tests/packaging/oldest.txt
 WITH_newest := --upgrade transformers accelerate peft
 
+# Other people's trainers, each in an environment of its own; verl's function alone, without what verl pins.
+HOSTS := trl verl lightning
+HOST_trl := "trl>=1.15"
+HOST_verl := --no-deps "verl>=0.9"
+HOST_lightning := "lightning>=2.6"
+
+test-integrations: $(HOSTS:%=test-host-%)
+
+test-host-%:
+	$(MAKE) VENV=.venv-$* .venv-$*/.dev
+	.venv-$*/bin/python -m pip install --quiet $(HOST_$*)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "" tests/integrations/test_$*.py $(ARGS)
+
 test-architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.architectures --write docs/architectures.md $(ARGS)
 
@@ -61,7 +74,7 @@ bench-gpu: $(VENV)/.peers
 	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info demo-run demo-run-* demo-smollm-run
+	rm -rf $(VENV) .venv-oldest .venv-newest $(HOSTS:%=.venv-%) build dist site *.egg-info demo-run demo-run-* demo-smollm-run
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

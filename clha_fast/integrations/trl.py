@@ -44,7 +44,7 @@ def import_trl() -> Any:
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError("trl: not installed; pip install 'trl>=1.15' brings it") from error
+        raise ImportError("trl: not installed; pip install 'clha-fast[trl]' brings it") from error
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise ImportError(f"trl: expected 1.15 or newer, whose trainers call one fused head, got {version}")
     return importlib.import_module("trl")

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from clha_fast.functional import linear_loss, token_logps
 from clha_fast.models.embedding import head_name
 from clha_fast.models.heads import HeadForward
-from clha_fast.models.own_forward import check_backend, token_values
+from clha_fast.models.own_forward import check_backend, token_statistics
 from clha_fast.models.own_forward import head_loss as own_forward_loss
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics
@@ -74,11 +74,12 @@ def head_values(
     if isinstance(weight, HeadForward):
         _check_plain(hidden, weight)
         check_backend(backend, weight)
-        settings |= {"statistics": statistics, "in_chunks": backend != "reference"}
-        return token_values(hidden, weight, targets, bias=bias, **settings)
-    hidden, rows, bias, shard = _local(hidden, weight, bias)
-    settings |= {"shard": shard, "backend": backend}
-    logps, values = token_logps(hidden, rows, targets, bias=bias, statistics=statistics, **settings)
+        settings["in_chunks"] = backend != "reference"
+        logps, values = token_statistics(hidden, weight, targets, tuple(statistics), bias, **settings)
+    else:
+        hidden, rows, bias, shard = _local(hidden, weight, bias)
+        settings |= {"shard": shard, "backend": backend}
+        logps, values = token_logps(hidden, rows, targets, bias=bias, statistics=statistics, **settings)
     return torch.stack([logps, *(values[name] for name in statistics)])
 
 

@@ -224,20 +224,24 @@ def adapter_config(settings: Mapping[str, Any]) -> Any:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str = torch.float32, attn_implementation: str | None = None, option: str = "model"
+    name: str,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    option: str = "model",
+    **others: Any,
 ) -> PreTrainedModel:
     """A causal language model of a local folder or of a name on the Hub; dtype "auto" is the checkpoint's own.
 
     A folder with an adapter of peft's alone gives the adapter on its base model, and goes on training it.
 
     Args:
-        option: what errors call it.
+        option: what errors call it. others: more arguments of `from_pretrained`.
 
     Raises:
         ValueError: there is none; weights are missing there, which would begin at random.
         ImportError: an adapter, and peft is not installed.
     """
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    extra = others if attn_implementation is None else {**others, "attn_implementation": attn_implementation}
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         return load_adapter(name, option, base_option=option, dtype=dtype, **extra)
     return _load_whole(name, option, dtype=dtype, **extra)

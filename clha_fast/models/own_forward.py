@@ -7,8 +7,7 @@ the price of a second forward of the head and of autograd's memory for one chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,16 +39,14 @@ def check_backend(backend: str, head: HeadForward) -> None:
         _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
 
 
-def token_values(
+def token_logps(
     hidden: Tensor,
     forward: HeadForward,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
     row_index: Tensor | None = None,
-    temperature: Tensor | None = None,
     head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
-    statistics: Sequence[str] = (),
     in_chunks: bool = True,
 ) -> Tensor:
     """`functional.token_logps` with a head that is a function.
@@ -61,18 +58,35 @@ def token_values(
 
     Args:
         hidden: [M, H]. forward: from `heads.inspect_head(own_forward=True)`. targets: [N] int64. bias: [V], added
-            behind the head, or None. row_index: [N] int64 or None. temperature, head, statistics: as in
-            `functional.token_logps`; `workspace_bytes` bounds what a chunk's logits and their gradients take together.
+            behind the head, or None. row_index: [N] int64 or None. head: as in `functional.token_logps`;
+            `workspace_bytes` bounds what a chunk's logits and their gradients take together.
         in_chunks: False forms all logits at once.
 
     Returns:
-        [1 + S, N], log-probabilities in nats and the S `statistics`, float32 (float64 for float64 logits), with a graph
-        to `hidden` and to all that the head reads. Dropout in the head is drawn chunk by chunk, and the same in the
-        backward.
+        [N] nats, float32 (float64 for float64 logits), with a graph to `hidden` and to all that the head reads.
+        Dropout in the head is drawn chunk by chunk, and the same in the backward.
 
     Raises:
         ValueError: on CPU tensors, targets or row indices out of range.
         UnsupportedHeadError: a gradient is needed, and the head has none for its input.
+    """
+    return token_statistics(hidden, forward, targets, (), bias, row_index, head, in_chunks)[0]
+
+
+def token_statistics(
+    hidden: Tensor,
+    forward: HeadForward,
+    targets: Tensor,
+    names: tuple[str, ...],
+    bias: Tensor | None = None,
+    row_index: Tensor | None = None,
+    head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
+    in_chunks: bool = True,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_logps`, and of the same logits those of `types.STATISTICS` that are named.
+
+    temperature: [N], each token's in the place of the head's, or None.
     """
     inputs = HeadInputs(hidden, hidden, bias, targets, row_index)  # the weight's place is not looked at
     checks.target_values(inputs, head.ignore_index, vocabulary=forward.vocab_size)
@@ -93,21 +107,21 @@ def token_values(
         # One row goes through, so that whatever the head reads has a gradient (of zeros), and so does the bias.
         nothing = forward(hidden[:1]).flatten()[:0].to(_wide(hidden.dtype))
         nothing = nothing if bias is None else nothing + bias[:0]
-        return nothing.expand(1 + len(statistics), 0)
-    # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more, an entropy's product two.
-    matrices = 4 + (head.softcap is not None) + 2 * bool(statistics)
-    row_bytes = forward.vocab_size * matrices * _wide(hidden.dtype).itemsize
+        return nothing, dict.fromkeys(names, nothing)
+    # Logits, their log-softmax, its gradient and theirs; a softcap keeps one more.
+    row_bytes = forward.vocab_size * (4 if head.softcap is None else 5) * _wide(hidden.dtype).itemsize
     budget = head.workspace_bytes or max(_MIN_WORKSPACE, forward.vocab_size * hidden.shape[1])
     size = max(1, budget // row_bytes) if in_chunks else count
-    divisors = [None] * count if temperature is None else temperature.split(size)
+    pieces = rows.split(size), targets.split(size)
+    divisors = [None] * len(pieces[0]) if temperature is None else temperature.split(size)
     parts = []
-    for part, goals, divisor in zip(rows.split(size), targets.split(size), divisors, strict=False):
-        settings = (forward, part, goals, bias, divisor, head, tuple(statistics))
+    for part, goals, divisor in zip(*pieces, divisors, strict=True):
         if training and in_chunks:
-            parts.append(checkpoint(_chunk, *settings, use_reentrant=False))
+            parts.append(checkpoint(_chunk, forward, part, goals, bias, head, names, divisor, use_reentrant=False))
         else:
-            parts.append(_chunk(*settings))
-    return torch.cat(parts, dim=1)
+            parts.append(_chunk(forward, part, goals, bias, head, names, divisor))
+    logps, *values = torch.cat(parts, 1)
+    return logps, dict(zip(names, values, strict=True))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -119,11 +133,11 @@ def _chunk(
     rows: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: Tensor | None,
     head: HeadOptions,
-    statistics: tuple[str, ...],
+    names: tuple[str, ...],
+    temperature: Tensor | None,
 ) -> Tensor:
-    """[1 + S, n]"""
+    """Log-probabilities and what is named [1 + names, n]."""
     z = forward(rows)
     z = z.to(_wide(z.dtype))
     if bias is not None:
@@ -133,29 +147,24 @@ def _chunk(
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     if temperature is not None:
-        z = z / temperature.to(z)[:, None]
+        z = z / temperature.to(z.dtype)[:, None]
     elif head.temperature != 1.0:
         z = z / head.temperature
     scored = targets != head.ignore_index
     # Checked before on a CPU; on a GPU such a target makes its token NaN without a wait, as in the kernels.
     valid = (targets >= 0) & (targets < z.shape[1])
-    place = torch.where(valid, targets, 0).unsqueeze(1)
-    logs = z.log_softmax(-1)
-    values = [logs.gather(1, place).squeeze(1), *(_STATISTICS[name](z, logs, place) for name in statistics)]
-    return torch.where(scored, torch.where(valid, torch.stack(values), torch.nan), 0.0)
+    log_p = z.log_softmax(-1)
+    chosen = log_p.gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
+    made = [chosen, *(_MADE[name](z, log_p, chosen) for name in names)]
+    return torch.stack([torch.where(scored, torch.where(valid, value, torch.nan), 0.0) for value in made])
 
 
-def _entropy(z: Tensor, logs: Tensor, place: Tensor) -> Tensor:
-    # Chosen before the product: 0 * -inf, and the slope of it, would be NaN.
-    return -(logs.exp() * torch.where(logs == -torch.inf, 0.0, logs)).sum(-1)
-
-
-# `functional.token_logps` says what each is.
-_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "entropy": _entropy,
-    "sum_sq_probs": lambda z, logs, place: (2 * logs.detach()).exp().sum(-1),
-    "mean_logit": lambda z, logs, place: z.detach().mean(-1),
-    "is_top1": lambda z, logs, place: (z.gather(1, place).squeeze(1) >= z.amax(-1)).to(z.dtype),
+# Of logits, their log-softmax and that of the targets; words that cannot come (-inf) have no share, and no slope.
+_MADE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": lambda z, log_p, chosen: -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1),
+    "sum_sq_probs": lambda z, log_p, chosen: log_p.detach().exp().square().sum(-1),
+    "mean_logit": lambda z, log_p, chosen: z.detach().mean(-1),
+    "is_top1": lambda z, log_p, chosen: torch.where(chosen.isnan(), chosen.detach(), chosen >= log_p.amax(-1)),
 }
 
 
@@ -175,10 +184,10 @@ def head_loss(
 
     Raises:
         BackendError: `backend` is neither "auto" nor "reference" (which forms all logits at once).
-        ValueError, UnsupportedHeadError: as `token_values` and `functional.linear_loss`.
+        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_loss`.
     """
     check_backend(backend, forward)
-    settings: dict[str, Any] = {"row_index": row_index, "head": head, "statistics": objective.wanted}
-    logps, *values = token_values(hidden, forward, targets, bias=bias, in_chunks=backend != "reference", **settings)
-    found = dict(zip(objective.wanted, values, strict=True))
-    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index, statistics=found)
+    logps, values = token_statistics(
+        hidden, forward, targets, objective.wanted, bias, row_index, head, in_chunks=backend != "reference"
+    )
+    return ranking_loss(logps, given, objective, scored=targets != head.ignore_index, statistics=values)

@@ -15,13 +15,14 @@ from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, as_mapping, make, settle
+from clha_fast.training.trl_names import TRLNames, settle_names
 from clha_fast.training.validation import check_loading, check_machine, check_numbers, check_schedule
 
 _PRESET = {"help": "Of CLHA. None: as the preset says."}
 
 
 @dataclass
-class CLHAConfig(TrainingArguments):
+class CLHAConfig(TRLNames, TrainingArguments):
     """`TrainingArguments` (a batch counts prompts, each with all its candidates) and these fields.
 
     Args:
@@ -63,11 +64,18 @@ class CLHAConfig(TrainingArguments):
         eval_samples: after an evaluation, this many of the first held-out prompts are answered, and the answers written
             to `samples.jsonl` in the output folder. eval_sample_tokens: at most so many tokens each.
             eval_sample_temperature: 0 is greedy. Training goes on as if there had been none.
+        loss_type: TRL's name of an objective, "sigmoid" (dpo), "hinge" or "ipo". beta: of an objective that has one.
+        truncation_mode: TRL's way to cut, taken where `max_length` is None and nothing is cut.
+        disable_dropout: every dropout of the model is 0. pad_token: what the tokenizer pads with.
+        model_init_kwargs: for `from_pretrained`, where the trainer is given a model's folder or name.
 
     Raises:
         ValueError: a value outside its choices, fp16 on a CPU, a reporter or DeepSpeed that is not installed, a setting
             that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
+
+    # A text of these is JSON.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 - not a field
 
     # In this order transformers' HfArgumentParser takes a text, as for fields of its own that are mappings.
     objective: dict[str, Any] | str | None = field(default=DEFAULT, metadata={"help": "A name, or JSON with settings."})
@@ -110,6 +118,7 @@ class CLHAConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        settle_names(self)
         settle(self)
         super().__post_init__()
         check_machine(self)

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from clha_fast.batching.batch import CandidateBatch, check_chains, first_prompts
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
-from clha_fast.data.records import shorten
 from clha_fast.files import last_checkpoint
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.models.forward import CandidateForward, LogpForward, check_dropped
@@ -36,6 +35,7 @@ from clha_fast.training.layout import asked_layout, settle_layout
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
+from clha_fast.training.trl_names import as_model, without_dropout
 from clha_fast.training.validation import NO_LOGITS, check_arguments, check_fsdp
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     set as one batch, however it is split.
 
     Args:
-        model: a causal language model from transformers.
+        model: a causal language model from transformers, or the folder or name of one, which is loaded.
         args: a `CLHAConfig`.
         train_dataset, eval_dataset: a `RankedDataset`, any list or `datasets.Dataset` of rows in a known format (they
             are tokenised once, at construction), a stream of such rows (`datasets.IterableDataset` or any other
@@ -100,7 +100,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: CLHAConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -111,12 +111,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(args, CLHAConfig, kwargs, NO_LOGITS, "no logits exist that it could be given")
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                "model: expected a causal language model (AutoModelForCausalLM.from_pretrained loads one), got "
-                f"{shorten(model)}"
-            )
         check_fsdp(args)
+        model, processing_class = as_model(model, args, processing_class, data_collator is not None)
         self.loss_options = args.loss_options()
         held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         given = [part for part in (train_dataset, *held_out) if part is not None]
@@ -132,6 +128,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # as Trainer does later: the adapter's first weights are drawn here
             model = with_adapter(model, peft_config)
+        if args.disable_dropout:
+            without_dropout(model)
         # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
         inner = base_model(model)
         budget = None if args.workspace_mb is None else args.workspace_mb << 20

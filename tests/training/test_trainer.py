@@ -35,9 +35,9 @@ def test_a_tokenizer_with_more_tokens_than_the_head(tmp_path: Path) -> None:
         trainer(tmp_path, make_model(rows))
 
 
-@pytest.mark.parametrize("model", ["some/name", None])
+@pytest.mark.parametrize("model", [[1.5], None])
 def test_a_model_that_is_none(tmp_path: Path, model: Any) -> None:
-    with pytest.raises(ValueError, match=r"^model: expected a causal language model .*, got ('some/name'|None)$"):
+    with pytest.raises(ValueError, match=r"^model: expected a causal language model .*, got (\[1.5\]|None)$"):
         CLHATrainer(model, config(tmp_path), train_dataset=make_rows(2), processing_class=TOKENIZER)
 
 
