@@ -42,6 +42,7 @@ _OWN_FIELDS = {
     "num_inert",
     "inert_for",
     "chains",
+    "host_sizes",
     "labels",
     "num_items_in_batch",
 }
@@ -209,6 +210,8 @@ class Attached:
         check_dropped(kwargs, self.options)
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
+        if kwargs.get("host_sizes") is not None and not torch.compiler.is_compiling():
+            tensors |= vars(kwargs["host_sizes"])
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
         scale = _checked_scale(kwargs.get("loss_scale"))
         found = self._forward(
