@@ -26,8 +26,18 @@ _DEFAULT_HEAD = HeadOptions()
 def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: bool) -> str:
     hidden = inputs.hidden
     gradients = sweep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
-    routed = head.max_dropped_mass is not None
-    return resolve(backend, str(hidden.device), hidden.dtype, gradients=gradients, routed=routed)
+    # Read only where the choice depends on them: a compiled graph then holds for these sizes alone.
+    asks = backend == "auto" and gradients and hidden.device.type == "cuda"
+    weight = (int(inputs.weight.shape[0]), int(inputs.weight.shape[1])) if asks else (0, 0)
+    return resolve(
+        backend,
+        str(hidden.device),
+        hidden.dtype,
+        gradients=gradients,
+        routed=head.max_dropped_mass is not None,
+        weight=weight,
+        workspace_bytes=head.workspace_bytes,
+    )
 
 
 @overload

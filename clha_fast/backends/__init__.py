@@ -29,6 +29,12 @@ MODULES = {
 SWEEPING = ("torch", "workspace")
 # Backends that take `HeadOptions.max_dropped_mass`.
 ROUTING = ("torch", "triton")
+_WORKSPACE_BYTES = 64 * 2**20
+
+
+def workspace_budget(vocabulary: int, width: int, given: int | None) -> int:
+    """Bytes of logits that the workspace backend holds: those given, else as many as a [V, H] weight has in float32."""
+    return given or max(_WORKSPACE_BYTES, 4 * vocabulary * width)
 
 
 class HeadBackend(Protocol):

@@ -7,7 +7,7 @@ import itertools
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
@@ -46,6 +46,30 @@ class CandidateFeature(_Known, total=False):
     token_weights: Values | None
 
 
+class HostSizes:
+    """`candidate_lengths` and `candidates_per_prompt` as the host knows them, wherever the batch's tensors go.
+
+    No tensor and no container: what moves a batch field by field (Trainer, accelerate) leaves it where it is.
+    """
+
+    def __init__(self, candidate_lengths: Tensor, candidates_per_prompt: Tensor) -> None:
+        self.candidate_lengths, self.candidates_per_prompt = candidate_lengths, candidates_per_prompt
+
+    @classmethod
+    def of(cls, batch: CandidateBatch) -> HostSizes | None:
+        """A batch's own where they are on the CPU, for they are the truth; else those it came with, if they fit."""
+        known, lengths, per_prompt = batch.host_sizes, batch.candidate_lengths, batch.candidates_per_prompt
+        if lengths.device.type == per_prompt.device.type == "cpu":
+            if known is None or known.candidate_lengths is not lengths or known.candidates_per_prompt is not per_prompt:
+                return cls(lengths, per_prompt)
+        elif known is not None and known._shapes() != (lengths.shape, per_prompt.shape):
+            return None
+        return known
+
+    def _shapes(self) -> tuple[torch.Size, torch.Size]:
+        return self.candidate_lengths.shape, self.candidates_per_prompt.shape
+
+
 @dataclass
 class CandidateBatch:
     """What a model and the loss need for one step.
@@ -70,6 +94,9 @@ class CandidateBatch:
             `shared`, B = 1 there, inert candidates have none); None where each row is one candidate.
         position_ids, segment_ids, group_ids: int64 [B, T], `segments` by token, see `segments.TokenSegments`; None
             without.
+        host_sizes: the two sizes on the CPU, taken from CPU tensors and kept by `to` and `as_dict`. With them a batch
+            on a GPU goes in chunks of whole prompts, and nothing waits; None where the batch was made on a GPU. Who
+            gives a batch on a GPU other sizes of the same shapes sets it to None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together (values are not read: that would synchronise).
@@ -94,6 +121,7 @@ class CandidateBatch:
     position_ids: Tensor | None = None
     segment_ids: Tensor | None = None
     group_ids: Tensor | None = None
+    host_sizes: HostSizes | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, tensor in self._tensors().items():
@@ -116,6 +144,7 @@ class CandidateBatch:
             if tensor.shape not in allowed:
                 shapes = " or ".join(str(tuple(shape)) for shape in allowed)
                 raise ValueError(f"{name}: expected the shape {shapes}, got {tuple(tensor.shape)}")
+        self.host_sizes = HostSizes.of(self)
 
     def signals(self) -> dict[str, Tensor]:
         """Those of `types.SIGNALS` that there are."""
@@ -167,11 +196,15 @@ class CandidateBatch:
         return {**found, **{name: getattr(self, name) for name in ("segments", *TOKEN_SEGMENTS)}}
 
     def loss_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of `linear_clha_loss`, beside hidden states and weight; and the signals that there are."""
+        """Keyword arguments of `linear_clha_loss`, beside hidden states and weight; and the signals that there are.
+
+        The two sizes are on the CPU where the host has them.
+        """
+        sizes = self.host_sizes or self
         return {
             "targets": self.targets,
-            "candidate_lengths": self.candidate_lengths,
-            "candidates_per_prompt": self.candidates_per_prompt,
+            "candidate_lengths": sizes.candidate_lengths,
+            "candidates_per_prompt": sizes.candidates_per_prompt,
             "rewards": self.rewards,
             "sft_index": self.sft_index,
             "row_index": self.row_index,
@@ -180,7 +213,7 @@ class CandidateBatch:
 
 
 _BLOCK = 1024
-_NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": "", "segments": None}
+_NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": "", "segments": None, "host_sizes": None}
 TOKEN_SEGMENTS = TokenSegments._fields
 
 _SAME_SHAPE = {

@@ -20,7 +20,7 @@ def backend_text(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend != "auto":
         return f"{name} (asked for)"
     if name != "torch":
-        return f"{name} (auto: {choose(device.type, True, True).why})"
+        return f"{name} (auto: {choose(device.type, True, True, True).why})"
     try:
         resolve("triton", str(device), dtype)
     except BackendError as error:

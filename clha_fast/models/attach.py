@@ -49,6 +49,7 @@ _OWN_FIELDS = {
     "num_inert",
     "inert_for",
     "chains",
+    "host_sizes",
     "labels",
     "num_items_in_batch",
 }
@@ -246,6 +247,8 @@ class Attached:
             self._row_limit.check_width(kwargs["input_ids"].shape[1])
         inputs = {name: kwargs[name] for name in fields}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
+        if kwargs.get("host_sizes") is not None and not torch.compiler.is_compiling():
+            tensors |= vars(kwargs["host_sizes"])
         others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more)}
         self._layouts.check(inputs, others)
         scale = checked_scale(kwargs.get("loss_scale"))

@@ -1,8 +1,9 @@
 """Which backend runs: the one asked for, or, for "auto", what a table says, each row with the origin of its choice.
 
 A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case. On a GPU
-"workspace" is predicted to be faster where gradients are wanted, for the memory of two more [V, H] in float32
-(`python -m benchmarks.roofline`); it is not chosen before that has been measured.
+"workspace" is predicted to be faster where gradients are wanted, 3 matrix products for 4 (`python -m
+benchmarks.roofline`), and pays with memory, two more [V, H] in float32: it is taken where that is a small share of the
+device's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from clha_fast.backends import ROUTING
+from clha_fast.backends import ROUTING, workspace_budget
 from clha_fast.errors import BackendError
 
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
@@ -34,30 +35,35 @@ class Rule(NamedTuple):
         device: "cuda" (ROCm included), or "" for every other.
         kernels: whether the Triton kernels can run on the call's device and dtype.
         gradients: whether the call returns a loss whose gradients are wanted; None for either.
+        room: whether the workspace backend's memory is within `ROOM` of the device's; None for either.
         backend: what is chosen. why: said in the log. origin: where the choice comes from.
     """
 
     device: str
     kernels: bool
     gradients: bool | None
+    room: bool | None
     backend: str
     why: str
     origin: str
 
 
-_MODEL = "the least memory; no path was measured on a GPU so far"
+# Share of a device's memory that the workspace backend may take for "auto" to choose it.
+ROOM = 1 / 16
+_MODEL = "by operations and bytes counted; no path was measured on a GPU so far"
 RULES = (
-    Rule("cuda", True, None, "triton", "a GPU and triton are there", _MODEL),
-    Rule("", False, None, "torch", "", "benchmarks/results/cpu.json: 1.08 to 1.12 times the bare matrix products"),
+    Rule("cuda", True, True, True, "workspace", "gradients are wanted and its memory is there", _MODEL),
+    Rule("cuda", True, None, None, "triton", "a GPU and triton are there", _MODEL),
+    Rule("", False, None, None, "torch", "", "benchmarks/results/cpu.json: 1.00 to 1.07 times the bare products"),
 )
 
 
-def choose(device_type: str, kernels: bool, gradients: bool) -> Rule:
+def choose(device_type: str, kernels: bool, gradients: bool, room: bool) -> Rule:
     """The row for a call; `kernels` only matters on a GPU, for the interpreter is never chosen."""
     kernels = kernels and device_type == "cuda"
     for rule in RULES:
         fits = rule.device in (device_type, "") and rule.kernels == kernels
-        if fits and rule.gradients in (None, gradients):
+        if fits and rule.gradients in (None, gradients) and rule.room in (None, room):
             return rule
     raise AssertionError("the last rows take every call")
 
@@ -85,6 +91,26 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs compute capability 8.0 or newer, got {major}.{minor}" if major < 8 else None
 
 
+def workspace_peak(weight: tuple[int, int], itemsize: int, workspace_bytes: int | None = None) -> int:
+    """Bytes that the workspace backend holds above its inputs at the peak, but for what grows with the tokens.
+
+    Float32 gradients of a weight [V, H], and beside them logits, with a copy of their rows, or later what the gradients
+    are rounded to. The tokens' own share, about 6 bytes an element of their hidden states, is the other paths' too.
+    """
+    vocabulary, width = weight
+    workspace = workspace_budget(vocabulary, width, workspace_bytes)
+    rows = workspace // max(1, vocabulary * itemsize) * 3 * width
+    return 4 * vocabulary * width + max(workspace + rows, itemsize * vocabulary * width)
+
+
+def has_room(device: torch.device, weight: tuple[int, int], dtype: torch.dtype, workspace_bytes: int | None) -> bool:
+    """Whether `workspace_peak` is within `ROOM` of the device's memory: of all of it, for what is free now changes."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False  # its wide products were not tried on ROCm
+    total = torch.cuda.get_device_properties(device).total_memory
+    return workspace_peak(weight, dtype.itemsize, workspace_bytes) <= ROOM * total
+
+
 @functools.lru_cache(maxsize=64)
 def _say_once(message: str) -> None:
     logger.info(message)
@@ -96,13 +122,23 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def resolve(backend: str, device: str, dtype: torch.dtype, *, gradients: bool = False, routed: bool = False) -> str:
+def resolve(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    gradients: bool = False,
+    routed: bool = False,
+    weight: tuple[int, int] = (0, 0),
+    workspace_bytes: int | None = None,
+) -> str:
     """The name of the backend to run: "triton", "workspace", "torch" or "reference".
 
     Args:
         backend: a name of `BACKENDS`. device: the tensors', such as "cpu" or "cuda:1". dtype: hidden's.
         gradients: a loss whose gradients are wanted, which a sweep can return with it.
-        routed: `HeadOptions.max_dropped_mass` is given.
+        routed: `HeadOptions.max_dropped_mass` is given. weight: (V, H), where a model is known.
+        workspace_bytes: `HeadOptions.workspace_bytes`.
 
     Raises:
         ValueError: the name is unknown.
@@ -112,7 +148,8 @@ def resolve(backend: str, device: str, dtype: torch.dtype, *, gradients: bool = 
     place = torch.device(device)
     if backend == "auto":
         reason = _why_not_kernels(place, dtype) if place.type == "cuda" else f"the device is {place.type}"
-        rule = choose(place.type, reason is None, gradients and not routed)
+        room = has_room(place, weight, dtype, workspace_bytes)
+        rule = choose(place.type, reason is None, gradients and not routed, room)
         _say_once(f"backend auto: {rule.backend} ({rule.why or reason}; {rule.origin})")
         return rule.backend
     if backend in ("triton", "workspace"):

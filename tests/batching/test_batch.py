@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -273,6 +274,25 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     assert {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.num_inert == pack(GOOD).num_inert
     assert pack({**GOOD, "rewards": None}).to("meta").rewards is None
+
+
+def test_the_host_keeps_its_copy_of_the_sizes():
+    """By `to`, and by accelerate, which moves a dictionary's tensors and knows nothing else."""
+    batch = pack(feature([1], [[2, 4], [3]]), feature([1], [[2], [3], [5]]))
+    there = CandidateBatch.from_dict(send_to_device(batch.as_dict(), "meta"))
+    for moved in (batch.to("meta"), there, there.to("meta")):
+        assert moved.candidate_lengths.device.type == "meta"
+        given = moved.loss_inputs()
+        assert given["candidate_lengths"].tolist() == [2, 1, 1, 1, 1]
+        assert given["candidates_per_prompt"].tolist() == [2, 3]
+        assert given["targets"].device.type == "meta"
+    # Sizes replaced on the CPU are believed, of other shapes on the device the copy is not.
+    other = dataclasses.replace(batch, candidate_lengths=torch.tensor([1, 2, 1, 1, 1]))
+    assert other.loss_inputs()["candidate_lengths"].tolist() == [1, 2, 1, 1, 1]
+    one = torch.empty(1, dtype=torch.int64, device="meta")
+    fewer = dataclasses.replace(there, candidates_per_prompt=one, sft_index=one)
+    assert fewer.host_sizes is None
+    assert fewer.loss_inputs()["candidate_lengths"].device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,12 +246,46 @@ def test_the_table_of_auto_takes_every_call():
     for device in ("cpu", "cuda", "mps"):
         for kernels in (True, False):
             for gradients in (True, False):
-                rule = dispatch.choose(device, kernels, gradients)
-                taken.add(rule)
-                assert rule.backend in dispatch.BACKENDS[1:-1]
-                assert rule.origin
-                assert rule.backend == "torch" or (device == "cuda" and kernels)
+                for room in (True, False):
+                    rule = dispatch.choose(device, kernels, gradients, room)
+                    taken.add(rule)
+                    assert rule.backend in dispatch.BACKENDS[1:-1]
+                    assert rule.origin
+                    assert rule.backend == "torch" or (device == "cuda" and kernels)
     assert taken == set(dispatch.RULES)
+
+
+@pytest.mark.parametrize(
+    ("memory", "weight", "budget", "chosen"),
+    [
+        # [V, H] in float32 is 2.1 GB, the workspace as large, a copy of its 8192 rows 0.1 GB: 4.3 GB of 80.
+        (80e9, (128256, 4096), None, "workspace"),
+        (64e9, (128256, 4096), None, "triton"),
+        # Less of a workspace: the sums and what they are rounded to, 3.2 GB.
+        (64e9, (128256, 4096), 2**28, "workspace"),
+        (40e9, (128256, 4096), 2**28, "triton"),
+        (24e9, (32000, 2048), None, "workspace"),
+        (80e9, (151936, 8192), None, "triton"),
+    ],
+)
+def test_auto_takes_the_workspace_where_it_is_a_small_share_of_the_memory(memory, weight, budget, chosen, monkeypatch):
+    monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(memory)))
+    settings = {"weight": weight, "workspace_bytes": budget}
+    found = dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings)
+    assert found == chosen
+    # Log-probabilities, and routed gradients, are the fused kernels' whatever there is.
+    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=False, **settings) == "triton"
+    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, routed=True, **settings) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings) == "triton"
+
+
+def test_the_workspace_s_memory_in_closed_form():
+    """V 1000, H 10 in 16 bits: 40,000 bytes of sums, 64 MiB of logits, 3 bytes an element of their 33,554 rows."""
+    assert dispatch.workspace_peak((1000, 10), 2) == 40_000 + 2**26 + 2**26 // 2000 * 30
+    # A workspace of one row: what the sums are rounded to is larger.
+    assert dispatch.workspace_peak((1000, 10), 2, 2000) == 40_000 + 20_000
 
 
 @pytest.mark.parametrize("backend", ["reference", "workspace"])

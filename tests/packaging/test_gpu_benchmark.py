@@ -65,6 +65,17 @@ def test_a_product_is_bound_by_its_slower_side() -> None:
     assert cost("bound_forward", thin, H200).seconds == pytest.approx(2 * (4096 + 128256 * 4097) / 4.3e12)
 
 
+def test_the_fused_path_pays_for_its_float32_sums() -> None:
+    """Rows of dhidden once a chunk of 4,096 words; with several chunks of 8,192 tokens the chunk of dweight as well."""
+    free = Ceilings("", 1e30, 1e12, "")
+    for tokens, partial in ((8192, 0), (32768, 8 * 128256 * 4096 * 4)):
+        shape = dataclasses.replace(BIG, tokens=tokens)
+        products = cost("bound", shape, free).bytes + cost("bound_forward", shape, free).bytes
+        statistics = 16 * tokens * 1002
+        sums = 8 * tokens * 4096 * 32
+        assert cost("fused", shape, free).bytes == products + statistics + sums + partial
+
+
 def test_routed_costs_one_product_three_shares_and_the_means() -> None:
     dense, forward = cost("fused", BIG, H200), cost("fused_forward", BIG, H200)
     means = 2 * 8192 * 4096 * 1002

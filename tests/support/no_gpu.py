@@ -27,7 +27,8 @@ def _set_device_guard() -> None:
 def told(capability: int, multiprocessors: int) -> Iterator[None]:
     """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100)."""
     _set_device_guard()
-    properties = SimpleNamespace(multi_processor_count=multiprocessors, name=f"sm_{capability}, not there")
+    known = {"multi_processor_count": multiprocessors, "total_memory": 80 * 2**30}
+    properties = SimpleNamespace(name=f"sm_{capability}, not there", **known)
     facts = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,

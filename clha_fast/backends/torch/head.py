@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
 
-# One block of logits a thread. On a CPU it should stay in cache from its matrix product to the next one.
+# One block of logits a thread, at most. On a CPU it should stay in cache from its matrix product to the next one, with
+# what that reads: a quarter of the thread's share of the last-level cache, or the second level's where that is larger.
 _BLOCK_BYTES = 3 * 2**20
 _LARGEST_BLOCK_BYTES = 64 * 2**20
-# Elementwise passes on a CPU walk a block in pieces of this size a thread, for the second-level cache.
+# Elementwise passes on a CPU walk a block in pieces of at most this size a thread: half of the second-level cache.
 _PIECE_BYTES = 2**19
 
 # (first word, last word, the words' rows, out [words, n]): writes softmax - target, or what `Mix` says
@@ -32,7 +34,14 @@ def block_bytes(device: torch.device) -> int:
     """Memory of one block of logits."""
     if device.type != "cpu":
         return _LARGEST_BLOCK_BYTES
-    return min(_LARGEST_BLOCK_BYTES, _BLOCK_BYTES * torch.get_num_threads())
+    threads, here = torch.get_num_threads(), caches()
+    share = here.last // min(threads, here.sharing)
+    return min(_LARGEST_BLOCK_BYTES, min(_BLOCK_BYTES, max(here.second, share // 4)) * threads)
+
+
+def piece_bytes() -> int:
+    """Memory of what an elementwise pass on a CPU walks at a time."""
+    return min(_PIECE_BYTES, caches().second // 2) * torch.get_num_threads()
 
 
 @dataclass
@@ -156,7 +165,7 @@ class TorchHead:
     def _pieces(self, z: Tensor) -> Iterator[slice]:
         step = z.shape[0]
         if self.device.type == "cpu":
-            budget = _PIECE_BYTES * torch.get_num_threads()
+            budget = piece_bytes()
             step = max(1, budget // (max(1, z.shape[1]) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
         for a in range(0, z.shape[0], max(1, step)):
             yield slice(a, a + step)

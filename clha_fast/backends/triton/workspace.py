@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clha_fast.backends import workspace_budget
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
@@ -52,7 +53,8 @@ from clha_fast.types import (
     StatisticsResult,
 )
 
-_MIN_WORKSPACE = 64 * 2**20
+# A product that stands beside what it is added to, at a time.
+_PART_BYTES = 64 * 2**20
 # Before torch 2.10 `addmm` with a wide result refuses a wide matrix to add to.
 _ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _NOTHING = Needs(False, False, False)
@@ -80,7 +82,7 @@ def _library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 def _add_in_parts(a: Tensor, b: Tensor, out: Tensor, unit: Tensor | None) -> None:
     """out += unit * a . b, some rows of `out` at a time, for the product stands beside it in memory."""
     # Whole vectors of 16-bit elements: the library's fast kernels want its operands aligned.
-    step = max(64, _MIN_WORKSPACE // max(1, out.shape[1] * out.itemsize) // 64 * 64)
+    step = max(64, _PART_BYTES // max(1, out.shape[1] * out.itemsize) // 64 * 64)
     for first in range(0, out.shape[0], step):
         rows = out[first : first + step]
         part = torch.empty_like(rows)
@@ -101,7 +103,7 @@ class _Sweep:
         self.vocabulary, self.width = self.weight.shape
         self.factor = self.ready.pre_scale * self.ready.post_scale
         self.padded = padded_width(self.vocabulary)
-        budget = head.workspace_bytes or max(_MIN_WORKSPACE, 4 * self.vocabulary * self.width)
+        budget = workspace_budget(self.vocabulary, self.width, head.workspace_bytes)
         self.capacity = max(1, budget // (self.padded * self.hidden.itemsize))
         self.workspace = self.hidden.new_empty(0, self.padded)
         device = self.hidden.device
@@ -220,7 +222,7 @@ class Loaded:
     def _add_bias(self, dbias: Tensor, z: Tensor, share: Tensor | None, unit: Tensor | None) -> None:
         if z.dtype == torch.float32:
             # Some words at a time: a sum in float64 first copies what it adds up.
-            step = max(1, _MIN_WORKSPACE // (8 * z.shape[0]))
+            step = max(1, _PART_BYTES // (8 * z.shape[0]))
             for words, total in zip(z.split(step, 1), dbias.split(step), strict=True):
                 total += words.sum(0, dtype=torch.float64)
             return
