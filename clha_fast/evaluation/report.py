@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Figure:
     Attributes:
         columns: of `Evaluation.values`; one column alone is averaged over the prompts that have it.
         of: sums [..., K] to the figure [...]. scale: factor on the first column. digits: behind the point, in tables.
+        least, most: what the figure cannot be below or above.
     """
 
     title: str
@@ -40,6 +42,8 @@ class Figure:
     of: Callable[[Array], Array] = ratio
     scale: float = 1.0
     digits: int = 3
+    least: float = -math.inf
+    most: float = math.inf
 
     def rows(self, values: Mapping[str, Column], chosen: Sequence[int]) -> Array:
         """[P, K] for `estimate`; NaN where a prompt has no value."""
@@ -49,19 +53,23 @@ class Figure:
         return np.hstack([found, np.ones((len(chosen), 1))]) if len(self.columns) == 1 else found
 
 
+_SHARE: dict[str, Any] = {"least": 0, "most": 1}
+_PERCENT: dict[str, Any] = {"least": 0, "most": 100}
 FIGURES = {
-    "bleu": Figure("BLEU over characters (published)", ("bleu",), digits=2),
-    "corpus_bleu": Figure("BLEU, corpus (sacrebleu)", tuple(f"bleu_{n}" for n in STATISTICS), corpus_bleu, digits=2),
-    "words": Figure("words an answer", ("words",), digits=1),
-    "distinct_2": Figure("distinct-2 within an answer", ("distinct_2",)),
-    "empty": Figure("empty answers, %", ("empty",), scale=100.0, digits=1),
-    "unfinished": Figure("answers that nothing ended, %", ("unfinished",), scale=100.0, digits=1),
-    "nll": Figure("NLL of the best answer, nats a token", ("nll", "nll_tokens")),
-    "accuracy": Figure("ranking accuracy, all ordered pairs (by reward)", ("correct", "ordered")),
-    "kept_accuracy": Figure("ranking accuracy, kept pairs (by rank)", ("kept_correct", "kept")),
-    "kept_share": Figure("kept pairs", ("kept", "pairs")),
-    "tau": Figure("Kendall's tau, pooled over pairs", ("concordance", "ordered")),
-    "prompt_tau": Figure("Kendall's tau, mean over prompts", ("tau",)),
+    "bleu": Figure("BLEU over characters (published)", ("bleu",), digits=2, **_PERCENT),
+    "corpus_bleu": Figure(
+        "BLEU, corpus (sacrebleu)", tuple(f"bleu_{n}" for n in STATISTICS), corpus_bleu, digits=2, **_PERCENT
+    ),
+    "words": Figure("words an answer", ("words",), digits=1, least=0),
+    "distinct_2": Figure("distinct-2 within an answer", ("distinct_2",), **_SHARE),
+    "empty": Figure("empty answers, %", ("empty",), scale=100.0, digits=1, **_PERCENT),
+    "unfinished": Figure("answers that nothing ended, %", ("unfinished",), scale=100.0, digits=1, **_PERCENT),
+    "nll": Figure("NLL of the best answer, nats a token", ("nll", "nll_tokens"), least=0),
+    "accuracy": Figure("ranking accuracy, all ordered pairs (by reward)", ("correct", "ordered"), **_SHARE),
+    "kept_accuracy": Figure("ranking accuracy, kept pairs (by rank)", ("kept_correct", "kept"), **_SHARE),
+    "kept_share": Figure("kept pairs", ("kept", "pairs"), **_SHARE),
+    "tau": Figure("Kendall's tau, pooled over pairs", ("concordance", "ordered"), least=-1, most=1),
+    "prompt_tau": Figure("Kendall's tau, mean over prompts", ("tau",), least=-1, most=1),
 }
 
 
@@ -70,7 +78,7 @@ def figures_of(values: Mapping[str, Column]) -> dict[str, Figure]:
     found = {}
     for name in values:
         if name.startswith(REWARD):
-            found[name] = Figure(f"{name}, 100 sigmoid", (name,), digits=2)
+            found[name] = Figure(f"{name}, 100 sigmoid", (name,), digits=2, **_PERCENT)
         elif name.startswith(RAW):
             found[name] = Figure(name, (name,))
     return found | {name: figure for name, figure in FIGURES.items() if set(figure.columns) <= set(values)}

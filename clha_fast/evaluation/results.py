@@ -32,7 +32,9 @@ def spreads(assessments: Sequence[Evaluation]) -> dict[str, dict[str, dict[str, 
     """subset -> figure -> `Spread` as a dictionary; last `TOTAL`, over all prompts."""
     return {
         subset: {
-            name: over_seeds_and_prompts(figure.of, rows_of(assessments, figure, subset)).as_dict()
+            name: over_seeds_and_prompts(
+                figure.of, rows_of(assessments, figure, subset), least=figure.least, most=figure.most
+            ).as_dict()
             for name, figure in shared_figures(assessments).items()
         }
         for subset in assessments[0].parts()
@@ -49,6 +51,8 @@ def difference(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict
         raise ValueError("assessments: expected the same prompts and seeds on both sides, got different ones")
     both = shared_figures([*ours, *theirs])
     return {
-        name: paired_difference(figure.of, rows_of(ours, figure), rows_of(theirs, figure))
+        name: paired_difference(
+            figure.of, rows_of(ours, figure), rows_of(theirs, figure), least=figure.least, most=figure.most
+        )
         for name, figure in both.items()
     }

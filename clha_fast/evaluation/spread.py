@@ -32,7 +32,9 @@ class Spread:
         return {**asdict(self), "seeds": list(self.seeds)}
 
 
-def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> Spread:
+def over_seeds_and_prompts(
+    statistic: Callable[[Array], Array], rows: Array, *, least: float = -math.inf, most: float = math.inf
+) -> Spread:
     """A figure of sums over seeds and prompts, with its 95% interval.
 
     Seeds and prompts are drawn independently, with replacement (`scipy.stats.bootstrap`), and the ends of the
@@ -43,6 +45,7 @@ def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> 
     Args:
         statistic: maps sums [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
         rows: [S, P, K], what each prompt adds under each seed. A prompt with a NaN adds nothing.
+        least, most: the figure's range; an end that was moved beyond it is put there.
     """
     rows = np.asarray(rows, dtype=np.float64)
     rows = np.where(np.isnan(rows).any(-1, keepdims=True), 0.0, rows)
@@ -50,14 +53,22 @@ def over_seeds_and_prompts(statistic: Callable[[Array], Array], rows: Array) -> 
     value = _number(statistic(rows.sum((0, 1))))
     if value is None or rows.shape[1] < 2:
         return Spread(value, None, None, seeds)
-    low, high = _interval(_draws(statistic, rows, over_seeds=rows.shape[0] > 1), value, statistic, rows)
+    ends = _interval(_draws(statistic, rows, over_seeds=rows.shape[0] > 1), value, statistic, rows)
+    low, high = (None if end is None else min(max(end, least), most) for end in ends)
     return Spread(value, low, high, seeds)
 
 
-def paired_difference(statistic: Callable[[Array], Array], ours: Array, theirs: Array) -> Spread:
+def paired_difference(
+    statistic: Callable[[Array], Array],
+    ours: Array,
+    theirs: Array,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Spread:
     """The figure of `ours` less that of `theirs`, rows [S, P, K] of the same seeds and prompts, drawn together.
 
-    Where one side has no value (NaN), neither counts.
+    Where one side has no value (NaN), neither counts. The difference lies between least - most and most - least.
 
     Raises:
         ValueError: the shapes differ.
@@ -69,7 +80,8 @@ def paired_difference(statistic: Callable[[Array], Array], ours: Array, theirs: 
     def difference(sums: Array) -> Array:
         return np.asarray(statistic(sums[..., :size]) - statistic(sums[..., size:]))
 
-    return over_seeds_and_prompts(difference, np.concatenate([ours, theirs], -1))
+    both = np.concatenate([ours, theirs], -1)
+    return over_seeds_and_prompts(difference, both, least=least - most, most=most - least)
 
 
 def _number(value: Any) -> float | None:

@@ -23,6 +23,7 @@ from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
 from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
+from clha_fast.experiments.reward_run import REWARD_FILE, trained_accuracy
 from clha_fast.experiments.run import DTYPES
 from clha_fast.files import write_json
 from clha_fast.generation import GenerationSettings, TransformersBackend, generate_answers, read_answers, trained_prefix
@@ -46,8 +47,8 @@ class Assessor:
     """How the cells of a comparison are evaluated, all alike.
 
     Attributes:
-        models: "label" and "evaluation" -> a reward model's path. checks: the same -> its held-out pair accuracy, and
-            `refused`, why it is not used, or "".
+        models: "label" and "evaluation" -> a reward model's path. checks: the same -> its held-out pair accuracy;
+            `refused`, why it is not used, or ""; `trained`, as `trained_accuracy`.
         generation: settings of answers. reward_margin, noise_rule: which test pairs are kept.
     """
 
@@ -80,7 +81,10 @@ class Assessor:
             # A prompt that stands at several ranking lengths is one draw, not several.
             records = list({prompt_key(record): record for record in found}.values())
             check = check_reward_model(f"the {role} model", records, _reward_model(path, model_hash(path)))
-            checks[role] = {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
+            checks[role] = {
+                **{"accuracy": check.accuracy.as_dict(), "refused": check.refused},
+                "trained": trained_accuracy(path),
+            }
         criterion = comparison.criterion
         if criterion is None:
             usable = "label" in models and not checks["label"]["refused"]
@@ -120,6 +124,13 @@ class Assessor:
                 found.append(
                     f"The {role} model prefers the better answer in {accuracy['value']:.3f} {interval} of the held-out "
                     f"pairs of {accuracy['prompts']:,} prompts."
+                )
+            own = check["trained"]
+            if own is not None:
+                interval = "" if own["interval"] is None else " [{:.3f}, {:.3f}]".format(*own["interval"])
+                found.append(
+                    f"Its training found {own['accuracy']:.3f}{interval} for the {role} model, on the pairs of "
+                    f"{own['prompts']:,} prompts that it held out ({REWARD_FILE})."
                 )
         found.append(f"Learning rates are chosen on dev by {self.criterion}.")
         found.append("Accuracy over kept pairs goes by rank, that over ordered pairs, and tau, by reward.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,3 +143,15 @@ class RewardRun(Run):
             "max_length": self.max_length,
             "steps": self.trainer.state.global_step,
         }
+
+
+def trained_accuracy(path: str) -> dict[str, Any] | None:
+    """accuracy, interval and prompts of `reward_model.json` in a reward model's folder; None where it says none."""
+    file_name = os.path.join(path, REWARD_FILE)
+    if not os.path.isfile(file_name):
+        return None
+    with open(file_name, encoding="utf-8") as file:
+        found = json.load(file)
+    if found.get("accuracy") is None:
+        return None
+    return {name: found.get(name) for name in ("accuracy", "interval", "prompts")}

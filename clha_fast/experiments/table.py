@@ -12,7 +12,7 @@ from typing import Any
 
 from clha_fast.data.readers import read_records
 from clha_fast.data.split import prompt_key
-from clha_fast.evaluation.comparison_tables import as_csv, markdown
+from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown
 from clha_fast.evaluation.intervals import import_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
@@ -94,6 +94,7 @@ class Table:
         self.comparison, self.say = comparison, say
         self._run_all = functools.partial(run_all, ray=ray, address=address)
         self.rows: list[Row] = []
+        self._empty: list[str] = []
 
     def run(self) -> list[Row]:
         """Everything; a cell that fails leaves a row without figures and the reason.
@@ -137,8 +138,12 @@ class Table:
         found: dict[str, Any] = {}
         for number, (cell, result) in enumerate(self._run_all(trials, work), start=1):
             found[cell.key] = result
-            text = f"failed: {result.message}" if isinstance(result, Failure) else f"dev {_number(result)}"
+            text = f"failed: {result.message}" if isinstance(result, Failure) else f"dev {_number(result.criterion)}"
+            if not isinstance(result, Failure) and result.empty:
+                text += f", {result.empty:.1f}% of the answers empty"
             self.say(f"trial {number}/{len(trials)}  {cell.title}: {text}")
+        done = [(trial, found[trial.key]) for trial in trials]
+        self._empty = [f"{cell.title}: {got.empty:.1f}%" for cell, got in done if isinstance(got, _Trial) and got.empty]
         chosen = []
         for start in starts:
             values: dict[float, float | None] = {}
@@ -148,7 +153,7 @@ class Table:
                 assert trial.learning_rate is not None
                 if isinstance(result, Failure):
                     failures.append(f"learning rate {trial.learning_rate:g}: {result.message}")
-                values[trial.learning_rate] = None if isinstance(result, Failure) else result
+                values[trial.learning_rate] = None if isinstance(result, Failure) else result.criterion
             known = {rate: value for rate, value in values.items() if value is not None}
             if known:
                 # The first of equal ones, in the order of the configuration.
@@ -194,6 +199,11 @@ class Table:
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
         below = [*self._overlaps, *self.assessor.notes(), *notes]
+        if self._empty:
+            below.append(
+                "Learning rates were chosen by rewards of which some are of empty answers, whose reward is 0: "
+                f"{'; '.join(self._empty)}."
+            )
         found = {
             "subsets": subsets,
             "rows": rows,
@@ -235,15 +245,23 @@ def _overlaps(comparison: Comparison) -> list[str]:
     return found
 
 
-def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> float | None:
-    """The criterion on dev of a trial."""
+@dataclass(frozen=True)
+class _Trial:
+    """The criterion on dev, and where that is a reward, how many answers are empty, in percent."""
+
+    criterion: float | None
+    empty: float | None
+
+
+def _try(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> _Trial:
     assessment = Assessment(comparison, cell, base, assessor, "dev")
     found = assessment.found()
     if found is None:
         with _quiet():
             train_cell(comparison, cell, base)
             found = assessment.run()
-    return assessor.criterion_of(found)
+    empty = figure_of(found, "empty") if assessor.criterion == "reward" else None
+    return _Trial(assessor.criterion_of(found), empty)
 
 
 def _do(comparison: Comparison, base: str, assessor: Assessor, cell: Cell) -> Outcome:
@@ -278,7 +296,7 @@ def _line(outcome: Outcome) -> str:
     for name, short in {REWARD + "evaluation": "reward", "accuracy": "accuracy", "nll": "nll", "bleu": "BLEU"}.items():
         value = figure_of(outcome.assessment, name)
         if value is not None:
-            parts.append(f"{short} {_number(value)}")
+            parts.append(f"{short} {value:.{figure_named(name).digits}f}")
     return "  ".join(parts)
 
 
