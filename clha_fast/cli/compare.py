@@ -12,11 +12,15 @@ from clha_fast.cli.text import with_dashes
 from clha_fast.data import read_records
 from clha_fast.evaluation.comparison import compare as compare_evaluations
 from clha_fast.evaluation.comparison import comparison_table
+from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import Evaluation
 from clha_fast.files import check_destination, write_json
 from clha_fast.generation.answers import read_answers
 
-DESCRIPTION = "A against B on the prompts that both have: win rate by reward, and every figure's difference, paired."
+DESCRIPTION = (
+    "A against B on the prompts that both have: win rate by reward, and every figure's difference, paired. "
+    "Needs the eval extra: pip install 'clha-fast[eval]'."
+)
 
 
 def compare(words: Sequence[str]) -> int:
@@ -51,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
             "compared as they are, got some"
         )
     if answers:
+        check_extra("clha-fast compare")
         records = read_records(args.references, args.format)
         for path in answers:
             measured[path] = evaluation_of(read_answers(path), records, args)

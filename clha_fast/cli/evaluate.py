@@ -14,6 +14,7 @@ from clha_fast.cli.guard import guarded
 from clha_fast.cli.text import with_dashes
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import report
+from clha_fast.evaluation.intervals import check_extra
 from clha_fast.files import check_destination, write_json
 from clha_fast.generation.answers import Answer, read_answers
 from clha_fast.generation.hf import load_backend
@@ -26,7 +27,8 @@ _OF_THE_MODEL = ("answer_prefix", "max_prompt_length")
 _RUNNING = ("device", "dtype")
 DESCRIPTION = (
     "Measure answers against ranked references: BLEU, length, diversity, rewards; with --model also the model's "
-    "likelihood and ranking. Without ANSWERS the model answers the references' prompts first."
+    "likelihood and ranking. Without ANSWERS the model answers the references' prompts first. Needs the eval extra: "
+    "pip install 'clha-fast[eval]'."
 )
 
 
@@ -100,7 +102,9 @@ def evaluate(words: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
-    CLHAOptions(reward_margin=args.reward_margin)  # refused before a model is loaded
+    # What is missing or wrong is said before a model is loaded.
+    check_extra("clha-fast eval")
+    CLHAOptions(reward_margin=args.reward_margin)
     if args.references is None:
         raise ValueError("--references: expected a file of ranked responses to measure against, got none")
     if args.answers is None and args.model is None:

@@ -106,6 +106,12 @@ def import_scipy() -> Any:
     return import_extra("scipy.stats", "intervals")
 
 
+def check_extra(what: str) -> None:
+    """ImportError where a package that measuring answers needs is missing: said before hours of answering."""
+    for module in ("scipy.stats", "nltk", "sacrebleu"):
+        import_extra(module, what)
+
+
 def import_extra(module: str, what: str) -> Any:
     """A package of the extra `eval`; ImportError, in one sentence, names it and the way to get it."""
     import importlib

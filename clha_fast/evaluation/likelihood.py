@@ -16,9 +16,9 @@ from clha_fast.batching.batch import CandidateFeature, pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.intervals import import_scipy
-from clha_fast.generation.hf import positions_of
 from clha_fast.layout import Layout, accumulate
 from clha_fast.models.attach import attach
+from clha_fast.models.positions import positions_of
 from clha_fast.objectives.pairs import Pairs, wins
 from clha_fast.objectives.sft import SFTOptions
 

@@ -13,7 +13,7 @@ from typing import Any
 from clha_fast.data.readers import read_records
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown
-from clha_fast.evaluation.intervals import import_extra
+from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
 from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
@@ -104,8 +104,7 @@ class Table:
         """
         comparison = self.comparison
         # What is missing, and what there is to say of files, is said before hours of training.
-        for package in ("scipy.stats", "nltk", "sacrebleu"):
-            import_extra(package, "evaluation")
+        check_extra("evaluation")
         self._overlaps = _overlaps(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():

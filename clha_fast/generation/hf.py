@@ -21,7 +21,7 @@ from transformers import (
 
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationSettings, cut_answer
 from clha_fast.generation.prompts import own_ends
-from clha_fast.models.adapters import base_model, virtual_tokens
+from clha_fast.models.adapters import base_model
 from clha_fast.models.loading import (
     DTYPES,
     check_vocabulary,
@@ -30,6 +30,7 @@ from clha_fast.models.loading import (
     load_model,
     load_tokenizer,
 )
+from clha_fast.models.positions import positions_of
 
 # How far the logits of a prompt may move when a longer one is batched with it, relative to the largest.
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -138,12 +139,6 @@ def load_backend(path: str, *, device: str = "auto", dtype: str = "auto") -> Tra
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
     return TransformersBackend(model, tokenizer)
-
-
-def positions_of(model: Any) -> int | None:
-    """Tokens that a model has positions for beside those of prompt tuning, None without a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit - virtual_tokens(model) if isinstance(limit, int) and limit > 0 else None
 
 
 def generate_tokens(

@@ -25,6 +25,7 @@ from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import MODEL_FIELDS, CandidateForward, LogpForward, check_dropped
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
+from clha_fast.models.positions import RowLimit
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
@@ -76,6 +77,7 @@ class Attached:
         self.model, self.info, self.options, self.backend = model, info, options, backend
         self.head_options = info.options(**head)
         self._forward = CandidateForward(model, info, self.head_options, options, backend)
+        self._row_limit = RowLimit(model)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
 
@@ -207,6 +209,8 @@ class Attached:
         if kwargs["candidates_per_prompt"].shape[0]:
             check_chains(kwargs.get("chains", ""), self.options)
         check_dropped(kwargs, self.options)
+        if kwargs.get("position_ids") is None:
+            self._row_limit.check_width(kwargs["input_ids"].shape[1])
         inputs = {name: kwargs[name] for name in MODEL_FIELDS}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         others = {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
@@ -320,7 +324,9 @@ def attach(
     Optional keywords of such a call are what `Attached.counts` returns, and the signals that the objective reads
     (`reference_logps`, `old_logps`, `advantages`, see `RankingInputs`) for the batch's scored tokens, or candidates. A
     batch without any prompt gives 0 with zero gradients: a process that has run out of data can keep the others
-    company. Several threads may call at a time. Pickled, saved whole or copied, the model comes back attached.
+    company. Rows beyond the model's positions are refused where these are a table and said once where they are computed
+    (not under torch.compile). Several threads may call at a time. Pickled, saved whole or copied, the model comes back
+    attached.
 
     Attach first and wrap then (DDP, fully_shard, parallelize_module, accelerate, Trainer, torch.compile). A model
     that is already in DDP, torch.compile, fully_shard, a tensor-parallel plan or a DeepSpeed engine (all but ZeRO-3)

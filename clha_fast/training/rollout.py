@@ -17,10 +17,11 @@ from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_cand
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
-from clha_fast.generation.hf import generate_tokens, positions_of
+from clha_fast.generation.hf import generate_tokens
 from clha_fast.generation.prompts import encode_prompts, own_ends
 from clha_fast.models.adapters import base_model
 from clha_fast.models.forward import LogpForward
+from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer

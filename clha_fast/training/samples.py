@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.generation.hf import generate_tokens, positions_of
+from clha_fast.generation.hf import generate_tokens
 from clha_fast.generation.prompts import closing_tokens
+from clha_fast.models.positions import positions_of
 
 __all__ = ["SAMPLES_FILE", "closing_tokens", "describe", "first_prompts", "generate", "write"]
 

@@ -24,12 +24,12 @@ from clha_fast.files import last_checkpoint
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.models.forward import CandidateForward, check_dropped
 from clha_fast.models.measure import measure_head
+from clha_fast.models.positions import RowLimit
 from clha_fast.models.sharding import reshard, whole_weights
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
 from clha_fast.training.datasets import as_dataset, check_signals, check_trains
-from clha_fast.training.lengths import RowLimit
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
@@ -187,7 +187,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             config.use_cache = caches
         self._check_wrappers()
         models = [part for part in (model, self.reference.own_model) if part is not None]
-        self._row_limits = [RowLimit(part, data_collator) for part in models]
+        multiple = data_collator.pad_to_multiple_of if isinstance(data_collator, RankedCollator) else None
+        self._row_limits = [RowLimit(part, multiple or 1) for part in models]
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_signals(dataset, name, self.loss_options, self.reference.kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from clha_fast.evaluation import spread
 from clha_fast.evaluation.comparison_tables import as_csv, differences_markdown, figure_named, markdown
 from clha_fast.evaluation.intervals import ratio
-from clha_fast.evaluation.report import Evaluation
+from clha_fast.evaluation.report import FIGURES, Evaluation
 from clha_fast.evaluation.results import difference, spreads
 from clha_fast.evaluation.spread import over_seeds_and_prompts, paired_difference
 
@@ -99,6 +100,28 @@ def test_intervals_of_few_seeds_hold_the_truth(seeds, monkeypatch):
         found = paired_difference(ratio, means(sides[0]), means(sides[1]))
         hits += found.low <= 0 <= found.high
     assert hits / 80 >= 0.9  # 0.81 without widening, at three seeds
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 1), (0, 100), (-1, 1), (0, math.inf), (-math.inf, math.inf)])
+def test_ends_stop_at_what_a_figure_can_be(least, most):
+    top, bottom = min(most, 5.0), max(least, -5.0)
+    far = means([[top] * 4, [bottom] * 4, [top, bottom, top, bottom]])
+    free, found = over_seeds_and_prompts(ratio, far), over_seeds_and_prompts(ratio, far, least=least, most=most)
+    assert free.low < bottom < top < free.high
+    assert (found.value, found.low, found.high) == (free.value, max(free.low, least), min(free.high, most))
+    change = paired_difference(ratio, far, far[::-1], least=least, most=most)
+    free = paired_difference(ratio, far, far[::-1])
+    assert (change.low, change.high) == (max(free.low, least - most), min(free.high, most - least))
+
+
+def test_every_figure_that_has_a_range_says_it():
+    found = {name: (figure.least, figure.most) for name, figure in FIGURES.items()}
+    shares = dict.fromkeys(("distinct_2", "accuracy", "kept_accuracy", "kept_share"), (0, 1))
+    percent = dict.fromkeys(("bleu", "corpus_bleu", "empty", "unfinished"), (0, 100))
+    signed = dict.fromkeys(("tau", "prompt_tau"), (-1, 1))
+    assert found == {**shares, **percent, **signed, "words": (0, math.inf), "nll": (0, math.inf)}
+    assert (figure_named("reward: rm").least, figure_named("reward: rm").most) == (0, 100)
+    assert figure_named("raw reward: rm").least == -math.inf
 
 
 def test_a_prompt_without_a_value_on_one_side_counts_on_neither():

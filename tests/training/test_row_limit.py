@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clha_fast.training.lengths import RowLimit
+from clha_fast.models.positions import RowLimit
 from clha_fast.training.trainer import CLHATrainer
 from tests.support.tiny import make_model
 from tests.support.trainers import TOKENIZER, config
@@ -82,4 +82,4 @@ def test_what_is_known_late_is_checked_as_it_comes(tmp_path: Path, caplog: pytes
 
 
 def test_a_model_that_names_no_limit() -> None:
-    assert RowLimit(nn.Linear(2, 2), None).limit is None
+    assert RowLimit(nn.Linear(2, 2)).limit is None

@@ -5,16 +5,31 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
-from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.collator import RankedDataset
 from clha_fast.models.adapters import virtual_tokens
 
 logger = logging.get_logger(__name__)
 
 _TABLE = re.compile(r"pos|wpe")
+_ANY_PADDING = 64  # to which a collator that nobody has seen may pad
 _SPARE_ROWS = 2  # some tables begin behind that many of their own
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for beside those of prompt tuning, None without a limit."""
+    positions = _positions(model)
+    return None if positions is None else positions - virtual_tokens(model)
+
+
+def _positions(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 class RowLimit:
@@ -24,25 +39,24 @@ class RowLimit:
     go on, past what the model was made for: that is said once.
 
     Args:
-        collator: pads rows to a multiple of its own.
+        multiple: rows are padded to a multiple of it, as far as anyone knows.
 
     Attributes:
         limit: tokens, without those that prompt tuning puts in front; None where the configuration names no limit.
     """
 
-    def __init__(self, model: nn.Module, collator: Any) -> None:
-        config: Any = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        positions: Any = getattr(text, "max_position_embeddings", None)
-        known = isinstance(positions, int) and positions > 0
-        self.limit: int | None = positions - virtual_tokens(model) if known else None
+    def __init__(self, model: nn.Module, multiple: int = _ANY_PADDING) -> None:
+        positions = _positions(model)
+        self.limit = positions_of(model)
         self.name = type(model).__name__
-        tensors = [*model.named_parameters(), *model.named_buffers()] if known else []
+        tensors = [] if positions is None else [*model.named_parameters(), *model.named_buffers()]
         self.table = any(
-            tensor.dim() == 2 and 0 <= tensor.shape[0] - positions <= _SPARE_ROWS and _TABLE.search(name) is not None
+            tensor.dim() == 2
+            and 0 <= tensor.shape[0] - (positions or 0) <= _SPARE_ROWS
+            and _TABLE.search(name) is not None
             for name, tensor in tensors
         )
-        self.multiple = (collator.pad_to_multiple_of if isinstance(collator, RankedCollator) else None) or 1
+        self.multiple = multiple
         self._said = False
 
     def check_dataset(self, dataset: Any, name: str) -> None:
@@ -59,6 +73,8 @@ class RowLimit:
 
     def check_width(self, width: int) -> None:
         """One batch, whose rows are padded to `width`; errors as `check_dataset`."""
+        if torch.compiler.is_compiling():  # a comparison would make a graph for every width
+            return
         if self.limit is not None and width > (self.limit if self.table else self._padded(self.limit)):
             self._check(width, "a batch")
 
