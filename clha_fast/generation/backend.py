@@ -45,8 +45,13 @@ class GenerationSettings:
             raise ValueError(f"top_p: expected 1 with temperature 0, which draws nothing, got {self.top_p!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
-        if self.stop is not None and not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop: expected texts that are not empty, got {self.stop!r}")
+        if self.stop is None:
+            return
+        # A text by itself would be a stop for each of its letters.
+        texts = isinstance(self.stop, (list, tuple)) and all(isinstance(text, str) and text for text in self.stop)
+        if not texts:
+            raise ValueError(f"stop: expected a list of texts that are not empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))  # of a file they come as a list
 
 
 class EncodedPrompt(NamedTuple):

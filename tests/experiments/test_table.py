@@ -154,6 +154,28 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
     assert result(other["output_dir"]) == whole
 
 
+def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
+    """Every letter ends an answer, so all are empty and the rewards that choose are 0; the model's own check beside."""
+    letters = [chr(code) for code in range(33, 127)]
+    given["generation"] = {**given["generation"], "stop": letters, "max_new_tokens": 2}
+    label = {"train": {**given["reward_models"]["label"]["train"], "num_train_epochs": 6}}
+    given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2], reward_models={"label": label})
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**given, "criterion": "reward"}))
+    assert main(["table2", "--config", str(tmp_path / "table.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "trial 1/2  SFT, n = 2, seed 1, learning rate 0.001: dev 0, 100.0% of the answers empty  (" in out
+    assert "BLEU 0.00" in out
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    empty = [note for note in table["notes"] if "empty answers, whose reward is 0" in note]
+    assert len(empty) == 1
+    assert "learning rate 0.001: 100.0%; SFT, n = 2, seed 1, learning rate 0.01: 100.0%." in empty[0]
+    own = next(tmp_path.rglob("reward_model.json"))
+    said = json.loads(own.read_text())
+    checked = {name: said[name] for name in ("accuracy", "interval", "prompts")}
+    assert table["reward_models"]["label"]["trained"] == checked
+    assert f"Its training found {said['accuracy']:.3f}" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys):
     given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
     given["methods"][0]["optim"] = "no_such_optimizer"

@@ -152,6 +152,7 @@ def test_stops_of_one_s_own() -> None:
     prompt = "a dog"
     model = saying(TOKENIZER, " a mat. Human: no", len(TOKENIZER(prompt)["input_ids"]))
     assert ask(model, [PromptRecord(prompt)], stop=(".", "!"), max_new_tokens=20)[0] == ("a mat", "stop")
+    assert ask(model, [PromptRecord(prompt)], stop=[".", "!"], max_new_tokens=20)[0] == ("a mat", "stop")
     assert ask(model, [PromptRecord(prompt)], stop=(), max_new_tokens=20)[0] == ("a mat. Human: no", "stop")
     assert cut_answer(" x ! y . z", (".", "!")) == ("x", True)
     assert cut_answer(" x ", ()) == ("x", False)
@@ -247,7 +248,9 @@ def test_padding_that_is_read_as_text_is_refused() -> None:
         ({"top_p": 0.5}, "top_p: expected 1 with temperature 0"),
         ({"top_p": 0, "temperature": 1}, "top_p: expected a number above 0"),
         ({"seed": 1.5}, "seed: expected a whole number"),
-        ({"stop": ("",)}, "stop: expected texts that are not empty"),
+        ({"stop": ("",)}, "stop: expected a list of texts that are not empty"),
+        ({"stop": "end"}, "stop: expected a list of texts that are not empty, got 'end'"),
+        ({"stop": 3}, "stop: expected a list of texts that are not empty, got 3"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
