@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
             "compared as they are, got some"
         )
     if answers:
-        check_extra("clha-fast compare")
+        check_extra()
         records = read_records(args.references, args.format)
         for path in answers:
             measured[path] = evaluation_of(read_answers(path), records, args)

@@ -103,7 +103,7 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     # What is missing or wrong is said before a model is loaded.
-    check_extra("clha-fast eval")
+    check_extra()
     CLHAOptions(reward_margin=args.reward_margin)
     if args.references is None:
         raise ValueError("--references: expected a file of ranked responses to measure against, got none")

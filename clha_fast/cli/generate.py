@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
@@ -84,12 +85,11 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
     )
 
 
-def model_text(model: object, path: str) -> str:
-    """A line for a causal language model."""
-    size = sum(weight.numel() for weight in model.parameters())  # type: ignore[attr-defined]
-    dtype = str(model.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
-    name = type(base_model(model)).__name__  # type: ignore[arg-type]
-    return f"{path}: {name}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"  # type: ignore[attr-defined]
+def model_text(model: Any, path: str) -> str:
+    """A line for a model that is used as it is."""
+    size = sum(weight.numel() for weight in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{path}: {type(base_model(model)).__name__}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"
 
 
 def answer(

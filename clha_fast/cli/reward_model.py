@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,12 +11,10 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.train import FAILED, INTERRUPTED, Progress, folder_text
+from clha_fast.cli.runs import carry_out, folder_text, model_text
 from clha_fast.evaluation import tables as report
 from clha_fast.evaluation.accuracy import PairAccuracy
 from clha_fast.experiments.reward_run import CHANCE, REWARD_FILE, RewardRun, RewardRunOptions
-from clha_fast.files import CheckpointError, survivors
-from clha_fast.models.adapters import base_model
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig
 
@@ -73,63 +70,28 @@ def train(words: Sequence[str]) -> int:
         RewardRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
         {name: value for name, value in options.items() if name in CONFIG_HINTS},
     ).prepare()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
-    try:
-        return _train(run, started)
-    except CheckpointError as error:
-        print(f"clha-fast reward-model: {error}", file=sys.stderr)
-        return FAILED
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    return carry_out("reward-model", run, started, header, _before, _finish)
 
 
-def _train(run: RewardRun, started: float) -> int:
-    first = run.args.process_index == 0
-    callbacks = run.trainer.callback_handler.callbacks
-    run.trainer.remove_callback(next(c for c in callbacks if type(c).__name__ == "PrinterCallback"))
-    run.trainer.add_callback(Progress())
-    if first:
-        print(header(run), flush=True)
-    run.evaluate_before()
-    if first and run.before:
-        print(f"\nheld-out pairs before training: {_accuracy_text(run.before)}\n", flush=True)
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
-        return INTERRUPTED
-    if run.interrupted:
-        run.write_metrics()
-        step = run.trainer.state.global_step
-        print(
-            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    run.trainer.remove_callback(Progress)
-    run.report()
-    if first:
-        print(f"\n{results(run)}")
-        print(f"figures         {os.path.join(run.folder, REWARD_FILE)}")
-        print(f"reward model    {run.folder}, for clha-fast score --reward-model")
-        print(f"\n{time.monotonic() - started:.0f} s in all")
-    return 0
+def _before(run: RewardRun) -> str:
+    return _accuracy_text(run.before)
+
+
+def _finish(run: RewardRun) -> None:
+    print(f"\n{results(run)}")
+    print(f"figures         {os.path.join(run.folder, REWARD_FILE)}")
+    print(f"reward model    {run.folder}, for clha-fast score --reward-model")
 
 
 def header(run: RewardRun) -> str:
     """What will be trained, on what."""
     args, trainer = run.args, run.trainer
-    parameters = [p.numel() for p in trainer.model.parameters()]
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    part = "" if trained == sum(parameters) else f" ({trained / 1e6:.2f} M of them trained)"
     new = f"; new weights: {', '.join(run.fresh)}" if run.fresh else ""
     pad = run.tokenizer.convert_ids_to_tokens(trainer.data_collator.pad)
     length = "no limit" if run.max_length is None else f"at most {run.max_length:,} tokens"
     by = "reward" if run.options.rank_by_reward else "rank"
     lines = {
-        "model": f"{type(base_model(run.model)).__name__}, {sum(parameters) / 1e6:.2f} M parameters{part}{new}",
+        "model": f"{model_text(run)}{new}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "training": _data_text(trainer.train_dataset, by),
         "held out": _data_text(trainer.eval_dataset, by) if run.held_out else "no held-out set",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,12 +11,10 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.train import FAILED, INTERRUPTED, Progress, folder_text
+from clha_fast.cli.runs import Progress, carry_out, folder_text, model_text
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import METRICS_FILE
-from clha_fast.files import CheckpointError, survivors
-from clha_fast.models.adapters import base_model
 from clha_fast.training.rollout import PromptDataset, RolloutConfig
 
 HELP = """\
@@ -72,59 +69,27 @@ def rlhf(words: Sequence[str]) -> int:
         RolloutRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
         {name: value for name, value in options.items() if name in CONFIG_HINTS},
     ).prepare()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return _train(run, started)
-    except CheckpointError as error:
-        print(f"clha-fast rlhf: {error}", file=sys.stderr)
-        return FAILED
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    return carry_out("rlhf", run, started, header, _before, _finish, _Progress())
 
 
-def _train(run: RolloutRun, started: float) -> int:
-    callbacks = run.trainer.callback_handler.callbacks
-    run.trainer.remove_callback(next(c for c in callbacks if type(c).__name__ == "PrinterCallback"))
-    print(header(run), flush=True)
-    run.evaluate_before()
-    if run.before:
-        print(f"\nheld out before training: {_reward_text(run.before)}\n", flush=True)
-    run.trainer.add_callback(_Progress())
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
-        return INTERRUPTED
-    if run.interrupted:
-        run.write_metrics()
-        step = run.trainer.state.global_step
-        print(
-            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    run.trainer.remove_callback(_Progress)
-    run.report()
+def _before(run: RolloutRun) -> str:
+    return _reward_text(run.before)
+
+
+def _finish(run: RolloutRun) -> None:
     print(f"\n{results(run)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
-    print(f"\n{time.monotonic() - started:.0f} s in all")
-    return 0
 
 
 def header(run: RolloutRun) -> str:
     """What will be trained, on what, judged by whom."""
     args, trainer = run.args, run.trainer
-    parameters = [p.numel() for p in trainer.model.parameters()]
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    part = "" if trained == sum(parameters) else f" ({trained / 1e6:.2f} M of them trained)"
     options: Any = trainer.loss_options
     kl = f", divergence x {options.kl_weight:g} from {trainer.reference.text}" if options.kl_weight else ""
     judge = type(run.reward_model.model).__name__
     lines = {
-        "model": f"{type(base_model(run.model)).__name__}, {sum(parameters) / 1e6:.2f} M parameters{part}",
+        "model": model_text(run),
         "reward": f"{run.options.reward_model}: {judge}",
         "device": device_text(args.device),
         "backend": backend_text(args.backend, args.device, run.model.dtype),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
+from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
@@ -131,7 +132,7 @@ def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> No
 def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
     records = _read(args)
     policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32")
-    print(f"policy        {args.policy}: {_model_text(policy.model)}")
+    print(f"policy        {model_text(policy.model, args.policy)}")
     _say_source(args, records)
     result = score_policy(
         records,
@@ -167,7 +168,7 @@ def _score_rewards(args: argparse.Namespace, processes: Processes) -> int:
     reward_model = load_reward_model(
         args.reward_model, label=args.label, device=args.device, dtype=args.dtype or "auto"
     )
-    print(f"reward model  {args.reward_model}: {_model_text(reward_model.model)}")
+    print(f"reward model  {model_text(reward_model.model, args.reward_model)}")
     _say_source(args, records)
     result = score_file(
         records,
@@ -207,12 +208,6 @@ def _check_plot(path: str | None) -> str | None:
         print("no histogram: it needs matplotlib (pip install 'clha-fast[plot]')")
         return None
     return path
-
-
-def _model_text(model: Any) -> str:
-    size = sum(weight.numel() for weight in model.parameters())
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"
 
 
 def _result_text(result: ScoreResult) -> str:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, read_config, split
+from clha_fast.cli.runs import carry_out, folder_text, model_text
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.data_summary import DataSummary
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
-from clha_fast.files import CheckpointError, survivors
-from clha_fast.models.adapters import base_model
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
-FAILED = 1
 
 TRAIN_HELP = """\
 usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
@@ -134,28 +126,14 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     )
 
 
-def folder_text(run: Run) -> str:
-    """Where the run goes, and from where it goes on."""
-    if run.checkpoint is not None:
-        return f"{run.folder}, resumed from {run.checkpoint}"
-    if run.options.resume:
-        return f"{run.folder}, whose run has no checkpoint yet: training starts from the beginning"
-    return run.folder
-
-
 def header(run: Run) -> str:
     """What will be trained, on what, how."""
     trainer, args = run.trainer, run.args
-    config = run.model.config
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
     options = trainer.loss_options
     lines = {
-        "model": f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}, "
-        f"vocabulary {config.vocab_size:,}",
+        "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "backend": backend_text(args.backend, args.device, dtype),
         "loss": _loss_text(args, options),
@@ -177,50 +155,6 @@ def header(run: Run) -> str:
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
-
-
-class Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere one line for each line of the log, with `names` of it."""
-
-    names: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.start = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.start = time.monotonic()
-        if sys.stderr.isatty():
-            tqdm = importlib.import_module("tqdm").tqdm  # it ships no types
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            control.should_log = True  # what is left since the last line; a short run has no other
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        kind = "eval_" if "eval_loss" in logs else ""
-        if f"{kind}loss" not in logs:
-            return
-        values = {short: report.number(logs.get(kind + key)) for key, short in self.names.items()}
-        if self.bar is not None and not kind:
-            self.bar.set_postfix(values)
-        elif state.global_step:
-            text = "  ".join(f"{name} {value}" for name, value in values.items())
-            place = "held out" if kind else f"{time.monotonic() - self.start:.0f} s"
-            line = f"step {state.global_step}/{state.max_steps}  {text}  ({place})"
-            print(line, flush=True) if self.bar is None else self.bar.write(line)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def memory_report(run: Run) -> dict[str, int]:
@@ -254,11 +188,7 @@ def memory_report(run: Run) -> dict[str, int]:
     return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
 
 
-def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
-    run.trainer.remove_callback(Progress)  # the table says it
-    run.report()
-    if run.args.process_index != 0:
-        return
+def _finish(run: Run, command: Mapping[str, Any]) -> None:
     own = run.trainer.loss_options.metric_names
     table = report.evaluation_table(run.before, run.after, own) if run.held_out else "no held-out set: not evaluated"
     print(f"\n{table}")
@@ -282,40 +212,12 @@ def _finish(run: Run, command: Mapping[str, Any], started: float) -> None:
             run.write_metrics(memory=peaks)
             if peaks:
                 print(f"\n{report.memory_table(peaks, memory.VARIANTS)}")
-    print(f"\n{time.monotonic() - started:.0f} s in all")
 
 
-def _train(run: Run, command: Mapping[str, Any], started: float) -> int:
-    main_process = run.args.process_index == 0
-    run.trainer.remove_callback(next(c for c in run.trainer.callback_handler.callbacks if _prints(c)))
-    run.trainer.add_callback(Progress())
-    if main_process:
-        print(header(run), flush=True)
-    run.evaluate_before()
-    if main_process and run.before:
-        accuracy = report.number(run.before.get("eval_rewards/accuracies"))
-        # Without pairs (chains) there is none.
-        found = f"loss {report.number(run.before['eval_loss'])}" if accuracy == "-" else f"ranking accuracy {accuracy}"
-        print(f"\nheld out before training: {found}\n", flush=True)
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
-        return INTERRUPTED
-    if run.interrupted:
-        run.write_metrics()
-        step = run.trainer.state.global_step
-        print(
-            f"\ninterrupted after step {step}, which is saved; the same command with --resume continues",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    _finish(run, command, started)
-    return 0
-
-
-def _prints(callback: TrainerCallback) -> bool:
-    return type(callback).__name__ == "PrinterCallback"
+def _before(run: Run) -> str:
+    accuracy = report.number(run.before.get("eval_rewards/accuracies"))
+    # Without pairs (chains) there is none.
+    return f"loss {report.number(run.before['eval_loss'])}" if accuracy == "-" else f"ranking accuracy {accuracy}"
 
 
 def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
@@ -334,18 +236,7 @@ def train(words: Sequence[str], base: Mapping[str, Any] | None = None) -> int:
     run_options, config, command = split(collect(words, base))
     logging.set_verbosity_error()
     run = Run(run_options, config).prepare()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
-    try:
-        return _train(run, command, started)
-    except CheckpointError as error:
-        with contextlib.suppress(OSError):  # the same disk
-            run.write_metrics()
-        print(f"clha-fast train: {error}", file=sys.stderr)
-        return FAILED
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    return carry_out("train", run, started, header, _before, lambda done: _finish(done, command))
 
 
 def demo(words: Sequence[str]) -> int:

@@ -106,10 +106,10 @@ def import_scipy() -> Any:
     return import_extra("scipy.stats", "intervals")
 
 
-def check_extra(what: str) -> None:
+def check_extra() -> None:
     """ImportError where a package that measuring answers needs is missing: said before hours of answering."""
     for module in ("scipy.stats", "nltk", "sacrebleu"):
-        import_extra(module, what)
+        import_extra(module, "measuring answers")
 
 
 def import_extra(module: str, what: str) -> Any:

@@ -104,7 +104,7 @@ class Table:
         """
         comparison = self.comparison
         # What is missing, and what there is to say of files, is said before hours of training.
-        check_extra("evaluation")
+        check_extra()
         self._overlaps = _overlaps(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():

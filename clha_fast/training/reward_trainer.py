@@ -25,6 +25,8 @@ from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.validation import (
+    NO_LOGITS,
+    check_arguments,
     check_best_metric,
     check_loading,
     check_machine,
@@ -149,17 +151,9 @@ class RewardTrainer(CheckpointingTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, RewardConfig):
-            raise ValueError(f"args: expected a RewardConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"args: expected one GPU a process, got {args.n_gpu}; start one process a GPU with torchrun"
-            )
+        check_arguments(args, RewardConfig, kwargs, ("data_collator", *NO_LOGITS), "the trainer has its own")
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
-        for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected None (the trainer has its own), got {kwargs[name]!r}")
         tokenizer = processing_class
         self._pad = prepare(model, tokenizer, args.max_length)
 

@@ -33,7 +33,7 @@ from clha_fast.training.datasets import as_dataset, check_signals, check_trains
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
-from clha_fast.training.validation import check_fsdp
+from clha_fast.training.validation import NO_LOGITS, check_arguments, check_fsdp
 
 logger = logging.get_logger(__name__)
 
@@ -105,22 +105,13 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         ref_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, CLHAConfig):
-            raise ValueError(f"args: expected a CLHAConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"args: expected one GPU a process, got {args.n_gpu} (nn.DataParallel copies the model, not its head); "
-                "start one process a GPU with torchrun or accelerate launch"
-            )
+        check_arguments(args, CLHAConfig, kwargs, NO_LOGITS, "no logits exist that it could be given")
         if not isinstance(model, nn.Module):
             raise ValueError(
                 "model: expected a causal language model (AutoModelForCausalLM.from_pretrained loads one), got "
                 f"{shorten(model)}"
             )
         check_fsdp(args)
-        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected None (no logits exist that it could be given), got a function")
         self.loss_options = args.loss_options()
         held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         given = [part for part in (train_dataset, *held_out) if part is not None]

@@ -7,7 +7,7 @@ import enum
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import accelerate
@@ -19,8 +19,11 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
+from clha_fast.data.records import shorten
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 
+# Arguments of `Trainer` that would be given logits.
+NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _LEAST = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -55,6 +58,27 @@ def check_numbers(args: Any) -> None:
             )
     if args.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("deepspeed: expected the package deepspeed to be installed, got none")
+
+
+def check_arguments(args: Any, kind: type[Any], given: Mapping[str, Any], unused: Sequence[str], why: str) -> None:
+    """What a trainer is constructed with.
+
+    Args:
+        args: its settings, of the class `kind`. given: other arguments by name; those in `unused` must be None, `why`.
+
+    Raises:
+        ValueError: settings of another class, several GPUs in one process, an argument that it has no use for.
+    """
+    if not isinstance(args, kind):
+        raise ValueError(f"args: expected a {kind.__name__}, got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one GPU a process, got {args.n_gpu} (nn.DataParallel copies the model, not what stands on "
+            "it); start one process a GPU with torchrun or accelerate launch"
+        )
+    for name in unused:
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: expected None ({why}), got {shorten(given[name])}")
 
 
 def check_machine(args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,28 @@ def test_ctrl_c_says_what_is_kept(
     assert run(*words) == cli.USER_ERROR
     assert run(*words, "--resume") == 0
     assert "8 prompts had been answered before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("package", ["scipy", "nltk", "sacrebleu"])
+def test_a_missing_package_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    given, out = str(write(tmp_path / "a.jsonl", make_rows(2))), str(tmp_path / "m.json")
+    for words in (
+        ["eval", given, "--references", given],
+        ["eval", "--model", str(tmp_path / "none"), "--references", given, "--out", out],
+        ["compare", given, given, "--references", given],
+        ["table2", "--config", str(tmp_path / "table.yaml")],
+    ):
+        if words[0] == "table2":
+            files = {"train": given, "dev": "b", "test": "c"}
+            config = {"output_dir": str(tmp_path / "out"), "data": {2: files}, "base": "x", "methods": ["sft"]}
+            (tmp_path / "table.yaml").write_text(json.dumps(config))
+        assert run(*words) == cli.USER_ERROR
+        said = one_sentence(capsys)
+        wanted = f"measuring answers: {package} is not installed; pip install 'clha-fast[eval]' brings it"
+        assert said == f"clha-fast {words[0]}: {wanted}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "table.yaml"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import clha_fast
 from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
-from clha_fast.cli import train as cli_train
+from clha_fast.cli import runs as cli_runs
 from clha_fast.cli.options import OptionError
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
@@ -88,13 +88,13 @@ def test_ctrl_c_and_resume_end_where_one_run_ends(
     assert cli.main(command(tmp_path / "whole")) == 0
     before = signal.getsignal(signal.SIGINT)
 
-    class PressCtrlC(cli_train.Progress):
+    class PressCtrlC(cli_runs.Progress):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_train, "Progress", PressCtrlC)
+        patch.setattr(cli_runs, "Progress", PressCtrlC)
         assert cli.main(command(tmp_path / "parts")) == 130
     assert signal.getsignal(signal.SIGINT) is before
     said = capsys.readouterr().err
@@ -114,13 +114,13 @@ def test_ctrl_c_and_resume_end_where_one_run_ends(
 def test_second_ctrl_c_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class PressTwice(cli_train.Progress):
+    class PressTwice(cli_runs.Progress):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 5:
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli_train, "Progress", PressTwice)
+    monkeypatch.setattr(cli_runs, "Progress", PressTwice)
     assert cli.main(command(tmp_path)) == 130
     last = tmp_path / "run" / "checkpoint-3"
     assert f"interrupted; {last} is complete and intact, resume from it" in capsys.readouterr().err

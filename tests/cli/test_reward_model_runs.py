@@ -46,7 +46,7 @@ def test_a_word_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found["prompts"] + found["train_prompts"] == 120
     assert found["train_file"] == file_hash(str(tmp_path / "ranked.jsonl"))
     assert (found["seed"], found["half"], found["pairs_by"], found["max_length"]) == (42, None, "rank", 64)
-    before, after = (out.index(text) for text in ("held-out pairs before training: accuracy 0.", "step 100/100"))
+    before, after = (out.index(text) for text in ("held out before training: accuracy 0.", "step 100/100"))
     assert before < after < out.index("longer response wins")
     for name, accuracy in (
         ("before", found["before"]),

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clha_fast.cli import main as cli
-from clha_fast.cli import train as cli_train
+from clha_fast.cli import runs as cli_runs
 from clha_fast.cli.options import OptionError, read_config
 from clha_fast.cli.text import with_dashes
 from clha_fast.experiments.run import Run, RunOptions
@@ -78,14 +78,14 @@ def test_the_evaluation_at_the_end_is_said_once(
 def test_the_best_model_has_its_own_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Spoil(cli_train.Progress):
+    class Spoil(cli_runs.Progress):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if state.global_step > 4:
                 with torch.no_grad():
                     for weight in model.parameters():
                         weight.mul_(3)
 
-    monkeypatch.setattr(cli_train, "Progress", Spoil)
+    monkeypatch.setattr(cli_runs, "Progress", Spoil)
     words = command(
         tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, learning_rate=1e-3
     )

@@ -1,0 +1,137 @@
+"""What the commands that train have in common: how a run is carried out, and what is printed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
+
+from clha_fast.evaluation import tables as report
+from clha_fast.experiments.run import Run
+from clha_fast.files import CheckpointError, survivors
+from clha_fast.models.adapters import base_model
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+FAILED = 1
+_R = TypeVar("_R", bound=Run)
+
+
+def folder_text(run: Run) -> str:
+    """Where the run goes, and from where it goes on."""
+    if run.checkpoint is not None:
+        return f"{run.folder}, resumed from {run.checkpoint}"
+    if run.options.resume:
+        return f"{run.folder}, whose run has no checkpoint yet: training starts from the beginning"
+    return run.folder
+
+
+def model_text(run: Run) -> str:
+    """What is trained, and how large it is."""
+    model = run.trainer.model
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
+    return f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}"
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal; elsewhere one line for each line of the log, with `names` of it."""
+
+    names: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.start = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.start = time.monotonic()
+        if sys.stderr.isatty():
+            tqdm = importlib.import_module("tqdm").tqdm  # it ships no types
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # what is left since the last line; a short run has no other
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        kind = "eval_" if "eval_loss" in logs else ""
+        if f"{kind}loss" not in logs:
+            return
+        values = {short: report.number(logs.get(kind + key)) for key, short in self.names.items()}
+        if self.bar is not None and not kind:
+            self.bar.set_postfix(values)
+        elif state.global_step:
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
+            place = "held out" if kind else f"{time.monotonic() - self.start:.0f} s"
+            line = f"step {state.global_step}/{state.max_steps}  {text}  ({place})"
+            print(line, flush=True) if self.bar is None else self.bar.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def carry_out(
+    command: str,
+    run: _R,
+    started: float,
+    header: Callable[[_R], str],
+    before: Callable[[_R], str],
+    finish: Callable[[_R], None],
+    progress: TrainerCallback | None = None,
+) -> int:
+    """A prepared run, evaluated, trained and reported; the exit status. The first process alone prints.
+
+    Args:
+        started: when the command began. header: what is said first. before: what was found before training, where
+            anything was. finish: prints what there is at the end. progress: `Progress()` by default.
+    """
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
+    progress = Progress() if progress is None else progress
+    first = run.args.process_index == 0
+    try:
+        run.trainer.remove_callback(PrinterCallback)
+        run.trainer.add_callback(progress)
+        if first:
+            print(header(run), flush=True)
+        run.evaluate_before()
+        if first and run.before:
+            print(f"\nheld out before training: {before(run)}\n", flush=True)
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {survivors(run.folder)}", file=sys.stderr)
+            return INTERRUPTED
+        if run.interrupted:
+            run.write_metrics()
+            said = f"interrupted after step {run.trainer.state.global_step}, which is saved"
+            print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
+            return INTERRUPTED
+        run.trainer.remove_callback(progress)  # the table says it
+        run.report()
+        if first:
+            finish(run)
+            print(f"\n{time.monotonic() - started:.0f} s in all")
+        return 0
+    except CheckpointError as error:
+        with contextlib.suppress(OSError):  # the same disk
+            run.write_metrics()
+        print(f"clha-fast {command}: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if bars:
+            logging.enable_progress_bar()
