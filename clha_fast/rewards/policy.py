@@ -20,9 +20,9 @@ from clha_fast.batching.signals import token_checksum
 from clha_fast.data.readers import Source
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import check_destination
-from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import DTYPES, check_vocabulary, find_device, fingerprint, load_model, load_tokenizer
+from clha_fast.models.positions import positions_of
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.run import Row, ScoringRun, as_records
 
@@ -55,8 +55,7 @@ class Policy:
     @property
     def max_positions(self) -> int | None:
         """Tokens that the model has positions for, None when its configuration names no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit - virtual_tokens(self.model) if isinstance(limit, int) and limit > 0 else None
+        return positions_of(self.model)
 
     def sums(self, rows: Sequence[Row]) -> Tensor:
         """float64 [len(rows)] nats, on the CPU: log-probability of each response behind its prompt, without the logits.
