@@ -74,11 +74,11 @@ def planned(
 def _sdpa(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(mask, SegmentPlan):
-            return planned(module, query, key, value, mask, *args, **kw)
-        return original(module, query, key, value, mask, *args, **kw)
+        if isinstance(attention_mask, SegmentPlan):
+            return planned(module, query, key, value, attention_mask, *args, **kwargs)
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention._clha_segments = True  # type: ignore[attr-defined]
     return attention
