@@ -28,6 +28,7 @@ from clha_fast.objectives.pairs import keeps
 from clha_fast.reports.data_summary import DataSummary, summarise
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
+_LETTER = 4  # tokens of one byte that a letter may have
 ENOUGH = 0.5  # a reward margin that keeps this share of the pairs needs no other
 
 
@@ -297,7 +298,22 @@ class _Found:
         assert self.tokenizer is not None
         special = set(self.tokenizer.all_special_ids)
         special |= {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return [Token(self.tokenizer.decode([token]), token in special, cut=cut) for token in ids]
+        texts = _texts(self.tokenizer, list(ids))
+        return [Token(text, token in special, cut=cut) for token, text in zip(ids, texts, strict=True)]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Each token's text; a letter that several tokens make stands at the first of them."""
+    found: list[str] = []
+    while len(found) < len(ids):
+        start = len(found)
+        runs = (ids[start : start + size] for size in range(1, min(_LETTER, len(ids) - start) + 1))
+        whole = next((run for run in runs if "\ufffd" not in tokenizer.decode(run)), ids[start : start + 1])
+        text, piece = tokenizer.decode(whole), tokenizer.convert_ids_to_tokens(ids[start])
+        # SentencePiece's blank, which decoding takes off a text's front.
+        blank = " " if isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ") else ""
+        found += [blank + text, *[""] * (len(whole) - 1)]
+    return found
 
 
 def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:

@@ -92,6 +92,17 @@ def tokens(ids: Any, scored: bool = False) -> list[Token]:
     return [Token(TOKENIZER.decode([token]), token in TOKENIZER.all_special_ids, scored) for token in ids]
 
 
+def test_a_letter_of_several_tokens_is_readable() -> None:
+    rows = [{"prompt": "a \u732b", "completions": ["\U0001f30d sat"]}]
+    (example,) = inspect_file(rows, PUBLISHED, TOKENIZER, progress=False).examples
+    texts = [token.text for token in example.candidates[0].tokens]
+    assert texts[:4] == ["\U0001f30d", "", "", ""], "four bytes, four tokens"
+    assert "".join(texts) == "\U0001f30d sat</s>"
+    assert "".join(token.text for token in example.prompt) == "<s>a \u732b"
+    cut = inspect_file(rows, PUBLISHED, TOKENIZER, limits={"max_completion_length": 2}, progress=False).examples[0]
+    assert [token.text for token in cut.candidates[0].tokens][:2] == ["\ufffd", "\ufffd"], "half a letter is none"
+
+
 def test_degenerate_files(tmp_path: Path) -> None:
     plain = inspect_file([{"prompt": "a", "completions": ["b", "c"]}], PUBLISHED, TOKENIZER, progress=False)
     assert plain.gaps is None
