@@ -98,14 +98,16 @@ def model_of(kind: str) -> nn.Module:
 
 def make(name: str, kind: str, folder: str, ours: bool, **changes: Any) -> Any:
     """A trainer as TRL makes it; with `ours` of the mixin's class where there is one."""
-    stock, mixed, config, settings, data = CASES[name]
+    stock, mixed, arguments, settings, data = CASES[name]
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, **settings, **changes}
     settings |= {"output_dir": folder, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
-    args = config(**{"bf16": False, "use_cpu": True, "disable_tqdm": True, "seed": 3, **settings})
+    args = arguments(**{"bf16": False, "use_cpu": True, "disable_tqdm": True, "seed": 3, **settings})
     more: dict[str, Any] = {"reward_funcs": variety} if "reward_funcs" in _parameters(stock) else {}
     if "LoRA" in kind:
         targets = ["q_proj", "v_proj", "down_proj"]
-        more["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
+        saved = ["lm_head"] if "head" in kind else None
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, modules_to_save=saved)
+        more["peft_config"] = config
     elif "ref_model" in _parameters(stock):
         more["ref_model"] = model_of(kind)
     model: Any = model_of(kind)
