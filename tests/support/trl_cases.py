@@ -242,7 +242,7 @@ the loss and {gradients:g} for the rest. Two-layer models in float32 on the CPU,
 adapters stirred; RLOO with two tokens a completion, for its ratio is e to their sum, whose rounding grows with it.
 Rendered by `python -m tests.support.trl_cases --write docs/integrations.md` with {versions}.
 """
-MARKS = ("<!-- trl-table: rendered by tests/support/trl_cases.py -->\n", "\n<!-- /trl-table -->")
+MARKS = ("<!-- trl-table: rendered by tests/support/trl_cases.py -->", "<!-- /trl-table -->")
 
 
 def main() -> int:
@@ -254,9 +254,11 @@ def main() -> int:
         print(table)
         return 0
     text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    path.write_text(before + MARKS[0] + table + MARKS[1] + after, encoding="utf-8")
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        parser.error(f"--write: expected {' and '.join(MARKS)} in {path}")
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
     return 0
 
 
