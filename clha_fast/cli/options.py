@@ -15,6 +15,7 @@ from clha_fast.cli.names import PRINTING, OptionError, unknown
 from clha_fast.experiments.run import RunOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT
+from clha_fast.training.trl_names import SETTLED
 
 
 def field_hints(cls: type) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     before, after = (_named("objective", options.get("objective")) for options in (base, over))
     if isinstance(after, dict) and after.get("name", _name_of(before)) != _name_of(before):
-        for name in ("objective", "preset", *CLHA_FIELDS):
+        for name in ("objective", "preset", *CLHA_FIELDS, *SETTLED):
             merged.pop(name, None)
     for name, value in over.items():
         before, value = _named(name, merged.get(name)), _named(name, value)

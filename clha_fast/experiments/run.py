@@ -41,6 +41,7 @@ from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
+from clha_fast.training.trl_names import SETTLED
 from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class Run:
     def _identity(self) -> RunIdentity:
         options = self.options
         files = {"train_file": options.train_file, "eval_file": options.eval_file}
-        skip = {*files, "resume", "overwrite"}
+        skip = {*files, "resume", "overwrite", *SETTLED}
         # However an objective was spelled: by name, in a mapping, with settings of CLHA in it.
         settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
         given = {**vars(options), **self.settings, **{name: getattr(self.args, name) for name in settled}}

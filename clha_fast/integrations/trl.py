@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 
 from clha_fast.models import switch
+from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.measure import measure_head
@@ -75,14 +77,25 @@ class _Head:
 
     def __init__(self, model: nn.Module, asked: _Asked, backend: Backend, workspace_bytes: int | None) -> None:
         self.model, self.asked, self.on = model, asked, True
-        self.info: HeadInfo = measure_head(model, backend)
-        head = self.info.options(asked.temperature, _IGNORED, workspace_bytes)
-        self._score = LogpForward(model, self.info, head, backend)
+        self._backend, self._workspace_bytes = backend, workspace_bytes
+        self._scores: dict[nn.Module, LogpForward] = {}
+        self.info: HeadInfo = self._score().info
         self._below: Callable[..., Any] = model.forward
         self._output = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
         self._switched = not switch.installed(self.info.module)
         switch.install(self.info.module)
         self._put_on()
+
+    def _score(self) -> LogpForward:
+        """For the head as it is: with an adapter switched off, a copy of it that the adapter trains gives place."""
+        head: Any = output_embedding(self.model)
+        while isinstance(head, FullyShardedDataParallel):  # a wrapper's policy may have taken it for itself
+            head = head.module
+        if head not in self._scores:
+            info = measure_head(self.model, self._backend)
+            options = info.options(self.asked.temperature, _IGNORED, self._workspace_bytes)
+            self._scores[info.module] = LogpForward(self.model, info, options, self._backend)
+        return self._scores[head]
 
     def _put_on(self) -> None:
         below = self._below
@@ -123,7 +136,7 @@ class _Head:
         names = [name for name in self.asked.outputs if name in _STATISTICS]
         statistics = [_STATISTICS[name] for name in names]
         values, mask, output = score_grid(
-            self._score, self._below, kwargs, targets, statistics=statistics, wrapped=False
+            self._score(), self._below, kwargs, targets, statistics=statistics, wrapped=False
         )
         if shift_labels is None:
             values, mask = values[..., :-1], mask[:, :-1]

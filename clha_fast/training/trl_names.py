@@ -15,6 +15,8 @@ from clha_fast.training.objective import DEFAULT, as_mapping, settings_of
 
 # TRL's losses of pairs that are an objective's for two responses.
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
+# What `settle_names` writes into `objective`.
+SETTLED = ("loss_type", "beta")
 _CUTS = ("keep_start", "keep_end")
 
 

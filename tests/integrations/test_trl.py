@@ -67,6 +67,11 @@ def test_detaching_under_a_wrapper_of_the_forward(tmp_path: Path) -> None:
         assert found.log_probs.shape == (ids.shape[0], ids.shape[1] - 1)
 
 
+def test_a_head_that_an_adapter_trains_gives_place_to_the_first_one_as_reference() -> None:
+    got = measure("DPO", "llama with LoRA, head saved")
+    assert got.right, got
+
+
 def test_gradient_checkpointing(tmp_path: Path) -> None:
     with quiet():
         trainer = make("DPO", "llama", str(tmp_path), False, gradient_checkpointing=True)

@@ -98,14 +98,16 @@ def model_of(kind: str) -> nn.Module:
 
 def make(name: str, kind: str, folder: str, ours: bool, **changes: Any) -> Any:
     """A trainer as TRL makes it; with `ours` of the mixin's class where there is one."""
-    stock, mixed, config, settings, data = CASES[name]
+    stock, mixed, arguments, settings, data = CASES[name]
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, **settings, **changes}
     settings |= {"output_dir": folder, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
-    args = config(**{"bf16": False, "use_cpu": True, "disable_tqdm": True, "seed": 3, **settings})
+    args = arguments(**{"bf16": False, "use_cpu": True, "disable_tqdm": True, "seed": 3, **settings})
     more: dict[str, Any] = {"reward_funcs": variety} if "reward_funcs" in _parameters(stock) else {}
     if "LoRA" in kind:
         targets = ["q_proj", "v_proj", "down_proj"]
-        more["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
+        saved = ["lm_head"] if "head" in kind else None
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, modules_to_save=saved)
+        more["peft_config"] = config
     elif "ref_model" in _parameters(stock):
         more["ref_model"] = model_of(kind)
     model: Any = model_of(kind)
@@ -240,7 +242,7 @@ the loss and {gradients:g} for the rest. Two-layer models in float32 on the CPU,
 adapters stirred; RLOO with two tokens a completion, for its ratio is e to their sum, whose rounding grows with it.
 Rendered by `python -m tests.support.trl_cases --write docs/integrations.md` with {versions}.
 """
-MARKS = ("<!-- trl-table: rendered by tests/support/trl_cases.py -->\n", "\n<!-- /trl-table -->")
+MARKS = ("<!-- trl-table: rendered by tests/support/trl_cases.py -->", "<!-- /trl-table -->")
 
 
 def main() -> int:
@@ -252,9 +254,11 @@ def main() -> int:
         print(table)
         return 0
     text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    path.write_text(before + MARKS[0] + table + MARKS[1] + after, encoding="utf-8")
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        parser.error(f"--write: expected {' and '.join(MARKS)} in {path}")
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
     return 0
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from clha_fast.cli.options import merge
 from clha_fast.hf import CLHAConfig, CLHATrainer
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
@@ -80,6 +81,12 @@ def test_refused(case: str, tmp_path: Path) -> None:
     given, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **given)
+
+
+def test_another_objectives_flag_leaves_them_behind() -> None:
+    file = {"objective": "dpo", "beta": 0.2, "loss_type": "sigmoid", "learning_rate": 1e-4}
+    assert merge(file, {"objective": "pro"}) == {"objective": {"name": "pro"}, "learning_rate": 1e-4}
+    assert merge(file, {"objective": "dpo"})["beta"] == 0.2
 
 
 def test_a_models_folder_is_loaded_with_its_tokenizer(saved: str, tmp_path: Path) -> None:
