@@ -18,6 +18,7 @@ from clha_fast.models.embedding import input_embedding_weight, is_dtensor
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.layout_probe import LayoutProbe, candidates_of
 from clha_fast.models.segment_masks import UnsupportedLayoutError
+from clha_fast.models.sharding import reshard
 
 logger = logging.getLogger("clha_fast")
 
@@ -78,6 +79,7 @@ class RowLayouts:
             with self._around():
                 if not self._in_two_calls(layout):
                     self._probe.check(layout, gradients=not _spread(self._model))
+            reshard(self._model)  # or an optimizer would take FSDP2's gathered weights for its own
         self.layout = layout
         return layout
 

@@ -179,6 +179,9 @@ def test_scores_are_the_eager_ones(rewards: bool) -> None:
             wanted = sum(float(logps[len(prompt) - 1 + k, token]) for k, token in enumerate(ids)) / size
             assert score == pytest.approx(wanted, abs=1e-5)
     one = candidate_scores(model, TOKENIZER, records, batch_size=1)[0]
+    shared = candidate_scores(model, TOKENIZER, records, batch_size=6, layout="shared")[0]
+    for own, other in zip(scores, shared, strict=True):
+        assert other == pytest.approx(own, abs=1e-5)
     assert [s for own in one for s in own] == pytest.approx([s for own in scores for s in own], abs=1e-5)
 
 

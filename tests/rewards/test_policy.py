@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -277,3 +278,36 @@ def test_a_batch_of_rows(policy: Policy) -> None:
     assert policy.max_positions == 128
     with pytest.raises(ValueError, match=r"^tokenizer: expected at most the model's 20 tokens"):
         Policy(make_model(20), TOKENIZER)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "auto"])
+def test_layouts(tmp_path: Path, folder: str, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", make_rows(7))
+    plain = [*map(str, ("score", "--policy", folder, source))]
+    assert cli.main([*plain, str(tmp_path / "padded.jsonl")]) == 0
+    assert " rows" not in capsys.readouterr().out.splitlines()[0]
+    assert cli.main([*plain, str(tmp_path / "other.jsonl"), "--layout", layout, "--batch-size", "5"]) == 0
+    said = "packed rows" if layout == "packed" else "shared rows"
+    assert capsys.readouterr().out.splitlines()[0].endswith(said)
+    padded, other = (read_records(tmp_path / f"{name}.jsonl") for name in ("padded", "other"))
+    for one, two in zip(padded, other, strict=True):
+        assert two.signals["reference_logps"] == pytest.approx(one.signals["reference_logps"], abs=1e-4)
+        assert two.signals["reference_tokens"] == one.signals["reference_tokens"]
+
+
+def test_rows_of_a_record_stand_side_by_side(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(folder, layout="shared")
+    seen: list[list[Row]] = []
+    own = policy.sums
+    monkeypatch.setattr(policy, "sums", lambda rows: seen.append(list(rows)) or own(rows))
+    rows = make_rows(6)
+    score_policy(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", policy, batch_size=6, progress=False)
+    prompts = [tuple(row.prompt) for batch in seen for row in batch if len(batch) > 2]
+    changes = sum(one != other for one, other in itertools.pairwise(prompts))
+    assert changes < len(rows) + 2
+
+
+def test_a_reward_model_takes_no_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["score", "--reward-model", "x", "--layout", "shared", "in.jsonl", "out.jsonl"]
+    assert cli.main(arguments) == 2
+    assert "--layout: expected none beside --reward-model, got shared" in capsys.readouterr().err

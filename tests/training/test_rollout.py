@@ -144,6 +144,18 @@ def test_the_sampler_is_the_policy_until_it_is_updated(tmp_path: Path) -> None:
     assert ours.model.config.attn_pdrop == 0.1  # what is saved is the model as it came
 
 
+def test_shared_rows_are_the_same_run(tmp_path: Path) -> None:
+    padded, shared = (trainer(tmp_path / name, layout=name, rollout_steps=2) for name in ("padded", "shared"))
+    curves = []
+    for ours in (padded, shared):
+        ours.train()
+        curves.append([line["loss"] for line in ours.state.log_history if "loss" in line])
+    assert shared.layout == "shared"
+    assert shared.largest_batch is not None
+    assert shared.largest_batch.segments is not None
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-5)
+
+
 def test_reference(tmp_path: Path) -> None:
     ours = trainer(tmp_path, objective={"name": "policy", "kl_weight": 0.5}, reference="copy")
     ours.train()
