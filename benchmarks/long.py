@@ -161,8 +161,8 @@ def table(result: dict[str, Any]) -> str:
         rows = ", ".join(f"{row['width']:,}: {row['bytes_a_token']:,.0f}" for row in result["rows"])
         lines += [
             "",
-            f"Single shared rows (a prompt and four responses, H 64, one layer, float32), peak resident bytes of a step "
-            f"a token, by tokens: {rows}. A mask of the last would take {result['rows'][-1]['mask_bytes'] / 2**30:.0f} GiB.",
+            "Single shared rows (a prompt and four responses, H 64, one layer, float32), peak resident bytes of a step "
+            f"and token, by tokens: {rows}. A mask of the last: {result['rows'][-1]['mask_bytes'] >> 30} GiB.",
         ]
     return "\n".join(lines)
 
@@ -182,6 +182,7 @@ def picture(result: dict[str, Any]) -> None:
                 xs, ys = ([cell[name] for cell in cells] for name in ("prompt", f"{key}_over_padded"))
                 axis.plot(xs, ys, style, label=f"{way}, n = {count}", color=f"C{COUNTS.index(count)}")
         axis.set(xscale="log", xlabel="tokens of a prompt (responses 16 to 32)", title=f"{title} over padded rows")
+        axis.minorticks_off()
         axis.set_xticks(PROMPTS, PROMPTS)
         axis.axhline(1, color="grey", linewidth=0.5)
     axes[0].set_ylim(0, 1.2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu
 
 import clha_fast
 from clha_fast.batching.collator import RankedCollator
@@ -131,6 +133,20 @@ def test_checkpointing_keeps_the_plan(reentrant, calls):
     torch.testing.assert_close(losses[True][0], losses[False][0])
     for one, other in zip(losses[True][1], losses[False][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_checkpoints_that_wait_elsewhere():
+    """Copies of all that a checkpointed forward keeps, as offloading makes them: the same bits."""
+    grads = []
+    for copies in (False, True):
+        model = llama().train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        clha_fast.attach(model, layout="shared", tiled_mlp=8)
+        with save_on_cpu() if copies else contextlib.nullcontext():
+            loss = model(**batch_of()).loss
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_no_mask_is_made(monkeypatch):
