@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clha_fast import HeadOptions, backends
 from clha_fast.objectives.clha import PUBLISHED
-from clha_fast.types import Needs
+from clha_fast.types import STATISTICS, EntropySlopes, Needs
 from tests.support.helpers import make_case
 from tests.support.triton_harness import DEVICE, every_dtype
 
@@ -46,6 +46,9 @@ def test_the_host_reads_nothing_back(backend: str, dtype: torch.dtype) -> None:
             module.loss_forward(inputs, case.ranking, HEAD, PUBLISHED)
         logps, lse, route = module.token_logps_forward(inputs, HEAD)
         module.token_logps_backward(torch.ones_like(logps), inputs, lse, route, HEAD, needs)
+        logps, lse, values = module.statistics_forward(inputs, HEAD, STATISTICS)
+        slopes = EntropySlopes(torch.ones_like(logps), values["entropy"])
+        module.statistics_backward(torch.ones_like(logps), slopes, inputs, lse, HEAD, needs)
     with pytest.raises(AssertionError, match="reads a value back"), NoWaiting():
         logps.sum().item()
 

@@ -64,6 +64,8 @@ ROWS: list[Objective] = [
     PolicyOptions(reduction="sequence_mean"),
     PolicyOptions(clip_high=0.28, kl_weight=0.1),
     PolicyOptions(advantages="given", reduction="sequence_mean", kl_weight=0.04),
+    PolicyOptions(reduction="sequence_mean", entropy_weight=0.3),
+    PolicyOptions(kl_weight=0.1, entropy_weight=0.02),
     SFTOptions(form="prompt_mean"),
     SFTOptions(form="token_mean"),
     CoHOptions(),
@@ -98,16 +100,32 @@ def of_tokens(given: RankingInputs, tokens: Any) -> dict[str, Tensor | None]:
     return {name: None if value is None else value[tokens] for name, value in values}
 
 
+def seen(objective: Objective, logps: Tensor) -> dict[str, Tensor]:
+    """Some number for each token and statistic that an objective names, 0 where the log-probability is."""
+    return {name: torch.where(logps == 0, 0.0, 2 + torch.sin(9 * logps)).detach() for name in objective.wanted}
+
+
 def exact(objective: Objective, logps: Tensor, targets: Tensor, given: RankingInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dL/dlogp, metrics) of the reference and autograd."""
-    leaf = logps.clone().requires_grad_()
-    loss, metrics, _ = reference.loss(leaf, targets, given, HeadOptions(), objective)
-    (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+    """(loss, dL/dlogp, metrics) of the reference and autograd; dL/dentropy below it where the objective reads that."""
+    leaves = [logps.clone().requires_grad_(), *(v.requires_grad_() for v in seen(objective, logps).values())]
+    loss, metrics, _ = reference.loss(leaves[0], targets, given, HeadOptions(), objective, *leaves[1:])
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    slope = torch.stack(grads) if objective.reads_entropy else grads[0]
     return loss.detach(), torch.where(targets == IGNORE, 0.0, slope), metrics
 
 
+class Work(RankedBatch):
+    """With the statistics of `seen`."""
+
+    def rank(self, first: int, last: int, logps: Tensor, statistics: Any = None) -> Tensor:
+        return super().rank(first, last, logps, seen(self.objective, logps))
+
+    def finish(self, logps: Tensor, statistics: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        return super().finish(logps, seen(self.objective, logps))
+
+
 def ranked(objective: Objective, targets: Tensor, given: RankingInputs) -> RankedBatch:
-    return RankedBatch(objective, given, targets != IGNORE, torch.float64)
+    return Work(objective, given, targets != IGNORE, torch.float64)
 
 
 def test_every_objective_of_the_table_is_tested_and_has_a_reference():
@@ -135,7 +153,8 @@ def test_a_closed_form_is_autograds(objective):
     """Where an objective writes its slopes down, autograd on its own terms says the same."""
     logps, targets, given = batch(objective, SHAPES[0], 3)
     work = ranked(objective, targets, given)
-    group = Group(work.plan, 1, 4, logps[slice(*work.layout.span(1, 4))])
+    logps = logps[slice(*work.layout.span(1, 4))]
+    group = Group(work.plan, 1, 4, logps, seen(objective, logps))
     by_autograd = dataclasses.make_dataclass(
         "Plain", [], bases=(type(objective),), frozen=True, namespace={"slopes": lambda self, group: None}
     )
@@ -171,7 +190,7 @@ def test_chunks_and_processes_make_no_difference(objective):
         found.append(work.rank(0, 2, logps[t]))
         total += work.finish(logps[t])[0]
     torch.testing.assert_close(total, loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found)), slope, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found, -1)), slope, rtol=1e-12, atol=1e-13)
     assert counts.keys() == set(COUNTS)
 
 
@@ -184,12 +203,12 @@ def test_inert_candidates_have_no_slope(objective, shape):
     inert = objective.inert(whole, given.rewards, given.sft_index)
     owner = torch.repeat_interleave(torch.arange(len(inert)), given.candidate_lengths)
     loss, slope, _ = exact(objective, logps, targets, given)
-    assert (slope[inert[owner]] == 0).all()
+    assert (slope[..., inert[owner]] == 0).all()
     kept = ~inert[owner]
     less = given._replace(candidate_lengths=given.candidate_lengths.masked_fill(inert, 0), **of_tokens(given, kept))
     other, other_slope, _ = exact(objective, logps[kept], targets[kept], less)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(other_slope, slope[kept], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(other_slope, slope[..., kept], rtol=1e-12, atol=1e-13)
 
 
 @every_row
@@ -200,7 +219,8 @@ def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
             torch.tensor(lengths), torch.tensor(sizes), torch.tensor([5.0, 1.0, 0.0])[: len(lengths)]
         )._replace(**random_signals(objective, sum(lengths)))
         logps = torch.zeros(sum(lengths), dtype=torch.float64, requires_grad=True)
-        loss, _ = ranking_loss(logps, inputs, objective, scored=torch.zeros(len(logps), dtype=torch.bool))
+        nothing = torch.zeros(len(logps), dtype=torch.bool)
+        loss, _ = ranking_loss(logps, inputs, objective, scored=nothing, statistics=seen(objective, logps))
         assert float(loss.detach()) == 0
         (slope,) = torch.autograd.grad(loss, logps)
         assert (slope == 0).all()
@@ -236,12 +256,14 @@ def test_its_terms_stay_on_the_gpu(objective, sizes_there):
     """Tensors that only say they are on one: no two devices meet, and the numbers are the CPU's."""
     logps, targets, given = batch(objective, SHAPES[0], 1)
     scored = targets != IGNORE
-    wanted = RankedBatch(objective, given, scored, torch.float64).finish(logps)
+    statistics = seen(objective, logps)
+    wanted = RankedBatch(objective, given, scored, torch.float64).finish(logps, statistics)
     inert = objective.inert(Layout.whole(given.candidates_per_prompt), given.rewards, given.sft_index)
     with ValueGPU().here():
         if sizes_there:
             given = RankingInputs(*(None if value is None else OnGPU(value) for value in given))
-        found = RankedBatch(objective, given, OnGPU(scored), torch.float64).finish(OnGPU(logps))
+        statistics = {name: OnGPU(value) for name, value in statistics.items()}
+        found = RankedBatch(objective, given, OnGPU(scored), torch.float64).finish(OnGPU(logps), statistics)
         layout = Layout.whole(given.candidates_per_prompt, given.rewards.device)
         found_inert = objective.inert(layout, given.rewards, given.sft_index)
     for got, want in zip(found, wanted, strict=True):
@@ -288,7 +310,7 @@ def test_any_batch_agrees_with_the_reference(sizes, seed, row):
     cuts = sorted({0, len(sizes) // 2, len(sizes)})
     found = [work.rank(a, b, logps[slice(*work.layout.span(a, b))]) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(work.finish(logps)[0], loss, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found)), slope, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.where(targets == IGNORE, 0.0, torch.cat(found, -1)), slope, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(work.finish(logps)[1], metrics, rtol=1e-5, atol=1e-5)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from clha_fast import CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from clha_fast.ops.head import score_dtype
+from clha_fast.types import STATISTICS
 from tests.support.helpers import make_case
 
 HEAD = HeadOptions(scale=0.9, softcap=4.0)
@@ -90,7 +92,9 @@ def test_operators_keep_their_contract(dtype, optional):
     """Schema, no mutation, no aliasing, fake results of the right shapes and dtypes, autograd registration."""
     case = next(batches(dtype)) if optional else make_case([2, 3], [2], dtype=dtype)
     case.leaves()
-    head = (case.hidden, case.weight, case.bias, case.targets, case.row_index)
+    head = case.head
+    if optional:
+        head = head._replace(temperature=torch.linspace(0.5, 2, len(case.targets), dtype=score_dtype(case.hidden)))
     ranking = case.ranking._replace(pair_counts=None, prompt_count=None)
     encoded = CLHAOptions.preset("published").encoded
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -104,3 +108,8 @@ def test_operators_keep_their_contract(dtype, optional):
     for needs in ((True, True, case.bias is not None), (True, False, False)):
         arguments = (torch.ones_like(logps), *plain, lse, route, HEAD.encoded, "torch", *needs)
         torch.library.opcheck(operators.token_logps_backward, arguments, test_utils=tests)
+    for names in (",".join(STATISTICS), "entropy", "is_top1"):
+        torch.library.opcheck(operators.token_statistics, (*head, HEAD.encoded, "torch", names), test_utils=tests)
+    logps, lse, entropy, *_ = operators.token_statistics(*plain, HEAD.encoded, "torch", "entropy")
+    arguments = (torch.ones_like(logps), torch.ones_like(logps), *plain, lse, entropy, HEAD.encoded, "torch")
+    torch.library.opcheck(operators.token_statistics_backward, (*arguments, True, True, False), test_utils=tests)

@@ -25,6 +25,7 @@ from torch import Tensor
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
 from clha_fast.backends.triton.head import round_up, tiles
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
+from clha_fast.types import STATISTICS
 from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
 from tests.support.compile_kernels import nvidia_registers
@@ -51,9 +52,10 @@ class Case:
     """One call of a public function, and its backward.
 
     Attributes:
-        entry: "loss" or "logps". lengths: of candidates; None is four prompts of four. rows: hidden states, read by
-            row_index. form: how hidden (or "weight") lies in memory. frozen: inputs without a gradient. sizes: where
-            the ranking's tensors are. extras: which of its optional tensors are given. autocast: its dtype.
+        entry: "loss", "logps" or "statistics". lengths: of candidates; None is four prompts of four. rows: hidden
+            states, read by row_index. form: how hidden (or "weight") lies in memory. frozen: inputs without a
+            gradient. sizes: where the ranking's tensors are. extras: which of its optional tensors are given.
+            autocast: its dtype.
     """
 
     backend: str
@@ -143,6 +145,11 @@ def run(gpu: FakeGPU, case: Case) -> dict[str, Any]:
             result, _ = linear_clha_loss(
                 **inputs, **ranking, head=case.head, options=case.options, backend=case.backend
             )
+        elif case.entry == "statistics":
+            # A temperature for each token where the head has none.
+            own = torch.empty(case.tokens, device="cuda") if case.head.temperature == 1 else None
+            settings = {"head": case.head, "backend": case.backend, "temperature": own}
+            result, _ = token_logps(**inputs, **settings, statistics=STATISTICS)
         else:
             result = token_logps(**inputs, head=case.head, backend=case.backend)
         forward_peak = memory.peak - start
@@ -164,8 +171,10 @@ def _backward(result: Tensor, inputs: dict[str, Any], dtype: str) -> dict[str, T
     node = result.grad_fn
     assert node is not None
     upstream = torch.empty_like(result)
+    # Of the loss and of log-probabilities the first result has a gradient; with statistics their third, the entropy.
+    others = [None, upstream, *[None] * 3] if "statistics" in node.name() else [None] * (8 if result.dim() == 0 else 2)
     with torch.no_grad():
-        found = node.apply(upstream, *[None] * (8 if result.dim() == 0 else 2))
+        found = node.apply(upstream, *others)
     gradients = {}
     for name, gradient in zip(("hidden", "weight", "bias"), found, strict=False):
         of = inputs.get(name)
@@ -258,6 +267,9 @@ def _quick() -> Iterator[Case]:
     yield Case("triton", "logps", head=RICH, frozen=("weight",))
     yield Case("triton", width=264, options=PAIR_MEAN)
     yield Case("triton", head=ROUTED, bias=True)
+    yield Case("triton", "statistics")
+    yield Case("triton", "statistics", head=rich, bias=True, rows=100)
+    yield Case("workspace", "statistics", head=HeadOptions(workspace_bytes=2**19), rows=100)
     yield Case("triton", tokens=0, lengths=(0, 0), prompts=(2,), options=PAPER)
     yield Case("workspace")
     yield Case("workspace", "logps", head=rich, bias=True, rows=100, dtype="float16")

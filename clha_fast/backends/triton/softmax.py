@@ -26,7 +26,7 @@ def _splits(num_tokens: int, width: int, block: int) -> int:
 
 
 def statistics(
-    z: Tensor, targets: Tensor, head: Head, temperature: Tensor | None, names: tuple[str, ...] = ()
+    z: Tensor, targets: Tensor, head: Head, temperature: Tensor | None = None, names: tuple[str, ...] = ()
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(logps [n] float32, lse [n] float64, statistics) of raw logits in the workspace z [n, width]; targets [n].
 
@@ -73,8 +73,8 @@ def gradient(
     lse: Tensor,
     coefficients: Tensor,
     head: Head,
-    temperature: Tensor | None,
-    slopes: EntropySlopes | None,
+    temperature: Tensor | None = None,
+    slopes: EntropySlopes | None = None,
 ) -> None:
     """Turns raw logits z [n, width] into coefficient_t * d logp_t / d (raw logits) / (pre * post scale), in place.
 
