@@ -200,16 +200,20 @@ class LogpForward(_Forward):
         self.head, self.backend = head.replace(max_dropped_mass=None), backend
 
     @torch.no_grad()
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`with_graph` without a graph."""
+        return self.with_graph(*args, **kwargs)
+
+    def with_graph(
         self,
         run: Callable[..., Any],
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         targets: Tensor,
         row_index: Tensor | None,
         *,
         wrapped: bool = True,
     ) -> Tensor:
-        """[N] nats, float32 or better, without a graph and without the logits; arguments as `CandidateForward`.
+        """[N] nats, float32 or better, without the logits; arguments as `CandidateForward`.
 
         Dropout is as the model's mode has it.
 
@@ -221,7 +225,7 @@ class LogpForward(_Forward):
     def scored(
         self,
         run: Callable[..., Any],
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         targets: Tensor,
         row_index: Tensor | None,
         *,
