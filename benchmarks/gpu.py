@@ -255,7 +255,9 @@ class Run:
     def extra(self, name: str) -> None:
         done = self.report["extras"]
         if "failed" in done.get(name, {"failed": ""}) or OUT_OF_TIME in str(done[name]):
-            found = run_piece("extra", {"name": name, "tiny": self.dry}, self.device, self.budget(90), self.log)
+            found = run_piece(
+                "extra", {"name": name, "tiny": self.dry}, self.device, self.budget(600 if self.dry else 90), self.log
+            )
             done[name] = found.get("result", {"failed": found.get("failed", found.get("why", "unknown"))})
             self.save()
 

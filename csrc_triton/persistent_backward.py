@@ -108,6 +108,8 @@ def persistent_hidden_grad_kernel(
     first_word,
     chunk_tokens,
     chunk_words,
+    part_words,
+    padded,
     H,
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -116,29 +118,35 @@ def persistent_hidden_grad_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """drows [padded N, H] float32 (+)= dlogits . weight[chunk]: the first vocabulary chunk writes, the others add."""
+    """drows [parts, padded N, H] float32 (+)= dlogits . weight[chunk], a part's words into its own rows.
+
+    The first vocabulary chunk writes, the others add. chunk_words is a multiple of part_words.
+    """
     active = tl.minimum(tl.load(count_ptr) - first_token, chunk_tokens)
     tiles_n = tl.cdiv(tl.maximum(active, 0), BLOCK_N)
     tiles_h = tl.cdiv(H, BLOCK_H)
-    for tile in tl.range(
+    tiles = tiles_n * tiles_h
+    for index in tl.range(
         tl.program_id(0),
-        tiles_n * tiles_h,
+        tiles * (chunk_words // part_words),
         tl.num_programs(0),
         flatten=FLATTEN,
         warp_specialize=WARP_SPECIALIZE,
     ):
-        tile_n, tile_h = tile_of(tile, tiles_n, tiles_h, GROUP)
+        part = index // tiles
+        tile_n, tile_h = tile_of(index % tiles, tiles_n, tiles_h, GROUP)
+        part_word = part * part_words
         h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
         inside = (h < H)[None, :]
-        out = drows_ptr + (first_token + tile_n * BLOCK_N).to(tl.int64) * H
+        out = drows_ptr + (part.to(tl.int64) * padded + first_token + tile_n * BLOCK_N) * H
         out += tl.arange(0, BLOCK_N)[:, None] * H + h[None, :]
         # Loaded before the loop: behind it, two tiles would need registers at once. Compared as a block, for a scalar
         # condition widened by `&` is no boolean to the interpreter.
         has_sum = inside & (first_word + tl.zeros((1, BLOCK_H), tl.int32) > 0)
         acc = tl.load(out, mask=has_sum, other=0.0)
-        for start in range(0, chunk_words, BLOCK_V):
-            g = dlogits_desc.load([tile_n * BLOCK_N, start])
-            w = weight_desc.load([first_word + start, tile_h * BLOCK_H])
+        for start in range(0, part_words, BLOCK_V):
+            g = dlogits_desc.load([tile_n * BLOCK_N, part_word + start])
+            w = weight_desc.load([first_word + part_word + start, tile_h * BLOCK_H])
             acc = tl.dot(g, w, acc)
         tl.store(out, acc, mask=inside)
 

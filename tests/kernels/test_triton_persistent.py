@@ -10,7 +10,7 @@ import torch
 from clha_fast.backends.triton import forward as triton_forward
 from clha_fast.backends.triton.backward import Active, Backward
 from clha_fast.backends.triton.head import Head, programs, tiles
-from clha_fast.backends.triton.persistent import PersistentBackward
+from clha_fast.backends.triton.persistent import PersistentBackward, even_parts
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
 from csrc_triton import configs
@@ -112,6 +112,47 @@ def test_gradients_have_the_same_bits(
             assert value is wanted is None or torch.equal(value, wanted)
         elif value is not None:
             torch.testing.assert_close(value, wanted, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles_of_rows", "programs", "parts"),
+    [
+        # 16 tiles on 132 multiprocessors: 6 parts end after a turn of a sixth, 12 after two of a twelfth.
+        (2004, 16, 132, 6),
+        (2004, 64, 132, 2),
+        # More than a tile a multiprocessor: two parts would hold twice the sums.
+        (2004, 153, 132, 1),
+        (2004, 264, 132, 1),
+        (1, 1, 132, 1),
+        # Seven blocks have no other divisor: two turns of a seventh.
+        (7, 1, 4, 7),
+    ],
+)
+def test_few_tiles_are_cut_into_parts_that_end_soonest(
+    blocks: int, tiles_of_rows: int, programs: int, parts: int
+) -> None:
+    assert even_parts(blocks, tiles_of_rows, programs, 2 * programs // tiles_of_rows) == parts
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's three programs decide how many parts there are")
+@pytest.mark.parametrize(("vocabulary", "workspace_bytes"), [(190, None), (400, 12288)], ids=["one chunk", "three"])
+@both_halves
+@pytest.mark.usefixtures("poisoned_memory")
+def test_dhidden_of_few_tokens_in_parts(vocabulary: int, workspace_bytes: int | None, dtype: torch.dtype) -> None:
+    """20 tokens are 2 tiles for 3 programs: three parts of 64 words, added in order; the last chunk has one block."""
+    p = problem(20, vocabulary, 48, dtype=dtype)
+    grad = torch.randn(20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ready, lse = Head.of(p.inputs, p.head), forward(p).lse
+    found = []
+    for kind in (PersistentBackward, PersistentBackward, Backward):
+        sweep = kind(p.hidden, ready, Active.of(grad, ready, 20), lse, workspace_bytes, Needs(True, True, False))
+        assert getattr(sweep, "parts", 3) == 3
+        sweep.run()
+        assert sweep.dhidden is not None
+        found.append(sweep.dhidden)
+    assert torch.equal(found[0], found[1])
+    exact, eager = (eager_gradients(p, grad, of)[0] for of in (torch.float64, dtype))
+    assert error(found[0], exact) <= 1.05 * max(error(eager, exact), error(found[2], exact))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -90,6 +90,7 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
     # The second block on: it is 1, too.
     sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    sizes |= {"part_words": 1024}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
         operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clha_fast.backends.triton.backward import Backward
-from clha_fast.backends.triton.head import programs, round_up
+from clha_fast.backends.triton.backward import Backward, Chunk
+from clha_fast.backends.triton.head import programs, round_up, tiles
 from csrc_triton import persistent_backward
+
+
+def even_parts(blocks: int, tiles_of_rows: int, programs: int, most: int) -> int:
+    """Into how many equal parts of whole blocks of words a product is cut, of at most `most`, to end soonest.
+
+    It takes ceil(tiles * parts / programs) turns of 1 / parts each; of equals the fewest parts.
+    """
+    found = [parts for parts in range(1, min(most, blocks) + 1) if blocks % parts == 0] or [1]
+    return min(found, key=lambda parts: (Fraction(tiles(tiles_of_rows * parts, programs), parts), parts))
 
 
 class PersistentBackward(Backward):
     """`Backward` for a head that `Head.is_persistent` says yes to."""
 
     prefix = "persistent_"
+    # In how many parts of the words a chunk's dhidden is summed, each in rows of its own.
+    parts = 1
+
+    def __init__(self, hidden: Tensor, *arguments: Any) -> None:
+        super().__init__(hidden, *arguments)
+        if self.drows is not None and self.num_tokens:
+            self.parts = self._parts(self._chunk(0, 0))
+            if self.parts > 1:
+                padded, width = self.drows.shape
+                self.drows = self.drows.new_empty(self.parts * padded, width)
+
+    def _parts(self, chunk: Chunk) -> int:
+        """Equal parts of a chunk's words, so that few tokens keep the device busy; no more than the first chunk's."""
+        config, (tokens, words) = self.config["hidden_grad"], chunk.dlogits.shape
+        tiles_of_rows = tokens // config["BLOCK_N"] * tiles(self.width, config["BLOCK_H"])
+        most = self.parts if chunk.first_word else 2 * programs(self.hidden.device) // max(1, tiles_of_rows)
+        return even_parts(words // config["BLOCK_V"], tiles_of_rows, programs(self.hidden.device), most)
 
     def new_rows(self, padded: int) -> Tensor:
         # TMA wants rows that start on 16 bytes.
@@ -25,6 +52,36 @@ class PersistentBackward(Backward):
         if self.partial is not None:
             self.config["weight_grad"] = self.head.config("persistent_weight_grad_partial")
         super().run()
+
+    def _walk(self) -> None:
+        super()._walk()
+        if self.drows is not None and self.parts > 1:
+            first, *others = self.drows.chunk(self.parts)
+            for other in others:  # in order: the same bits every time
+                first += other
+            self.drows = first
+
+    def _hidden_grad(self, chunk: Chunk) -> None:
+        config, (tokens, padded_words) = self.config["hidden_grad"], chunk.dlogits.shape
+        block_n, block_v, block_h = config["BLOCK_N"], config["BLOCK_V"], config["BLOCK_H"]
+        assert self.drows is not None
+        parts = self._parts(chunk)
+        persistent_backward.persistent_hidden_grad_kernel[
+            self._grid(tokens // block_n * tiles(self.width, block_h) * parts)
+        ](
+            self._operand(chunk.dlogits, block_n, block_v),
+            self._operand(self.head.weight, block_v, block_h),
+            self.drows,
+            self.active.count,
+            chunk.first_token,
+            chunk.first_word,
+            tokens,
+            padded_words,
+            padded_words // parts,
+            self.drows.shape[0] // self.parts,
+            H=self.width,
+            **config,
+        )
 
     def _kernel(self, name: str) -> Any:
         return getattr(persistent_backward, f"persistent_{name}_kernel")
