@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clha_fast import CLHAOptions, HeadOptions, RankingInputs, linear_clha_loss, linear_loss, reference, token_logps
+from clha_fast import (
+    CLHAOptions,
+    HeadOptions,
+    PolicyOptions,
+    RankingInputs,
+    linear_clha_loss,
+    linear_loss,
+    reference,
+    token_logps,
+)
 from clha_fast.types import STATISTICS, VocabShard
 
 
@@ -126,3 +135,16 @@ def test_statistics_are_the_plain_ones() -> None:
         loss = (logps[kept] * values["entropy"][kept]).sum()
         found.append([logps.detach(), *(v.detach() for v in values.values()), *torch.autograd.grad(loss, leaves)])
     torch.testing.assert_close(found[1], found[0], equal_nan=True)
+
+
+def test_a_bonus_of_entropy_is_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((9, 4), (21, 4)))
+    targets = torch.randint(21, (9,), generator=generator)
+    given = RankingInputs(torch.tensor([2, 3, 0, 4]), torch.tensor([3, 1]), rewards=torch.tensor([7.0, 1.0, 0.0, 2.0]))
+    results = []
+    for shard in (None, VocabShard(0, 21)):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, metrics = linear_loss(*leaves, targets, given, PolicyOptions(entropy_weight=0.2), shard=shard)
+        results.append([loss.detach(), metrics.values, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(results[1], results[0])

@@ -124,13 +124,13 @@ def test_epilogues_are_light(rows: list[Row]) -> None:
 
 def test_blocks_fit_together() -> None:
     """The GEMMs of the backward walk a workspace that `logit_grad` cuts into whole tiles of its own."""
-    for name in ("logit_grad", "logit_grad_softcap"):
+    for name in ("logit_grad", "logit_grad_softcap", "logit_grad_statistics"):
         for (arch, dtype), tile in configs.GEMMS[name].items():
             for other in ("hidden_grad", "weight_grad"):
                 inner = configs.GEMMS[other][arch, dtype]
                 assert tile["BLOCK_N"] % inner["BLOCK_N"] == 0, (name, other, arch, dtype)
                 assert tile["BLOCK_V"] % inner["BLOCK_V"] == 0, (name, other, arch, dtype)
-    for name in ("persistent_logit_grad", "persistent_logit_grad_softcap"):
+    for name in ("persistent_logit_grad", "persistent_logit_grad_softcap", "persistent_logit_grad_statistics"):
         for arch, tile in configs.PERSISTENT[name].items():
             for other in ("persistent_hidden_grad", "persistent_weight_grad", "persistent_weight_grad_partial"):
                 inner = configs.PERSISTENT[other][arch]

@@ -53,6 +53,7 @@ OBJECTIVES = [
     CPOOptions(),
     PolicyOptions(reduction="sequence_mean"),
     PolicyOptions(advantages="given", kl_weight=0.1),
+    PolicyOptions(entropy_weight=0.1),
     CoHOptions(),
 ]
 every_objective = pytest.mark.parametrize(
@@ -66,10 +67,11 @@ def collate(rows: list[dict[str, Any]], objective: Objective) -> CandidateBatch:
 
 def eager(model: nn.Module, batch: CandidateBatch, objective: Objective, **signals: Tensor) -> Tensor:
     logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.row_index]
-    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    whole = logits.log_softmax(-1)
+    logps, entropies = whole.gather(1, batch.targets[:, None])[:, 0], -(whole.exp() * whole).sum(-1)
     given = RankingInputs(batch.candidate_lengths, batch.candidates_per_prompt, batch.rewards, batch.sft_index)
     given = given._replace(**signals)
-    return reference.loss(logps, batch.targets, given, HeadOptions(), objective)[0]
+    return reference.loss(logps, batch.targets, given, HeadOptions(), objective, entropies)[0]
 
 
 def gradients(model: nn.Module, loss: Tensor) -> Tensor:
