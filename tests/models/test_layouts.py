@@ -96,12 +96,11 @@ def test_other_calls_are_left_alone() -> None:
 def test_a_mask_too_large_for_memory_is_refused(monkeypatch) -> None:
     segments = place([(30, [40, 50])])
     monkeypatch.setattr(segment_masks, "MASK_BYTES", 100**2)
-    make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     with (
         segmented(segments, segments.tokens()),
         pytest.raises(UnsupportedLayoutError, match=r"at most 100 tokens.*got 120; fewer prompts.*flex_attention"),
     ):
-        make(batch_size=1, q_length=120, kv_length=120)
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"](batch_size=1, q_length=120, kv_length=120)
 
 
 def test_other_implementations_are_refused_by_name() -> None:
