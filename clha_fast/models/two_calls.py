@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from clha_fast.batching.segments import Segments, Span
@@ -49,12 +50,14 @@ class SegmentPlan:
     Attributes:
         function: the model's own mask function, of (row, head, query position, key position).
         causal: it is causal and no more. places: what a device's operator has made of the segments.
+        begins: the first key that a block of queries, (position, count), sees.
     """
 
     segments: Segments
     function: MaskFunction
     causal: bool
     places: dict[torch.device, Any] = field(default_factory=dict, repr=False)
+    begins: dict[Span, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def rows(self) -> list[Calls]:
@@ -266,6 +269,7 @@ class TwoCalls(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
         grads = _operator(q).backward(grad.contiguous(), q, k, v, out, lse, ctx.plan, ctx.scale)
@@ -346,16 +350,21 @@ def _pieces(plan: SegmentPlan, device: torch.device) -> Iterator[tuple[int, Span
             behind = prompt[1] if number else 0
             for first in range(0, length, BLOCK):
                 count = min(BLOCK, length - first)
-                places = torch.arange(behind + first, behind + first + count, device=device)
-                seen = torch.arange(behind + first + count, device=device)
-                visible = torch.as_tensor(plan.function(zero, zero, places[:, None], seen), device=device)
-                visible = visible.expand(count, len(seen))
-                # A window's or a chunk's first key; what stands before it is nobody's here.
-                begin = int(visible.any(0).int().argmax())
-                keys = [(start + max(begin - behind, 0), first + count - max(begin - behind, 0))]
+                place = behind + first
+                queries = torch.arange(place, place + count, device=device)[:, None]
+                if (place, count) not in plan.begins:  # a GPU is waited for once, not once a layer
+                    keys = torch.arange(place + count, device=device)
+                    seen = torch.as_tensor(plan.function(zero, zero, queries, keys), device=device)
+                    # A window's or a chunk's first key; what stands before it is nobody's here.
+                    plan.begins[place, count] = int(seen.expand(count, len(keys)).any(0).int().argmax())
+                begin = plan.begins[place, count]
+                keys = torch.arange(begin, place + count, device=device)
+                visible = torch.as_tensor(plan.function(zero, zero, queries, keys), device=device)
+                inside = max(begin - behind, 0)
+                spans = [(start + inside, first + count - inside)]
                 if begin < behind:
-                    keys.insert(0, (prompt[0] + begin, behind - begin))
-                yield row, (start + first, count), keys, visible[:, begin:]
+                    spans.insert(0, (prompt[0] + begin, behind - begin))
+                yield row, (start + first, count), spans, visible.expand(count, len(keys))
 
 
 def _piece(
