@@ -104,7 +104,9 @@ class Run:
         return Deadline(min(most, self.deadline.left()))
 
     def workers(self) -> int:
-        return max(1, min(12, (os.cpu_count() or 1) - 1))
+        """Processes at a time: no more than there are cores, or room for the largest head and its gradients."""
+        room = 12 if self.dry else torch.cuda.get_device_properties(0).total_memory // (10 * 2**30)
+        return max(1, min(12, room, (os.cpu_count() or 1) - 1))
 
     def first_look(self) -> None:
         deadline = self.budget(600 if self.dry else 60)
