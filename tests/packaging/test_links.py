@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +60,12 @@ def test_what_is_broken_is_seen() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
     assert set(re.findall(r": (\S+\.md)$", nav, re.M)) == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_scripts_that_pages_show_are_there() -> None:
+    """As blocks of three lines: a formatter takes the notation in one line for Python, and spreads it."""
+    marks = [line for page in PAGES for line in page.read_text("utf-8").splitlines() if "8<" in line.replace(" ", "")]
+    assert set(marks) == {"--8<--"}
+    shown = re.findall(r"^--8<--\n(\S+)\n--8<--$", (ROOT / "docs" / "tutorials.md").read_text("utf-8"), re.M)
+    assert len(shown) * 2 == len(marks)
+    assert [path for path in shown if not (ROOT / path).is_file()] == []

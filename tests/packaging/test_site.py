@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
     reference = (tmp_path / "reference" / "index.html").read_text("utf-8")
     for name in ("linear_clha_loss", "RankedCollator", "CLHATrainer"):
         assert name in reference
+    tutorials = (tmp_path / "tutorials" / "index.html").read_text("utf-8")
+    assert "def reward_weighted" in re.sub("<[^>]*>", "", tutorials)
     # What pages link to outside of docs/ comes along.
     assert (tmp_path / "files" / "examples" / "bare_loop.py").read_text() == (
         ROOT / "examples" / "bare_loop.py"
