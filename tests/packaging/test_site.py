@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from clha_fast import PRESETS
 from clha_fast import __all__ as names
+from clha_fast.data import __all__ as data_names
+from clha_fast.hf import __all__ as hf_names
 from tests.support.helpers import ROOT
 
 NEEDED = ("mkdocs", "material", "mkdocstrings")
@@ -39,9 +43,24 @@ def test_the_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     page = (ROOT / "docs" / "reference.md").read_text("utf-8")
     shown = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
-    assert set(names) - shown == {"METRIC_NAMES", "PRESETS", "PUBLISHED", "__version__"}
+    named = {*names, *hf_names, *data_names}
+    assert named - shown == {"FORMATS", "METRIC_NAMES", "PRESETS", "PUBLISHED", "__version__"}
 
 
 def test_readme_lines_are_short() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert [line for line in lines if len(line) > 140] == []
+
+
+def test_the_table_of_presets_is_what_they_are() -> None:
+    page = (ROOT / "docs" / "objectives.md").read_text("utf-8")
+    table = page.partition("### CLHA's settings")[2].partition("\n## ")[0]
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in table.splitlines() if line.startswith("| `")]
+    found: list[dict[str, str]] = [{}, {}, {}]
+    for settings, *values, _ in rows:
+        for preset, value in zip(found, values, strict=True):
+            preset |= zip(re.findall(r"`(\w+)`", settings), value.replace("`", "").split(", "), strict=True)
+    for name, preset in zip(("published", "paper", "sft_only"), found, strict=True):
+        assert preset == {
+            key: value if isinstance(value, str) else f"{value:g}" for key, value in asdict(PRESETS[name]).items()
+        }
