@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn, overload
 
 import torch
@@ -369,5 +370,6 @@ def ranking_loss(
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
     entropies = seen.pop("entropy", None)
     ranked = RankedBatch(objective, given, scored, logps.dtype)
-    loss, values, scores, _ = _Rank.apply(logps, entropies, seen, ranked)
+    # Not a dict, which torch.func takes apart.
+    loss, values, scores, _ = _Rank.apply(logps, entropies, MappingProxyType(seen), ranked)
     return loss, CLHAMetrics(values, scores, names=objective.metric_names)

@@ -306,6 +306,9 @@ def attend(
         query: [rows, heads, tokens, size]; key, value: of as many heads or a divisor, value of any size.
         softcap: c of c tanh(s / c) on the scores. sinks: [heads], a logit without a value.
     """
+    if torch.is_autocast_enabled(query.device.type):  # as the function does that these operators stand behind
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
     fused = plan.causal and softcap is None and takes(query, value)
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1 and (not fused or query.device.type == "cpu"):

@@ -161,6 +161,22 @@ def test_lower_precision(dtype):
         assert mine <= 2 * eager
 
 
+@pytest.mark.parametrize("function", [causal_mask_function, sliding_window_causal_mask_function(3)])
+def test_under_autocast(function):
+    """Queries and keys that rotation has left in float32, beside values in 16 bits: cast as sdpa casts them."""
+    plan = plan_of(SEGMENTS, function)
+    q, k, v = inputs(SEGMENTS, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v.bfloat16(), plan, 0.6)
+    assert out.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    halves = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    expected = attend(*halves, plan, 0.6)
+    assert torch.equal(out, expected)
+    for one, other in zip(grads, torch.autograd.grad(expected.sum(), halves), strict=True):
+        assert torch.equal(one, other.float())
+
+
 def emulated(q, k, v, ends, most, causal, scale):
     """What the operator for texts of different lengths is documented to return: (out, lse [heads, tokens])."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
