@@ -146,7 +146,7 @@ def test_files_import_in_no_circle():
         visit(file, ())
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*FILES, *TEST_FILES])
 def test_files_can_be_read_in_one_sitting(file):
     assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 450
 
