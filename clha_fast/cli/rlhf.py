@@ -34,6 +34,7 @@ rollout   --answers_per_prompt 4  --temperature 1  --max_prompt_length 384  --ma
           --per_device_eval_batch_size 8 (answers that are sampled or judged at a time)
 loss      --objective.clip_low 0.2 --objective.clip_high 0.2 --objective.reduction token_mean|sequence_mean
           --objective.kl_weight 0 (above 0: a frozen copy of the model is kept; --reference names another one)
+          --objective.entropy_weight 0 (times the mean entropy, off the loss)
 training  --learning_rate --max_steps --num_train_epochs --per_device_train_batch_size (prompts)
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
 """
