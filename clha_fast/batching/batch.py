@@ -56,9 +56,8 @@ class HostSizes:
         self.candidate_lengths, self.candidates_per_prompt = candidate_lengths, candidates_per_prompt
 
     @classmethod
-    def of(cls, batch: CandidateBatch) -> HostSizes | None:
+    def of(cls, known: HostSizes | None, lengths: Tensor, per_prompt: Tensor) -> HostSizes | None:
         """A batch's own where they are on the CPU, for they are the truth; else those it came with, if they fit."""
-        known, lengths, per_prompt = batch.host_sizes, batch.candidate_lengths, batch.candidates_per_prompt
         if lengths.device.type == per_prompt.device.type == "cpu":
             if known is None or known.candidate_lengths is not lengths or known.candidates_per_prompt is not per_prompt:
                 return cls(lengths, per_prompt)
@@ -144,7 +143,7 @@ class CandidateBatch:
             if tensor.shape not in allowed:
                 shapes = " or ".join(str(tuple(shape)) for shape in allowed)
                 raise ValueError(f"{name}: expected the shape {shapes}, got {tuple(tensor.shape)}")
-        self.host_sizes = HostSizes.of(self)
+        self.host_sizes = HostSizes.of(self.host_sizes, self.candidate_lengths, self.candidates_per_prompt)
 
     def signals(self) -> dict[str, Tensor]:
         """Those of `types.SIGNALS` that there are."""

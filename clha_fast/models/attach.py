@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from clha_fast.batching.batch import CandidateBatch, check_chains
+from clha_fast.batching.batch import CandidateBatch, HostSizes, check_chains
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.totals import SCALARS, local_counts, step_counts
 from clha_fast.models import switch
@@ -248,7 +248,9 @@ class Attached:
         inputs = {name: kwargs[name] for name in fields}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         if kwargs.get("host_sizes") is not None and not torch.compiler.is_compiling():
-            tensors |= vars(kwargs["host_sizes"])
+            lengths, per_prompt = kwargs["candidate_lengths"], kwargs["candidates_per_prompt"]
+            sizes = HostSizes.of(kwargs["host_sizes"], lengths, per_prompt)
+            tensors |= {} if sizes is None else vars(sizes)
         others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more)}
         self._layouts.check(inputs, others)
         scale = checked_scale(kwargs.get("loss_scale"))

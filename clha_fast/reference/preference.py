@@ -156,5 +156,5 @@ def _result(
     kept = (lengths[i] > 0) & (lengths[j] > 0)
     lead = (x[i] - x[j]).detach()
     pushes = kept if active is None else active(lead)
-    own = (lead[kept].sum(), (lead[kept] > 0).sum())
+    own = (lead[kept].sum(), (lead[kept] > 0).sum() + 0.5 * (lead[kept] == 0).sum())
     return rank + nll, parts.metrics(rank, nll, scores, lengths, sizes, reward, kept, pushes, gate, own), scores

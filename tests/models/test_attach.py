@@ -184,6 +184,17 @@ def test_nothing_to_learn_from_is_a_zero_with_gradients(batch: CandidateBatch) -
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients(model, output.loss).values())
 
 
+def test_sizes_changed_after_collating_are_believed() -> None:
+    """The host's own copy is one of what was collated, and travels beside it in the dictionary."""
+    model, fields = make_model(len(TOKENIZER)), collate().as_dict()
+    fields["candidate_lengths"] = fields["candidate_lengths"].flip(0)
+    wanted = eager(model, CandidateBatch.from_dict(fields))
+    clha_fast.attach(model, OPTIONS)
+    loss = model(**fields).loss.item()
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss != pytest.approx(model(**collate().as_dict()).loss.item(), rel=1e-2)
+
+
 def test_gradient_checkpointing() -> None:
     model, batch = make_model(len(TOKENIZER)).train(), collate()
     wanted = gradients(model, eager(model, batch))

@@ -144,3 +144,16 @@ def test_a_divisor_that_is_no_sum_is_refused() -> None:
 
     with pytest.raises(ValueError, match="metric_names: expected divisors of METRIC_NAMES, got pairs"):
         ranking_loss(LOGPS, RankingInputs(LENGTHS, SIZES), Own())
+
+
+@pytest.mark.parametrize("objective", PREFERENCES, ids=ids)
+def test_equal_implicit_rewards_are_half_right(objective: Objective) -> None:
+    """Three alike: three pairs, each half; eager code says the same."""
+    needs = "reference_logps" in objective.needs
+    given = RankingInputs(torch.tensor([1, 1, 1]), torch.tensor([3]), reference_logps=torch.zeros(3) if needs else None)
+    logps, targets = torch.full((3,), -1.5, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    _, metrics = ranking_loss(logps, given, objective)
+    assert metrics.as_dict()["implicit_rewards/accuracies"] == 0.5
+    _, values, _ = reference.loss(logps, targets, given, HeadOptions(), objective)
+    torch.testing.assert_close(values, metrics.values)
+    assert float(values[-1]) == 1.5
