@@ -242,7 +242,7 @@ def detect_format(row: Row, source: str) -> str:
     seen = ", ".join(sorted(map(str, row))) or "none"
     raise RecordError(
         f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
-        "'completions': [column, column], 'rewards': [column, column]}} (--columns.prompt COLUMN --columns.completions "
+        "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
         f"'[COLUMN, COLUMN]'). Known formats are {known}",
         source=source,
     )

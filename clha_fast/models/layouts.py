@@ -85,6 +85,7 @@ class RowLayouts:
 
     def _in_two_calls(self, layout: str) -> bool:
         """Whether the model computes `layout` rows without masks: tried with the same probe; it then goes on to."""
+        segment_masks.IN_TWO_CALLS.discard(self._model)  # what an earlier one has seen may not hold any more
         config: Any = getattr(self._model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         implementation = getattr(text, "_attn_implementation", None)

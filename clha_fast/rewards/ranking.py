@@ -49,21 +49,22 @@ class RankResult:
     resumed: int
     truncated: int
 
-    def agreement(self, by_reward: bool = False) -> tuple[int, int]:
-        """(pairs that the scores order as the file does, pairs that are ordered by both); equal scores order nothing.
+    def agreement(self, by_reward: bool = False) -> tuple[float, int]:
+        """(pairs that the scores order as the file does, pairs that the file orders); equal scores are half right.
 
         Args:
             by_reward: as the file's rewards do instead.
         """
-        same = pairs = 0
+        same, pairs = 0.0, 0
         for record, ranking in zip(self.records, self.rankings, strict=True):
             given = [-float(k) for k in range(len(record.completions))]
             if by_reward:
                 given = list(record.rewards or [0.0] * len(given))
             for i, j in _pairs(len(given)):
-                sign = (given[i] - given[j]) * (ranking.scores[i] - ranking.scores[j])
-                same += sign > 0
-                pairs += sign != 0
+                if given[i] != given[j]:
+                    sign = (given[i] - given[j]) * (ranking.scores[i] - ranking.scores[j])
+                    same += 1.0 if sign > 0 else 0.5 if sign == 0 else 0.0
+                    pairs += 1
         return same, pairs
 
 

@@ -157,5 +157,11 @@ def test_a_reward_model_orders_by_its_rewards(tmp_path: Path) -> None:
     assert list(line.rewards or ()) == sorted(record.rewards or (), reverse=True)
     assert tuple(result.rankings[0].scores) == record.rewards
     assert result.agreement() == (1, 3)
+    # Equal scores are half right; equal rewards order nothing.
+    equal = [{"prompt": "say", "completions": ["a cat", "a mat", "a"], "rewards": [1.0, 0.0, 0.0]}]
+    tied = rank_file(equal, tmp_path / "tied.jsonl", judge, progress=False)
+    assert tied.rankings[0].scores[0] == tied.rankings[0].scores[1] != tied.rankings[0].scores[2]
+    assert tied.agreement() == (2.5, 3)
+    assert tied.agreement(by_reward=True) == (1.5, 2)
     with pytest.raises(ValueError, match="max_prompt_length: expected none with a reward model"):
         rank_file(rows, tmp_path / "no.jsonl", judge, max_prompt_length=3, progress=False)
