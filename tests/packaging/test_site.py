@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,11 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_readme_lines_are_short() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert [line for line in lines if len(line) > 140] == []
+
+
+def test_the_tutorials_show_their_scripts() -> None:
+    """A formatter that takes the marker for Python writes `--8 < --`, which no page includes."""
+    page = (ROOT / "docs" / "tutorials.md").read_text("utf-8")
+    shown = re.findall(r'^--8<-- "(examples/.*)"$', page, flags=re.MULTILINE)
+    assert len(shown) == page.count("\n## ") == page.count("--8")
+    assert all((ROOT / name).is_file() for name in shown)
