@@ -33,9 +33,7 @@ def inspect(words: Sequence[str]) -> int:
     parser.add_argument("--html", metavar="PAGE.html", help="also write one page of HTML, which loads nothing")
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
     parser.add_argument("--rank-by-reward", action="store_true", help="as in training")
-    parser.add_argument(
-        "--records", type=int, default=3, metavar="N", help="records to show token by token (default 3; 0: none)"
-    )
+    parser.add_argument("--records", type=int, metavar="N", help="records to show token by token (default 3; 0: none)")
     parser.add_argument("--limit", type=int, default=10_000, metavar="N", help="the first N records (default 10000)")
     for name in _LENGTHS:
         flag = f"--{name.replace('_', '-')}"
@@ -59,8 +57,11 @@ def inspect(words: Sequence[str]) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
         if value is not None and name in _LENGTHS and args.model is None:
             raise ValueError(f"--{name.replace('_', '-')}: expected --model, whose tokens these are, got none")
-    if args.records < 0:
-        raise ValueError(f"--records: expected a whole number of at least 0, got {args.records}")
+    records = 3 if args.records is None else args.records
+    if records < 0:
+        raise ValueError(f"--records: expected a whole number of at least 0, got {records}")
+    if args.records and args.model is None:
+        raise ValueError("--records: expected --model, whose tokens are shown, got none")
     if args.html is not None:
         check_destination(args.html, overwrite=args.overwrite)
     objective = CLHAOptions(reward_margin=args.reward_margin, reward_floor=args.reward_floor)
@@ -73,7 +74,7 @@ def inspect(words: Sequence[str]) -> int:
         columns=columns,
         rank_by_reward=args.rank_by_reward,
         limits={name: getattr(args, name) for name in _LENGTHS},
-        examples=args.records,
+        examples=records,
         most=args.limit,
         positions=None if args.model is None else config_positions(args.model),
     )

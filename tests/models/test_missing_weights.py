@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel
 
 from clha_fast.cli import main as cli
 from clha_fast.models.loading import load_model, load_tokenizer
@@ -155,3 +155,12 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"^model: .*'gpt22', which is no folder here, .* \(connection refused\)$"):
         load_model("gpt22")
     assert len(asked) == 1
+
+
+def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
+    """Its head would be random, and saving that is no way out."""
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1)
+    config.tie_word_embeddings = False
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got .*, a reward model; give the language"):
+        load_model(str(tmp_path))

@@ -187,4 +187,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert expected in one_sentence(capsys), more
     assert cli.main(["inspect", file, "--max-length", "5"]) == 2
     assert "--max-length: expected --model, whose tokens these are" in one_sentence(capsys)
+    assert cli.main(["inspect", file, "--records", "1"]) == 2
+    assert "--records: expected --model, whose tokens are shown" in one_sentence(capsys)
     assert json.loads(Path(file).read_text().splitlines()[0])["prompt"] == rows[0]["prompt"]
