@@ -27,6 +27,7 @@ from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import pad_rows, padded_rewards
 from clha_fast.rewards.run import Row
 from clha_fast.rewards.scoring import ScoringError, score_file
+from tests.support.architecture_configs import shrink
 from tests.support.reward_models import SIZES, TOKENIZER, alone, bert, by_length, gpt2, llama, save_llama, spread
 from tests.support.tiny import make_rows
 
@@ -98,6 +99,39 @@ def test_rewards_and_gradients_are_those_of_padded_rows(make: Any, layout: str, 
     for name, gradient in theirs.items():
         assert float((ours[name] - gradient).norm()) <= far * whole, name
     assert model.config.to_json_string() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [
+        *((kind, LAYOUTS) for kind in ("gemma2", "gpt_oss", "deepseek_v3", "qwen3_moe", "opt", "ctrl")),
+        *((kind, ("packed",)) for kind in ("mpt", "falcon", "gpt_neo")),
+        *((kind, ()) for kind in ("jamba", "qwen3_next", "openai-gpt", "roberta", "xlnet")),
+    ],
+)
+def test_no_kind_is_silently_wrong(kind: str, right: tuple[str, ...]) -> None:
+    """Softcaps, sinks, latent attention, experts, tables of positions; linear biases, recurrence, pooled rows."""
+    torch.manual_seed(0)
+    config = shrink(kind, False)
+    config.num_labels = 1
+    model, pad = AutoModelForSequenceClassification.from_config(config).eval(), 11
+    own = [
+        [(range(20, 40), range(50, 56)), (range(20, 40), [*range(60, 69), pad])],
+        [(range(70, 83), [20, 30, 40, 50])],
+    ]
+    for layout in LAYOUTS:
+        joined = JoinedRewards(model, pad)
+        if layout not in right:
+            with pytest.raises(UnsupportedLayoutError, match=type(model).__name__):
+                joined.settle(layout)
+            continue
+        joined.settle(layout)
+        rows = pad_rows([[*prompt, *response] for texts in own for prompt, response in texts], pad)
+        with torch.no_grad():
+            expected = padded_rewards(model, model.config, *rows, pad)
+            torch.testing.assert_close(
+                joined(model, join_texts(own, layout, pad)), expected, rtol=1e-4, atol=1e-4 * float(expected.std())
+            )
 
 
 def test_one_label_of_several() -> None:
