@@ -1,7 +1,8 @@
 """A training step's time and memory by layout: n responses x prompt length, in one process, ways interleaved.
 
-`python -m benchmarks.long` on a CPU, `--device cuda` on a GPU, `--model FOLDER` for a model of one's own. `--rows`
-measures single long rows instead. `--write` renders the table and the picture of docs/long-inputs.md.
+`python -m benchmarks.long` on a CPU, `--device cuda` on a GPU, `--model FOLDER` for a model of one's own.
+`--rows` measures single long rows instead, `--trl` TRL's DPO at n = 2 on the same records. `--write` renders the table
+and the picture of docs/long-inputs.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import clha_fast
+from benchmarks import long_trl
 from benchmarks.measure import peak_bytes
 from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import IN_TWO_CALLS
@@ -72,32 +76,34 @@ class Step:
         self.model(**batch).loss.backward()
         self.model.zero_grad(set_to_none=False)
 
-    def seconds(self, batch: dict[str, Any], way: str) -> float:
-        """Of this process's own CPU time on a CPU, which others that run there do not change; of a GPU's clock."""
-        if self.device == "cpu":
-            start = time.process_time()
-            self(batch, way)
-            return time.process_time() - start
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self(batch, way)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    def bytes(self, batch: dict[str, Any], way: str) -> int:
-        """Peak of tensors alive above weights, gradients and inputs."""
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self(batch, way)
-            return torch.cuda.max_memory_allocated() - before
-        live = LiveMemory()
-        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        live.known(*self.model.parameters(), *self.model.buffers(), *grads, *tensors)
-        with live:
-            self(batch, way)
-        return live.peak
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Of this process's own CPU time on a CPU, which others that run there do not change; of a GPU's clock."""
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_alive(call: Callable[[], Any], device: str, model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Peak of tensors alive above the model's weights and gradients, and its inputs."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    live = LiveMemory()
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    live.known(*model.parameters(), *model.buffers(), *grads, *tensors)
+    with live:
+        call()
+    return live.peak
 
 
 def run(step: Step, rounds: int) -> list[dict[str, Any]]:
@@ -111,8 +117,11 @@ def run(step: Step, rounds: int) -> list[dict[str, Any]]:
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way, batch in batches.items():
-                    times[way].append(step.seconds(batch, way))
-            memory = {way: step.bytes(batch, way) for way, batch in batches.items()}
+                    times[way].append(seconds(partial(step, batch, way), step.device))
+            memory = {
+                way: peak_alive(partial(step, batch, way), step.device, step.model, batch)
+                for way, batch in batches.items()
+            }
             for way in WAYS:
                 ratios = [one / other for one, other in zip(times[way], times["padded"], strict=True)]
                 cell = {"n": count, "prompt": prompt, "way": way, "tokens": batches[way]["input_ids"].numel()}
@@ -164,7 +173,15 @@ def table(result: dict[str, Any]) -> str:
             "Single shared rows (a prompt and four responses, H 64, one layer, float32), peak resident bytes of a step "
             f"and token, by tokens: {rows}. A mask of the last: {result['rows'][-1]['mask_bytes'] >> 30} GiB.",
         ]
+    lines += ["", _beside_trl(result)]
     return "\n".join(lines)
+
+
+def _beside_trl(result: dict[str, Any]) -> str:
+    if "trl" not in result:
+        return "Beside TRL's DPO at n = 2: not measured (`python -m benchmarks.long --trl`)."
+    rows = long_trl.table(result["trl"])
+    return f"Beside TRL's DPO at n = 2, over its time and memory:\n\n{rows}\n\n{result['trl_about']}"
 
 
 def picture(result: dict[str, Any]) -> None:
@@ -191,6 +208,18 @@ def picture(result: dict[str, Any]) -> None:
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
 
 
+def _about(args: argparse.Namespace, model: str | None) -> str:
+    device = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
+    clock = "CPU seconds of the process" if args.device == "cpu" else "seconds"
+    kind = "tensors alive" if args.device == "cpu" else "the allocator's peak"
+    return (
+        f"{model or 'Llama, H 256, 3 layers, V 8192, float32'}; forward and backward of one prompt with n "
+        f"responses of {RESPONSE[0]} to {RESPONSE[1]} tokens; {clock}, medians of {args.rounds} interleaved "
+        f"rounds; memory above weights and gradients ({kind}). {platform.machine()}, {device}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, commit {args.commit}."
+    )
+
+
 def main() -> None:
     """Measures, or renders what has been measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
@@ -200,25 +229,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--commit", default="unknown", help="said in the result")
     parser.add_argument("--write", action="store_true", help="render the page from the result, and measure nothing")
+    parser.add_argument("--trl", action="store_true", help="TRL's DPO at n = 2 beside padded and shared rows")
     parser.add_argument("--rows", action="store_true", help="memory of single rows of 8,192 to 32,768 tokens, on a CPU")
     args = parser.parse_args()
     if args.rows:
         result = json.loads(args.out.read_text(encoding="utf-8"))
         args.out.write_text(json.dumps(result | {"rows": long_rows()}, indent=1) + "\n", encoding="utf-8")
         return
+    if args.trl:
+        if not long_trl.installed():
+            parser.error("--trl: expected trl and datasets, not installed (pip install trl==1.16.0)")
+        pairs = {prompt: texts(2, prompt, seed=1)[0] for prompt in PROMPTS}
+        rows = long_trl.run(small_llama().to(args.device), args.device, args.rounds, pairs, seconds, peak_alive)
+        result = json.loads(args.out.read_text(encoding="utf-8"))
+        result |= {"trl": rows, "trl_about": f"{_about(args, None)} {long_trl.about()}"}
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(_beside_trl(result))
+        return
     if not args.write:
         model: Any = small_llama() if args.model is None else AutoModelForCausalLM.from_pretrained(args.model)
         cells = run(Step(model.train().to(args.device), args.device), args.rounds)
-        device = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} thread(s)"
-        clock = "CPU seconds of the process" if args.device == "cpu" else "seconds"
-        kind = "tensors alive" if args.device == "cpu" else "the allocator's peak"
-        about = (
-            f"{args.model or 'Llama, H 256, 3 layers, V 8192, float32'}; forward and backward of one prompt with n "
-            f"responses of {RESPONSE[0]} to {RESPONSE[1]} tokens; {clock}, medians of {args.rounds} interleaved "
-            f"rounds; memory above weights and gradients ({kind}). {platform.machine()}, {device}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}, commit {args.commit}."
+        args.out.write_text(
+            json.dumps({"about": _about(args, args.model), "cells": cells}, indent=1) + "\n", encoding="utf-8"
         )
-        args.out.write_text(json.dumps({"about": about, "cells": cells}, indent=1) + "\n", encoding="utf-8")
     result = json.loads(args.out.read_text(encoding="utf-8"))
     if args.write:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

@@ -37,6 +37,7 @@ model     --model PATH_OR_NAME (a causal language model, an encoder, or a classi
           --dtype float32  --attn_implementation NAME  --peft_config.r 8 ... (merged into the model at the end)
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
 lengths   --max_length (tokens of prompt and response)  --pad_to_multiple_of  --dataset_num_proc
+          --layout padded|packed|shared|auto (a row a response; all in one row; a prompt once before its responses)
 training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
 """
@@ -96,6 +97,7 @@ def header(run: RewardRun) -> str:
         "training": _data_text(trainer.train_dataset, by),
         "held out": _data_text(trainer.eval_dataset, by) if run.held_out else "no held-out set",
         "lengths": f"{length}, padded with {pad}",
+        **({} if args.layout == "padded" else {"layout": f"{trainer.layout} rows"}),
         "folder": folder_text(run),
     }
     if run.options.half is not None:

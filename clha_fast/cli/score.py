@@ -30,7 +30,6 @@ DESCRIPTION = (
 # Options that one of the two has, by attribute.
 _REWARDS = ("label", "rank_by_reward", "reward_margin", "reward_floor", "plot")
 _LIMITS = ("max_prompt_length", "max_completion_length")
-_POLICY = (*_LIMITS, "layout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         choices=LAYOUT_CHOICES,
-        help="of --policy: padded (default), a row a response; packed, all in one; shared, a prompt once before its "
+        help="padded (default), a row a response; packed, all in one; shared, a prompt once before its "
         "responses; auto, shared where the model computes it",
     )
     parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
@@ -114,7 +113,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if (args.reward_model is None) == (args.policy is None):
         got = "neither" if args.policy is None else "both"
         raise ValueError(f"--reward-model: expected either --reward-model or --policy, got {got}")
-    ours, others = ("--reward-model", _POLICY) if args.policy is None else ("--policy", _REWARDS)
+    ours, others = ("--reward-model", _LIMITS) if args.policy is None else ("--policy", _REWARDS)
     for name in others:
         value = getattr(args, name)
         if value is not None and value is not False:
@@ -176,9 +175,14 @@ def _score_rewards(args: argparse.Namespace, processes: Processes) -> int:
     plot = _check_plot(args.plot)
     records = _read(args)
     reward_model = load_reward_model(
-        args.reward_model, label=args.label, device=args.device, dtype=args.dtype or "auto"
+        args.reward_model,
+        label=args.label,
+        device=args.device,
+        dtype=args.dtype or "auto",
+        layout=args.layout or "padded",
     )
-    print(f"reward model  {model_text(reward_model.model, args.reward_model)}")
+    said = "" if args.layout in (None, "padded") else f", {reward_model.layout} rows"
+    print(f"reward model  {model_text(reward_model.model, args.reward_model)}{said}")
     _say_source(args, records)
     result = score_file(
         records,

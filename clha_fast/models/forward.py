@@ -81,12 +81,34 @@ class Scored(NamedTuple):
     auxiliary: Tensor | None
 
 
-def _first_position(model: nn.Module) -> int:
+def _first_row(model: nn.Module) -> int:
     """The row of a table of positions that a text begins with: behind the one of padding, in RoBERTa's kind."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
             return module.padding_idx + 1
     return 0
+
+
+def first_position(model: nn.Module) -> int | None:
+    """What a text's positions begin with, None for a model that is told none."""
+    takes = inspect.signature(type(model).forward).parameters
+    # Some hand what they do not name to the model inside; whether it arrives shows when the layout is probed.
+    handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    return _first_row(model) if "position_ids" in takes or handed_on else None
+
+
+def split_segments(
+    inputs: Mapping[str, Any], first: int | None
+) -> tuple[Segments | None, TokenSegments | None, Mapping[str, Any]]:
+    """What says which tokens see which, and the rest, which a model's forward takes; `first` is `first_position`."""
+    segments = inputs.get("segments")
+    if segments is None:
+        return None, None, inputs
+    tokens = TokenSegments(*(inputs[name] for name in TOKEN_SEGMENTS))
+    rest = {name: inputs[name] for name in MODEL_FIELDS}
+    if first is not None:
+        rest["position_ids"] = tokens.position_ids + first
+    return segments, tokens, rest
 
 
 class _Forward:
@@ -99,10 +121,7 @@ class _Forward:
     def __init__(self, model: nn.Module, info: HeadInfo) -> None:
         self.model, self.info = model, info
         self._flags = cache_flags(model)
-        takes = inspect.signature(type(model).forward).parameters
-        # Some hand what they do not name to the model inside; whether it arrives shows when the layout is probed.
-        handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-        self._first_position = _first_position(model) if "position_ids" in takes or handed_on else None
+        self._first_position = first_position(model)
         self._embeddings = input_embedding_weight(model).shape[0]
 
     def _run(
@@ -119,7 +138,7 @@ class _Forward:
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
         place = fused_head if wrapped else replaced_head
-        segments, tokens, inputs = self._segments(inputs)
+        segments, tokens, inputs = split_segments(inputs, self._first_position)
         with (
             place(self.model, compute, self.info) as fused,
             through_hooks(self.info, fused),
@@ -135,16 +154,10 @@ class _Forward:
         """Rows of the input embedding, and tokens that the head scores."""
         return self._embeddings, self.info.vocab_size
 
-    def _segments(self, inputs: Mapping[str, Any]) -> tuple[Segments | None, TokenSegments | None, Mapping[str, Any]]:
-        """What says which tokens see which, and the rest, which the model's forward takes."""
-        segments = inputs.get("segments")
-        if segments is None:
-            return None, None, inputs
-        tokens = TokenSegments(*(inputs[name] for name in TOKEN_SEGMENTS))
-        rest = {name: inputs[name] for name in MODEL_FIELDS}
-        if self._first_position is not None:
-            rest["position_ids"] = tokens.position_ids + self._first_position
-        return segments, tokens, rest
+    @property
+    def last(self) -> nn.Module:
+        """The head."""
+        return self.info.module
 
     def _check(self, input_ids: Tensor, targets: Tensor | None) -> None:
         head: Any = output_embedding(self.model)
@@ -246,6 +259,8 @@ class LogpForward(_Forward):
     Args:
         model, info, head, backend: as `CandidateForward`; `max_dropped_mass`, a matter of gradients, plays no part.
     """
+
+    values, unit = "log-probabilities", "nats"
 
     def __init__(self, model: nn.Module, info: HeadInfo, head: HeadOptions, backend: Backend) -> None:
         super().__init__(model, info)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
 from clha_fast.models import segment_masks
 from clha_fast.models.embedding import UnsupportedHeadError
-from clha_fast.models.forward import LogpForward
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 
 # A candidate's mean difference, nats, is rounding up to so many times that of a row with padding behind it, plus a
@@ -34,14 +33,40 @@ _WINDOW = re.compile(r"window|chunk|local_attention|attention_span|block_length"
 _Steps = list[tuple[str, str, Tensor | None, Tensor]]
 
 
+class ProbedForward(Protocol):
+    """What a model says of tokens that rows are compared by: `forward.LogpForward`, or a classifier's."""
+
+    values: str  # what a refusal calls them
+    unit: str
+
+    @property
+    def vocabulary(self) -> tuple[int, ...]:
+        """Rows of the embeddings that tokens have to be in."""
+
+    @property
+    def last(self) -> nn.Module:
+        """The module that makes them, which is not looked into."""
+
+    def __call__(
+        self, run: Callable[..., Any], inputs: Mapping[str, Any], targets: Tensor, row_index: Tensor, *, wrapped: bool
+    ) -> Tensor:
+        """[N] values of the tokens that stand at `row_index` in the flattened rows, without a graph."""
+
+    def with_graph(
+        self, run: Callable[..., Any], inputs: Mapping[str, Any], targets: Tensor, row_index: Tensor, *, wrapped: bool
+    ) -> Tensor:
+        """The same with a graph."""
+
+
 class LayoutProbe:
     """Runs `model` on known tokens in a layout and alone.
 
     Args:
-        model: the unwrapped model. forward: its log-probabilities. run: what is called, the model's own forward.
+        model: the unwrapped model. forward: its log-probabilities, or what else rows are compared by.
+        run: what is called, the model's own forward.
     """
 
-    def __init__(self, model: nn.Module, forward: LogpForward, run: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, forward: ProbedForward, run: Callable[..., Any]) -> None:
         self.model, self.forward, self.run = model, forward, run
 
     def check(self, layout: str, gradients: bool = True) -> None:
@@ -70,7 +95,7 @@ class LayoutProbe:
         Raises:
             UnsupportedLayoutError: as `check`.
         """
-        with self._as_it_is():
+        with self.as_it_is():
             joined = pack(features, layout)
             with self._running(layout, joined):
                 together = self._logps(joined)
@@ -95,7 +120,9 @@ class LayoutProbe:
             half = self._half
             if noise > (_HALF_MOVED if half else _MOVED) and not (half and looked_at is not None):
                 raise self._refuse(
-                    layout, f"padding behind a row changes it by {float(noise):.2g} nats, and nothing can be compared"
+                    layout,
+                    f"padding behind a row changes it by {float(noise):.2g} {self.forward.unit}, and nothing can be "
+                    "compared",
                 )
             rounding = _HALF_NOISE * noise if half else _NOISE * noise + _FLOOR
             if error <= (max(float(rounding), _LIMIT) if half else min(float(rounding), _LIMIT)):
@@ -103,8 +130,8 @@ class LayoutProbe:
             kind = self._kind(features, joined)
             raise self._refuse(
                 layout,
-                f"{kind}log-probabilities differ by {float(error):.2g} nats on average (by {float(noise):.2g} with "
-                "padding behind a row)",
+                f"{kind}{self.forward.values} differ by {float(error):.2g} {self.forward.unit} on average (by "
+                f"{float(noise):.2g} with padding behind a row)",
             )
 
     def _features(self) -> list[CandidateFeature]:
@@ -147,7 +174,7 @@ class LayoutProbe:
         return mixed or any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
 
     @contextlib.contextmanager
-    def _as_it_is(self) -> Iterator[None]:
+    def as_it_is(self) -> Iterator[None]:
         """Inside there is no dropout; modes and random states are afterwards as they were."""
         modes = [(module, module.training) for module in self.model.modules()]
         device = self._device
@@ -185,7 +212,7 @@ class LayoutProbe:
         batch = batch.to(self._device)
         handle = embeddings.register_forward_hook(leaf)
         try:
-            with self._as_it_is(), torch.enable_grad(), self._running(layout, batch):
+            with self.as_it_is(), torch.enable_grad(), self._running(layout, batch):
                 logps = self.forward.with_graph(
                     self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False
                 )
@@ -241,7 +268,7 @@ class LayoutProbe:
 
     def _steps(self, batch: CandidateBatch, span: slice) -> _Steps:
         """(name, class, first input, output) of the modules that ran, in the order in which they ended."""
-        width, head = batch.input_ids.shape[1], self.forward.info.module
+        width, head = batch.input_ids.shape[1], self.forward.last
         found: _Steps = []
 
         def part(value: Any) -> Tensor | None:

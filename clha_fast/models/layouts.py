@@ -15,8 +15,7 @@ from clha_fast.batching.segments import LAYOUTS, Segments, check_layout
 from clha_fast.models import segment_attention, segment_masks
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
-from clha_fast.models.forward import LogpForward
-from clha_fast.models.layout_probe import LayoutProbe, candidates_of
+from clha_fast.models.layout_probe import LayoutProbe, ProbedForward, candidates_of
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.models.sharding import reshard
 
@@ -30,7 +29,8 @@ class RowLayouts:
     """The layout that a model has been seen to compute.
 
     Args:
-        model: the unwrapped model, or a PeftModel that adds virtual tokens. forward: its log-probabilities.
+        model: the unwrapped model, or a PeftModel that adds virtual tokens.
+        forward: its log-probabilities, or what else rows are compared by.
         run: the model's own forward. around: what it runs within, such as an adapter's absence.
 
     Attributes:
@@ -40,7 +40,7 @@ class RowLayouts:
     def __init__(
         self,
         model: nn.Module,
-        forward: LogpForward,
+        forward: ProbedForward,
         run: Callable[..., Any],
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
@@ -70,11 +70,7 @@ class RowLayouts:
             else:
                 logger.info("layout auto: shared (%s computes it as rows alone)", type(self._model).__name__)
         elif layout != "padded":
-            if virtual_tokens(self._model):
-                raise UnsupportedLayoutError(
-                    f"layout: expected a model without virtual tokens (peft's prompt tuning) for {layout} rows, got "
-                    f"{virtual_tokens(self._model)} in front of each row; layout='padded' runs it"
-                )
+            check_no_virtual_tokens(self._model, layout)
             segment_masks.install()
             with self._around():
                 if not self._in_two_calls(layout):
@@ -82,6 +78,10 @@ class RowLayouts:
             reshard(self._model)  # or an optimizer would take FSDP2's gathered weights for its own
         self.layout = layout
         return layout
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Inside there is no dropout; modes and random states are afterwards as they were."""
+        return self._probe.as_it_is()
 
     def _in_two_calls(self, layout: str) -> bool:
         """Whether the model computes `layout` rows without masks: tried with the same probe; it then goes on to."""
@@ -143,6 +143,15 @@ class RowLayouts:
             with self._around():
                 self._probe.compare(features, "shared" if several else "packed", looked_at)
             self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
+
+
+def check_no_virtual_tokens(model: nn.Module, layout: str) -> None:
+    """UnsupportedLayoutError for a PeftModel that puts tokens of its own in front of rows."""
+    if virtual_tokens(model):
+        raise UnsupportedLayoutError(
+            f"layout: expected a model without virtual tokens (peft's prompt tuning) for {layout} rows, got "
+            f"{virtual_tokens(model)} in front of each row; layout='padded' runs it"
+        )
 
 
 def _drops_out(config: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import DTYPES, check_vocabulary, find_device, fingerprint, load_model, load_tokenizer
 from clha_fast.models.positions import positions_of
 from clha_fast.processes import ALONE, Processes
-from clha_fast.rewards.run import Row, ScoringRun, as_records
+from clha_fast.rewards.run import Row, ScoringRun, as_records, families, whole_records
 
 _SIGNALS = ("reference_logps", "reference_tokens")
 
@@ -63,9 +62,6 @@ class Policy:
         The batch and the way through the model are those of training. Neighbours with one prompt share it where the
         layout does.
         """
-        families = [[row] for row in rows]
-        if self.layout == "shared":
-            families = [list(same) for _, same in itertools.groupby(rows, key=lambda row: row.prompt)]
         features: list[CandidateFeature] = [
             {
                 "prompt_ids": same[0].prompt,
@@ -74,7 +70,7 @@ class Policy:
                 "sft_index": 0,
                 "source": f"row {number}",
             }
-            for number, same in enumerate(families)
+            for number, same in enumerate(families(rows, self.layout))
         ]
         pad = self.tokenizer.pad_token_id
         batch = pack_candidates(
@@ -212,7 +208,7 @@ class PolicyRun(ScoringRun):
         collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
         super().__init__(records, policy.model, collator, batch_size, progress)
         if policy.layout == "shared":
-            self.batches = _whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
+            self.batches = whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
         positions, longest = policy.max_positions, max((len(row.tokens) for row in self.rows), default=0)
         if positions is not None and longest > positions:
             raise ValueError(
@@ -242,10 +238,3 @@ class PolicyRun(ScoringRun):
             signals = {**record.signals, **dict(zip(_SIGNALS, values, strict=True))}
             out.append(dataclasses.replace(record, signals=signals))
         return out
-
-
-def _whole_records(rows_of: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Positions of rows in batches of at most `size`, the longest records first, the rows of a record side by side."""
-    records = sorted(({*rows} for rows in rows_of), key=lambda rows: -max((lengths[row] for row in rows), default=0))
-    order = [row for rows in records for row in sorted(rows)]
-    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from clha_fast.batching.segments import check_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
+from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
+from clha_fast.rewards.run import Row, families
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class RewardModel:
         model: from `AutoModelForSequenceClassification`, on its device; put into evaluation mode.
         tokenizer: the model's own.
         label: which logit; may be None when there is only one.
+        layout: of the rows that `score_rows` runs, `padded`, `packed`, `shared` (the responses of a record behind one
+            prompt) or `auto`, as `clha_fast.attach` has it; afterwards, what that came to.
 
     Raises:
+        UnsupportedLayoutError: the model does not compute such rows as it computes each response alone.
         ValueError: an encoder-decoder model; a tokenizer with more tokens than the model; several labels and none
             chosen, or one that the model does not have.
     """
@@ -34,6 +40,8 @@ class RewardModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     label: int | None = None
+    layout: str = "padded"
+    _joined: JoinedRewards | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -51,6 +59,12 @@ class RewardModel:
         if self.label is not None and not 0 <= self.label < size:
             raise ValueError(f"label: expected an index from 0 to {size - 1}, got {self.label}")
         self.model.eval()
+        check_layout(self.layout, "auto")
+        if self.layout != "padded":
+            pad = self._padding_token([])
+            joined = JoinedRewards(self.model, 0 if pad is None else pad, self.label or 0)
+            object.__setattr__(self, "layout", joined.settle(self.layout))
+            object.__setattr__(self, "_joined", joined)
 
     @property
     def max_positions(self) -> int | None:
@@ -86,21 +100,41 @@ class RewardModel:
         input_ids, mask = (part.to(self.model.device) for part in pad_rows(rows, pad))
         return padded_rewards(self.model, self.model.config, input_ids, mask, pad, self.label or 0).float().cpu()
 
-    def _padding_token(self, rows: Sequence[Sequence[int]]) -> int | None:
+    @torch.inference_mode()
+    def score_rows(self, rows: Sequence[Row]) -> Tensor:
+        """float32 [len(rows)], on the CPU: `score_tokens` in rows of `layout`; neighbours with one prompt share it."""
+        if self.layout == "padded":
+            return self.score_tokens([row.tokens for row in rows])
+        assert self._joined is not None
+        texts = [[(row.prompt, row.response) for row in same] for same in families(rows, self.layout)]
+        # Padding is at the row's end, where nothing reads it: any token will do where the model names none.
+        own = self._own_padding()
+        batch = join_texts(texts, self.layout, -1 if own is None else own)
+        inputs = {name: v.to(self.model.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        return self._joined(self.model, inputs).float().cpu()
+
+    def _own_padding(self) -> int | None:
         size = self.model.get_input_embeddings().weight.shape[0]
         own = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        if own is not None and 0 <= own < size:
+        return own if own is not None and 0 <= own < size else None
+
+    def _padding_token(self, rows: Sequence[Sequence[int]]) -> int | None:
+        own = self._own_padding()
+        if own is not None:
             return own
+        size = self.model.get_input_embeddings().weight.shape[0]
         used = {token for row in rows for token in row}
         # A single row has no padding; any token will do that is not taken for it.
         return next((token for token in range(size) if token not in used), -1 if len(rows) == 1 else None)
 
 
-def load_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> RewardModel:
+def load_reward_model(
+    path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto", layout: str = "padded"
+) -> RewardModel:
     """The reward model and tokenizer of a local folder or of a name on the Hub.
 
     Args:
-        label: as `RewardModel`.
+        label, layout: as `RewardModel`.
         device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
         dtype: "auto" is that of the checkpoint, or one of float32, bfloat16, float16.
 
@@ -108,6 +142,7 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
         ValueError: nothing there to load; a checkpoint without weights for the classifier's head, such as a plain
             language model, whose scores would be random; an unknown device or dtype; as `RewardModel`.
     """
+    check_layout(layout, "auto")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
@@ -133,9 +168,8 @@ def load_reward_model(path: str, *, label: int | None = None, device: str = "aut
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its scores would be random "
             "(clha-fast reward-model train makes one of it)"
         )
-    reward_model = RewardModel(model, tokenizer, label)
     try:
         model.to(place)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
-    return reward_model
+    return RewardModel(model, tokenizer, label, layout)

@@ -59,10 +59,15 @@ def padded_rewards(
     Returns:
         float32 [rows] (float64 of a float64 model), on the model's device.
     """
-    with _configured(config, pad_token_id=pad, use_cache=False):
+    with configured(config, pad_token_id=pad, use_cache=False):
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
     rewards = logits[:, label]
     return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+
+def drift_of(dtype: torch.dtype) -> float:
+    """How far the reward of a text may be from its own in another batch, relative to the larger."""
+    return _DRIFT.get(dtype, _DRIFT_HALF)
 
 
 def read_as_text(score: Callable[[list[_Row]], Tensor], dtype: torch.dtype, longer: _Row, shorter: _Row) -> str:
@@ -74,13 +79,13 @@ def read_as_text(score: Callable[[list[_Row]], Tensor], dtype: torch.dtype, long
     together = score([longer, shorter])
     alone = score([shorter])[0]
     drift = float((together[1] - alone).abs() / together.abs().max().clamp_min(1e-30))
-    if drift > _DRIFT.get(dtype, _DRIFT_HALF):  # never of NaN, which has its own error
+    if drift > drift_of(dtype):  # never of NaN, which has its own error
         return f"it scores a response {float(alone):.5g} alone and {float(together[1]):.5g} beside a longer one"
     return ""
 
 
 @contextlib.contextmanager
-def _configured(config: Any, **changes: Any) -> Iterator[None]:
+def configured(config: Any, **changes: Any) -> Iterator[None]:
     """A model's configuration with some fields changed, in its text part too; as it was afterwards."""
     missing = object()
     places = [config] if config.get_text_config() is config else [config, config.get_text_config()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -207,6 +208,20 @@ class ScoringRun:
                 raise ScoringError(
                     f"{source}: completions[{number}]: expected a finite score, got {score}; {journal.kept()}"
                 )
+
+
+def families(rows: Sequence[Row], layout: str) -> list[list[Row]]:
+    """Neighbours with one prompt, which share it where `layout` does; else each row alone."""
+    if layout != "shared":
+        return [[row] for row in rows]
+    return [list(same) for _, same in itertools.groupby(rows, key=lambda row: row.prompt)]
+
+
+def whole_records(rows_of: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Positions of rows in batches of at most `size`, the longest records first, the rows of a record side by side."""
+    records = sorted(({*rows} for rows in rows_of), key=lambda rows: -max((lengths[row] for row in rows), default=0))
+    order = [row for rows in records for row in sorted(rows)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def as_records(

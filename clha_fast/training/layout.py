@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from transformers.utils import logging
 
@@ -14,7 +15,7 @@ from clha_fast.objectives import Objective
 
 logger = logging.get_logger(__name__)
 
-_LOOK = 2048  # prompts whose tokens are counted
+COUNTED = 2048  # prompts whose tokens are counted
 # Shared rows pay where they leave so much of the tokens: below it, masks may cost what tokens save.
 _PAYS = 0.9
 
@@ -45,14 +46,29 @@ def settle_layout(
     Raises:
         UnsupportedLayoutError: they do not compute it; sequences are spread over processes.
     """
+    share = _share(dataset, objective, collators) if asked == "auto" else None
+    layout = probe_layout(asked, models, accelerator, share)
+    for collator in collators:
+        if isinstance(collator, RankedCollator):
+            collator.layout = layout
+    return layout
+
+
+class Settles(Protocol):
+    """A model with what probes it: `models.layouts.RowLayouts`, or `rewards.joined.JoinedRewards`."""
+
+    def settle(self, layout: str) -> str:
+        """The layout that it is to have."""
+
+
+def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, share: float | None) -> str:
+    """`settle_layout`, of data whose shared rows have `share` of the tokens of padded ones, where that is known."""
     layout = asked
-    if layout == "auto":
-        share = _share(dataset, objective, collators)
-        if share is not None and share > _PAYS:
-            layout = "padded"
-            logger.warning(
-                f"layout auto: padded (shared rows would leave {100 * share:.0f}% of the tokens, too many to pay)"
-            )
+    if layout == "auto" and share is not None and share > _PAYS:
+        layout = "padded"
+        logger.warning(
+            f"layout auto: padded (shared rows would leave {100 * share:.0f}% of the tokens, too many to pay)"
+        )
     if layout != "padded":
         try:
             _check_parallel(accelerator, layout)
@@ -66,9 +82,6 @@ def settle_layout(
     if layout == "auto":
         layout = "shared"
         logger.warning("layout auto: shared, each prompt is computed once")
-    for collator in collators:
-        if isinstance(collator, RankedCollator):
-            collator.layout = layout
     return layout
 
 
@@ -88,7 +101,7 @@ def _share(dataset: Any, objective: Objective, collators: list[Any]) -> float | 
     collator = collators[0]
     if not isinstance(dataset, RankedDataset) or not isinstance(collator, RankedCollator):
         return None
-    features = [dataset[number] for number in range(min(len(dataset), _LOOK))]
+    features = [dataset[number] for number in range(min(len(dataset), COUNTED))]
     padded, shared = (
         sum(
             padded_tokens([shape], [0], joined=layout == "shared")

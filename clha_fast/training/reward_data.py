@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedDataset
 from clha_fast.batching.workers import Example
 from clha_fast.data.records import RecordError
+from clha_fast.rewards.joined import Text, join_texts
 from clha_fast.rewards.rows import pad_rows, reward_collator, token_rows
 
 
@@ -29,6 +30,11 @@ class PairedPrompt(NamedTuple):
     better: list[int]
     worse: list[int]
     response_lengths: list[int]
+
+    @property
+    def texts(self) -> list[Text]:
+        """(prompt, response) of each row."""
+        return [(row[:-length], row[-length:]) for row, length in zip(self.rows, self.response_lengths, strict=True)]
 
 
 class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
@@ -110,6 +116,12 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         better, worse = map(list, zip(*pairs, strict=True))
         return PairedPrompt(token_rows(feature), better, worse, [len(ids) for ids in feature["completion_ids"]])
 
+    def shared_tokens(self, most: int) -> float:
+        """Tokens of shared rows over those of padded ones, prompt by prompt, of the first `most` prompts."""
+        prompts = [self[index] for index in range(min(len(self), most))]
+        padded = sum(len(prompt.rows) * max(map(len, prompt.rows)) for prompt in prompts)
+        return sum(len(p.texts[0][0]) + sum(p.response_lengths) for p in prompts) / padded
+
     def longer_wins(self) -> tuple[list[float], list[int]]:
         """Of each prompt, how many of its pairs the longer response wins (equal lengths: half), and its pairs."""
         prompts = [self[index] for index in range(len(self))]
@@ -129,17 +141,22 @@ class PairCollator:
 
     Args:
         pad: the token that rows are padded with. multiple: rows are padded to a multiple of it.
+        layout: `padded`; `packed` and `shared` make one row of all responses.
     """
 
-    def __init__(self, pad: int, multiple: int | None = None) -> None:
-        self.pad, self.multiple = pad, multiple or 1
+    def __init__(self, pad: int, multiple: int | None = None, layout: str = "padded") -> None:
+        self.pad, self.multiple, self.layout = pad, multiple or 1, layout
 
-    def __call__(self, prompts: Sequence[PairedPrompt]) -> dict[str, Tensor]:
-        """Tensors, all int64: input_ids, attention_mask [C, T]; better, worse [pairs], rows of `input_ids`; and
-        pairs_per_prompt [P].
+    def __call__(self, prompts: Sequence[PairedPrompt]) -> dict[str, Any]:
+        """Tensors, all int64: better, worse [pairs], positions among the batch's C responses; pairs_per_prompt [P]; and
+        input_ids, attention_mask [C, T], or what `rewards.joined.join_texts` makes of one row of them.
         """
         starts = [0, *itertools.accumulate(len(prompt.rows) for prompt in prompts)]
-        input_ids, mask = pad_rows([row for prompt in prompts for row in prompt.rows], self.pad, self.multiple)
+        if self.layout == "padded":
+            input_ids, mask = pad_rows([row for prompt in prompts for row in prompt.rows], self.pad, self.multiple)
+            inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        else:
+            inputs = join_texts([prompt.texts for prompt in prompts], self.layout, self.pad, self.multiple)
 
         def rows_of(side: str) -> Tensor:
             return torch.tensor(
@@ -147,8 +164,7 @@ class PairCollator:
             )
 
         return {
-            "input_ids": input_ids,
-            "attention_mask": mask,
+            **inputs,
             "better": rows_of("better"),
             "worse": rows_of("worse"),
             "pairs_per_prompt": torch.tensor([len(prompt.better) for prompt in prompts]),

@@ -17,12 +17,15 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batching.sampling import LengthSampler
+from clha_fast.batching.segments import check_layout
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.objectives.pairs import wins
+from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.layout import COUNTED, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.validation import (
     NO_LOGITS,
@@ -50,6 +53,7 @@ class RewardConfig(TrainingArguments):
         pad_to_multiple_of: rows are padded to a multiple of it.
         dataset_num_proc: processes that tokenise; None and 1 are the training process itself.
         skip_bad_records: leave malformed records out and count them, instead of stopping at the first.
+        layout: of the rows that the model runs, as `CLHAConfig.layout`: `padded`, `packed`, `shared` or `auto`.
 
     Raises:
         ValueError: a value outside its choices, or a setting that `RewardTrainer` does not carry.
@@ -59,6 +63,7 @@ class RewardConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rows are padded to it."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
+    layout: str = field(default="padded", metadata={"help": "padded, packed, shared or auto."})
 
     # As in CLHAConfig: columns are not the forward's arguments, and a NaN loss must be seen.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
@@ -76,6 +81,11 @@ class RewardConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        check_layout(self.layout, "auto")
+        if self.torch_compile and self.layout != "padded":
+            raise ValueError(
+                f"layout: expected padded with torch_compile in the training of a reward model, got {self.layout!r}"
+            )
         sharded = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         for name, given in (
             ("fsdp", sharded),
@@ -134,9 +144,13 @@ class RewardTrainer(CheckpointingTrainer):
         **kwargs: as `Trainer`; `data_collator`, `compute_loss_func`, `compute_metrics` and
             `preprocess_logits_for_metrics` are refused.
 
+    Attributes:
+        layout: of the batches' rows, `padded`, `packed` or `shared`: what `RewardConfig.layout` came to.
+
     Raises:
         ValueError: one of these; what `RewardModel` refuses; a tokenizer without EOS and SEP; a limit beyond the
             model's positions; a model that reads padding as text; more than one GPU in one process.
+        UnsupportedLayoutError: the model does not compute rows of `RewardConfig.layout` as it computes responses alone.
     """
 
     loss_is_scaled_for_ga = True
@@ -184,6 +198,12 @@ class RewardTrainer(CheckpointingTrainer):
             **kwargs,
         )
         self._check_padding(tokenizer)
+        self._joined = JoinedRewards(self.model, self._pad)
+        data = self.train_dataset
+        share = data.shared_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
+        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, share)
+        collator: Any = self.data_collator
+        collator.layout = self.layout
 
     def _check_padding(self, tokenizer: PreTrainedTokenizerBase) -> None:
         dataset = self.train_dataset
@@ -202,7 +222,9 @@ class RewardTrainer(CheckpointingTrainer):
                 f"as text ({shown})"
             )
 
-    def _rewards(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _rewards(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        if "segments" in inputs:
+            return self._joined(model, {name: inputs[name] for name in JOINED_FIELDS})
         config = self.accelerator.unwrap_model(model).config
         return padded_rewards(model, config, inputs["input_ids"], inputs["attention_mask"], self._pad)
 

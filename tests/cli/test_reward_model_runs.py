@@ -304,3 +304,26 @@ def test_every_option_of_a_run_is_used_or_not_there() -> None:
     known = """train_file eval_file eval_fraction format columns rank_by_reward skip_bad_records model model_config
     tokenizer build_tokenizer peft_config dtype attn_implementation resume overwrite"""
     assert set(RunOptions.__dataclass_fields__) == set(known.split())
+
+
+def test_shared_rows_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training says its rows; the folder scores the same in them as row by row."""
+    # GPT-2 drops out, and shared rows share a draw.
+    model = {**SETTINGS["model_config"], "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    found = []
+    for layout in ("padded", "shared"):
+        folder = tmp_path / layout
+        folder.mkdir()
+        assert cli.main(reward_command(folder, "--layout", layout, model_config=model)) == 0
+        assert ("shared rows" in capsys.readouterr().out) == (layout == "shared")
+        found.append(described(folder))
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    path, source = str(tmp_path / "shared" / "run"), str(tmp_path / "shared" / "ranked.jsonl")
+    for layout in ("padded", "shared"):
+        words = ["score", "--reward-model", path, "--layout", layout, source, str(tmp_path / f"{layout}.jsonl")]
+        assert cli.main(words) == 0
+        assert (", shared rows" in capsys.readouterr().out) == (layout == "shared")
+    padded, shared = (read_records(str(tmp_path / f"{layout}.jsonl")) for layout in ("padded", "shared"))
+    assert len(padded) == 40
+    for one, other in zip(shared, padded, strict=True):
+        assert one.rewards == pytest.approx(other.rewards, rel=1e-4, abs=1e-5)

@@ -97,3 +97,34 @@ def test_fsdp2_loop_is_the_same_in_two_processes(tmp_path: Path) -> None:
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)  # the losses are kept in float32
     for part in ("before", "after"):
         assert two[part] == pytest.approx(one[part], rel=1e-5), part
+
+
+def test_the_long_run_in_miniature(tmp_path: Path) -> None:
+    """The plan comes first; what does not fit is not loaded."""
+    make_model(300).save_pretrained(tmp_path / "model")
+    sizes = ["--candidates", "4", "--prompt", "24", "--response", "8", "--steps", "6", "--lora-rank", "2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "examples/long_131072.py", "--model", str(tmp_path / "model"), *sizes, *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    pytest.importorskip("peft")
+    done = run("--dtype", "float32", "--learning-rate", "0.01")
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan, steps = done.stdout.split("step 0", 1)
+    assert "32 scored tokens, 56 run" in plan
+    assert re.search(r"^at the most +0\.\d\d GiB$", plan, re.MULTILINE)
+    losses = [float(value) for value in re.findall(r"loss (\S+),", steps)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    refused = run("--memory", "0.00001")
+    assert refused.returncode == 2
+    assert "at the most" in refused.stdout
+    assert "step" not in refused.stdout
+    assert re.search(
+        r"^--memory: expected at least the plan's 0\.\d\d GiB, got 0\.00 GiB", refused.stderr, re.MULTILINE
+    )

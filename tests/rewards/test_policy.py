@@ -305,9 +305,3 @@ def test_rows_of_a_record_stand_side_by_side(tmp_path: Path, folder: str, monkey
     prompts = [tuple(row.prompt) for batch in seen for row in batch if len(batch) > 2]
     changes = sum(one != other for one, other in itertools.pairwise(prompts))
     assert changes < len(rows) + 2
-
-
-def test_a_reward_model_takes_no_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["score", "--reward-model", "x", "--layout", "shared", "in.jsonl", "out.jsonl"]
-    assert cli.main(arguments) == 2
-    assert "--layout: expected none beside --reward-model, got shared" in capsys.readouterr().err

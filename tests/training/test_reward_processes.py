@@ -26,7 +26,7 @@ folder, out, world = sys.argv[1], sys.argv[2], int(sys.argv[3])
 args = RewardConfig(
     output_dir=folder, use_cpu=True, max_steps=4, per_device_train_batch_size=4 // world, learning_rate=1e-3,
     gradient_accumulation_steps=2, per_device_eval_batch_size=2, logging_steps=2, save_strategy="no", disable_tqdm=True,
-    report_to="none", dataloader_pin_memory=False, lr_scheduler_type="constant",
+    report_to="none", dataloader_pin_memory=False, lr_scheduler_type="constant", layout=sys.argv[4],
 )
 trainer = RewardTrainer(
     llama(),
@@ -49,11 +49,11 @@ if trainer.is_world_process_zero():
 """
 
 
-def start(folder: Path, processes: int) -> dict[str, Any]:
+def start(folder: Path, processes: int, layout: str = "padded") -> dict[str, Any]:
     script, out = folder / "script.py", folder / f"{processes}.pt"
     script.write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += [str(processes), str(script), str(folder / f"run{processes}"), str(out), str(processes)]
+    command += [str(processes), str(script), str(folder / f"run{processes}"), str(out), str(processes), layout]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -63,9 +63,10 @@ def start(folder: Path, processes: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Steps of 8, 4, 8 and 4 prompts; five held-out ones, one of which fills the last batch up."""
-    one, two = (start(tmp_path, processes) for processes in (1, 2))
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_two_processes_are_one(tmp_path: Path, layout: str) -> None:
+    """Steps of 8, 4, 8 and 4 prompts; five held-out ones, one of which fills the last batch up; one has padded rows."""
+    one, two = start(tmp_path, 1), start(tmp_path, 2, layout)
     for name in ("before", "after"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     assert two["log"] == [pytest.approx(line, rel=1e-4, abs=1e-4) for line in one["log"]]
