@@ -44,6 +44,8 @@ HOSTS := trl verl lightning
 HOST_trl := "trl>=1.15"
 HOST_verl := --no-deps "verl>=0.9"
 HOST_lightning := "lightning>=2.6"
+# Not among HOSTS, for it needs Python 3.12 or newer: make test-host-axolotl PYTHON=python3.12
+HOST_axolotl := "axolotl>=0.21"
 
 test-integrations: $(HOSTS:%=test-host-%)
 

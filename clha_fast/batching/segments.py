@@ -72,6 +72,11 @@ class Segments:
         return TokenSegments(positions, segments, groups)
 
     @property
+    def layout(self) -> str:
+        """`shared` where a prompt has more than one candidate in its row, else `packed`."""
+        return "shared" if any(len(group.candidates) > 1 for group in self.groups) else "packed"
+
+    @property
     def longest(self) -> int:
         """Positions of the longest text: of a prompt with its longest candidate."""
         return max(prompt[1] + max((n for _, n in own), default=0) for _, prompt, own in self.groups)

@@ -119,12 +119,11 @@ class RowLayouts:
         segments: Segments | None = batch.get("segments")
         if segments is None or torch.compiler.is_compiling():
             return
-        several = any(len(group.candidates) > 1 for group in segments.groups)
-        if self.layout == "padded" or (several and self.layout == "packed"):
-            got = "shared" if several else "packed"
+        got = segments.layout
+        if self.layout == "padded" or (got == "shared" and self.layout == "packed"):
             raise UnsupportedLayoutError(
-                f"layout: expected {self.layout} rows, got {got} ones; attach(model, layout={got!r}), or CLHAConfig's "
-                "layout, probes whether the model computes them"
+                f"layout: expected {self.layout} rows, got {got} ones; attach(model, layout={got!r}), Scorer(model, "
+                f"layout={got!r}) or CLHAConfig's layout probes whether the model computes them"
             )
         for name, value in (others or {}).items():
             if value is not None and any(part in name for part in _MEDIA):
@@ -141,7 +140,7 @@ class RowLayouts:
         ):
             features, looked_at = _features(batch["input_ids"], segments)
             with self._around():
-                self._probe.compare(features, "shared" if several else "packed", looked_at)
+                self._probe.compare(features, got, looked_at)
             self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
 
 

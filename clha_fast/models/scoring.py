@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clha_fast.batching.segments import SegmentGroup, Segments, TokenSegments, check_layout
 from clha_fast.models import switch
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
+from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.wrapped import check_whole, unwrap
 from clha_fast.ops import checks
@@ -56,10 +59,16 @@ class Scorer:
             torch.compile or a DeepSpeed engine (all but ZeRO-3), attached or not. A head with an adapter on it, or a
             quantised one, is computed by its own forward in chunks of tokens. Under sharding all processes must call.
         temperature: divisor of the logits. ignore_index: label that is not scored.
+        layout: of the rows that the model is probed for, and may then be given with `segments`: `packed`, `shared`, or
+            `auto`, as `clha_fast.attach`. The first of them, and one of twice the length, is compared with rows alone.
         backend, workspace_bytes: as `clha_fast.attach`.
+
+    Attributes:
+        layout: `padded`, `packed` or `shared`.
 
     Raises:
         ValueError: nn.DataParallel, or a setting out of range.
+        UnsupportedLayoutError: the model does not compute rows of `layout` as it computes each candidate alone.
         UnsupportedHeadError: the head is not understood, with the reason; it is never guessed.
         BackendError: `backend` reads the head's weight, and the head is more than one.
     """
@@ -70,10 +79,12 @@ class Scorer:
         *,
         temperature: float = 1.0,
         ignore_index: int = -100,
+        layout: str = "padded",
         backend: Backend = "auto",
         workspace_bytes: int | None = None,
     ) -> None:
         check_name(backend)
+        check_layout(layout, "auto")
         inner = unwrap(model)
         check_whole(inner)
         self.model = model
@@ -81,6 +92,9 @@ class Scorer:
             self.info: HeadInfo = measure_head(inner, backend)
         head = self.info.options(temperature, ignore_index, workspace_bytes)
         self._forward = LogpForward(inner, self.info, head, backend)
+        self._layouts = RowLayouts(inner, self._forward, inner)
+        with _MEASURING:
+            self.layout = self._layouts.settle(layout)
         self._switched = not switch.installed(self.info.module)
         switch.install(self.info.module)
 
@@ -104,6 +118,7 @@ class Scorer:
         shift_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        segments: Segments | None = None,
         temperature: Tensor | None = None,
         statistics: Sequence[str] = (),
         gradient: bool = False,
@@ -117,22 +132,37 @@ class Scorer:
             if name in others:
                 raise ValueError(f"{name}: expected nothing of this name ({why}), got {others[name]!r}")
         _check_shapes(input_ids, labels=labels, shift_labels=shift_labels, position_ids=position_ids)
-        targets = shift_labels
-        if labels is not None:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs["position_ids"] = position_ids
+        ignored = self._forward.head.ignore_index
+        reads = None
+        if segments is not None:
+            segments = _checked(segments, input_ids, {**inputs, "shift_labels": shift_labels})
+            assert labels is not None
+            tokens = segments.tokens()
+            reads, known = _read_from(segments, tokens.position_ids)
+            targets = torch.where(known.to(labels.device), labels, ignored)
+            tokens = TokenSegments(*(part.to(input_ids.device) for part in tokens))
+            there = (tokens.segment_ids >= 0).to(input_ids.dtype)
+            inputs = {"input_ids": input_ids, "attention_mask": there, "segments": segments, **tokens._asdict()}
+            with _MEASURING:
+                self._layouts.check(inputs, others)
+        elif labels is not None:
             known = _known(input_ids, position_ids, attention_mask).to(labels.device)
-            ignored = self._forward.head.ignore_index
             targets = F.pad(torch.where(known, labels, ignored), (0, 1), value=ignored)[:, 1:]
-        assert targets is not None
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        else:
+            assert shift_labels is not None
+            targets = shift_labels
+        moved = labels is not None and segments is None
+        present = {name: given for name, given in inputs.items() if given is not None}
         names = checks.statistics(statistics, self._forward.head)
-        settings: dict[str, Any] = {"statistics": names, "others": others, "wrapped": gradient}
+        settings: dict[str, Any] = {"statistics": names, "others": others, "wrapped": gradient, "reads": reads}
         if temperature is not None:
             each = _each(temperature, targets)
-            settings["temperature"] = each if labels is None else F.pad(each, (0, 1), value=1.0)[:, 1:]
+            settings["temperature"] = F.pad(each, (0, 1), value=1.0)[:, 1:] if moved else each
         with torch.set_grad_enabled(gradient):
             values, scored, _ = score_grid(self._forward, self.model, present, targets, **settings)
-        if labels is not None:
+        if moved:
             values, scored = _behind(values), _behind(scored)
         return TokenScores(values[0], scored, **dict(zip(names, values[1:], strict=True)))
 
@@ -145,6 +175,7 @@ def score(
     shift_labels: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    segments: Segments | None = None,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     statistics: Sequence[str] = (),
@@ -162,7 +193,8 @@ def score(
         logps = (logits / temperature).log_softmax(-1).gather(2, labels[:, 1:, None])[..., 0]
 
     What the model does to its head's result (scale, softcap, bias, sliced vocabulary) is measured in a forward over two
-    tokens. That is done anew in every call, one call at a time in a process; a `Scorer` measures once.
+    tokens, and rows of several candidates are probed. That is done anew in every call, one call at a time in a process;
+    a `Scorer` does it once.
 
     Args:
         model: see `Scorer`. Its mode is left as it is: dropout draws in a model that trains.
@@ -175,6 +207,9 @@ def score(
         attention_mask: [B, T], 0 on padding on either side; None where there is none.
         position_ids: [B, T], restarting where sequences are packed into a row, which transformers keeps apart where
             `attention_mask` is None. Of `labels` the first of every sequence is not scored.
+        segments: where prompts and candidates stand in rows that hold several of them (`CandidateBatch.segments`), in
+            the place of `attention_mask` and `position_ids`; with `labels`. Every candidate is scored as if it stood
+            alone behind its prompt, its first token read from the prompt's last.
         temperature: divisor of the logits; a tensor [B] or [B, T] is one for each row, or for each place of a label.
         ignore_index: label that is not scored.
         statistics: of "entropy" (with a gradient), "sum_sq_probs", "mean_logit" and "is_top1", from the same pass.
@@ -189,16 +224,23 @@ def score(
     Raises:
         ValueError: shapes do not fit; packed rows with an attention mask, which lets them look at each other; on CPU
             tensors also tokens beyond the model's embeddings.
+        UnsupportedLayoutError: with `segments`, as `Scorer`; or images and embeddings beside them.
         UnsupportedHeadError, BackendError: as `Scorer`.
 
     Example::
 
         labels = input_ids.masked_fill(prompt_mask, -100)
         logps = score(reference, input_ids, labels, attention_mask=attention_mask).logps.sum(1)
+
+        batch = RankedCollator(tokenizer, layout="shared")(records)  # the candidates of a prompt behind it, in one row
+        labels = batch["input_ids"].masked_fill(batch["segment_ids"] < 1, -100)
+        logps = score(reference, batch["input_ids"], labels, segments=batch["segments"]).logps
     """
     each = temperature if isinstance(temperature, Tensor) else None
     settings: dict[str, Any] = {"temperature": 1.0 if isinstance(temperature, Tensor) else temperature}
     settings |= {"ignore_index": ignore_index, "backend": backend, "workspace_bytes": workspace_bytes}
+    if isinstance(segments, Segments):
+        settings["layout"] = segments.layout
     with _MEASURING, Scorer(model, **settings) as scorer:
         return scorer(
             input_ids,
@@ -206,6 +248,7 @@ def score(
             shift_labels=shift_labels,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            segments=segments,
             temperature=each,
             statistics=statistics,
             gradient=gradient,
@@ -220,6 +263,7 @@ def score_grid(
     targets: Tensor,
     *,
     temperature: Tensor | None = None,
+    reads: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor, Any]:
     """(log-probabilities and statistics [1 + S, B, T], which count [B, T], the model's output).
@@ -227,14 +271,16 @@ def score_grid(
     What is ignored costs the head nothing; on a GPU the number of scored tokens is waited for.
 
     Args:
-        targets: [B, T], `targets[b, t]` read from tokens up to t. temperature: [B, T] or None. Others: as
-            `LogpForward.scored`.
+        targets: [B, T], `targets[b, t]` read from tokens up to t. temperature: [B, T] or None.
+        reads: [B, T], of B * T places the one whose hidden state a target is read from; None is its own.
+        settings: as `LogpForward.scored`.
     """
     counts = targets != forward.head.ignore_index
-    rows = counts.flatten().nonzero()[:, 0]
-    each = None if temperature is None else temperature.flatten()[rows.to(temperature.device)]
-    values, output = forward.scored(run, inputs, targets.flatten()[rows], rows, temperature=each, **settings)
-    grid = values.new_zeros(values.shape[0], targets.numel()).index_copy(1, rows.to(values.device), values)
+    places = counts.flatten().nonzero()[:, 0]
+    rows = places if reads is None else reads.flatten().to(places.device)[places]
+    each = None if temperature is None else temperature.flatten()[places.to(temperature.device)]
+    values, output = forward.scored(run, inputs, targets.flatten()[places], rows, temperature=each, **settings)
+    grid = values.new_zeros(values.shape[0], targets.numel()).index_copy(1, places.to(values.device), values)
     return grid.reshape(values.shape[0], *targets.shape), counts.to(values.device), output
 
 
@@ -258,6 +304,46 @@ def _check_shapes(input_ids: Tensor, **given: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {list(tensor.shape)}"
             )
+
+
+def _checked(segments: Segments, input_ids: Tensor, others: Mapping[str, Tensor | None]) -> Segments:
+    """`segments` without candidates that have no tokens, which nothing is read from."""
+    if not isinstance(segments, Segments):
+        raise ValueError(f"segments: expected Segments, as CandidateBatch.segments, got {type(segments).__name__}")
+    if (segments.rows, segments.width) != tuple(input_ids.shape):
+        raise ValueError(
+            f"segments: expected those of input_ids, {list(input_ids.shape)}, got {segments.rows} rows of "
+            f"{segments.width} tokens"
+        )
+    for name in ("attention_mask", "position_ids", "shift_labels"):
+        if others[name] is not None:
+            way = "give labels, at the tokens' own places" if name == "shift_labels" else "leave it out"
+            raise ValueError(
+                f"{name}: expected none beside segments, which say what a token sees and is read from, got one; {way}"
+            )
+    ends = [0] * segments.rows
+    groups = []
+    for row, prompt, candidates in segments.groups:
+        for start, size in (prompt, *candidates):
+            if start != ends[row] or not prompt[1]:
+                raise ValueError(
+                    "segments: expected prompts of a token or more, each with its candidates behind it and without a "
+                    f"gap, got {size} tokens at {start} of row {row} behind {ends[row]} others"
+                )
+            ends[row] += size
+        groups.append(SegmentGroup(row, prompt, tuple(span for span in candidates if span[1])))
+    if max(ends) > segments.width:
+        raise ValueError(f"segments: expected at most {segments.width} tokens in a row, got {max(ends)}")
+    return replace(segments, groups=tuple(groups))
+
+
+def _read_from(segments: Segments, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, T] places that predict each token; bool, which tokens have one), on the CPU."""
+    before = torch.arange(segments.rows * segments.width).reshape(position_ids.shape) - 1
+    for row, (start, length), candidates in segments.groups:
+        for begin, _ in candidates:
+            before[row, begin] = row * segments.width + start + length - 1
+    return before, position_ids > 0
 
 
 def _known(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:

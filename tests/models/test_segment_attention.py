@@ -167,6 +167,20 @@ def test_no_mask_is_made(monkeypatch):
         other(**batch_of())
 
 
+def test_what_an_earlier_attach_has_seen_does_not_stay():
+    """Attached without masks, detached, given attention dropout, attached again: with masks, which runs."""
+    model = llama()
+    clha_fast.attach(model, layout="shared").detach()
+    assert model in IN_TWO_CALLS
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.train()
+    clha_fast.attach(model, layout="shared")
+    assert model not in IN_TWO_CALLS
+    assert model(**batch_of()).loss.isfinite()
+
+
 def test_a_planted_leak_is_caught(monkeypatch):
     """Candidates as one text: two calls are not taken, and the masks, which are right, are."""
 
