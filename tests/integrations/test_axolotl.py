@@ -24,7 +24,7 @@ from tests.support.tiny import make_model, make_rows, make_tokenizer
 pytest.importorskip("axolotl", reason="axolotl is not installed")
 
 PROMPTS = 4
-PAPER = dataclasses.replace(clha_fast.CLHAOptions.preset("paper"), margin=0.5)
+PAPER = dataclasses.replace(clha_fast.CLHAOptions.preset("paper"), reduction="distance_mean")
 
 
 def configuration(folder: Path, **changes: Any) -> Path:
@@ -76,7 +76,7 @@ def train(path: Path) -> subprocess.CompletedProcess[str]:
     ("layout", "given", "objective"),
     [
         # CLHA's means are over all pairs of a step at a distance, which no mean over micro-batches is.
-        ("padded", {"name": "clha", "preset": "paper", "margin": 0.5}, PAPER),
+        ("padded", {"name": "clha", "preset": "paper", "reduction": "distance_mean"}, PAPER),
         ("shared", {"name": "simpo", "beta": 2.5}, clha_fast.SimPOOptions(beta=2.5)),
     ],
 )
