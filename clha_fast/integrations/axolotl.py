@@ -14,6 +14,7 @@ Models, adapters, schedules and saving are axolotl's.
 from __future__ import annotations
 
 import array
+import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data import read_records
 from clha_fast.models.attach import attach
 from clha_fast.objectives import Objective
+from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.training.objective import as_mapping, make
 
 OLDEST = (0, 21)
@@ -138,7 +140,11 @@ class RankedTrainer(AxolotlTrainer):
 
 def _objective(cfg: Any) -> Objective:
     given = cfg.clha_objective
-    return make(as_mapping(dict(given) if isinstance(given, Mapping) else given))
+    settings = as_mapping(dict(given) if isinstance(given, Mapping) else given)
+    preset = settings.pop("preset", None)  # CLHA's alone
+    if preset is None:
+        return make(settings)
+    return make({**dataclasses.asdict(CLHAOptions.preset(preset)), **settings})
 
 
 def _collator(tokenizer: Any, objective: Objective, cfg: Any) -> RankedCollator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,12 +17,14 @@ from transformers import AutoModelForCausalLM
 import clha_fast
 from clha_fast.data import read_records
 from clha_fast.hf import RankedCollator, RankedDataset
+from clha_fast.objectives import Objective
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 pytest.importorskip("axolotl", reason="axolotl is not installed")
 
 PROMPTS = 4
+PAPER = dataclasses.replace(clha_fast.CLHAOptions.preset("paper"), reduction="distance_mean")
 
 
 def configuration(folder: Path, **changes: Any) -> Path:
@@ -34,7 +37,6 @@ def configuration(folder: Path, **changes: Any) -> Path:
     settings = {
         "base_model": str(folder / "model"),
         "plugins": ["clha_fast.integrations.axolotl.RankedPlugin"],
-        "clha_objective": {"name": "simpo", "beta": 2.5},
         "datasets": [{"path": str(folder / "ranked.jsonl")}],
         "sequence_len": 128,
         "micro_batch_size": 2,
@@ -70,13 +72,21 @@ def train(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["padded", "shared"])
-def test_two_steps_are_those_of_a_bare_loop(layout: str, tmp_path: Path) -> None:
-    done = train(configuration(tmp_path, clha_layout=layout))
+@pytest.mark.parametrize(
+    ("layout", "given", "objective"),
+    [
+        # CLHA's means are over all pairs of a step at a distance, which no mean over micro-batches is.
+        ("padded", {"name": "clha", "preset": "paper", "reduction": "distance_mean"}, PAPER),
+        ("shared", {"name": "simpo", "beta": 2.5}, clha_fast.SimPOOptions(beta=2.5)),
+    ],
+)
+def test_two_steps_are_those_of_a_bare_loop(
+    layout: str, given: dict[str, Any], objective: Objective, tmp_path: Path
+) -> None:
+    done = train(configuration(tmp_path, clha_layout=layout, clha_objective=given))
     assert done.returncode == 0, done.stderr[-3000:]
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    objective = clha_fast.SimPOOptions(beta=2.5)
     collator = RankedCollator(make_tokenizer(), objective, max_length=128)
     dataset = RankedDataset(read_records(tmp_path / "ranked.jsonl"), collator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
