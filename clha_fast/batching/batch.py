@@ -65,6 +65,15 @@ class HostSizes:
             return None
         return known
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, HostSizes)
+            and torch.equal(self.candidate_lengths, other.candidate_lengths)
+            and torch.equal(self.candidates_per_prompt, other.candidates_per_prompt)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def _shapes(self) -> tuple[torch.Size, torch.Size]:
         return self.candidate_lengths.shape, self.candidates_per_prompt.shape
 

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "no_cuda": "--use_cpu",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "preprocessing_num_workers": "--dataset_num_proc",
-    **dict.fromkeys(("loss_type", "loss", "method"), "--objective"),
+    **dict.fromkeys(("loss", "method"), "--objective"),
     **dict.fromkeys(("ref_model", "ref_model_name_or_path", "reference_model"), "--reference"),
     **dict.fromkeys(
         ("precompute_ref_log_probs", "precompute_ref_logps"),
@@ -41,7 +41,6 @@ ELSEWHERE = {
     ),
     "overwrite_output_dir": "--overwrite",
     "resume_from_checkpoint": "--resume",
-    "beta": "--objective.beta, of an objective that has one",
 }
 
 
@@ -89,7 +88,7 @@ def _check(names: Iterable[str], where: str, known: set[str]) -> None:
 
 
 def option_names() -> set[str] | None:
-    """The fields of `RunOptions`, `CLHAConfig` and `TrainingArguments`; None where the latter's source is not found."""
+    """The fields of `RunOptions`, of `CLHAConfig` and of its bases; None where transformers' source is not found."""
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
         return None
@@ -97,6 +96,7 @@ def option_names() -> set[str] | None:
     sources = {
         "TrainingArguments": os.path.join(os.path.dirname(package.origin), "training_args.py"),
         "CLHAConfig": os.path.join(here, "training", "config.py"),
+        "TRLNames": os.path.join(here, "training", "trl_names.py"),
         "RunOptions": os.path.join(here, "experiments", "run.py"),
     }
     found = set(PRINTING)

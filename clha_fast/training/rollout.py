@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
+from clha_fast.batching.batch import CandidateBatch, CandidateFeature, HostSizes, pack_candidates
+from clha_fast.batching.segments import SegmentGroup, Segments
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
@@ -357,7 +358,8 @@ class RolloutTrainer(CLHATrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        found = torch.load(os.path.join(resume_from_checkpoint, _WAITING_FILE), weights_only=True)
+        with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # what a batch has beside tensors
+            found = torch.load(os.path.join(resume_from_checkpoint, _WAITING_FILE), weights_only=True)
         self._waiting, self._rollouts = found["waiting"], found["rollouts"]
         self._to_skip = len(self._waiting)
 

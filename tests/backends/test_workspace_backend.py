@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss
+from clha_fast import BackendError, CLHAOptions, HeadOptions, backends, linear_clha_loss
 from clha_fast.backends.triton import softmax as triton_softmax
 from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.backends.triton.head import Head
@@ -155,7 +155,7 @@ def test_sums_in_parts(unit: float | None, monkeypatch: pytest.MonkeyPatch) -> N
     a, b = (torch.randn(*shape, generator=draw).to(DEVICE, torch.float16) for shape in ((5, 150), (5, 6)))
     start = torch.randn(150, 6, generator=draw).to(DEVICE)
     out, scale = start.clone(), None if unit is None else torch.tensor(unit, device=DEVICE)
-    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 1)
+    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 1)
     workspace_backend._add_in_parts(a.t(), b, out, scale)
     torch.testing.assert_close(out, start + (unit or 1.0) * (a.t().float() @ b.float()))
 
@@ -182,7 +182,8 @@ def test_nothing_as_large_as_the_workspace_or_the_gradient_stands_beside_them(
     """A later chunk's backward, all gradients; products and kernels aside, which a CPU widens."""
     p = problem(64, 400, 48, bias=True, dtype=dtype)
     lse = forward(p, workspace_backend).lse
-    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 1)
+    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 1)
+    monkeypatch.setattr(backends, "_WORKSPACE_BYTES", 1)
 
     def unseen(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:
@@ -340,7 +341,7 @@ def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_bias_takes_no_copy_of_the_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum in float64 first copies what it adds up, inside the operator: a profiler alone sees that."""
     tokens, words = 64, 500
-    monkeypatch.setattr(workspace_backend, "_MIN_WORKSPACE", 2**14)
+    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 2**14)
     head = PLAIN.replace(workspace_bytes=2**20)
     p = problem(tokens, words, 16, dtype=dtype, bias=True, head=head)
     _, lse, route = forward(p, workspace_backend)

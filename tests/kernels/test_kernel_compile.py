@@ -169,4 +169,4 @@ def test_passes_over_the_workspace_load_whole_vectors(rows: list[Row]) -> None:
     passes = [row for row in rows if row["kernel"] in ("statistics", "gradient") and row["arch"].startswith("sm_")]
     assert len(passes) >= 12
     none_of([row for row in passes if row["vectors"] == 0], "no 16-byte access")
-    none_of([row for row in passes if row["variant"] != "softcap" and row["registers"] > 80], "too many registers")
+    none_of([row for row in passes if "softcap" not in row["variant"] and row["registers"] > 80], "too many registers")

@@ -165,7 +165,9 @@ def test_reference(tmp_path: Path) -> None:
 
 
 # 10 prompts, 2 a batch: 5 steps an epoch, so that its last rollout is shorter; a cut at 4 has one step's answers left.
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"layout": "shared"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}]
+)
 def test_resumed_in_the_middle_of_a_rollout(tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = {"max_steps": 8, "rollout_steps": 3, "save_strategy": "steps", "save_steps": 4, **changes}
     whole = trainer(tmp_path / "whole", **settings)
