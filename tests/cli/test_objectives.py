@@ -191,8 +191,8 @@ def test_the_best_model_by_an_objectives_own_metric(tmp_path: Path, capsys: pyte
             "reference: expected records with reference_logps for",
         ),
         (["--objectiv", "pro"], "unknown option 'objectiv'; did you mean 'objective'?"),
-        (["--beta", "0.1"], "unknown option 'beta'; here it is --objective.beta"),
-        (["--loss_type", "dpo"], "unknown option 'loss_type'; here it is --objective"),
+        (["--beta", "0.1"], "beta: expected none with objective='clha', which has none, got"),
+        (["--loss_type", "dpo"], "loss_type: expected one of sigmoid, hinge, ipo, got 'dpo'"),
         (["--ref_model", "x"], "unknown option 'ref_model'; here it is --reference"),
     ],
 )

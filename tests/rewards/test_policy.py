@@ -233,7 +233,7 @@ def test_interrupted_and_resumed(tmp_path: Path, folder: str, capsys: pytest.Cap
         (["--policy", "FOLDER", "--device", "tomorrow"], "device: .*, got 'tomorrow'"),
         (
             ["--policy", "REWARD"],
-            "policy: expected weights for every parameter of LlamaForCausalLM, got .* lm_head.wei",
+            "policy: expected a causal language model, got .*, a reward model",
         ),
     ],
 )
