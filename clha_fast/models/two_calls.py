@@ -258,12 +258,10 @@ class TwoCalls(torch.autograd.Function):
     ) -> Tensor:
         operator = _operator(q)
         out, lse = operator.forward(q, k, v, plan, scale)
-        ctx.sink = None
         if sinks is not None:
             one = sinks.to(lse.dtype).view(1, -1, 1)
             total = torch.logaddexp(lse, one)
             out, lse = (out * (lse - total).exp()[..., None]).to(out.dtype), total
-            ctx.sink = sinks.dtype
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan, ctx.scale = plan, scale
         return out
