@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import clha_fast
 from benchmarks import long_trl
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import cpu_environment, peak_bytes
 from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import IN_TWO_CALLS
 from clha_fast.objectives.sft import SFTOptions
@@ -215,7 +214,7 @@ def _about(args: argparse.Namespace, model: str | None) -> str:
     return (
         f"{model or 'Llama, H 256, 3 layers, V 8192, float32'}; forward and backward of one prompt with n "
         f"responses of {RESPONSE[0]} to {RESPONSE[1]} tokens; {clock}, medians of {args.rounds} interleaved "
-        f"rounds; memory above weights and gradients ({kind}). {platform.machine()}, {device}, "
+        f"rounds; memory above weights and gradients ({kind}). {cpu_environment()['cpu']}, {device}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, commit {args.commit}."
     )
 
