@@ -137,20 +137,21 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
     ("interpreter", "16-bit"): _tile(16, 128, 32, 2, 4, 1),
     ("interpreter", "fp32"): _tile(32, 64, 32, 2, 4, 1),
 }
-# Few tokens of a segment keep a block: short tiles waste less, and small programs, several on a multiprocessor, hide
-# each other's waiting better than stages do.
+# With all words of a block in a tile its weight is loaded once for all tokens; short tiles of tokens waste less, and
+# small programs, several on a multiprocessor, hide each other's waiting better than stages do.
 GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
-    ("sm_80", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
-    ("sm_90", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
-    ("sm_100", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
-    ("gfx942", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
+    ("sm_80", "16-bit"): _tile(64, 64, 128, 1, 4, 2),
+    ("sm_90", "16-bit"): _tile(64, 128, 128, 1, 4, 1),
+    ("sm_100", "16-bit"): _tile(64, 128, 128, 1, 4, 1),
+    ("gfx942", "16-bit"): _tile(64, 64, 128, 1, 4, 2),
     # 32 of H spill four registers where rows are not aligned.
     ("sm_80", "fp32"): _tile(32, 16, 64, 1, 8, 2),
     ("sm_90", "fp32"): _tile(32, 16, 64, 1, 8, 2),
     ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 3),
     ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    # Whole blocks, and parts of them: each is one way through the kernel.
     ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),
-    ("interpreter", "fp32"): _tile(16, 64, 32, 1, 4, 1),
+    ("interpreter", "fp32"): _tile(16, 32, 32, 1, 4, 1),
 }
 
 
@@ -244,9 +245,9 @@ SMALL: dict[str, tuple[Config, Config]] = {
     "gradient": ({"BLOCK_V": 4096, "num_warps": 8}, {"BLOCK_V": 64, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
-    # Tokens that one program of `routed_hidden_grad` adds to.
-    "route_count": ({"SEGMENT": 512, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
-    "route_list": ({"SEGMENT": 512, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
+    # A program of `routed_hidden_grad` adds to one such segment of tokens, or to several.
+    "route_count": ({"SEGMENT": 256, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
+    "route_list": ({"SEGMENT": 256, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
     "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     "routed_bias_grad": (
         {"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8},

@@ -89,7 +89,7 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     blocks = -(-v // ROUTE_WORDS)
     sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
     # The second block on: it is 1, too.
-    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4}
     sizes |= {"part_words": 1024}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
