@@ -140,14 +140,14 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
 # With all words of a block in a tile its weight is loaded once for all tokens; short tiles of tokens waste less, and
 # small programs, several on a multiprocessor, hide each other's waiting better than stages do.
 GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
-    ("sm_80", "16-bit"): _tile(64, 64, 128, 1, 4, 2),
-    ("sm_90", "16-bit"): _tile(64, 128, 128, 1, 4, 1),
-    ("sm_100", "16-bit"): _tile(64, 128, 128, 1, 4, 1),
-    ("gfx942", "16-bit"): _tile(64, 64, 128, 1, 4, 2),
-    # 32 of H spill four registers where rows are not aligned.
-    ("sm_80", "fp32"): _tile(32, 16, 64, 1, 8, 2),
-    ("sm_90", "fp32"): _tile(32, 16, 64, 1, 8, 2),
-    ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 3),
+    ("sm_80", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    ("sm_90", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    ("sm_100", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    # Its registers would hold a whole block's weight, and one program.
+    ("gfx942", "16-bit"): _tile(64, 64, 128, 1, 8, 2),
+    ("sm_80", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("sm_90", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     # Whole blocks, and parts of them: each is one way through the kernel.
     ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),

@@ -180,6 +180,7 @@ def routed_hidden_grad_kernel(
     stride_weight_v,
     stride_weight_h,
     EVEN_H: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUTE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -195,10 +196,14 @@ def routed_hidden_grad_kernel(
     pid = tl.program_id(0)
     first_segment = (pid // tiles_h) * span
     last_segment = tl.minimum(first_segment + span, num_segments) - 1
-    h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    word, n = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    first_h = (pid % tiles_h) * BLOCK_H
+    unit, word, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    h = first_h + unit
     is_unit = (h < H)[None, :]
-    units = h.to(tl.int64)[None, :] * stride_weight_h
+    # Offsets within the tile are int32 unless WIDE; what leads to the tile is added to the pointer.
+    weight_ptr += first_h.to(tl.int64) * stride_weight_h
+    kind: tl.constexpr = tl.int64 if WIDE else tl.int32
+    offsets = (word.to(kind) * stride_weight_v)[:, None] + (unit.to(kind) * stride_weight_h)[None, :]
     for local in range(0, chunk_blocks):
         block = first_block + local
         ends = ends_ptr + block * num_segments
@@ -209,11 +214,10 @@ def routed_hidden_grad_kernel(
             first_slot = tl.cast(local, tl.int64) * capacity
             if BLOCK_V == ROUTE_WORDS:
                 # Once a block, for all its pairs.
-                v = first_v + word
-                inside = (v < V)[:, None]
+                is_word = (first_v + word < V)[:, None]
                 if not EVEN_H:
-                    inside = inside & is_unit
-                whole = tl.load(weight_ptr + (v * stride_weight_v)[:, None] + units, mask=inside, other=0.0)
+                    is_word = is_word & is_unit
+                whole = tl.load(weight_ptr + first_v * stride_weight_v + offsets, mask=is_word, other=0.0)
             for place in range(start, end, BLOCK_N):
                 is_pair = place + n < end
                 slot = first_slot + place + n
@@ -225,11 +229,11 @@ def routed_hidden_grad_kernel(
                     acc = tl.dot(g, whole, acc, input_precision=PRECISION)
                 else:
                     for first in range(0, ROUTE_WORDS, BLOCK_V):
-                        v = first_v + first + word
-                        inside = (v < V)[:, None]
+                        v = first_v + first
+                        is_word = (v + word < V)[:, None]
                         if not EVEN_H:
-                            inside = inside & is_unit
-                        w = tl.load(weight_ptr + (v * stride_weight_v)[:, None] + units, mask=inside, other=0.0)
+                            is_word = is_word & is_unit
+                        w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
                         g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
                         acc = tl.dot(g, w, acc, input_precision=PRECISION)
                 inside = is_pair[:, None]

@@ -251,7 +251,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     signature, constants, attributes = specialise(kernel, values, launch)
     source = ASTSource(KERNELS[kernel], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
-    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
+    usage = amd_usage(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
     return {
         "kernel": kernel,
         "arch": arch,
@@ -265,7 +265,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     }
 
 
-def _amd(assembly: str) -> dict[str, Any]:
+def amd_usage(assembly: str) -> dict[str, Any]:
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly).group(1))
 
@@ -277,6 +277,8 @@ def _amd(assembly: str) -> dict[str, Any]:
         "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
         "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "tma": 0,
+        "reductions": len(re.findall(r"\b(?:global|buffer)_atomic_add_f32 (?!.*\bsc0\b)", assembly)),
+        "atomics": len(re.findall(r"\b(?:global|buffer|flat)_atomic_\w+ .*\bsc0\b", assembly)),
         "maxreg": 0,
         "instructions": len(re.findall(r"^\s+[vs]_\w+", assembly, re.MULTILINE)),
     }
@@ -294,6 +296,8 @@ def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
         "fma": len(re.findall(r"\bFFMA2?\b", sass)),
         "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b", sass)),
+        "reductions": len(re.findall(r"\bREDG?\.E\.ADD\.F32", sass)),
+        "atomics": len(re.findall(r"\bATOM[G.]", sass)),
         "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/ +[A-Z@]", sass)),
     }

@@ -21,7 +21,7 @@ from csrc_triton import routed, routing
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
 _MASS_SCALE = 2.0**15
 # Programs of dhidden that run at once on a multiprocessor: the lengths of their segments are chosen for so many.
-_RESIDENT = 3
+_RESIDENT = 2
 
 
 def segments_together(segments: int, tiles_h: int, multiprocessors: int) -> int:
@@ -256,6 +256,7 @@ class _Routed:
             width,
             *head.weight.stride(),
             EVEN_H=width % config["BLOCK_H"] == 0,
+            WIDE=head.is_wide,
             PRECISION=head.flags["PRECISION"],
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
