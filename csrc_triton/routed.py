@@ -212,6 +212,7 @@ def routed_hidden_grad_kernel(
         if start < end:
             first_v = block.to(tl.int64) * ROUTE_WORDS
             first_slot = tl.cast(local, tl.int64) * capacity
+            words = tl.minimum(V - first_v, ROUTE_WORDS).to(tl.int32)
             if BLOCK_V == ROUTE_WORDS:
                 # Once a block, for all its pairs.
                 is_word = (first_v + word < V)[:, None]
@@ -228,7 +229,8 @@ def routed_hidden_grad_kernel(
                     g = tl.load(pairs, mask=is_pair[:, None], other=0.0)
                     acc = tl.dot(g, whole, acc, input_precision=PRECISION)
                 else:
-                    for first in range(0, ROUTE_WORDS, BLOCK_V):
+                    # To a bound that the compiler does not know: unrolled as a whole it would spill.
+                    for first in range(0, words, BLOCK_V):
                         v = first_v + first
                         is_word = (v + word < V)[:, None]
                         if not EVEN_H:

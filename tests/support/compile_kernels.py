@@ -247,7 +247,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
         if kernel in ("combine", "count", "prompts", "finish")
         else head_arguments(kernel, arch, dtype, variant, launch)
     )
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
     signature, constants, attributes = specialise(kernel, values, launch)
     source = ASTSource(KERNELS[kernel], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
