@@ -68,7 +68,7 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     # tokens x H, reduced over words
     "hidden_grad": {
         ("sm_80", "16-bit"): _tile(128, 64, 128, 16, 8, 3),
-        ("sm_90", "16-bit"): _tile(128, 64, 256, 16, 8, 4),
+        ("sm_90", "16-bit"): _tile(128, 64, 128, 16, 8, 4),
         ("sm_100", "16-bit"): _tile(128, 64, 128, 16, 8, 4),
         ("gfx942", "16-bit"): _tile(128, 64, 128, 16, 8, 2),
         ("sm_80", "fp32"): _tile(64, 32, 64, 16, 8, 3),
