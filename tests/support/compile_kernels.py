@@ -52,7 +52,9 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
     ones = variant == "ones"
     if ones:
-        n = v = h = 1
+        n = v = 1
+        # The host gives the persistent backward multiples of 16 alone (`Head.is_persistent_backward`).
+        h = 16 if kernel.startswith("persistent") and "grad" in kernel else 1
     bias, softcap = "bias" in variant, "softcap" in variant
     partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
