@@ -232,7 +232,7 @@ SMALL: dict[str, tuple[Config, Config]] = {
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "prompts": (
-        {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},
+        {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 8},
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "finish": ({"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 2, "num_warps": 4}),

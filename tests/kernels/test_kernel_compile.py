@@ -12,12 +12,14 @@ import sys
 from typing import Any
 
 import pytest
+import triton
 
 from clha_fast.options import ROUTE_WORDS
 from csrc_triton import configs
 from tests.support.helpers import ROOT
 
 Row = dict[str, Any]
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,9 @@ def test_epilogues_are_light(rows: list[Row]) -> None:
     """Instructions of a whole kernel: a product, a power and two sums a logit, in branches what few tiles need."""
     forward = one(rows, "persistent_forward")
     assert forward["blocks"].startswith("128x256"), table([forward])
-    assert forward["registers"] <= 215, table([forward])
+    # Triton 3.8 and 3.9 take what there is. A program of eight warps is alone on its multiprocessor either way.
+    most = 215 if TRITON < (3, 8) else 255
+    assert forward["registers"] <= most, table([forward])
     assert forward["instructions"] <= 3000, table([forward])
     for kernel, variant, most in (
         ("persistent_logit_grad", "plain", 4200),
