@@ -180,7 +180,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_logit_grad_softcap": {
-        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 3), True, False),
         # Specialised warps have 168 registers, and spill: the plain pipeline does not.
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         "interpreter": _INTERPRETED,
