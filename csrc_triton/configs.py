@@ -249,7 +249,7 @@ SMALL: dict[str, tuple[Config, Config]] = {
     # A program of `routed_hidden_grad` adds to one such segment of tokens, or to several.
     "route_count": ({"SEGMENT": 256, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
     "route_list": ({"SEGMENT": 256, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
-    "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
+    "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 8}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     "routed_bias_grad": (
         {"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8},
         {"BLOCK_N": 16, "BLOCK_V": 64, "num_warps": 4},
