@@ -79,7 +79,7 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
         (lengths > 0).sum(),
     ]
     routed = [0.0] * (len(METRIC_NAMES) - len(common))
-    own = dict(objective.report(group))
+    own = dict(objective.plain.report(group))
     if objective.is_watched:
         own |= {name: group.statistic(of).sum() for name, of in WATCHED.items()}
     sums: list[Any] = [*common, *routed, *(own[name] for name in objective.metric_names)]
