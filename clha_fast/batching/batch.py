@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.batching.segments import Segments, TokenSegments, check_layout, joined_rows, padded_rows
-from clha_fast.batching.signals import PER_CANDIDATE, Values, check_ranking, check_signals, pack_signal, signals_of, unmistakable
+from clha_fast.batching.signals import PER_CANDIDATE, Values, check_signals, pack_signal, signals_of, unmistakable
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
 from clha_fast.objectives.clha import PUBLISHED
@@ -420,7 +420,6 @@ def check_features(features: Sequence[CandidateFeature], signals: Sequence[str] 
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")
-        check_ranking(feature)
         check_signals(feature, scored_lengths(feature), first, signals)
 
 
