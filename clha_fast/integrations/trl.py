@@ -197,7 +197,7 @@ class TRLHead:
         """TRL's own head answers again; a second call does nothing."""
         for head in self._heads:
             head.take_off()
-        self._trainer.remove_callback(self._guard)
+        self._trainer.pop_callback(self._guard)
 
 
 def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | None = None) -> TRLHead:
