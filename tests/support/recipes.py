@@ -39,12 +39,12 @@ def run(host: str, folder: Path) -> dict[str, Any]:
     return names
 
 
-def bare_loop(folder: Path) -> dict[str, Tensor]:
-    """The weights after the two steps of an epoch: AdamW, 1e-3, no more."""
+def bare_loop(folder: Path, **settings: Any) -> dict[str, Tensor]:
+    """The weights after the two steps of an epoch: AdamW with these `settings`, 1e-3, no more."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     collator = RankedCollator(make_tokenizer(), OBJECTIVE)
     dataset = RankedDataset(read_records(folder / "ranked.jsonl"), collator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
     with clha_fast.attach(model.train(), OBJECTIVE):
         for first in (0, 2):
             model(**collator([dataset[first], dataset[first + 1]])).loss.backward()
@@ -53,8 +53,8 @@ def bare_loop(folder: Path) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def assert_same(found: Any, expected: dict[str, Tensor]) -> None:
+def assert_same(found: Any, expected: dict[str, Tensor], atol: float = 1e-7) -> None:
     """Of a model's weights."""
     trained = dict(found.named_parameters())
     for name, value in expected.items():
-        torch.testing.assert_close(trained[name].detach().cpu(), value, rtol=0, atol=1e-7)
+        torch.testing.assert_close(trained[name].detach().cpu(), value, rtol=0, atol=atol)
