@@ -40,7 +40,7 @@ WITH_oldest := -r tests/packaging/oldest.txt
 WITH_newest := --upgrade transformers accelerate peft
 
 # Other people's trainers, each in an environment of its own; verl's function alone, without what verl pins.
-HOSTS := trl verl lightning
+HOSTS := verl lightning trl
 HOST_trl := "trl>=1.15" liger-kernel
 HOST_verl := --no-deps "verl>=0.9"
 HOST_lightning := "lightning>=2.6"
