@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("files",),
     "batching": ("data", "objectives", *BASE),
     "models": ("batching", "data", "functional", "ops", "objectives", *BASE),
-    "planning": ("models", "batching", *BASE),
+    "planning": ("models", "batching", "ops", "backends", *BASE),
     "rewards": ("models", "batching", "data", "objectives", *BASE),
     "generation": ("models", "batching", "data", *BASE),
     "training": ("generation", "rewards", "models", "batching", "data", "functional", "ops", "objectives", *BASE),
