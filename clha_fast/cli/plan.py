@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from clha_fast.batching.segments import LAYOUTS
-from clha_fast.cli.names import unknown
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.models.loading import adapter_config
 from clha_fast.planning.plan import GIB, Load, Plan, table, ways_to_fit
 from clha_fast.planning.plan import plan as count
@@ -51,17 +50,12 @@ TRAIN_NAMES = {
 _ADAPTER = "--peft-config."
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """With the name that train has beside each option's own."""
 
     def option(self, name: str, **settings: Any) -> None:
         also = [TRAIN_NAMES[name]] if name in TRAIN_NAMES else []
         self.add_argument(name, *also, dest=name[2:].replace("-", "_"), **settings)
-
-    @property
-    def names(self) -> list[str]:
-        own = [name[2:].replace("-", "_") for name in self._option_string_actions if name.startswith("--")]
-        return [*own, "peft_config"]
 
 
 def _switch(text: str) -> bool:
@@ -115,7 +109,8 @@ def parser() -> _Parser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """The options; `peft_config` holds what stands behind `--peft_config.KEY`."""
-    made, rest, adapter = parser(), [], {}
+    rest: list[str] = []
+    adapter: dict[str, Any] = {}
     left = with_dashes(words)
     while left:
         name, equals, value = left.pop(0).partition("=")
@@ -125,11 +120,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         if not equals and not left:
             raise ValueError(f"{name}: expected a value, got none")
         adapter[name[len(_ADAPTER) :].replace("-", "_")] = yaml.safe_load(value if equals else left.pop(0))
-    args, strange = made.parse_known_args(rest)
-    for word in strange:
-        if word.startswith("--"):
-            raise unknown(word[2:].partition("=")[0], "command line", made.names)
-        raise ValueError(f"command line: expected options, got {word!r}")
+    args = parser().parse_args(rest)
     args.peft_config = adapter
     return args
 
