@@ -21,7 +21,7 @@ def test_by_hand() -> None:
     small = Workspace(1000, 10, 2, given=20_480)
     assert (small.tokens, small.keeps_factors(10), small.keeps_factors(11)) == (10, True, False)
     assert small.peak(100) == 66_000
-    assert small.worst == 60_000
+    assert small.worst == 40_000 + 20_480 + 300
     assert size.worst == 40_000 + 2**26 + 3 * 2**15 * 10
     # A frozen weight: sums and logits alone. In float32 the sums are the gradients.
     assert Workspace(1000, 10, 2, trains=False).peak(100) == 208_800

@@ -232,7 +232,7 @@ def test_one_chunk_has_no_float32_gradient_of_the_weight(dtype: torch.dtype, mon
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 def test_a_loss_in_one_chunk_is_no_worse_than_the_eager_one(dtype: torch.dtype, factor: float) -> None:
     """The weight's gradient as a product that the backward rounds once, whatever the upstream gradient."""
-    case = make_case(*RAGGED, hidden_size=64, vocab_size=300, bias=True, rewards=True, dtype=dtype, weight_scale=0.2)
+    case = make_case(*RAGGED, hidden_size=64, vocab_size=300, rewards=True, dtype=dtype, weight_scale=0.2)
     assert Workspace(300, 64, 2).keeps_factors(31)
     exact_loss, exact = case.to(torch.float64).gradients("reference", factor, options=PAPER)
     _, eagers = case.gradients("reference", factor, options=PAPER)
