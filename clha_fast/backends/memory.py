@@ -43,6 +43,13 @@ class Workspace:
             return self.most
         return min(self.most, self._tokens(_FROZEN_BYTES))
 
+    def tokens_for(self, largest: int) -> int:
+        """Tokens of the largest chunk, where the largest prompt has so many.
+
+        A prompt that does not fit is formed twice: a chunk grows for one that does then, and not for one that cannot.
+        """
+        return max(self.tokens, largest if largest <= self.most else 0)
+
     def _tokens(self, budget: int) -> int:
         return max(1, budget // (padded_width(self.vocabulary) * self.itemsize))
 
@@ -53,22 +60,22 @@ class Workspace:
         """
         return self.trains and self.itemsize == 2 and 0 < tokens <= self.tokens
 
-    def peak(self, tokens: int, rows: int | None = None) -> int:
+    def peak(self, tokens: int, rows: int | None = None, largest: int = 0) -> int:
         """Bytes above the inputs at the most, gradients among them, of a loss and its backward.
 
         But for about 100 bytes a token of what is numbered by tokens. rows: of hidden states, read by an index; None
-        where each token has its own.
+        where each token has its own. largest: tokens of the largest prompt.
         """
         every = tokens if rows is None else rows
-        return self._peak(tokens, every * self.width, rows is not None)
+        return self._peak(tokens, every * self.width, rows is not None, largest)
 
     @property
     def worst(self) -> int:
-        """`peak` of so many tokens that there are several chunks, but for what grows with them."""
-        return self._peak(self.tokens + 1, 0, False)
+        """`peak` of so many tokens that there are several chunks, of any prompts, but for what grows with them."""
+        return self._peak(self.most + 1, 0, False, self.most)
 
-    def _peak(self, tokens: int, hidden: int, indexed: bool) -> int:
-        chunk, weight, size = min(tokens, self.tokens), self.vocabulary * self.width, self.itemsize
+    def _peak(self, tokens: int, hidden: int, indexed: bool, largest: int) -> int:
+        chunk, weight, size = min(tokens, self.tokens_for(largest)), self.vocabulary * self.width, self.itemsize
         logits = size * chunk * padded_width(self.vocabulary)
         # Rows that an index reads are copied, and their gradients added in their places.
         copied = (size + 4) * chunk * self.width if indexed else 0

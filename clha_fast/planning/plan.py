@@ -37,11 +37,12 @@ class Load:
     @property
     def rows(self) -> Rows:
         """What the model runs; rows of one length have no padding."""
-        every, scored = self.prompts * self.candidates, self.prompts * self.candidates * self.response
+        every, largest = self.prompts * self.candidates, self.candidates * self.response
+        scored = self.prompts * largest
         if self.layout == "padded":
-            return Rows(every, self.prompt + self.response, scored)
+            return Rows(every, self.prompt + self.response, scored, largest)
         once = self.prompts if self.layout == "shared" else every
-        return Rows(1, once * self.prompt + scored, scored)
+        return Rows(1, once * self.prompt + scored, scored, largest)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,12 @@ OPTIMIZERS = {"adamw": lambda size: 2 * size, "adamw_8bit": lambda size: 2, "sgd
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids [rows, width] of one forward and backward, of which `scored` are response tokens."""
+    """Token ids [rows, width] of a forward and backward; `scored` are response tokens, `largest` those of a prompt."""
 
     rows: int
     width: int
     scored: int
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
         part: Any = model.config.get_text_config()  # type: ignore[union-attr]
         return every * switches.dtype.itemsize * (part.hidden_size + 2)
     if backend == "workspace":
-        return _workspace(model, switches).peak(tokens, every)
+        return _workspace(model, switches).peak(tokens, every, rows.largest)
     head: Any = head_of(model)
     weight: Tensor = head.weight
     words, width = weight.shape

@@ -25,6 +25,9 @@ def test_by_hand() -> None:
     assert size.worst == 40_000 + 2**26 + 3 * 2**15 * 10
     # A frozen weight: sums and logits alone. In float32 the sums are the gradients.
     assert Workspace(1000, 10, 2, trains=False).peak(100) == 208_800
+    frozen = Workspace(128256, 4096, 2, trains=False)
+    assert [frozen.tokens_for(largest) for largest in (0, 1046, 5000, 8192, 8193)] == [1046, 1046, 5000, 8192, 1046]
+    assert frozen.peak(10**6, largest=5000) - 16_384 * 10**6 == max(2 * 128256 * 5000, 8192 * 10**6)
     assert Workspace(1000, 10, 4).peak(100) == 4_000 + 40_000 + 409_600 + 6_000
     assert not Workspace(1000, 10, 4).keeps_factors(1)
     assert not size.keeps_factors(0)

@@ -194,7 +194,8 @@ print(sorted(name for name in sys.modules if name.startswith("clha_fast.backends
 """,
         cwd=tmp_path,
     )
-    assert out.split("\n")[:2] == ["[]", "[]"]
+    # Of the backends nothing but a count of bytes, by which one is chosen.
+    assert out.split("\n")[:2] == ["[]", "['clha_fast.backends.memory']"]
 
 
 def test_it_works_without_triton_and_transformers(tmp_path: Path):

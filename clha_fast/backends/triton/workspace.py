@@ -399,9 +399,8 @@ def _chunks(given: RankingInputs, num_tokens: int, size: Workspace, gradients: b
         held = size.most if gradients else size.tokens
         return [Chunk(0, sizes[1].shape[0], 0, max(0, num_tokens - held), num_tokens)]
     edges = prompt_edges(*sizes)
-    # What a prompt has more than a chunk is formed twice: its logits may take more memory than a chunk's.
     largest = max((b - a for a, b in itertools.pairwise(edges)), default=0)
-    return prompt_chunks(edges, even_capacity(edges, max(size.tokens, min(largest, size.most))))
+    return prompt_chunks(edges, even_capacity(edges, size.tokens_for(largest)))
 
 
 def loss_sweep(
