@@ -36,9 +36,9 @@ class _Call:
     @property
     def keeps_factors(self) -> bool:
         """Whether the sweep leaves the weight's gradient as a product."""
-        hidden, weight = self.inputs.hidden, self.inputs.weight
+        hidden, (vocabulary, width) = self.inputs.hidden, self.inputs.weight.shape
         given = HeadOptions.decode(self.head).workspace_bytes
-        size = Workspace(*weight.shape, hidden.dtype.itemsize, given, self.needs.weight)
+        size = Workspace(vocabulary, width, hidden.dtype.itemsize, given, self.needs.weight)
         return self.backend == "workspace" and size.keeps_factors(self.inputs.targets.shape[0])
 
 
@@ -64,11 +64,9 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         else:
             result = backend.loss_forward(call.inputs, call.given, head, objective)
     hidden, weight, bias = gradients
-    if isinstance(weight, Factors):
-        weight, factors = None, weight
-    else:
-        factors = _no_factors(call.inputs.hidden)
-    return (*result, *or_empty(Gradients(hidden, weight, bias), call.inputs.hidden), *factors)
+    factors = weight if isinstance(weight, Factors) else None
+    whole = Gradients(hidden, None if isinstance(weight, Factors) else weight, bias)
+    return (*result, *or_empty(whole, call.inputs.hidden), *(factors or _no_factors(call.inputs.hidden)))
 
 
 _operator = torch.library.custom_op(

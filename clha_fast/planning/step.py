@@ -233,7 +233,8 @@ def loss_backend(model: nn.Module, switches: Switches) -> str:
 
 def _workspace(model: nn.Module, switches: Switches) -> Workspace:
     weight: Any = head_of(model).weight
-    return Workspace(*weight.shape, weight.itemsize, switches.workspace_bytes, bool(weight.requires_grad))
+    words, width = weight.shape
+    return Workspace(words, width, weight.itemsize, switches.workspace_bytes, bool(weight.requires_grad))
 
 
 def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
@@ -244,8 +245,8 @@ def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
     """
     tokens, every, backend = rows.scored, rows.rows * rows.width, loss_backend(model, switches)
     if not backend:
-        part: Any = model.config.get_text_config()  # type: ignore[union-attr]
-        return every * switches.dtype.itemsize * (part.hidden_size + 2)
+        config: Any = model.config
+        return every * switches.dtype.itemsize * (int(config.get_text_config().hidden_size) + 2)
     if backend == "workspace":
         return _workspace(model, switches).peak(tokens, every, rows.largest)
     head: Any = head_of(model)

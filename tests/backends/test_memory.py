@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from clha_fast.backends.memory import Workspace, padded_width
+from clha_fast.backends.triton import workspace as workspace_backend
+from clha_fast.types import RankingInputs
 
 GIB = 2**30
 
@@ -44,3 +47,19 @@ def test_no_number_of_tokens_takes_more_than_the_worst_and_its_own_share() -> No
     for size in (Workspace(128256, 4096, 2), Workspace(32000, 1024, 2), Workspace(151936, 8192, 2, given=2**28)):
         for tokens in (1, 1000, size.tokens, size.tokens + 1, 2**20):
             assert size.peak(tokens) <= size.worst + 6 * tokens * size.width
+
+
+def test_a_frozen_head_takes_a_small_workspace() -> None:
+    """Chunks of 256 MiB of logits, but what one prompt needs more; all that is allowed for sizes on a GPU."""
+    size = Workspace(128256, 4096, 2, trains=False)
+    assert (size.tokens, size.most) == (1046, 8192)
+    assert Workspace(128256, 4096, 2, given=2**31, trains=False).tokens == 8371
+    given = RankingInputs(torch.tensor([400, 500, 600, 700, 1000]), torch.tensor([2, 2, 1]))
+    chunks = workspace_backend._chunks(given, 3200, size, gradients=True)
+    assert [(chunk.start, chunk.kept, chunk.stop) for chunk in chunks] == [
+        (0, 0, 900),
+        (900, 900, 2200),
+        (2200, 2200, 3200),
+    ]
+    (scored,) = workspace_backend._chunks(given, 3200, size, gradients=False)
+    assert (scored.first, scored.last, scored.kept, scored.stop) == (0, 3, 3200 - 1046, 3200)

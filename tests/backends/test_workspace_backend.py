@@ -19,7 +19,7 @@ from clha_fast.backends.triton.head import Head
 from clha_fast.layout import Chunk
 from clha_fast.objectives.clha import PRESETS, PUBLISHED
 from clha_fast.ops.loss import _rounded_product
-from clha_fast.types import Factors, Needs, RankingInputs
+from clha_fast.types import Factors, Needs
 from tests.support.helpers import Case, make_case, rank
 from tests.support.triton_harness import (
     DEVICE,
@@ -229,9 +229,9 @@ def test_one_chunk_has_no_float32_gradient_of_the_weight(dtype: torch.dtype, mon
 
 
 @both_halves
-@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_a_loss_in_one_chunk_is_no_worse_than_the_eager_one(dtype: torch.dtype, factor: float) -> None:
-    """The weight's gradient as a product that the backward rounds once, whatever the upstream gradient."""
+    """A power of two: with any other the eager path rounds other numbers, and of few tokens luck decides."""
     case = make_case(*RAGGED, hidden_size=64, vocab_size=300, rewards=True, dtype=dtype, weight_scale=0.2)
     assert Workspace(300, 64, 2).keeps_factors(31)
     exact_loss, exact = case.to(torch.float64).gradients("reference", factor, options=PAPER)
@@ -241,6 +241,19 @@ def test_a_loss_in_one_chunk_is_no_worse_than_the_eager_one(dtype: torch.dtype, 
     for value, eager, wanted in zip(found, eagers, exact, strict=True):
         assert value.dtype == dtype
         assert error(value.cpu(), wanted) <= 1.05 * error(eager, wanted)
+
+
+@both_halves
+def test_the_weight_s_gradient_is_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times an upstream gradient that is no power of two: half a unit in the last place from the exact product."""
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 1)
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(40, columns, generator=draw).to(DEVICE, dtype) for columns in (192, 24))
+    factors = Factors(left, right, torch.tensor(0.5, device=DEVICE))
+    found = workspace_backend.weight_gradient(factors, torch.tensor(0.3, device=DEVICE), 150, dtype).double()
+    exact = 0.5 * float(torch.tensor(0.3)) * (left[:, :150].double().t() @ right.double())
+    assert found.shape == (150, 24)
+    assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
 
 
 @both_halves
@@ -262,22 +275,6 @@ def test_gradients_of_some_inputs_alone(dtype: torch.dtype) -> None:
     batch = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True)
     for many, one in zip(batch, alone, strict=True):
         torch.testing.assert_close(many, factors.to(dtype).view(-1, 1, 1) * one, rtol=0, atol=0)
-
-
-def test_a_frozen_head_takes_a_small_workspace() -> None:
-    """Chunks of 256 MiB of logits, but what one prompt needs more; all that is allowed for sizes on a GPU."""
-    size = Workspace(128256, 4096, 2, trains=False)
-    assert (size.tokens, size.most) == (1046, 8192)
-    assert Workspace(128256, 4096, 2, given=2**31, trains=False).tokens == 8371
-    given = RankingInputs(torch.tensor([400, 500, 600, 700, 1000]), torch.tensor([2, 2, 1]))
-    chunks = workspace_backend._chunks(given, 3200, size, gradients=True)
-    assert [(chunk.start, chunk.kept, chunk.stop) for chunk in chunks] == [
-        (0, 0, 900),
-        (900, 900, 2200),
-        (2200, 2200, 3200),
-    ]
-    (scored,) = workspace_backend._chunks(given, 3200, size, gradients=False)
-    assert (scored.first, scored.last, scored.kept, scored.stop) == (0, 3, 3200 - 1046, 3200)
 
 
 @pytest.mark.parametrize(
