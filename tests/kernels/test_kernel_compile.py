@@ -82,8 +82,9 @@ def test_operands_come_by_tma_and_warps_are_specialised_where_the_table_says_so(
     persistent = [row for row in rows if row["kernel"] in configs.PERSISTENT]
     none_of([row for row in persistent if not row["tma"]], "no TMA load")
     none_of([row for row in rows if row["tma"] and row not in persistent], "TMA where nobody made a descriptor")
-    specialised = [row for row in persistent if configs.PERSISTENT[row["kernel"]][row["arch"]]["WARP_SPECIALIZE"]]
-    assert {row["arch"] for row in specialised} == {"sm_100"}
+    specialised = [row for row in persistent if configs.select(row["kernel"], row["arch"], "16-bit")["WARP_SPECIALIZE"]]
+    # Not under Triton 3.6.
+    assert {row["arch"] for row in specialised} == ({"sm_100"} if configs.SPECIALISES_WARPS else set())
     none_of([row for row in specialised if not row["maxreg"]], "warps not specialised")
     none_of([row for row in rows if row["maxreg"] and row not in specialised], "warps specialised unasked")
 
