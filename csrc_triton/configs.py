@@ -170,7 +170,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_forward_softcap": {
-        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 3), True, False),
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
         "interpreter": _INTERPRETED,
     },
