@@ -176,8 +176,11 @@ def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
     assert f"Its training found {said['accuracy']:.3f}" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys):
+@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 1e-2]])
+def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys, rates):
+    """Where it is trained, and already where its learning rate is chosen."""
     given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
+    given["learning_rates"] = rates
     given["methods"][0]["optim"] = "no_such_optimizer"
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
@@ -187,7 +190,20 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert ["error" in row for row in rows] == [False, True, False]
     assert "no_such_optimizer" in rows[1]["error"]
-    assert "no such thing, n = 2: seed 1: " in out
+    where = "seed 1" if len(rates) == 1 else "learning rate 0.001"
+    assert f"no such thing, n = 2: {where}: " in out
+    assert rows[2]["seeds"] == [1]
+    assert rows[2]["learning_rate"] in rates
+
+
+def test_what_dev_cannot_choose_is_said(given, tmp_path):
+    """One answer a record on dev: no pair is ordered, so no learning rate is better than another."""
+    given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2])
+    given["data"][2]["dev"] = write(tmp_path / "one.jsonl", 300, 6, 1)
+    base, sft = run(given).rows
+    assert (base.failures, len(base.outcomes)) == ([], 1)
+    assert sft.failures == ["no learning rate can be chosen: accuracy has no value on dev"]
+    assert sft.outcomes == []
 
 
 def test_the_command_line_changes_single_entries(given, tmp_path, capsys):
