@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,11 @@ def test_a_second_run_finds_what_is_done_and_other_settings_are_measured_anew(gi
     assert len(tests) == 4  # base and sft, under two settings
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["between cells", "inside a training"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside):
     given = small(given, seeds=[1, 2])
+    if inside:
+        given["settings"] = {**given["settings"], "save_strategy": "steps", "save_steps": 1}
     run(given)
     whole = result(given["output_dir"])
     other = {**given, "output_dir": str(tmp_path / "killed")}
@@ -145,10 +149,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
     command = [sys.executable, "-m", "clha_fast", "table2", "--config", str(config)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("cell 2/"):
+        if line.startswith("cell 1/" if inside else "cell 2/"):
             break
+    while inside and process.poll() is None and not list((tmp_path / "killed").glob("cells/*/model/checkpoint-*")):
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert bool(list((tmp_path / "killed").glob("cells/*/model/checkpoint-*"))) == inside
     assert not (tmp_path / "killed" / "table.md").exists()
     run(other)
     assert result(other["output_dir"]) == whole
