@@ -64,6 +64,7 @@ _NEUTRAL = (
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "push_to_hub"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc"),
     *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
+    *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 )
 
 
@@ -271,14 +272,18 @@ class Run:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Options and settings that are not the defaults of a run from files, however they were spelled."""
+        """Options and settings that are not the defaults of a run from files, however they were spelled.
+
+        They stand on the page and in the folder, both of which are shown to others: a secret is no part of them.
+        """
         # An objective by name, in a mapping, with settings of CLHA in it.
         settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
         given = {**vars(self.options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
         fields = {f.name: f.default for cls in (type(self.options), self.config_class) for f in dataclasses.fields(cls)}
         # Pinning fits the device; what is spelled out as it would be anyway makes no other run.
         defaults = {**fields, **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
-        return {name: value for name, value in given.items() if name not in SETTLED and value != defaults[name]}
+        left_out = {*SETTLED, "hub_token"}
+        return {name: value for name, value in given.items() if name not in left_out and value != defaults[name]}
 
     def _identity(self) -> RunIdentity:
         files = {"train_file": self.options.train_file, "eval_file": self.options.eval_file}
