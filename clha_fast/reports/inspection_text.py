@@ -35,7 +35,8 @@ def _facts(found: Inspection, objective: Objective) -> Iterator[tuple[str, str]]
     read = f"{found.name}: {found.records:,} records"
     yield "source", f"{read}, the first ones; the source has more" if found.more else read
     yield "data", data_text(found.summary, objective)
-    yield "per prompt", ", ".join(f"{size} responses: {count:,}" for size, count in found.sizes.items())
+    sizes = ((f"{size} response{'s' if size > 1 else ''}", count) for size, count in found.sizes.items())
+    yield "per prompt", ", ".join(f"{size}: {count:,}" for size, count in sizes)
     answers = sum(size * count for size, count in found.sizes.items())
     yield (
         "duplicates",
@@ -66,9 +67,10 @@ def margin_advice(found: Inspection, objective: CLHAOptions) -> str:
     own = f"reward_margin {objective.reward_margin:g} keeps {_percent(gaps.margin_kept)} of the pairs"
     if gaps.margin_kept >= ENOUGH:
         return f"{own}: it fits"
+    part = "" if gaps.suggested == gaps.quantiles[SHARES.index(0.25)] else "half "
     return (
-        f"{own}; suggested: reward_margin {gaps.suggested:.4g}, the lower quartile of the reward gaps, which keeps "
-        f"{_percent(gaps.suggested_kept)}"
+        f"{own}; suggested: reward_margin {gaps.suggested:.4g}, {part}the lower quartile of the reward gaps, which "
+        f"keeps {_percent(gaps.suggested_kept)}"
     )
 
 

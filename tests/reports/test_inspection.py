@@ -129,6 +129,11 @@ def test_degenerate_files(tmp_path: Path) -> None:
     ties = inspect_file([{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]}], PUBLISHED, progress=False)
     assert ties.gaps is not None
     assert (ties.gaps.suggested, ties.gaps.suggested_kept) == (0.0, 0.0)
+    coarse = [{"prompt": "a", "completions": ["b", "c"], "rewards": [0.75, 0.25]}]
+    equal = inspect_file(coarse, PUBLISHED, progress=False)
+    assert equal.gaps is not None
+    assert (equal.gaps.suggested, equal.gaps.suggested_kept) == (0.25, 1.0), "a margin of 0.5 would keep no pair"
+    assert "reward_margin 0.25, half the lower quartile of the" in inspection_text(equal, PUBLISHED)
     bad = write(tmp_path / "bad.jsonl", [*ROWS, {"prompt": "a", "completions": [""]}])
     found = inspect_file(str(bad), PUBLISHED, progress=False)
     assert (found.records, len(found.bad)) == (3, 1)
