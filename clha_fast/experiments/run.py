@@ -21,7 +21,7 @@ from clha_fast.data.containers import files_of, source_name
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
-from clha_fast.experiments.folder import check_folder, claim_folder
+from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.messages import nearest
 from clha_fast.models.loading import (
@@ -236,6 +236,8 @@ class Run:
     def build(self) -> None:
         """Tokenizer, model and trainer, new or from the checkpoint that is resumed; tokenises the records."""
         options = self.options
+        starts = {name: getattr(options, name, None) for name in ("model", "tokenizer", "reward_model")}
+        check_apart(self.folder, {**starts, "reference": getattr(self.args, "reference", None)})
         self.identity = self._identity()
         self.checkpoint = check_folder(self.folder, self.identity, resume=options.resume, overwrite=options.overwrite)
         self.tokenizer = self._tokenizer()

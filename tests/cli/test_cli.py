@@ -136,6 +136,12 @@ def test_folder_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(command(tmp_path, "--resume", max_steps=1)) == 2
     assert "train_file changed" in capsys.readouterr().err
     assert cli.main(command(tmp_path, "--overwrite", max_steps=1)) == 0
+    capsys.readouterr()
+    nothing = {"model_config": None, "build_tokenizer": None, "max_steps": 1}
+    for own in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        assert cli.main(command(tmp_path, "--overwrite", "--model", str(own), **nothing)) == 2
+        assert f"expected another folder than that of model, {own}, which the run would" in one_sentence(capsys)
+        assert (own / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
