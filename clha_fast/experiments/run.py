@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from clha_fast.data.containers import files_of, source_name
@@ -244,13 +245,22 @@ class Run:
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
         check_optimizer(self.args, self.model)
-        self.trainer = self._trainer(
-            train_dataset=self.train_records,
-            eval_dataset=self.held_out or None,
-            processing_class=self.tokenizer,
-            peft_config=self._adapter,
-            callbacks=[self._stop],
-        )
+        try:
+            self.trainer = self._trainer(
+                train_dataset=self.train_records,
+                eval_dataset=self.held_out or None,
+                processing_class=self.tokenizer,
+                peft_config=self._adapter,
+                callbacks=[self._stop],
+            )
+        except HfHubHTTPError.__bases__ as error:  # whatever http client it has, and OSError
+            if not self.args.push_to_hub:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"push_to_hub: expected a repository that can be made on the Hub, got an error ({reason}); log in "
+                "(hf auth login, or hub_token), or leave it out and push the folder afterwards"
+            ) from error
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             self.skipped += dataset.skipped
         files = (options.train_file, options.eval_file)
