@@ -316,7 +316,13 @@ class RolloutTrainer(CLHATrainer):
         return text, ended or stop
 
     def _judge(self, records: Sequence[Prompted], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        rewards = [[float(value) for value in own] for own in self.reward(records, texts)]
+        given = self.reward(records, texts)
+        try:
+            rewards = [[float(value) for value in own] for own in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got {given!r:.100}"
+            ) from error
         if list(map(len, rewards)) != list(map(len, texts)):
             raise ValueError(
                 f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,12 +215,16 @@ def test_stop_texts(tmp_path: Path) -> None:
     assert ours._text(prompt, [1]) == ("", True)
 
 
-def test_equal_rewards_train_nothing(tmp_path: Path) -> None:
+def test_equal_rewards_train_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     ours = trainer(tmp_path, reward=lambda records, answers: [[1.0] * len(texts) for texts in answers], max_steps=2)
     before = weights(ours.model)
     ours.train()
     for name, tensor in weights(ours.model).items():
         assert torch.equal(tensor, before[name]), name
+    assert "nothing was trained" not in caplog.text, "steps were taken"
+    trainer(tmp_path, max_steps=0).train()
+    assert "train: nothing was trained; no step was asked for" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,6 +234,8 @@ def test_equal_rewards_train_nothing(tmp_path: Path) -> None:
             lambda r, a: [[0.0] for _ in a],
             r"reward: expected 2 lists of 5 numbers, one an answer, got lists of \[1, 1\]",
         ),
+        (lambda r, a: None, "reward: expected 2 lists of 5 numbers, one an answer, got None"),
+        (lambda r, a: [["good"] * len(t) for t in a], r"reward: expected 2 lists of 5 numbers, .* got \[\['good'"),
         (lambda r, a: [[math.nan] * len(t) for t in a], "reward: expected finite numbers"),
     ],
 )
