@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 
@@ -30,22 +31,20 @@ def hub_files(path: str) -> list[str]:
             such split, several configurations. ImportError: `datasets` is not installed.
     """
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(f"{path}: a data set of the Hub needs datasets; pip install 'clha-fast[eval]'") from error
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
+    hub = importlib.import_module("huggingface_hub")
     # The bases: errors of whatever carries the requests, of which no connection and no answer in time are no OSError.
-    errors: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+    errors: tuple[type[Exception], ...] = (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
 
     found = _NAME.fullmatch(path)
     assert found is not None
     name, split = found["name"], found["split"]
     try:
         # Asked once: `datasets` would try again for minutes where a path is mistyped.
-        HfApi().dataset_info(name, timeout=_PATIENCE)
-    except OfflineModeIsEnabled:
+        hub.HfApi().dataset_info(name, timeout=_PATIENCE)
+    except hub.errors.OfflineModeIsEnabled:
         pass
     except errors as error:
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")

@@ -40,6 +40,11 @@ from clha_fast.ops.dispatch import Backend, check_name
 from clha_fast.types import RankingInputs
 
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
+_UNUSED = {
+    "labels": "its targets are scored",
+    "use_cache": "no cache is kept",
+    "logits_to_keep": "its row_index says which rows are scored",
+}
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
 _OWN_FIELDS = {
@@ -50,7 +55,6 @@ _OWN_FIELDS = {
     "inert_for",
     "chains",
     "host_sizes",
-    "labels",
     "num_items_in_batch",
 }
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
@@ -220,8 +224,11 @@ class Attached:
         """The loss of the batch in `kwargs`; what is neither a field of it nor a count goes to the model."""
         if args:
             raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
-        if kwargs.get("labels") is not None:
-            raise ValueError("labels: expected none beside a batch of candidates (its targets are scored), got some")
+        for name, why in _UNUSED.items():
+            got = kwargs.get(name)
+            if got is not None and (isinstance(got, Tensor) or got):
+                got = "some" if isinstance(got, Tensor) else got
+                raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
@@ -251,7 +258,7 @@ class Attached:
             lengths, per_prompt = kwargs["candidate_lengths"], kwargs["candidates_per_prompt"]
             sizes = HostSizes.of(kwargs["host_sizes"], lengths, per_prompt)
             tensors |= {} if sizes is None else vars(sizes)
-        others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more)}
+        others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more, *_UNUSED)}
         self._layouts.check(inputs, others)
         scale = checked_scale(kwargs.get("loss_scale"))
         found = self._forward(

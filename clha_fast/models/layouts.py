@@ -117,7 +117,7 @@ class RowLayouts:
                 several candidates; the first batch, or one of twice the length, is not computed as rows alone.
         """
         segments: Segments | None = batch.get("segments")
-        if segments is None or torch.compiler.is_compiling():
+        if segments is None:
             return
         got = segments.layout
         if self.layout == "padded" or (got == "shared" and self.layout == "packed"):
@@ -131,7 +131,8 @@ class RowLayouts:
                     f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
                     "RankedCollator(layout='padded') takes it"
                 )
-        if not any(group.candidates for group in segments.groups):
+        # What follows reads the batch on the host.
+        if torch.compiler.is_compiling() or not any(group.candidates for group in segments.groups):
             return
         # With weights spread over processes all would have to come here at the same batch.
         sizes = segments.longest, segments.width

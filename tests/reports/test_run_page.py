@@ -36,7 +36,7 @@ def test_a_run_leaves_a_page_with_the_cards_figures(tmp_path: Path, capsys: pyte
     assert "pairs dropped as noise" in text
     assert ">max_steps</th><td>6</td>" in text
     assert ">eval_samples</th><td>2</td>" in text, "what may differ when a run is resumed was given all the same"
-    assert ">logging_steps<" not in text, "a default of the command line"
+    assert ">report_to<" not in text, "a default of the command line"
     assert text.count("after step 0") == text.count("after step 6") == 2, "both ends of each prompt's answers"
     assert "shows what lies between" not in text
     assert "<script" not in text
