@@ -71,7 +71,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench-cpu: $(VENV)/.peers
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.cpu --scaling --output benchmarks/results/cpu.json $(ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.cpu --scaling --output benchmarks/results $(ARGS)
 	$(BIN)/python -m benchmarks.render
 
 bench-gpu: $(VENV)/.peers
