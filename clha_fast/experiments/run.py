@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Whatever carries the Hub's requests, and OSError.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Where a run from files wants something else than transformers' Trainer.
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
@@ -253,7 +255,7 @@ class Run:
                 peft_config=self._adapter,
                 callbacks=[self._stop],
             )
-        except HfHubHTTPError.__bases__ as error:  # whatever http client it has, and OSError
+        except _HUB_ERRORS as error:
             if not self.args.push_to_hub:
                 raise
             reason = " ".join(str(error).split())[:200]
