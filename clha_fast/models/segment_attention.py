@@ -31,11 +31,13 @@ class UnsupportedAttentionError(ValueError):
     """A layer asks of attention what two calls do not compute."""
 
 
-def plan_for(segments: Segments, function: Callable[..., Any] | None, device: torch.device) -> SegmentPlan:
-    """What stands in the place of the mask that `function` (None is causal) would make."""
+def plan_for(
+    segments: Segments, function: Callable[..., Any] | None, device: torch.device, sequence: Any = None
+) -> SegmentPlan:
+    """What stands in the place of the mask that `function` (None is causal) would make; `sequence` as `SegmentPlan`."""
     causal = masking_utils.causal_mask_function
     own = causal if function is None else function
-    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device))
+    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device), sequence)
 
 
 def planned(
@@ -54,7 +56,8 @@ def planned(
     """A layer's attention in rows of several candidates; arguments as transformers passes them.
 
     Raises:
-        UnsupportedAttentionError: dropout, a position bias, or keys that are not the row's own.
+        UnsupportedAttentionError: dropout, a position bias, or keys that are not the row's own; heads that do not
+            divide among the processes of `sequence_parallel`.
     """
     name = type(module).__name__
     if dropout:
@@ -68,7 +71,12 @@ def planned(
             f"{'a bias' if position_bias is not None else f'{key.shape[2]} keys'}; layout='padded' runs it"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, plan, scale, softcap, s_aux).transpose(1, 2).contiguous(), None
+    if plan.sequence is not None:
+        query, key, value, s_aux = plan.sequence.to_heads(name, query, key, value, s_aux)
+    out = attend(query, key, value, plan, scale, softcap, s_aux)
+    if plan.sequence is not None:
+        out = plan.sequence.to_tokens(out)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _sdpa(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,13 +49,15 @@ class SegmentPlan:
 
     Attributes:
         function: the model's own mask function, of (row, head, query position, key position).
-        causal: it is causal and no more. places: what a device's operator has made of the segments.
+        causal: it is causal and no more. sequence: a `sequence_parallel.SequenceParallel`, over whose processes the
+            tokens of `segments` are spread, or None. places: what a device's operator has made of the segments.
         begins: the first key that a block of queries, (position, count), sees.
     """
 
     segments: Segments
     function: MaskFunction
     causal: bool
+    sequence: Any = None
     places: dict[torch.device, Any] = field(default_factory=dict, repr=False)
     begins: dict[Span, int] = field(default_factory=dict, repr=False)
 
