@@ -17,8 +17,9 @@ from tests.support.tiny import make_model
 SAMPLE = ("padded", "exact", "much padding", "one group of heads", "refusals")
 
 
-def run(*names: str) -> None:
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run(*names: str, processes: int = 2) -> None:
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [*launch, "-m", "tests.support.sequence_processes", *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -32,6 +33,12 @@ def test_sample() -> None:
 @pytest.mark.slow
 def test_all() -> None:
     run()
+
+
+@pytest.mark.slow
+def test_four_processes() -> None:
+    """Of four heads with two of keys, which are repeated; and two groups beside each other."""
+    run("shared", "exact, padded", "much padding", "two groups", processes=4)
 
 
 @pytest.mark.parametrize("group", ["world", 2, None])

@@ -7,6 +7,7 @@ has to be refused is not.
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import os
 import sys
@@ -19,15 +20,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import clha_fast
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.models.layout_probe import pack
+from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.objectives.dpo import DPOOptions
 from clha_fast.objectives.policy import PolicyOptions
+from clha_fast.objectives.sft import SFTOptions
+from clha_fast.planning.live import LiveMemory
 from tests.support.architecture_configs import shrink
 from tests.support.architectures import build
 from tests.support.layouts import texts
@@ -164,6 +168,73 @@ def ddp() -> None:
     same(model, other, outputs, FLOAT32, averaged=True)
 
 
+def fsdp2() -> None:
+    """Weights in parts, once it is attached; its mean is the gradient of one process."""
+    model, other = llama(tie_word_embeddings=False), llama(tie_word_embeddings=False)
+    clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)
+    clha_fast.attach(other, layout="shared")
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(model)
+    outputs = model(**collate("shared")), other(**collate("shared"))
+    for output in outputs:
+        output.loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.full_tensor()  # type: ignore[union-attr]
+    same(model, other, outputs, FLOAT32, averaged=True)
+
+
+def lora(model: nn.Module) -> None:
+    peft = importlib.import_module("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def two_groups() -> None:
+    """Four processes, two for each of two batches: with DDP over all, the gradient of both batches in one process."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = dist.get_rank() // 2
+    model, other = llama(), llama()
+    attached = clha_fast.attach(model, layout="shared", sequence_parallel=groups[mine])
+    alone = clha_fast.attach(other, layout="shared")
+    wrapped = DistributedDataParallel(model)
+    batches = [collate("shared"), collate("shared", count=2, start=3)]
+    counts = attached.counts([batches[mine]])
+    whole = alone.counts(batches, group=dist.new_subgroups(1)[0], losses=1)
+    wrapped(**batches[mine], **counts).loss.backward()
+    for batch in batches:
+        other(**batch, **whole).loss.backward()
+    ours, theirs = gradients(model), gradients(other)
+    found = torch.cat([ours[name].flatten() for name in theirs])
+    assert differ(found, torch.cat([g.flatten() for g in theirs.values()])) <= FLOAT32
+
+
+def memory() -> None:
+    """Of a long row each process keeps about half: tensors alive in a step, above weights and gradients."""
+    sizes = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (1024,), generator=draw).tolist()
+    features = [candidates_of(ids[:512], [ids[512:704], ids[704:]])]
+    peaks = []
+    for group in (dist.group.WORLD, None):
+        model = make_model(len(TOKENIZER), **sizes)
+        clha_fast.attach(model, SFTOptions(), layout="shared", sequence_parallel=group)
+        batch = pack(features, "shared").as_dict()
+        model(**batch).loss.backward()
+        live = LiveMemory()
+        tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+        live.known(*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), *tensors)
+        with live:
+            model(**batch).loss.backward()
+        peaks.append(live.peak)
+    assert peaks[0] < 0.6 * peaks[1], peaks
+    if dist.get_rank() == 0:
+        print(f"tensors alive at the peak, two processes over one: {peaks[0] / peaks[1]:.2f}", flush=True)
+
+
 def bfloat16() -> None:
     model, other = llama().bfloat16(), llama().bfloat16()
     clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)
@@ -257,11 +328,15 @@ CASES: dict[str, Callable[[], None]] = {
     "sinks": lambda: equal(lambda: of_kind("gpt_oss", "clha_fast"), "shared", batch=drawn),
     "latent attention": lambda: equal(lambda: of_kind("deepseek_v3"), "shared", batch=drawn),
     "experts": lambda: equal(lambda: of_kind("qwen3_moe"), "padded", batch=drawn),
+    "lora": lambda: equal(llama, "shared", before=lora),
     "ddp": ddp,
+    "fsdp2": fsdp2,
+    "memory": memory,
     "bfloat16": bfloat16,
     "no prompts": no_prompts,
     "refusals": refusals,
 }
+OF_FOUR: dict[str, Callable[[], None]] = {"two groups": two_groups}
 
 
 def main(names: list[str]) -> None:
@@ -269,7 +344,7 @@ def main(names: list[str]) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     for name in names or CASES:
         try:
-            CASES[name]()
+            (CASES | OF_FOUR)[name]()
         except BaseException:
             print(f"--- {name}, process {dist.get_rank()}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other process waits for this one
