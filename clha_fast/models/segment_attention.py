@@ -10,6 +10,7 @@ softmax over masked scores.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clha_fast.batching.segments import Segments
-from clha_fast.models.two_calls import SegmentPlan, attend, is_causal
+from clha_fast.models.segment_plan import SegmentPlan, is_causal
+from clha_fast.models.two_calls import attend
 
 OWN = "clha_fast"
 # Where masks and attention are both functions of transformers' tables.
@@ -37,7 +39,22 @@ def plan_for(
     """What stands in the place of the mask that `function` (None is causal) would make; `sequence` as `SegmentPlan`."""
     causal = masking_utils.causal_mask_function
     own = causal if function is None else function
-    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device), sequence)
+    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device), sequence, window_of(own))
+
+
+def window_of(function: Callable[..., Any]) -> int | None:
+    """w, where a mask function is transformers' own of a sliding window of w tokens; None for any other."""
+    known = masking_utils.sliding_window_causal_mask_function(1)
+    overlay = masking_utils.sliding_window_overlay(1)
+    if getattr(function, "__code__", None) is not known.__code__:
+        return None
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+        return None
+    if getattr(parts[0], "__code__", None) is not overlay.__code__:
+        return None
+    window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def planned(

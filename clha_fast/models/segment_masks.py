@@ -71,7 +71,7 @@ def segmented(
 
     Args:
         tokens: `segments.tokens()` on the model's device. two_calls: layers are given a plan in the mask's place, where
-            their attention takes one. sequence: as `two_calls.SegmentPlan`; `tokens` are then this process's own.
+            their attention takes one. sequence: as `segment_plan.SegmentPlan`; `tokens` are then this process's own.
 
     Raises:
         UnsupportedLayoutError: as `install`.

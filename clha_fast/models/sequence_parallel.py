@@ -174,9 +174,10 @@ class SequenceParallel:
         """
         heads, groups = query.shape[1], key.shape[1]
         if heads % self.size:
+            right = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             raise UnsupportedAttentionError(
-                f"sequence_parallel: expected processes that divide the {heads} attention heads of {name}, got "
-                f"{self.size}; a group of {math.gcd(heads, self.size)} does"
+                f"sequence_parallel: expected a number of processes that divides the {heads} attention heads of {name} "
+                f"({right}), got {self.size}"
             )
         repeat = math.lcm(groups, self.size) // groups
         if repeat > 1:

@@ -273,7 +273,7 @@ def at_attach(make: Callable[[], nn.Module], layout: str = "padded") -> Callable
 
 def refusals() -> None:
     refused(
-        "sequence_parallel: expected processes that divide the 3 attention heads of LlamaAttention, got 2",
+        "expected a number of processes that divides the 3 attention heads of LlamaAttention (1, 3), got 2",
         at_attach(lambda: llama(num_attention_heads=3, num_key_value_heads=3, hidden_size=24)),
     )
     refused("attn_implementation is 'eager'", at_attach(lambda: of_kind("llama", "eager")))
