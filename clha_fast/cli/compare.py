@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from clha_fast.cli.evaluate import add_reward_arguments, evaluation_of
 from clha_fast.cli.guard import guarded
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import read_records
 from clha_fast.evaluation.comparison import compare as compare_evaluations
 from clha_fast.evaluation.comparison import comparison_table
@@ -29,7 +29,7 @@ def compare(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence. ImportError: a package of the extra `eval` is missing.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast compare", description=DESCRIPTION)
+    parser = Parser(prog="clha-fast compare", description=DESCRIPTION)
     for name in ("A", "B"):
         parser.add_argument(name.lower(), metavar=name, help="what `clha-fast eval --out` wrote, or a file of answers")
     add_reward_arguments(parser)

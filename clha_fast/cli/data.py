@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import FORMATS, RecordError
 from clha_fast.data import convert as convert_file
 
 
 def convert(words: Sequence[str]) -> int:
     """Rewrites a file of ranked responses; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="clha-fast convert", description="Rewrite ranked responses as canonical JSON Lines.", epilog=COLUMNS_HELP
     )
     parser.add_argument(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 from collections.abc import Sequence
 
+from clha_fast.cli.text import Parser
 from clha_fast.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "datasets", "flash-attn", "matplotlib")
@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 def env(words: Sequence[str]) -> int:
     """Prints versions, devices and the backend that would run; returns the exit status."""
-    argparse.ArgumentParser(prog="clha-fast env", description="Versions, devices, backend.").parse_args(words)
+    Parser(prog="clha-fast env", description="Versions, devices, backend.").parse_args(words)
     import torch
 
     from clha_fast.cli.devices import backend_text, device_text

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import report
 from clha_fast.evaluation.intervals import check_extra
@@ -81,7 +81,7 @@ def evaluate(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence. ImportError: a package of the extra `eval` is missing.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast eval", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser = Parser(prog="clha-fast eval", description=DESCRIPTION, epilog=COLUMNS_HELP)
     parser.add_argument("answers", metavar="ANSWERS", nargs="?", help="a file of `clha-fast generate`, or like one")
     add_reward_arguments(parser)
     parser.add_argument("--model", metavar="PATH", help="a causal language model to measure, and to answer")

@@ -13,7 +13,7 @@ import yaml
 from transformers.utils import logging
 
 from clha_fast.cli.options import OptionError, merge
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.evaluation import comparison_plots, plots
 from clha_fast.experiments.claims import SHOWN, Claim, ablation, noise, write_differences
 from clha_fast.experiments.comparison import Comparison, parse_comparison
@@ -34,7 +34,7 @@ the configuration.
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"clha-fast {command}", description=TITLES[command], epilog=HELP)
+    parser = Parser(prog=f"clha-fast {command}", description=TITLES[command], epilog=HELP)
     parser.add_argument("--config", metavar="FILE", required=True, help="a YAML file")
     parser.add_argument("--output-dir", metavar="DIR", help="in place of the file's")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
+from clha_fast.cli.text import Parser
 from clha_fast.data import FORMATS
 from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.files import check_destination
@@ -157,7 +158,7 @@ def generate(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast generate", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser = Parser(prog="clha-fast generate", description=DESCRIPTION, epilog=COLUMNS_HELP)
     parser.add_argument("model", metavar="MODEL", help="a causal language model or adapter: its folder, or a name")
     parser.add_argument(
         "prompts", metavar="PROMPTS", nargs="?", help="ranked responses in any known format, or prompts alone"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import FORMATS
 from clha_fast.files import check_destination, write_text
 from clha_fast.models.loading import config_positions, load_tokenizer
@@ -27,7 +26,7 @@ def inspect(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast inspect", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser = Parser(prog="clha-fast inspect", description=DESCRIPTION, epilog=COLUMNS_HELP)
     parser.add_argument("source", metavar="FILE", help="ranked responses in any known format")
     parser.add_argument("--model", metavar="M", help="whose tokenizer and chat template: a folder, or a name")
     parser.add_argument("--html", metavar="PAGE.html", help="also write one page of HTML, which loads nothing")

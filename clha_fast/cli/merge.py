@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 
 from transformers.utils import logging
 
 from clha_fast.cli.generate import model_text
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.files import write_json
 from clha_fast.generation.prompts import trained_prefix
 from clha_fast.models.loading import DTYPES
@@ -27,7 +26,7 @@ def merge(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError, ImportError: a user error, in one sentence.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast merge", description=DESCRIPTION)
+    parser = Parser(prog="clha-fast merge", description=DESCRIPTION)
     parser.add_argument("adapter", metavar="ADAPTER", help="the adapter's folder, such as a run's output_dir")
     parser.add_argument("destination", metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument("--model", metavar="BASE", help="the base model (default: the one that the adapter names)")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from clha_fast.batching.segments import LAYOUTS
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.models.loading import load_config
 from clha_fast.planning.plan import GIB, Load, Plan, table, ways_to_fit
 from clha_fast.planning.plan import plan as count
@@ -38,7 +38,7 @@ def plan(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError, ImportError: a user error, in one sentence.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast plan", description=DESCRIPTION)
+    parser = Parser(prog="clha-fast plan", description=DESCRIPTION)
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="a folder with config.json, or a name on the Hub"
     )

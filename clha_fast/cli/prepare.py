@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import with_dashes
+from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import hh, tldr
 from clha_fast.data.extra import ExtraCandidates
 from clha_fast.data.parts import split_files
@@ -21,9 +21,7 @@ _PARSES = {"clean": hh.read_clean, "published": hh.read_published}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="clha-fast prepare", description=DESCRIPTION, epilog=f"Of ranked: {COLUMNS_HELP}"
-    )
+    parser = Parser(prog="clha-fast prepare", description=DESCRIPTION, epilog=f"Of ranked: {COLUMNS_HELP}")
     parser.add_argument("data", choices=("hh-rlhf", "tldr", "ranked"), help="what the files are; ranked: any format")
     parser.add_argument(
         "sources", metavar="SRC", nargs="+", help="a folder as published, files, or a glob; of ranked, any format"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import rows_text
+from clha_fast.cli.text import Parser, rows_text
 from clha_fast.data import FORMATS, read_records
 from clha_fast.files import check_destination
 from clha_fast.models.layouts import LAYOUT_CHOICES
@@ -32,7 +32,7 @@ def rank(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: a user error, in one sentence.
     """
-    parser = argparse.ArgumentParser(prog="clha-fast rank", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    parser = Parser(prog="clha-fast rank", description=DESCRIPTION, epilog=COLUMNS_HELP)
     parser.add_argument(
         "model",
         metavar="MODEL",

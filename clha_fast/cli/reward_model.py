@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import carry_out, folder_text, model_text
+from clha_fast.cli.runs import carry_out, few_text, folder_text, model_text, write_page
+from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.evaluation.accuracy import PairAccuracy
 from clha_fast.experiments.reward_run import CHANCE, REWARD_FILE, RewardRun, RewardRunOptions
@@ -79,12 +80,14 @@ def _before(run: RewardRun) -> str:
 
 
 def _finish(run: RewardRun) -> None:
-    print(f"\n{results(run)}")
+    result = results(run)
+    print(f"\n{result.text}")
+    print(f"report          {write_page(run, header(run), result, plots.REWARD_PANELS)}")
     print(f"figures         {os.path.join(run.folder, REWARD_FILE)}")
     print(f"reward model    {run.folder}, for clha-fast score --reward-model")
 
 
-def header(run: RewardRun) -> str:
+def header(run: RewardRun) -> dict[str, str]:
     """What will be trained, on what."""
     args, trainer = run.args, run.trainer
     new = f"; new weights: {', '.join(run.fresh)}" if run.fresh else ""
@@ -95,7 +98,9 @@ def header(run: RewardRun) -> str:
         "model": f"{model_text(run)}{new}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "training": _data_text(trainer.train_dataset, by),
-        "held out": _data_text(trainer.eval_dataset, by) if run.held_out else "no held-out set",
+        "held out": _data_text(trainer.eval_dataset, by) + few_text(len(trainer.eval_dataset))
+        if run.held_out
+        else "no held-out set",
         "lengths": f"{length}, padded with {pad}",
         **({} if args.layout == "padded" else {"layout": f"{trainer.layout} rows"}),
         "folder": folder_text(run),
@@ -108,7 +113,7 @@ def header(run: RewardRun) -> str:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if run.shared:
         lines["note"] = f"{run.shared} held-out prompts stand in the training file too"
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    return lines
 
 
 def _data_text(data: PairedDataset, by: str) -> str:
@@ -141,25 +146,23 @@ def _accuracy_text(found: Mapping[str, Any]) -> str:
     return f"accuracy {found['accuracy']:.3f} (95% interval {_interval(found['interval'])})"
 
 
-def results(run: RewardRun) -> str:
+def results(run: RewardRun) -> report.Result:
     """The held-out accuracy before and after training beside its baselines, and what it does not show."""
     if not run.held_out:
-        return "no held-out set: not evaluated"
+        return report.NO_RESULT
     longer = run.longer_wins()
     found = {"before": run.before, "after": run.after, "longer response wins": longer.as_dict()}
     rows = [
         [name, report.number(values.get("accuracy")), _interval(values.get("interval"))]
         for name, values in found.items()
     ]
-    text = [
-        report.table(["held-out pairs", "accuracy", "95% interval"], [*rows, ["chance", report.number(CHANCE), "-"]]),
-        f"{longer.pairs:,} pairs of {longer.prompts:,} prompts; intervals: bootstrap over prompts",
-    ]
+    notes = [f"{longer.pairs:,} pairs of {longer.prompts:,} prompts; intervals: bootstrap over prompts"]
     after = PairAccuracy(run.after["accuracy"], run.after["interval"], longer.prompts, longer.pairs)
     if after.interval is None:
-        text.append("One prompt gives no interval: hold out more.")
+        notes.append("One prompt gives no interval: hold out more.")
     elif after.like_chance:
-        text.append("The interval includes 0.5: on these prompts the reward model cannot be told from guessing.")
+        notes.append("The interval includes 0.5: on these prompts the reward model cannot be told from guessing.")
     elif after.interval[0] <= max(longer.accuracy, 1 - longer.accuracy):
-        text.append("The interval reaches down to what the length of a response alone says.")
-    return "\n".join(text)
+        notes.append("The interval reaches down to what the length of a response alone says.")
+    rows.append(["chance", report.number(CHANCE), "-"])
+    return report.Result(["held-out pairs", "accuracy", "95% interval"], rows, notes)

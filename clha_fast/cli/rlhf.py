@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import Progress, carry_out, folder_text, model_text
+from clha_fast.cli.runs import Progress, carry_out, few_text, folder_text, model_text, write_page
+from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import METRICS_FILE
@@ -78,12 +79,14 @@ def _before(run: RolloutRun) -> str:
 
 
 def _finish(run: RolloutRun) -> None:
-    print(f"\n{results(run)}")
+    result = results(run)
+    print(f"\n{result.text}")
+    print(f"report          {write_page(run, header(run), result, plots.ROLLOUT_PANELS)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
 
 
-def header(run: RolloutRun) -> str:
+def header(run: RolloutRun) -> dict[str, str]:
     """What will be trained, on what, judged by whom."""
     args, trainer = run.args, run.trainer
     options: Any = trainer.loss_options
@@ -99,10 +102,12 @@ def header(run: RolloutRun) -> str:
         f"{trainer.train_dataset.settings.max_new_tokens} tokens, for {args.rollout_steps} "
         f"step{'s' if args.rollout_steps > 1 else ''}",
         "training": _data_text(trainer.train_dataset),
-        "held out": _data_text(trainer.eval_dataset) if run.held_out else "no held-out set",
+        "held out": _data_text(trainer.eval_dataset) + few_text(len(trainer.eval_dataset))
+        if run.held_out
+        else "no held-out set",
         "folder": folder_text(run),
     }
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    return lines
 
 
 def _data_text(data: PromptDataset) -> str:
@@ -118,10 +123,10 @@ def _reward_text(found: Mapping[str, Any]) -> str:
     return f"mean reward {report.number(found['eval_reward'])} (95% interval {_interval(found['interval'])})"
 
 
-def results(run: RolloutRun) -> str:
+def results(run: RolloutRun) -> report.Result:
     """The held-out rewards before and after training, and how sure the difference is."""
     if not run.held_out:
-        return "no held-out set: not evaluated"
+        return report.NO_RESULT
     gain, interval = run.gain()
     sides = (run.before, run.after)
     rows = [
@@ -131,11 +136,10 @@ def results(run: RolloutRun) -> str:
         ["unfinished", *(report.number(side["eval_unfinished_share"]) for side in sides), ""],
         ["empty", *(report.number(side["eval_empty_share"]) for side in sides), ""],
     ]
-    text = [
-        report.table(["held out, greedy", "before", "after", "difference"], rows),
+    notes = [
         f"{len(run.after['rewards']):,} prompts; intervals: bootstrap over prompts",
         "These rewards are of the model that the policy was trained to please: let another one judge it.",
     ]
     if interval is None or interval[0] <= 0 <= interval[1]:
-        text.append("The interval of the difference includes 0.")
-    return "\n".join(text)
+        notes.append("The interval of the difference includes 0.")
+    return report.Result(["held out, greedy", "before", "after", "difference"], rows, notes)

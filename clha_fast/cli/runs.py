@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
+from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
-from clha_fast.files import CheckpointError, survivors
+from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
+from clha_fast.reports.run_page import REPORT_FILE, run_page
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
+_FEW = 20  # held-out prompts: 95% of an accuracy of 0.7 are then 0.5 to 0.9
 _R = TypeVar("_R", bound=Run)
 
 
@@ -84,11 +88,36 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
+def few_text(prompts: int) -> str:
+    """What is to be said of few held-out prompts; "" of enough."""
+    return "" if prompts >= _FEW else "; figures on so few prompts are mostly chance (eval_fraction or eval_file: more)"
+
+
+def write_page(
+    run: Run,
+    lines: Mapping[str, str],
+    result: report.Result,
+    panels: Sequence[plots.Panel],
+    samples: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """`report.html` in the run's folder: its path. `lines` is what the command said first."""
+    path = os.path.join(run.folder, REPORT_FILE)
+    name = os.path.basename(os.path.abspath(run.folder))
+    log = run.trainer.state.log_history
+    write_text(path, run_page(name, lines.items(), run.changed, result, run.before, run.after, log, samples, panels))
+    return path
+
+
+def header_text(lines: Mapping[str, str]) -> str:
+    """What a command says first: names, and what is to be said of each."""
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
 def carry_out(
     command: str,
     run: _R,
     started: float,
-    header: Callable[[_R], str],
+    header: Callable[[_R], Mapping[str, str]],
     before: Callable[[_R], str],
     finish: Callable[[_R], None],
     progress: TrainerCallback | None = None,
@@ -107,7 +136,7 @@ def carry_out(
         run.trainer.remove_callback(PrinterCallback)
         run.trainer.add_callback(progress)
         if first:
-            print(header(run), flush=True)
+            print(header_text(header(run)), flush=True)
         run.evaluate_before()
         if first and run.before:
             print(f"\nheld out before training: {before(run)}\n", flush=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import rows_text
+from clha_fast.cli.text import Parser, rows_text
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
@@ -81,17 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the reward gaps of all pairs")
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command `score` to an `add_subparsers()` object."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("score", help=DESCRIPTION, description=DESCRIPTION)
-    add_arguments(parser)
-    parser.set_defaults(run=run, columns=None)
-    return parser
-
-
 def score(words: Sequence[str]) -> int:
-    """`run`, from the words behind `clha-fast score`."""
-    parser = argparse.ArgumentParser(prog="clha-fast score", description=DESCRIPTION, epilog=COLUMNS_HELP)
+    """`clha-fast score`: the exit status, see `run`."""
+    parser = Parser(prog="clha-fast score", description=DESCRIPTION, epilog=COLUMNS_HELP)
     add_arguments(parser)
     with launched():
         words, columns = take_columns(words)

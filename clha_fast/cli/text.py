@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from clha_fast.messages import nearest
 from clha_fast.processes import joined
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a sentence each, with the option that may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """As `argparse.ArgumentParser`, without the usage in front."""
+        unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
+        name = next((word[2:].partition("=")[0] for word in unknown.split() if word.startswith("--")), "")
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        hint = nearest(name, known).replace("'", "'--", 1) if name else ""
+        self.exit(2, f"{self.prog}: {message}{hint} ({self.prog} --help says more)\n")
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:

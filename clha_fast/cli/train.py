@@ -14,14 +14,13 @@ from transformers.utils import logging
 from clha_fast.cli.defaults import defaults_text
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, split
-from clha_fast.cli.runs import carry_out, folder_text, model_text
+from clha_fast.cli.runs import carry_out, few_text, folder_text, model_text, write_page
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
-from clha_fast.files import write_text
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.reports.data_summary import DataSummary, data_text, share_text
-from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
+from clha_fast.reports.run_page import read_samples
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
 from clha_fast.training.samples import SAMPLES_FILE
@@ -92,13 +91,8 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     )
 
 
-def header(run: Run) -> str:
-    """What will be trained, on what, how."""
-    return "\n".join(f"{name:<9} {text}" for name, text in header_lines(run).items())
-
-
-def header_lines(run: Run) -> dict[str, str]:
-    """The header's lines by their names."""
+def header(run: Run) -> dict[str, str]:
+    """What will be trained, on what, how: lines by their names."""
     trainer, args = run.trainer, run.args
     train, held_out, shared = run.summary()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
@@ -113,7 +107,7 @@ def header_lines(run: Run) -> dict[str, str]:
         "held out": (
             "no held-out set"
             if held_out is None
-            else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out)
+            else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out) + few_text(held_out.prompts)
         ),
         "folder": folder_text(run),
     }
@@ -159,22 +153,6 @@ def memory_report(run: Run) -> dict[str, int]:
     return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
 
 
-def _write_page(run: Run) -> str:
-    path = os.path.join(run.folder, REPORT_FILE)
-    text = run_page(
-        os.path.basename(os.path.abspath(run.folder)),
-        header_lines(run).items(),
-        run.identity.settings,
-        run.before,
-        run.after,
-        run.trainer.state.log_history,
-        read_samples(os.path.join(run.folder, SAMPLES_FILE)),
-        run.trainer.loss_options.metric_names,
-    )
-    write_text(path, text)
-    return path
-
-
 def _print_answers(run: Run) -> None:
     """The first held-out prompt, as it was answered before training and is now, where `eval_samples` asks for it."""
     path = os.path.join(run.folder, SAMPLES_FILE)
@@ -188,8 +166,8 @@ def _print_answers(run: Run) -> None:
 
 def _finish(run: Run, command: Mapping[str, Any]) -> None:
     own = run.trainer.loss_options.metric_names
-    table = report.evaluation_table(run.before, run.after, own) if run.held_out else "no held-out set: not evaluated"
-    print(f"\n{table}")
+    result = report.evaluation_result(run.before, run.after, own) if run.held_out else report.NO_RESULT
+    print(f"\n{result.text}")
     _print_answers(run)
     log = run.trainer.state.log_history
     if not command.get("plot", True):
@@ -200,7 +178,8 @@ def _finish(run: Run, command: Mapping[str, Any]) -> None:
         print(f"\nloss curve      {path}")
     else:
         print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")
-    print(f"report          {_write_page(run)}")
+    samples = read_samples(os.path.join(run.folder, SAMPLES_FILE))
+    print(f"report          {write_page(run, header(run), result, plots.PANELS, samples)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
     if command.get("memory_report"):

@@ -11,11 +11,11 @@ import importlib
 import json
 import lzma
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from clha_fast.data.fields import TextRow, as_number
+from clha_fast.data.hub import hub_files, is_hub_name
 from clha_fast.data.jsonlines import json_rows
 from clha_fast.data.names import names_scores
 from clha_fast.data.records import SIGNALS, RecordError, is_sequence
@@ -53,10 +53,10 @@ def rows_of(source: Source) -> Iterator[tuple[str, object]]:
 
 
 def files_of(source: str | os.PathLike[str]) -> list[str]:
-    """The path, or those that match it as a glob, sorted; `~` is the home folder.
+    """The path, or those that match it as a glob, sorted; `~` is the home folder; `owner/name:split` is of the Hub.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. Others: `hub.hub_files`.
     """
     path = os.path.expanduser(os.fspath(source))
     if os.path.lexists(path):
@@ -66,10 +66,16 @@ def files_of(source: str | os.PathLike[str]) -> list[str]:
         if found:
             return found
         raise FileNotFoundError(errno.ENOENT, "expected files that match, found none", path)
-    why = os.strerror(errno.ENOENT)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.splitext(path)[1]:
-        why += "; for a data set of the Hub, datasets.load_dataset(name, split=...).save_to_disk(folder) and the folder"
-    raise FileNotFoundError(errno.ENOENT, why, path)
+    if is_hub_name(path):
+        return hub_files(path)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def source_name(path: str) -> str:
+    """How a source is called: a file by its name without folders, a data set of the Hub by its owner's and its own."""
+    if not os.path.lexists(os.path.expanduser(path)) and is_hub_name(path):
+        return path.partition(":")[0]
+    return os.path.basename(path)
 
 
 def table_rows(source: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from clha_fast.data.answers import (
     is_tree,
@@ -161,45 +161,33 @@ def parse_ultrafeedback(row: Row, source: str, rank_by_reward: bool) -> RankedRe
     )
 
 
-@dataclass(frozen=True)
-class _Format:
-    """A format: its parser, the columns that tell it from the others, and how an error shows them."""
+class _Format(NamedTuple):
+    """A format: its parser, and the columns that tell it from the others; none where `_TESTS` does."""
 
     parser: Parser
-    keys: tuple[str, ...]
-    shown: str
+    keys: tuple[str, ...] = ()
 
 
 _FORMATS = {
-    "pro": _Format(parse_pro, ("prefix", "suffix"), "prefix, suffix (reward, sft_index)"),
-    "rrhf": _Format(parse_rrhf, ("query", "responses"), "query, responses, scores"),
-    "nectar": _Format(parse_nectar, ("prompt", "answers"), "prompt, answers"),
-    "stack_exchange": _Format(
-        parse_stack_exchange, ("question", "answers"), "question, answers with text and pm_score"
-    ),
-    "simpo": _Format(
-        parse_simpo, ("all_generated_responses", "all_rm_scores"), "prompt, all_generated_responses, all_rm_scores"
-    ),
-    "shp": _Format(parse_shp, ("history", "human_ref_A", "human_ref_B"), "history, human_ref_A, human_ref_B, labels"),
-    "webgpt": _Format(
-        parse_webgpt, ("answer_0", "answer_1", "score_0", "score_1"), "question, answer_0, answer_1, score_0, score_1"
-    ),
-    "tldr": _Format(parse_tldr, ("info", "summaries", "choice"), "info, summaries, choice"),
-    "pku": _Format(
-        parse_pku,
-        ("response_0", "response_1", "better_response_id"),
-        "prompt, response_0, response_1, better_response_id",
-    ),
-    "stack_paired": _Format(parse_stack_paired, ("response_j", "response_k"), "question, response_j, response_k"),
-    "helpsteer": _Format(parse_helpsteer, (), "context, response1, response2, overall_preference"),
-    "arena": _Format(parse_arena, (), "conversation_a, conversation_b, winner"),
-    "oasst": _Format(parse_oasst, (), "prompt with replies"),
-    "hh": _Format(parse_hh, (), "chosen, rejected as transcripts"),
-    "trl": _Format(parse_trl, ("chosen", "rejected"), "chosen, rejected (prompt, score_chosen, score_rejected)"),
-    "generations": _Format(parse_generations, (), "instruction, generations, ratings"),
-    "ultrafeedback": _Format(parse_ultrafeedback, (), "instruction, completions"),
-    "canonical": _Format(parse_canonical, ("prompt", "completions"), "prompt, completions"),
-    "kto": _Format(parse_kto, ("completion", "label"), "prompt, completion, label (refused: no ranking)"),
+    "pro": _Format(parse_pro, ("prefix", "suffix")),
+    "rrhf": _Format(parse_rrhf, ("query", "responses")),
+    "nectar": _Format(parse_nectar, ("prompt", "answers")),
+    "stack_exchange": _Format(parse_stack_exchange, ("question", "answers")),
+    "simpo": _Format(parse_simpo, ("all_generated_responses", "all_rm_scores")),
+    "shp": _Format(parse_shp, ("history", "human_ref_A", "human_ref_B")),
+    "webgpt": _Format(parse_webgpt, ("answer_0", "answer_1", "score_0", "score_1")),
+    "tldr": _Format(parse_tldr, ("info", "summaries", "choice")),
+    "pku": _Format(parse_pku, ("response_0", "response_1", "better_response_id")),
+    "stack_paired": _Format(parse_stack_paired, ("response_j", "response_k")),
+    "helpsteer": _Format(parse_helpsteer),
+    "arena": _Format(parse_arena),
+    "oasst": _Format(parse_oasst),
+    "hh": _Format(parse_hh),
+    "trl": _Format(parse_trl, ("chosen", "rejected")),
+    "generations": _Format(parse_generations),
+    "ultrafeedback": _Format(parse_ultrafeedback),
+    "canonical": _Format(parse_canonical, ("prompt", "completions")),
+    "kto": _Format(parse_kto, ("completion", "label")),
 }
 PARSERS: dict[str, Parser] = {name: found.parser for name, found in _FORMATS.items()}
 # Rows of KTO are told only to be refused.
@@ -238,11 +226,10 @@ def detect_format(row: Row, source: str) -> str:
     for name, found in _FORMATS.items():
         if (set(found.keys) <= keys) if found.keys else _TESTS[name](row, keys):
             return name
-    known = "; ".join(f"{name}: {found.shown}" for name, found in _FORMATS.items() if name in FORMATS)
     seen = ", ".join(sorted(map(str, row))) or "none"
     raise RecordError(
         f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
         "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
-        f"'[COLUMN, COLUMN]'). Known formats are {known}",
+        f"'[COLUMN, COLUMN]'). docs/data.md shows the formats that are read as they are: {', '.join(FORMATS)}",
         source=source,
     )

@@ -31,6 +31,23 @@ PANELS = (
     ),
     Panel("terms of the loss (nats)", (("rank_loss", "rank", "C0"), ("sft_loss", "SFT", "C1"))),
 )
+REWARD_PANELS = (
+    PANELS[0],
+    Panel("accuracy (all pairs)", (("rewards/accuracies", "", "C0"),), (-0.03, 1.03)),
+    Panel("margin, reward of the better less the worse", (("rewards/margins", "", "C0"),)),
+)
+ROLLOUT_PANELS = (
+    Panel("reward (mean over answers)", (("reward", "", "C0"),)),
+    Panel("tokens an answer", (("answer_tokens", "", "C0"),)),
+    Panel(
+        "share of answers",
+        (("unfinished_share", "unfinished", "C0"), ("empty_share", "empty", "C1")),
+        (-0.03, 1.03),
+    ),
+    Panel("loss", (("loss", "", "C0"),)),
+    Panel("ratios that are clipped (share of tokens)", (("clip_share", "", "C0"),)),
+)
+_COLUMNS = 3
 
 
 class Series(NamedTuple):
@@ -69,11 +86,16 @@ def loss_curve(
     Raises:
         ImportError: matplotlib is not installed. OSError: the file cannot be written.
     """
-    _figure(log, before, after).savefig(path, dpi=120, format="png")
+    _figure(log, before, after, PANELS).savefig(path, dpi=120, format="png")
 
 
-def curves_svg(log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The same as an <svg> element, to stand in a page; two calls give the same text.
+def curves_svg(
+    log: Sequence[Mapping[str, Any]],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    panels: Sequence[Panel] = PANELS,
+) -> str:
+    """`panels` as an <svg> element, to stand in a page; two calls give the same text.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -82,20 +104,29 @@ def curves_svg(log: Sequence[Mapping[str, Any]], before: Mapping[str, float], af
 
     out = io.StringIO()
     with rc_context({"svg.hashsalt": "clha-fast", "svg.fonttype": "none"}):
-        figure = _figure(log, before, after)
+        figure = _figure(log, before, after, panels)
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
     return text[text.index("<svg") :]
 
 
-def _figure(log: Sequence[Mapping[str, Any]], before: Mapping[str, float], after: Mapping[str, float]) -> Any:
+def _figure(
+    log: Sequence[Mapping[str, Any]],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    panels: Sequence[Panel],
+) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    lines = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(4 * _COLUMNS, 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    places = figure.subplots(lines, _COLUMNS).flat
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(places, panels, strict=False):
         drawn = False
         for (key, label, colour), marker in zip(panel.lines, "os", strict=False):
             training, held_out = series_of(log, before, after, key)

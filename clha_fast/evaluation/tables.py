@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # Key in the evaluation's metrics -> how it is called in the table.
 EVALUATION_ROWS = {
@@ -17,6 +17,22 @@ EVALUATION_ROWS = {
     "eval_rank_loss": "  rank term",
     "eval_sft_loss": "  SFT term",
 }
+
+
+class Result(NamedTuple):
+    """What a run found on held-out prompts: a table, and what is to be said of it."""
+
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    @property
+    def text(self) -> str:
+        """To be printed."""
+        return "\n".join([*([table(self.header, self.rows)] if self.rows else []), *self.notes])
+
+
+NO_RESULT = Result([], [], ["no held-out set: not evaluated"])
 
 
 def number(value: Any) -> str:
@@ -48,20 +64,16 @@ def margin_text(quartiles: Sequence[float], flag: str) -> str:
     return f"quartiles of the reward gaps {values}: {flag} of these drops at least 25, 50, 75% of the pairs as noise"
 
 
-def evaluation_rows(own: Sequence[str] = ()) -> dict[str, str]:
-    """`EVALUATION_ROWS`, and the objective's own metrics by these names."""
-    return {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
-
-
-def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], own: Sequence[str] = ()) -> str:
+def evaluation_result(before: Mapping[str, float], after: Mapping[str, float], own: Sequence[str] = ()) -> Result:
     """Held-out metrics before and after training; `eval_step` is the step of the weights where it is not the last.
 
     Args:
         own: names of the objective's own metrics.
     """
-    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in evaluation_rows(own).items()]
+    names = {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
+    rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in names.items()]
     best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
-    return table(["held out", "before", f"after{best}"], rows)
+    return Result(["held out", "before", f"after{best}"], rows, [])
 
 
 def answers_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -14,9 +14,10 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import half_of, shared_prompts
 from clha_fast.evaluation.accuracy import PairAccuracy, pair_accuracy
 from clha_fast.evaluation.intervals import import_scipy
-from clha_fast.experiments.run import CURVE_FILE, DTYPES, METRICS_FILE, Run, RunOptions
+from clha_fast.experiments.run import DTYPES, METRICS_FILE, Run, RunOptions
 from clha_fast.files import write_json
 from clha_fast.models.loading import adapter_config, build_model, load_classifier
+from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer, prompt_results, reward_limit
 
@@ -53,7 +54,7 @@ class RewardRun(Run):
     """
 
     config_class = RewardConfig
-    files = (METRICS_FILE, CURVE_FILE, REWARD_FILE)
+    files = (METRICS_FILE, REPORT_FILE, REWARD_FILE)
     options: RewardRunOptions
     trainer: RewardTrainer
     fresh: list[str]

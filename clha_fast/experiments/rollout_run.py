@@ -10,8 +10,9 @@ import numpy as np
 from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.evaluation.accuracy import mean_interval
 from clha_fast.evaluation.intervals import import_scipy
-from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run, RunOptions
+from clha_fast.experiments.run import METRICS_FILE, Run, RunOptions
 from clha_fast.files import RunIdentity
+from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.training.rollout import METRICS, RolloutConfig, RolloutTrainer
@@ -56,7 +57,7 @@ class RolloutRun(Run):
     """As `Run`; `before` and `after` also hold the mean reward's interval and each held-out prompt's reward."""
 
     config_class = RolloutConfig
-    files = (METRICS_FILE, CURVE_FILE)
+    files = (METRICS_FILE, REPORT_FILE)
     options: RolloutRunOptions
     trainer: RolloutTrainer
     reward_model: RewardModel

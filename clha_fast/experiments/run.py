@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from clha_fast.data.containers import files_of
+from clha_fast.data.containers import files_of, source_name
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
@@ -251,7 +251,7 @@ class Run:
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             self.skipped += dataset.skipped
         files = (options.train_file, options.eval_file)
-        self.trainer.dataset_names = [os.path.basename(path) for path in files if path is not None]
+        self.trainer.dataset_names = [source_name(path) for path in files if path is not None]
 
     def _trainer(self, **given: Any) -> Any:
         return CLHATrainer(self.model, self.args, **given)
@@ -269,21 +269,22 @@ class Run:
             if value != none:
                 raise ValueError(f"{name}: expected {none!r} with eval_fraction 0 (no held-out set), got {value!r}")
 
-    def _identity(self) -> RunIdentity:
-        options = self.options
-        files = {"train_file": options.train_file, "eval_file": options.eval_file}
-        skip = {*files, "resume", "overwrite", *SETTLED}
-        # However an objective was spelled: by name, in a mapping, with settings of CLHA in it.
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Options and settings that are not the defaults of a run from files, however they were spelled."""
+        # An objective by name, in a mapping, with settings of CLHA in it.
         settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
-        given = {**vars(options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
-        defaults = {f.name: f.default for cls in (type(options), self.config_class) for f in dataclasses.fields(cls)}
-        # What is spelled out as it would be anyway makes no other run.
-        changed = {
-            name: value
-            for name, value in given.items()
-            if name not in skip and name not in _NEUTRAL and value != defaults[name]
-        }
-        return RunIdentity(changed, {name: _data_hash(path) for name, path in files.items() if path is not None})
+        given = {**vars(self.options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
+        fields = {f.name: f.default for cls in (type(self.options), self.config_class) for f in dataclasses.fields(cls)}
+        # Pinning fits the device; what is spelled out as it would be anyway makes no other run.
+        defaults = {**fields, **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+        return {name: value for name, value in given.items() if name not in SETTLED and value != defaults[name]}
+
+    def _identity(self) -> RunIdentity:
+        files = {"train_file": self.options.train_file, "eval_file": self.options.eval_file}
+        skip = {*files, "resume", "overwrite", *_NEUTRAL}
+        settings = {name: value for name, value in self.changed.items() if name not in skip}
+        return RunIdentity(settings, {name: _data_hash(path) for name, path in files.items() if path is not None})
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         options = self.options

@@ -38,9 +38,15 @@ from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend, check_name
+from clha_fast.options import HeadOptions
 from clha_fast.types import RankingInputs
 
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
+_UNUSED = {
+    "labels": "its targets are scored",
+    "use_cache": "no cache is kept",
+    "logits_to_keep": "its row_index says which rows are scored",
+}
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
 _OWN_FIELDS = {
@@ -51,7 +57,6 @@ _OWN_FIELDS = {
     "inert_for",
     "chains",
     "host_sizes",
-    "labels",
     "num_items_in_batch",
 }
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
@@ -88,8 +93,7 @@ class Attached:
     Attributes:
         model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
             tiles.
-        layout: of the rows that the model has been seen to compute, for `RankedCollator`: `padded`, `packed`, `shared`
-            or `auto`.
+        layout: `padded`, `packed`, `shared` or `auto`, for `RankedCollator`: rows that the model was seen to compute.
     """
 
     def __init__(
@@ -99,19 +103,17 @@ class Attached:
         options: Objective,
         backend: Backend,
         layout: str,
+        head: HeadOptions,
         group: dist.ProcessGroup | None,
-        **head: Any,
     ) -> None:
         self.model, self.info, self.options, self.backend = model, info, options, backend
-        self.head_options = info.options(**head)
-        sequence = None if group is None else SequenceParallel(group)
-        self._forward = CandidateForward(model, info, self.head_options, options, backend, sequence)
-        self._logps = LogpForward(model, info, self.head_options, backend, sequence)
+        self.head_options, sequence = head, None if group is None else SequenceParallel(group)
+        self._forward = CandidateForward(model, info, head, options, backend, sequence)
+        self._logps = LogpForward(model, info, head, backend, sequence)
         self._row_limit = RowLimit(model)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
-        alone = LogpForward(model, info, self.head_options, backend)
-        self._layouts = RowLayouts(model, alone, self.ordinary, spread=self._logps if sequence else None)
+        self._layouts = RowLayouts(model, self._logps, self.ordinary)
         self.layout = self._layouts.settle(layout)
         self.tiled: list[nn.Module] = []
 
@@ -230,8 +232,11 @@ class Attached:
         """The loss of the batch in `kwargs`; what is neither a field of it nor a count goes to the model."""
         if args:
             raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
-        if kwargs.get("labels") is not None:
-            raise ValueError("labels: expected none beside a batch of candidates (its targets are scored), got some")
+        for name, why in _UNUSED.items():
+            got = kwargs.get(name)
+            if got is not None and (isinstance(got, Tensor) or got):
+                got = "some" if isinstance(got, Tensor) else got
+                raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
@@ -261,7 +266,7 @@ class Attached:
             lengths, per_prompt = kwargs["candidate_lengths"], kwargs["candidates_per_prompt"]
             sizes = HostSizes.of(kwargs["host_sizes"], lengths, per_prompt)
             tensors |= {} if sizes is None else vars(sizes)
-        others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more)}
+        others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more, *_UNUSED)}
         self._layouts.check(inputs, others)
         scale = checked_scale(kwargs.get("loss_scale"))
         found = self._forward(
@@ -383,9 +388,8 @@ def attach(
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
     check_whole(inner)
     info = measure_head(inner, backend)
-    head: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
-    head |= {"workspace_bytes": workspace_bytes, "max_dropped_mass": max_dropped_mass}
-    attached = Attached(inner, info, objective, backend, layout, sequence_parallel, **head)
+    head = info.options(temperature, ignore_index, workspace_bytes, max_dropped_mass)
+    attached = Attached(inner, info, objective, backend, layout, head, sequence_parallel)
     attached.tiled = tile_mlps(inner, tiled_mlp)
     _put_on(inner, attached)
     return attached

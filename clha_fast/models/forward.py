@@ -300,6 +300,10 @@ class LogpForward(_Forward):
         super().__init__(model, info, sequence)
         self.head, self.backend = head.replace(max_dropped_mass=None), backend
 
+    def alone(self) -> LogpForward:
+        """The same of whole rows."""
+        return LogpForward(self.model, self.info, self.head, self.backend)
+
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """`with_graph` without a graph."""

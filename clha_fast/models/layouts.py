@@ -34,10 +34,9 @@ class RowLayouts:
 
     Args:
         model: the unwrapped model, or a PeftModel that adds virtual tokens.
-        forward: its log-probabilities, or what else rows are compared by.
+        forward: its log-probabilities, or what else rows are compared by. One of rows whose tokens are spread over
+            processes, all of which do the same here, has the model compute rows in two calls, whatever their layout.
         run: the model's own forward. around: what it runs within, such as an adapter's absence.
-        spread: `forward`, of rows whose tokens are spread over processes, all of which do the same here; then whatever
-            the layout the model has to compute rows in two calls.
 
     Attributes:
         layout: `padded`, `packed`, `shared`; or `auto`, of batches that are shared where their count pays, else padded.
@@ -49,12 +48,14 @@ class RowLayouts:
         forward: ProbedForward,
         run: Callable[..., Any],
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        spread: LogpForward | None = None,
     ) -> None:
         self.layout = "padded"
         self._model = model
+        self._spread: LogpForward | None = None
+        if isinstance(forward, LogpForward) and forward.sequence is not None:
+            self._spread, forward = forward, forward.alone()
         self._probe = LayoutProbe(model, forward, run)
-        self._around, self._spread = around, spread
+        self._around = around
         # Texts of up to so many tokens, in rows of so many, have been compared.
         self._seen = (0, 0)
 
@@ -177,7 +178,7 @@ class RowLayouts:
                     raise UnsupportedLayoutError(
                         f"{name}: expected tokens alone with sequence_parallel, got {name} as well; {WAY}"
                     )
-        if segments is None or torch.compiler.is_compiling():
+        if segments is None:
             return
         got = segments.layout
         if self.layout == "padded" or (got == "shared" and self.layout == "packed"):
@@ -191,8 +192,9 @@ class RowLayouts:
                     f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
                     "RankedCollator(layout='padded') takes it"
                 )
-        if self._spread is not None or not any(group.candidates for group in segments.groups):
-            return  # rows that are spread may be too long for one process
+        # What follows reads the batch on the host; rows that are spread may be too long for one process.
+        if torch.compiler.is_compiling() or self._spread or not any(group.candidates for group in segments.groups):
+            return
         # With weights spread over processes all would have to come here at the same batch.
         sizes = segments.longest, segments.width
         if any(size >= 2 * max(seen, 1) for size, seen in zip(sizes, self._seen, strict=True)) and not _spread(

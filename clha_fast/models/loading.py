@@ -323,7 +323,7 @@ def _load_whole(name: str, option: str, **settings: Any) -> PreTrainedModel:
     with _one_sentence(option, name):
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
     missing, unused = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
-    if missing and is_classifier(name, option):  # The way out below, saving a head that begins at random, is not meant.
+    if (missing or unused) and is_classifier(name, option):  # With a tied embedding nothing is missing.
         way = "give the language model it was made of; rank takes reward models, and score and eval by --reward-model"
         raise ValueError(f"{option}: expected a causal language model, got {name}, a reward model; {way}")
     if missing:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clha_fast.evaluation import plots
-from clha_fast.evaluation.tables import evaluation_rows, number
+from clha_fast.evaluation.tables import Result, number
 from clha_fast.reports import page
 
 REPORT_FILE = "report.html"
@@ -19,37 +19,36 @@ def run_page(
     name: str,
     facts: Iterable[tuple[str, str]],
     settings: Mapping[str, Any],
+    result: Result,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]] = (),
-    own: Sequence[str] = (),
+    samples: Sequence[Mapping[str, Any]] | None = None,
+    panels: Sequence[plots.Panel] = plots.PANELS,
 ) -> str:
     """The page of one training run.
 
     Args:
         facts: what was trained, on what, how. settings: those that are not the defaults.
-        before, after: evaluation metrics, {} without a held-out set; the same figures as the model card's.
-        log: a trainer's `state.log_history`. samples: lines of `samples.jsonl`. own: names of the objective's metrics.
+        result: what the command prints of the held-out prompts; before, after: evaluation metrics, {} without any.
+        log: a trainer's `state.log_history`. samples: lines of `samples.jsonl`; None for a run that writes no answers.
+        panels: what is drawn.
     """
-    best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
-    rows = [
-        [text.strip(), number(before.get(key)), number(after.get(key))]
-        for key, text in evaluation_rows(own).items()
-        if key in before or key in after
-    ]
-    result = (
-        page.table(["", "before", f"after{best}"], rows, "figures on the prompts that were held out")
-        if rows
-        else page.paragraph("No held-out set: not evaluated.", "note")
+    known = [row for row in result.rows if any(cell not in ("", "-") for cell in row[1:])]
+    notes = "\n".join(
+        page.paragraph(f"{note[0].upper()}{note[1:]}".removesuffix(".") + ".", "note") for note in result.notes
     )
     return page.page(
         f"Training run: {name}",
         [
             page.section("What was trained", page.facts(facts)),
-            page.section("Held out, before and after", result),
-            page.section("Along the way", _curves(log, before, after)),
-            page.section("Answers to held-out prompts", _samples(samples)),
+            page.section(
+                "Held out, before and after",
+                page.table(result.header, known, "figures on the prompts that were held out"),
+                notes,
+            ),
+            page.section("Along the way", _curves(log, before, after, panels)),
+            page.section("Answers to held-out prompts", "" if samples is None else _samples(samples)),
             page.section(
                 "Settings that are not the defaults",
                 page.table(["setting", "value"], [[key, _value(value)] for key, value in sorted(settings.items())]),
@@ -66,17 +65,22 @@ def read_samples(path: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _curves(log: Sequence[Mapping[str, Any]], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _curves(
+    log: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    panels: Sequence[plots.Panel],
+) -> str:
     if plots.can_plot():
-        label = page.escape(", ".join(panel.title for panel in plots.PANELS))
-        svg = plots.curves_svg(log, before, after)
-        points = len(plots.series_of(log, before, after, "loss").held_out)
+        label = page.escape(", ".join(panel.title for panel in panels))
+        svg = plots.curves_svg(log, before, after, panels)
+        points = len(plots.series_of(log, before, after, panels[0].lines[0][0]).held_out)
         hint = "Held out was evaluated before and after alone; eval_strategy: steps shows what lies between."
         return (
             f'<div class="wide" role="img" aria-label="{label}, over the steps">{svg}</div>'
             f"{page.paragraph(hint if points == 2 else '', 'note')}"
         )
-    keys = [(key, f"{panel.title} {label}".strip()) for panel in plots.PANELS for key, label, _ in panel.lines]
+    keys = [(key, f"{panel.title} {label}".strip()) for panel in panels for key, label, _ in panel.lines]
     found = {key: plots.series_of(log, before, after, key) for key, _ in keys}
     tables = []
     for part, title in (("training", "Training"), ("held_out", "Held out")):

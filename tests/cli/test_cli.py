@@ -266,6 +266,33 @@ def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert named <= set(cli_options.HINTS), "help names an option that does not exist"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rank", "m", "a.jsonl", "b.jsonl", "--batchsize", "3"], "--batchsize 3; did you mean '--batch-size'?"),
+        (["score", "a.jsonl", "b.jsonl", "--reward_modell=x"], "--reward-modell=x; did you mean '--reward-model'?"),
+        (["prepare", "ranked", "a.jsonl", "out", "--pasre", "x"], "--pasre x; did you mean '--parse'?"),
+        (["merge", "a", "b", "--overwrit", "--qqq"], "--qqq"),
+        (["generate", "m", "a.jsonl", "b.jsonl", "--top_pp", "3"], "--top-pp 3; did you mean '--top-p'?"),
+        (["eval", "a.jsonl", "--bogus"], "unrecognized arguments: --bogus ("),
+        (["table2"], "the following arguments are required: --config ("),
+    ],
+)
+def test_misspelled_flags_of_the_other_commands(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and nothing is read before."""
+    try:
+        status: Any = cli.main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"clha-fast {words[0]}: ")
+    assert said in line
+    assert line.count("\n") == 1
+
+
 def test_traceback_on_request(tmp_path: Path) -> None:
     with pytest.raises(OptionError):
         cli.main(command(tmp_path, "--learning_rat", "1", "--traceback"))

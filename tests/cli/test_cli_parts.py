@@ -89,7 +89,7 @@ def test_scratch_models_are_repeatable_and_leave_the_random_state() -> None:
 
 
 def test_tables() -> None:
-    text = report.evaluation_table({"eval_loss": 2.0, "eval_kendall_tau": float("nan")}, {"eval_loss": 1.23456})
+    text = report.evaluation_result({"eval_loss": 2.0, "eval_kendall_tau": float("nan")}, {"eval_loss": 1.23456}).text
     rows = {line[:34].strip(): line[34:].split() for line in text.splitlines()[2:]}
     assert rows["loss"] == ["2", "1.235"]
     assert rows["Kendall's tau (all ordered pairs)"] == ["-", "-"]

@@ -100,7 +100,7 @@ def test_the_header_of_chains_counts_them_apart_from_responses(
     )
     cut = "4 (36%); cut to the length limits: prompts 0 (0%), chains 13 (100%)"
     for name in ("training", "held out"):
-        assert f"\n{name:<9} {said} {cut}\n" in out
+        assert f"\n{name:<9} {said} {cut}" in out
     assert "held out before training: loss " in out
     assert "pairs" not in out.split("held out before")[0]
     assert "13 of 13 chains were cut" in caplog.text

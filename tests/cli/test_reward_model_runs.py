@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bart
 from clha_fast.cli import main as cli
 from clha_fast.data import read_records
 from clha_fast.data.split import half_of, prompt_key
+from clha_fast.evaluation.plots import can_plot
 from clha_fast.experiments.reward_run import REWARD_FILE, RewardRun, RewardRunOptions
 from clha_fast.experiments.run import RunOptions
 from clha_fast.files import file_hash
@@ -57,6 +58,17 @@ def test_a_word_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert f"{accuracy['accuracy']:.4g}" in row
         assert "{:.3f} to {:.3f}".format(*accuracy["interval"]) in row
     assert "cannot be told from guessing" not in out
+
+    page = tmp_path / "run" / "report.html"
+    assert f"report          {page}\n" in out
+    text = page.read_text(encoding="utf-8")
+    assert f'<th scope="row">after</th><td>{found["accuracy"]:.4g}</td>' in text
+    assert "bootstrap over prompts" in text
+    assert ">per_device_train_batch_size<" not in text, "the default"
+    assert ">logging_steps</th><td>20.0</td>" in text, "which is a share of the steps below 1"
+    assert "Answers to held-out prompts" not in text
+    if can_plot():
+        assert "margin, reward of the better less the worse" in text
 
     # What the trainer found is what `score` finds, from the folder alone.
     words = ["score", str(tmp_path / "ranked.jsonl"), str(tmp_path / "scored.jsonl")]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from clha_fast.cli import main as cli
 from clha_fast.cli import reward_model as cli_reward_model
 from clha_fast.cli import rlhf as cli_rlhf
+from clha_fast.evaluation.plots import ROLLOUT_PANELS, can_plot
 from clha_fast.experiments.rollout_run import RolloutRunOptions
 from clha_fast.experiments.run import RunOptions
 from tests.support.command_line import one_sentence
@@ -60,6 +61,14 @@ def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[
         for value in (before["eval_reward"], after["eval_reward"], after["eval_reward"] - before["eval_reward"])
     ]
     assert [line["step"] for line in found["log"] if "reward" in line] == [2, 4]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"report          {tmp_path / 'run' / 'report.html'}\n" in out
+    assert "let another one judge it" in page
+    assert f"<td>{after['eval_reward']:.4g}</td>" in page
+    if can_plot():
+        for panel in ROLLOUT_PANELS:
+            assert panel.title in page
+        assert "no figures" not in page
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
     assert not torch.equal(trained["lm_head.weight"], make_model(len(TOKENIZER)).state_dict()["lm_head.weight"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,6 @@ from transformers import LlamaForSequenceClassification
 
 import clha_fast
 from clha_fast.cli import main as cli
-from clha_fast.cli import score as cli_score
 from clha_fast.data import read_records
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -254,12 +252,6 @@ def test_command(
     text = capsys.readouterr().out
     assert len([line for line in text.splitlines() if "clha-fast[plot]" in line]) == 1
     assert not (tmp_path / "none.png").exists()
-
-    parser = argparse.ArgumentParser()
-    cli_score.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["score", str(source), str(tmp_path / "b.jsonl"), *map(str, options)])
-    assert args.run(args) == 0
-    assert (tmp_path / "b.jsonl").read_bytes() == out.read_bytes()
 
 
 def test_command_refuses_in_one_sentence(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,8 +152,8 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
 def test_what_is_not_there_or_not_one_table(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected files that match, found none"):
         read_records(tmp_path / "*.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"load_dataset\(name, split=...\).save_to_disk"):
-        read_records("somebody/some-data")
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        read_records("somebody/some/data")
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     with pytest.raises(RecordError, match=r"expected a folder written by save_to_disk, .*got \['rows.jsonl'\]"):
         read_records(tmp_path)

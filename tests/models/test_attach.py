@@ -264,6 +264,13 @@ def test_bad_calls() -> None:
     clha_fast.attach(model)
     with pytest.raises(ValueError, match="labels: expected none beside a batch of candidates"):
         model(**fields, labels=fields["input_ids"])
+    with pytest.raises(ValueError, match=r"use_cache: expected none beside .* \(no cache is kept\), got True"):
+        model(**fields, use_cache=True)
+    with pytest.raises(ValueError, match=r"logits_to_keep: expected none beside .* got 1$"):
+        model(**fields, logits_to_keep=1)
+    plain = model(**fields)
+    same = model(**fields, use_cache=False, logits_to_keep=0, labels=None)
+    torch.testing.assert_close(same.loss, plain.loss, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected a batch of candidates as keyword arguments, got 1 positional"):
         model(fields["input_ids"], candidate_lengths=fields["candidate_lengths"])
     with pytest.raises(ValueError, match="row_index: expected in a batch of candidates, got the keys attention_mask"):

@@ -195,6 +195,18 @@ def test_compiled_in_as_many_graphs_as_padded_rows() -> None:
 # ---- refused ----
 
 
+@pytest.mark.parametrize("more", [{}, {"pixel_values": torch.zeros(1, 3, 2, 2)}])
+def test_refused_when_compiled_as_well(more: dict[str, torch.Tensor]) -> None:
+    """What needs no look at the batch's values: rows of another layout, and what stands beside the tokens."""
+    model = llama()
+    clha_fast.attach(model, layout="shared" if more else "padded")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedLayoutError, match="pixel_values: expected" if more else "expected padded rows"):
+        compiled(**collate("shared"), **more)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("kind", "layout", "layer"),
     [

@@ -157,10 +157,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     assert len(asked) == 1
 
 
-def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
-    """Its head would be random, and saving that is no way out."""
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_is_no_language_model(tmp_path: Path, tied: bool) -> None:
+    """Its head would be random, or its embedding; and saving that is no way out."""
     config = GPT2Config(vocab_size=len(TOKENIZER), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1)
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = tied
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"got .*, a reward model; give the language"):
         load_model(str(tmp_path))

@@ -9,6 +9,7 @@ import pytest
 
 from clha_fast.cli import main as cli
 from clha_fast.evaluation import plots
+from clha_fast.evaluation.tables import evaluation_result
 from clha_fast.reports.run_page import run_page
 from tests.support.browser import opened
 from tests.support.command_line import command
@@ -34,6 +35,8 @@ def test_a_run_leaves_a_page_with_the_cards_figures(tmp_path: Path, capsys: pyte
         assert f"| {name} | {found[2]} |" in card, name
     assert "pairs dropped as noise" in text
     assert ">max_steps</th><td>6</td>" in text
+    assert ">eval_samples</th><td>2</td>" in text, "what may differ when a run is resumed was given all the same"
+    assert ">report_to<" not in text, "a default of the command line"
     assert text.count("after step 0") == text.count("after step 6") == 2, "both ends of each prompt's answers"
     assert "shows what lies between" not in text
     assert "<script" not in text
@@ -54,7 +57,9 @@ def test_a_run_leaves_a_page_with_the_cards_figures(tmp_path: Path, capsys: pyte
 def test_without_matplotlib_the_log_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "can_plot", lambda: False)
     log = [{"step": step, "loss": 1.0 / step, "rewards/margins": float(step)} for step in range(1, 101)]
-    page = run_page("<run>", [("model", "<m> & n")], {"a": [1]}, {"eval_loss": 2.0}, {"eval_loss": 1.0}, log)
+    before, after = {"eval_loss": 2.0}, {"eval_loss": 1.0}
+    result = evaluation_result(before, after)
+    page = run_page("<run>", [("model", "<m> & n")], {"a": [1]}, result, before, after, log)
     assert "&lt;run&gt;" in page
     assert "&lt;m&gt; &amp; n" in page
     assert '<th scope="row">100</th><td>0.01</td>' in page
@@ -65,6 +70,7 @@ def test_without_matplotlib_the_log_is_a_table(monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_evaluations_are_said_to_be_two() -> None:
     log = [{"step": 4, "loss": 1.0}]
-    page = run_page("run", [], {}, {"eval_loss": 2.0}, {"eval_loss": 1.0, "eval_step": 2}, log)
+    before, after = {"eval_loss": 2.0}, {"eval_loss": 1.0, "eval_step": 2}
+    page = run_page("run", [], {}, evaluation_result(before, after), before, after, log)
     assert "eval_strategy: steps shows what lies between" in page
     assert "after (best, step 2)" in page
