@@ -298,12 +298,15 @@ class _Exchange(torch.autograd.Function):
 def _exchange(group: dist.ProcessGroup, split: int, join: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     size = dist.get_world_size(group)
     parts = [torch.stack(tensor.chunk(size, split)) for tensor in tensors]
+    forms = [(part.shape, part.dtype, part[0].numel() * part.element_size()) for part in parts]
     # As bytes: rotation may leave queries and keys in another dtype than values.
     sent = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], 1)
+    del parts
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
-    pieces = got.split([part[0].numel() * part.element_size() for part in parts], 1)
+    del sent
+    pieces = got.split([length for *_, length in forms], 1)
     return tuple(
-        torch.cat(piece.clone(memory_format=torch.contiguous_format).view(part.dtype).view(part.shape).unbind(), join)
-        for piece, part in zip(pieces, parts, strict=True)
+        torch.cat(piece.clone(memory_format=torch.contiguous_format).view(dtype).view(shape).unbind(), join)
+        for piece, (shape, dtype, _) in zip(pieces, forms, strict=True)
     )
