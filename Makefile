@@ -40,12 +40,14 @@ WITH_oldest := -r tests/packaging/oldest.txt
 WITH_newest := --upgrade transformers accelerate peft
 
 # Other people's trainers, each in an environment of its own; verl's function alone, without what verl pins.
-HOSTS := trl verl lightning
-HOST_trl := "trl>=1.15"
+HOSTS := verl lightning trl
+HOST_trl := "trl>=1.15" liger-kernel
 HOST_verl := --no-deps "verl>=0.9"
 HOST_lightning := "lightning>=2.6"
 # Not among HOSTS, for it needs Python 3.12 or newer: make test-host-axolotl PYTHON=python3.12
 HOST_axolotl := "axolotl>=0.21"
+# Nor this: its torchaudio is for the builds of torch that PyPI has. make test-host-llamafactory TORCH=torch
+HOST_llamafactory := "llamafactory>=0.9.5"
 
 test-integrations: $(HOSTS:%=test-host-%)
 
@@ -69,7 +71,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench-cpu: $(VENV)/.peers
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.cpu --scaling --output benchmarks/results/cpu.json $(ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.cpu --scaling --output benchmarks/results $(ARGS)
 	$(BIN)/python -m benchmarks.render
 
 bench-gpu: $(VENV)/.peers

@@ -1,14 +1,15 @@
 """Time and peak memory of the loss on a CPU, every method interleaved in one run.
 
     python -m benchmarks.cpu [--workload NAME ...] [--method NAME ...] [--rounds 5] [--scaling]
-                             [--output benchmarks/results/cpu.json]
+                             [--clock wall|cpu] [--output benchmarks/results]
 
 Every method's loss and gradients are compared with eager's first; a method that is wrong is not timed, and says so.
 Peers are optional: `trl`, `cut_cross_entropy` and a C++ compiler are used where they are found. Times are medians over
 the rounds of one interleaved loop, and ratios are medians of the rounds' own ratios: absolute times on a shared machine
 say little. Memory is the resident high-water mark above the inputs, one fresh process a method. `--scaling` adds time
 and memory over the number of tokens and of candidates, the routed path over its kept share, and 65,536 tokens at once.
-`--output` is written anew, with a CSV beside it, after every workload: an interrupted run keeps what it measured.
+`--output` is written anew, with a CSV beside it, after every workload: an interrupted run keeps what it measured. In a
+folder each kind of CPU has a file of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import gc
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 from benchmarks.correct import check
 from benchmarks.inputs import WORKLOADS, Batch, Workload, find, softmax_entropy, workload_batch
-from benchmarks.measure import Clock, Deadline, Step, cpu_environment, interleaved
+from benchmarks.measure import Clock, Deadline, Step, cpu_environment, cpu_kind, interleaved
 from benchmarks.memory import Job, in_a_fresh_process
 from benchmarks.methods import CPU_BOUND, CPU_METHODS, DROPPED, clha_arguments, routed, why_not
 from benchmarks.report import save, workload_table
@@ -38,6 +40,10 @@ DROPPED_MASSES = (0.0, 1e-3, 1e-2, 1e-1, 0.5)
 Row = dict[str, Any]
 
 
+CLOCKS = {"wall": False, "cpu": True}
+clock = Clock("cpu")
+
+
 def timed(batch: Batch, steps: dict[str, Step], rounds: int, bases: tuple[str, ...]) -> dict[str, Row]:
     """Median seconds of every step, and medians of each round's ratio to the steps in `bases`; a failure is raised."""
 
@@ -45,9 +51,7 @@ def timed(batch: Batch, steps: dict[str, Step], rounds: int, bases: tuple[str, .
         batch.clear()
         gc.collect()
 
-    rows = interleaved(
-        steps, Clock("cpu"), rounds, Deadline(math.inf), bases, before=before, failures=(), progress=True
-    )
+    rows = interleaved(steps, clock, rounds, Deadline(math.inf), bases, before=before, failures=(), progress=True)
     return {name: {key: value for key, value in row.items() if key != "rounds"} for name, row in rows.items()}
 
 
@@ -178,7 +182,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def results_file(output: Path, environment: Row) -> Path:
+    """`output`, or in a folder the file of this kind of CPU: one that is there, else a new one."""
+    if output.suffix == ".json":
+        return output
+    for path in sorted(output.glob("cpu*.json")):
+        if cpu_kind(json.loads(path.read_text())["environment"]) == cpu_kind(environment):
+            return path
+    name = re.sub("[^a-z0-9]+", "-", f"cpu {environment['cpu']} {environment['vector']}".lower()).strip("-")
+    return output / f"{name}.json"
+
+
 def main() -> None:
+    global clock
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     named = [name for name in CPU_METHODS if name != CPU_BOUND]
     parser.add_argument("--workload", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
@@ -191,16 +207,21 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=_positive, default=5)
     parser.add_argument("--scaling", action="store_true", help="also over tokens, candidates and the kept share")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of the process's threads, on a busy machine"
+    )
+    parser.add_argument("--output", type=Path, help="write the figures as JSON: a file, or a folder of files")
     args = parser.parse_args()
     methods = list(dict.fromkeys(["eager", *args.method]))
-    report: dict[str, Any] = {"environment": cpu_environment(), "workloads": {}}
+    clock = Clock("cpu", CLOCKS[args.clock])
+    report: dict[str, Any] = {"environment": cpu_environment() | {"clock": args.clock}, "workloads": {}}
     print(json.dumps(report["environment"]))
+    path = None if args.output is None else results_file(args.output, report["environment"])
 
     def keep(part: dict[str, Any]) -> None:
         report.update(part)
-        if args.output:
-            save(report, args.output)
+        if path:
+            save(report, path)
 
     for workload in (WORKLOADS[name] for name in args.workload):
         chosen = [m for m in methods if m in PEAKED] if workload.peaked else [m for m in methods if "routed" not in m]

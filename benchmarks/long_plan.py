@@ -11,12 +11,13 @@ from clha_fast.planning.step import Switches
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plan.md"
 BEGIN, END = "<!-- plan-table: rendered by benchmarks/long_plan.py -->", "<!-- /plan-table -->"
+MEMORY = 80 * GIB
 COLUMNS = {
-    "padded": ("padded", Switches(lora_rank=16)),
-    "shared": ("shared", Switches(lora_rank=16)),
-    "shared, tiled": ("shared", Switches(lora_rank=16, tiled_mlp=True)),
-    "shared, tiled, offloaded": ("shared", Switches(lora_rank=16, tiled_mlp=True, offload=True)),
-    "the same, all weights": ("shared", Switches(tiled_mlp=True, offload=True)),
+    "padded": ("padded", Switches(lora_rank=16, memory=MEMORY)),
+    "shared": ("shared", Switches(lora_rank=16, memory=MEMORY)),
+    "shared, tiled": ("shared", Switches(lora_rank=16, tiled_mlp=True, memory=MEMORY)),
+    "shared, tiled, offloaded": ("shared", Switches(lora_rank=16, tiled_mlp=True, offload=True, memory=MEMORY)),
+    "the same, all weights": ("shared", Switches(tiled_mlp=True, offload=True, memory=MEMORY)),
 }
 PARTS = ("weights", "gradients", "optimizer", "kept", "layer", "head", "total", "host")
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from clha_fast.backends.torch.caches import caches
+
 try:
     from triton import TritonError
 except ImportError:  # a CPU does without
@@ -36,6 +38,7 @@ FAILURES = (
 )
 # Larger than any L2 in sight.
 FLUSH_BYTES = 256 * 2**20
+MIB = 2**20
 
 
 class Deadline:
@@ -86,17 +89,21 @@ def is_broken() -> bool:
 
 
 class Clock:
-    """Times one call on a device: events and a flushed L2 on a GPU, a wall clock elsewhere."""
+    """Times one call on a device: events and a flushed L2 on a GPU, a wall clock elsewhere.
 
-    def __init__(self, device: str) -> None:
+    cpu_time: of the process's threads instead of the wall's, for a machine whose cores others use.
+    """
+
+    def __init__(self, device: str, cpu_time: bool = False) -> None:
         self.cuda = device == "cuda"
+        self.now = time.process_time if cpu_time else time.perf_counter
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
 
     def seconds(self, step: Step) -> float:
         if not self.cuda:
-            start = time.perf_counter()
+            start = self.now()
             step()
-            return time.perf_counter() - start
+            return self.now() - start
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         first.record()
@@ -179,7 +186,11 @@ def _summary(
         for base in bases:
             if times.get(base) and base not in failed:
                 # Rounds that both took part in: the deadline may have come within one.
-                row[f"over_{base}"] = statistics.median(a / b for a, b in zip(own, times[base], strict=False))
+                ratios = [a / b for a, b in zip(own, times[base], strict=False)]
+                row[f"over_{base}"] = statistics.median(ratios)
+                if len(ratios) > 3:
+                    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+                    row[f"over_{base}_quartiles"] = [low, high]
         result[name] = row
     return result
 
@@ -245,6 +256,15 @@ def gpu_environment(device: str) -> dict[str, Any]:
     }
 
 
+def cpu_kind(environment: dict[str, Any]) -> str:
+    """A CPU's name, and what it has of vectors and caches where that is known."""
+    parts = [environment["cpu"], environment.get("vector", "")]
+    if known := environment.get("caches"):
+        second, last = (known[level] / MIB for level in ("second", "last"))
+        parts.append(f"{second:g} MiB of L2 a core, {last:g} MiB of last-level cache for {known['sharing']} CPUs")
+    return ", ".join(filter(None, parts))
+
+
 def cpu_environment() -> dict[str, Any]:
     """Where a CPU's numbers come from."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -252,6 +272,8 @@ def cpu_environment() -> dict[str, Any]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return _origin() | {
         "cpu": models[0] if models else "unknown",
+        "vector": torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512"),
+        "caches": caches()._asdict(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "versions": versions("torch", "trl", "cut-cross-entropy", "triton"),

@@ -11,7 +11,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import cpu_kind
+
 ROOT = Path(__file__).resolve().parent.parent
+# README's CPU; every other kind has a file cpu-KIND.json beside it, and a table in docs/benchmarks.md.
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 TRAINED = RESULTS.with_name("alpacaeval.json")
 START, END = "<!-- cpu-table: rendered by benchmarks/render.py -->", "<!-- /cpu-table -->"
@@ -59,6 +62,12 @@ def wrapped(text: str) -> str:
     return "\n".join(line if line.startswith("|") else textwrap.fill(line, 140) for line in lines)
 
 
+def _ratio(row: dict[str, Any], base: str) -> str:
+    """The median over the rounds, and the quartiles where the run wrote them down."""
+    median, quartiles = row[f"over_{base}"], row.get(f"over_{base}_quartiles")
+    return f"{median:.2f} x" + (f" [{quartiles[0]:.2f}, {quartiles[1]:.2f}]" if quartiles else "")
+
+
 def render(report: dict[str, Any], names: list[str]) -> str:
     """Markdown of the report: one table for each of the workloads `names`, their origin below."""
     parts = []
@@ -78,16 +87,26 @@ def render(report: dict[str, Any], names: list[str]) -> str:
                 lines.append(f"| {LABELS[method]} | {row['status']} | - | - |")
                 continue
             memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
-            times = f"{row['over_eager']:.2f} x | {row['over_bare_gemms']:.2f} x"
-            lines.append(f"| {LABELS[method]} | {times} | {memory} |")
+            lines.append(f"| {LABELS[method]} | {_ratio(row, 'eager')} | {_ratio(row, 'bare_gemms')} | {memory} |")
         parts.append("\n".join(lines))
     e = report["environment"]
     rounds = report["workloads"][names[0]]["rounds"]
+    clock = ", CPU time of the process (others used the machine)" if e.get("clock") == "cpu" else ""
+    quartiles = any("over_eager_quartiles" in row for row in report["workloads"][names[0]]["methods"].values())
     origin = (
-        f"Measured by `make bench-cpu` on {e['date']}: {e['cpu']}, {e['threads']} threads, torch {e['torch']}, "
-        f"commit {e['commit']}; medians of the ratios within each of {rounds} interleaved rounds. GPU: not measured."
+        f"Measured by `make bench-cpu` on {e['date']}: {cpu_kind(e)}, {e['threads']} threads, torch {e['torch']}, "
+        f"commit {e['commit']}; medians{' [quartiles]' if quartiles else ''} of the ratios within each of {rounds} "
+        f"interleaved rounds{clock}. GPU: not measured."
     )
     return "\n\n".join([*parts, origin])
+
+
+def every_kind(reports: list[dict[str, Any]]) -> str:
+    """`render` of all workloads of each kind of CPU, under a heading each."""
+    parts = [
+        f"### {cpu_kind(report['environment'])}\n\n{render(report, list(report['workloads']))}" for report in reports
+    ]
+    return "\n\n".join(parts)
 
 
 def scaling_origin(scaling: dict[str, Any]) -> str:
@@ -232,12 +251,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail when the README is not what would be rendered")
     args = parser.parse_args()
     report, trained = (json.loads(path.read_text()) for path in (RESULTS, TRAINED))
-    names = list(report["workloads"])
-    for page, shown in (("README.md", names[:1]), ("docs/benchmarks.md", names)):
+    others = [json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob("cpu-*.json"))]
+    for page in ("README.md", "docs/benchmarks.md"):
         path = ROOT / page
         text = path.read_text()
         readme = page == "README.md"
-        new = _fill(text, (START, END), wrapped(render(report, shown)) if readme else render(report, shown))
+        first = wrapped(render(report, list(report["workloads"])[:1]))
+        new = _fill(text, (START, END), first if readme else every_kind([report, *others]))
         if SCALING[0] in text and "scaling" in report:
             new = _fill(new, SCALING, scaling_origin(report["scaling"]))
         if HELD_OUT[0] in text:

@@ -67,7 +67,9 @@ def workload_table(found: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['status']} | | | |")
             continue
         memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
-        cells = (f"{row['over_eager']:.2f} x", f"{row['over_bare_gemms']:.2f} x", f"{row['seconds']:.2f} s", memory)
+        low, high = row.get("over_bare_gemms_quartiles", [row["over_bare_gemms"]] * 2)
+        bound = f"{row['over_bare_gemms']:.3f} x [{low:.3f}, {high:.3f}]"
+        cells = (f"{row['over_eager']:.2f} x", bound, f"{row['seconds']:.2f} s", memory)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

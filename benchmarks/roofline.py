@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import SHAPES, WORKLOADS, Shape
+from clha_fast.backends.memory import Workspace
 
 ROOT = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured"
@@ -79,11 +80,6 @@ class _Sum:
         return Cost(self.flops, self.bytes, self.seconds)
 
 
-def workspace_tokens(width: int, vocabulary: int, size: int) -> int:
-    """Tokens that the workspace backend holds at a time when no budget is given."""
-    return max(64 * 2**20, 4 * vocabulary * width) // (size * vocabulary)
-
-
 def cost(
     path: str,
     shape: Shape,
@@ -115,8 +111,9 @@ def cost(
         total.traffic((4.0 + size) * n * h)  # upstream gradient multiplied in, rounded
         if weight_gradient:
             total.product(v, h, n, size)
-            chunks = -(-n // (chunk_tokens or workspace_tokens(h, v, size)))
-            # The float32 sum is read and written for every chunk but the first, and rounded like dhidden.
+            chunks = -(-n // (chunk_tokens or Workspace(v, h, size).tokens))
+            # The float32 sum is read and written for every chunk but the first, and rounded like dhidden; of one chunk
+            # it is there some rows at a time, which the same bytes are for.
             total.traffic(8.0 * v * h * (chunks - 1) + (4.0 + size) * v * h)
     elif path in ("fused_forward", "fused", "routed"):
         total.product(n, v, h, size, efficiency=TRITON_EFFICIENCY)
@@ -159,11 +156,7 @@ def counted_bytes(path: str, shape: Shape) -> tuple[int, int]:
     n, h, v = shape.tokens, shape.width, shape.vocabulary
     small = 100 * n + MIB
     if path == "workspace":
-        wide = 4 * (n + v) * h
-        workspace = max(64 * MIB, 4 * v * h)
-        chunk = min(n, workspace // (2 * v))
-        # Logits of a chunk beside the float32 gradients and a copy of its rows; later, their rounding to 16 bits.
-        return 0, max(wide + min(workspace, 2 * n * (v + 64)) + 3 * chunk * h, wide // 2 * 3) + small
+        return 0, Workspace(v, h, 2).peak(n) + small
     # dhidden comes last, in the place of the sorted rows.
     dweight, rows = 2 * v * h, 6 * -(-n // 128) * 128 * h
     # Tokens go in chunks of 8192 by 4096 words; with several, a chunk's words are summed in float32.

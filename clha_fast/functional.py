@@ -37,6 +37,7 @@ def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: boo
         gradients=gradients,
         routed=head.max_dropped_mass is not None,
         weight=weight,
+        trains=inputs.weight.requires_grad,
         workspace_bytes=head.workspace_bytes,
     )
 

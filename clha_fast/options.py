@@ -103,8 +103,8 @@ class HeadOptions(Settings):
             torch backend about a quarter of the weight's float32 size (at least 16 MiB), and the size of the gradient
             of rows of hidden that no token reads, which comes last; in it stand the logits of prompts until they are
             ranked, beside the memory of the weight's gradient before that is needed (more spares large prompts a
-            second pass); 64 MiB for the Triton backend; and max(64 MiB, the weight's float32
-            size, which is its gradient's) for the workspace backend.
+            second pass); 64 MiB for the Triton backend; and for the workspace backend max(64 MiB, the weight's float32
+            size), or 256 MiB where the weight has no gradient (a single prompt may take more).
         max_dropped_mass: None for exact gradients. A number d in [0, 1) lets each token's gradient leave out the
             vocabulary blocks of `ROUTE_WORDS` words in which its softmax has least mass, as long as they hold at most
             d of it together; the target's own block always counts. Weight and bias get nothing of such a block; hidden

@@ -99,6 +99,25 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Factors(NamedTuple):
+    """A weight's gradient [V, H] that is still a product: unit * left[:, :V]^T . right.
+
+    left [N, at least V] and right [N, H] in the inputs' 16 bits, unit [] in float32.
+    """
+
+    left: Tensor
+    right: Tensor
+    unit: Tensor
+
+
+class SweptGradients(NamedTuple):
+    """`Gradients` before the upstream gradient has been multiplied in."""
+
+    hidden: Tensor | None
+    weight: Tensor | Factors | None
+    bias: Tensor | None
+
+
 class HeadResult(NamedTuple):
     """logps [N], lse [N], and `route`: what a routed backward needs of the forward, of size 0 where that is nothing."""
 

@@ -27,8 +27,16 @@ def main(given: argparse.Namespace) -> int:
     load = Load(1, given.candidates, given.prompt, given.response, "shared")
     cuda = given.device.startswith("cuda")
     dtype = getattr(torch, given.dtype)
+    memory = given.memory
+    if memory is None and cuda:
+        memory = torch.cuda.get_device_properties(given.device).total_memory / GIB
     switches = Switches(
-        dtype=dtype, lora_rank=given.lora_rank, tiled_mlp=True, offload=cuda, backend="triton" if cuda else "torch"
+        dtype=dtype,
+        lora_rank=given.lora_rank,
+        tiled_mlp=True,
+        offload=cuda,
+        backend="auto" if cuda else "torch",
+        memory=None if memory is None else int(memory * GIB),
     )
     config = AutoConfig.from_pretrained(given.model)
     planned = plan(config, load, switches)
@@ -38,9 +46,6 @@ def main(given: argparse.Namespace) -> int:
         f"{rows.width:,} run\n{table(planned)}",
         flush=True,
     )
-    memory = given.memory
-    if memory is None and cuda:
-        memory = torch.cuda.get_device_properties(given.device).total_memory / GIB
     total = planned.memory.total / GIB
     if memory is not None and total > memory:
         print(

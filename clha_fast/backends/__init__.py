@@ -18,6 +18,7 @@ from clha_fast.types import (
     Needs,
     RankingInputs,
     StatisticsResult,
+    SweptGradients,
 )
 
 MODULES = {
@@ -29,12 +30,6 @@ MODULES = {
 SWEEPING = ("torch", "workspace")
 # Backends that take `HeadOptions.max_dropped_mass`.
 ROUTING = ("torch", "triton")
-_WORKSPACE_BYTES = 64 * 2**20
-
-
-def workspace_budget(vocabulary: int, width: int, given: int | None) -> int:
-    """Bytes of logits that the workspace backend holds: those given, else as many as a [V, H] weight has in float32."""
-    return given or max(_WORKSPACE_BYTES, 4 * vocabulary * width)
 
 
 class HeadBackend(Protocol):
@@ -79,8 +74,11 @@ class SweepingBackend(HeadBackend, Protocol):
 
     def loss_sweep(
         self, inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective, needs: Needs
-    ) -> tuple[LossResult, Gradients]:
-        """`loss_forward` and the gradients; float32 or wider, for the upstream gradient is still to come."""
+    ) -> tuple[LossResult, SweptGradients]:
+        """`loss_forward` and the gradients; float32 or wider, for the upstream gradient is still to come.
+
+        A weight's gradient may be left as its `Factors`: the backend then has `weight_gradient`.
+        """
 
 
 def load(name: str) -> HeadBackend:

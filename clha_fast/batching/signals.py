@@ -17,6 +17,7 @@ Values = Sequence[float] | Sequence[Sequence[float]]
 
 # The others are one number a token, always.
 PER_CANDIDATE = ("reference_logps", "advantages")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def signals_of(objective: Objective) -> tuple[str, ...]:
@@ -30,10 +31,25 @@ def token_checksum(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> 
     return zlib.crc32(struct.pack("<i", len(prompt_ids)) + b"".join(parts))
 
 
+def _check_ranking(feature: Mapping[str, Any]) -> None:
+    """ValueError, which names the record, for a reward that is not finite, or an SFT target that is not there.
+
+    Nobody looks at the values once they are on a GPU, and a NaN would drop its pairs as noise.
+    """
+    source, size = feature["source"], len(feature["completion_ids"])
+    for value in feature["rewards"] or ():
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{source}: rewards: expected finite numbers (float32), got {value}")
+    if not 0 <= feature["sft_index"] < size:
+        raise ValueError(f"{source}: sft_index: expected a position from 0 to {size - 1}, got {feature['sft_index']}")
+
+
 def check_signals(
     feature: Mapping[str, Any], lengths: Sequence[int], first: Mapping[str, Any], signals: Sequence[str]
 ) -> None:
     """Whether a feature's `signals` have the right sizes, and the kind of those of `first`, the batch's first.
+
+    Its rewards are to be finite, its SFT target to be there, whatever the signals.
 
     Args:
         lengths: scored tokens of its candidates.
@@ -41,6 +57,7 @@ def check_signals(
     Raises:
         ValueError: they do not; the message names the record.
     """
+    _check_ranking(feature)
     source = feature["source"]
     for name in signals:
         values, others = feature.get(name), first.get(name)

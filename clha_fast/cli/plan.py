@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import yaml
 
 from clha_fast.batching.segments import LAYOUTS
 from clha_fast.cli.text import Parser, with_dashes
-from clha_fast.models.loading import load_config
+from clha_fast.models.loading import adapter_config
 from clha_fast.planning.plan import GIB, Load, Plan, table, ways_to_fit
 from clha_fast.planning.plan import plan as count
-from clha_fast.planning.step import OPTIMIZERS, Switches
+from clha_fast.planning.source import Source, read_source
+from clha_fast.planning.step import BACKENDS, OPTIMIZERS, Switches
 
 DESCRIPTION = (
     "What a training step needs on one device, before there is one: counted operator by operator from the model's "
     "configuration, without its weights. With --memory also which options would make it fit."
+)
+EPILOG = (
+    "--peft_config.KEY VALUE counts an adapter as train makes it. Options that train has too may have its names: "
+    "--max_prompt_length, --max_completion_length, --per_device_train_batch_size, --gradient_checkpointing, "
+    "--activation_checkpointing_kwargs.offload, --optim."
 )
 NOT_COUNTED = (
     "not counted: what the allocator and the driver keep for themselves, memory inside operators, and attention that "
@@ -25,11 +33,96 @@ NOT_COUNTED = (
 )
 FLAGS = {
     "layout=shared": "--layout shared",
-    "checkpointing": "without --no-checkpointing",
+    "checkpointing": "--checkpointing true",
     "tiled_mlp": "--tiled-mlp",
     "offload": "--offload",
     "lora_rank=16": "--lora-rank 16",
 }
+# What `clha-fast train` calls it, beside the name here.
+TRAIN_NAMES = {
+    "--prompt": "--max-prompt-length",
+    "--response": "--max-completion-length",
+    "--prompts": "--per-device-train-batch-size",
+    "--checkpointing": "--gradient-checkpointing",
+    "--offload": "--activation-checkpointing-kwargs.offload",
+    "--optimizer": "--optim",
+}
+_ADAPTER = "--peft-config."
+
+
+class _Parser(Parser):
+    """With the name that train has beside each option's own."""
+
+    def option(self, name: str, **settings: Any) -> None:
+        also = [TRAIN_NAMES[name]] if name in TRAIN_NAMES else []
+        self.add_argument(name, *also, dest=name[2:].replace("-", "_"), **settings)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _tile(text: str) -> bool | int:
+    return _switch(text) if text.lower() in ("true", "false") else int(text)
+
+
+def _optimizer(text: str) -> str:
+    """A key of `OPTIMIZERS`, or the name that transformers has for what keeps as much."""
+    if text not in OPTIMIZERS and "adamw" in text:
+        return "adamw_8bit" if "8bit" in text else "adamw"
+    return text
+
+
+def parser() -> _Parser:
+    """The options of `clha-fast plan`, but for `--peft_config.KEY VALUE`."""
+    made = _Parser(prog="clha-fast plan", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    option, switch = made.option, {"type": _switch, "nargs": "?", "const": True, "metavar": "true|false"}
+    option(
+        "--model", required=True, metavar="NAME", help="a folder with config.json or an adapter, or a name on the Hub"
+    )
+    option("--tokens", type=int, metavar="N", help="scored tokens of a micro-batch (or --response)")
+    option("--candidates", type=int, default=4, metavar="N", help="responses a prompt (default 4)")
+    option("--prompt", type=int, metavar="N", help="tokens of a prompt (default: as a response)")
+    option("--response", type=int, metavar="N", help="tokens of a response (default: from --tokens)")
+    option("--prompts", type=int, metavar="N", help="prompts of a micro-batch (default: from --tokens, or 1)")
+    option("--layout", choices=LAYOUTS, default="padded", help="of the rows (default padded)")
+    option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights")
+    option(
+        "--lora-rank", type=int, metavar="R", help="train adapters alone (default: all weights, or a folder's adapter)"
+    )
+    option("--reward-model", **switch, help="of a reward model on --model (default: where it is one)")
+    option("--checkpointing", default=True, **switch, help="gradient checkpointing (default true)")
+    made.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="the same as false")
+    option(
+        "--tiled-mlp", nargs="?", type=_tile, const=True, default=False, metavar="ROWS", help="MLPs a tile at a time"
+    )
+    option("--offload", default=False, **switch, help="layer checkpoints in host memory")
+    option("--optimizer", type=_optimizer, choices=tuple(OPTIMIZERS), default="adamw", help="(default adamw)")
+    option("--backend", choices=BACKENDS, help="of the loss (default auto: what training takes on a GPU of --memory)")
+    option("--workspace-mb", type=float, metavar="MIB", help="of the loss's logits, as in training (default: chosen)")
+    option("--memory", type=float, metavar="GIB", help="of the device, e.g. 80")
+    option("--json", action="store_true", help="print JSON, memory in bytes")
+    return made
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options; `peft_config` holds what stands behind `--peft_config.KEY`."""
+    rest: list[str] = []
+    adapter: dict[str, Any] = {}
+    left = with_dashes(words)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if not name.startswith(_ADAPTER):
+            rest.append(name + equals + value)
+            continue
+        if not equals and not left:
+            raise ValueError(f"{name}: expected a value, got none")
+        adapter[name[len(_ADAPTER) :].replace("-", "_")] = yaml.safe_load(value if equals else left.pop(0))
+    args = parser().parse_args(rest)
+    args.peft_config = adapter
+    return args
 
 
 def plan(words: Sequence[str]) -> int:
@@ -38,34 +131,13 @@ def plan(words: Sequence[str]) -> int:
     Raises:
         ValueError, OSError, ImportError: a user error, in one sentence.
     """
-    parser = Parser(prog="clha-fast plan", description=DESCRIPTION)
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="a folder with config.json, or a name on the Hub"
-    )
-    parser.add_argument("--tokens", type=int, metavar="N", help="scored tokens of a micro-batch (or --response)")
-    parser.add_argument("--candidates", type=int, default=4, metavar="N", help="responses a prompt (default 4)")
-    parser.add_argument("--prompt", type=int, metavar="N", help="tokens of a prompt (default: as a response)")
-    parser.add_argument("--response", type=int, metavar="N", help="tokens of a response (default: from --tokens)")
-    parser.add_argument(
-        "--prompts", type=int, metavar="N", help="prompts of a micro-batch (default: from --tokens, or 1)"
-    )
-    parser.add_argument("--layout", choices=LAYOUTS, default="padded", help="of the rows (default padded)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights")
-    parser.add_argument("--lora-rank", type=int, metavar="R", help="train adapters alone (default: all weights)")
-    parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
-    parser.add_argument(
-        "--tiled-mlp", nargs="?", type=int, const=True, default=False, metavar="ROWS", help="MLPs a tile at a time"
-    )
-    parser.add_argument("--offload", action="store_true", help="layer checkpoints in host memory")
-    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="(default adamw)")
-    parser.add_argument("--backend", choices=("triton", "torch"), default="triton", help="of the loss (default triton)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of the device, e.g. 80")
-    parser.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
-    args = parser.parse_args(with_dashes(words))
-    load, switches = _load(args), _switches(args)
+    args = _parse(words)
     if args.memory is not None and not args.memory > 0:
         raise ValueError(f"--memory: expected a positive number of GiB, got {args.memory}")
-    config = load_config(args.model)
+    load = _load(args)
+    source = read_source(args.model)
+    switches = _switches(args, source)
+    config = source.config
     found = count(config, load, switches)
     way: tuple[list[str], Plan] | None = None
     if args.memory is not None and found.memory.total > args.memory * GIB:
@@ -101,21 +173,49 @@ def _load(args: argparse.Namespace) -> Load:
     return Load(1 if prompts is None else prompts, args.candidates, prompt, response, args.layout)
 
 
-def _switches(args: argparse.Namespace) -> Switches:
+def _switches(args: argparse.Namespace, source: Source) -> Switches:
     if args.lora_rank is not None and args.lora_rank < 1:
         raise ValueError(f"--lora-rank: expected a positive whole number, got {args.lora_rank}")
-    if args.offload and args.no_checkpointing:
+    if args.offload and not args.checkpointing:
         raise ValueError(
             "--offload: expected gradient checkpointing, whose checkpoints it offloads, got --no-checkpointing"
         )
+    if args.workspace_mb is not None and not args.workspace_mb > 0:
+        raise ValueError(f"--workspace-mb: expected a positive number of MiB, got {args.workspace_mb}")
+    reward = source.is_classifier if args.reward_model is None else args.reward_model
+    if source.is_classifier and not reward:
+        raise ValueError(f"--reward-model: expected true for a classifier, which {args.model} is, got false")
+    for name in ("backend", "workspace_mb"):
+        if reward and getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}: expected none for a reward model, whose loss has no vocabulary, got {getattr(args, name)}"
+            )
+    adapter = source.adapter
+    if adapter is not None:
+        given = [
+            f"--{name}"
+            for name in ("lora-rank", "peft_config", "reward-model")
+            if getattr(args, name.replace("-", "_"))
+        ]
+        if given:
+            raise ValueError(f"{given[0]}: expected a whole model for it, got {args.model}, an adapter's folder")
+    elif args.peft_config:
+        if args.lora_rank is not None:
+            raise ValueError("--lora-rank: expected one of it and --peft_config.r, got both")
+        adapter = adapter_config({"task_type": "SEQ_CLS" if reward else "CAUSAL_LM", **args.peft_config})
     return Switches(
         dtype=getattr(torch, args.dtype),
         lora_rank=args.lora_rank,
-        checkpointing=not args.no_checkpointing,
+        adapter=adapter,
+        reward_model=reward,
+        checkpointing=args.checkpointing,
         tiled_mlp=args.tiled_mlp,
         offload=args.offload,
         optimizer=args.optimizer,
-        backend=args.backend,
+        backend=args.backend or "auto",
+        memory=None if args.memory is None else int(args.memory * GIB),
+        workspace_bytes=None if args.workspace_mb is None else int(args.workspace_mb * 2**20),
     )
 
 
@@ -130,10 +230,16 @@ def _as_dict(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] 
     return said
 
 
+def _kind(found: Plan) -> str:
+    kind = "a reward model" if found.switches.reward_model else "a language model"
+    adapter = found.switches.adapter
+    return kind if adapter is None else f"{kind} with an adapter ({adapter.peft_type.value})"
+
+
 def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | None) -> str:
     load, rows = found.load, found.load.rows
     lines = [
-        f"{args.model}: {found.parameters:,} weights in {args.dtype}, of which {found.trained:,} train",
+        f"{args.model}, {_kind(found)}: {found.parameters:,} weights in {args.dtype}, of which {found.trained:,} train",
         f"{load.prompts} x {load.candidates} candidates of {load.response:,} tokens behind prompts of {load.prompt:,}: "
         f"{rows.scored:,} scored tokens; {load.layout}: {rows.rows} x {rows.width:,} tokens run",
         "",
@@ -152,4 +258,6 @@ def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | N
             lines.append(f"fits with {options}: {most}")
         else:
             lines.append(f"with {options} still {most}: fewer tokens a micro-batch, or more devices")
+    if found.switches.backend == "auto" and found.switches.memory is None and found.backend:
+        lines.append("the loss: as auto takes it on a GPU with room for it; --memory GIB says which it takes there")
     return "\n".join([*lines, NOT_COUNTED])

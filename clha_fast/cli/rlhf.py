@@ -91,13 +91,15 @@ def header(run: RolloutRun) -> dict[str, str]:
     args, trainer = run.args, run.trainer
     options: Any = trainer.loss_options
     kl = f", divergence x {options.kl_weight:g} from {trainer.reference.text}" if options.kl_weight else ""
+    clip = f"policy: clipped at {1 - options.clip_low:g} and {1 + options.clip_high:g}"
+    bonus = f", entropy x {options.entropy_weight:g}" if options.entropy_weight else ""
     judge = type(run.reward_model.model).__name__
     lines = {
         "model": model_text(run),
         "reward": f"{run.options.reward_model}: {judge}",
         "device": device_text(args.device),
         "backend": backend_text(args.backend, args.device, run.model.dtype),
-        "loss": f"policy: clipped at {1 - options.clip_low:g} and {1 + options.clip_high:g}, {options.reduction}{kl}",
+        "loss": f"{clip}, {options.reduction}{kl}{bonus}",
         "rollout": f"{args.answers_per_prompt} answers a prompt, of at most "
         f"{trainer.train_dataset.settings.max_new_tokens} tokens, for {args.rollout_steps} "
         f"step{'s' if args.rollout_steps > 1 else ''}",

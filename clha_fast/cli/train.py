@@ -100,7 +100,7 @@ def header(run: Run) -> dict[str, str]:
     lines = {
         "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
-        "backend": backend_text(args.backend, args.device, dtype),
+        "backend": backend_text(args.backend, args.device, dtype, **_head(trainer)),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
         "training": data_text(train, options) + _cut_text(trainer.train_dataset, train),
@@ -120,6 +120,16 @@ def header(run: Run) -> dict[str, str]:
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
     return lines
+
+
+def _head(trainer: Any) -> dict[str, Any]:
+    """What the choice of a backend depends on beside device and dtype."""
+    weight = getattr(trainer.head_info.module, "weight", None)
+    if trainer.head_info.own_forward is not None or weight is None:
+        return {}
+    size = trainer.head_options.workspace_bytes
+    routed = trainer.head_options.max_dropped_mass is not None
+    return {"weight": tuple(weight.shape), "trains": weight.requires_grad, "workspace_bytes": size, "routed": routed}
 
 
 def memory_report(run: Run) -> dict[str, int]:

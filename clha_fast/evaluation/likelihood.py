@@ -79,8 +79,13 @@ def candidate_scores(
             ).to(model.device)
             found = model(**batch.as_dict()).metrics.scores.tolist()
             for number in numbers:
-                size = len(features[number]["completion_ids"])
-                scores[number], found = found[:size], found[size:]
+                completions = features[number]["completion_ids"]
+                own, found = found[: len(completions)], found[len(completions) :]
+                # The same response twice is a tie: apart, padding could part their scores by a last bit.
+                first: dict[tuple[int, ...], float] = {}
+                scores[number] = [
+                    first.setdefault(tuple(ids), score) for ids, score in zip(completions, own, strict=True)
+                ]
             bar.update(len(numbers))
     for record, own in zip(records, scores, strict=True):
         if not all(map(math.isfinite, own)):

@@ -26,6 +26,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
+from packaging.version import Version
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data import read_records
@@ -87,7 +88,7 @@ class RankedPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         version = importlib.metadata.version("axolotl")
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        if Version(version).release[:2] < OLDEST:
             raise ImportError(f"axolotl: expected 0.21 or newer, got {version}")
 
     def get_input_args(self) -> str:

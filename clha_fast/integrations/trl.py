@@ -15,11 +15,14 @@ from types import MethodType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from clha_fast.models import switch
+from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import output_embedding
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
@@ -31,6 +34,8 @@ from clha_fast.ops.dispatch import Backend, check_name
 
 OLDEST = (1, 15)
 TRAINERS = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer")
+# Those that form all logits, for `FusedHeadMixin`.
+MIXED = ("CPOTrainer", "ORPOTrainer")
 # TRL's name of a statistic, and ours. Its `log_sum_sq_probs` is the logarithm of ours.
 _STATISTICS = {
     "entropy": "entropy",
@@ -47,7 +52,7 @@ def import_trl() -> Any:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError("trl: not installed; pip install 'clha-fast[trl]' brings it") from error
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    if Version(version).release[:2] < OLDEST:
         raise ImportError(f"trl: expected 1.15 or newer, whose trainers call one fused head, got {version}")
     return importlib.import_module("trl")
 
@@ -77,6 +82,7 @@ class _Head:
 
     def __init__(self, model: nn.Module, asked: _Asked, backend: Backend, workspace_bytes: int | None) -> None:
         self.model, self.asked, self.on = model, asked, True
+        self.trained = False  # whether a call with gradients was answered
         self._backend, self._workspace_bytes = backend, workspace_bytes
         self._scores: dict[nn.Module, LogpForward] = {}
         self.info: HeadInfo = self._score().info
@@ -141,6 +147,7 @@ class _Head:
         if shift_labels is None:
             values, mask = values[..., :-1], mask[:, :-1]
         logps = values[0]
+        self.trained |= torch.is_grad_enabled()
         fields: dict[str, Tensor] = dict(zip(names, values[1:], strict=True))
         if "is_top1" in fields:
             fields["is_top1"] = fields["is_top1"].bool()
@@ -153,6 +160,20 @@ class _Head:
         return self._output(loss=loss, log_probs=logps, label_mask=mask, aux_loss=auxiliary, **fields)
 
 
+class _Guard(TrainerCallback):
+    """RuntimeError before the first optimiser step whose loss never asked for the fused head."""
+
+    def __init__(self, trainer: Any, head: _Head) -> None:
+        self._name, self._head = type(trainer).__name__, head
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self._head.trained:
+            raise RuntimeError(
+                f"use_clha: expected a loss made of the fused head's log-probabilities, got a step of {self._name} "
+                "without; its loss is made of the logits, so detach"
+            )
+
+
 class TRLHead:
     """What `use_clha` put on a trainer's models; a context manager that detaches at its end.
 
@@ -160,9 +181,11 @@ class TRLHead:
         infos: the heads as measured, the policy's first and then the reference model's where there is one.
     """
 
-    def __init__(self, heads: list[_Head]) -> None:
-        self._heads = heads
+    def __init__(self, trainer: Any, heads: list[_Head]) -> None:
+        self._trainer, self._heads = trainer, heads
         self.infos = [head.info for head in heads]
+        self._guard = _Guard(trainer, heads[0])
+        trainer.add_callback(self._guard)
 
     def __enter__(self) -> TRLHead:
         return self
@@ -174,6 +197,7 @@ class TRLHead:
         """TRL's own head answers again; a second call does nothing."""
         for head in self._heads:
             head.take_off()
+        self._trainer.pop_callback(self._guard)
 
 
 def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | None = None) -> TRLHead:
@@ -193,7 +217,10 @@ def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | 
     Raises:
         ImportError: TRL is missing, or older than 1.15.
         ValueError: another trainer; ``cast_lm_head_to_fp32`` (the head is computed in the model's own dtype, with sums
-            in float32); outputs of a TRL that this file does not know; a trainer that has been given the head already.
+            in float32); SFT with a ``compute_loss_func`` or ``label_smoothing_factor``, whose loss is made of logits;
+            prompt tuning; outputs of a TRL that this file does not know; a trainer that has been given the head
+            already.
+        RuntimeError: in training, before its first step, where a subclass makes its loss of logits.
         UnsupportedHeadError, BackendError: as `clha_fast.attach`.
 
     Example::
@@ -210,6 +237,8 @@ def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | 
             f"trainer: expected one of TRL's {', '.join(TRAINERS)}, got {type(trainer).__name__}; CPOTrainer and "
             "ORPOTrainer take FusedHeadMixin"
         )
+    if isinstance(trainer, trl.SFTTrainer):
+        _check_loss(trainer)
     models = [unwrap(model) for model in models if model is not None]
     asked = [_settings(model) for model in models]
     heads: list[_Head] = []
@@ -217,12 +246,32 @@ def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | 
         for model, settings in zip(models, asked, strict=True):
             heads.append(_Head(model, settings, backend, workspace_bytes))
     except BaseException:
-        TRLHead(heads).detach()
+        for head in heads:
+            head.take_off()
         raise
-    return TRLHead(heads)
+    return TRLHead(trainer, heads)
+
+
+def _check_loss(trainer: Any) -> None:
+    """ValueError where an SFTTrainer makes its loss of logits, and asks a fused head for what it logs alone."""
+    given: Any = trainer.compute_loss_func
+    if not callable(given):  # TRL marks older releases of transformers with a text
+        given = None
+    smoothing = trainer.args.label_smoothing_factor if trainer.args.loss_type == "nll" else 0
+    for name, value, none in (("compute_loss_func", given, None), ("label_smoothing_factor", smoothing, 0)):
+        if value:
+            raise ValueError(
+                f"{name}: expected {none}, got {value} (SFTTrainer then makes its loss of the logits); leave it out, "
+                "or leave TRL's own head"
+            )
 
 
 def _settings(model: nn.Module) -> _Asked:
+    if virtual_tokens(model):
+        raise ValueError(
+            "trainer: expected adapters in the model, or none, got prompt tuning, which gives embeddings in the "
+            "tokens' place; leave TRL's own head"
+        )
     asked = _asked(model)
     if asked is None:
         raise ValueError(
@@ -254,14 +303,29 @@ class FusedHeadMixin:
         head_backend, head_workspace_bytes: `backend` and `workspace_bytes` of `clha_fast.attach`, beside TRL's own.
 
     Raises:
+        TypeError: it stands behind the trainer, or beside another one.
         ImportError, ValueError, UnsupportedHeadError, BackendError: as `use_clha`; ValueError for an encoder-decoder.
     """
 
     _head: LogpForward
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        for name in MIXED:
+            if name in order[: order.index(FusedHeadMixin.__name__)]:
+                raise TypeError(
+                    f"{cls.__name__}: expected FusedHeadMixin before {name}, got it behind, where it is idle"
+                )
+
     def __init__(
         self, *args: Any, head_backend: Backend = "auto", head_workspace_bytes: int | None = None, **kwargs: Any
     ) -> None:
+        if not {base.__name__ for base in type(self).__mro__} & set(MIXED):
+            raise TypeError(
+                f"{type(self).__name__}: expected FusedHeadMixin before {' or '.join(MIXED)}, got another trainer; "
+                "use_clha is for TRL's others"
+            )
         import_trl()
         check_name(head_backend)
         super().__init__(*args, **kwargs)

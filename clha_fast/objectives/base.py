@@ -304,8 +304,15 @@ class Objective(Settings):
         names = self.metric_names
         names = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, "prompts")
         object.__setattr__(found, "is_watched", True)
+        object.__setattr__(found, "_plain", self)
         object.__setattr__(found, "metric_names", {**names, **dict.fromkeys(WATCHED, "scored_tokens")})
         object.__setattr__(found, "encoded", f"{WATCHED_MARK}{self.encoded}")
+        return found
+
+    @property
+    def plain(self: _T) -> _T:
+        """The objective that `watched` was asked of, whose `report` goes by its own `metric_names`; else itself."""
+        found: _T = getattr(self, "_plain", self)
         return found
 
     def kept(self, pairs: Pairs) -> Tensor:

@@ -79,7 +79,7 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
         (lengths > 0).sum(),
     ]
     routed = [0.0] * (len(METRIC_NAMES) - len(common))
-    own = dict(objective.report(group))
+    own = dict(objective.plain.report(group))
     if objective.is_watched:
         own |= {name: group.statistic(of).sum() for name, of in WATCHED.items()}
     sums: list[Any] = [*common, *routed, *(own[name] for name in objective.metric_names)]
@@ -102,7 +102,7 @@ class CLHAMetrics:
     """
 
     def __init__(
-        self, values: Tensor, scores: Tensor, calls: int = 1, names: Sequence[str] | Mapping[str, str] = ()
+        self, values: Tensor, scores: Tensor, calls: float = 1, names: Sequence[str] | Mapping[str, str] = ()
     ) -> None:
         self.values = values
         self.scores = scores
@@ -213,7 +213,7 @@ class CLHAMetrics:
         return f"CLHAMetrics({', '.join(f'{k}={v:.4g}' for k, v in self.as_dict().items())})"
 
 
-_Context = tuple[int, tuple[tuple[str, str], ...]]
+_Context = tuple[float, tuple[tuple[str, str], ...]]
 
 
 def _flatten(metrics: CLHAMetrics) -> tuple[list[Tensor], _Context]:

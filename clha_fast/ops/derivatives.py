@@ -93,6 +93,21 @@ def as_function(
     return made
 
 
+def backward_operator(name: str, operator: Callable[..., Any], refused: str) -> Callable[..., Any]:
+    """An operator that is itself a backward pass, as it is to be called: its own derivative is refused.
+
+    Args:
+        refused: the name of what its second derivative would be.
+    """
+
+    def nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
+
+    def second(ctx: Any, *grads: Any) -> NoReturn:
+        refuse_second(refused)
+
+    return differentiable(name, operator, nothing_saved, second)
+
+
 def differentiable(
     name: str, operator: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:

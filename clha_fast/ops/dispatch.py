@@ -2,8 +2,8 @@
 
 A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case. On a GPU
 "workspace" is predicted to be faster where gradients are wanted, 3 matrix products for 4 (`python -m
-benchmarks.roofline`), and pays with memory, two more [V, H] in float32: it is taken where that is a small share of the
-device's.
+benchmarks.roofline`), and pays with memory, at most two more [V, H] in float32: it is taken where that is a small share
+of the device's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from clha_fast.backends import ROUTING, workspace_budget
+from clha_fast.backends import ROUTING
+from clha_fast.backends.memory import Workspace
 from clha_fast.errors import BackendError
 
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
@@ -91,24 +92,24 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs compute capability 8.0 or newer, got {major}.{minor}" if major < 8 else None
 
 
-def workspace_peak(weight: tuple[int, int], itemsize: int, workspace_bytes: int | None = None) -> int:
-    """Bytes that the workspace backend holds above its inputs at the peak, but for what grows with the tokens.
+def room(memory: int, workspace: Workspace) -> bool:
+    """Whether the workspace backend takes at most `ROOM` of a device's memory, but for what grows with the tokens.
 
-    Float32 gradients of a weight [V, H], and beside them logits, with a copy of their rows, or later what the gradients
-    are rounded to. The tokens' own share, about 6 bytes an element of their hidden states, is the other paths' too.
+    About 6 bytes an element of their hidden states, which is the other paths' too.
     """
-    vocabulary, width = weight
-    workspace = workspace_budget(vocabulary, width, workspace_bytes)
-    rows = workspace // max(1, vocabulary * itemsize) * 3 * width
-    return 4 * vocabulary * width + max(workspace + rows, itemsize * vocabulary * width)
+    return workspace.worst <= ROOM * memory
 
 
-def has_room(device: torch.device, weight: tuple[int, int], dtype: torch.dtype, workspace_bytes: int | None) -> bool:
-    """Whether `workspace_peak` is within `ROOM` of the device's memory: of all of it, for what is free now changes."""
+def planned(memory: int, workspace: Workspace) -> str:
+    """What "auto" takes on an NVIDIA GPU of `memory` bytes that the kernels know, where gradients are wanted."""
+    return choose("cuda", True, True, room(memory, workspace)).backend
+
+
+def _has_room(device: torch.device, workspace: Workspace) -> bool:
+    """`room` of all the device's memory, for what is free now changes."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False  # its wide products were not tried on ROCm
-    total = torch.cuda.get_device_properties(device).total_memory
-    return workspace_peak(weight, dtype.itemsize, workspace_bytes) <= ROOM * total
+    return room(torch.cuda.get_device_properties(device).total_memory, workspace)
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,6 +131,7 @@ def resolve(
     gradients: bool = False,
     routed: bool = False,
     weight: tuple[int, int] = (0, 0),
+    trains: bool = True,
     workspace_bytes: int | None = None,
 ) -> str:
     """The name of the backend to run: "triton", "workspace", "torch" or "reference".
@@ -138,7 +140,7 @@ def resolve(
         backend: a name of `BACKENDS`. device: the tensors', such as "cpu" or "cuda:1". dtype: hidden's.
         gradients: a loss whose gradients are wanted, which a sweep can return with it.
         routed: `HeadOptions.max_dropped_mass` is given. weight: (V, H), where a model is known.
-        workspace_bytes: `HeadOptions.workspace_bytes`.
+        trains: the weight's gradient is among those wanted. workspace_bytes: `HeadOptions.workspace_bytes`.
 
     Raises:
         ValueError: the name is unknown.
@@ -148,8 +150,8 @@ def resolve(
     place = torch.device(device)
     if backend == "auto":
         reason = _why_not_kernels(place, dtype) if place.type == "cuda" else f"the device is {place.type}"
-        room = has_room(place, weight, dtype, workspace_bytes)
-        rule = choose(place.type, reason is None, gradients and not routed, room)
+        fits = _has_room(place, Workspace(*weight, dtype.itemsize, workspace_bytes, trains))
+        rule = choose(place.type, reason is None, gradients and not routed, fits)
         _say_once(f"backend auto: {rule.backend} ({rule.why or reason}; {rule.origin})")
         return rule.backend
     if backend in ("triton", "workspace"):

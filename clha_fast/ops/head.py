@@ -7,14 +7,14 @@ A gradient that nobody asked for is an empty tensor here, for an operator cannot
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clha_fast import backends
 from clha_fast.ops import checks
-from clha_fast.ops.derivatives import differentiable, refuse_dropped_tangents, refuse_second
+from clha_fast.ops.derivatives import backward_operator, differentiable, refuse_dropped_tangents
 from clha_fast.ops.schema import HEAD, NEEDS, schema
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, HeadInputs, Needs
@@ -111,15 +111,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(inputs, inputs.hidden.dtype, Needs(*arguments[-3:]))
 
 
-def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A second derivative is refused, whatever it is of."""
-
-
-def _second(ctx: Any, *grads: Any) -> NoReturn:
-    refuse_second("token_logps")
-
-
-token_logps_backward = differentiable("token_logps_backward", _backward_operator, _nothing_saved, _second)
+token_logps_backward = backward_operator("token_logps_backward", _backward_operator, "token_logps")
 
 
 def head_gradients(ctx: Any, grad_logps: Tensor, lse: Tensor, route: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clha_fast import backends
 from clha_fast.ops import checks
-from clha_fast.ops.derivatives import differentiable, refuse_dropped_tangents, refuse_second
+from clha_fast.ops.derivatives import backward_operator, differentiable, refuse_dropped_tangents
 from clha_fast.ops.head import as_cast, fake_gradients, or_empty, score_dtype, token_logps_backward
 from clha_fast.ops.schema import HEAD, NEEDS, schema
 from clha_fast.options import HeadOptions
@@ -59,23 +59,12 @@ def _statistics_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return or_empty(gradients, inputs.hidden)
 
 
+_SLOPES = ("Tensor grad_logps", "Tensor grad_entropy")
 _backward_operator = torch.library.custom_op(
     "clha_fast::token_statistics_backward",
     _statistics_backward,
     mutates_args=(),
-    schema=schema(
-        [
-            "Tensor grad_logps",
-            "Tensor grad_entropy",
-            *HEAD,
-            "Tensor lse",
-            "Tensor entropy",
-            "str head",
-            "str backend",
-            *NEEDS,
-        ],
-        3,
-    ),
+    schema=schema([*_SLOPES, *HEAD, "Tensor lse", "Tensor entropy", "str head", "str backend", *NEEDS], 3),
 )
 
 
@@ -85,15 +74,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(inputs, inputs.hidden.dtype, Needs(*arguments[-3:]))
 
 
-def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A second derivative is refused, whatever it is of."""
-
-
-def _second(ctx: Any, *grads: Any) -> None:
-    refuse_second("token_logps")
-
-
-_backward = differentiable("token_statistics_backward", _backward_operator, _nothing_saved, _second)
+_backward = backward_operator("token_statistics_backward", _backward_operator, "token_logps")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

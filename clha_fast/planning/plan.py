@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from clha_fast.batching.segments import LAYOUTS
-from clha_fast.planning.step import Rows, StepMemory, Switches, build, count_step
+from clha_fast.planning.step import Rows, StepMemory, Switches, build, count_step, loss_backend
 
 GIB = 2**30
 
@@ -37,26 +37,33 @@ class Load:
     @property
     def rows(self) -> Rows:
         """What the model runs; rows of one length have no padding."""
-        every, scored = self.prompts * self.candidates, self.prompts * self.candidates * self.response
+        every, largest = self.prompts * self.candidates, self.candidates * self.response
+        scored = self.prompts * largest
         if self.layout == "padded":
-            return Rows(every, self.prompt + self.response, scored)
+            return Rows(every, self.prompt + self.response, scored, largest)
         once = self.prompts if self.layout == "shared" else every
-        return Rows(1, once * self.prompt + scored, scored)
+        return Rows(1, once * self.prompt + scored, scored, largest)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's memory. parameters, trained: numbers of weights. load, switches: what was counted."""
+    """A step's memory. parameters, trained: numbers of weights. load, switches: what was counted.
+
+    backend: of the loss, where `switches.backend` may be "auto"; "" for a reward model.
+    """
 
     load: Load
     switches: Switches
     memory: StepMemory
     parameters: int
     trained: int
+    backend: str
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, memory in bytes; what `clha-fast plan --json` prints."""
-        switches = dataclasses.asdict(self.switches) | {"dtype": str(self.switches.dtype).removeprefix("torch.")}
+        adapter = None if self.switches.adapter is None else self.switches.adapter.peft_type.value
+        switches = dataclasses.asdict(dataclasses.replace(self.switches, adapter=adapter))
+        switches |= {"dtype": str(self.switches.dtype).removeprefix("torch."), "counted_backend": self.backend or None}
         return {
             "load": dataclasses.asdict(self.load) | {"tokens": self.load.rows.rows * self.load.rows.width},
             "scored_tokens": self.load.rows.scored,
@@ -75,8 +82,10 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     """
     model = build(copy.deepcopy(config), switches)
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    backend = loss_backend(model, switches)
     memory = count_step(model, load.rows, switches)
-    return Plan(load, switches, memory, sum(n for n, _ in numbers), sum(n for n, trains in numbers if trains))
+    trained = sum(n for n, trains in numbers if trains)
+    return Plan(load, switches, memory, sum(n for n, _ in numbers), trained, backend)
 
 
 # In the order in which they are tried: the option, whether it is there to be taken, and how.
@@ -99,7 +108,7 @@ _WAYS: dict[str, tuple[Callable[[Load, Switches], bool], _Change]] = {
         lambda load, switches: (load, dataclasses.replace(switches, offload=True)),
     ),
     "lora_rank=16": (
-        lambda load, switches: switches.lora_rank is None,
+        lambda load, switches: switches.lora_rank is None and switches.adapter is None,
         lambda load, switches: (load, dataclasses.replace(switches, lora_rank=16)),
     ),
 }
@@ -146,7 +155,7 @@ _PARTS = {
     "optimizer": "optimizer ({optimizer})",
     "kept": "{kept}",
     "layer": "a layer at work{again}",
-    "head": "the loss",
+    "head": "the loss{backend}",
     "total": "at the most",
     "host": "in host memory",
 }
@@ -159,6 +168,7 @@ def table(found: Plan) -> str:
         "optimizer": switches.optimizer,
         "kept": "layer checkpoints" if switches.checkpointing else "activations of all layers",
         "again": ", recomputed" if switches.checkpointing else "",
+        "backend": f" ({found.backend})" if found.backend else "",
     }
     values = dataclasses.asdict(memory) | {"total": memory.total}
     names = [name for name in _PARTS if name != "host" or memory.host]

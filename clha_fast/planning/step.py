@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,28 +11,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from clha_fast.models.adapters import import_peft
+from clha_fast.backends.memory import Workspace
+from clha_fast.models.adapters import active_module, import_peft, with_adapter
 from clha_fast.models.embedding import head_of
 from clha_fast.models.tiled import tile_mlps
+from clha_fast.ops.dispatch import planned
 from clha_fast.planning.live import LiveMemory
 
 _ATTENTION = "clha_fast_counted"
 WORKSPACE = 64 * 2**20  # of the Triton backend; the torch backend's least is a quarter, see `HeadOptions`
+BACKENDS = ("auto", "triton", "workspace", "torch")
 # What AdamW keeps of a trained weight, in weights: torch's own in the weight's dtype, bitsandbytes' in a byte each.
 OPTIMIZERS = {"adamw": lambda size: 2 * size, "adamw_8bit": lambda size: 2, "sgd": lambda size: 0}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids [rows, width] of one forward and backward, of which `scored` are response tokens."""
+    """Token ids [rows, width] of a forward and backward; `scored` are response tokens, `largest` those of a prompt."""
 
     rows: int
     width: int
     scored: int
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,34 @@ class Switches:
     """How a step is run.
 
     Attributes:
-        dtype: of weights and activations. lora_rank: adapters on every linear layer of the body train alone; None
-            trains all weights. checkpointing: each layer keeps its input and is recomputed. tiled_mlp: see
-            `models.tiled`. offload: checkpoints wait in host memory. optimizer: a key of `OPTIMIZERS`. backend: of the
-        loss, "triton" or "torch".
+        dtype: of weights and activations. lora_rank: adapters on every linear layer of the body train alone.
+        adapter: a configuration of peft's, whose adapter trains alone. Without either all weights train.
+        reward_model: a classifier with one label, in the place of the language model.
+        checkpointing: each layer keeps its input and is recomputed. tiled_mlp: see `models.tiled`. offload: checkpoints
+            wait in host memory. optimizer: a key of `OPTIMIZERS`.
+        backend: of the loss, one of `BACKENDS`. memory: the device's bytes, on which "auto" depends.
+        workspace_bytes: as `HeadOptions` has it.
     """
 
     dtype: torch.dtype = torch.bfloat16
     lora_rank: int | None = None
+    adapter: Any = None
+    reward_model: bool = False
     checkpointing: bool = True
     tiled_mlp: bool | int = False
     offload: bool = False
     optimizer: str = "adamw"
-    backend: str = "triton"
+    backend: str = "auto"
+    memory: int | None = None
+    workspace_bytes: int | None = None
+
+    @property
+    def adapter_config(self) -> Any:
+        """What peft makes the adapter of; None without one."""
+        if self.adapter is not None or self.lora_rank is None:
+            return copy.deepcopy(self.adapter)  # peft fills in what it has chosen
+        kind = "SEQ_CLS" if self.reward_model else "CAUSAL_LM"
+        return import_peft().LoraConfig(r=self.lora_rank, target_modules="all-linear", task_type=kind)
 
 
 @dataclass(frozen=True)
@@ -127,14 +152,14 @@ def build(config: PreTrainedConfig, switches: Switches) -> PreTrainedModel:
     for part in (config, config.get_text_config()):
         part._attn_implementation = _ATTENTION
         part.use_cache = False
+    if switches.reward_model:
+        config.num_labels = 1
+    kind = AutoModelForSequenceClassification if switches.reward_model else AutoModelForCausalLM
+    adapter = switches.adapter_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=switches.dtype)
-        if switches.lora_rank is not None:
-            peft = import_peft()
-            lora = peft.LoraConfig(r=switches.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-                peft.get_peft_model(model, lora)
+        model: Any = kind.from_config(config, dtype=switches.dtype)
+        if adapter is not None:
+            _adapt(model, adapter)
     model.train()
     if switches.tiled_mlp is not False:
         tile_mlps(model, switches.tiled_mlp)
@@ -142,6 +167,27 @@ def build(config: PreTrainedConfig, switches: Switches) -> PreTrainedModel:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _adapt(model: PreTrainedModel, adapter: Any) -> None:
+    """Puts the adapter's layers into the model."""
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: expected an adapter in the model's layers, got {adapter.peft_type.value}, whose tokens in "
+            "front of the text are not counted; plan the model alone, with a longer prompt"
+        )
+    adapter.inference_mode = False
+    if isinstance(getattr(adapter, "init_lora_weights", None), str):
+        adapter.init_lora_weights = True  # others take their first weights out of the model's values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        with_adapter(model, adapter)
+    head = model.get_output_embeddings()
+    if head is not None and hasattr(active_module(head), "base_layer"):
+        raise ValueError(
+            "peft_config: expected an adapter beside the output embedding, got one on it, whose logits run through the "
+            "adapter a chunk at a time and are not counted; measure a short run instead"
+        )
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -174,21 +220,46 @@ def _offloading(run: Callable[..., Any], host: list[int], *args: Any, **kwargs: 
         return run(*args, **kwargs)
 
 
+def loss_backend(model: nn.Module, switches: Switches) -> str:
+    """The loss's backend that is counted; "" for a reward model.
+
+    "auto" is what it takes in training on an NVIDIA GPU of `switches.memory`; where that is not given, "workspace",
+    which it takes on large ones.
+    """
+    if switches.reward_model or switches.backend != "auto":
+        return "" if switches.reward_model else switches.backend
+    return "workspace" if switches.memory is None else planned(switches.memory, _workspace(model, switches))
+
+
+def _workspace(model: nn.Module, switches: Switches) -> Workspace:
+    weight: Any = head_of(model).weight
+    words, width = weight.shape
+    return Workspace(words, width, weight.itemsize, switches.workspace_bytes, bool(weight.requires_grad))
+
+
 def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
     """The loss and its gradients beside hidden states and weight, counted as docs/kernels.md and `backends/torch` say.
 
     Rows of hidden [M, H], scored tokens N: sums of their gradients in float32, the gradient itself, the workspace, and
-    the weight's gradient where it trains.
+    the weight's gradient where it trains. A reward model's: a logit of each position, and gradients of both.
     """
+    tokens, every, backend = rows.scored, rows.rows * rows.width, loss_backend(model, switches)
+    if not backend:
+        config: Any = model.config
+        return every * switches.dtype.itemsize * (int(config.get_text_config().hidden_size) + 2)
+    if backend == "workspace":
+        return _workspace(model, switches).peak(tokens, every, rows.largest)
     head: Any = head_of(model)
     weight: Tensor = head.weight
-    (words, width), tokens, every = weight.shape, rows.scored, rows.rows * rows.width
-    own = words * width * (4 if switches.backend == "torch" else weight.itemsize) if weight.requires_grad else 0
+    words, width = weight.shape
+    own = words * width * (4 if backend == "torch" else weight.itemsize) if weight.requires_grad else 0
     sums = 4 * width * tokens
-    if switches.backend == "triton":
-        return own + sums + width * weight.itemsize * max(tokens, every) + WORKSPACE
+    if backend == "triton":
+        workspace = switches.workspace_bytes or WORKSPACE
+        return own + sums + width * weight.itemsize * max(tokens, every) + workspace
     later = width * (4 * every + (weight.itemsize * every if weight.itemsize < 4 else 0))
-    return own + min(max(WORKSPACE // 4, words * width), 4 * words * tokens) + sums + later
+    store = switches.workspace_bytes or max(WORKSPACE // 4, words * width)
+    return own + min(store, 4 * words * tokens) + sums + later
 
 
 @dataclass
@@ -273,7 +344,7 @@ def count_step(model: PreTrainedModel, rows: Rows, switches: Switches) -> StepMe
         layers._modules = {"0": layer}
         try:
             runs.append((_run(model, layer, rows, switches.offload), count))
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"model: expected one that runs on shapes alone, got {type(model).__name__}, which does not "
                 f"({str(error).splitlines()[0]}); measure a short run instead"

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
@@ -61,6 +62,28 @@ class CheckpointingTrainer(Trainer):
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer`, over the whole set, and over the one that is asked for."""
+        with self._whole_set():
+            if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+                return super().get_eval_dataloader(eval_dataset)
+            # `Trainer` keeps persistent workers under one name, and would measure its own set in another one's place.
+            return super().get_test_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `Trainer`, over the whole set."""
+        with self._whole_set():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _whole_set(self) -> Iterator[None]:
+        """Loaders made inside leave no batch out: `dataloader_drop_last` is for steps of training, all of one size."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.

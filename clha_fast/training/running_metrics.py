@@ -25,16 +25,18 @@ class RunningMetrics:
     def reset(self) -> None:
         """Forget everything."""
         self.total: CLHAMetrics | None = None
-        self.inert = self.calls = 0
+        self.inert = 0
+        self.steps = 0.0
 
-    def add(self, metrics: CLHAMetrics, inert: int, loss_scale: float = 1.0) -> None:
-        """One call's metrics; `loss_scale` is what its loss was multiplied by."""
+    def add(self, metrics: CLHAMetrics, inert: int, loss_scale: float = 1.0, of: int = 1) -> None:
+        """One call's metrics; `loss_scale` is what its loss was multiplied by, `of` the calls of its optimiser step."""
         values = metrics.values.detach().clone()
-        values[:2] *= loss_scale  # rank_loss and sft_loss, as the loss itself is scaled
+        # rank_loss and sft_loss as the loss itself, which is logged as a mean over steps: not all have as many calls.
+        values[:2] *= loss_scale / of
         plain = CLHAMetrics(values, metrics.scores[:0], names=metrics.names)
         self.total = plain if self.total is None else CLHAMetrics.merge([self.total, plain])
         self.inert += inert
-        self.calls += 1
+        self.steps += 1 / of
 
     def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float] | None:
         """The metrics' dictionary with `inert_candidates`, None if no process had a call; an empty accumulator again.
@@ -42,16 +44,16 @@ class RunningMetrics:
         Args:
             reduce: sums a tensor over the processes; every process must call.
         """
-        total, inert, calls = self.total, self.inert, self.calls
+        total, inert, steps = self.total, self.inert, self.steps
         self.reset()
         names = metric_names(self.objective)
         values = (
             torch.zeros(len(names), dtype=torch.float32, device=device) if total is None else total.values.to(device)
         )
-        counts = torch.tensor([inert, calls], dtype=torch.float64, device=device)
+        counts = torch.tensor([inert, steps], dtype=torch.float64, device=device)
         values, counts = reduce(values), reduce(counts)
-        inert, calls = int(counts[0]), int(counts[1])
-        if not calls:
+        inert, steps = int(counts[0]), float(counts[1])
+        if not steps:
             return None
-        found = CLHAMetrics(values, values[:0], 1 if self.summed else calls, self.objective.metric_names)
+        found = CLHAMetrics(values, values[:0], 1 if self.summed else steps, self.objective.metric_names)
         return {**found.as_dict(), "inert_candidates": float(inert)}

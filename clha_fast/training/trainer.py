@@ -255,7 +255,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             scale = self.current_gradient_accumulation_steps * self._data_processes
         loss, metrics = self._loss(model, batch, counts, scale)
         if model.training:
-            self._train_metrics.add(metrics, batch.num_inert, scale)
+            calls = getattr(self, "current_gradient_accumulation_steps", 1)
+            self._train_metrics.add(metrics, batch.num_inert, scale, calls)
             self._silent &= batch.num_inert == batch.candidate_lengths.numel()
             self._note_shape(batch)
         return (loss, {"metrics": metrics}) if return_outputs else loss

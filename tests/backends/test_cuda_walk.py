@@ -82,6 +82,15 @@ def test_memory_is_what_the_design_says(found: dict[str, Found]) -> None:
             assert 0.9 * row["allowed_forward"] <= row["forward_peak"] <= row["allowed_forward"], row
 
 
+@pytest.mark.parametrize(("tokens", "limit"), [(4096, 1.2), (8192, 2.2)])
+def test_the_workspace_s_memory_beyond_gradients(found: dict[str, Found], tokens: int, limit: float) -> None:
+    """GiB at H 4096 and V 128256, counted: one chunk of 16-bit logits."""
+    shape = "width=4096 vocabulary=128256 prompts"
+    named = f"tokens={tokens} {shape}"
+    (row,) = (row for row in found["shapes"]["cases"] if row["case"].startswith("workspace ") and named in row["case"])
+    assert 2 * tokens * 128256 < row["peak"] - row["gradients"] <= limit * 2**30
+
+
 def test_what_a_gpu_would_refuse_is_refused() -> None:
     """The walk's own checks, each against something that breaks it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

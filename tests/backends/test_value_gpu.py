@@ -101,7 +101,7 @@ def run(entry: str, backend: str, kind: str, name: str, capability: int, sizes: 
         node = value.grad_fn
         # The one node that the operator left: torch's engine itself asks for an accelerator.
         with torch.no_grad():
-            found = node.apply(OnGPU(upstream), *[None] * (8 if entry == "loss" else 2))[:3]
+            found = node.apply(OnGPU(upstream), *[None] * (11 if entry == "loss" else 2))[:3]
         check(value, found, exact(case, head, upstream, entry), dtype)
     # The torch backend takes whole prompts at a time: it must know their sizes.
     sizes_are_read = entry == "loss" and sizes == "cuda"

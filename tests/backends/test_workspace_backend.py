@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from clha_fast import BackendError, CLHAOptions, HeadOptions, backends, linear_clha_loss
+from clha_fast import BackendError, CLHAOptions, HeadOptions, linear_clha_loss
+from clha_fast.backends.memory import Workspace, padded_width
 from clha_fast.backends.triton import softmax as triton_softmax
 from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.backends.triton.head import Head
 from clha_fast.layout import Chunk
 from clha_fast.objectives.clha import PRESETS, PUBLISHED
 from clha_fast.ops.loss import _rounded_product
-from clha_fast.types import Needs
+from clha_fast.types import Factors, Needs
 from tests.support.helpers import Case, make_case, rank
 from tests.support.triton_harness import (
     DEVICE,
     PLAIN,
     RICH,
+    both_halves,
     check,
     close,
     eager_gradients,
@@ -116,7 +118,7 @@ def test_statistics_of_logits_at_the_end_of_float32(row: list[float], at: int) -
     """One value everywhere, the others from word `at` on: the same log-probabilities as float64's, inf and NaN too."""
     vocabulary = 300
     p = problem(4, vocabulary, 8)
-    z = torch.full((4, triton_softmax.padded_width(vocabulary)), float("nan"), device=DEVICE)
+    z = torch.full((4, padded_width(vocabulary)), float("nan"), device=DEVICE)
     z[:, :vocabulary] = row[0]
     for n, value in enumerate(row):
         z[:, (at + n) % vocabulary] = value
@@ -141,7 +143,9 @@ def test_small_coefficients_survive_float16_beside_tokens_without_one(power: int
         sweep = workspace_backend._Sweep(p.inputs, p.head, Needs(True, True, False))
         sweep.reserve(24)
         sweep.load(0, 24).backward(grad * 2.0**n, lse)
-        wide.append((sweep.dhidden, sweep.dweight))
+        assert sweep.factors is not None
+        dweight = workspace_backend.weight_gradient(sweep.factors, None, 70, torch.float32)
+        wide.append((sweep.dhidden, dweight))
     for one, other in zip(*wide, strict=True):
         assert one is not None
         assert other is not None
@@ -155,7 +159,7 @@ def test_sums_in_parts(unit: float | None, monkeypatch: pytest.MonkeyPatch) -> N
     a, b = (torch.randn(*shape, generator=draw).to(DEVICE, torch.float16) for shape in ((5, 150), (5, 6)))
     start = torch.randn(150, 6, generator=draw).to(DEVICE)
     out, scale = start.clone(), None if unit is None else torch.tensor(unit, device=DEVICE)
-    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 1)
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 1)
     workspace_backend._add_in_parts(a.t(), b, out, scale)
     torch.testing.assert_close(out, start + (unit or 1.0) * (a.t().float() @ b.float()))
 
@@ -175,32 +179,102 @@ class Sizes(TorchDispatchMode):
         return result
 
 
+def hide_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and kernels take no memory of their own on a GPU; here a CPU widens what they read."""
+
+    def unseen(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in ("gradient", "statistics", "_library_product"):
+        monkeypatch.setattr(workspace_backend, name, unseen(getattr(workspace_backend, name)))
+
+
 @every_dtype
 def test_nothing_as_large_as_the_workspace_or_the_gradient_stands_beside_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later chunk's backward, all gradients; products and kernels aside, which a CPU widens."""
-    p = problem(64, 400, 48, bias=True, dtype=dtype)
+    head = PLAIN.replace(workspace_bytes=32 * 448 * dtype.itemsize)
+    p = problem(64, 400, 48, bias=True, dtype=dtype, head=head)
     lse = forward(p, workspace_backend).lse
-    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 1)
-    monkeypatch.setattr(backends, "_WORKSPACE_BYTES", 1)
-
-    def unseen(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> None:
-            with _disable_current_modes():
-                function(*args, **kwargs)
-
-        return call
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 1)
 
     sweep = workspace_backend._Sweep(p.inputs, p.head, Needs(True, True, True))
     sweep.reserve(32)
     sweep.load(0, 32).backward(upstream(p)[:32], lse[:32])
     loaded = sweep.load(32, 64)
-    for name in ("gradient", "_library_product"):
-        monkeypatch.setattr(workspace_backend, name, unseen(getattr(workspace_backend, name)))
+    hide_kernels(monkeypatch)
     with Sizes() as sizes:
         loaded.backward(upstream(p)[32:], lse[32:])
     assert 0 < max(sizes.taken) < min(4 * 400 * 48, 4 * 32 * 400) / 2
+
+
+@both_halves
+def test_one_chunk_has_no_float32_gradient_of_the_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of its size, from the logits to the rounded gradient, but the logits and that gradient in 16 bits."""
+    case = on_device(make_case([10] * 6, [2, 2, 2], hidden_size=48, vocab_size=400, rewards=True, dtype=dtype))
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 1)
+    hide_kernels(monkeypatch)
+    with Sizes() as sizes:
+        _, swept = workspace_backend.loss_sweep(case.head, case.ranking, PLAIN, PUBLISHED, Needs(True, True, False))
+        assert isinstance(swept.weight, Factors)
+        scale = torch.tensor(0.3, device=DEVICE)
+        dweight = workspace_backend.weight_gradient(swept.weight, scale, 400, dtype)
+    assert dweight.dtype == dtype
+    assert sorted(sizes.taken)[-2:] == [2 * 400 * 48, 2 * 60 * 448]
+
+
+@both_halves
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_loss_in_one_chunk_is_no_worse_than_the_eager_one(dtype: torch.dtype, factor: float) -> None:
+    """A power of two: with any other the eager path rounds other numbers, and of few tokens luck decides."""
+    case = make_case(*RAGGED, hidden_size=64, vocab_size=300, rewards=True, dtype=dtype, weight_scale=0.2)
+    assert Workspace(300, 64, 2).keeps_factors(31)
+    exact_loss, exact = case.to(torch.float64).gradients("reference", factor, options=PAPER)
+    _, eagers = case.gradients("reference", factor, options=PAPER)
+    loss, found = on_device(case).gradients("workspace", factor, options=PAPER)
+    close(loss.cpu(), exact_loss, 1e-2)
+    for value, eager, wanted in zip(found, eagers, exact, strict=True):
+        assert value.dtype == dtype
+        assert error(value.cpu(), wanted) <= 1.05 * error(eager, wanted)
+
+
+@both_halves
+def test_the_weight_s_gradient_is_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times an upstream gradient that is no power of two: half a unit in the last place from the exact product."""
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 1)
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(40, columns, generator=draw).to(DEVICE, dtype) for columns in (192, 24))
+    factors = Factors(left, right, torch.tensor(0.5, device=DEVICE))
+    found = workspace_backend.weight_gradient(factors, torch.tensor(0.3, device=DEVICE), 150, dtype).double()
+    exact = 0.5 * float(torch.tensor(0.3)) * (left[:, :150].double().t() @ right.double())
+    assert found.shape == (150, 24)
+    assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
+
+
+@both_halves
+def test_gradients_of_some_inputs_alone(dtype: torch.dtype) -> None:
+    """Asked for one at a time, by a graph that stays: the same bits as all at once. Nobody's NaN is multiplied by 0."""
+    case = make_case(*RAGGED, rewards=True, dtype=dtype, ignored=0.1)
+    hidden = case.hidden.clone()
+    hidden[case.targets == -100] = torch.nan
+    case = on_device(case.replace(hidden=hidden))
+    leaves = case.leaves()
+    loss, _ = case.loss("workspace")
+    alone = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for leaf in leaves]
+    together = torch.autograd.grad(loss, leaves)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
+    loss, _ = case.loss("workspace")
+    factors = torch.tensor([1.0, 0.5, -2.0], device=DEVICE)
+    batch = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True)
+    for many, one in zip(batch, alone, strict=True):
+        torch.testing.assert_close(many, factors.to(dtype).view(-1, 1, 1) * one, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +393,10 @@ def test_operators_keep_their_contract(optional: bool) -> None:
     for needs in ((True, True, case.bias is not None), (False, True, False)):
         arguments = (*case.head, *case.ranking, PLAIN.encoded, PUBLISHED.encoded, "workspace", *needs)
         torch.library.opcheck(operators.linear_loss, arguments, test_utils=tests)
+    for dtype, wide in ((torch.float16, False), (torch.float16, True)):
+        left, right = (torch.randn(5, columns, device=DEVICE).to(dtype).requires_grad_() for columns in (64, 8))
+        factors = (left, right, torch.tensor(0.5, device=DEVICE), torch.tensor(3.0, device=DEVICE), 50, wide)
+        torch.library.opcheck(operators.weight_gradient, factors, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -341,7 +419,7 @@ def test_what_it_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_bias_takes_no_copy_of_the_workspace(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum in float64 first copies what it adds up, inside the operator: a profiler alone sees that."""
     tokens, words = 64, 500
-    monkeypatch.setattr(workspace_backend, "_PART_BYTES", 2**14)
+    monkeypatch.setattr(workspace_backend, "PART_BYTES", 2**14)
     head = PLAIN.replace(workspace_bytes=2**20)
     p = problem(tokens, words, 16, dtype=dtype, bias=True, head=head)
     _, lse, route = forward(p, workspace_backend)

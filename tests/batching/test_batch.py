@@ -236,14 +236,19 @@ GOOD = feature([1], [[2], [3]], [1.0, 0.0], source="f:1")
             r"f:2: rewards: expected all records of a batch to have rewards or none to, got none while f:1",
         ),
         ({"rewards": [1.0]}, r"f:2: rewards: expected 2 numbers, one a completion, got 1"),
+        ({"rewards": [1.0, float("nan")]}, r"f:2: rewards: expected finite numbers \(float32\), got nan"),
+        ({"rewards": [1e39, 1.0]}, r"f:2: rewards: expected finite numbers \(float32\), got 1e\+39"),
+        ({"sft_index": 2}, r"f:2: sft_index: expected a position from 0 to 1, got 2"),
+        ({"sft_index": -1}, r"f:2: sft_index: expected a position from 0 to 1, got -1"),
         ({"prompt_ids": []}, r"f:2: prompt_ids: expected at least one token, got none"),
         ({"completion_ids": []}, r"f:2: completion_ids: expected at least one response, got none"),
         ({"completion_ids": [[2], []]}, r"f:2: completion_ids\[1\]: expected at least one token, got none"),
     ],
 )
-def test_packing_refuses_by_record(bad, message):
+@pytest.mark.parametrize("drop_inert", [True, False])
+def test_packing_refuses_by_record(bad, message, drop_inert):
     with pytest.raises(ValueError, match=message):
-        pack(GOOD, {**GOOD, "source": "f:2", **bad})
+        pack(GOOD, {**GOOD, "source": "f:2", **bad}, drop_inert=drop_inert)
 
 
 def test_packing_refuses_nothing_and_late_rewards():

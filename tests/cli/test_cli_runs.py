@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def test_training_without_a_held_out_set(tmp_path: Path, capsys: pytest.CaptureF
     assert [line["step"] for line in found["log"] if "loss" in line] == [2]
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert cli.main(command(tmp_path, "--resume", eval_fraction=0, max_steps=2)) == 0
+
+
+def test_token_statistics_and_an_entropy_bonus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--log_token_statistics", "--objective.name", "policy", "--objective.entropy_weight", "0.05")
+    assert cli.main(command(tmp_path, *flags, max_steps=2)) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (line,) = [line for line in found["log"] if "loss" in line]
+    for given, prefix in ((line, ""), (found["before"], "eval_"), (found["after"], "eval_")):
+        assert 0 < given[f"{prefix}entropy"] < math.log(300)
+        assert 0 <= given[f"{prefix}mean_token_accuracy"] <= 1
+    capsys.readouterr()
+    assert cli.main(command(tmp_path, "--overwrite", "--objective.entropy_weight", "0.05")) == 2
+    assert "entropy_weight" in one_sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,49 @@ def test_json_and_the_way_out(model, capsys):
     assert "still" in capsys.readouterr().out
 
 
+def test_train_s_names(model, capsys):
+    """Options that mean the same, with either name."""
+    here = "--prompt 24 --response 16 --prompts 2 --checkpointing --offload --optimizer adamw_8bit --lora-rank 4"
+    there = (
+        "--max_prompt_length 24 --max_completion_length 16 --per_device_train_batch_size=2 --optim adamw_bnb_8bit "
+        "--gradient_checkpointing true --activation_checkpointing_kwargs.offload true "
+        "--peft_config.r 4 --peft_config.target_modules=all-linear"
+    )
+    found = []
+    for words in (here, there):
+        assert main(["plan", "--model", model, *words.split(), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    first, second = found
+    assert (first["switches"].pop("lora_rank"), second["switches"].pop("adapter")) == (4, "LORA")
+    assert (second["switches"].pop("lora_rank"), first["switches"].pop("adapter")) == (None, None)
+    assert first == second
+    assert main(["plan", "--model", model, "--response", "16", "--no-checkpointing", "--json"]) == 0
+    assert main(["plan", "--model", model, "--response", "16", "--gradient_checkpointing", "false", "--json"]) == 0
+    assert (
+        json.loads(capsys.readouterr().out.replace("}\n{", "},\n{").join("[]"))[0]["switches"]["checkpointing"] is False
+    )
+
+
+def test_the_loss_s_backend_is_said(model, capsys):
+    assert main(["plan", "--model", model, "--response", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "the loss (workspace)" in text
+    assert "the loss: as auto takes it on a GPU with room for it" in text
+    assert main(["plan", "--model", model, "--response", "16", "--memory", "0.1", "--workspace_mb", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "the loss (workspace)" in text
+    assert "as auto takes it" not in text
+    assert main(["plan", "--model", model, "--response", "16", "--memory", "0.1"]) == 0
+    assert "the loss (triton)" in capsys.readouterr().out
+
+
+def test_a_reward_model(model, capsys):
+    assert main(["plan", "--model", model, "--response", "16", "--reward-model"]) == 0
+    text = capsys.readouterr().out
+    assert "a reward model" in text
+    assert "the loss  " in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -58,6 +101,11 @@ def test_json_and_the_way_out(model, capsys):
         (["--response", "4", "--lora-rank", "0"], "--lora-rank: expected a positive whole number, got 0"),
         (["--response", "4", "--tiled-mlp", "0"], "tiled_mlp: expected True, False or a positive number"),
         (["--response", "-4"], "response: expected a positive whole number, got -4"),
+        (["--response", "4", "--peft_config.r"], "--peft-config.r: expected a value, got none"),
+        (["--response", "4", "--peft_config.q", "4"], "peft_config: unknown key 'q'"),
+        (["--response", "4", "--peft_config.r", "4", "--lora-rank", "4"], "--lora-rank: expected one of it and"),
+        (["--response", "4", "--workspace-mb", "0"], "--workspace-mb: expected a positive number of MiB, got 0.0"),
+        (["--response", "4", "--reward-model", "--backend", "torch"], "--backend: expected none for a reward model"),
     ],
 )
 def test_refused_in_one_sentence(model, words, message, capsys):
@@ -65,6 +113,12 @@ def test_refused_in_one_sentence(model, words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_misspelled_option(model, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", model, "--max_compleption_length", "4"])
+    assert "did you mean '--max-completion-length'?" in capsys.readouterr().err
 
 
 def test_no_such_model(capsys, tmp_path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 
 from clha_fast.cli import main as cli
 from clha_fast.data import read_records
 from clha_fast.rewards.policy import Policy
+from tests.support.adapters import HEAD, lora_config, stir
 from tests.support.command_line import one_sentence
 from tests.support.reward_models import TOKENIZER, by_length, spread, write
-from tests.support.tiny import make_model, make_rows
+from tests.support.tiny import make_model, make_rows, own_scores
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,21 @@ def test_a_policy_ranks_a_file(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert sorted(line["completions"]) == ["a cat", "a dog ran"]
     (record,) = read_records(tmp_path / "named")
     assert (list(record.completions), record.rewards) == (line["completions"], None)
+
+
+def test_an_adapter_on_the_head_ranks(folder: Path, tmp_path: Path) -> None:
+    model = make_model(len(TOKENIZER)).from_pretrained(folder / "policy")
+    adapted = stir(peft.get_peft_model(model, lora_config(HEAD))).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "policy")
+    adapted.save_pretrained(tmp_path / "adapter")
+    TOKENIZER.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out.jsonl"
+    assert run(tmp_path / "adapter", folder / "in.jsonl", out) == 0
+    for line, record in zip(map(json.loads, out.read_text().splitlines()), make_rows(9), strict=True):
+        scores = own_scores(adapted, TOKENIZER, record["prompt"], record["completions"])
+        order = sorted(range(len(scores)), key=lambda k: -scores[k])
+        assert line["order"] == order
+        assert line["mean_logps"] == pytest.approx([scores[k] for k in order], abs=1e-5)
 
 
 def test_a_classifier_is_taken_for_a_reward_model(

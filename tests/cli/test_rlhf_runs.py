@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -92,14 +93,19 @@ def test_settings_of_the_objective(tmp_path: Path, capsys: pytest.CaptureFixture
         "0.28",
         "--objective.kl_weight",
         "0.1",
+        "--objective.entropy_weight",
+        "0.02",
         "--eval_fraction",
         "0",
         "--max_steps",
-        "1",
+        "2",
     ]
     assert cli.main(command(tmp_path, *flags)) == 0
     out = capsys.readouterr().out
     assert "policy: clipped at 0.8 and 1.28, token_mean, divergence x 0.1 from a frozen copy of the model" in out
+    assert ", entropy x 0.02\n" in out
+    (line,) = [line for line in figures(tmp_path)["log"] if "loss" in line]
+    assert 0 < line["entropy"] < math.log(len(TOKENIZER))
     assert "no held-out set: not evaluated" in out
 
 

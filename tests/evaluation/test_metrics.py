@@ -185,6 +185,22 @@ def test_scores_are_the_eager_ones(rewards: bool) -> None:
     assert [s for own in one for s in own] == pytest.approx([s for own in scores for s in own], abs=1e-5)
 
 
+@pytest.mark.parametrize(("layout", "rows"), [("padded", 16), ("padded", 5), ("shared", 16)])
+def test_the_same_response_twice_is_a_tie(layout: str, rows: int) -> None:
+    """To the last bit, wherever in a batch the two stand."""
+    draw = random.Random(0)
+    records = []
+    for number in range(20):
+        texts = [" ".join(draw.choices(REFERENCE.split(), k=draw.randint(1, 9))) for _ in range(3)]
+        texts.append(texts[0])
+        draw.shuffle(texts)
+        records.append(RankedRecord(" ".join(draw.choices(REFERENCE.split(), k=number + 1)), tuple(texts)))
+    model = make_model(len(TOKENIZER), hidden_size=64, num_hidden_layers=3)
+    scores, _ = candidate_scores(model, TOKENIZER, records, batch_size=rows, layout=layout)
+    for record, own in zip(records, scores, strict=True):
+        assert len(set(own)) == len(set(record.completions)) == 3
+
+
 def test_a_model_that_says_nan_is_refused() -> None:
     model = make_model(len(TOKENIZER))
     with torch.no_grad():

@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,6 +15,8 @@ trl = pytest.importorskip("trl", reason="TRL is not installed")
 if tuple(int(part) for part in trl.__version__.split(".")[:2]) < (1, 15):
     pytest.skip(f"written for TRL 1.15 and newer, got {trl.__version__}", allow_module_level=True)
 
+import clha_fast  # noqa: E402
+from clha_fast.hf import UnsupportedHeadError  # noqa: E402
 from clha_fast.integrations.trl import FusedHeadMixin, use_clha  # noqa: E402
 from tests.support import trl_cases as cases  # noqa: E402
 from tests.support.trl_cases import TOKENIZER, batch_of, make, measure, model_of, quiet, step  # noqa: E402
@@ -182,11 +185,130 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             make("CPO", "llama", str(tmp_path), True)
 
 
-def test_the_mixin_goes_before_the_trainer(tmp_path: Path) -> None:
+def supervised(folder: Path, kind: Any = trl.SFTTrainer, adapter: Any = None, **settings: Any) -> Any:
+    args = trl.SFTConfig(output_dir=str(folder), bf16=False, use_cpu=True, report_to=[], max_steps=1, **settings)
+    given: dict[str, Any] = {"train_dataset": cases.plain(), "processing_class": TOKENIZER, "peft_config": adapter}
+    return kind(model_of("llama"), args=args, **given)
+
+
+def test_a_loss_that_is_made_of_logits_is_refused(tmp_path: Path) -> None:
+    class OwnLoss(trl.SFTTrainer):  # as TRL's GKD and GOLD
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **others: Any) -> Any:
+            return model(input_ids=inputs["input_ids"]).logits.logsumexp(-1).mean()
+
     with quiet():
-        trainer = make("SimPO", "llama", str(tmp_path), True, eval_strategy="no")
-        assert isinstance(trainer, FusedHeadMixin)
-        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+        trainer = supervised(tmp_path, label_smoothing_factor=0.1)
+        with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0, got 0\.1 \(SFTTrainer then makes"):
+            use_clha(trainer)
+        use_clha(supervised(tmp_path, label_smoothing_factor=0.1, loss_type="dft"))  # which takes no notice of it
+        trainer = supervised(tmp_path)
+        trainer.compute_loss_func = max
+        with pytest.raises(ValueError, match="compute_loss_func: expected None, got <built-in function max>"):
+            use_clha(trainer)
+        trainer = supervised(tmp_path, OwnLoss)
+        with use_clha(trainer), pytest.raises(RuntimeError, match="got a step of OwnLoss without"):
+            trainer.train()
+        trainer.train()
+
+
+def test_prompt_tuning_is_refused(tmp_path: Path) -> None:
+    adapter = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with quiet(), pytest.raises(ValueError, match="got prompt tuning, which gives embeddings"):
+        use_clha(supervised(tmp_path, adapter=adapter))
+
+
+def test_a_refusal_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
+    with quiet():
+        trainer = make("DPO", "llama", str(tmp_path), False)
+        before = [vars(model)["forward"] for model in (trainer.model, trainer.ref_model)]
+        with pytest.raises(ValueError, match="workspace_bytes"):
+            use_clha(trainer, workspace_bytes=-1)
+        trainer.ref_model.lm_head.register_forward_hook(lambda module, args, output: output.sin())
+        with pytest.raises(UnsupportedHeadError):
+            use_clha(trainer)
+        assert [vars(model)["forward"] for model in (trainer.model, trainer.ref_model)] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("SFT", {"gradient_accumulation_steps": 2}),  # of one token mean
+        ("DPO", {"gradient_accumulation_steps": 2}),
+        ("SFT", {"padding_free": True, "max_length": None}),
+        ("SFT", {"packing": True, "max_length": 32}),
+        ("SFT", {"loss_type": "dft"}),
+        ("DPO", {"precompute_ref_log_probs": True}),
+    ],
+)
+def test_equal_with_settings(name: str, settings: dict[str, Any]) -> None:
+    got = measure(name, "llama", **settings)
+    assert got.right, got
+
+
+@pytest.mark.parametrize("name", ["DPO", "SimPO"])
+def test_equal_under_liger(name: str) -> None:
+    """Its kernels need a GPU, its forward does not: TRL keeps it off the first, transformers puts it on the second."""
+    pytest.importorskip("liger_kernel", reason="Liger is not installed")
+    off = dict.fromkeys(("rope", "rms_norm", "swiglu"), False)
+    got = measure(name, "llama", use_liger_kernel=True, liger_kernel_config=off)
+    assert got.right, got
+
+
+def test_after_training_under_mixed_precision(tmp_path: Path) -> None:
+    """accelerate's forward stands on the model by then."""
+    with quiet():
+        trainer = make("DPO", "llama", str(tmp_path), False, bf16=True)
+        trainer.train()
+        inputs = batch_of(trainer)
+        with trainer.compute_loss_context_manager():
+            expected = step(trainer, inputs)
+            with use_clha(trainer):
+                got = step(trainer, inputs)
+    assert abs(got[0] - expected[0]) < 2e-3
+    assert cases.distance(got[1], expected[1]) < 2e-2
+
+
+def test_a_model_that_is_attached_too(tmp_path: Path) -> None:
+    with quiet():
+        trainer = make("DPO", "llama", str(tmp_path), False)
+        inputs = batch_of(trainer)
+        expected = step(trainer, inputs)
+        with clha_fast.attach(trainer.model), pytest.raises(ValueError, match="got another forward"):
+            use_clha(trainer)
+        use_clha(trainer)
+        got = step(trainer, inputs)
+    assert abs(got[0] - expected[0]) <= cases.LOSS
+    assert cases.distance(got[1], expected[1]) <= cases.GRADIENTS
+
+
+@pytest.mark.parametrize("name", ["SimPO", "ORPO"])
+def test_the_mixin_evaluates(name: str, tmp_path: Path) -> None:
+    losses = []
+    with quiet():
+        for ours in (False, True):
+            trainer = make(name, "llama", str(tmp_path), ours, eval_strategy="no")
+            assert isinstance(trainer, FusedHeadMixin) == ours
+            losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_mixin_goes_before_its_trainer(tmp_path: Path) -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    with pytest.raises(TypeError, match="Behind: expected FusedHeadMixin before CPOTrainer, got it behind"):
+
+        class Behind(CPOTrainer, FusedHeadMixin): ...
+
+    class Other(FusedHeadMixin, trl.SFTTrainer): ...
+
+    with pytest.raises(TypeError, match="Other: expected FusedHeadMixin before CPOTrainer or ORPOTrainer"):
+        supervised(tmp_path, Other)
+
+
+@pytest.mark.parametrize("where", ["saved", "adapted"])
+def test_the_mixin_with_a_head_that_an_adapter_trains(where: str) -> None:
+    got = measure("CPO", f"llama with LoRA, head {where}")
+    assert got.right, got
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
+from clha_fast.backends.memory import Workspace
 from clha_fast.ops import dispatch
 from tests.support.helpers import IGNORE, make_case, run_python
 
@@ -272,20 +273,17 @@ def test_auto_takes_the_workspace_where_it_is_a_small_share_of_the_memory(memory
     monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(memory)))
     settings = {"weight": weight, "workspace_bytes": budget}
+    size = Workspace(*weight, 2, budget)
+    assert dispatch.planned(int(memory), size) == chosen
     found = dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings)
     assert found == chosen
     # Log-probabilities, and routed gradients, are the fused kernels' whatever there is.
     assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=False, **settings) == "triton"
     assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, routed=True, **settings) == "triton"
+    # A frozen head's gradient takes nothing.
+    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, trains=False, **settings) == "workspace"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings) == "triton"
-
-
-def test_the_workspace_s_memory_in_closed_form():
-    """V 1000, H 10 in 16 bits: 40,000 bytes of sums, 64 MiB of logits, 3 bytes an element of their 33,554 rows."""
-    assert dispatch.workspace_peak((1000, 10), 2) == 40_000 + 2**26 + 2**26 // 2000 * 30
-    # A workspace of one row: what the sums are rounded to is larger.
-    assert dispatch.workspace_peak((1000, 10), 2, 2000) == 40_000 + 20_000
 
 
 @pytest.mark.parametrize("backend", ["reference", "workspace"])

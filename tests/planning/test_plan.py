@@ -72,7 +72,7 @@ def test_fixed_parts_in_closed_form():
 
 
 @pytest.mark.parametrize(
-    ("layout", "rows"), [("padded", Rows(6, 8, 18)), ("packed", Rows(1, 48, 18)), ("shared", Rows(1, 28, 18))]
+    ("layout", "rows"), [("padded", Rows(6, 8, 18, 9)), ("packed", Rows(1, 48, 18, 9)), ("shared", Rows(1, 28, 18, 9))]
 )
 def test_rows_by_hand(layout, rows):
     assert Load(2, 3, 5, 3, layout).rows == rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_no_kind_is_silently_wrong(kind: str, right: tuple[str, ...]) -> None:
     config = shrink(kind, False)
     config.num_labels = 1
     model, pad = AutoModelForSequenceClassification.from_config(config).eval(), 11
+    if kind == "ctrl" and "create_causal_mask" not in vars(sys.modules[type(model).__module__]):
+        right = ()  # releases in which it made its mask itself
     own = [
         [(range(20, 40), range(50, 56)), (range(20, 40), [*range(60, 69), pad])],
         [(range(70, 83), [20, 30, 40, 50])],

@@ -24,7 +24,7 @@ from clha_fast.rewards.policy import Policy, load_policy, score_policy
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.run import Row, ScoringError
 from clha_fast.rewards.scoring import score_file
-from tests.support.adapters import BODY, lora_config, stir
+from tests.support.adapters import BODY, HEAD, lora_config, stir
 from tests.support.comparing import add_to_table
 from tests.support.power_cuts import dropout_model
 from tests.support.reward_models import llama, save_llama, write
@@ -102,8 +102,9 @@ def test_messages_and_half_precision(tmp_path: Path, folder: str) -> None:
     assert list(found) == pytest.approx(sums_of(record, make_model(len(TOKENIZER))), rel=0.05)
 
 
-def test_an_adapter_is_part_of_the_policy(tmp_path: Path, folder: str) -> None:
-    model = stir(peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora_config(BODY)))
+@pytest.mark.parametrize("targets", [BODY, HEAD])
+def test_an_adapter_is_part_of_the_policy(tmp_path: Path, folder: str, targets: list[str]) -> None:
+    model = stir(peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora_config(targets)))
     model.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": folder}))

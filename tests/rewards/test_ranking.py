@@ -25,26 +25,13 @@ from tests.support.adapters import BODY, lora_config, stir
 from tests.support.architecture_configs import shrink
 from tests.support.architectures import build
 from tests.support.reward_models import by_length, spread
-from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.tiny import make_model, make_rows, make_tokenizer, own_scores
 
 TOKENIZER = make_tokenizer()
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def own_scores(model: nn.Module, tokenizer: Any, prompt: Any, answers: list[str]) -> list[float]:
-    """s_i by way of the model's own logits, a sequence at a time."""
-    feature = RankedCollator(tokenizer).tokenize_record(RankedRecord(prompt, tuple(answers)))
-    found = []
-    for ids in feature["completion_ids"]:
-        row = torch.tensor([[*feature["prompt_ids"], *ids]])
-        with torch.no_grad():
-            logits = model(input_ids=row).logits[0, -len(ids) - 1 : -1]
-        chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(list(ids))[:, None])
-        found.append(float(chosen.mean()))
-    return found
 
 
 def test_a_uniform_model_gives_every_answer_minus_log_v() -> None:

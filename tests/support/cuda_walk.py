@@ -26,7 +26,7 @@ from benchmarks.inputs import Shape
 from benchmarks.roofline import counted_bytes
 from clha_fast import HeadOptions, linear_clha_loss, token_logps
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
-from clha_fast.types import STATISTICS
+from clha_fast.types import STATISTICS, Factors, Gradients, LossResult
 from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
 from tests.support.compile_kernels import nvidia_registers
@@ -39,6 +39,7 @@ PAIR_MEAN = CLHAOptions(reduction="pair_mean")
 PATHS = {"fused": ("triton", HeadOptions()), "routed": ("triton", ROUTED), "workspace": ("workspace", HeadOptions())}
 # The shapes of the speed and memory targets: N, H, V.
 SHAPES = (
+    (4096, 4096, 128256),
     (8192, 2048, 151936),
     (8192, 4096, 128256),
     (16384, 2304, 256000),
@@ -173,7 +174,8 @@ def _backward(result: Tensor, inputs: dict[str, Any], dtype: str) -> dict[str, T
     assert node is not None
     upstream = torch.empty_like(result)
     # Of the loss and of log-probabilities the first result has a gradient; with statistics their third, the entropy.
-    others = [None, upstream, *[None] * 3] if "statistics" in node.name() else [None] * (8 if result.dim() == 0 else 2)
+    count = len(LossResult._fields) + len(Gradients._fields) + len(Factors._fields) if result.dim() == 0 else 3
+    others = [None, upstream, *[None] * 3] if "statistics" in node.name() else [None] * (count - 1)
     with torch.no_grad():
         found = node.apply(upstream, *others)
     gradients = {}

@@ -183,7 +183,7 @@ class FakeGPU(TorchDispatchMode):
         with self:
             made = definition._init_fn(*args, **kwargs)
         owned = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_fake(t)}
-        for index, (a, b) in enumerate(zip(promised, made, strict=True)):
+        for index, (a, b) in enumerate(zip(tree_leaves(promised), tree_leaves(made), strict=True)):
             wanted, got = ((t.shape, t.dtype, t.device, t.stride()) for t in (a, b))
             assert wanted == got, f"{func}: result {index} promised as {wanted}, is {got}"
             storage = b.untyped_storage()._cdata

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from clha_fast.batching.collator import RankedCollator
+from clha_fast.data.records import RankedRecord
 
 TEXT = "the cat sat on a mat and then a dog ran over it with some joy while rain fell on old green hills"
 WORDS = TEXT.split()
@@ -61,3 +65,16 @@ def make_rows(count: int, seed: int = 0, rewards: bool = True) -> list[dict[str,
             row["rewards"] = sorted((round(rng.uniform(-6, 5), 2) for _ in range(size)), reverse=True)
         rows.append(row)
     return rows
+
+
+def own_scores(model: nn.Module, tokenizer: Any, prompt: Any, answers: list[str]) -> list[float]:
+    """s_i by way of the model's own logits, a sequence at a time."""
+    feature = RankedCollator(tokenizer).tokenize_record(RankedRecord(prompt, tuple(answers)))
+    found = []
+    for ids in feature["completion_ids"]:
+        row = torch.tensor([[*feature["prompt_ids"], *ids]])
+        with torch.no_grad():
+            logits = model(input_ids=row).logits[0, -len(ids) - 1 : -1]
+        chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(list(ids))[:, None])
+        found.append(float(chosen.mean()))
+    return found

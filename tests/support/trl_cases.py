@@ -104,8 +104,8 @@ def make(name: str, kind: str, folder: str, ours: bool, **changes: Any) -> Any:
     args = arguments(**{"bf16": False, "use_cpu": True, "disable_tqdm": True, "seed": 3, **settings})
     more: dict[str, Any] = {"reward_funcs": variety} if "reward_funcs" in _parameters(stock) else {}
     if "LoRA" in kind:
-        targets = ["q_proj", "v_proj", "down_proj"]
-        saved = ["lm_head"] if "head" in kind else None
+        targets = ["q_proj", "v_proj", "down_proj", *(["lm_head"] if "head adapted" in kind else [])]
+        saved = ["lm_head"] if "head saved" in kind else None
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, modules_to_save=saved)
         more["peft_config"] = config
     elif "ref_model" in _parameters(stock):

@@ -59,6 +59,29 @@ def test_any_batch_size(tmp_path: Path, kind: Any, changes: dict[str, Any]) -> N
     assert math.isfinite(found[0]["eval_rank_loss"])
 
 
+@pytest.mark.parametrize("size", [3, 8, 20])
+@pytest.mark.parametrize("kind", [list, Features])
+def test_no_prompt_is_left_out(tmp_path: Path, kind: Any, size: int) -> None:
+    """`dataloader_drop_last` is of training: the last prompts of an evaluation count, and a set below one batch."""
+    rows = make_rows(11, seed=12)
+    changes = {"per_device_eval_batch_size": size, "preset": "paper"}
+    found = trainer(tmp_path, dataloader_drop_last=True, **changes).evaluate(kind(rows))
+    expected = trainer(tmp_path, **changes).evaluate(kind(rows))
+    figures = [name for name in expected if not name.endswith(("time", "per_second"))]
+    assert {name: found[name] for name in figures} == {name: expected[name] for name in figures}
+    assert expected["eval_num_tokens"] > 0
+
+
+def test_persistent_workers_measure_the_set_that_is_given(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True, preset="paper")
+    own, other = ours.evaluate(), ours.evaluate(make_rows(11, seed=12))
+    again = ours.evaluate()
+    expected = trainer(tmp_path, preset="paper").evaluate(make_rows(11, seed=12))
+    assert other["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert other["eval_num_tokens"] == expected["eval_num_tokens"] != own["eval_num_tokens"]
+    assert again["eval_loss"] == own["eval_loss"]
+
+
 @pytest.mark.parametrize("objective", [PUBLISHED, PROOptions(), SFTOptions("token_mean")])
 @pytest.mark.parametrize("drop_inert", [True, False])
 def test_counts_of_a_dataset_are_those_of_its_batches(objective: Any, drop_inert: bool) -> None:

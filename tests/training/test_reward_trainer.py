@@ -87,6 +87,19 @@ def test_loss_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda r: bradley_terry(r, *inputs), rewards)
 
 
+@pytest.mark.parametrize("size", [3, 20])
+def test_evaluation_leaves_no_prompt_out(tmp_path: Path, size: int) -> None:
+    """`dataloader_drop_last` is of training; 7 prompts are held out."""
+    model = llama()
+    own, dropping = (
+        trainer(tmp_path, model, dataloader_drop_last=drop, per_device_eval_batch_size=size) for drop in (False, True)
+    )
+    expected, found = own.evaluate(), dropping.evaluate()
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
+        assert found[name] == expected[name]
+    assert len(dropping.predict(dropping.eval_dataset).predictions) == len(dropping.eval_dataset)
+
+
 def test_rewards_far_apart_and_nan() -> None:
     rewards = torch.tensor([-1e4, 1e4], requires_grad=True)
     loss = bradley_terry(rewards, torch.tensor([0]), torch.tensor([1]), torch.tensor([1])).sum()

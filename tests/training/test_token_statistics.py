@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clha_fast import ranking_loss
 from clha_fast.batching.batch import CandidateBatch
-from clha_fast.objectives import CLHAOptions, decode
+from clha_fast.objectives import OBJECTIVES, CLHAOptions, decode
+from clha_fast.types import RankingInputs
+from tests.support.helpers import random_signals
 from tests.support.tiny import make_rows
 from tests.support.trainers import EVAL_SEED, collate, trainer
 
@@ -40,6 +43,25 @@ def test_evaluation_says_them(tmp_path: Path, objective: Any) -> None:
     entropy, accuracy = eager(ours.model, batch)
     assert found["eval_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert found["eval_mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_reports_them(name: str) -> None:
+    """Beside what it reports without, whatever that is made of."""
+    objective = OBJECTIVES[name]()
+    lengths, sizes = torch.tensor([2, 1, 3, 2, 1]), torch.tensor([2, 3])
+    generator = torch.Generator().manual_seed(0)
+    logps = -torch.rand(9, generator=generator, dtype=torch.float64)
+    given = RankingInputs(
+        lengths, sizes, rewards=torch.tensor([1.0, 0.0, 5.0, 1.0, -4.0]), **random_signals(objective, 9)
+    )
+    seen = {"entropy": torch.rand(9, generator=generator, dtype=torch.float64), "is_top1": torch.ones(9).double()}
+    _, plain = ranking_loss(logps, given, objective)
+    _, watched = ranking_loss(logps, given, objective.watched(), statistics=seen)
+    found, expected = watched.as_dict(), plain.as_dict()
+    assert found.pop("mean_token_accuracy") == 1
+    assert found.pop("entropy") == pytest.approx(float(seen["entropy"].mean()), rel=1e-6)
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_training_logs_them(tmp_path: Path) -> None:

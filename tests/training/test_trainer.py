@@ -134,6 +134,24 @@ def test_accumulation_is_a_mean_of_micro_batches(tmp_path: Path, preset: str) ->
     assert_same_gradients(ours.model, expected_grads)
 
 
+@pytest.mark.parametrize("normalizer", ["batch", "global"])
+@pytest.mark.parametrize("count", [5, 7])
+def test_terms_add_up_to_the_loss_where_steps_differ(tmp_path: Path, normalizer: str, count: int) -> None:
+    """Steps of three micro-batches and, at an epoch's end, of fewer in one line of the log."""
+    ours = trainer(
+        tmp_path,
+        rows=make_rows(count),
+        max_steps=4,
+        logging_steps=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        normalizer=normalizer,
+    )
+    ours.train()
+    (line,) = [line for line in ours.state.log_history if "loss" in line]
+    assert line["rank_loss"] + line["sft_loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"reduction": "pair_mean", "noise_rule": "signed"}])
 def test_global_normalizer_does_not_depend_on_the_split(tmp_path: Path, changes: dict[str, Any]) -> None:
     rows = make_rows(6, seed=3)

@@ -32,6 +32,7 @@ from clha_fast.types import (
     Needs,
     RankingInputs,
     StatisticsResult,
+    SweptGradients,
 )
 
 _MIN_WORKSPACE = 16 * 2**20
@@ -247,7 +248,7 @@ class _Store:
 
 def loss_sweep(
     inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective, needs: Needs
-) -> tuple[LossResult, Gradients]:
+) -> tuple[LossResult, SweptGradients]:
     """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_loss`.
 
     Reads the sizes on the host: with CPU tensors that costs a GPU nothing. The gradients of 16-bit inputs are float32,
@@ -275,7 +276,7 @@ def loss_sweep(
     if route is not None:
         metrics[_ROUTED_METRICS : _ROUTED_METRICS + 3] = route.metrics()
     result = LossResult(loss, metrics, scores, slopes.to(sweep.dtype), sweep.lse, _no_route(sweep))
-    return result, sweep.gradients(sweep.dtype)
+    return result, SweptGradients(*sweep.gradients(sweep.dtype))
 
 
 def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective) -> LossResult:

@@ -226,9 +226,12 @@ class TorchHead:
         raw = torch.zeros(count, dtype=self.dtype, device=self.device)
         top, divisor = torch.zeros_like(raw), self.divisor(tokens)
         want_slope = store is not None and not self.mixes
-        scratch = self.scratch(count) if store is None else store
+        # Sums of products need exponentials beside their logarithms.
+        apart = not extra.keys().isdisjoint(("entropy", "sum_sq_probs"))
+        scratch = self.scratch(count) if store is None or apart else store
+        spare = torch.empty_like(scratch[next(self._pieces(scratch), slice(0))]) if apart and store is None else scratch
         for a, b in self.blocks(count):
-            z = scratch[: b - a] if store is None else store[a:b]
+            z = scratch[: b - a] if store is None or apart else store[a:b]
             self._logits(self.word_rows(a, b), rows, a, z)
             raw = self._pick_target(z, word - a, own, raw)
             for piece in self._pieces(z):
@@ -237,7 +240,10 @@ class TorchHead:
                 if "is_top1" in self.wanted:
                     # As it stands among the others: what is transformed alone may be rounded otherwise.
                     top = self._pick_target(part, word - (a + piece.start), own, top)
-                for first, group in _words(part):
+                made = part
+                if apart:
+                    made = spare[: part.shape[0]] if store is None else store[a:b][piece]
+                for (first, group), (_, power) in zip(_words(part), _words(made), strict=True):
                     block = (a + piece.start) // ROUTE_WORDS + first
                     blocks = slice(block, block + group.shape[0])
                     peak = peaks[blocks]
@@ -246,14 +252,14 @@ class TorchHead:
                         torch.sum(group, 1, out=extra["mean_logit"][blocks])
                     # A block of -inf alone adds nothing; (-inf) - (-inf) would be NaN.
                     group.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1))
-                    below = group.clamp(min=LEAST) if "entropy" in extra else None
-                    torch.sum(group.exp_(), 1, out=sums[blocks])
-                    if below is not None:
-                        torch.sum(below.mul_(group), 1, out=extra["entropy"][blocks])
+                    torch.sum(torch.exp(group, out=power), 1, out=sums[blocks])
+                    if "entropy" in extra:
+                        # 0 * -inf counts as 0; where a logit is NaN, its exponentials' sum is, too.
+                        torch.nansum(group.mul_(power), 1, out=extra["entropy"][blocks])
                     if "sum_sq_probs" in extra:
-                        torch.sum(group * group, 1, out=extra["sum_sq_probs"][blocks])
+                        torch.sum(torch.mul(power, power, out=group), 1, out=extra["sum_sq_probs"][blocks])
                 if slope is not None:
-                    part *= slope
+                    made *= slope
         slope = self._transform(raw, store is not None, divisor)
         peak = peaks.amax(0)
         total = torch.zeros(count, dtype=torch.float64, device=self.device)

@@ -6,17 +6,12 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.triton.combine import combine, token_statistics
-from clha_fast.backends.triton.head import Head, round_up, tiles
+from clha_fast.backends.triton.head import Head, tiles
 from clha_fast.types import EntropySlopes
 from csrc_triton import softmax
 
 # Programs that keep a GPU's memory busy; where there are fewer tokens, their rows are cut into parts.
 _PROGRAMS = 1024
-
-
-def padded_width(vocabulary: int) -> int:
-    """Elements from one row of the workspace to the next: rows start on 128 bytes for any vocabulary."""
-    return round_up(vocabulary, 64)
 
 
 def _splits(num_tokens: int, width: int, block: int) -> int:

@@ -20,30 +20,34 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
   H = 4096.
 * Adding a chunk to the float32 dweight moves 8 * V * H bytes, about 245 / tokens of the three GEMMs' time: chunks must
   be long. The workspace is as large as dweight itself unless `workspace_bytes` says otherwise: 2 * H tokens.
+* A batch of 16 bits that fits one chunk has no float32 dweight: z stays, and GEMM 3 runs in the backward, some words at
+  a time, each multiplied by the upstream gradient and rounded once. Between forward and backward z stands for dweight.
 
 16-bit products with a float32 result need torch's `mm(out_dtype=...)`, which is CUDA's; on ROCm it was not tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clha_fast.backends import workspace_budget
+from clha_fast.backends.memory import PART_BYTES, Workspace, padded_width
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
 from clha_fast.backends.triton.head import Head, on
 from clha_fast.backends.triton.launchers import launcher
-from clha_fast.backends.triton.softmax import gradient, padded_width, statistics
+from clha_fast.backends.triton.softmax import gradient, statistics
 from clha_fast.layout import Chunk, accumulate, even_capacity, even_share, prompt_chunks, prompt_edges
 from clha_fast.objectives import Objective
 from clha_fast.options import HeadOptions
 from clha_fast.types import (
     EntropySlopes,
+    Factors,
     Gradients,
     HeadInputs,
     HeadResult,
@@ -51,10 +55,9 @@ from clha_fast.types import (
     Needs,
     RankingInputs,
     StatisticsResult,
+    SweptGradients,
 )
 
-# A product that stands beside what it is added to, at a time.
-_PART_BYTES = 64 * 2**20
 # Before torch 2.10 `addmm` with a wide result refuses a wide matrix to add to.
 _ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _NOTHING = Needs(False, False, False)
@@ -81,16 +84,33 @@ def _library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 def _add_in_parts(a: Tensor, b: Tensor, out: Tensor, unit: Tensor | None) -> None:
     """out += unit * a . b, some rows of `out` at a time, for the product stands beside it in memory."""
-    # Whole vectors of 16-bit elements: the library's fast kernels want its operands aligned.
-    step = max(64, _PART_BYTES // max(1, out.shape[1] * out.itemsize) // 64 * 64)
-    for first in range(0, out.shape[0], step):
-        rows = out[first : first + step]
-        part = torch.empty_like(rows)
-        _library_product(a[first : first + step], b, part, add=False)
+    for rows, part in _parts(a, b, out):
         if unit is None:
             rows += part
         else:
             rows.addcmul_(part, unit)
+
+
+def _parts(a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of `out` at a time, and the same rows of a . b in float32, in memory that the next ones take over."""
+    # Whole vectors of 16-bit elements: the library's fast kernels want its operands aligned.
+    step = max(64, PART_BYTES // max(1, out.shape[1] * 4) // 64 * 64)
+    memory = torch.empty(min(step, out.shape[0]), out.shape[1], dtype=torch.float32, device=out.device)
+    for first in range(0, out.shape[0], step):
+        rows = out[first : first + step]
+        part = memory[: rows.shape[0]]
+        _library_product(a[first : first + step], b, part, add=False)
+        yield rows, part
+
+
+def weight_gradient(factors: Factors, scale: Tensor | None, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """scale * unit * left[:, :V]^T . right, [V, H] in `dtype`: summed in float32, rounded once. scale [] float32."""
+    left, right, unit = factors
+    factor = unit if scale is None else unit * scale
+    out = right.new_empty(vocabulary, right.shape[1], dtype=dtype)
+    for rows, part in _parts(left[:, :vocabulary].t(), right, out):
+        torch.mul(part, factor, out=rows)
+    return out
 
 
 class _Sweep:
@@ -102,10 +122,14 @@ class _Sweep:
         self.ready = Head.of(inputs, head)
         self.vocabulary, self.width = self.weight.shape
         self.factor = self.ready.pre_scale * self.ready.post_scale
-        self.padded = padded_width(self.vocabulary)
-        budget = workspace_budget(self.vocabulary, self.width, head.workspace_bytes)
-        self.capacity = max(1, budget // (self.padded * self.hidden.itemsize))
+        self.size = Workspace(
+            self.vocabulary, self.width, self.hidden.itemsize, head.workspace_bytes, trains=needs.weight
+        )
+        self.padded, self.capacity = padded_width(self.vocabulary), self.size.tokens
         self.workspace = self.hidden.new_empty(0, self.padded)
+        # Instead of `dweight`, where all tokens are loaded once.
+        self.keeps_factors = self.size.keeps_factors(self.targets.shape[0])
+        self.factors: Factors | None = None
         device = self.hidden.device
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
@@ -113,16 +137,24 @@ class _Sweep:
         if needs.hidden:
             empty = torch.empty if self.row_index is None and self.targets.shape[0] else torch.zeros
             self.dhidden = empty(self.hidden.shape, dtype=torch.float32, device=device)
-        if needs.weight:
+        if needs.weight and not self.keeps_factors:
             self.dweight = torch.empty(self.weight.shape, dtype=torch.float32, device=device)
         if needs.bias and self.bias is not None:
             self.dbias = torch.zeros(self.vocabulary, dtype=torch.float64, device=device)
         self.weight_is_fresh = True
 
     def gradients(self, dtype: torch.dtype) -> Gradients:
+        """All gradients in `dtype`."""
+        hidden, weight, bias = self.swept()
+        if isinstance(weight, Factors):  # first, while what is rounded from the others is not there yet
+            weight = weight_gradient(weight, None, self.vocabulary, dtype)
+        return Gradients(*(None if g is None else g.to(dtype) for g in (hidden, weight, bias)))
+
+    def swept(self) -> SweptGradients:
+        """All gradients before they are rounded, the weight's as `factors` where those are kept."""
         if self.dweight is not None and self.weight_is_fresh:
             self.dweight.zero_()
-        return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
+        return SweptGradients(self.dhidden, self.factors if self.keeps_factors else self.dweight, self.dbias)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` tokens at a time, or for as many as the budget allows."""
@@ -196,10 +228,15 @@ class Loaded:
         z = self.z[:, : sweep.vocabulary]
         if sweep.dhidden is not None:
             self._add_hidden(sweep.dhidden, z, power)
-        if sweep.dweight is not None:
+        if sweep.keeps_factors or sweep.dweight is not None:
             # What has no gradient is not multiplied by 0: its hidden state may be NaN.
             rows = torch.where((size == 0).unsqueeze(1), 0, self.rows)
-            self._add_weight(sweep.dweight, z, rows if share is None else rows * share, unit)
+            if share is not None:
+                rows = rows * share
+            if sweep.dweight is None:
+                sweep.factors = Factors(self.z, rows, grad.new_ones(()) if unit is None else unit)
+            else:
+                self._add_weight(sweep.dweight, z, rows, unit)
         if sweep.dbias is not None:
             self._add_bias(sweep.dbias, z, share, unit)
 
@@ -222,7 +259,7 @@ class Loaded:
     def _add_bias(self, dbias: Tensor, z: Tensor, share: Tensor | None, unit: Tensor | None) -> None:
         if z.dtype == torch.float32:
             # Some words at a time: a sum in float64 first copies what it adds up.
-            step = max(1, _PART_BYTES // (8 * z.shape[0]))
+            step = max(1, PART_BYTES // (8 * z.shape[0]))
             for words, total in zip(z.split(step, 1), dbias.split(step), strict=True):
                 total += words.sum(0, dtype=torch.float64)
             return
@@ -352,25 +389,31 @@ class _Store:
         loaded.backward(here, self.lse[tokens], bonus)
 
 
-def _chunks(given: RankingInputs, num_tokens: int, capacity: int) -> list[Chunk]:
-    """Chunks of whole prompts; one of all tokens where the sizes are on a GPU, for the host would have to wait."""
+def _chunks(given: RankingInputs, num_tokens: int, size: Workspace, gradients: bool) -> list[Chunk]:
+    """Chunks of whole prompts; one of all tokens where nobody needs whole prompts' logits, or the host would wait.
+
+    It would for sizes that are on a GPU.
+    """
     sizes = (given.candidate_lengths, given.candidates_per_prompt)
-    if any(size.device.type != "cpu" for size in sizes):
-        return [Chunk(0, sizes[1].shape[0], 0, max(0, num_tokens - capacity), num_tokens)]
+    if not gradients or any(size.device.type != "cpu" for size in sizes):
+        held = size.most if gradients else size.tokens
+        return [Chunk(0, sizes[1].shape[0], 0, max(0, num_tokens - held), num_tokens)]
     edges = prompt_edges(*sizes)
-    return prompt_chunks(edges, even_capacity(edges, capacity))
+    largest = max((b - a for a, b in itertools.pairwise(edges)), default=0)
+    return prompt_chunks(edges, even_capacity(edges, size.tokens_for(largest)))
 
 
 def loss_sweep(
     inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective, needs: Needs
-) -> tuple[LossResult, Gradients]:
+) -> tuple[LossResult, SweptGradients]:
     """Loss and the gradients asked for in one sweep; shapes as in `functional.linear_loss`.
 
     Never waits for the GPU where the objective has a kernel or the sizes are CPU tensors. Chunks end between prompts,
     which the host knows when `candidate_lengths` and `candidates_per_prompt` are CPU tensors: three GEMMs. With both on
     the GPU, all tokens in front of the last workspace's worth are formed twice: three GEMMs where the batch fits the
     workspace, up to four where it does not. The same goes for a single prompt larger than the workspace. Gradients are
-    float32, for they are rounded after the upstream gradient has been multiplied in.
+    float32, for they are rounded after the upstream gradient has been multiplied in; the weight's is left as `Factors`
+    where `Workspace.keeps_factors`.
     """
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)
@@ -379,13 +422,15 @@ def loss_sweep(
             ranked.count()
         sweep.wanted = objective.wanted
         store = _Store(sweep, inputs.targets.shape[0])
-        chunks = _chunks(given, inputs.targets.shape[0], sweep.capacity)
+        chunks = _chunks(given, inputs.targets.shape[0], sweep.size, any(needs))
+        sweep.capacity = max(sweep.capacity, *(chunk.stop - chunk.kept for chunk in chunks))
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
         slopes = sweep_prompts(store, chunks, ranked, gradients=any(needs))
         loss, metrics, scores = ranked.finish(store.logps, store.statistics)
         slopes = slopes[0] if slopes.dim() == 2 else slopes
         result = LossResult(loss, metrics, scores, slopes.to(torch.float32), store.lse, _no_route(inputs))
-        return result, sweep.gradients(torch.float32)
+        hidden, weight, bias = sweep.swept()
+        return result, SweptGradients(hidden, weight, None if bias is None else bias.float())
 
 
 def loss_forward(inputs: HeadInputs, given: RankingInputs, head: HeadOptions, objective: Objective) -> LossResult:
