@@ -59,6 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+# Of whatever http client it has.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Settings that change what is written or said, never the weights: a run may be resumed with other ones.
 _NEUTRAL = (
     *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
@@ -253,7 +255,7 @@ class Run:
                 peft_config=self._adapter,
                 callbacks=[self._stop],
             )
-        except HfHubHTTPError.__bases__ as error:  # whatever http client it has, and OSError
+        except _HUB_ERRORS as error:
             if not self.args.push_to_hub:
                 raise
             reason = " ".join(str(error).split())[:200]
