@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Whatever carries the Hub's requests, and OSError.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Where a run from files wants something else than transformers' Trainer.
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,

@@ -280,6 +280,11 @@ class RewardTrainer(CheckpointingTrainer):
         ]
         return None, torch.stack(columns, dim=1), counts
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        self._seen = None  # of steps of an earlier call that no line of its log has had
+        return super().train(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer`."""
         with self._unprepared():

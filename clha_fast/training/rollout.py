@@ -190,6 +190,11 @@ class RolloutTrainer(CLHATrainer):
 
     # ---- rollouts ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `CLHATrainer`; what an earlier call sampled and did not train on is forgotten."""
+        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        return super().train(*args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:

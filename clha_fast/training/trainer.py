@@ -320,6 +320,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "trains with is_trainable=True"
             )
         self._took_steps = False
+        self._train_metrics.reset()  # steps of an earlier call that no line of its log has had
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if resumed is True:
             resumed = last_checkpoint(self.args.output_dir)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clha_fast.backends.memory import Workspace
 from clha_fast.backends.triton import workspace
 from clha_fast.layout import Chunk, accumulate, even_capacity, even_share, prompt_chunks, prompt_edges
 from tests.support.helpers import make_case
@@ -43,7 +44,8 @@ def test_sizes_that_are_not_on_the_host_are_not_read() -> None:
     """On the meta device there is nothing to read: any attempt raises."""
     ranking = make_case([3, 2, 4], [2, 1]).ranking
     ranking = ranking._replace(candidate_lengths=ranking.candidate_lengths.to("meta"))
-    assert workspace._chunks(ranking, 9, 2) == [Chunk(0, 2, 0, 7, 9)]
+    size = Workspace(64, 8, itemsize=4, given=2 * 64 * 4)
+    assert workspace._chunks(ranking, 9, size, gradients=True) == [Chunk(0, 2, 0, 7, 9)]
 
 
 @settings(max_examples=60)

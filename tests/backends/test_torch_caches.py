@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clha_fast.backends.torch import caches, head
+from clha_fast.backends.torch import backend, caches, head
 from clha_fast.backends.torch.caches import USUAL, Caches
+from clha_fast.options import HeadOptions
+from clha_fast.types import HeadInputs, Needs
 
 MIB = 2**20
 
@@ -59,3 +61,37 @@ def test_blocks_follow_the_caches(found, threads, block, piece, monkeypatch) -> 
     assert head.block_bytes(torch.device("cpu")) == min(64 * MIB, block * threads)
     assert head.piece_bytes() == piece * threads
     assert head.block_bytes(torch.device("cuda")) == 64 * MIB
+
+
+def test_blocks_of_few_tokens_count_the_weight_s_rows(monkeypatch) -> None:
+    """At most a block of logits, and two of logits with the words' rows of the weight."""
+    monkeypatch.setattr(head, "block_bytes", lambda device: 4 * 1024 * 1024)
+    zeros = torch.zeros(1, 1024), torch.zeros(5000, 1024), None, torch.zeros(1, dtype=torch.int64), None
+    blocks = {count: head.TorchHead(HeadInputs(*zeros), HeadOptions()).blocks(count) for count in (1, 512, 1024, 4096)}
+    # 2 MiB elements over 1025 numbers a word, over 1536; 1 MiB over 1024 and 4096: whole blocks of 128 words.
+    assert [found[0] for found in blocks.values()] == [(0, 1920), (0, 1280), (0, 1024), (0, 256)]
+    assert [found[-1][1] for found in blocks.values()] == [5000] * 4
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"),
+    [
+        (10, [(10, 64)]),  # all in the gradient's memory
+        (64, [(64, 64)]),
+        (70, [(54, 64), (16, 16)]),  # not 64 and 6
+        (100, [(52, 64), (48, 48)]),
+        (110, [(62, 64), (48, 48)]),
+        (112, [(64, 64), (48, 48)]),
+    ],
+)
+def test_stores_take_whole_alignments(count, parts) -> None:
+    """(tokens, elements from one row to the next) of the gradient's memory, for 64 tokens, and the store, for 48."""
+    words, width, options = 640, 64, HeadOptions(workspace_bytes=48 * 640 * 4)
+    zeros = torch.zeros(count, width), torch.zeros(words, width), None, torch.zeros(count, dtype=torch.int64), None
+    sweep = backend._Sweep(HeadInputs(*zeros), options, Needs(True, True, False))
+    sweep.allocate(Needs(True, True, False))
+    stores = sweep.stores(sweep.tokens(0, count))
+    assert [(len(tokens), store.stride(0)) for tokens, store in stores] == parts
+    assert torch.cat([tokens for tokens, _ in stores]).tolist() == list(range(count))
+    assert all(store.shape == (words, len(tokens)) for tokens, store in stores)
+    assert sweep.scratch(35).stride(0) == 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -89,3 +90,23 @@ def test_an_attached_model_is_compiled_once_for_all_batches() -> None:
     assert counter.frame_count <= 3
     own = {name: batch.as_dict()[name] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(compiled(**own).logits, plain(**own).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_workspace_s_product_in_the_backward(dynamic: bool | None) -> None:
+    """The weight's gradient is formed behind the graph's edge, of as many tokens as there are: eager's bits."""
+    pytest.importorskip("triton")
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
+        arguments = {**case.arguments(), "hidden": hidden, "weight": weight}
+        return 0.3 * linear_clha_loss(**arguments, backend="workspace")[0]
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
+    for case in itertools.islice(batches(rows=True), 4):
+        half = case.to(torch.float16)
+        leaves = half.leaves()
+        both = [torch.autograd.grad(function(*leaves[:2], half), leaves[:2]) for function in (compiled, loss)]
+        for one, other in zip(*both, strict=True):
+            assert torch.equal(one, other)
+    assert counter.frame_count <= (2 if dynamic is None else 1)

@@ -81,6 +81,23 @@ def test_reward_rises(tmp_path: Path) -> None:
     assert any(line.get("clip_share", 0) > 0 for line in ours.state.log_history)
 
 
+def test_a_second_call_trains_on_answers_of_its_own(tmp_path: Path) -> None:
+    """The first call samples for two steps and makes one; what is left are answers of a policy that was."""
+    judged: list[int] = []
+
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        judged.append(len(records))
+        return vowels(records, answers)
+
+    ours = trainer(tmp_path, reward=reward, max_steps=1, rollout_steps=2, logging_steps=1)
+    for calls in (1, 2):
+        ours.train()
+        assert len(judged) == calls
+        assert ours.state.global_step == 1
+        (line,) = [line for line in ours.state.log_history if "loss" in line]
+        assert line["ratio"] == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_trained_is_what_was_sampled(tmp_path: Path, temperature: float) -> None:
     judged: list[tuple[str, str]] = []

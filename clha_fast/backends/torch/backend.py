@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.torch import routing as torch_routing
-from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
+from clha_fast.backends.torch.head import ALIGNED, Part, Scan, TorchHead, aligned, block_bytes
 from clha_fast.backends.torch.moments import Mix, finished, mixed
 from clha_fast.layout import Chunk, prompt_chunks
 from clha_fast.objectives import Objective
@@ -54,6 +54,8 @@ class _Sweep(TorchHead):
         self.by_token = self.row_index is not None and count < self.hidden.shape[0] and 4 * count <= vocabulary
         budget = head.workspace_bytes or self._default_workspace(needs)
         self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
+        if head.workspace_bytes is None and self.capacity > ALIGNED:
+            self.capacity -= self.capacity % ALIGNED
         self.capacity = min(self.capacity, max(1, count))
         self._store: Tensor | None = None
         self.logps, self.peak, self.log_total, self.lse = (
@@ -89,14 +91,18 @@ class _Sweep(TorchHead):
         """(tokens, their store), the weight's gradient first while it is fresh; at most `room()` tokens."""
         parts = []
         if self.weight_is_fresh and self.dweight is not None:
-            guests = tokens[: self.weight.shape[1]]
+            count, width = tokens.numel(), self.weight.shape[1]
+            # What the gradient cannot take goes to the store, with some more: products of 16 n tokens are faster.
+            most = width if count <= width else max(count - self.capacity, count - aligned(count - width))
+            guests = tokens[:most]
             parts.append((guests, self.dweight[:, : guests.numel()]))
             tokens = tokens[guests.numel() :]
         if tokens.numel():
             words, count = self.weight.shape[0], tokens.numel()
             if self._store is None:
                 self._store = self.peak.new_empty(words * self.capacity)
-            parts.append((tokens, self._store[: words * count].view(words, count)))
+            step = aligned(count) if aligned(count) <= self.capacity else count
+            parts.append((tokens, self._store[: words * step].view(words, step)[:, :count]))
         return parts
 
     def note(self, scan: Scan) -> Scan:
