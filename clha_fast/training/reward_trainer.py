@@ -200,8 +200,8 @@ class RewardTrainer(CheckpointingTrainer):
         self._check_padding(tokenizer)
         self._joined = JoinedRewards(self.model, self._pad)
         data = self.train_dataset
-        share = data.shared_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
-        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, share)
+        tokens = data.count_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
+        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, tokens)
         collator: Any = self.data_collator
         collator.layout = self.layout
 
