@@ -234,7 +234,7 @@ class Loaded:
             if share is not None:
                 rows = rows * share
             if sweep.dweight is None:
-                sweep.factors = Factors(self.z, rows, grad.new_ones(()) if unit is None else unit)
+                sweep.factors = Factors(self.z, rows.contiguous(), grad.new_ones(()) if unit is None else unit)
             else:
                 self._add_weight(sweep.dweight, z, rows, unit)
         if sweep.dbias is not None:
