@@ -18,6 +18,12 @@ ARCHITECTURES = (*SHARED_MEMORY, "interpreter")
 DTYPES = ("16-bit", "fp32")
 
 
+# Left to itself ptxas spills a few registers where that makes room for one program more on a multiprocessor, in other
+# kernels with every release. Told that a thread may have all, it does not, and still takes what it needs:
+# the fp32 tiles are, for strides that they see in many forms.
+ALL_REGISTERS = {"maxnreg": 255}
+
+
 def _tile(n: int, v: int, h: int, group: int, warps: int, stages: int) -> Config:
     return {
         "BLOCK_N": n,
@@ -30,8 +36,8 @@ def _tile(n: int, v: int, h: int, group: int, warps: int, stages: int) -> Config
 
 
 # The kernels that hold a GEMM. The fp32 tiles are those that "ieee" precision, which has no tensor cores on NVIDIA,
-# can hold in registers; 16-bit matrices whose rows are not aligned to 16 elements, or lie 2^22 apart, use them too.
-# sm_80's entries stay within 99 KiB, the shared memory of its consumer relatives.
+# can hold in registers, two programs on a multiprocessor; 16-bit matrices whose rows are not aligned to 16 elements, or
+# lie 2^22 apart, use them too. sm_80's entries stay within 99 KiB, the shared memory of its consumer relatives.
 GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     # tokens x words, reduced over H
     "head_forward": {
@@ -62,7 +68,7 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
     # tokens x H, reduced over words
     "hidden_grad": {
         ("sm_80", "16-bit"): _tile(128, 64, 128, 16, 8, 3),
-        ("sm_90", "16-bit"): _tile(128, 64, 256, 16, 8, 4),
+        ("sm_90", "16-bit"): _tile(128, 64, 128, 16, 8, 4),
         ("sm_100", "16-bit"): _tile(128, 64, 128, 16, 8, 4),
         ("gfx942", "16-bit"): _tile(128, 64, 128, 16, 8, 2),
         ("sm_80", "fp32"): _tile(64, 32, 64, 16, 8, 3),
@@ -89,16 +95,10 @@ GEMMS: dict[str, dict[tuple[str, str], Config]] = {
 
 # With a softcap or a bias: tanh, its slope, or one more operand need registers beside the logits.
 GEMMS["head_forward_softcap"] = GEMMS["head_forward"] | {
-    # With three stages ptxas spills two registers, for one program more on a multiprocessor (on sm_80 where rows are
-    # not aligned).
-    ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 2),
-    ("sm_90", "fp32"): _tile(64, 64, 32, 16, 8, 2),
     ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
 }
 GEMMS["logit_grad_softcap"] = GEMMS["logit_grad"] | {
-    # With two stages ptxas aims for one program more than the registers hold, and spills two of them.
-    ("sm_80", "fp32"): _tile(64, 64, 32, 16, 8, 3),
     ("gfx942", "16-bit"): _tile(128, 128, 64, 16, 16, 2),
     ("sm_90", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
     ("sm_100", "16-bit"): _tile(128, 128, 64, 16, 8, 4),
@@ -137,20 +137,21 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
     ("interpreter", "16-bit"): _tile(16, 128, 32, 2, 4, 1),
     ("interpreter", "fp32"): _tile(32, 64, 32, 2, 4, 1),
 }
-# Few tokens of a segment keep a block: short tiles waste less, and small programs, several on a multiprocessor, hide
-# each other's waiting better than stages do.
+# With all words of a block in a tile its weight is loaded once for all tokens; short tiles of tokens waste less, and
+# small programs, several on a multiprocessor, hide each other's waiting better than stages do.
 GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
-    ("sm_80", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
-    ("sm_90", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
-    ("sm_100", "16-bit"): _tile(64, 128, 64, 1, 4, 1),
-    ("gfx942", "16-bit"): _tile(64, 64, 64, 1, 4, 2),
-    # 32 of H spill four registers where rows are not aligned.
+    ("sm_80", "16-bit"): {**_tile(32, 128, 128, 1, 8, 1), **ALL_REGISTERS},
+    ("sm_90", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    ("sm_100", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    # Its registers would hold a whole block's weight, and one program.
+    ("gfx942", "16-bit"): _tile(64, 64, 128, 1, 8, 2),
     ("sm_80", "fp32"): _tile(32, 16, 64, 1, 8, 2),
     ("sm_90", "fp32"): _tile(32, 16, 64, 1, 8, 2),
-    ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 3),
+    ("sm_100", "fp32"): _tile(32, 32, 64, 1, 8, 2),
     ("gfx942", "fp32"): _tile(32, 32, 64, 1, 8, 2),
+    # Whole blocks, and parts of them: each is one way through the kernel.
     ("interpreter", "16-bit"): _tile(16, 128, 32, 1, 4, 1),
-    ("interpreter", "fp32"): _tile(16, 64, 32, 1, 4, 1),
+    ("interpreter", "fp32"): _tile(16, 32, 32, 1, 4, 1),
 }
 
 
@@ -179,7 +180,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_logit_grad_softcap": {
-        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 3), True, False),
         # Specialised warps have 168 registers, and spill: the plain pipeline does not.
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         "interpreter": _INTERPRETED,
@@ -191,7 +192,8 @@ PERSISTENT: dict[str, dict[str, Config]] = {
     },
     "persistent_logit_grad_statistics": {
         "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), True, False),
-        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
+        # With four stages Triton 3.9 spills two registers.
+        "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 3), False, False),
         "interpreter": _INTERPRETED,
     },
     "persistent_hidden_grad": {
@@ -230,7 +232,7 @@ SMALL: dict[str, tuple[Config, Config]] = {
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "prompts": (
-        {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 4},
+        {"BLOCK_C": 16, "BLOCK_T": 128, "num_warps": 8},
         {"BLOCK_C": 16, "BLOCK_T": 64, "num_warps": 4},
     ),
     "finish": ({"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 2, "num_warps": 4}),
@@ -244,10 +246,10 @@ SMALL: dict[str, tuple[Config, Config]] = {
     "gradient": ({"BLOCK_V": 4096, "num_warps": 8}, {"BLOCK_V": 64, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
-    # Tokens that one program of `routed_hidden_grad` adds to.
-    "route_count": ({"SEGMENT": 512, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
-    "route_list": ({"SEGMENT": 512, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
-    "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
+    # A program of `routed_hidden_grad` adds to one such segment of tokens, or to several.
+    "route_count": ({"SEGMENT": 256, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
+    "route_list": ({"SEGMENT": 256, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
+    "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 8}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     "routed_bias_grad": (
         {"BLOCK_N": 64, "BLOCK_V": 64, "num_warps": 8},
         {"BLOCK_N": 16, "BLOCK_V": 64, "num_warps": 4},
@@ -267,7 +269,8 @@ def select(kernel: str, arch: str, dtype: str) -> dict[str, int]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if kernel in GEMMS:
-        return dict(GEMMS[kernel][arch, dtype])
+        told = arch.startswith("sm_") and dtype == "fp32"
+        return dict(GEMMS[kernel][arch, dtype]) | (ALL_REGISTERS if told else {})
     if kernel in PERSISTENT:
         entry = dict(PERSISTENT[kernel][arch])
         entry["WARP_SPECIALIZE"] = entry["WARP_SPECIALIZE"] and SPECIALISES_WARPS

@@ -118,9 +118,9 @@ def persistent_hidden_grad_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """drows [parts, padded N, H] float32 (+)= dlogits . weight[chunk], a part's words into its own rows.
+    """drows [parts, padded N, H] float32 += dlogits . weight[chunk], a part's words into its own rows.
 
-    The first vocabulary chunk writes, the others add. chunk_words is a multiple of part_words.
+    chunk_words is a multiple of part_words. One program adds to a row's tile of H, once a launch: sums have one order.
     """
     active = tl.minimum(tl.load(count_ptr) - first_token, chunk_tokens)
     tiles_n = tl.cdiv(tl.maximum(active, 0), BLOCK_N)
@@ -140,15 +140,13 @@ def persistent_hidden_grad_kernel(
         inside = (h < H)[None, :]
         out = drows_ptr + (part.to(tl.int64) * padded + first_token + tile_n * BLOCK_N) * H
         out += tl.arange(0, BLOCK_N)[:, None] * H + h[None, :]
-        # Loaded before the loop: behind it, two tiles would need registers at once. Compared as a block, for a scalar
-        # condition widened by `&` is no boolean to the interpreter.
-        has_sum = inside & (first_word + tl.zeros((1, BLOCK_H), tl.int32) > 0)
-        acc = tl.load(out, mask=has_sum, other=0.0)
+        acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         for start in range(0, part_words, BLOCK_V):
             g = dlogits_desc.load([tile_n * BLOCK_N, part_word + start])
             w = weight_desc.load([first_word + part_word + start, tile_h * BLOCK_H])
             acc = tl.dot(g, w, acc)
-        tl.store(out, acc, mask=inside)
+        # L2 adds. A sum that were read, before the loop or behind it, would take registers beside this one.
+        tl.atomic_add(out, acc, mask=inside, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_words"])

@@ -55,13 +55,14 @@ def routed_logit_grad_kernel(
     block = first_block + local
     first_v = block.to(tl.int64) * ROUTE_WORDS + (tile_v % parts) * BLOCK_V
     total = tl.load(ends_ptr + block * num_segments + num_segments - 1)
-    if (tile_n * BLOCK_N >= total) | (first_v >= V):
+    if tile_n * BLOCK_N >= total:
         return
     place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     is_pair = place < total
     slot = local.to(tl.int64) * capacity + place
     k = tl.load(list_ptr + slot, mask=is_pair, other=0)
     word = tl.arange(0, BLOCK_V)
+    # Words behind the last repeat it, in tiles of their own as well: dhidden reads all of a block, times 0.
     inner = tl.minimum(word, (V - 1 - first_v).to(tl.int32)).to(tl.int64 if WIDE else tl.int32)
     z = raw_logits(
         rows_ptr,
@@ -162,7 +163,7 @@ def routed_weight_grad_kernel(
     tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments"])
+@triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments", "span"])
 def routed_hidden_grad_kernel(
     dlogits_ptr,
     weight_ptr,
@@ -173,11 +174,13 @@ def routed_hidden_grad_kernel(
     chunk_blocks,
     capacity,
     num_segments,
+    span,
     V,
     H,
     stride_weight_v,
     stride_weight_h,
     EVEN_H: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUTE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,46 +189,62 @@ def routed_hidden_grad_kernel(
 ):
     """drows [padded N, H] float32 += dlogits . weight[block], for the chunk's blocks one after another.
 
-    A program owns one segment of tokens and one tile of H: nobody else adds to them, and every token's sum runs over
-    its blocks in ascending order. drows comes with what every sum starts from.
+    A program owns `span` segments of tokens and one tile of H: nobody else adds to them, and every token's sum runs
+    over its blocks in ascending order, whatever the span. drows comes with what every sum starts from.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
-    segment = pid // tiles_h
-    h = (pid % tiles_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    word, n = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    first_segment = (pid // tiles_h) * span
+    last_segment = tl.minimum(first_segment + span, num_segments) - 1
+    first_h = (pid % tiles_h) * BLOCK_H
+    unit, word, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    h = first_h + unit
     is_unit = (h < H)[None, :]
+    # Offsets within the tile are int32 unless WIDE; what leads to the tile is added to the pointer.
+    weight_ptr += first_h.to(tl.int64) * stride_weight_h
+    kind: tl.constexpr = tl.int64 if WIDE else tl.int32
+    offsets = (word.to(kind) * stride_weight_v)[:, None] + (unit.to(kind) * stride_weight_h)[None, :]
     for local in range(0, chunk_blocks):
         block = first_block + local
-        at = ends_ptr + block * num_segments + segment
-        end = tl.load(at)
-        start = tl.load(at - 1, mask=segment > 0, other=0)
-        first_v = block.to(tl.int64) * ROUTE_WORDS
-        first_slot = tl.cast(local, tl.int64) * capacity
-        for place in range(start, end, BLOCK_N):
-            is_pair = (place + n < end)[:, None]
-            slot = first_slot + place + n
-            k = tl.load(list_ptr + slot, mask=place + n < end, other=0)
-            acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-            for first in range(0, ROUTE_WORDS, BLOCK_V):
-                v = first_v + first + word
-                # Nobody wrote a tile of words that lies behind the last one.
-                pairs = dlogits_ptr + (slot * ROUTE_WORDS + first)[:, None] + word[None, :]
-                g = tl.load(pairs, mask=is_pair & (v < V)[None, :], other=0.0)
-                inside = (v < V)[:, None]
+        ends = ends_ptr + block * num_segments
+        end = tl.load(ends + last_segment)
+        start = tl.load(ends + first_segment - 1, mask=first_segment > 0, other=0)
+        if start < end:
+            first_v = block.to(tl.int64) * ROUTE_WORDS
+            first_slot = tl.cast(local, tl.int64) * capacity
+            words = tl.minimum(V - first_v, ROUTE_WORDS).to(tl.int32)
+            if BLOCK_V == ROUTE_WORDS:
+                # Once a block, for all its pairs.
+                is_word = (first_v + word < V)[:, None]
+                if not EVEN_H:
+                    is_word = is_word & is_unit
+                whole = tl.load(weight_ptr + first_v * stride_weight_v + offsets, mask=is_word, other=0.0)
+            for place in range(start, end, BLOCK_N):
+                is_pair = place + n < end
+                slot = first_slot + place + n
+                k = tl.load(list_ptr + slot, mask=is_pair, other=0)
+                pairs = dlogits_ptr + (slot * ROUTE_WORDS)[:, None] + word[None, :]
+                acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+                if BLOCK_V == ROUTE_WORDS:
+                    g = tl.load(pairs, mask=is_pair[:, None], other=0.0)
+                    acc = tl.dot(g, whole, acc, input_precision=PRECISION)
+                else:
+                    # To a bound that the compiler does not know: unrolled as a whole it would spill.
+                    for first in range(0, words, BLOCK_V):
+                        v = first_v + first
+                        is_word = (v + word < V)[:, None]
+                        if not EVEN_H:
+                            is_word = is_word & is_unit
+                        w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
+                        g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
+                        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+                inside = is_pair[:, None]
                 if not EVEN_H:
                     inside = inside & is_unit
-                weight = weight_ptr + (v * stride_weight_v)[:, None] + h.to(tl.int64)[None, :] * stride_weight_h
-                w = tl.load(weight, mask=inside, other=0.0)
-                acc = tl.dot(g, w, acc, input_precision=PRECISION)
-            inside = is_pair
-            if not EVEN_H:
-                inside = inside & is_unit
-            out = drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :]
-            # Not the dot's accumulator: loads that feed a dot are pipelined, past the stores that they depend on.
-            tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
-        # The next block may hold the same tokens in other threads' rows.
-        tl.debug_barrier()
+                # The store adds: L2 does, and no thread waits for the sum so far. Nobody else adds to it meanwhile.
+                tl.atomic_add(drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], acc, mask=inside, sem="relaxed")
+            # The next block may hold the same tokens in other threads' rows, and adds to them after this one.
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["first_block", "num_segments"])

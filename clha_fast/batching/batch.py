@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -13,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from clha_fast.batching.segments import Segments, TokenSegments, check_layout, joined_rows, padded_rows
+from clha_fast.batching.segments import TOKEN_SEGMENTS, Segments, check_layout, counted_layout, joined_rows, padded_rows
 from clha_fast.batching.signals import PER_CANDIDATE, Values, check_signals, pack_signal, signals_of, unmistakable
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
@@ -222,7 +220,6 @@ class CandidateBatch:
 
 _BLOCK = 1024
 _NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": "", "segments": None, "host_sizes": None}
-TOKEN_SEGMENTS = TokenSegments._fields
 
 _SAME_SHAPE = {
     "attention_mask": "input_ids",
@@ -314,8 +311,8 @@ def pack_candidates(
             are inert, one row of one token remains.
         pad_to_multiple_of: T is rounded up to a multiple of it.
         signals: those of the features that the batch carries; None is those that the objective reads.
-        layout: `padded`, a row a candidate; `packed`, one row of all candidates, each behind its prompt; or `shared`,
-            one row in which a prompt stands once, before all of its candidates.
+        layout: `padded`, a row a candidate; `packed`, one row of all candidates, each behind its prompt; `shared`, one
+            row in which a prompt stands once, before all of its candidates; or `auto`: see `segments.counted_layout`.
 
     Raises:
         ValueError: no feature; an unknown layout; a mixture of prompts with and without rewards or a signal; a prompt
@@ -324,7 +321,7 @@ def pack_candidates(
     """
     if not features:
         raise ValueError("features: expected at least one prompt, got none")
-    check_layout(layout)
+    check_layout(layout, "auto")
     carried = signals_of(objective) if signals is None else signals
     check_features(features, carried)
     for feature in features:
@@ -341,25 +338,25 @@ def pack_candidates(
         rewards = torch.tensor([r for f in features for r in f["rewards"] or ()], dtype=torch.float32)
     inert = inert_mask(rewards, sizes, sft_index, objective) if drop_inert else torch.zeros(int(sizes.sum())).bool()
 
-    triples = [(f["prompt_ids"], *scored) for f in features for scored in zip(*_scored(f), strict=True)]
-    kept = [triple for triple, dropped in zip(triples, inert.tolist(), strict=True) if not dropped]
-    rows = kept or [(features[0]["prompt_ids"][:1], [], torch.arange(0))]
+    dropped = iter(inert.tolist())
+    families = [
+        [(f["prompt_ids"], *scored) for scored in zip(*_scored(f), strict=True) if not next(dropped)] for f in features
+    ]
+    families = [own for own in families if own] or [[(features[0]["prompt_ids"][:1], [], torch.arange(0))]]
+    rows = [row for own in families for row in own]
     step = pad_to_multiple_of or 1
+    if layout == "auto":
+        layout = counted_layout((len(own[0][0]), [len(ids) for _, ids, _ in own]) for own in families)
     if layout == "padded":
         input_ids, attention_mask, index, targets = padded_rows(rows, pad_token_id, step)
         places: dict[str, Any] = {}
     else:
-        numbers = [number for number, f in enumerate(features) for _ in f["completion_ids"]]
-        own = [number for number, dropped in zip(numbers, inert.tolist(), strict=True) if not dropped]
-        if layout == "packed":
-            own = list(range(len(own)))
-        by_family = itertools.groupby(zip(own, kept, strict=True), key=operator.itemgetter(0))
-        families = [[row for _, row in same] for _, same in by_family]
-        segments, input_ids, index, targets = joined_rows(families or [rows], pad_token_id, step)
+        families = [[row] for row in rows] if layout == "packed" else families
+        segments, input_ids, index, targets = joined_rows(families, pad_token_id, step)
         by_token = segments.tokens()
         attention_mask = (by_token.group_ids >= 0).long()
         places = {"segments": segments, **by_token._asdict()}
-    lengths = torch.tensor([len(scored) for *_, scored in triples]).masked_fill(inert, 0)
+    lengths = torch.tensor([size for f in features for size in scored_lengths(f)]).masked_fill(inert, 0)
     places |= {name: pack_signal(name, features, lengths) for name in carried if features[0].get(name) is not None}
     return CandidateBatch(
         input_ids=input_ids,

@@ -68,7 +68,8 @@ class RankedCollator:
         pad_to_multiple_of: rows are padded to a multiple of it.
         signals: those of the records that batches carry, names of `types.SIGNALS`; None is those that the loss reads.
             That others are left out is said once.
-        layout: of the rows, as `clha_fast.batching.batch.pack_candidates` has it: `padded`, `packed` or `shared`.
+        layout: of the rows, as `clha_fast.batching.batch.pack_candidates` has it: `padded`, `packed`, `shared`
+            or `auto`, which counts each batch.
 
     Raises:
         ValueError: the tokenizer has no EOS token; a limit is not a positive integer; an unknown signal or layout.
@@ -86,7 +87,7 @@ class RankedCollator:
         signals: Sequence[str] | None = None,
         layout: str = "padded",
     ) -> None:
-        check_layout(layout)
+        check_layout(layout, "auto")
         self.layout = layout
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")

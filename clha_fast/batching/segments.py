@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,10 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("clha_fast")
+
 Span = tuple[int, int]
 
 # A row a candidate, padded to the longest; nothing padded, each candidate behind a prompt of its own; each prompt once.
 LAYOUTS = ("padded", "packed", "shared")
+# Shared rows pay where they leave so much of the tokens: above it, what rows of several texts cost may be more.
+PAYS = 0.9
+_SAID: set[str] = set()
 
 
 class SegmentGroup(NamedTuple):
@@ -38,6 +44,9 @@ class TokenSegments(NamedTuple):
     position_ids: Tensor
     segment_ids: Tensor
     group_ids: Tensor
+
+
+TOKEN_SEGMENTS = TokenSegments._fields
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,44 @@ def place(lengths: Iterable[tuple[int, list[int]]], multiple: int = 1) -> Segmen
             at += length
         groups.append(SegmentGroup(0, (start, prompt), tuple(own)))
     return Segments(1, -(-at // multiple) * multiple, tuple(groups))
+
+
+class RowTokens(NamedTuple):
+    """Tokens that run, counted a prompt at a time.
+
+    Attributes:
+        padded: n (P + longest R) for each prompt of P tokens with n candidates of R. shared: P + all R.
+    """
+
+    padded: int
+    shared: int
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, Sequence[int]]]) -> RowTokens:
+        """Of (tokens of the prompt, tokens of each of its candidates)."""
+        padded = shared = 0
+        for prompt, candidates in lengths:
+            padded += len(candidates) * (prompt + max(candidates, default=0))
+            shared += prompt + sum(candidates) if candidates else 0
+        return cls(padded, shared)
+
+    @property
+    def layout(self) -> str:
+        """`shared` where that leaves at most `PAYS` of the tokens, else `padded`: always for one candidate a prompt."""
+        return "shared" if self.shared < self.padded and self.shared <= PAYS * self.padded else "padded"
+
+    def __str__(self) -> str:
+        share = f", {100 * self.shared / self.padded:.0f}%" if self.padded else ""
+        return f"shared rows run {self.shared:,} tokens where padded ones run {self.padded:,}{share}"
+
+
+def counted_layout(lengths: Iterable[tuple[int, Sequence[int]]]) -> str:
+    """`RowTokens.layout` of one batch, `shared` or `padded`; the first of each is said, with its counts."""
+    found = RowTokens.of(lengths)
+    if found.layout not in _SAID:
+        _SAID.add(found.layout)
+        logger.info("layout auto: %s for this batch (%s); every batch is counted", found.layout, found)
+    return found.layout
 
 
 def check_layout(layout: str, *more: str) -> None:

@@ -96,7 +96,7 @@ def evaluate(words: Sequence[str]) -> int:
         choices=LAYOUT_CHOICES,
         default="padded",
         help="of the rows in which --model's likelihood is measured: padded (default), packed, shared (a prompt once "
-        "before its responses), or auto",
+        "before its responses), or auto (shared where the model computes it and it pays)",
     )
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))

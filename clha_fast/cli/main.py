@@ -12,7 +12,7 @@ from clha_fast.cli import names
 from clha_fast.cli.text import complain
 from clha_fast.messages import nearest
 
-USER_ERROR = 2
+FAILED, USER_ERROR = 1, 2
 
 
 class Command(NamedTuple):
@@ -110,9 +110,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         complain(name, text)
         return USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if show or not out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        complain(
+            name,
+            f"out of memory ({reason}); smaller batches, shorter limits (max_length), layout='shared' and fewer bytes "
+            "a number (bfloat16) take less, and `clha-fast plan` says what a step needs; what was saved is still there",
+        )
+        return FAILED
     except KeyboardInterrupt:
         complain(name, "interrupted before anything was done")
         return 130
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Of a device, of torch on the CPU (which has no class of its own for it), or of Python."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 if __name__ == "__main__":

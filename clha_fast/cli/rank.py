@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import Parser
+from clha_fast.cli.text import Parser, rows_text
 from clha_fast.data import FORMATS, read_records
 from clha_fast.files import check_destination
+from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.models.loading import DTYPES, is_classifier
 from clha_fast.processes import Processes
 from clha_fast.rewards.policy import Policy, load_policy
@@ -51,6 +52,13 @@ def rank(words: Sequence[str]) -> int:
     )
     parser.add_argument("--max-prompt-length", type=int, metavar="N", help="of a language model: as in training")
     parser.add_argument("--max-completion-length", type=int, metavar="N", help="of a language model: as in training")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUT_CHOICES,
+        default="padded",
+        help="padded (default), a row an answer; packed, all in one; shared, a prompt once before its answers; auto, "
+        "shared where the model computes it and it pays",
+    )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from OUT.partial")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT (and, without --resume, OUT.partial)")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
@@ -71,7 +79,8 @@ def _rank(args: argparse.Namespace, processes: Processes) -> int:
     processes.choose_device(args.device)
     records = read_records(args.source, args.format, columns=args.columns)
     judge = _load(args)
-    print(f"{'policy' if isinstance(judge, Policy) else 'reward model':<14}{model_text(judge.model, args.model)}")
+    kind = "policy" if isinstance(judge, Policy) else "reward model"
+    print(f"{kind:<14}{model_text(judge.model, args.model)}{rows_text(args.layout, judge.layout)}")
     answers = sum(len(record.completions) for record in records)
     print(f"source        {args.source}: {len(records):,} prompts, {answers:,} answers", flush=True)
     result = rank_file(
@@ -94,10 +103,10 @@ def _load(args: argparse.Namespace) -> Policy | RewardModel:
             value = getattr(args, name)
             if value is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: expected none with a reward model, got {value}")
-        return load_reward_model(args.model, label=args.label, device=args.device, dtype=args.dtype)
+        return load_reward_model(args.model, label=args.label, device=args.device, dtype=args.dtype, layout=args.layout)
     if args.label is not None:
         raise ValueError(f"--label: expected none with a language model, got {args.label}")
-    return load_policy(args.model, device=args.device, dtype=args.dtype, option="model")
+    return load_policy(args.model, device=args.device, dtype=args.dtype, layout=args.layout, option="model")
 
 
 def _result_text(result: RankResult) -> str:

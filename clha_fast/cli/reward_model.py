@@ -134,7 +134,8 @@ def _data_text(data: PairedDataset, by: str) -> str:
     if left_out:
         parts.append(f"left out: {left_out}")
     if data.cut_prompts or data.cut_completions:
-        parts.append(f"cut to max_length: {data.cut_prompts:,} prompts, {data.cut_completions:,} responses")
+        of = f", of all {len(data) + data.unpaired:,} prompts" if data.unpaired else ""
+        parts.append(f"cut to max_length{of}: {data.cut_prompts:,} prompts, {data.cut_completions:,} responses")
     return "; ".join(parts)
 
 

@@ -142,6 +142,8 @@ def results(run: RolloutRun) -> report.Result:
         f"{len(run.after['rewards']):,} prompts; intervals: bootstrap over prompts",
         "These rewards are of the model that the policy was trained to please: let another one judge it.",
     ]
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if interval is None:
+        notes.append("One prompt gives no interval: hold out more.")
+    elif interval[0] <= 0 <= interval[1]:
         notes.append("The interval of the difference includes 0.")
     return report.Result(["held out, greedy", "before", "after", "difference"], rows, notes)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import Parser
+from clha_fast.cli.text import Parser, rows_text
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         choices=LAYOUT_CHOICES,
         help="padded (default), a row a response; packed, all in one; shared, a prompt once before its "
-        "responses; auto, shared where the model computes it",
+        "responses; auto, shared where the model computes it and it pays",
     )
     parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DST.partial")
@@ -132,8 +132,7 @@ def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
     records = _read(args)
     layout = args.layout or "padded"
     policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32", layout=layout)
-    said = "" if layout == "padded" else f", {policy.layout} rows"
-    print(f"policy        {model_text(policy.model, args.policy)}{said}")
+    print(f"policy        {model_text(policy.model, args.policy)}{rows_text(layout, policy.layout)}")
     _say_source(args, records)
     result = score_policy(
         records,
@@ -173,7 +172,7 @@ def _score_rewards(args: argparse.Namespace, processes: Processes) -> int:
         dtype=args.dtype or "auto",
         layout=args.layout or "padded",
     )
-    said = "" if args.layout in (None, "padded") else f", {reward_model.layout} rows"
+    said = rows_text(args.layout, reward_model.layout)
     print(f"reward model  {model_text(reward_model.model, args.reward_model)}{said}")
     _say_source(args, records)
     result = score_file(

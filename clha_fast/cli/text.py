@@ -41,6 +41,13 @@ def as_flags(text: str) -> str:
     return re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
 
 
+def rows_text(asked: str | None, layout: str) -> str:
+    """Of which layout rows are, behind a model's name; "" where none was asked for."""
+    if asked in (None, "padded"):
+        return ""
+    return ", shared or padded rows, as counted" if layout == "auto" else f", {layout} rows"
+
+
 def complain(command: str, text: str) -> None:
     """Print an error as one sentence of a command, unless another of its processes has printed the same."""
     if joined().first_to_say(text):

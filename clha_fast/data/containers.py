@@ -8,13 +8,12 @@ import errno
 import glob
 import gzip
 import importlib
-import json
 import lzma
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
-from clha_fast.data.fields import TextRow, as_number
+from clha_fast.data.fields import TextRow, as_number, literal
 from clha_fast.data.hub import hub_files, is_hub_name
 from clha_fast.data.jsonlines import json_rows
 from clha_fast.data.names import names_scores
@@ -202,7 +201,7 @@ def _seekable(file: IO[bytes], path: str) -> Any:
 
 def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
     pandas = _need("pandas", path, kind)
-    separator = "\t" if kind == "tsv" else ","
+    separator = "\t" if kind == "tsv" else _separator(file)
     try:
         # Texts as they stand: "NA", "null" and "1.0" may be responses.
         table = pandas.read_csv(
@@ -214,6 +213,9 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
             numbers = [str(number) for number in range(start, start + len(chunk))]
             # What `to_csv` writes in front when it is not told otherwise.
             chunk = chunk.drop(columns=[name for name in index if list(chunk[name]) == numbers])
+            names = [str(name).strip() for name in chunk.columns]  # "prompt, chosen": the blank is no part of a name
+            if len(set(names)) == len(names):
+                chunk.columns = names
             start += len(numbers)
             for cells in chunk.itertuples(index=False, name=None):
                 yield TextRow((name, _cell(str(name), cell)) for name, cell in zip(chunk.columns, cells, strict=True))
@@ -221,16 +223,22 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
         return
 
 
+def _separator(file: IO[bytes]) -> str:
+    """The comma, but for a header that has none: what spreadsheets of other countries write, or tabs."""
+    header = cast("Any", file).peek(1 << 16).partition(b"\n")[0]
+    return next((mark for mark in ",;\t" if mark.encode() in header), ",")
+
+
 def _cell(name: str, cell: Any) -> Any:
-    """A cell of a csv file: None where empty, a number in a column of scores, lists and messages from their JSON."""
+    """A cell of a csv file: None where empty, a number in a column of scores, lists and messages from their JSON or
+    from what Python prints of them (as `DataFrame.to_csv` does)."""
     if not isinstance(cell, str) or not cell:
         return None
     if cell[0] in "[{":
-        with contextlib.suppress(ValueError):
-            value = json.loads(cell)
-            messages = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
-            if messages or name in _LISTS or names_scores(name):
-                return value
+        value = literal(cell)
+        messages = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
+        if messages or (value is not None and (name in _LISTS or names_scores(name))):
+            return value
     return as_number(cell) if names_scores(name) or name in ("sft_index", "margin") else cell
 
 

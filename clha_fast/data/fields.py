@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -129,11 +130,17 @@ class TextRow(dict[str, Any]):
 
 
 def as_list(value: Any) -> Any:
-    """A list that stands in a text cell as JSON; anything else as it is."""
-    if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    return value
+    """A list that stands in a text cell; anything else as it is."""
+    found = literal(value) if isinstance(value, str) and value.startswith("[") else None
+    return value if found is None else found
+
+
+def literal(text: str) -> Any:
+    """A list or mapping in the text of a cell, as JSON or as Python prints it; None for any other text."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return None
 
 
 def as_number(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, repeats_prompt
 
 logger = logging.getLogger("clha_fast.data")
 
@@ -21,7 +21,7 @@ class Notes:
         name: the file, or "records".
         records: how many were read. single: those with one response. equal: those with two equal responses.
         repeated: those whose responses all began with the prompt, which was taken off. left: those whose prompt is so
-            short that it was left there.
+            short that it was left there. partly: those of which some responses begin with it, and others do not.
         bare: trees without two ranked replies to one message, of which no record came.
         pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
         unread: columns that no reader takes, and in how many records they hold something.
@@ -33,6 +33,7 @@ class Notes:
     equal: int = 0
     repeated: int = 0
     left: int = 0
+    partly: int = 0
     bare: int = 0
     pairs: int = 0
     reversed: int = 0
@@ -43,6 +44,7 @@ class Notes:
         left = repeated and all(text.startswith(str(record.prompt)) for text in record.completions)
         self.repeated += repeated and not left
         self.left += left
+        self.partly += not repeated and any(map(repeats_prompt(record.prompt), record.completions))
         self.records += 1
         self.single += len(record.completions) == 1
         self.equal += len(set(record.completions)) < len(record.completions)
@@ -55,7 +57,7 @@ class Notes:
 
     def merge(self, other: Notes) -> None:
         """Add the counts of other records of the same source."""
-        for name in ("records", "single", "equal", "repeated", "left", "bare", "pairs", "reversed"):
+        for name in ("records", "single", "equal", "repeated", "left", "partly", "bare", "pairs", "reversed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unread.update(other.unread)
 
@@ -82,6 +84,11 @@ class Notes:
             found.append(f"{self._share(self.repeated)} had responses that repeat the prompt, which was taken off them")
         if self.left:
             found.append(f"{self._share(self.left)} have responses that begin with their short prompt, which was left")
+        if self.partly > 1 and 2 * self.partly > self.records:  # not an answer here and there, a way of writing them
+            found.append(
+                f"{self._share(self.partly)} have responses that begin with the prompt, beside others that do not: it "
+                "was left, and is trained on as part of them"
+            )
         if self.reversed * 2 > self.pairs:
             found.append(
                 f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -160,6 +160,12 @@ def make_record(
         return record
     ordered = record.in_order(order)
     return dataclasses.replace(ordered, sft_index=0) if sft_index is None else ordered
+
+
+def repeats_prompt(prompt: Prompt) -> Callable[[str], bool]:
+    """Whether a response begins with a text prompt of three words or more, which it will not do by chance."""
+    text = prompt if isinstance(prompt, str) and len(prompt.split()) >= _WORDS_OF_A_PROMPT else None
+    return lambda response: text is not None and response.startswith(text)
 
 
 def without_repeated_prompt(record: RankedRecord) -> tuple[RankedRecord, bool]:

@@ -27,6 +27,8 @@ def split_records(
 ) -> tuple[list[RankedRecord], list[RankedRecord]]:
     """(training, evaluation), by a hash of prompt and seed: a prompt is on one side, whatever else the file holds.
 
+    One prompt of two or more is always held out, however small the file (then another one, perhaps, in a larger file).
+
     Raises:
         ValueError: `fraction` is not between 0 and 1, or one side would be empty.
     """
@@ -34,10 +36,11 @@ def split_records(
         raise ValueError(f"eval_fraction: expected a number between 0 and 1, got {fraction!r}")
     train: list[RankedRecord] = []
     held_out: list[RankedRecord] = []
-    for record in records:
-        digest = hashlib.sha256(f"{seed}\n{prompt_key(record)}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        (held_out if share < fraction else train).append(record)
+    shares = [_share(record, seed) for record in records]
+    lowest = sorted(set(shares))[:2]
+    limit = max(fraction, lowest[1]) if len(lowest) > 1 else fraction
+    for record, share in zip(records, shares, strict=True):
+        (held_out if share < limit else train).append(record)
     if not train or not held_out:
         side = "training" if not train else "evaluation"
         prompts = len({prompt_key(record) for record in records})
@@ -46,6 +49,11 @@ def split_records(
             f"{side}; give more prompts, another fraction or seed, an eval_file, or 0 for no evaluation"
         )
     return train, held_out
+
+
+def _share(record: RankedRecord, seed: int) -> float:
+    digest = hashlib.sha256(f"{seed}\n{prompt_key(record)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def half_of(records: Sequence[RankedRecord], half: int) -> list[RankedRecord]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     """
     ours, theirs = _aligned(a, b)
     left, names = _renamed(a, b)
-    notes = [f"{text}: {name}" for name, text in names.items()]
+    notes = _told_of_either(a.notes, b.notes) + [f"{text}: {name}" for name, text in names.items()]
     made, other = figures_of(left.values), figures_of(b.values)
     shared = {name: figure for name, figure in made.items() if name in other}
     missing = [figure.title for name, figure in {**made, **other}.items() if name not in shared]
@@ -111,6 +111,12 @@ def _aligned(a: Evaluation, b: Evaluation) -> tuple[list[int], list[int]]:
             f"compare: expected prompts in common, got none among {len(a.prompts):,} and {len(b.prompts):,}"
         )
     return [k for k, _ in both], [k for _, k in both]
+
+
+def _told_of_either(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """What was said when either side was measured: answers left out, a reward model that cannot be believed."""
+    sides = {note: [name for name, notes in (("A", a), ("B", b)) if note in notes] for note in (*a, *b)}
+    return [note if len(side) == 2 else f"{side[0]}: {note}" for note, side in sides.items()]
 
 
 def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:

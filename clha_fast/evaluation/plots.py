@@ -133,7 +133,8 @@ def _figure(
             name = f"{label}, " if label else ""
             style: dict[str, Any] = {"color": colour}
             if training:
-                thin = {**style, "alpha": 0.55, "linewidth": 1.2}
+                # A line of one point is not seen.
+                thin = {**style, "alpha": 0.55, "linewidth": 1.2, "marker": "x" if len(training) == 1 else None}
                 axes.plot(*zip(*training, strict=True), label=f"{name}training", **thin)
             if held_out:
                 # Two points say nothing of what lies between them.

@@ -187,7 +187,7 @@ class Assessment:
 
     @property
     def prefix(self) -> str:
-        """What answers begin with: given, or the good marker of a checkpoint's run or of the cell's own objective."""
+        """What answers begin with: given, or the good marker of a checkpoint's run; a trained cell has its own."""
         given = self.assessor.generation.answer_prefix
         if given or self.cell.method.trains:
             return given
@@ -261,7 +261,7 @@ class Assessment:
             max_prompt_length=assessor.generation.max_prompt_length,
             answer_prefix=prefix,
             batch_size=assessor.batch_size,
-            about=self.identity(),
+            about={**self.identity(), "answer_prefix": prefix},
         )
         if self.judge is not None and written is not None:
             texts = [answer.answer for answer in written]

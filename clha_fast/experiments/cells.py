@@ -203,15 +203,16 @@ class _LastLine(TrainerCallback):
         control.should_log |= control.should_save or state.global_step >= state.max_steps
 
 
-_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+# Of one call of `train`: times, and the mean loss of its own steps, which a killed run has made two of.
+_OF_THE_CALL = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
 
 
 def plain_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the log without times, which differ from run to run, and with None for NaN."""
+    """A line of the log, sorted as in a checkpoint, without what differs from run to run, and with None for NaN."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in line.items()
-        if name not in _TIMES
+        for name, value in sorted(line.items())
+        if name not in _OF_THE_CALL
     }
 
 

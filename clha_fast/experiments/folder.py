@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from clha_fast.files import CHECKPOINT, WRITING, RunIdentity, last_checkpoint, write_json
 
@@ -54,6 +54,20 @@ def check_folder(folder: str, identity: RunIdentity, *, resume: bool = False, ov
             "give the same ones, another output_dir, or overwrite=True"
         )
     return last_checkpoint(folder)
+
+
+def check_apart(folder: str, sources: Mapping[str, str | None]) -> None:
+    """RunFolderError where the run would remove one of its `sources` (setting -> folder or name)."""
+    own = os.path.realpath(folder)
+    for name, source in sources.items():
+        place = os.path.realpath(source) if source is not None and os.path.isdir(source) else None
+        if place is not None and (
+            place == own or (os.path.dirname(place) == own and CHECKPOINT.fullmatch(os.path.basename(place)))
+        ):
+            raise RunFolderError(
+                f"output_dir: expected another folder than that of {name}, {source}, which the run would replace, got "
+                f"{folder}"
+            )
 
 
 def claim_folder(folder: str, identity: RunIdentity, owned: Sequence[str] = ()) -> None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from clha_fast.data.containers import files_of, source_name
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
-from clha_fast.experiments.folder import check_folder, claim_folder
+from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.messages import nearest
 from clha_fast.models.loading import (
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.json"
 CURVE_FILE = "loss_curve.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Whatever carries the Hub's requests, and OSError.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Where a run from files wants something else than transformers' Trainer.
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
@@ -58,12 +61,15 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+# Of whatever http client it has.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Settings that change what is written or said, never the weights: a run may be resumed with other ones.
 _NEUTRAL = (
     *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "push_to_hub"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc"),
     *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
+    *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 )
 
 
@@ -235,19 +241,30 @@ class Run:
     def build(self) -> None:
         """Tokenizer, model and trainer, new or from the checkpoint that is resumed; tokenises the records."""
         options = self.options
+        starts = {name: getattr(options, name, None) for name in ("model", "tokenizer", "reward_model")}
+        check_apart(self.folder, {**starts, "reference": getattr(self.args, "reference", None)})
         self.identity = self._identity()
         self.checkpoint = check_folder(self.folder, self.identity, resume=options.resume, overwrite=options.overwrite)
         self.tokenizer = self._tokenizer()
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
         check_optimizer(self.args, self.model)
-        self.trainer = self._trainer(
-            train_dataset=self.train_records,
-            eval_dataset=self.held_out or None,
-            processing_class=self.tokenizer,
-            peft_config=self._adapter,
-            callbacks=[self._stop],
-        )
+        try:
+            self.trainer = self._trainer(
+                train_dataset=self.train_records,
+                eval_dataset=self.held_out or None,
+                processing_class=self.tokenizer,
+                peft_config=self._adapter,
+                callbacks=[self._stop],
+            )
+        except _HUB_ERRORS as error:
+            if not self.args.push_to_hub:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"push_to_hub: expected a repository that can be made on the Hub, got an error ({reason}); log in "
+                "(hf auth login, or hub_token), or leave it out and push the folder afterwards"
+            ) from error
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             self.skipped += dataset.skipped
         files = (options.train_file, options.eval_file)
@@ -271,14 +288,18 @@ class Run:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Options and settings that are not the defaults of a run from files, however they were spelled."""
+        """Options and settings that are not the defaults of a run from files, however they were spelled.
+
+        They stand on the page and in the folder, both of which are shown to others: a secret is no part of them.
+        """
         # An objective by name, in a mapping, with settings of CLHA in it.
         settled = ("objective", "preset", *CLHA_FIELDS) if isinstance(self.args, CLHAConfig) else ()
         given = {**vars(self.options), **self.settings, **{name: getattr(self.args, name) for name in settled}}
         fields = {f.name: f.default for cls in (type(self.options), self.config_class) for f in dataclasses.fields(cls)}
         # Pinning fits the device; what is spelled out as it would be anyway makes no other run.
         defaults = {**fields, **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
-        return {name: value for name, value in given.items() if name not in SETTLED and value != defaults[name]}
+        left_out = {*SETTLED, "hub_token"}
+        return {name: value for name, value in given.items() if name not in left_out and value != defaults[name]}
 
     def _identity(self) -> RunIdentity:
         files = {"train_file": self.options.train_file, "eval_file": self.options.eval_file}

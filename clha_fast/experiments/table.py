@@ -161,6 +161,8 @@ class Table:
                 if not self.comparison.keep_models:
                     for rate in set(values) - {best}:
                         drop_weights(self.comparison, replace(start, learning_rate=rate), self.base)
+            if values and not known and not failures:
+                failures = [f"no learning rate can be chosen: {self.assessor.criterion} has no value on dev"]
             chosen.append((start, values, failures if values and not known else []))
         return chosen
 

@@ -254,11 +254,9 @@ def use_clha(trainer: Any, *, backend: Backend = "auto", workspace_bytes: int | 
 
 def _check_loss(trainer: Any) -> None:
     """ValueError where an SFTTrainer makes its loss of logits, and asks a fused head for what it logs alone."""
-    given: Any = trainer.compute_loss_func
-    if not callable(given):  # TRL marks older releases of transformers with a text
-        given = None
     smoothing = trainer.args.label_smoothing_factor if trainer.args.loss_type == "nll" else 0
-    for name, value, none in (("compute_loss_func", given, None), ("label_smoothing_factor", smoothing, 0)):
+    settings = (("compute_loss_func", trainer.compute_loss_func, None), ("label_smoothing_factor", smoothing, 0))
+    for name, value, none in settings:
         if value:
             raise ValueError(
                 f"{name}: expected {none}, got {value} (SFTTrainer then makes its loss of the logits); leave it out, "

@@ -30,6 +30,7 @@ from clha_fast.models.heads import HeadInfo
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
 from clha_fast.models.positions import RowLimit
+from clha_fast.models.sequence_parallel import SequenceParallel
 from clha_fast.models.tiled import tile_mlps, untile
 from clha_fast.models.wrapped import DATA_PARALLEL, check_whole, unwrap
 from clha_fast.objectives import Group, Objective, as_objective
@@ -37,6 +38,7 @@ from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.ops.dispatch import Backend, check_name
+from clha_fast.options import HeadOptions
 from clha_fast.types import RankingInputs
 
 _LOSS_FIELDS = ("targets", "row_index", *RankingInputs._fields)
@@ -91,17 +93,23 @@ class Attached:
     Attributes:
         model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
             tiles.
-        layout: of the rows that the model has been seen to compute, for `RankedCollator`: `padded`, `packed` or
-            `shared`.
+        layout: `padded`, `packed`, `shared` or `auto`, for `RankedCollator`: rows that the model was seen to compute.
     """
 
     def __init__(
-        self, model: nn.Module, info: HeadInfo, options: Objective, backend: Backend, layout: str, **head: Any
+        self,
+        model: nn.Module,
+        info: HeadInfo,
+        options: Objective,
+        backend: Backend,
+        layout: str,
+        head: HeadOptions,
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.model, self.info, self.options, self.backend = model, info, options, backend
-        self.head_options = info.options(**head)
-        self._forward = CandidateForward(model, info, self.head_options, options, backend)
-        self._logps = LogpForward(model, info, self.head_options, backend)
+        self.head_options, sequence = head, None if group is None else SequenceParallel(group)
+        self._forward = CandidateForward(model, info, head, options, backend, sequence)
+        self._logps = LogpForward(model, info, head, backend, sequence)
         self._row_limit = RowLimit(model)
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
@@ -316,6 +324,7 @@ def attach(
     max_dropped_mass: float | None = None,
     layout: str = "padded",
     tiled_mlp: bool | int = False,
+    sequence_parallel: dist.ProcessGroup | None = None,
 ) -> Attached:
     """Makes ``model(**batch)`` return the CLHA loss when `batch` holds ranked candidates, in whatever loop calls it.
 
@@ -348,10 +357,12 @@ def attach(
             see `HeadOptions`.
         layout: `packed` or `shared` take batches of such rows (`RankedCollator(layout=)`), once a probe has seen that
             the model computes them as it computes each candidate alone; the first batch is compared as well, and one
-            that is twice as long. `auto` is `shared` where the probe passes, else `padded`; `Attached.layout` says
-            which.
+            that is twice as long. `auto` is `padded` where the probe fails; else it stays, and `RankedCollator` counts
+            the tokens of each batch and makes it shared where that pays, else padded.
         tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
             `models.tiled`.
+        sequence_parallel: processes that are given the same batches and each hold a part of every row's tokens, see
+            `models.sequence_parallel`; all call. The *mean* of their gradients is that of one process.
 
     Returns:
         `Attached`: ``.detach()`` undoes it, as leaving a ``with`` block does.
@@ -377,17 +388,8 @@ def attach(
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
     check_whole(inner)
     info = measure_head(inner, backend)
-    attached = Attached(
-        inner,
-        info,
-        objective,
-        backend,
-        layout,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        workspace_bytes=workspace_bytes,
-        max_dropped_mass=max_dropped_mass,
-    )
+    head = info.options(temperature, ignore_index, workspace_bytes, max_dropped_mass)
+    attached = Attached(inner, info, objective, backend, layout, head, sequence_parallel)
     attached.tiled = tile_mlps(inner, tiled_mlp)
     _put_on(inner, attached)
     return attached

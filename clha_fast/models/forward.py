@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from clha_fast.batching.batch import TOKEN_SEGMENTS, inert_mask
-from clha_fast.batching.segments import Segments, TokenSegments
+from clha_fast.batching.batch import inert_mask
+from clha_fast.batching.segments import TOKEN_SEGMENTS, Segments, TokenSegments
 from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.head_loss import head_loss, head_values
 from clha_fast.models.heads import (
@@ -27,7 +27,8 @@ from clha_fast.models.heads import (
 )
 from clha_fast.models.hooks import through_hooks
 from clha_fast.models.router import auxiliary_coefficient
-from clha_fast.models.segment_masks import IN_TWO_CALLS, segmented
+from clha_fast.models.segment_masks import IN_TWO_CALLS, UnsupportedLayoutError, segmented
+from clha_fast.models.sequence_parallel import SequenceParallel, check_no_router, spread_loss, spread_values
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 from clha_fast.ops.dispatch import Backend
@@ -116,10 +117,11 @@ class _Forward:
 
     Args:
         model: the unwrapped model, its embeddings whole. info: from `measure.measure_head`.
+        sequence: the processes over which the tokens of rows are spread, or None.
     """
 
-    def __init__(self, model: nn.Module, info: HeadInfo) -> None:
-        self.model, self.info = model, info
+    def __init__(self, model: nn.Module, info: HeadInfo, sequence: SequenceParallel | None = None) -> None:
+        self.model, self.info, self.sequence = model, info, sequence
         self._flags = cache_flags(model)
         self._first_position = first_position(model)
         self._embeddings = input_embedding_weight(model).shape[0]
@@ -139,10 +141,23 @@ class _Forward:
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
         place = fused_head if wrapped else replaced_head
         segments, tokens, inputs = split_segments(inputs, self._first_position)
+        two_calls = not torch.compiler.is_compiling() and self.model in IN_TWO_CALLS
+        if self.sequence is not None:
+            if not two_calls or self._first_position is None:
+                what = (
+                    "a compiled one" if torch.compiler.is_compiling() else "a copy of one, or one attached anew since"
+                )
+                raise UnsupportedLayoutError(
+                    f"sequence_parallel: expected the model that was attached with it, run eagerly, got {what}; attach "
+                    "this one"
+                )
+            scored = [] if targets is None else [targets]
+            self.sequence.same_batch(inputs["input_ids"], *scored, mask=inputs["attention_mask"])
+            segments, tokens, inputs = self.sequence.cut(segments, tokens, inputs, self._first_position)
         with (
             place(self.model, compute, self.info) as fused,
             through_hooks(self.info, fused),
-            segmented(segments, tokens, not torch.compiler.is_compiling() and self.model in IN_TWO_CALLS),
+            segmented(segments, tokens, two_calls, self.sequence),
         ):
             output = run(**inputs, **(others or {}), **self._flags)
         if not fused.called:
@@ -187,13 +202,19 @@ class CandidateForward(_Forward):
 
     Args:
         model, info: the unwrapped model, its embeddings whole; from `measure.measure_head`.
-        head, objective, backend: as `functional.linear_loss` takes them.
+        head, objective, backend: as `functional.linear_loss` takes them. sequence: as `_Forward`.
     """
 
     def __init__(
-        self, model: nn.Module, info: HeadInfo, head: HeadOptions, objective: Objective, backend: Backend
+        self,
+        model: nn.Module,
+        info: HeadInfo,
+        head: HeadOptions,
+        objective: Objective,
+        backend: Backend,
+        sequence: SequenceParallel | None = None,
     ) -> None:
-        super().__init__(model, info)
+        super().__init__(model, info, sequence)
         self.head, self.objective, self.backend = head, objective, backend
 
     def __call__(
@@ -225,7 +246,11 @@ class CandidateForward(_Forward):
             if sizes is not None and sizes.shape[0] == 0:
                 return self._no_prompts(hidden, weight, bias)
             settings: dict[str, Any] = {"head": self.head, "objective": self.objective, "backend": self.backend}
-            loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
+            if self.sequence is None:
+                loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
+            else:
+                shape = inputs["input_ids"].shape
+                loss, metrics = spread_loss(self.sequence, shape, hidden, weight, bias, tensors, **settings)
             return loss, metrics.values, metrics.scores
 
         output, fused = self._run(run, inputs, tensors["targets"], compute, others, wrapped)
@@ -237,6 +262,7 @@ class CandidateForward(_Forward):
         elif scale != 1:
             loss = loss * scale
         auxiliary = getattr(output, "aux_loss", None)  # a mixture of experts that was asked for router logits
+        check_no_router(self.sequence, auxiliary)
         if auxiliary is not None:
             loss = loss + auxiliary_coefficient(self.model) * auxiliary.to(loss.device)
         return Scored(loss, CLHAMetrics(values, scores, names=self.objective.metric_names), auxiliary)
@@ -257,14 +283,26 @@ class LogpForward(_Forward):
     """A model whose head, as measured, gives place to the log-probabilities of the target tokens.
 
     Args:
-        model, info, head, backend: as `CandidateForward`; `max_dropped_mass`, a matter of gradients, plays no part.
+        model, info, head, backend, sequence: as `CandidateForward`; `max_dropped_mass`, a matter of gradients, plays no
+            part.
     """
 
     values, unit = "log-probabilities", "nats"
 
-    def __init__(self, model: nn.Module, info: HeadInfo, head: HeadOptions, backend: Backend) -> None:
-        super().__init__(model, info)
+    def __init__(
+        self,
+        model: nn.Module,
+        info: HeadInfo,
+        head: HeadOptions,
+        backend: Backend,
+        sequence: SequenceParallel | None = None,
+    ) -> None:
+        super().__init__(model, info, sequence)
         self.head, self.backend = head.replace(max_dropped_mass=None), backend
+
+    def alone(self) -> LogpForward:
+        """The same of whole rows."""
+        return LogpForward(self.model, self.info, self.head, self.backend)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -311,6 +349,9 @@ class LogpForward(_Forward):
             goals = targets.to(hidden.device)
             rows = None if row_index is None else row_index.to(hidden.device)
             each = None if temperature is None else temperature.to(hidden.device)
+            if self.sequence is not None:
+                given = self.sequence, inputs["input_ids"].shape, hidden, weight, bias, goals, rows
+                return (spread_values(*given, temperature=each, **settings),)
             return (head_values(hidden, weight, bias, goals, rows, temperature=each, **settings),)
 
         output, fused = self._run(run, inputs, targets, compute, others, wrapped)

@@ -8,7 +8,9 @@ log-probability owes to the embeddings of others is exactly 0, however small a l
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -69,6 +71,10 @@ class LayoutProbe:
     def __init__(self, model: nn.Module, forward: ProbedForward, run: Callable[..., Any]) -> None:
         self.model, self.forward, self.run = model, forward, run
 
+    def check_spread(self, layout: str, spread: ProbedForward) -> None:
+        """The same prompts in rows of `layout` whose tokens are spread over processes, all of which call."""
+        self.compare(self._features(), layout, spread=spread)
+
     def check(self, layout: str, gradients: bool = True) -> None:
         """A prompt with three candidates beside one with one, longer than any window that is cheap to fill.
 
@@ -85,12 +91,17 @@ class LayoutProbe:
             self._check_gradients(pack(features, layout), layout)
 
     def compare(
-        self, features: Sequence[CandidateFeature], layout: str, looked_at: Sequence[int] | None = None
+        self,
+        features: Sequence[CandidateFeature],
+        layout: str,
+        looked_at: Sequence[int] | None = None,
+        spread: ProbedForward | None = None,
     ) -> None:
         """Values of the first candidates and the last one of some features, alone and in one row of `layout`.
 
         Args:
-            looked_at: positions in `features`; None is all.
+            looked_at: positions in `features`; None is all. spread: what runs the rows of `layout`, where that is not
+                what runs each alone.
 
         Raises:
             UnsupportedLayoutError: as `check`.
@@ -98,7 +109,7 @@ class LayoutProbe:
         with self.as_it_is():
             joined = pack(features, layout)
             with self._running(layout, joined):
-                together = self._logps(joined)
+                together = self._logps(joined, spread)
             if segment_masks.asked() == 0:
                 raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
             parts = together.double().split(joined.candidate_lengths.tolist())
@@ -127,7 +138,7 @@ class LayoutProbe:
             rounding = _HALF_NOISE * noise if half else _NOISE * noise + _FLOOR
             if error <= (max(float(rounding), _LIMIT) if half else min(float(rounding), _LIMIT)):
                 return
-            kind = self._kind(features, joined)
+            kind = self._kind(features, joined) if spread is None else ""
             raise self._refuse(
                 layout,
                 f"{kind}{self.forward.values} differ by {float(error):.2g} {self.forward.unit} on average (by "
@@ -157,9 +168,10 @@ class LayoutProbe:
             candidates_of(some(max(1, min(6, prompt))), [some(4)]),
         ]
 
-    def _logps(self, batch: CandidateBatch) -> Tensor:
+    def _logps(self, batch: CandidateBatch, forward: ProbedForward | None = None) -> Tensor:
         batch = batch.to(self._device)
-        return self.forward(self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False).cpu()
+        call = forward or self.forward
+        return call(self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False).cpu()
 
     @property
     def _device(self) -> torch.device:
@@ -188,12 +200,17 @@ class LayoutProbe:
 
     @contextlib.contextmanager
     def _running(self, layout: str, batch: CandidateBatch) -> Iterator[None]:
-        """Inside, what a model says of a row that it does not run is a refusal, such as of a table that ends before."""
+        """Inside, what a model says of a row that it does not run is a refusal, such as of a table that ends before.
+
+        What somebody's hook on it raises is no matter of layouts, and is left as it comes.
+        """
         try:
             yield
         except (torch.OutOfMemoryError, UnsupportedLayoutError, UnsupportedHeadError):
             raise
         except (RuntimeError, IndexError, ValueError) as error:
+            if _in_a_hook(self.model, error):
+                raise
             width = batch.input_ids.shape[1]
             said = " ".join(str(error).split())
             raise self._refuse(layout, f"it does not run a row of {width:,} tokens ({said})") from error
@@ -314,6 +331,24 @@ def candidates_of(prompt: Sequence[int], candidates: Sequence[Sequence[int]]) ->
         "sft_index": 0,
         "source": "probe",
     }
+
+
+def _in_a_hook(model: nn.Module, error: BaseException) -> bool:
+    """Whether `error` comes from within a forward hook or pre-hook that somebody has put on a module."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for kind in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in kind.values()
+    ]
+    codes = {_code(hook) for hook in hooks}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook if hasattr(hook, "__code__") else type(hook).__call__, "__code__", None)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from clha_fast.batching.batch import CandidateFeature
-from clha_fast.batching.segments import LAYOUTS, Segments, check_layout
+from clha_fast.batching.segments import LAYOUTS, PAYS, Segments, check_layout
 from clha_fast.models import segment_attention, segment_masks
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
+from clha_fast.models.forward import LogpForward, first_position
 from clha_fast.models.layout_probe import LayoutProbe, ProbedForward, candidates_of
 from clha_fast.models.segment_masks import UnsupportedLayoutError
+from clha_fast.models.sequence_parallel import WAY
 from clha_fast.models.sharding import reshard
 
 logger = logging.getLogger("clha_fast")
 
 LAYOUT_CHOICES = (*LAYOUTS, "auto")
+# What layers raise that do more with a mask than hand it on, or whose attention two calls do not compute.
+_NOT_WITHOUT = (UnsupportedLayoutError, segment_attention.UnsupportedAttentionError, AttributeError, TypeError)
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
 
 
@@ -30,11 +34,12 @@ class RowLayouts:
 
     Args:
         model: the unwrapped model, or a PeftModel that adds virtual tokens.
-        forward: its log-probabilities, or what else rows are compared by.
+        forward: its log-probabilities, or what else rows are compared by. One of rows whose tokens are spread over
+            processes, all of which do the same here, has the model compute rows in two calls, whatever their layout.
         run: the model's own forward. around: what it runs within, such as an adapter's absence.
 
     Attributes:
-        layout: `padded`, `packed` or `shared`.
+        layout: `padded`, `packed`, `shared`; or `auto`, of batches that are shared where their count pays, else padded.
     """
 
     def __init__(
@@ -46,6 +51,9 @@ class RowLayouts:
     ) -> None:
         self.layout = "padded"
         self._model = model
+        self._spread: LogpForward | None = None
+        if isinstance(forward, LogpForward) and forward.sequence is not None:
+            self._spread, forward = forward, forward.alone()
         self._probe = LayoutProbe(model, forward, run)
         self._around = around
         # Texts of up to so many tokens, in rows of so many, have been compared.
@@ -55,7 +63,8 @@ class RowLayouts:
         """Probes the model for `layout`, and returns the one it is to have.
 
         Args:
-            layout: `auto` takes `shared` where the probe passes, else `padded`, and says which.
+            layout: `auto` stays where the probe passes for `shared` rows, for batches that are counted one by one
+                (`pack_candidates`); else it becomes `padded`. Which is said.
 
         Raises:
             ValueError: an unknown layout. UnsupportedLayoutError: the model does not compute it.
@@ -63,17 +72,23 @@ class RowLayouts:
         check_layout(layout, "auto")
         if layout == "auto":
             try:
-                layout = self.settle("shared")
+                self.settle("shared")
+                logger.info(
+                    "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes "
+                    "shared rows as rows alone)",
+                    100 * PAYS,
+                    type(self._model).__name__,
+                )
             except UnsupportedLayoutError as error:
-                layout = "padded"
+                layout = "padded" if self._spread is None else self.settle("padded")
                 logger.info("layout auto: padded (%s)", error)
-            else:
-                logger.info("layout auto: shared (%s computes it as rows alone)", type(self._model).__name__)
+        elif self._spread is not None:
+            self._settle_spread(layout, self._spread)
         elif layout != "padded":
             check_no_virtual_tokens(self._model, layout)
             segment_masks.install()
             with self._around():
-                if not self._in_two_calls(layout):
+                if self._why_masks(layout):
                     self._probe.check(layout, gradients=not _spread(self._model))
             reshard(self._model)  # or an optimizer would take FSDP2's gathered weights for its own
         self.layout = layout
@@ -83,28 +98,68 @@ class RowLayouts:
         """Inside there is no dropout; modes and random states are afterwards as they were."""
         return self._probe.as_it_is()
 
-    def _in_two_calls(self, layout: str) -> bool:
-        """Whether the model computes `layout` rows without masks: tried with the same probe; it then goes on to."""
+    def _settle_spread(self, layout: str, spread: LogpForward) -> None:
+        """Whether attention alone looks from a token at another, and slices are computed as whole rows are.
+
+        Raises:
+            UnsupportedLayoutError: they are not; on every process.
+        """
+        assert spread.sequence is not None
+        sequence, problem, name = spread.sequence, None, type(self._model).__name__
+        device = input_embedding_weight(self._model).device
+        try:
+            if virtual_tokens(self._model) or first_position(self._model) is None:
+                got = "virtual tokens (peft's prompt tuning)" if virtual_tokens(self._model) else "no position_ids"
+                raise UnsupportedLayoutError(
+                    f"sequence_parallel: expected a model of tokens with their positions, got {name} with {got}; {WAY}"
+                )
+            sequence.check_model(self._model)
+            segment_masks.install()
+            # A prompt beside others in a row owes them nothing, in whatever layer: no slice does, either.
+            masks = self._why_masks("packed" if layout == "padded" else layout)
+            if masks:
+                raise UnsupportedLayoutError(
+                    f"sequence_parallel: expected a model whose attention runs in two calls, got {name}: {masks}; {WAY}"
+                )
+        except UnsupportedLayoutError as error:
+            problem = error
+        if not sequence.anywhere(problem is not None, device):
+            try:
+                self._probe.check_spread(layout, spread)
+            except UnsupportedLayoutError as error:
+                told = str(error.__cause__ or error).partition("; layout='packed'")[0].partition("; layout='padded'")[0]
+                problem = UnsupportedLayoutError(
+                    f"{told if told.startswith('sequence_parallel') else f'sequence_parallel: {told}'}; {WAY}"
+                )
+            if not sequence.anywhere(problem is not None, device):
+                return
+        raise problem or UnsupportedLayoutError(
+            f"sequence_parallel: expected {name} to be computed in slices by all {sequence.size} processes, got one "
+            "that does not; do all hold the same weights?"
+        )
+
+    def _why_masks(self, layout: str) -> str:
+        """Why the model needs masks for `layout` rows, "" where it computes them without: it then goes on to."""
         segment_masks.IN_TWO_CALLS.discard(self._model)  # what an earlier one has seen may not hold any more
         config: Any = getattr(self._model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         implementation = getattr(text, "_attn_implementation", None)
-        if implementation not in segment_attention.TAKEN or _drops_out(text) or _spread(self._model):
-            return False
+        if implementation not in segment_attention.TAKEN:
+            return f"attn_implementation is {implementation!r}, and not {' or '.join(segment_attention.TAKEN)}"
+        if _drops_out(text):
+            return "its configuration has attention dropout"
+        if _spread(self._model):
+            return "its weights are spread over processes"
         segment_masks.IN_TWO_CALLS.add(self._model)
         try:
             self._probe.check(layout)
-        # What layers raise that do more with a mask than hand it on.
-        except (
-            UnsupportedLayoutError,
-            segment_attention.UnsupportedAttentionError,
-            AttributeError,
-            TypeError,
-        ) as error:
+        except BaseException as error:
             segment_masks.IN_TWO_CALLS.discard(self._model)
+            if not isinstance(error, _NOT_WITHOUT):
+                raise
             logger.debug("layout %s: with masks (%s)", layout, error)
-            return False
-        return True
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def check(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
         """One batch before it runs.
@@ -117,6 +172,12 @@ class RowLayouts:
                 several candidates; the first batch, or one of twice the length, is not computed as rows alone.
         """
         segments: Segments | None = batch.get("segments")
+        if self._spread is not None:
+            for name, value in (others or {}).items():
+                if isinstance(value, Tensor):
+                    raise UnsupportedLayoutError(
+                        f"{name}: expected tokens alone with sequence_parallel, got {name} as well; {WAY}"
+                    )
         if segments is None:
             return
         got = segments.layout
@@ -131,8 +192,8 @@ class RowLayouts:
                     f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
                     "RankedCollator(layout='padded') takes it"
                 )
-        # What follows reads the batch on the host.
-        if torch.compiler.is_compiling() or not any(group.candidates for group in segments.groups):
+        # What follows reads the batch on the host; rows that are spread may be too long for one process.
+        if torch.compiler.is_compiling() or self._spread or not any(group.candidates for group in segments.groups):
             return
         # With weights spread over processes all would have to come here at the same batch.
         sizes = segments.longest, segments.width

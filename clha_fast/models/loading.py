@@ -40,11 +40,9 @@ logger = logging.get_logger(__name__)
 _KNOWN_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 _PATIENCE = 10.0  # seconds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Weights whose checksum is taken at once: what it needs beside them stays in a CPU's cache.
-_PART = 1 << 18
+_PART = 1 << 18  # weights whose checksum is taken at once: what it needs beside them stays in a CPU's cache
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-# The bases: errors of whatever carries the requests, of which no connection and no answer in time are no OSError.
-# ValueError: a name that cannot be one.
+# The bases: errors of whatever carries the requests, which are no OSError; ValueError: a name that cannot be one.
 _HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -127,6 +125,8 @@ def _one_sentence(option: str, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, or of another shape
         reason = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        if "ignore_mismatched_sizes" in reason:  # which weights is in a table that transformers logs
+            reason = "a weight in its files has another shape than its config.json says"
         raise ValueError(f"{expected} ({reason})") from error
 
 

@@ -60,11 +60,11 @@ class Scorer:
             quantised one, is computed by its own forward in chunks of tokens. Under sharding all processes must call.
         temperature: divisor of the logits. ignore_index: label that is not scored.
         layout: of the rows that the model is probed for, and may then be given with `segments`: `packed`, `shared`, or
-            `auto`, as `clha_fast.attach`. The first of them, and one of twice the length, is compared with rows alone.
+            `auto` (either). The first of them, and one of twice the length, is compared with rows alone.
         backend, workspace_bytes: as `clha_fast.attach`.
 
     Attributes:
-        layout: `padded`, `packed` or `shared`.
+        layout: `padded`, `packed`, `shared` or `auto`.
 
     Raises:
         ValueError: nn.DataParallel, or a setting out of range.

@@ -10,6 +10,7 @@ softmax over masked scores.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clha_fast.batching.segments import Segments
-from clha_fast.models.two_calls import SegmentPlan, attend, is_causal
+from clha_fast.models.segment_plan import SegmentPlan, is_causal
+from clha_fast.models.two_calls import attend
 
 OWN = "clha_fast"
 # Where masks and attention are both functions of transformers' tables.
@@ -31,11 +33,28 @@ class UnsupportedAttentionError(ValueError):
     """A layer asks of attention what two calls do not compute."""
 
 
-def plan_for(segments: Segments, function: Callable[..., Any] | None, device: torch.device) -> SegmentPlan:
-    """What stands in the place of the mask that `function` (None is causal) would make."""
+def plan_for(
+    segments: Segments, function: Callable[..., Any] | None, device: torch.device, sequence: Any = None
+) -> SegmentPlan:
+    """What stands in the place of the mask that `function` (None is causal) would make; `sequence` as `SegmentPlan`."""
     causal = masking_utils.causal_mask_function
     own = causal if function is None else function
-    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device))
+    return SegmentPlan(segments, own, is_causal(own, causal, segments.longest, device), sequence, window_of(own))
+
+
+def window_of(function: Callable[..., Any]) -> int | None:
+    """w, where a mask function is transformers' own of a sliding window of w tokens; None for any other."""
+    known = masking_utils.sliding_window_causal_mask_function(1)
+    overlay = masking_utils.sliding_window_overlay(1)
+    if getattr(function, "__code__", None) is not known.__code__:
+        return None
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+        return None
+    if getattr(parts[0], "__code__", None) is not overlay.__code__:
+        return None
+    window = inspect.getclosurevars(parts[0]).nonlocals.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def planned(
@@ -54,7 +73,8 @@ def planned(
     """A layer's attention in rows of several candidates; arguments as transformers passes them.
 
     Raises:
-        UnsupportedAttentionError: dropout, a position bias, or keys that are not the row's own.
+        UnsupportedAttentionError: dropout, a position bias, or keys that are not the row's own; heads that do not
+            divide among the processes of `sequence_parallel`.
     """
     name = type(module).__name__
     if dropout:
@@ -68,7 +88,12 @@ def planned(
             f"{'a bias' if position_bias is not None else f'{key.shape[2]} keys'}; layout='padded' runs it"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, plan, scale, softcap, s_aux).transpose(1, 2).contiguous(), None
+    if plan.sequence is not None:
+        query, key, value, s_aux = plan.sequence.to_heads(name, query, key, value, s_aux)
+    out = attend(query, key, value, plan, scale, softcap, s_aux)
+    if plan.sequence is not None:
+        out = plan.sequence.to_tokens(out)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _sdpa(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,6 +47,7 @@ class _Running(threading.local):
         self.tokens: TokenSegments | None = None
         self.asked = 0
         self.two_calls = False
+        self.sequence: Any = None
 
 
 _running = _Running()
@@ -63,12 +64,14 @@ def asked() -> int:
 
 
 @contextlib.contextmanager
-def segmented(segments: Segments | None, tokens: TokenSegments | None, two_calls: bool = False) -> Iterator[None]:
+def segmented(
+    segments: Segments | None, tokens: TokenSegments | None, two_calls: bool = False, sequence: Any = None
+) -> Iterator[None]:
     """Inside, and in this thread alone, masks are those of rows with `segments`; None changes nothing.
 
     Args:
         tokens: `segments.tokens()` on the model's device. two_calls: layers are given a plan in the mask's place, where
-            their attention takes one.
+            their attention takes one. sequence: as `segment_plan.SegmentPlan`; `tokens` are then this process's own.
 
     Raises:
         UnsupportedLayoutError: as `install`.
@@ -77,12 +80,13 @@ def segmented(segments: Segments | None, tokens: TokenSegments | None, two_calls
         yield
         return
     install()
-    before = _running.segments, _running.tokens, _running.two_calls
-    _running.segments, _running.tokens, _running.two_calls, _running.asked = segments, tokens, two_calls, 0
+    before = _running.segments, _running.tokens, _running.two_calls, _running.sequence
+    _running.segments, _running.tokens, _running.two_calls, _running.sequence = segments, tokens, two_calls, sequence
+    _running.asked = 0
     try:
         yield
     finally:
-        _running.segments, _running.tokens, _running.two_calls = before
+        _running.segments, _running.tokens, _running.two_calls, _running.sequence = before
 
 
 def install() -> None:
@@ -117,8 +121,8 @@ def _wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         own = _in_segments(name, tokens, kwargs)
         if own is None:
             assert _running.segments is not None
-            device = tokens.group_ids.device
-            return segment_attention.plan_for(_running.segments, kwargs.get("mask_function"), device)
+            given = kwargs.get("mask_function"), tokens.group_ids.device, _running.sequence
+            return segment_attention.plan_for(_running.segments, *given)
         return original(*args, **own)
 
     make_mask._clha_segments = True  # type: ignore[attr-defined]
@@ -143,6 +147,11 @@ def _in_segments(name: str, tokens: TokenSegments, given: dict[str, Any]) -> dic
         )
     if _running.two_calls and name in segment_attention.TAKEN:
         return None
+    if _running.sequence is not None:
+        raise UnsupportedLayoutError(
+            f"attn_implementation: expected one of {', '.join(segment_attention.TAKEN)} with sequence_parallel, got "
+            f"{name!r}; model.set_attn_implementation('sdpa') changes it"
+        )
     if name != "flex_attention" and rows * width * width > MASK_BYTES:
         raise UnsupportedLayoutError(
             f"layout: expected a row of at most {int((MASK_BYTES / rows) ** 0.5):,} tokens, whose mask takes "

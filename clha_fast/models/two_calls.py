@@ -9,18 +9,17 @@ The softmax of the whole is exp(s - l) for the scores s of either call, so that 
 backward gives with the *merged* output and log-sum-exp. The operators' own autograd leaves out the gradient of a
 log-sum-exp and would be wrong here; their backward operators are called instead.
 
-Anything else (windows, chunks, softcaps) runs a block of queries at a time on the keys of its prompt and candidate that
-the model's own mask function lets it see, and recomputes it for the gradients: exact, and no larger than
-[block, text].
+Where an operator has windows, a sliding one is one call: each text on the end of its prompt that the window leaves, and
+on itself. Anything else (chunks, softcaps, windows on a CPU) runs a block of queries at a time on the keys of its
+prompt and candidate that the model's own mask function lets it see, and recomputes it for the gradients: exact, and no
+larger than [block, text].
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,64 +28,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from clha_fast.batching.segments import Segments, Span
+from clha_fast.batching.segments import Span
+from clha_fast.layout import accumulate
+from clha_fast.models.segment_plan import SegmentPlan
 
-MaskFunction = Callable[[Any, Any, Any, Any], Any]
 BLOCK = 1024  # queries at a time where a fused operator has no form for the mask
-_ENUMERATED = 4096  # texts up to so many tokens: a mask function is compared with the causal one, pair by pair
-
-
-class Calls(NamedTuple):
-    """The two calls for one row: texts on themselves, and blocks of candidates on prompts, as (start, length)."""
-
-    own: list[Span]
-    blocks: list[tuple[Span, Span]]
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentPlan:
-    """What stands in the attention mask's place: which tokens see which, and the model's mask in positions.
-
-    Attributes:
-        function: the model's own mask function, of (row, head, query position, key position).
-        causal: it is causal and no more. places: what a device's operator has made of the segments.
-        begins: the first key that a block of queries, (position, count), sees.
-    """
-
-    segments: Segments
-    function: MaskFunction
-    causal: bool
-    places: dict[torch.device, Any] = field(default_factory=dict, repr=False)
-    begins: dict[Span, int] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def rows(self) -> list[Calls]:
-        """By row."""
-        found = [Calls([], []) for _ in range(self.segments.rows)]
-        for row, prompt, candidates in self.segments.groups:
-            found[row].own.extend((prompt, *candidates))
-            if candidates:
-                first, (last, length) = candidates[0][0], candidates[-1]
-                found[row].blocks.append(((first, last + length - first), prompt))
-        return found
-
-
-def is_causal(function: MaskFunction, causal: MaskFunction, longest: int, device: torch.device) -> bool:
-    """Whether a mask function is the causal one in texts of `longest` tokens: by identity, or pair by pair."""
-    if function is causal:
-        return True
-    if longest > _ENUMERATED:
-        return False
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    places = torch.arange(longest, device=device)
-    if not torch.as_tensor(function(zero, zero, places[-1:, None], places)).all():  # a window's or a chunk's end
-        return False
-    seen = function(zero, zero, places[:, None], places)
-    return bool((torch.as_tensor(seen, device=device) == (places <= places[:, None])).all())
 
 
 class _OnCPU:
     """torch's fused attention on CPUs; tensors [1, heads, tokens, size], a text a call."""
+
+    windows = False
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -172,31 +124,94 @@ def _places(plan: SegmentPlan, device: torch.device) -> _Places:
     return found
 
 
+class _Gathered(NamedTuple):
+    """All texts of all rows in one call, each on the keys that a window leaves it."""
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+
+def _gathered(plan: SegmentPlan, device: torch.device) -> _Gathered:
+    """Of one device, made once: a candidate's keys are the end of its prompt and its own, padding is a text."""
+    if device in plan.places:
+        return plan.places[device]
+    assert plan.window is not None
+    width = plan.segments.width
+    texts: list[list[tuple[Span, Span]]] = [[] for _ in plan.rows]  # of the prompt, and their own
+    for row, prompt, candidates in plan.segments.groups:
+        tail = min(prompt[1], plan.window - 1)
+        texts[row].append(((0, 0), prompt))
+        texts[row] += [((sum(prompt) - tail, tail), own) for own in candidates]
+    for found in texts:
+        used = sum(length for _, (_, length) in found)
+        found += [((0, 0), (used, width - used))] if used < width else []
+    keys = [
+        torch.arange(row * width + start, row * width + start + length)
+        for row, found in enumerate(texts)
+        for pair in found
+        for start, length in pair
+    ]
+    queries = [own[1] for found in texts for _, own in found]
+    counts = [tail[1] + own[1] for found in texts for tail, own in found]
+    made = _Gathered(
+        torch.cat(keys).to(device), _ends(queries, device), _ends(counts, device), max(queries), max(counts)
+    )
+    plan.places[device] = made
+    return made
+
+
 class _OnCUDA:
-    """torch's flash attention over texts of different lengths, two launches; tensors [tokens, heads, size]."""
+    """torch's flash attention over texts of different lengths, two launches or one; tensors [tokens, heads, size]."""
+
+    windows = True
 
     @staticmethod
-    def _call(q: Tensor, k: Tensor, v: Tensor, ends: Any, most: Any, causal: bool, scale: float) -> tuple[Tensor, ...]:
-        found = torch.ops.aten._flash_attention_forward(q, k, v, *ends, *most, 0.0, causal, False, scale=scale)
+    def _call(
+        q: Tensor, k: Tensor, v: Tensor, ends: Any, most: Any, causal: bool, scale: float, window: int | None = None
+    ) -> tuple[Tensor, ...]:
+        call, sides = torch.ops.aten._flash_attention_forward, _sides(window)
+        found = call(q, k, v, *ends, *most, 0.0, causal, False, scale=scale, **sides)
         return found[0], found[1]
 
     @staticmethod
     def _grads(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ends: Any, most: Any, causal: bool,
-        scale: float,
+        scale: float, window: int | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
         unused = torch.zeros((), dtype=torch.uint64, device=q.device)
         call = torch.ops.aten._flash_attention_backward
         found: tuple[Tensor, ...] = call(
-            grad, q, k, v, out, lse.contiguous(), *ends, *most, 0.0, causal, state, unused, scale=scale
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            *ends,
+            *most,
+            0.0,
+            causal,
+            state,
+            unused,
+            scale=scale,
+            **_sides(window),
         )
         return found
 
     @classmethod
     def forward(cls, q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, scale: float) -> tuple[Tensor, Tensor]:
-        shape, at = q.shape, _places(plan, q.device)
+        shape = q.shape
         q, k, v = (_flat(t) for t in (q, k, v))
+        if not plan.causal:
+            few = _gathered(plan, q.device)
+            ends, most = (few.query_ends, few.key_ends), (few.most_queries, few.most_keys)
+            out, lse = cls._call(q, k[few.keys], v[few.keys], ends, most, False, scale, plan.window)
+            return _rows(out, shape), lse.unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+        at = _places(plan, q.device)
         ends, most = (at.own, at.own), (at.longest, at.longest)
         out, lse = cls._call(q, k, v, ends, most, True, scale)
         if len(at.queries):
@@ -210,9 +225,19 @@ class _OnCUDA:
     def backward(
         cls, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: SegmentPlan, scale: float
     ) -> tuple[Tensor, ...]:
-        shapes, at = (q.shape, k.shape, v.shape), _places(plan, q.device)
+        shapes = q.shape, k.shape, v.shape
         grad, q, k, v, out = (_flat(t) for t in (grad, q, k, v, out))
         log = lse.transpose(0, 1).flatten(1)
+        if not plan.causal:
+            few = _gathered(plan, q.device)
+            ends, most = (few.query_ends, few.key_ends), (few.most_queries, few.most_keys)
+            given = grad, q, k[few.keys], v[few.keys], out, log, ends, most, False, scale, plan.window
+            found, *parts = cls._grads(*given)
+            whole = torch.zeros_like(k), torch.zeros_like(v)
+            for total, part in zip(whole, parts, strict=True):
+                accumulate(total, few.keys, part)  # a prompt's end is there once for each of its candidates
+            return tuple(_rows(t, shape) for t, shape in zip((found, *whole), shapes, strict=True))
+        at = _places(plan, q.device)
         ends, most = (at.own, at.own), (at.longest, at.longest)
         grads = cls._grads(grad, q, k, v, out, log, ends, most, True, scale)
         if len(at.queries):
@@ -224,6 +249,11 @@ class _OnCUDA:
             for total, part, index in zip(grads, more, (here, there, there), strict=True):
                 total.index_add_(0, index, part)
         return tuple(_rows(t, shape) for t, shape in zip(grads, shapes, strict=True))
+
+
+def _sides(window: int | None) -> dict[str, int]:
+    """How far a query sees to either side, as `torch.nn.attention.varlen` gives it."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -307,7 +337,8 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):  # as the function does that these operators stand behind
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-    fused = plan.causal and softcap is None and takes(query, value)
+    has_form = plan.causal or (plan.window is not None and _operator(query).windows)
+    fused = has_form and softcap is None and takes(query, value)
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1 and (not fused or query.device.type == "cpu"):
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)

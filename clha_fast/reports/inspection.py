@@ -57,7 +57,8 @@ class Gaps:
         kept: the share of the pairs whose gap is above each quantile: what the noise rule `abs` keeps with that margin.
         margin_kept: what it keeps with the objective's own margin, NaN where it has none.
         suggested: a reward_margin: the objective's own where that keeps half of the pairs or more, else the gaps'
-            lower quartile, which drops the quarter of the pairs that rewards tell apart least.
+            lower quartile, which drops the quarter of the pairs that rewards tell apart least, or half of that where
+            many gaps are equal to it and it keeps less than half of the pairs.
         suggested_kept: the share of the pairs that it keeps.
     """
 
@@ -332,6 +333,8 @@ def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:
     suggested = quantiles[SHARES.index(0.25)]
     if margin is not None and own >= ENOUGH:
         suggested = margin
+    elif _share_above(gaps, suggested) < ENOUGH:
+        suggested /= 2  # gaps as coarse as those of ratings: what is equal to the margin is dropped
     kept = tuple(_share_above(gaps, quantile) for quantile in quantiles)
     return Gaps(quantiles, kept, own, suggested, _share_above(gaps, suggested))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from clha_fast.reports.data_summary import data_text
 from clha_fast.reports.inspection import ENOUGH, SHARES, Candidate, Example, Inspection, Token
 
 _MOST_BAD = 3  # errors that are shown
+_MOST_TOKENS = (40, 12)  # of a run of scored, cut or other tokens, at its beginning and end, in a terminal
 _LEGEND = (
     ("scored", "a token of a response that is scored"),
     ("special", "token"),
@@ -33,7 +35,8 @@ def _facts(found: Inspection, objective: Objective) -> Iterator[tuple[str, str]]
     read = f"{found.name}: {found.records:,} records"
     yield "source", f"{read}, the first ones; the source has more" if found.more else read
     yield "data", data_text(found.summary, objective)
-    yield "per prompt", ", ".join(f"{size} responses: {count:,}" for size, count in found.sizes.items())
+    sizes = ((f"{size} response{'s' if size > 1 else ''}", count) for size, count in found.sizes.items())
+    yield "per prompt", ", ".join(f"{size}: {count:,}" for size, count in sizes)
     answers = sum(size * count for size, count in found.sizes.items())
     yield (
         "duplicates",
@@ -64,9 +67,10 @@ def margin_advice(found: Inspection, objective: CLHAOptions) -> str:
     own = f"reward_margin {objective.reward_margin:g} keeps {_percent(gaps.margin_kept)} of the pairs"
     if gaps.margin_kept >= ENOUGH:
         return f"{own}: it fits"
+    part = "" if gaps.suggested == gaps.quantiles[SHARES.index(0.25)] else "half "
     return (
-        f"{own}; suggested: reward_margin {gaps.suggested:.4g}, the lower quartile of the reward gaps, which keeps "
-        f"{_percent(gaps.suggested_kept)}"
+        f"{own}; suggested: reward_margin {gaps.suggested:.4g}, {part}the lower quartile of the reward gaps, which "
+        f"keeps {_percent(gaps.suggested_kept)}"
     )
 
 
@@ -127,18 +131,17 @@ def _candidate_name(rank: int, candidate: Candidate) -> str:
 
 
 def _plain(tokens: tuple[Token, ...]) -> str:
-    """Tokens with bars between, runs of scored and of cut ones in brackets."""
-    out, open_run = [], ""
-    closing = {"[": "]", "{": "}", "": ""}
-    for token in tokens:
-        run = "{" if token.cut else "[" if token.scored else ""
-        if run != open_run:
-            out.append(closing[open_run] + run)
-            open_run = run
-        else:
-            out.append("|")
-        out.append(token.text.replace("\n", "\\n"))
-    return "".join(out).removeprefix("|") + closing[open_run]
+    """Tokens with bars between, runs of scored and of cut ones in brackets; of long runs the beginning and the end."""
+    out = []
+    for (cut, scored), group in itertools.groupby(tokens, key=lambda token: (token.cut, token.scored)):
+        texts = [token.text.replace("\n", "\\n") for token in group]
+        first, last = _MOST_TOKENS
+        left_out = len(texts) - first - last
+        if left_out > 0:
+            texts[first:-last] = [f" ... {left_out:,} more ... "]
+        opening, closing = ("{", "}") if cut else ("[", "]") if scored else ("", "")
+        out.append(f"{opening}{'|'.join(texts)}{closing}")
+    return "".join(out)
 
 
 def inspection_page(found: Inspection, objective: Objective) -> str:

@@ -51,7 +51,7 @@ def run_page(
             page.section("Answers to held-out prompts", "" if samples is None else _samples(samples)),
             page.section(
                 "Settings that are not the defaults",
-                page.table(["setting", "value"], [[key, _value(value)] for key, value in sorted(settings.items())]),
+                page.facts((key, _value(value)) for key, value in sorted(settings.items())),
             ),
         ],
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clha_fast.batching.segments import check_layout, joined_rows
+from clha_fast.batching.segments import PAYS, check_layout, joined_rows
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import input_embedding_weight
 from clha_fast.models.forward import MODEL_FIELDS, SEGMENT_FIELDS, first_position, split_segments
@@ -148,7 +148,13 @@ class JoinedRewards:
         if layout == "auto":
             try:
                 self.settle("shared")
-                logger.info("layout auto: shared (%s computes it as rows alone)", type(self._model).__name__)
+                self.layout = "auto"
+                logger.info(
+                    "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes "
+                    "shared rows as rows alone)",
+                    100 * PAYS,
+                    type(self._model).__name__,
+                )
             except UnsupportedLayoutError as error:
                 self.layout = "padded"
                 logger.info("layout auto: padded (%s)", error)

@@ -207,7 +207,7 @@ class PolicyRun(ScoringRun):
         # What a record brings of an earlier policy's is replaced, and not held to these tokens.
         collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
         super().__init__(records, policy.model, collator, batch_size, progress)
-        if policy.layout == "shared":
+        if policy.layout in ("shared", "auto"):
             self.batches = whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
         positions, longest = policy.max_positions, max((len(row.tokens) for row in self.rows), default=0)
         if positions is not None and longest > positions:

@@ -97,7 +97,8 @@ def rank_file(
 
     Args:
         source: records, or as `clha_fast.data.iter_records`, with `format` and `columns`.
-        judge: a language model scores by s_i = S_i / |y_i|, nats a token (Eq. 3); a reward model by its reward.
+        judge: a language model scores by s_i = S_i / |y_i|, nats a token (Eq. 3); a reward model by its reward. In rows
+            of its `layout`: in shared ones the answers to a prompt share it.
         batch_size: answers in a forward pass.
         max_length, max_prompt_length, max_completion_length: tokens, cut as in training; None is no limit, and for
             max_length with a reward model that model's. A reward model has the first alone.
@@ -135,6 +136,7 @@ def rank(
     *,
     batch_size: int = 16,
     max_length: int | None = None,
+    layout: str = "padded",
 ) -> Ranking:
     """The order in which a causal language model puts the answers to a prompt, without forming the logits.
 
@@ -149,8 +151,12 @@ def rank(
         answers: n >= 1 texts, none empty; each is closed and tokenised as in training.
         batch_size: answers in a forward pass.
         max_length: tokens of prompt and answer, cut as in training; None is no limit.
+        layout: of the rows that run: `shared` computes the prompt once for all answers, `auto` where that pays, as
+            `clha_fast.attach`. The model is probed for it in every call; `rewards.policy.Policy` with `rank_file` does
+            it once.
 
     Raises:
+        UnsupportedLayoutError: the model does not compute such rows as it computes each answer alone.
         RecordError: no answer, an empty one, a text that is none; as `RankedCollator.tokenize_record`.
         ValueError: a bad option, more tokens than the model has positions for; as `rewards.policy.Policy`.
         ScoringError: a score is not finite, or memory does not suffice.
@@ -159,7 +165,7 @@ def rank(
     record = RankedRecord(given, answers if isinstance(answers, str) else tuple(answers), source="rank")  # type: ignore[arg-type]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        run = _run([record], Policy(model, tokenizer), batch_size, {"max_length": max_length}, False)
+        run = _run([record], Policy(model, tokenizer, layout), batch_size, {"max_length": max_length}, False)
         journal = run.journal(None)
         run.score(journal, range(len(run.batches)), False)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.batching.segments import check_layout
+from clha_fast.batching.segments import check_layout, counted_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
 from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
@@ -103,13 +103,16 @@ class RewardModel:
     @torch.inference_mode()
     def score_rows(self, rows: Sequence[Row]) -> Tensor:
         """float32 [len(rows)], on the CPU: `score_tokens` in rows of `layout`; neighbours with one prompt share it."""
-        if self.layout == "padded":
+        layout, together = self.layout, families(rows, self.layout)
+        if layout == "auto":
+            layout = counted_layout((len(same[0].prompt), [len(row.response) for row in same]) for same in together)
+        if layout == "padded":
             return self.score_tokens([row.tokens for row in rows])
         assert self._joined is not None
-        texts = [[(row.prompt, row.response) for row in same] for same in families(rows, self.layout)]
+        texts = [[(row.prompt, row.response) for row in same] for same in together]
         # Padding is at the row's end, where nothing reads it: any token will do where the model names none.
         own = self._own_padding()
-        batch = join_texts(texts, self.layout, -1 if own is None else own)
+        batch = join_texts(texts, layout, -1 if own is None else own)
         inputs = {name: v.to(self.model.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         return self._joined(self.model, inputs).float().cpu()
 

@@ -212,7 +212,7 @@ class ScoringRun:
 
 def families(rows: Sequence[Row], layout: str) -> list[list[Row]]:
     """Neighbours with one prompt, which share it where `layout` does; else each row alone."""
-    if layout != "shared":
+    if layout not in ("shared", "auto"):
         return [[row] for row in rows]
     return [list(same) for _, same in itertools.groupby(rows, key=lambda row: row.prompt)]
 

@@ -160,7 +160,7 @@ class RewardRun(ScoringRun):
         self.max_length = reward_model.default_max_length if max_length is None else max_length
         collator = reward_collator(reward_model.tokenizer, self.max_length)
         super().__init__(records, reward_model.model, collator, batch_size, progress)
-        if reward_model.layout == "shared":
+        if reward_model.layout in ("shared", "auto"):
             self.batches = whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
 
     def settings(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import padded_tokens, prompt_shapes
+from clha_fast.batching.segments import PAYS, RowTokens
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.objectives import Objective
@@ -16,8 +17,6 @@ from clha_fast.objectives import Objective
 logger = logging.get_logger(__name__)
 
 COUNTED = 2048  # prompts whose tokens are counted
-# Shared rows pay where they leave so much of the tokens: below it, masks may cost what tokens save.
-_PAYS = 0.9
 
 
 def asked_layout(asked: str, collator: Any) -> str:
@@ -37,7 +36,8 @@ def settle_layout(
 ) -> str:
     """The layout that the model, and the frozen one beside it, are seen to compute; collators are given it.
 
-    `auto` is `shared` where probes pass and it leaves at most nine tenths of the tokens of padded rows, else `padded`.
+    `auto` is `shared` where probes pass and the count says that it pays (`segments.RowTokens`), else `padded`; which,
+    and why, is said once.
 
     Args:
         models: what is probed. accelerator: the trainer's. dataset: what is trained on; counted where it is tokenised.
@@ -46,8 +46,8 @@ def settle_layout(
     Raises:
         UnsupportedLayoutError: they do not compute it; sequences are spread over processes.
     """
-    share = _share(dataset, objective, collators) if asked == "auto" else None
-    layout = probe_layout(asked, models, accelerator, share)
+    tokens = _count(dataset, objective, collators) if asked == "auto" else None
+    layout = probe_layout(asked, models, accelerator, tokens)
     for collator in collators:
         if isinstance(collator, RankedCollator):
             collator.layout = layout
@@ -61,14 +61,12 @@ class Settles(Protocol):
         """The layout that it is to have."""
 
 
-def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, share: float | None) -> str:
-    """`settle_layout`, of data whose shared rows have `share` of the tokens of padded ones, where that is known."""
+def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens: RowTokens | None) -> str:
+    """`settle_layout`, of data whose tokens were counted, where they are known beforehand."""
     layout = asked
-    if layout == "auto" and share is not None and share > _PAYS:
+    if layout == "auto" and tokens is not None and tokens.layout == "padded":
         layout = "padded"
-        logger.warning(
-            f"layout auto: padded (shared rows would leave {100 * share:.0f}% of the tokens, too many to pay)"
-        )
+        logger.warning(f"layout auto: padded ({tokens}, and pay up to {100 * PAYS:.0f}%)")
     if layout != "padded":
         try:
             _check_parallel(accelerator, layout)
@@ -81,7 +79,8 @@ def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, share:
             logger.warning(f"layout auto: padded ({error})")
     if layout == "auto":
         layout = "shared"
-        logger.warning("layout auto: shared, each prompt is computed once")
+        why = "the data, which is not tokenised beforehand, was not counted" if tokens is None else tokens
+        logger.warning(f"layout auto: shared, each prompt is computed once ({why})")
     return layout
 
 
@@ -96,8 +95,8 @@ def _check_parallel(accelerator: Any, layout: str) -> None:
             )
 
 
-def _share(dataset: Any, objective: Objective, collators: list[Any]) -> float | None:
-    """Tokens of shared rows over those of padded ones, prompt by prompt; None where it is not known beforehand."""
+def _count(dataset: Any, objective: Objective, collators: list[Any]) -> RowTokens | None:
+    """Tokens that run, prompt by prompt; None where they are not known beforehand."""
     collator = collators[0]
     if not isinstance(dataset, RankedDataset) or not isinstance(collator, RankedCollator):
         return None
@@ -109,4 +108,4 @@ def _share(dataset: Any, objective: Objective, collators: list[Any]) -> float | 
         )
         for layout in ("padded", "shared")
     )
-    return shared / padded if padded else None
+    return RowTokens(padded, shared) if padded else None

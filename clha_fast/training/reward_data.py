@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedDataset
+from clha_fast.batching.segments import RowTokens
 from clha_fast.batching.workers import Example
 from clha_fast.data.records import RecordError
 from clha_fast.rewards.joined import Text, join_texts
@@ -116,11 +117,10 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         better, worse = map(list, zip(*pairs, strict=True))
         return PairedPrompt(token_rows(feature), better, worse, [len(ids) for ids in feature["completion_ids"]])
 
-    def shared_tokens(self, most: int) -> float:
-        """Tokens of shared rows over those of padded ones, prompt by prompt, of the first `most` prompts."""
+    def count_tokens(self, most: int) -> RowTokens:
+        """Tokens that run, prompt by prompt, of the first `most` prompts."""
         prompts = [self[index] for index in range(min(len(self), most))]
-        padded = sum(len(prompt.rows) * max(map(len, prompt.rows)) for prompt in prompts)
-        return sum(len(p.texts[0][0]) + sum(p.response_lengths) for p in prompts) / padded
+        return RowTokens.of((len(prompt.texts[0][0]), prompt.response_lengths) for prompt in prompts)
 
     def longer_wins(self) -> tuple[list[float], list[int]]:
         """Of each prompt, how many of its pairs the longer response wins (equal lengths: half), and its pairs."""

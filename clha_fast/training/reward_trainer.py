@@ -200,8 +200,8 @@ class RewardTrainer(CheckpointingTrainer):
         self._check_padding(tokenizer)
         self._joined = JoinedRewards(self.model, self._pad)
         data = self.train_dataset
-        share = data.shared_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
-        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, share)
+        tokens = data.count_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
+        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, tokens)
         collator: Any = self.data_collator
         collator.layout = self.layout
 
@@ -279,6 +279,11 @@ class RewardTrainer(CheckpointingTrainer):
             counts.to(lead.dtype),
         ]
         return None, torch.stack(columns, dim=1), counts
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        self._seen = None  # of steps of an earlier call that no line of its log has had
+        return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer`."""

@@ -190,6 +190,11 @@ class RolloutTrainer(CLHATrainer):
 
     # ---- rollouts ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `CLHATrainer`; what an earlier call sampled and did not train on is forgotten."""
+        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        return super().train(*args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -311,7 +316,13 @@ class RolloutTrainer(CLHATrainer):
         return text, ended or stop
 
     def _judge(self, records: Sequence[Prompted], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        rewards = [[float(value) for value in own] for own in self.reward(records, texts)]
+        given = self.reward(records, texts)
+        try:
+            rewards = [[float(value) for value in own] for own in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got {given!r:.100}"
+            ) from error
         if list(map(len, rewards)) != list(map(len, texts)):
             raise ValueError(
                 f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "

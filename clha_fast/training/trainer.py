@@ -292,12 +292,12 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step; with `normalizer="global"` also their counts over all processes."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._took_steps |= bool(samples)
         self._count_step(samples, device)
         return samples, items
 
     def _count_step(self, samples: list[Any], device: torch.device) -> None:
-        """What the loss of these micro-batches divides by."""
+        """That there is a step, and what the loss of its micro-batches divides by."""
+        self._took_steps |= bool(samples)
         self._step_counts = None
         if self.args.normalizer == "global" and samples:
             parts = [CandidateBatch.from_dict(sample) for sample in samples]
@@ -320,6 +320,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "trains with is_trainable=True"
             )
         self._took_steps = False
+        self._train_metrics.reset()  # steps of an earlier call that no line of its log has had
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if resumed is True:
             resumed = last_checkpoint(self.args.output_dir)

@@ -165,8 +165,9 @@ def check_loading(args: Any) -> None:
 
     Raises:
         ValueError: batches read by one process and cut along their first dimension (a batch's tensors have different
-            ones); processes with different numbers of batches, which wait for each other for ever; a sampling strategy
-            that asks for the length of `input_ids`, or a second one beside `max_tokens_per_batch`.
+            ones); processes with different numbers of batches, which wait for each other for ever; batches in the order
+            in which workers finish them; a sampling strategy that asks for the length of `input_ids`, or a second one
+            beside `max_tokens_per_batch`.
     """
     loading = args.accelerator_config
     if loading.dispatch_batches:
@@ -179,6 +180,11 @@ def check_loading(args: Any) -> None:
         raise ValueError(
             "accelerator_config.even_batches: expected True with several processes (one with fewer batches would leave "
             "the others waiting), got False"
+        )
+    if not getattr(args, "dataloader_in_order", True):
+        raise ValueError(
+            "dataloader_in_order: expected True (by their order a resumed run knows which batches it has seen, and an "
+            "evaluation which prompts only fill its last one up), got False"
         )
     strategy = sampling_strategy(args)
     if strategy == "batch_rebalance":

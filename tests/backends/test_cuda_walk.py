@@ -123,7 +123,7 @@ def test_batches_of_other_sizes_compile_nothing_anew(tmp_path: Path, capability:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
+@pytest.mark.parametrize("capability", ["80", "90", "100", "942"])
 def test_every_mode(tmp_path: Path, capability: str) -> None:
     running = [
         start(tmp_path, "--cases", "full", "--capability", capability, "--backend", backend)

@@ -95,7 +95,7 @@ def test_all_inert_leaves_one_token(layout) -> None:
 
 
 def test_bad_layout_and_lone_fields() -> None:
-    with pytest.raises(ValueError, match="layout: expected one of padded, packed, shared, got 'tree'"):
+    with pytest.raises(ValueError, match="layout: expected one of padded, packed, shared, auto, got 'tree'"):
         pack(feature([1], [[2]]), layout="tree")
     batch = pack(feature([1], [[2]]), layout="shared", drop_inert=False).as_dict()
     with pytest.raises(ValueError, match="group_ids: expected beside segments, and only there, got none"):

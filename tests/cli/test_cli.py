@@ -136,6 +136,12 @@ def test_folder_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(command(tmp_path, "--resume", max_steps=1)) == 2
     assert "train_file changed" in capsys.readouterr().err
     assert cli.main(command(tmp_path, "--overwrite", max_steps=1)) == 0
+    capsys.readouterr()
+    nothing = {"model_config": None, "build_tokenizer": None, "max_steps": 1}
+    for own in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        assert cli.main(command(tmp_path, "--overwrite", "--model", str(own), **nothing)) == 2
+        assert f"expected another folder than that of model, {own}, which the run would" in one_sentence(capsys)
+        assert (own / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_folder_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--backend", "triton"], {}, "backend 'triton' cannot run: "),
         (["--dtype", "int8"], {}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (["--eval_fraction", "1.5"], {}, "eval_fraction: expected a number between 0 and 1, got 1.5"),
-        (["--eval_fraction", "0.0001"], {}, "leaves none for evaluation"),
+        (["--eval_fraction", "0.9999"], {}, "leaves none for training"),
         (["--eval_fraction", "0", "--eval_strategy", "steps"], {}, "eval_strategy: expected 'no' with eval_fraction 0"),
         (["--resume", "--overwrite"], {}, "expected either resume or overwrite, got both"),
         (["--format", "xml"], {}, "format: expected auto or one of"),

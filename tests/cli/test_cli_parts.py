@@ -63,6 +63,17 @@ def test_split_keeps_a_prompt_on_one_side() -> None:
     assert shared_prompts(train, train[:3]) == 3
 
 
+def test_a_small_file_holds_one_prompt_out() -> None:
+    for seed in range(20):
+        records = [make_record(prompt, ["good", "bad"]) for prompt in ("a", "b", "a ", "c")]
+        train, held_out = split_records(records, 0.01, seed)
+        assert len({record.prompt.strip() for record in held_out}) == 1
+        assert shared_prompts(train, held_out) == 0
+        assert len(train) + len(held_out) == 4
+        two = split_records(records[:2], 0.01, seed)
+        assert [len(part) for part in two] == [1, 1]
+
+
 def test_summary_counts_by_hand() -> None:
     records = [
         make_record("a", ["1", "2", "3"], rewards=[5.0, 4.0, 0.0]),  # kept: 1-3, 2-3

@@ -118,3 +118,22 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert run(*words) == 2
         assert expected in one_sentence(capsys), words
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"), [("shared", ", shared rows"), ("auto", ", shared or padded rows, as counted")]
+)
+@pytest.mark.parametrize("model", ["policy", "reward"])
+def test_layouts(
+    folder: Path, tmp_path: Path, model: str, layout: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for name in ("padded", layout):
+        assert run(folder / model, folder / "in.jsonl", tmp_path / name, "--layout", name, "--batch-size", 5) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.endswith(said) == (name == layout)
+        lines.append([json.loads(line) for line in (tmp_path / name).read_text().splitlines()])
+    key = "mean_logps" if model == "policy" else "rewards"
+    for one, other in zip(*lines, strict=True):
+        assert one["order"] == other["order"]
+        assert one[key] == pytest.approx(other[key], abs=1e-4)

@@ -65,7 +65,7 @@ def test_a_word_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f'<th scope="row">after</th><td>{found["accuracy"]:.4g}</td>' in text
     assert "bootstrap over prompts" in text
     assert ">per_device_train_batch_size<" not in text, "the default"
-    assert ">logging_steps</th><td>20.0</td>" in text, "which is a share of the steps below 1"
+    assert ">logging_steps</dt><dd>20.0</dd>" in text, "which is a share of the steps below 1"
     assert "Answers to held-out prompts" not in text
     if can_plot():
         assert "margin, reward of the better less the worse" in text

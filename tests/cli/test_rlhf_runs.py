@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,16 @@ def test_settings_of_the_objective(tmp_path: Path, capsys: pytest.CaptureFixture
     (line,) = [line for line in figures(tmp_path)["log"] if "loss" in line]
     assert 0 < line["entropy"] < math.log(len(TOKENIZER))
     assert "no held-out set: not evaluated" in out
+
+
+def test_one_prompt_has_no_interval() -> None:
+    side = {"eval_reward": 1.0, "interval": None, "rewards": [1.0], "eval_answer_tokens": 2.0}
+    side |= {"eval_unfinished_share": 0.0, "eval_empty_share": 0.0}
+    run: Any = SimpleNamespace(held_out=["prompt"], before=side, after=side, gain=lambda: (0.0, None))
+    notes = cli_rlhf.results(run).notes
+    assert notes[-1] == "One prompt gives no interval: hold out more."
+    run.gain = lambda: (0.0, (-1.0, 1.0))
+    assert cli_rlhf.results(run).notes[-1] == "The interval of the difference includes 0."
 
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clha_fast.cli import main as cli
+from clha_fast.cli import merge as cli_merge
 from clha_fast.cli import runs as cli_runs
+from clha_fast.cli.main import out_of_memory
 from clha_fast.cli.options import OptionError, read_config
 from clha_fast.cli.text import with_dashes
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.objectives.clha import PRESETS, CLHAOptions
-from tests.support.command_line import SETTINGS, command, write_rows
+from tests.support.command_line import SETTINGS, command, one_sentence, write_rows
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_rows
 from tests.support.trainers import trainer
@@ -156,3 +158,28 @@ def test_every_option_takes_dashes_and_underscores(tmp_path: Path, capsys: pytes
 
 def test_a_checker_sees_a_misspelled_preset() -> None:
     assert get_type_hints(CLHAOptions.preset)["name"].__args__ == tuple(PRESETS)
+
+
+def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli_merge, "merge", lambda words: torch.empty(2**48))
+    assert cli.main(["merge", "a", "b"]) == 1
+    said = one_sentence(capsys)
+    assert said.startswith("clha-fast merge: out of memory (")
+    assert "can't allocate memory: you tried to allocate" in said
+    assert "`clha-fast plan` says what a step needs" in said
+    with pytest.raises(RuntimeError, match="allocate"):
+        cli.main(["merge", "a", "b", "--traceback"])
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(MemoryError())
+    monkeypatch.setattr(cli_merge, "merge", lambda words: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.main(["merge", "a", "b"])
+
+
+def test_a_hub_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(command(tmp_path, push_to_hub=True, hub_token="hf_none")) == 2
+    assert "push_to_hub: expected a repository that can be made on the Hub, got an error" in one_sentence(capsys)
+    assert not (tmp_path / "run").exists()

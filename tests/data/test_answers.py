@@ -73,5 +73,9 @@ def test_a_prompt_that_may_begin_an_answer_by_chance_is_left(caplog: pytest.LogC
     row = {"prompt": LONG, "completions": [LONG + " Drip.", "Drop."]}
     assert read_records([row])[0].completions == (LONG + " Drip.", "Drop.")
     assert not caplog.text
+    read_records([row, {**row, "prompt": "Why?"}, {**row, "completions": ["Drip.", "Drop."]}])
+    assert not caplog.text
+    read_records([row, row, {**row, "completions": ["Drip.", "Drop."]}])
+    assert "2 of 3 records have responses that begin with the prompt, beside others that do not: it was" in caplog.text
     with pytest.raises(RecordError, match=r"completions\[1\]: expected a response that is not empty"):
         read_records([{"prompt": LONG, "completions": [LONG + " Drip.", LONG]}])

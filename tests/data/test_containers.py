@@ -116,6 +116,43 @@ def test_lists_in_csv_cells(tmp_path: Path) -> None:
     assert read_records(tmp_path / "c.csv") == [RankedRecord(tuple(talk), ("chosen", "rejected"))]
 
 
+def test_lists_as_python_prints_them(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completions": ["it's", '"b"'], "rewards": [1.0, 0.5]}
+    pandas.DataFrame([row]).to_csv(tmp_path / "a.csv", index=False)
+    assert '["it\'s", \'"b"\']' in (tmp_path / "a.csv").read_text().replace('""', '"')
+    assert read_records(tmp_path / "a.csv") == [RankedRecord("q", ("it's", '"b"'), (1.0, 0.5))]
+    talk = [{"role": "user", "content": "q"}]
+    sides = {side: [*talk, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pandas.DataFrame([sides]).to_csv(tmp_path / "b.csv", index=False)
+    assert read_records(tmp_path / "b.csv") == [RankedRecord(tuple(talk), ("chosen", "rejected"))], "no texts"
+    pandas.DataFrame([{"q": "[7] is it", "out": ["a", "b"]}]).to_csv(tmp_path / "c.csv", index=False)
+    mapping = {"prompt": "q", "completions": "out"}
+    assert read_records(tmp_path / "c.csv", columns=mapping) == [RankedRecord("[7] is it", ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt;chosen;rejected\na, b;c;d\n"),
+        ("b.csv", "prompt\tchosen\trejected\na, b\tc\td\n"),
+        ("c.csv", 'prompt, chosen ,rejected\n"a, b",c,d\n'),
+        ("d.tsv", "prompt \tchosen\trejected\na, b\tc\td\n"),
+        ("e.csv", 'prompt,"chosen",rejected\r\n"a, b",c,d\r\n'),
+    ],
+)
+def test_headers_of_csv_as_they_are_written(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_records(tmp_path / name) == [RankedRecord("a, b", ("c", "d"))]
+    with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+        file.write(text)
+    assert read_records(tmp_path / f"{name}.gz") == [RankedRecord("a, b", ("c", "d"))]
+
+
+def test_names_that_differ_by_blanks_alone_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,prompt ,chosen,rejected\na,x,c,d\n")
+    assert read_records(tmp_path / "a.csv") == [RankedRecord("a", ("c", "d"))]
+
+
 def test_globs_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for number, row in enumerate(ROWS):

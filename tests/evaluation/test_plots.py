@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from clha_fast.evaluation.plots import PANELS, curves_svg, series_of
 
 LOG = [
@@ -39,3 +41,11 @@ def test_the_picture_names_every_panel_and_is_the_same_twice() -> None:
         assert panel.title in svg
     assert svg.count("no figures") == 4, "accuracy, margin, log-probability, terms"
     assert "no figures" in curves_svg([], {}, {})
+
+
+def test_one_training_point_is_seen() -> None:
+    alone, two = (
+        curves_svg([{"step": step, "loss": 1.0} for step in steps], {}, {}, PANELS[:1]) for steps in ((4,), (2, 4))
+    )
+    markers = [len(set(re.findall(r'<path id="(\w+)"', svg))) for svg in (alone, two)]
+    assert markers[0] == markers[1] + 1, "a line through one point has no length; the ticks' marks are in both"

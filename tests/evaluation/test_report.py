@@ -190,7 +190,19 @@ def test_against_itself_nothing_differs() -> None:
         assert row.a == row.b
         assert row.difference.value == 0, name
     assert found.wins[TOTAL]["length"].rate.value == 0.5
-    assert found.notes == []
+    assert found.notes == ours.notes == ["5 references have no answer and are left out"], "once"
+
+
+def test_what_was_said_of_either_side_is_said_of_both() -> None:
+    coin = {"coin": lambda: RewardModel(by_length(slope=0), TOKENIZER)}
+    ours = evaluate(references(), answers(["a cat", "x", "the mat"]), reward_models=coin)
+    refused, found = ours.notes[-1], compare(ours, evaluate(references(), answers(["a"]), reward_models=coin))
+    assert refused.startswith("no rewards of coin are reported: ")
+    assert found.notes == [
+        *("A: 5 references have no answer and are left out", refused),
+        "B: 7 references have no answer and are left out",
+    ]
+    assert refused in comparison_table(found)
 
 
 def test_what_cannot_be_compared_is_named() -> None:
@@ -207,7 +219,7 @@ def test_what_cannot_be_compared_is_named() -> None:
     assert "two reward models of one name are not compared: length" in found.notes
     bare = compare(ours, evaluate(references(), given))
     assert list(bare.differences[TOTAL]) == ["bleu", "corpus_bleu", "words", "distinct_2", "empty", "unfinished"]
-    assert bare.notes[0].startswith("only one side has reward: length, 100 sigmoid, raw reward: length, NLL of")
+    assert bare.notes[1].startswith("only one side has reward: length, 100 sigmoid, raw reward: length, NLL of")
     margin = compare(ours, evaluate(references(), given, reward_margin=1.0, **settings))
     assert "kept_accuracy" not in margin.differences[TOTAL]
     assert "kept pairs are not compared: reward_margin 3.0 and 1.0" in margin.notes

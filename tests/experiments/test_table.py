@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,11 @@ def test_a_second_run_finds_what_is_done_and_other_settings_are_measured_anew(gi
     assert len(tests) == 4  # base and sft, under two settings
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["between cells", "inside a training"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside):
     given = small(given, seeds=[1, 2])
+    if inside:
+        given["settings"] = {**given["settings"], "save_strategy": "steps", "save_steps": 1}
     run(given)
     whole = result(given["output_dir"])
     other = {**given, "output_dir": str(tmp_path / "killed")}
@@ -145,10 +149,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path):
     command = [sys.executable, "-m", "clha_fast", "table2", "--config", str(config)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("cell 2/"):
+        if line.startswith("cell 1/" if inside else "cell 2/"):
             break
+    while inside and process.poll() is None and not list((tmp_path / "killed").glob("cells/*/model/checkpoint-*")):
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert bool(list((tmp_path / "killed").glob("cells/*/model/checkpoint-*"))) == inside
     assert not (tmp_path / "killed" / "table.md").exists()
     run(other)
     assert result(other["output_dir"]) == whole
@@ -176,8 +183,11 @@ def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
     assert f"Its training found {said['accuracy']:.3f}" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys):
+@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 1e-2]])
+def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys, rates):
+    """Where it is trained, and already where its learning rate is chosen."""
     given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
+    given["learning_rates"] = rates
     given["methods"][0]["optim"] = "no_such_optimizer"
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
@@ -187,7 +197,20 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert ["error" in row for row in rows] == [False, True, False]
     assert "no_such_optimizer" in rows[1]["error"]
-    assert "no such thing, n = 2: seed 1: " in out
+    where = "seed 1" if len(rates) == 1 else "learning rate 0.001"
+    assert f"no such thing, n = 2: {where}: " in out
+    assert rows[2]["seeds"] == [1]
+    assert rows[2]["learning_rate"] in rates
+
+
+def test_what_dev_cannot_choose_is_said(given, tmp_path):
+    """One answer a record on dev: no pair is ordered, so no learning rate is better than another."""
+    given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2])
+    given["data"][2]["dev"] = write(tmp_path / "one.jsonl", 300, 6, 1)
+    base, sft = run(given).rows
+    assert (base.failures, len(base.outcomes)) == ([], 1)
+    assert sft.failures == ["no learning rate can be chosen: accuracy has no value on dev"]
+    assert sft.outcomes == []
 
 
 def test_the_command_line_changes_single_entries(given, tmp_path, capsys):

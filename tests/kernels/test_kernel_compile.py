@@ -12,12 +12,14 @@ import sys
 from typing import Any
 
 import pytest
+import triton
 
 from clha_fast.options import ROUTE_WORDS
 from csrc_triton import configs
 from tests.support.helpers import ROOT
 
 Row = dict[str, Any]
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +89,8 @@ def test_operands_come_by_tma_and_warps_are_specialised_where_the_table_says_so(
 
 
 def test_registers_leave_room_for_the_programs_meant_to_share_a_multiprocessor(rows: list[Row]) -> None:
-    """Of 65,536 registers and 227 KiB: two programs of the routed recompute, four of the routed dhidden on sm_90."""
-    for kernel, together in (("routed_logit_grad", 2), ("routed_hidden_grad", 4)):
+    """Of 65,536 registers and 227 KiB: two programs of the routed recompute and of the routed dhidden on sm_90."""
+    for kernel, together in (("routed_logit_grad", 2), ("routed_hidden_grad", 2)):
         (row,) = [
             row
             for row in rows
@@ -96,6 +98,15 @@ def test_registers_leave_room_for_the_programs_meant_to_share_a_multiprocessor(r
         ]
         assert row["registers"] * row["warps"] * 32 * together <= 65536, table([row])
         assert (row["shared"] + 1024) * together <= 228 * 1024, table([row])
+
+
+def test_sums_of_dhidden_are_reducing_stores(rows: list[Row]) -> None:
+    """One instruction for each sum or four of them, none that waits for what stood there; nobody else has atomics."""
+    adding = [row for row in rows if row["kernel"] in ("routed_hidden_grad", "persistent_hidden_grad")]
+    assert {row["arch"] for row in adding} == set(configs.SHARED_MEMORY)
+    none_of([row for row in adding if not row["reductions"]], "no reducing store")
+    none_of([row for row in rows if row["reductions"] and row not in adding], "a reducing store where nobody asked")
+    none_of([row for row in rows if row["atomics"]], "an atomic operation")
 
 
 def one(rows: list[Row], kernel: str, variant: str = "plain") -> Row:
@@ -110,7 +121,10 @@ def one(rows: list[Row], kernel: str, variant: str = "plain") -> Row:
 def test_epilogues_are_light(rows: list[Row]) -> None:
     """Instructions of a whole kernel: a product, a power and two sums a logit, in branches what few tiles need."""
     forward = one(rows, "persistent_forward")
-    assert forward["registers"] <= 215, table([forward])
+    assert forward["blocks"].startswith("128x256"), table([forward])
+    # Triton 3.8 and 3.9 take what there is. A program of eight warps is alone on its multiprocessor either way.
+    most = 215 if TRITON < (3, 8) else 255
+    assert forward["registers"] <= most, table([forward])
     assert forward["instructions"] <= 3000, table([forward])
     for kernel, variant, most in (
         ("persistent_logit_grad", "plain", 4200),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 
@@ -312,14 +313,55 @@ def test_planted_wrong_positions_are_caught(monkeypatch) -> None:
         clha_fast.attach(model_of("gpt2"), SFTOptions(), layout="shared")
 
 
+def test_an_error_of_a_hook_is_its_own() -> None:
+    """In the first comparison, and in the trial itself; what a layer says of a row is the layout's."""
+
+    class Mine:
+        def __call__(self, module, args, output):
+            if output.shape[1] > 2:
+                raise RuntimeError("mine")
+
+    def mine(module, args):
+        raise ValueError("mine")
+
+    for registered in (Mine(), functools.partial(Mine.__call__, None)):
+        model = llama()
+        handle = model.model.layers[1].mlp.register_forward_hook(registered)
+        with pytest.raises(RuntimeError, match=r"^mine$"):
+            clha_fast.attach(model, layout="shared")
+        assert model not in segment_masks.IN_TWO_CALLS
+        handle.remove()
+        clha_fast.attach(model, layout="shared")
+    model.model.embed_tokens.register_forward_pre_hook(mine)
+    with pytest.raises(ValueError, match=r"^mine$"):
+        model(**collate("shared"))
+    model = llama()
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: forward(x) if x.shape[1] <= 40 else x.view(-1, 7, 5)
+    with pytest.raises(UnsupportedLayoutError, match="does not run a row of"):
+        clha_fast.attach(model, layout="shared")
+
+
 def test_auto(caplog) -> None:
     with caplog.at_level(logging.INFO, logger="clha_fast"):
-        assert clha_fast.attach(llama(), layout="auto").layout == "shared"
+        model = llama()
+        attached = clha_fast.attach(model, layout="auto")
+        assert attached.layout == "auto"
         assert clha_fast.attach(model_of("bloom"), SFTOptions(), layout="auto").layout == "padded"
     said = [text for text in caplog.messages if text.startswith("layout auto")]
     assert len(said) == 2
-    assert said[0] == "layout auto: shared (LlamaForCausalLM computes it as rows alone)"
+    assert said[0] == (
+        "layout auto: shared where it leaves at most 90% of a batch's tokens, else padded (LlamaForCausalLM computes "
+        "shared rows as rows alone)"
+    )
     assert "BloomAttention" in said[1]
+    model = model.double()
+    found = {layout: model(**collate(layout, drop_inert=False)).loss for layout in ("auto", "shared", "padded")}
+    assert torch.equal(found["auto"], found["shared"])
+    torch.testing.assert_close(found["auto"], found["padded"], rtol=1e-5, atol=1e-6)
+    one = [{"prompt": "say: a cat", "completions": ["sat on a mat"]}]
+    batch = RankedCollator(TOKENIZER, SFTOptions(), layout=attached.layout)(one)
+    assert "segments" not in batch
 
 
 def test_batches_of_a_layout_that_was_not_probed() -> None:

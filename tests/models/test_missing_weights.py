@@ -98,7 +98,7 @@ def test_weights_of_another_shape(tmp_path: Path) -> None:
     folder = saved(tmp_path, make_model(len(TOKENIZER)), {})
     path = folder / "model.safetensors"
     save_file({**load_file(path), "model.norm.weight": torch.zeros(7)}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"^model: expected a folder that holds one"):
+    with pytest.raises(ValueError, match=r"^model: .* \(a weight in its files has another shape than its config.json"):
         load_model(str(folder))
 
 

@@ -168,7 +168,7 @@ def test_one_scorer_in_threads() -> None:
     rows = [row([(4 + number, [3, 2 * number + 1])], seed=number) for number in range(4)]
     found: list[Tensor | None] = [None] * 4
     with Scorer(model, layout="auto") as scorer:
-        assert scorer.layout == "shared"
+        assert scorer.layout == "auto"
 
         def run(number: int) -> None:
             ids, segments, _ = rows[number]

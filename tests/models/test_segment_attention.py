@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 
 import clha_fast
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.models import segment_attention, segment_masks, two_calls
+from clha_fast.models import segment_attention, segment_masks, segment_plan, two_calls
 from clha_fast.models.layout_probe import pack
 from clha_fast.models.measure import measure_head
 from clha_fast.models.segment_attention import UnsupportedAttentionError
@@ -85,6 +85,18 @@ def test_values_and_gradients(kind, calls):
     assert nats <= NATS
     assert relative <= RELATIVE
     assert ways <= set(calls)
+
+
+@pytest.mark.parametrize(("kind", "windows"), [("llama", {None}), ("mistral", {16}), ("gemma3_text", {16, None})])
+def test_windows_of_models_are_known(kind, windows, monkeypatch):
+    """Their mask functions are transformers' own, by which an operator that has windows is given one."""
+    found = []
+    own = segment_attention.plan_for
+    monkeypatch.setattr(segment_attention, "plan_for", lambda *given: found.append(own(*given)) or found[-1])
+    model = model_of(kind)
+    model.set_attn_implementation("sdpa")
+    clha_fast.attach(model, SFTOptions(), layout="shared")
+    assert {plan.window for plan in found} == windows
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "llama"])
@@ -185,13 +197,13 @@ def test_a_planted_leak_is_caught(monkeypatch):
     """Candidates as one text: two calls are not taken, and the masks, which are right, are."""
 
     def leaking(self):
-        found = [two_calls.Calls([], []) for _ in range(self.segments.rows)]
+        found = [segment_plan.Calls([], []) for _ in range(self.segments.rows)]
         for row, prompt, candidates in self.segments.groups:
             last = (candidates or (prompt,))[-1]
             found[row].own.append((prompt[0], sum(last) - prompt[0]))
         return found
 
-    monkeypatch.setattr(two_calls.SegmentPlan, "rows", property(leaking))
+    monkeypatch.setattr(segment_plan.SegmentPlan, "rows", property(leaking))
     model = llama()
     clha_fast.attach(model, layout="shared")
     assert model not in IN_TWO_CALLS

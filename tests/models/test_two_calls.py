@@ -6,12 +6,20 @@ import math
 
 import pytest
 import torch
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from clha_fast.batching.segments import SegmentGroup, Segments, place
 from clha_fast.models import two_calls
+from clha_fast.models.segment_attention import plan_for, window_of
 from clha_fast.models.segment_masks import by_position
-from clha_fast.models.two_calls import SegmentPlan, TwoCalls, attend, is_causal, merge
+from clha_fast.models.segment_plan import SegmentPlan, is_causal
+from clha_fast.models.two_calls import TwoCalls, attend, merge
 
 # Prompts with three, no and one candidate; a second row; padding behind both.
 SEGMENTS = place([(5, [3, 1, 4]), (2, []), (1, [2])], multiple=10)
@@ -21,8 +29,7 @@ TWO_ROWS = Segments(
 
 
 def plan_of(segments, function=causal_mask_function):
-    causal = is_causal(function, causal_mask_function, segments.longest, torch.device("cpu"))
-    return SegmentPlan(segments, function, causal)
+    return plan_for(segments, function, torch.device("cpu"))
 
 
 def dense(q, k, v, plan, scale, softcap=None, sinks=None):
@@ -141,6 +148,23 @@ def test_which_masks_are_causal():
     assert not is_causal(window, causal_mask_function, 10**6, cpu)
 
 
+def test_which_masks_are_windows():
+    """transformers' own functions, by identity; what looks like one is none."""
+    window = sliding_window_causal_mask_function(7)
+    assert window_of(window) == 7
+    others = (
+        causal_mask_function,
+        and_masks(causal_mask_function, sliding_window_overlay(7)),
+        and_masks(sliding_window_overlay(7), causal_mask_function, causal_mask_function),
+        and_masks(causal_mask_function, causal_mask_function),
+        chunked_causal_mask_function(7, torch.zeros(1)),
+        and_masks(window, causal_mask_function),
+        lambda row, head, query, key: window(row, head, query, key),
+        print,
+    )
+    assert [window_of(other) for other in others] == [None] * len(others)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(dtype):
     """Two outputs that are rounded, and their sum: at most twice the error of a dense softmax, which rounds once."""
@@ -177,7 +201,14 @@ def test_under_autocast(function):
         assert torch.equal(one, other.float())
 
 
-def emulated(q, k, v, ends, most, causal, scale):
+def hidden(queries, keys, causal, window):
+    """Which keys a query does not see: the last of both are the same token, a window goes w - 1 to the left."""
+    apart = torch.arange(keys)[None] - torch.arange(queries)[:, None] - (keys - queries)
+    blind = apart > 0 if causal or window is not None else torch.zeros_like(apart, dtype=torch.bool)
+    return blind if window is None else blind | (apart < -(window - 1))
+
+
+def emulated(q, k, v, ends, most, causal, scale, window=None):
     """What the operator for texts of different lengths is documented to return: (out, lse [heads, tokens])."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     repeat = q.shape[1] // k.shape[1]
@@ -187,22 +218,20 @@ def emulated(q, k, v, ends, most, causal, scale):
         part = (t[c:d].repeat_interleave(repeat, 1) for t in (k, v))
         keys, values = part
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1 + int(d - c) - int(b - a)).bool(), -math.inf)
+        scores = scores.masked_fill(hidden(int(b - a), int(d - c), causal, window), -math.inf)
         lse[:, a:b] = scores.logsumexp(-1)
         out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
     return out, lse
 
 
-def emulated_grads(grad, q, k, v, out, lse, ends, most, causal, scale):
+def emulated_grads(grad, q, k, v, out, lse, ends, most, causal, scale, window=None):
     """Flash attention's backward: p = exp(s - lse), ds = p (dp - sum(do o))."""
     repeat = q.shape[1] // k.shape[1]
     grads = [torch.zeros_like(t) for t in (q, k, v)]
     for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
         keys, values = (t[c:d].repeat_interleave(repeat, 1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1 + int(d - c) - int(b - a)).bool(), -math.inf)
+        scores = scores.masked_fill(hidden(int(b - a), int(d - c), causal, window), -math.inf)
         shares = (scores - lse[:, a:b, None]).exp()
         slope = torch.einsum("qhd,khd->hqk", grad[a:b], values) - (grad[a:b] * out[a:b]).sum(-1).t()[..., None]
         slope = shares * slope * scale
@@ -217,15 +246,20 @@ def emulated_grads(grad, q, k, v, out, lse, ends, most, causal, scale):
 
 @pytest.mark.parametrize("segments", [SEGMENTS, TWO_ROWS, place([(4, [])])], ids=["one row", "two rows", "a prompt"])
 @pytest.mark.parametrize("groups", [4, 2])
-def test_host_code_of_gpus(segments, groups, monkeypatch):
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 40])
+def test_host_code_of_gpus(segments, groups, window, monkeypatch):
     """Lengths, places and layouts that the GPU's operator is called with, the operator itself written out."""
     monkeypatch.setattr(two_calls._OnCUDA, "_call", staticmethod(emulated))
     monkeypatch.setattr(two_calls._OnCUDA, "_grads", staticmethod(emulated_grads))
     monkeypatch.setattr(two_calls, "_operator", lambda q: two_calls._OnCUDA)
-    plan = plan_of(segments)
+    monkeypatch.setattr(two_calls, "_blockwise", None)
+    monkeypatch.setattr(two_calls, "takes", lambda query, value: True)
+    plan = plan_of(segments, causal_mask_function if window is None else sliding_window_causal_mask_function(window))
+    assert plan.window == window
+    assert plan.causal == (window is None or window >= segments.longest)
     given = inputs(segments, heads=4, groups=groups)
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
-    out = TwoCalls.apply(*given, sinks, plan, 0.6)
+    out = attend(*given, plan, 0.6, sinks=sinks)
     expected = dense(*given, plan, 0.6, sinks=sinks)
     there = (segments.tokens().group_ids >= 0)[:, None, :, None]
     torch.testing.assert_close(torch.where(there, out, 0), expected, rtol=1e-12, atol=1e-13)
@@ -238,9 +272,10 @@ def test_host_code_of_gpus(segments, groups, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
-def test_the_operators_of_gpus_take_these_arguments():
+@pytest.mark.parametrize("function", [causal_mask_function, sliding_window_causal_mask_function(3)])
+def test_the_operators_of_gpus_take_these_arguments(function):
     """Shapes and dtypes through torch's own description of its flash attention, on tensors without values."""
-    plan = plan_of(SEGMENTS)
+    plan = plan_of(SEGMENTS, function)
     q = torch.empty(1, 4, SEGMENTS.width, 64, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(1, 2, SEGMENTS.width, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
     out, lse = two_calls._OnCUDA.forward(q, k, v, plan, 0.125)

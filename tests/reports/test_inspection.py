@@ -103,6 +103,22 @@ def test_a_letter_of_several_tokens_is_readable() -> None:
     assert [token.text for token in cut.candidates[0].tokens][:2] == ["\ufffd", "\ufffd"], "half a letter is none"
 
 
+def test_of_long_texts_a_terminal_shows_both_ends() -> None:
+    rows = [{"prompt": "a cat", "completions": [" ".join(["cat"] * 100), "sat"]}]
+    found = inspect_file(rows, PUBLISHED, TOKENIZER, limits={"max_completion_length": 90}, progress=False)
+    candidate = found.examples[0].candidates[0]
+    scored, cut = (sum(map(kind, candidate.tokens)) for kind in (lambda t: t.scored, lambda t: t.cut))
+    assert (scored, cut) == (90, len(candidate.tokens) - 90)
+    shown = inspection_text(found, PUBLISHED)
+    (line,) = [line.strip() for line in shown.splitlines() if line.strip().startswith("[cat|")]
+    kept, away = line.removeprefix("[").split("]{")
+    assert kept.count("|") == 52
+    assert "| ... 38 more ... |" in kept
+    assert away.endswith("</s>}"), "what is cut has brackets of its own"
+    page = inspection_page(found, PUBLISHED)
+    assert page.count('class="t scored"') >= 90, "the page has all of it"
+
+
 def test_degenerate_files(tmp_path: Path) -> None:
     plain = inspect_file([{"prompt": "a", "completions": ["b", "c"]}], PUBLISHED, TOKENIZER, progress=False)
     assert plain.gaps is None
@@ -113,6 +129,11 @@ def test_degenerate_files(tmp_path: Path) -> None:
     ties = inspect_file([{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]}], PUBLISHED, progress=False)
     assert ties.gaps is not None
     assert (ties.gaps.suggested, ties.gaps.suggested_kept) == (0.0, 0.0)
+    coarse = [{"prompt": "a", "completions": ["b", "c"], "rewards": [0.75, 0.25]}]
+    equal = inspect_file(coarse, PUBLISHED, progress=False)
+    assert equal.gaps is not None
+    assert (equal.gaps.suggested, equal.gaps.suggested_kept) == (0.25, 1.0), "a margin of 0.5 would keep no pair"
+    assert "reward_margin 0.25, half the lower quartile of the" in inspection_text(equal, PUBLISHED)
     bad = write(tmp_path / "bad.jsonl", [*ROWS, {"prompt": "a", "completions": [""]}])
     found = inspect_file(str(bad), PUBLISHED, progress=False)
     assert (found.records, len(found.bad)) == (3, 1)

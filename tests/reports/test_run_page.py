@@ -34,8 +34,8 @@ def test_a_run_leaves_a_page_with_the_cards_figures(tmp_path: Path, capsys: pyte
         assert found is not None, name
         assert f"| {name} | {found[2]} |" in card, name
     assert "pairs dropped as noise" in text
-    assert ">max_steps</th><td>6</td>" in text
-    assert ">eval_samples</th><td>2</td>" in text, "what may differ when a run is resumed was given all the same"
+    assert ">max_steps</dt><dd>6</dd>" in text
+    assert ">eval_samples</dt><dd>2</dd>" in text, "what may differ when a run is resumed was given all the same"
     assert ">report_to<" not in text, "a default of the command line"
     assert text.count("after step 0") == text.count("after step 6") == 2, "both ends of each prompt's answers"
     assert "shows what lies between" not in text
@@ -48,7 +48,10 @@ def test_a_run_leaves_a_page_with_the_cards_figures(tmp_path: Path, capsys: pyte
         tmp_path,
     )
     assert seen == "true,1,true,5"
-    assert cli.main(command(tmp_path, "--overwrite", max_steps=1, eval_fraction=0)) == 0
+    assert cli.main(command(tmp_path, "--overwrite", max_steps=1, eval_fraction=0, hub_token="hf_secret")) == 0
+    shown = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".html", ".json", ".md", ".jsonl")]
+    assert len(shown) > 3
+    assert not [path for path in shown if "hf_secret" in path.read_text(encoding="utf-8")]
     text = page.read_text(encoding="utf-8")
     assert "No held-out set: not evaluated." in text
     assert "eval_samples: 3 writes them" in text

@@ -152,7 +152,7 @@ def test_scoring_a_file(tmp_path: Path, make: Any, layout: str) -> None:
     rows = make_rows(8)
     expected = score_file(rows, tmp_path / "padded.jsonl", RewardModel(model, TOKENIZER), progress=False)
     joined = RewardModel(model, TOKENIZER, layout=layout)
-    assert joined.layout == ("shared" if layout == "auto" else layout)
+    assert joined.layout == layout
     got = score_file(rows, tmp_path / "joined.jsonl", joined, batch_size=5, progress=False)
     for one, other in zip(got.records, expected.records, strict=True):
         assert one.rewards == pytest.approx(other.rewards, rel=1e-5, abs=1e-5)

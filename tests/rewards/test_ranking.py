@@ -16,11 +16,14 @@ import clha_fast
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord, RecordError, read_records
 from clha_fast.hf import rank
+from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.rewards.policy import Policy
 from clha_fast.rewards.ranking import rank_file
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.scoring import score_records
 from tests.support.adapters import BODY, lora_config, stir
+from tests.support.architecture_configs import shrink
+from tests.support.architectures import build
 from tests.support.reward_models import by_length, spread
 from tests.support.tiny import make_model, make_rows, make_tokenizer, own_scores
 
@@ -152,3 +155,43 @@ def test_a_reward_model_orders_by_its_rewards(tmp_path: Path) -> None:
     assert tied.agreement(by_reward=True) == (1.5, 2)
     with pytest.raises(ValueError, match="max_prompt_length: expected none with a reward model"):
         rank_file(rows, tmp_path / "no.jsonl", judge, max_prompt_length=3, progress=False)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "auto"])
+def test_a_prompt_is_computed_once_for_all_answers(layout: str) -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    prompt, answers = "say 3: on a mat and then a dog ran", ["the cat sat", "rain", "a dog ran over it with joy"]
+    expected = rank(model, TOKENIZER, prompt, answers)
+    ran: list[int] = []
+    handle = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: ran.append(args[0].numel()))
+    found = rank(model, TOKENIZER, prompt, answers, layout=layout)
+    handle.remove()
+    assert found.order == expected.order
+    assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+    feature = RankedCollator(TOKENIZER).tokenize_record(RankedRecord(prompt, tuple(answers)))
+    own = sum(map(len, feature["completion_ids"]))
+    assert ran[-1] == own + len(feature["prompt_ids"]) * (3 if layout == "packed" else 1)
+
+
+def test_rows_that_a_model_does_not_compute_are_refused() -> None:
+    model = build(shrink("bloom", False))
+    tokenizer = make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    with pytest.raises(UnsupportedLayoutError, match="BloomAttention"):
+        rank(model, tokenizer, "say", ["a cat", "rain"], layout="shared")
+    assert rank(model, tokenizer, "say", ["a cat", "rain"], layout="auto") == rank(
+        model, tokenizer, "say", ["a cat", "rain"]
+    )
+
+
+@pytest.mark.parametrize("layout", ["shared", "auto"])
+def test_a_file_in_shared_rows(tmp_path: Path, layout: str) -> None:
+    model = spread(make_model(len(TOKENIZER)))
+    records = [RankedRecord(row["prompt"], tuple(row["completions"]), source="test") for row in make_rows(6)]
+    files = []
+    for name in ("padded", layout):
+        judge = Policy(model, TOKENIZER, name)
+        files.append(rank_file(records, tmp_path / name, judge, batch_size=5, progress=False))
+    for one, other in zip(files[0].rankings, files[1].rankings, strict=True):
+        assert one.order == other.order
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)

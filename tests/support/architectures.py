@@ -62,7 +62,8 @@ class Result:
         nats, relative: the largest differences of log-probabilities and of a parameter's gradient, over its norm.
         felt: by how much log-probabilities are off when the transform is left out, in nats; None without one.
         tied: whether input and output embedding are one parameter. aux_loss: whether there was a router's loss.
-        packed, shared: `layouts.short` of these rows; "" where they were not tried.
+        packed, shared: `layouts.short` of these rows; "" where they were not tried. in_two_calls: those of the two that
+            are right without masks.
     """
 
     model_type: str
@@ -77,6 +78,7 @@ class Result:
     aux_loss: bool = False
     packed: str = ""
     shared: str = ""
+    in_two_calls: list[str] = dataclasses.field(default_factory=list)
     parameters: int = 0
     seconds: float = 0.0
 
@@ -209,7 +211,11 @@ def check(model_type: str, variant: str) -> Result:
     result = compare(model, info, result)
     if variant == VARIANTS[0] and result.outcome == RIGHT:
         layouts.usual_attention(model.eval())
-        result.packed, result.shared = (layouts.short(layouts.judge(model, layout)) for layout in layouts.LAYOUTS)
+        judged = {layout: layouts.judge(model, layout) for layout in layouts.LAYOUTS}
+        result.packed, result.shared = map(layouts.short, judged.values())
+        result.in_two_calls = [
+            layout for layout, found in judged.items() if found.outcome == layouts.RIGHT and found.in_two_calls
+        ]
     return result
 
 
@@ -319,8 +325,10 @@ def render(results: list[Result]) -> str:
     routers = len({r.model_type for r in right if r.aux_loss})
     versions = f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}"
     total = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    two_calls = Counter(layout for r in results for layout in r.in_two_calls)
     of_layouts = "; ".join(
-        f"{layout} rows: {', '.join(f'{found[outcome]} {outcome}' for outcome in layouts.OUTCOMES)}"
+        f"{layout} rows: {', '.join(f'{found[outcome]} {outcome}' for outcome in layouts.OUTCOMES)}, of the right ones "
+        f"{two_calls[layout]} in two calls without masks"
         for layout, found in joins.items()
     )
     return f"""# Architectures

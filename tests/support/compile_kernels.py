@@ -52,7 +52,9 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     x, n, v, h = POINTERS[dtype], N, V, WIDTH.get(variant, H)
     ones = variant == "ones"
     if ones:
-        n = v = h = 1
+        n = v = 1
+        # The host gives the persistent backward multiples of 16 alone (`Head.is_persistent_backward`).
+        h = 16 if kernel.startswith("persistent") and "grad" in kernel else 1
     bias, softcap = "bias" in variant, "softcap" in variant
     partial = variant == "partial" or kernel.endswith("_partial")
     common = {"bias_ptr": x if bias else None, "V": v, "H": h, "stride_weight_v": h, "stride_weight_h": 1}
@@ -89,7 +91,7 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     blocks = -(-v // ROUTE_WORDS)
     sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
     # The second block on: it is 1, too.
-    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 512}
+    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4}
     sizes |= {"part_words": 1024}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
@@ -247,11 +249,11 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
         if kernel in ("combine", "count", "prompts", "finish")
         else head_arguments(kernel, arch, dtype, variant, launch)
     )
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
     signature, constants, attributes = specialise(kernel, values, launch)
     source = ASTSource(KERNELS[kernel], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
-    usage = _amd(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
+    usage = amd_usage(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
     return {
         "kernel": kernel,
         "arch": arch,
@@ -265,7 +267,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     }
 
 
-def _amd(assembly: str) -> dict[str, Any]:
+def amd_usage(assembly: str) -> dict[str, Any]:
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly).group(1))
 
@@ -277,6 +279,8 @@ def _amd(assembly: str) -> dict[str, Any]:
         "fma": len(re.findall(r"\bv_(?:pk_)?fma\w*_f32", assembly)),
         "vectors": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
         "tma": 0,
+        "reductions": len(re.findall(r"\b(?:global|buffer)_atomic_add_f32 (?!.*\bsc0\b)", assembly)),
+        "atomics": len(re.findall(r"\b(?:global|buffer|flat)_atomic_\w+ .*\bsc0\b", assembly)),
         "maxreg": 0,
         "instructions": len(re.findall(r"^\s+[vs]_\w+", assembly, re.MULTILINE)),
     }
@@ -294,6 +298,8 @@ def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
         "fma": len(re.findall(r"\bFFMA2?\b", sass)),
         "vectors": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b", sass)),
+        "reductions": len(re.findall(r"\bREDG?\.E\.ADD\.F32", sass)),
+        "atomics": len(re.findall(r"\bATOM[G.]", sass)),
         "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/ +[A-Z@]", sass)),
     }

@@ -29,7 +29,7 @@ from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.types import STATISTICS, Factors, Gradients, LossResult
 from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
-from tests.support.compile_kernels import nvidia_registers
+from tests.support.compile_kernels import amd_usage, nvidia_registers
 from tests.support.fake_gpu import FakeGPU
 
 RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
@@ -338,11 +338,19 @@ def specialisations(gpu: FakeGPU) -> list[dict[str, Any]]:
                     if params[path[0]].is_constexpr or value is None
                 },
                 "shared": compiled.metadata.shared,
-                "matrix": bool(re.search(r"\b(?:wgmma|mma\.sync|tcgen05\.mma)", compiled.asm["ptx"])),
-                **nvidia_registers(compiled.asm["cubin"]),
+                **made(compiled.asm),
             }
         )
     return rows
+
+
+def made(asm: dict[str, Any]) -> dict[str, Any]:
+    """Whether matrix units are used; registers, and what spills take."""
+    if "cubin" not in asm:
+        usage = amd_usage(asm["amdgcn"])
+        return {"matrix": usage["matrix"] > 0, "local": usage["spills"]} | {k: usage[k] for k in ("registers", "stack")}
+    matrix = bool(re.search(r"\b(?:wgmma|mma\.sync|tcgen05\.mma)", asm["ptx"]))
+    return {"matrix": matrix, **nvidia_registers(asm["cubin"])}
 
 
 MIB = 2**20
@@ -385,7 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", choices=("quick", "full", "shapes", "sizes", "memory"), default="quick")
     parser.add_argument("--backend", choices=("triton", "workspace"), default="")
-    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100))
+    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100, 942), help="942: AMD's gfx942")
     parser.add_argument("--no-compile", action="store_true")
     given = parser.parse_args()
     compiles = not (given.no_compile or given.cases == "memory")

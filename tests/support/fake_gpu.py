@@ -26,8 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clha_fast import ops
 from tests.support.no_gpu import told
 
-# Multiprocessors and shared memory a program (bytes) of an A100, an H200 and a B200.
-DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
+# Multiprocessors and shared memory a program (bytes) of an A100, an H200, a B200 and an MI300X, AMD's gfx942.
+DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024), 942: (304, 64 * 1024)}
 # What brings values to the host, or makes a shape of them.
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "bincount", "item")
 
@@ -211,7 +211,7 @@ class FakeGPU(TorchDispatchMode):
             limit = DEVICES[self.capability][1]
             if compiled.metadata.shared > limit:
                 raise LaunchError(f"{name}: {compiled.metadata.shared} bytes of shared memory of {limit}")
-            if compiled.metadata.global_scratch_size:
+            if getattr(compiled.metadata, "global_scratch_size", 0):
                 raise LaunchError(f"{name}: wants scratch memory from triton.set_allocator")
         self.launches.append((name, tuple(grid), compiled))
         return compiled
@@ -252,7 +252,7 @@ class _Driver:
     """What the compiler and the launcher ask a Triton driver for."""
 
     def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+        self._target = GPUTarget("hip", "gfx942", 64) if capability == 942 else GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target

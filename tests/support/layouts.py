@@ -17,7 +17,7 @@ from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.measure import measure_head
-from clha_fast.models.segment_masks import UnsupportedLayoutError
+from clha_fast.models.segment_masks import IN_TWO_CALLS, UnsupportedLayoutError
 from clha_fast.objectives.sft import SFTOptions
 from tests.support.architecture_configs import FREE_TOKENS
 
@@ -30,12 +30,16 @@ NATS, RELATIVE = 5e-4, 2e-3
 
 @dataclass
 class Found:
-    """outcome: one of `OUTCOMES`. reason: why it is not right. nats, relative: the largest differences."""
+    """outcome: one of `OUTCOMES`. reason: why it is not right. nats, relative: the largest differences.
+
+    in_two_calls: whether it ran without masks.
+    """
 
     outcome: str
     reason: str = ""
     nats: float = 0.0
     relative: float = 0.0
+    in_two_calls: bool = False
 
     @property
     def exact(self) -> bool:
@@ -124,6 +128,7 @@ def judge(model: nn.Module, layout: str) -> Found:
     try:
         with clha_fast.attach(model, SFTOptions(), layout=layout) as attached:
             attached.token_logps(pack(texts(), layout))  # a first batch
+            found.in_two_calls = model in IN_TWO_CALLS
     except UnsupportedLayoutError as error:
         found = Found(REFUSED, str(error))
     try:

@@ -25,15 +25,17 @@ def _set_device_guard() -> None:
 
 @contextlib.contextmanager
 def told(capability: int, multiprocessors: int) -> Iterator[None]:
-    """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100)."""
+    """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100), or AMD's gfx942 (942)."""
     _set_device_guard()
     known = {"multi_processor_count": multiprocessors, "total_memory": 80 * 2**30}
-    properties = SimpleNamespace(name=f"sm_{capability}, not there", **known)
+    is_amd = capability == 942
+    name = "gfx942" if is_amd else f"sm_{capability}"
+    properties = SimpleNamespace(name=f"{name}, not there", gcnArchName=name, **known)
     facts = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
         "current_device": lambda: 0,
-        "get_device_capability": lambda device=None: divmod(capability, 10),
+        "get_device_capability": lambda device=None: divmod(94 if is_amd else capability, 10),
         "get_device_properties": lambda device=None: properties,
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
@@ -42,4 +44,5 @@ def told(capability: int, multiprocessors: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, fact in facts.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, fact))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "6.4" if is_amd else None))
         yield

@@ -106,12 +106,18 @@ def test_auto_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
         assert trainer(tmp_path, layout="auto").layout == "shared"
-        assert said() == ["layout auto: shared, each prompt is computed once"]
+        (text,) = said()
+        assert text.startswith("layout auto: shared, each prompt is computed once (shared rows run ")
         # Prompts of a few tokens before long answers.
         rows = [{"prompt": "a", "completions": [" ".join(WORDS), " ".join(WORDS[::-1])]} for _ in range(4)]
         assert trainer(tmp_path, rows=rows, layout="auto").layout == "padded"
         (text,) = said()
-        assert text.startswith("layout auto: padded (shared rows would leave 9")
+        assert text.startswith("layout auto: padded (shared rows run ")
+        assert text.endswith("%, and pay up to 90%)")
+        # One answer a prompt: there is nothing to share.
+        rows = [{"prompt": " ".join(WORDS), "completions": ["a cat"]} for _ in range(4)]
+        assert trainer(tmp_path, rows=rows, layout="auto", objective="sft").layout == "padded"
+        assert "100%" in said()[0]
         bloom = shrink("bloom", False)
         bloom.vocab_size = len(TOKENIZER)
         made = trainer(tmp_path, build(bloom), layout="auto")

@@ -102,7 +102,7 @@ def test_auto(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = trainer(tmp_path / "b", llama(), rows=long[:1]).train_dataset
     (prompt,) = [data[0]]
     shared = len(prompt.texts[0][0]) + sum(prompt.response_lengths)
-    assert data.shared_tokens(9) == shared / (len(prompt.rows) * max(map(len, prompt.rows)))
+    assert data.count_tokens(9) == (len(prompt.rows) * max(map(len, prompt.rows)), shared)
     single = [{"prompt": "a", "completions": ["joy " * 30, "rain " * 30]}]
     assert trainer(tmp_path / "c", llama(), rows=single, layout="auto").layout == "padded"
     assert trainer(tmp_path / "d", bert(), rows=long, layout="auto").layout == "padded"

@@ -100,6 +100,17 @@ def test_evaluation_leaves_no_prompt_out(tmp_path: Path, size: int) -> None:
     assert len(dropping.predict(dropping.eval_dataset).predictions) == len(dropping.eval_dataset)
 
 
+def test_a_second_call_logs_its_own_steps(tmp_path: Path) -> None:
+    """Weights stand still, so the second call's line, of the same two steps, is that of the first."""
+    ours = trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
+    lines = []
+    for _ in range(2):
+        ours.train()
+        lines += [line for line in ours.state.log_history if "loss" in line]
+    for name in ("loss", "rewards/accuracies", "rewards/margins"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-6), name
+
+
 def test_rewards_far_apart_and_nan() -> None:
     rewards = torch.tensor([-1e4, 1e4], requires_grad=True)
     loss = bradley_terry(rewards, torch.tensor([0]), torch.tensor([1]), torch.tensor([1])).sum()

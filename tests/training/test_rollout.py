@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,23 @@ def test_reward_rises(tmp_path: Path) -> None:
     assert before["eval_reward"] < 1 < 3 < after["eval_reward"]
     assert after["eval_reward"] == sum(after["rewards"]) / 3
     assert any(line.get("clip_share", 0) > 0 for line in ours.state.log_history)
+
+
+def test_a_second_call_trains_on_answers_of_its_own(tmp_path: Path) -> None:
+    """The first call samples for two steps and makes one; what is left are answers of a policy that was."""
+    judged: list[int] = []
+
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        judged.append(len(records))
+        return vowels(records, answers)
+
+    ours = trainer(tmp_path, reward=reward, max_steps=1, rollout_steps=2, logging_steps=1)
+    for calls in (1, 2):
+        ours.train()
+        assert len(judged) == calls
+        assert ours.state.global_step == 1
+        (line,) = [line for line in ours.state.log_history if "loss" in line]
+        assert line["ratio"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -197,12 +215,16 @@ def test_stop_texts(tmp_path: Path) -> None:
     assert ours._text(prompt, [1]) == ("", True)
 
 
-def test_equal_rewards_train_nothing(tmp_path: Path) -> None:
+def test_equal_rewards_train_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     ours = trainer(tmp_path, reward=lambda records, answers: [[1.0] * len(texts) for texts in answers], max_steps=2)
     before = weights(ours.model)
     ours.train()
     for name, tensor in weights(ours.model).items():
         assert torch.equal(tensor, before[name]), name
+    assert "nothing was trained" not in caplog.text, "steps were taken"
+    trainer(tmp_path, max_steps=0).train()
+    assert "train: nothing was trained; no step was asked for" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -212,6 +234,8 @@ def test_equal_rewards_train_nothing(tmp_path: Path) -> None:
             lambda r, a: [[0.0] for _ in a],
             r"reward: expected 2 lists of 5 numbers, one an answer, got lists of \[1, 1\]",
         ),
+        (lambda r, a: None, "reward: expected 2 lists of 5 numbers, one an answer, got None"),
+        (lambda r, a: [["good"] * len(t) for t in a], r"reward: expected 2 lists of 5 numbers, .* got \[\['good'"),
         (lambda r, a: [[math.nan] * len(t) for t in a], "reward: expected finite numbers"),
     ],
 )

@@ -134,6 +134,18 @@ def test_accumulation_is_a_mean_of_micro_batches(tmp_path: Path, preset: str) ->
     assert_same_gradients(ours.model, expected_grads)
 
 
+def test_a_second_call_logs_its_own_steps(tmp_path: Path) -> None:
+    """The third step of the first call is in no line; the first line of the second is of two steps all the same."""
+    ours = trainer(tmp_path, rows=make_rows(12), max_steps=3, logging_steps=2)
+    tokens = []
+    for _ in range(2):
+        ours.train()
+        (line,) = [line for line in ours.state.log_history if "loss" in line]
+        assert line["rank_loss"] + line["sft_loss"] == pytest.approx(line["loss"], rel=1e-5)
+        tokens.append(line["num_tokens"])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("normalizer", ["batch", "global"])
 @pytest.mark.parametrize("count", [5, 7])
 def test_terms_add_up_to_the_loss_where_steps_differ(tmp_path: Path, normalizer: str, count: int) -> None:

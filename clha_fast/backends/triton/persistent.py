@@ -36,6 +36,7 @@ class PersistentBackward(Backward):
             if self.parts > 1:
                 padded, width = self.drows.shape
                 self.drows = self.drows.new_empty(self.parts * padded, width)
+            self.drows.zero_()
 
     def _parts(self, chunk: Chunk) -> int:
         """Equal parts of a chunk's words, so that few tokens keep the device busy; no more than the first chunk's."""

@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.triton.backward import WORKSPACE_BYTES, Active, sum_rows
-from clha_fast.backends.triton.head import Head, gather, round_up, tiles
+from clha_fast.backends.triton.head import Head, gather, programs, round_up, tiles
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, Needs
 from csrc_triton import routed, routing
 
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
 _MASS_SCALE = 2.0**15
+# Programs of dhidden that run at once on a multiprocessor: the lengths of their segments are chosen for so many.
+_RESIDENT = 2
+
+
+def segments_together(segments: int, tiles_h: int, multiprocessors: int) -> int:
+    """How many segments of tokens one program of dhidden takes, for its tile of H: all programs run at once, if so.
+
+    The longer, the more pairs share a load of the weight.
+    """
+    return max(1, tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)))
 
 
 def routed_backward(
@@ -229,7 +239,9 @@ class _Routed:
         head, config = self.head, self.head.config("routed_hidden_grad")
         vocabulary, width = head.weight.shape
         del config["GROUP"]
-        routed.routed_hidden_grad_kernel[(self.ends.shape[1] * tiles(width, config["BLOCK_H"]),)](
+        segments, tiles_h = self.ends.shape[1], tiles(width, config["BLOCK_H"])
+        span = segments_together(segments, tiles_h, programs(drows.device))
+        routed.routed_hidden_grad_kernel[(tiles(segments, span) * tiles_h,)](
             self.dlogits,
             head.weight,
             drows,
@@ -238,11 +250,13 @@ class _Routed:
             first,
             count,
             self.capacity,
-            self.ends.shape[1],
+            segments,
+            span,
             vocabulary,
             width,
             *head.weight.stride(),
             EVEN_H=width % config["BLOCK_H"] == 0,
+            WIDE=head.is_wide,
             PRECISION=head.flags["PRECISION"],
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
