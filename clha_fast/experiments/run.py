@@ -61,8 +61,6 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-# Of whatever http client it has.
-_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 # Settings that change what is written or said, never the weights: a run may be resumed with other ones.
 _NEUTRAL = (
     *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name"),
