@@ -21,7 +21,8 @@ from clha_fast.types import Factors, Gradients, HeadInputs, LossResult, Needs, R
 
 _HEAD, _ALL = len(HEAD), len(HEAD) + len(RANKING)
 _RESULT, _FACTORS = len(LossResult._fields), len(Factors._fields)
-_SWEPT = len(Gradients._fields) + _FACTORS
+_HEAD_GRADIENTS = len(Gradients._fields)
+_SWEPT = _HEAD_GRADIENTS + _FACTORS
 _SLOPES = LossResult._fields.index("slopes")
 
 
@@ -148,7 +149,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.swept = call.backend in SWEEPING and any(call.needs)
     ctx.vocabulary = call.inputs.weight.shape[0] if call.keeps_factors else None
     if ctx.swept:
-        ctx.save_for_backward(*output[_RESULT:])
+        swept = output[_RESULT:]
+        ctx.save_for_backward(*(swept[:-_FACTORS] if ctx.vocabulary is None else swept))
     else:
         ctx.save_for_backward(*call.inputs, *output[_SLOPES:_RESULT])
 
@@ -184,10 +186,11 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     if type(grad_loss) is Tensor and torch.is_grad_enabled():
         # They are plain results of the forward: as part of a graph they would count as constants, silently.
         refuse_second(f"linear_loss: backend {ctx.backend!r}")
-    *saved, left, right, unit = ctx.saved_tensors
-    gradients = [g if need else None for g, need in zip(saved, needs, strict=True)]
+    saved = ctx.saved_tensors
+    gradients = [g if need else None for g, need in zip(saved[:_HEAD_GRADIENTS], needs, strict=True)]
     if ctx.vocabulary is None or not needs[1]:
         return _times(ctx, gradients, grad_loss, eager)
+    left, right, unit = saved[_HEAD_GRADIENTS:]
     # The largest first: what is rounded from the others is not there yet. A batch of upstream gradients is multiplied
     # in below, and needs it wide.
     batched = type(grad_loss) is Tensor and not eager

@@ -310,6 +310,26 @@ def test_an_inert_candidates_nan_goes_nowhere(budget):
     torch.testing.assert_close(poisoned_dweight, dweight, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("width", [1, 3, 8, 16])
+@pytest.mark.parametrize("budget", [None, 1, 400, 10**6])
+def test_gradients_of_any_count_beside_any_store(width, budget):
+    """Fewer tokens than the store has rows, as many as the weight's gradient takes, and more; some have none."""
+    for count in range(1, 40, 3):
+        torch.manual_seed(count)
+        hidden, weight = torch.randn(count, width, dtype=torch.float64), torch.randn(130, width, dtype=torch.float64)
+        targets, upstream = torch.randint(0, 130, (count,)), torch.randn(count, dtype=torch.float64)
+        targets[::4] = -100
+        for upstream_now in (upstream, torch.where(torch.arange(count) % 3 == 1, 0.0, upstream)):
+            found = []
+            for backend in ("torch", "reference"):
+                leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+                head = HeadOptions(workspace_bytes=budget)
+                logps = token_logps(*leaves, targets, backend=backend, head=head)
+                found.append(torch.autograd.grad(logps, leaves, upstream_now))
+            for ours, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("budget", [None, 400])

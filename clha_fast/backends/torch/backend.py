@@ -93,9 +93,10 @@ class _Sweep(TorchHead):
         if self.weight_is_fresh and self.dweight is not None:
             count, width = tokens.numel(), self.weight.shape[1]
             # What the gradient cannot take goes to the store, with some more: products of 16 n tokens are faster.
-            most = width if count <= width else max(count - self.capacity, count - aligned(count - width))
+            most = width if count <= width else max(0, count - self.capacity, count - aligned(count - width))
             guests = tokens[:most]
-            parts.append((guests, self.dweight[:, : guests.numel()]))
+            if most:
+                parts.append((guests, self.dweight[:, : guests.numel()]))
             tokens = tokens[guests.numel() :]
         if tokens.numel():
             words, count = self.weight.shape[0], tokens.numel()
