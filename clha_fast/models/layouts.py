@@ -71,17 +71,9 @@ class RowLayouts:
         """
         check_layout(layout, "auto")
         if layout == "auto":
-            try:
-                self.settle("shared")
-                logger.info(
-                    "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes "
-                    "shared rows as rows alone)",
-                    100 * PAYS,
-                    type(self._model).__name__,
-                )
-            except UnsupportedLayoutError as error:
-                layout = "padded" if self._spread is None else self.settle("padded")
-                logger.info("layout auto: padded (%s)", error)
+            layout = settle_auto(self._model, self.settle)
+            if layout == "padded" and self._spread is not None:
+                self.settle(layout)
         elif self._spread is not None:
             self._settle_spread(layout, self._spread)
         elif layout != "padded":
@@ -204,6 +196,22 @@ class RowLayouts:
             with self._around():
                 self._probe.compare(features, got, looked_at)
             self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
+
+
+def settle_auto(model: nn.Module, settle: Callable[[str], str]) -> str:
+    """`auto` where `settle("shared")` passes, whose batches are then counted one by one, else `padded`; it is said."""
+    try:
+        settle("shared")
+    except UnsupportedLayoutError as error:
+        logger.info("layout auto: padded (%s)", error)
+        return "padded"
+    logger.info(
+        "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes shared rows as "
+        "rows alone)",
+        100 * PAYS,
+        type(model).__name__,
+    )
+    return "auto"
 
 
 def check_no_virtual_tokens(model: nn.Module, layout: str) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clha_fast.batching.segments import PAYS, check_layout, joined_rows
+from clha_fast.batching.segments import check_layout, joined_rows
 from clha_fast.models.adapters import base_model
 from clha_fast.models.embedding import input_embedding_weight
 from clha_fast.models.forward import MODEL_FIELDS, SEGMENT_FIELDS, first_position, split_segments
-from clha_fast.models.layouts import RowLayouts, check_no_virtual_tokens
+from clha_fast.models.layouts import RowLayouts, check_no_virtual_tokens, settle_auto
 from clha_fast.models.segment_masks import IN_TWO_CALLS, UnsupportedLayoutError, segmented
 from clha_fast.rewards.rows import configured, drift_of, pad_rows, padded_rewards
-
-logger = logging.getLogger("clha_fast")
 
 Text = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt, and of one response
 # What transformers' classifiers on decoders call the module that scores every token.
@@ -146,18 +143,7 @@ class JoinedRewards:
         """
         check_layout(layout, "auto")
         if layout == "auto":
-            try:
-                self.settle("shared")
-                self.layout = "auto"
-                logger.info(
-                    "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes "
-                    "shared rows as rows alone)",
-                    100 * PAYS,
-                    type(self._model).__name__,
-                )
-            except UnsupportedLayoutError as error:
-                self.layout = "padded"
-                logger.info("layout auto: padded (%s)", error)
+            self.layout = settle_auto(self._model, self.settle)
         elif layout != "padded":
             check_no_virtual_tokens(self._model, layout)
             self._scores = _TokenScores(self._model)
