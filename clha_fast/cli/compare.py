@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from clha_fast.cli.evaluate import add_reward_arguments, evaluation_of
+from clha_fast.cli.evaluate import add_reward_arguments, check_out, evaluation_of
 from clha_fast.cli.guard import guarded
 from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import read_records
@@ -14,7 +15,7 @@ from clha_fast.evaluation.comparison import compare as compare_evaluations
 from clha_fast.evaluation.comparison import comparison_table
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import Evaluation
-from clha_fast.files import check_destination, write_json
+from clha_fast.files import write_json
 from clha_fast.generation.answers import read_answers
 
 DESCRIPTION = (
@@ -43,8 +44,7 @@ def compare(words: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.out is not None:
-        check_destination(args.out, resume=True, overwrite=args.overwrite)
+    check_out(args)
     measured = {path: _read(path) for path in (args.a, args.b)}
     answers = [path for path, found in measured.items() if found is None]
     if answers and args.references is None:
@@ -57,12 +57,14 @@ def _run(args: argparse.Namespace) -> int:
     if answers:
         check_extra()
         records = read_records(args.references, args.format)
+        checks: dict[str, Any] = {}  # one check of a reward model does for both
         for path in answers:
-            measured[path] = evaluation_of(read_answers(path), records, args)
-    found = compare_evaluations(*(measured[path] for path in (args.a, args.b)))  # type: ignore[arg-type]
-    print(f"A             {args.a}\nB             {args.b}\n{comparison_table(found)}")
+            measured[path] = found = evaluation_of(read_answers(path), records, args, checks)
+            checks = found.checks
+    both = compare_evaluations(*(measured[path] for path in (args.a, args.b)))  # type: ignore[arg-type]
+    print(f"A             {args.a}\nB             {args.b}\n{comparison_table(both)}")
     if args.out is not None:
-        write_json(args.out, {"a": args.a, "b": args.b, **found.as_dict()})
+        write_json(args.out, {"a": args.a, "b": args.b, **both.as_dict()})
         print(f"\nall figures   {args.out}")
     return 0
 

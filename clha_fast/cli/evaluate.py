@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
@@ -117,12 +117,11 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         raise ValueError("--references: expected a file of ranked responses to measure against, got none")
     if args.answers is None and args.model is None:
         raise ValueError("ANSWERS: expected a file of answers, or --model that answers first, got neither")
-    made = None if args.answers is not None else _answers_path(args)
-    if args.out is not None:
-        check_destination(args.out, resume=True, overwrite=args.overwrite)
+    made = _answers_path(args) if args.answers is None and args.out is not None else None
+    check_out(args)
     loaders, check = reward_loaders(args), reward_check_of(args)
     records = read_records(args.references, args.format, columns=columns)[: args.limit]
-    given = None if made is not None else read_answers(args.answers)
+    given = None if args.answers is None else read_answers(args.answers)
     print(f"references    {args.references}: {len(records):,} prompts", flush=True)
     model: dict[str, Any] = {}
     about: dict[str, Any] = {"references": args.references, "answers": args.answers, "model": args.model}
@@ -134,7 +133,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         about["answer_prefix"] = settings.answer_prefix
         model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
         model["layout"] = args.layout
-        if made is None:
+        if given is not None:
             say_prefix(args, settings)
         else:
             found = answer(args, backend, records, settings, made)
@@ -160,9 +159,21 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     return 0
 
 
+def check_out(args: argparse.Namespace) -> None:
+    """What --out demands before hours of work, and what is about it alone.
+
+    Raises:
+        ValueError: --resume or --overwrite without it. OSError: as `check_destination`.
+    """
+    if args.out is not None:
+        check_destination(args.out, resume=True, overwrite=args.overwrite)
+        return
+    for name in ("resume", "overwrite"):
+        if getattr(args, name, False):
+            raise ValueError(f"--{name}: expected --out, whose files it is about, got none")
+
+
 def _answers_path(args: argparse.Namespace) -> str:
-    if args.out is None:
-        raise ValueError("--out: expected a file beside which the answers are kept, got none")
     path = f"{args.out.removesuffix('.json')}.answers.jsonl"
     if os.path.isfile(path) and not args.overwrite:
         raise FileExistsError(f"{path}: holds answers already; give it as ANSWERS to measure it, or overwrite=True")
@@ -171,14 +182,18 @@ def _answers_path(args: argparse.Namespace) -> str:
 
 
 def evaluation_of(
-    answers: Sequence[Answer], records: Sequence[RankedRecord], args: argparse.Namespace
+    answers: Sequence[Answer],
+    records: Sequence[RankedRecord],
+    args: argparse.Namespace,
+    checks: Mapping[str, Mapping[str, Any]],
 ) -> report.Evaluation:
-    """Answers measured with `add_reward_arguments`' options."""
+    """Answers measured with `add_reward_arguments`' options; `checks` as `report.evaluate`."""
     return report.evaluate(
         records,
         answers,
         reward_models=reward_loaders(args),
         reward_check=reward_check_of(args),
+        checks=checks,
         batch_size=args.batch_size,
         progress=True,
         about={"references": args.references},

@@ -10,7 +10,7 @@ from typing import Any
 from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import Parser
+from clha_fast.cli.text import Parser, check_positive
 from clha_fast.data import FORMATS
 from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.files import check_destination
@@ -72,10 +72,7 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
     Raises:
         ValueError: a value out of range.
     """
-    for name in ("batch_size", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+    check_positive(args, ("batch_size", "limit"))
     if args.seed is not None and not args.temperature:
         raise ValueError(f"--seed: expected none with temperature 0, which draws nothing, got {args.seed}")
     return GenerationSettings(
@@ -101,7 +98,7 @@ def answer(
     backend: TransformersBackend,
     records: Sequence[Prompted],
     settings: GenerationSettings,
-    destination: str,
+    destination: str | None,
     processes: Processes = ALONE,
 ) -> Generation:
     """`generate_answers`, with what is to be said before and after."""
@@ -118,7 +115,9 @@ def answer(
         overwrite=args.overwrite,
         processes=processes,
     )
-    print(f"written       {destination}: {_result_text(found, settings)}", flush=True)
+    place = "written" if destination else "not kept"
+    where = destination or "for want of --out"
+    print(f"{place:<14}{where}: {_result_text(found, settings)}", flush=True)
     return found
 
 

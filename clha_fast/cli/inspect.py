@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import Parser, with_dashes
+from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import FORMATS
 from clha_fast.files import check_destination, write_text
 from clha_fast.models.loading import config_positions, load_tokenizer
@@ -50,11 +50,9 @@ def inspect(words: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace PAGE.html")
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))
-    for name in ("limit", *_LENGTHS):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
-        if value is not None and name in _LENGTHS and args.model is None:
+    check_positive(args, ("limit", *_LENGTHS))
+    for name in _LENGTHS:
+        if getattr(args, name) is not None and args.model is None:
             raise ValueError(f"--{name.replace('_', '-')}: expected --model, whose tokens these are, got none")
     records = 3 if args.records is None else args.records
     if records < 0:
@@ -63,6 +61,8 @@ def inspect(words: Sequence[str]) -> int:
         raise ValueError("--records: expected --model, whose tokens are shown, got none")
     if args.html is not None:
         check_destination(args.html, overwrite=args.overwrite)
+    elif args.overwrite:
+        raise ValueError("--overwrite: expected --html, whose file it is about, got none")
     objective = CLHAOptions(reward_margin=args.reward_margin, reward_floor=args.reward_floor)
     tokenizer = None if args.model is None else load_tokenizer(args.model, "model")
     found = inspect_file(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clha_fast.cli import names
-from clha_fast.cli.text import complain
+from clha_fast.cli.text import complain, speak, ways_to_need_less
 from clha_fast.messages import nearest
 
 FAILED, USER_ERROR = 1, 2
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
+    speak()  # until the command has options
     show = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
     # What a user can cause has a message that is a whole sentence; anything else is a bug and keeps its traceback.
@@ -116,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         complain(
             name,
-            f"out of memory ({reason}); smaller batches, shorter limits (max_length), layout='shared' and fewer bytes "
-            "a number (bfloat16) take less, and `clha-fast plan` says what a step needs; what was saved is still there",
+            f"out of memory ({reason}); {ways_to_need_less()}`clha-fast plan` says what a step needs; what was saved "
+            "is still there",
         )
         return FAILED
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from clha_fast.cli.names import PRINTING, OptionError, unknown
+from clha_fast.cli.text import speak
 from clha_fast.experiments.run import RunOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT
@@ -205,6 +206,7 @@ def collect(
     Raises:
         OptionError, OSError: as `read_config` and `read_flags`.
     """
+    speak(lambda: ({name: f"--{name}" for name in hints}, False))
     words, options = list(words), dict(base or {})
     for at, word in enumerate(words):
         name, equals, path = word.partition("=")

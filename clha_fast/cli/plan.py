@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from clha_fast.batching.segments import LAYOUTS
+from clha_fast.batching.segments import LAYOUTS, RowTokens
 from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.models.loading import adapter_config
 from clha_fast.planning.plan import GIB, Load, Plan, table, ways_to_fit
@@ -87,7 +87,12 @@ def parser() -> _Parser:
     option("--prompt", type=int, metavar="N", help="tokens of a prompt (default: as a response)")
     option("--response", type=int, metavar="N", help="tokens of a response (default: from --tokens)")
     option("--prompts", type=int, metavar="N", help="prompts of a micro-batch (default: from --tokens, or 1)")
-    option("--layout", choices=LAYOUTS, default="padded", help="of the rows (default padded)")
+    option(
+        "--layout",
+        choices=(*LAYOUTS, "auto"),
+        default="padded",
+        help="of the rows (default padded); auto: shared or padded, as training counts",
+    )
     option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights")
     option(
         "--lora-rank", type=int, metavar="R", help="train adapters alone (default: all weights, or a folder's adapter)"
@@ -170,7 +175,8 @@ def _load(args: argparse.Namespace) -> Load:
         else:
             prompts = args.tokens // known
     prompt = response if args.prompt is None else args.prompt
-    return Load(1 if prompts is None else prompts, args.candidates, prompt, response, args.layout)
+    layout = RowTokens.of([(prompt, [response] * args.candidates)]).layout if args.layout == "auto" else args.layout
+    return Load(1 if prompts is None else prompts, args.candidates, prompt, response, layout)
 
 
 def _switches(args: argparse.Namespace, source: Source) -> Switches:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import Progress, carry_out, few_text, folder_text, model_text, write_page
+from clha_fast.cli.runs import Progress, carry_out, few_text, folder_text, layout_line, model_text, write_page
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
@@ -107,6 +107,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         "held out": _data_text(trainer.eval_dataset) + few_text(len(trainer.eval_dataset))
         if run.held_out
         else "no held-out set",
+        **layout_line(run),
         "folder": folder_text(run),
     }
     return lines

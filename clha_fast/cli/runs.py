@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
+from clha_fast.cli.text import complain
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
@@ -42,6 +43,12 @@ def model_text(run: Run) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
     return f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}"
+
+
+def layout_line(run: Run) -> dict[str, str]:
+    """Of which layout the rows are that the model runs; {} where none was asked for."""
+    asked, layout = run.args.layout, run.trainer.layout
+    return {} if asked == "padded" else {"layout": f"{layout} rows{', as auto counts' if asked == 'auto' else ''}"}
 
 
 class Progress(TrainerCallback):
@@ -159,7 +166,7 @@ def carry_out(
     except CheckpointError as error:
         with contextlib.suppress(OSError):  # the same disk
             run.write_metrics()
-        print(f"clha-fast {command}: {error}", file=sys.stderr)
+        complain(command, str(error))
         return FAILED
     finally:
         if bars:

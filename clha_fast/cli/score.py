@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import Parser, rows_text
-from clha_fast.data import FORMATS, RankedRecord, read_records
+from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
+from clha_fast.cli.text import Parser, check_positive, rows_text
+from clha_fast.data import RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
-from clha_fast.models.layouts import LAYOUT_CHOICES
-from clha_fast.models.loading import DTYPES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.processes import Processes
@@ -29,7 +28,6 @@ DESCRIPTION = (
 )
 # Options that one of the two has, by attribute.
 _REWARDS = ("label", "rank_by_reward", "reward_margin", "reward_floor", "plot")
-_LIMITS = ("max_prompt_length", "max_completion_length")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,32 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a causal language model instead: writes reference_logps, each response's summed log-probability, for "
         "clha-fast train --reference file",
     )
-    parser.add_argument("--label", type=int, metavar="N", help="which logit is the reward, where there are several")
-    parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="responses a forward pass (default 16)")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and response (default: the model's limit; with --policy none, as in training: give both "
-        "the same)",
-    )
-    parser.add_argument("--max-prompt-length", type=int, metavar="N", help="of --policy: as in training")
-    parser.add_argument("--max-completion-length", type=int, metavar="N", help="of --policy: as in training")
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUT_CHOICES,
-        help="padded (default), a row a response; packed, all in one; shared, a prompt once before its "
-        "responses; auto, shared where the model computes it and it pays",
+    add_scoring_arguments(
+        *(parser, "response", "DST", "--policy"),
+        "default: the checkpoint's own, auto; of --policy float32, as in training",
     )
     parser.add_argument("--rank-by-reward", action="store_true", help="write each record's responses best first")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from DST.partial")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST (and, without --resume, DST.partial)")
-    parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
-    parser.add_argument(
-        "--dtype",
-        help=f"{', '.join(DTYPES)} (auto: the checkpoint's own, the default; of --policy float32, as in training)",
-    )
     parser.add_argument("--reward-margin", type=float, metavar="R", help="of the noise rule (default 3)")
     parser.add_argument("--reward-floor", type=float, metavar="R", help="of the SFT gate (default 0)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the reward gaps of all pairs")
@@ -105,15 +82,12 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if (args.reward_model is None) == (args.policy is None):
         got = "neither" if args.policy is None else "both"
         raise ValueError(f"--reward-model: expected either --reward-model or --policy, got {got}")
-    ours, others = ("--reward-model", _LIMITS) if args.policy is None else ("--policy", _REWARDS)
+    ours, others = ("--reward-model", LIMITS[1:]) if args.policy is None else ("--policy", _REWARDS)
     for name in others:
         value = getattr(args, name)
         if value is not None and value is not False:
             raise ValueError(f"--{name.replace('_', '-')}: expected none beside {ours}, got {value}")
-    for name in ("batch_size", "max_length", *_LIMITS):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+    check_positive(args, ("batch_size", *LIMITS))
     processes.choose_device(args.device)
     return _score_rewards(args, processes) if args.policy is None else _score_policy(args, processes)
 
@@ -139,7 +113,7 @@ def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
         args.destination,
         policy,
         batch_size=args.batch_size,
-        **{name: getattr(args, name) for name in ("max_length", *_LIMITS)},
+        **{name: getattr(args, name) for name in LIMITS},
         resume=args.resume,
         overwrite=args.overwrite,
         processes=processes,

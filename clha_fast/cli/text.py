@@ -5,15 +5,49 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from clha_fast.messages import nearest
 from clha_fast.processes import joined
 
+# A setting with its value as Python writes it, not inside a call. JSON and other mappings stay as they are.
+_SETTING = r"(?<![\w./=-])(?<!\w\()({names})=(True|'[^'\s]*'|-?\d+(?:\.\d+)?)"
+# (option by the library's name of the setting, whether options are spelled otherwise than settings).
+Spelling = Callable[[], tuple[Mapping[str, str], bool]]
+
+
+def _as_they_are() -> tuple[dict[str, str], bool]:
+    return {}, False
+
+
+_options: Spelling = _as_they_are
+
+
+def speak(options: Spelling = _as_they_are) -> None:
+    """Whose options messages name from now on, those of the command that this process runs."""
+    global _options
+    _options = options
+
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are a sentence each, with the option that may have been meant."""
+    """One whose errors are a sentence each, with the option that may have been meant.
+
+    Attributes:
+        also: what else the library calls an option or an argument, with the words for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.also: dict[str, str] = {}
+        speak(self._spelled)
+
+    def _spelled(self) -> tuple[dict[str, str], bool]:
+        found = dict(self.also)
+        for action in self._actions:  # of two options that set one thing (--x, --no-x) the first
+            metavar = action.metavar if isinstance(action.metavar, str) else action.dest
+            found.setdefault(action.dest, action.option_strings[0] if action.option_strings else metavar)
+        return found, True
 
     def error(self, message: str) -> NoReturn:
         """As `argparse.ArgumentParser`, without the usage in front."""
@@ -37,8 +71,52 @@ def with_dashes(words: Sequence[str]) -> list[str]:
 
 
 def as_flags(text: str) -> str:
-    """A message of the library in the words of the command line: `overwrite=True` is ``--overwrite`` there."""
-    return re.sub(r"\b(resume|overwrite)=True\b", r"--\1", text)
+    """A message of the library in the words of the running command.
+
+    `overwrite=True` is ``--overwrite`` there, `layout='shared'` is ``--layout shared``. Where options are spelled
+    otherwise than settings, a setting in front of the message, and one with an underscore anywhere in it, is an option,
+    too: `max_length: expected ...` is about ``--max-length``. Paths are left alone.
+    """
+    spelled, otherwise = _options()
+    flags = {name: flag for name, flag in spelled.items() if flag.startswith("-")}
+
+    def option(found: re.Match[str]) -> str:
+        value = found[2].strip("'")
+        return flags[found[1]] if value == "True" else f"{flags[found[1]]} {value}"
+
+    if flags:
+        text = re.sub(_SETTING.format(names="|".join(map(re.escape, flags))), option, text)
+    if otherwise:
+        name, colon, rest = text.partition(":")
+        text = spelled.get(name, name) + colon + rest
+        long = [name for name in flags if "_" in name]
+        if long:
+            name = rf"(?<![\w./'\"=-])({'|'.join(map(re.escape, long))})(?![\w/'\"=(-]|\.\w)"
+            text = re.sub(name, lambda found: flags[found[1]], text)
+    return text
+
+
+def ways_to_need_less() -> str:
+    """The part of a sentence about those of the running command's options that save memory; "" of none."""
+    spelled, _ = _options()
+    ways = {
+        "per_device_train_batch_size": "smaller batches (per_device_train_batch_size)",
+        "batch_size": "smaller batches (batch_size)",
+        "max_length": "shorter limits (max_length)",
+        "max_new_tokens": "shorter answers (max_new_tokens)",
+        "layout": "layout='shared'",
+        "dtype": "dtype='bfloat16'",
+    }
+    found = ", ".join(way for name, way in ways.items() if name in spelled)
+    return f"{found}: each takes less; " if found else ""
+
+
+def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """ValueError for an option of these that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
 
 
 def rows_text(asked: str | None, layout: str) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from clha_fast.cli.defaults import defaults_text
 from clha_fast.cli.devices import backend_text, device_text
 from clha_fast.cli.options import collect, split
-from clha_fast.cli.runs import carry_out, few_text, folder_text, model_text, write_page
+from clha_fast.cli.runs import carry_out, few_text, folder_text, layout_line, model_text, write_page
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
@@ -50,7 +50,7 @@ loss      --objective NAME and its settings as --objective.SETTING VALUE (in YAM
           --normalizer batch|global  --temperature  --backend auto|triton|workspace|torch|reference  --workspace_mb MIB
           --max_dropped_mass D (softmax mass that a token's gradient may leave out; none by default)
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
-          --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
+          --max_tokens_per_batch (that run, padding among them, in per_device_train_batch_size's place)
           --layout padded|packed|shared|auto (a row a response; all in one row; a prompt once before its responses)
           --dataset_num_proc (processes that tokenise)
 training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
@@ -109,6 +109,7 @@ def header(run: Run) -> dict[str, str]:
             if held_out is None
             else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out) + few_text(held_out.prompts)
         ),
+        **layout_line(run),
         "folder": folder_text(run),
     }
     if train.gaps and isinstance(options, CLHAOptions):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
-from clha_fast.evaluation.report import RAW, REWARD, TOTAL, Column, Evaluation, Figure, figures_of, shown
+from clha_fast.evaluation.report import NO_SUBSET, RAW, REWARD, TOTAL, Column, Evaluation, Figure, figures_of, shown
 from clha_fast.evaluation.tables import table
 from clha_fast.generation.answers import occurrences
 
@@ -189,7 +189,7 @@ def comparison_table(found: Comparison) -> str:
     alone = f"{found.only_a:,} prompts stand in A alone, {found.only_b:,} in B alone"
     lines = [f"{found.prompts:,} prompts in common; {alone}"]
     for part, here in found.differences.items():
-        lines.append(f"\n{part or '(no subset)'}")
+        lines.append(f"\n{part or NO_SUBSET}")
         for name, wins in found.wins[part].items():
             lines.append(
                 f"win rate of A by {name}: {shown(wins.rate, 3)} ({wins.wins:,} won, {wins.ties:,} tied, "

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clha_fast.evaluation.report import FIGURES, REWARD, TOTAL, Figure, figures_of
+from clha_fast.evaluation.report import FIGURES, NO_SUBSET, REWARD, TOTAL, Figure, figures_of
 
 
 def shown(found: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -38,7 +38,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], subsets: Sequence[str]) -> str:
     text = []
     if main:
         places = [(part, name) for part in (*subsets, TOTAL) for name in main]
-        header = ["n", "method", *(f"{part}: {figure_named(name).title}" for part, name in places)]
+        header = ["n", "method", *(f"{part or NO_SUBSET}: {figure_named(name).title}" for part, name in places)]
         text.append(_pipes(header, [_cells(row, places) for row in rows]))
     beside = [name for name in present if name not in main]
     titles = [figure_named(name).title for name in beside]

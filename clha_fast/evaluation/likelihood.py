@@ -40,6 +40,7 @@ def candidate_scores(
     backend: Any = "auto",
     layout: str = "padded",
     progress: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[list[list[float]], list[list[int]]]:
     """(s_i of Eq. 3, nats a token; |y_i|, tokens) of every response of every record.
 
@@ -52,6 +53,7 @@ def candidate_scores(
         answer_prefix: what the model's answers begin with (Chain of Hindsight's marker); read, not scored. A response
             follows after a blank.
         backend, layout: as `clha_fast.attach`.
+        notes: gets sentences about what the limits have cut, and which rows `auto` has taken.
 
     Raises:
         ValueError, UnsupportedHeadError, UnsupportedLayoutError, BackendError: as `RankedCollator.tokenize_record` and
@@ -61,15 +63,19 @@ def candidate_scores(
     limit = positions_of(model) if max_length is None else max_length
     collator = RankedCollator(tokenizer, objective, limit, max_prompt_length, drop_inert=False)
     features: list[CandidateFeature] = []
+    prompts = responses = shared = 0
     for record in records:
-        feature = _behind(collator, record, answer_prefix) if answer_prefix else collator.tokenize_record(record)
+        counted = _behind(collator, record, answer_prefix) if answer_prefix else collator.tokenize_counted(record)
+        feature, prompt_cut, cut = counted
+        prompts, responses = prompts + prompt_cut, responses + cut
         features.append({**feature, "rewards": None})  # not needed, and not all records may have them
     scores: list[list[float]] = [[] for _ in records]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
     bar = logging.tqdm(total=len(records), desc="Log-probabilities", unit=" prompts", disable=not progress)
+    batches = _batches(features, batch_size)
     with bar, attach(model, objective, backend=backend, layout=layout) as attached, torch.no_grad():
-        for numbers in _batches(features, batch_size):
+        for numbers in batches:
             batch = pack_candidates(
                 [features[number] for number in numbers],
                 pad_token_id=int(pad),
@@ -77,6 +83,7 @@ def candidate_scores(
                 drop_inert=False,
                 layout=attached.layout,
             ).to(model.device)
+            shared += batch.segments is not None
             found = model(**batch.as_dict()).metrics.scores.tolist()
             for number in numbers:
                 completions = features[number]["completion_ids"]
@@ -91,20 +98,30 @@ def candidate_scores(
         if not all(map(math.isfinite, own)):
             expected = "finite log-probabilities of its responses"
             raise RecordError.of(record.source, "model", expected, own)
+    if notes is not None and prompts + responses:
+        limits = {"max_length": limit, "max_prompt_length": max_prompt_length}
+        most = ", ".join(f"{name} {value:,}" for name, value in limits.items() if value is not None)
+        notes.append(
+            f"likelihood and ranking: {prompts:,} of {len(records):,} prompts and {responses:,} responses were cut "
+            f"({most})"
+        )
+    if notes is not None and layout == "auto":
+        notes.append(f"likelihood and ranking: auto took shared rows for {shared:,} of {len(batches):,} batches")
     return scores, [[len(ids) for ids in feature["completion_ids"]] for feature in features]
 
 
-def _behind(collator: RankedCollator, record: RankedRecord, prefix: str) -> CandidateFeature:
-    """The record's tokens with a prefix between prompt and responses, on the prompt's side."""
+def _behind(collator: RankedCollator, record: RankedRecord, prefix: str) -> tuple[CandidateFeature, int, int]:
+    """As `RankedCollator.tokenize_counted`, with a prefix between prompt and responses, on the prompt's side."""
     begun = tuple(f"{prefix}{'' if text[0].isspace() else ' '}{text}" for text in record.completions)
-    feature = collator.tokenize_record(dataclasses.replace(record, completions=begun))
+    feature, prompt_cut, cut = collator.tokenize_counted(dataclasses.replace(record, completions=begun))
     own = collator.tokenize_beginning(record, prefix)
     for number, ids in enumerate(feature["completion_ids"]):
         if list(ids[: len(own)]) != own or len(ids) == len(own):
             expected = f"a response with tokens of its own behind {prefix!r}"
             raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
     behind = [list(ids[len(own) :]) for ids in feature["completion_ids"]]
-    return {**feature, "prompt_ids": [*feature["prompt_ids"], *own], "completion_ids": behind}
+    prompt = [*feature["prompt_ids"], *own]
+    return {**feature, "prompt_ids": prompt, "completion_ids": behind}, prompt_cut, cut
 
 
 def _batches(features: Sequence[CandidateFeature], rows: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ from clha_fast.generation.answers import Answer, occurrences
 from clha_fast.rewards.reward_model import RewardModel
 
 TOTAL = "Total"
+NO_SUBSET = "(no subset)"
 REWARD, RAW = "reward: ", "raw reward: "
 Column = list[float | None]
 
@@ -107,9 +108,17 @@ class Evaluation:
     about: dict[str, Any] = field(default_factory=dict)
 
     def parts(self) -> dict[str, list[int]]:
-        """Subset -> positions of its prompts; last `TOTAL`, all prompts: a mean over prompts, not over subsets."""
+        """Subset -> positions of its prompts; last `TOTAL`, all prompts: a mean over prompts, not over subsets.
+
+        A subset that is called like another column of the tables is called "... (subset)".
+        """
         names = list(dict.fromkeys(self.subsets))
-        found = {name: [k for k, own in enumerate(self.subsets) if own == name] for name in names if names != [""]}
+        found: dict[str, list[int]] = {}
+        for name in names if names != [""] else ():
+            called = name
+            while called in (TOTAL, NO_SUBSET) or (called != name and called in names):
+                called += " (subset)"
+            found[called] = [k for k, own in enumerate(self.subsets) if own == name]
         return {**found, TOTAL: list(range(len(self.prompts)))}
 
     def figures(self) -> dict[str, dict[str, Estimate]]:
@@ -184,6 +193,7 @@ def evaluate(
     *,
     reward_models: Mapping[str, Callable[[], RewardModel]] | None = None,
     reward_check: Sequence[RankedRecord] | None = None,
+    checks: Mapping[str, Mapping[str, Any]] | None = None,
     model: Any = None,
     tokenizer: Any = None,
     noise_rule: str = "abs",
@@ -203,6 +213,7 @@ def evaluate(
         reward_models: name -> what loads it; each is loaded, used and dropped before the next. One whose held-out pair
             accuracy does not lie above 0.5 with its whole interval adds no column, but a note.
         reward_check: ranked records to measure reward models on; None takes the references.
+        checks: of an earlier evaluation with the same reward models, records and batch size, taken as they are.
         model, tokenizer: a causal language model, for likelihood and ranking (`likelihood.candidate_scores`).
         noise_rule, reward_margin: which pairs are kept. max_prompt_length, answer_prefix: of the model's prompts.
         batch_size: rows of a forward pass. layout: of the model's rows, as `clha_fast.attach` has it.
@@ -217,7 +228,7 @@ def evaluate(
     records, subsets = list(references), [subset_of(record) for record in references]
     values: dict[str, Column] = {}
     notes: list[str] = []
-    checks: dict[str, dict[str, Any]] = {}
+    checked: dict[str, dict[str, Any]] = {}
     texts: list[str] = []
     if answers is not None:
         paired = pair_answers(answers, records)
@@ -227,9 +238,10 @@ def evaluate(
         values = text_values(paired)
         for name, load in (reward_models or {}).items():
             held_out = references if reward_check is None else reward_check
-            checks[name], columns = _rewarded(name, load(), records, texts, held_out, batch_size, progress)
+            known = (checks or {}).get(name)
+            checked[name], columns = _rewarded(name, load, records, texts, held_out, known, batch_size, progress)
             values |= columns
-        notes += [check["refused"] for check in checks.values() if check["refused"]]
+        notes += [check["refused"] for check in checked.values() if check["refused"]]
     if model is not None:
         scores, tokens = candidate_scores(
             model,
@@ -240,6 +252,7 @@ def evaluate(
             max_prompt_length=max_prompt_length,
             answer_prefix=answer_prefix,
             progress=progress,
+            notes=notes,
         )
         values |= likelihood_values(records, scores, tokens, noise_rule=noise_rule, reward_margin=reward_margin)
     found = Evaluation(
@@ -247,7 +260,7 @@ def evaluate(
         subsets,
         [_reference_hash(record) for record in records],
         values,
-        checks=checks,
+        checks=checked,
         notes=notes,
         about={**(about or {}), "noise_rule": noise_rule, "reward_margin": reward_margin},
     )
@@ -259,22 +272,23 @@ def evaluate(
 
 def _rewarded(
     name: str,
-    reward_model: RewardModel,
+    load: Callable[[], RewardModel],
     records: Sequence[RankedRecord],
     texts: Sequence[str],
     held_out: Sequence[RankedRecord],
+    known: Mapping[str, Any] | None,
     batch_size: int,
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, Column]]:
     """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed."""
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    check = check_reward_model(name, held_out, reward_model, **settings)
-    kept = {
-        "fingerprint": reward_model.fingerprint(),
-        "accuracy": check.accuracy.as_dict(),
-        "refused": check.refused,
-    }
-    if check.refused:
+    kept = dict(known or {})
+    reward_model = None if kept.get("refused") else load()
+    if reward_model is not None and not kept:
+        check = check_reward_model(name, held_out, reward_model, **settings)
+        kept["fingerprint"] = reward_model.fingerprint()
+        kept |= {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
+    if reward_model is None or kept["refused"]:
         return kept, {}
     rewards, raw = answer_rewards(records, texts, reward_model, **settings)
     return kept, {REWARD + name: [*rewards], RAW + name: raw}
@@ -317,7 +331,7 @@ def evaluation_table(evaluation: Evaluation, figures: Mapping[str, Mapping[str, 
         for name, figure in made.items()
     ]
     counts = ["prompts", *(f"{len(chosen):,}" for chosen in evaluation.parts().values())]
-    lines = [table(["", *(part or "(no subset)" for part in figures)], [counts, *rows])]
+    lines = [table(["", *(part or NO_SUBSET for part in figures)], [counts, *rows])]
     lines += _sentences(evaluation, figures[TOTAL])
     return "\n".join(lines)
 

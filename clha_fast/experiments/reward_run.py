@@ -19,7 +19,8 @@ from clha_fast.files import write_json
 from clha_fast.models.loading import adapter_config, build_model, load_classifier
 from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.training.reward_data import PairedDataset
-from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer, prompt_results, reward_limit
+from clha_fast.training.reward_trainer import METRICS, RewardConfig, RewardTrainer, prompt_results, reward_limit
+from clha_fast.training.validation import SPEEDS, check_best_metric
 
 REWARD_FILE = "reward_model.json"
 CHANCE = 0.5
@@ -60,6 +61,7 @@ class RewardRun(Run):
     fresh: list[str]
 
     def _check_settings(self) -> None:
+        check_best_metric(self.args.metric_for_best_model, (*METRICS, *SPEEDS))
         if self.options.eval_file is not None or self.options.eval_fraction != 0:
             import_scipy()  # before hours of training
 

@@ -197,7 +197,7 @@ class Run:
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
 
     def _check_best_metric(self) -> None:
-        own = self.args.loss_options().metric_names
+        own = self.args.measured_options().metric_names
         check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:

@@ -93,7 +93,7 @@ class Generation:
 def generate_answers(
     records: Sequence[Prompted],
     backend: GenerationBackend,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None,
     settings: GenerationSettings | None = None,
     *,
     batch_size: int = 8,
@@ -111,6 +111,7 @@ def generate_answers(
     come first: memory fails at once or never.
 
     Args:
+        destination: None, for a process alone, writes and keeps nothing.
         settings: None is greedy, with the lengths of `GenerationSettings`.
         batch_size: prompts in a batch.
         resume: continue what an earlier run with the same settings has left; nothing left is a new run.
@@ -132,14 +133,18 @@ def generate_answers(
         raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
     if not records:
         raise RecordError("prompts: expected at least one, got none")
-    check_destination(destination, resume=resume, overwrite=overwrite)
+    path = None if destination is None else os.fspath(destination)
+    if path is not None:
+        check_destination(path, resume=resume, overwrite=overwrite)
+    elif processes.world > 1 or resume:
+        what = "to resume" if resume else f"in which {processes.world} processes read each other's answers"
+        raise ValueError(f"destination: expected a file {what}, got None")
     encoded = encode_prompts(records, backend.tokenizer, settings, backend.max_positions)
     rows = list(dict.fromkeys(encoded.prompts))
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    path = os.fspath(destination)
     journal = Journal(
-        f"{path}.partial",
+        None if path is None else f"{path}.partial",
         _identity(records, encoded, settings, backend, batch_size),
         batches,
         resume,
@@ -160,7 +165,7 @@ def generate_answers(
         for record, row in zip(records, encoded.prompts, strict=True):
             text, finish = journal.values[place[row]]
             answers.append(Answer(record.prompt, text, finish, subset_of(record), record.template))
-        if not processes.rank:
+        if path is not None and not processes.rank:
             write_answers(path, answers, overwrite=overwrite)
             journal.remove()
         processes.gather("written")

@@ -23,7 +23,7 @@ from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.loading import DTYPES, check_vocabulary, find_device, fingerprint, load_model, load_tokenizer
 from clha_fast.models.positions import positions_of
 from clha_fast.processes import ALONE, Processes
-from clha_fast.rewards.run import Row, ScoringRun, as_records, families, whole_records
+from clha_fast.rewards.run import Row, ScoringRun, as_records, families
 
 _SIGNALS = ("reference_logps", "reference_tokens")
 
@@ -206,9 +206,7 @@ class PolicyRun(ScoringRun):
         self.policy, self.limits = policy, limits
         # What a record brings of an earlier policy's is replaced, and not held to these tokens.
         collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
-        super().__init__(records, policy.model, collator, batch_size, progress)
-        if policy.layout in ("shared", "auto"):
-            self.batches = whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
+        super().__init__(records, policy.model, collator, batch_size, progress, policy.layout)
         positions, longest = policy.max_positions, max((len(row.tokens) for row in self.rows), default=0)
         if positions is not None and longest > positions:
             raise ValueError(
@@ -217,8 +215,7 @@ class PolicyRun(ScoringRun):
             )
 
     def settings(self) -> dict[str, Any]:
-        layout = self.policy.layout
-        return {**self.limits, **({} if layout == "padded" else {"layout": layout})}
+        return dict(self.limits)
 
     def fingerprint(self) -> str:
         return fingerprint(self.policy.model)

@@ -21,6 +21,7 @@ from clha_fast.files import Journal, RunIdentity, write_lines
 from clha_fast.processes import ProcessError, Processes
 from clha_fast.rewards.rows import read_as_text
 
+_SHARING = ("shared", "auto")  # layouts in which responses may stand behind one prompt
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 
@@ -47,7 +48,8 @@ class ScoringRun:
     """The token rows of all responses, cut into batches of like length.
 
     Args:
-        model: the one that scores. collator: what tokenises the records, and cuts them.
+        model: the one that scores. collator: what tokenises the records, and cuts them. layout: of the rows that run;
+            where responses share a prompt, those of a record stand side by side.
 
     Attributes:
         truncated: records of which something was cut.
@@ -60,20 +62,27 @@ class ScoringRun:
     scorer: ClassVar[str]  # what the model is called
 
     def __init__(
-        self, records: list[RankedRecord], model: Any, collator: RankedCollator, batch_size: int, progress: bool
+        self,
+        records: list[RankedRecord],
+        model: Any,
+        collator: RankedCollator,
+        batch_size: int,
+        progress: bool,
+        layout: str,
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
         self.records = records
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size, self.layout = batch_size, layout
         self.rows: list[Row] = []
         self.places: list[tuple[str, int]] = []  # the record and response that a row is from
         self.rows_of: list[list[int]] = []  # positions of the rows of each record
         self.truncated = 0
         self._tokenise(collator, progress and len(records) > _LARGE)
-        order = sorted(range(len(self.rows)), key=lambda index: -len(self.rows[index].tokens))
-        self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        lengths = [len(row.tokens) for row in self.rows]
+        rows_of = self.rows_of if layout in _SHARING else [[row] for row in range(len(self.rows))]
+        self.batches = whole_records(rows_of, lengths, batch_size)
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers beside model, data and batches."""
@@ -111,6 +120,7 @@ class ScoringRun:
             "batch_size": self.batch_size,
             "device": self.model.device.type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            **({} if self.layout == "padded" else {"layout": self.layout}),
             **self.settings(),
         }
         data = {
@@ -212,7 +222,7 @@ class ScoringRun:
 
 def families(rows: Sequence[Row], layout: str) -> list[list[Row]]:
     """Neighbours with one prompt, which share it where `layout` does; else each row alone."""
-    if layout not in ("shared", "auto"):
+    if layout not in _SHARING:
         return [[row] for row in rows]
     return [list(same) for _, same in itertools.groupby(rows, key=lambda row: row.prompt)]
 

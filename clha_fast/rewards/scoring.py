@@ -16,7 +16,7 @@ from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import reward_collator
-from clha_fast.rewards.run import Row, ScoringError, ScoringInterrupted, ScoringRun, as_records, whole_records
+from clha_fast.rewards.run import Row, ScoringError, ScoringInterrupted, ScoringRun, as_records
 
 __all__ = [
     "RewardModel",
@@ -159,14 +159,10 @@ class RewardRun(ScoringRun):
         self.reward_model = reward_model
         self.max_length = reward_model.default_max_length if max_length is None else max_length
         collator = reward_collator(reward_model.tokenizer, self.max_length)
-        super().__init__(records, reward_model.model, collator, batch_size, progress)
-        if reward_model.layout in ("shared", "auto"):
-            self.batches = whole_records(self.rows_of, [len(row.tokens) for row in self.rows], batch_size)
+        super().__init__(records, reward_model.model, collator, batch_size, progress, reward_model.layout)
 
     def settings(self) -> dict[str, Any]:
-        layout = self.reward_model.layout
-        told = {} if layout == "padded" else {"layout": layout}
-        return {"max_length": self.max_length, "label": self.reward_model.label or 0, **told}
+        return {"max_length": self.max_length, "label": self.reward_model.label or 0}
 
     def fingerprint(self) -> str:
         return self.reward_model.fingerprint()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -74,6 +74,8 @@ class CLHAConfig(TRLNames, TrainingArguments):
             that this trainer does not carry (Liger's kernels, label smoothing, batches dispatched by one process).
     """
 
+    # Whether no other objective than the default one is taken.
+    one_objective: ClassVar[bool] = False
     # A text of these is JSON.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012 - not a field
 
@@ -160,6 +162,11 @@ class CLHAConfig(TRLNames, TrainingArguments):
         return CLHAOptions.preset(self.preset).replace(
             **{name: value for name, value in changes.items() if value is not None}
         )
+
+    def measured_options(self) -> Objective:
+        """`loss_options` with all metrics that are logged, those of `log_token_statistics` among them."""
+        options = self.loss_options()
+        return options.watched() if self.log_token_statistics else options
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -108,7 +108,7 @@ def settle(config: Any) -> None:
     if config.preset != "published":
         given["preset"] = config.preset
     if name != DEFAULT:
-        _refuse_clha(name, given)
+        _refuse_clha(name, given, alone=config.one_objective)
         config.objective = plain(make({"name": name, **settings}))
         return
     config.objective = DEFAULT
@@ -126,13 +126,14 @@ def settle(config: Any) -> None:
         setattr(config, field, value)
 
 
-def _refuse_clha(name: str, given: Mapping[str, Any]) -> None:
+def _refuse_clha(name: str, given: Mapping[str, Any], alone: bool) -> None:
+    """`alone`: no other objective will do."""
     for field, value in given.items():
         own = settings_of(name)
         way = f"objective={{'name': {name!r}, {field!r}: {value!r}}} sets its own (--objective.{field} {value})"
         if field not in own:
             have = f"has {', '.join(own)}" if own else "has no settings"
-            way = f"leave it out, or objective='clha' ({name!r} {have})"
+            way = f"leave it out{'' if alone else ', or objective=' + repr(DEFAULT)} ({name!r} {have})"
         raise ValueError(
             f"{field}: expected none with objective={name!r}, for it is a setting of CLHA's, got {value!r}; {way}"
         )

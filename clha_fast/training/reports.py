@@ -47,7 +47,7 @@ class ReportingTrainer(CheckpointingTrainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        check_best_metric(self.args.metric_for_best_model, metrics)
+        check_best_metric(self.args.metric_for_best_model, [name for name in metrics if name.startswith("eval_")])
         return super()._determine_best_metric(metrics, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

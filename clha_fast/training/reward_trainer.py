@@ -29,6 +29,7 @@ from clha_fast.training.layout import COUNTED, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.validation import (
     NO_LOGITS,
+    SPEEDS,
     check_arguments,
     check_best_metric,
     check_loading,
@@ -76,7 +77,6 @@ class RewardConfig(TrainingArguments):
         check_machine(self)
         check_loading(self)
         check_schedule(self)
-        check_best_metric(self.metric_for_best_model, METRICS)
         for name in ("max_length", "pad_to_multiple_of", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -166,6 +166,8 @@ class RewardTrainer(CheckpointingTrainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(args, RewardConfig, kwargs, ("data_collator", *NO_LOGITS), "the trainer has its own")
+        parts = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+        check_best_metric(args.metric_for_best_model, [part + name for part in parts for name in (*METRICS, *SPEEDS)])
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         tokenizer = processing_class

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class RolloutConfig(CLHAConfig):
         ValueError: as `CLHAConfig`; fewer than two answers a prompt; a setting that has no meaning here.
     """
 
+    one_objective: ClassVar[bool] = True
     objective: dict[str, Any] | str | None = field(default="policy", metadata={"help": "policy, or with settings."})
     normalizer: str = field(default="global", metadata={"help": "batch or global."})
     max_prompt_length: int | None = field(default=384, metadata={"help": "Tokens, cut on the left."})

@@ -101,8 +101,11 @@ def describe(
 ) -> list[dict[str, Any]]:
     """One line of the file for each prompt: step, index, prompt, completion, tokens, finished (it ended by itself).
 
-    Texts are without special tokens.
+    A completion is without special tokens. A prompt has those of a chat template, whose words alone would be taken for
+    the prompt's own; a BOS in front of a text is left out.
     """
+    # What decoding leaves out: of a template's marks most have no name, and are not among `all_special_ids`.
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     lines = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         text = tokenizer.decode(list(answer), skip_special_tokens=True)
@@ -110,7 +113,7 @@ def describe(
             {
                 "step": step,
                 "index": index,
-                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=True),
+                "prompt": tokenizer.decode(list(prompt), skip_special_tokens=special.isdisjoint(prompt[1:])),
                 "completion": text,
                 "tokens": len(answer),
                 "finished": bool(answer) and answer[-1] in ends,

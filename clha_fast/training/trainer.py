@@ -138,7 +138,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             self.head_options = self.head_info.options(
                 args.temperature, workspace_bytes=budget, max_dropped_mass=args.max_dropped_mass
             )
-            measured = self.loss_options.watched() if args.log_token_statistics else self.loss_options
+            measured = args.measured_options()
             self._forward = CandidateForward(
                 inner,
                 self.head_info,

@@ -22,6 +22,8 @@ from transformers.training_args import OptimizerNames
 from clha_fast.data.records import shorten
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 
+# What `Trainer` itself says of an evaluation.
+SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 # Arguments of `Trainer` that would be given logits.
 NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _LEAST = {
@@ -146,10 +148,10 @@ def check_best_metric(name: str | None, metrics: Iterable[str]) -> None:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {name!r}")
 
 
-def evaluation_metrics(own: Sequence[str] = ()) -> list[str]:
+def evaluation_metrics(own: Sequence[str] | Mapping[str, str] = ()) -> list[str]:
     """What an evaluation of `CLHATrainer` with one dataset is known to hold; `own` are the objective's metrics."""
     metrics = CLHAMetrics(torch.zeros(len(METRIC_NAMES) + len(own)), torch.zeros(0), names=own).as_dict()
-    return ["loss", *metrics, "inert_candidates", "runtime", "samples_per_second", "steps_per_second"]
+    return ["loss", *metrics, "inert_candidates", *SPEEDS]
 
 
 def sampling_strategy(args: TrainingArguments) -> str:

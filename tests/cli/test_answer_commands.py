@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clha_fast.cli import main as cli
+from clha_fast.evaluation import report, rewards
 from clha_fast.generation import read_answers
 from tests.support.command_line import one_sentence
 from tests.support.reward_models import TOKENIZER, by_length, spread, write
@@ -102,6 +103,56 @@ def test_a_checkpoint_measured_twice(tmp_path: Path, model: str, references: str
     assert files[0] == files[1]
 
 
+def test_a_checkpoint_measured_on_the_terminal(
+    tmp_path: Path, model: str, references: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --out the same figures, and nothing is left behind."""
+    words = ("eval", "--references", references, "--model", model, "--max-new-tokens", "5", "--device", "cpu")
+    before = sorted(tmp_path.iterdir())
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "not kept      for want of --out: 10 answers, " in said
+    assert sorted(tmp_path.iterdir()) == before
+    assert run(*words, "--out", str(tmp_path / "m.json")) == 0
+    table = capsys.readouterr().out.partition("\n\n")[2].partition("\n\nall figures")[0]
+    assert "NLL of the best answer" in table
+    assert said.partition("\n\n")[2].rstrip("\n") == table
+
+
+@pytest.mark.parametrize("believed", [True, False])
+def test_a_comparison_checks_a_reward_model_once(
+    tmp_path: Path,
+    reward_model: str,
+    references: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    believed: bool,
+) -> None:
+    """One that is believed judges both sets of answers, one that is not is said to be not; as of each set alone."""
+    prompts = [json.loads(line)["prompt"] for line in Path(references).read_text().splitlines()]
+    files = []
+    for name, answer in (("a", "a cat"), ("b", "a dog ran over the mat")):
+        files.append(str(write(tmp_path / f"{name}.jsonl", [{"prompt": p, "answer": answer} for p in prompts])))
+    if not believed:
+        rows = [json.loads(line) for line in Path(references).read_text().splitlines()]
+        for row in rows:
+            row["completions"].reverse()
+        references = str(write(tmp_path / "reversed.jsonl", rows))
+    measured = ("--references", references, "--reward-model", reward_model, "--device", "cpu")
+    for path in files:
+        assert run("eval", path, *measured, "--out", f"{path}.json") == 0
+    capsys.readouterr()
+    assert run("compare", f"{files[0]}.json", f"{files[1]}.json") == 0
+    apart = capsys.readouterr().out.splitlines()[2:]
+    counted, real = [], rewards.check_reward_model
+    monkeypatch.setattr(report, "check_reward_model", lambda *a, **k: counted.append(a) or real(*a, **k))
+    assert run("compare", *files, *measured) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == apart
+    assert len(counted) == 1
+    assert ("win rate of A by" in "\n".join(apart)) == believed
+    assert ("no rewards of" in "\n".join(apart)) != believed
+
+
 def test_the_marker_of_a_run_of_coh(tmp_path: Path, references: str, capsys: pytest.CaptureFixture[str]) -> None:
     spread(make_model(len(TOKENIZER))).save_pretrained(tmp_path / "run")
     TOKENIZER.save_pretrained(tmp_path / "run")
@@ -128,14 +179,17 @@ def test_refusals_are_one_sentence(
     out = str(tmp_path / "out.jsonl")
     cases = {
         "--seed: expected none with temperature 0": ("generate", model, references, out, "--seed", "1"),
-        "top_p: expected 1 with temperature 0": ("generate", model, references, out, "--top-p", "0.5"),
-        "max_new_tokens: expected a positive": ("generate", model, references, out, "--max-new-tokens", "0"),
+        "--top-p: expected 1 with temperature 0": ("generate", model, references, out, "--top-p", "0.5"),
+        "--max-new-tokens: expected a positive": ("generate", model, references, out, "--max-new-tokens", "0"),
         "--batch-size: expected a positive": ("generate", model, references, out, "--batch-size", "0"),
         "exists already; expected a new file, or --overwrite": ("generate", model, references, answers),
         "no such folder": ("generate", str(tmp_path / "nothing"), references, out),
         "--references: expected a file of ranked responses": ("eval", answers),
         "ANSWERS: expected a file of answers, or --model": ("eval", "--references", references),
-        "--out: expected a file beside which": ("eval", "--references", references, "--model", model),
+        "--resume: expected --out, whose": ("eval", "--references", references, "--model", model, "--resume"),
+        "--overwrite: expected --out": ("eval", answers, "--references", references, "--overwrite"),
+        "--overwrite: expected --out, ": ("compare", answers, answers, "--references", references, "--overwrite"),
+        "--overwrite: expected --html": ("inspect", references, "--overwrite"),
         "--temperature: expected none beside ANSWERS": (
             *("eval", answers, "--references", references, "--temperature", "1"),
         ),
@@ -146,8 +200,8 @@ def test_refusals_are_one_sentence(
         "--reward-model: expected each once": (
             *("eval", answers, "--references", references, "--reward-model", "x/", "--reward-model", "x/"),
         ),
-        "references: expected records for the prompts of the answers": ("eval", answers, "--references", references),
-        "reward_margin: expected": ("eval", answers, "--references", references, "--reward-margin", "-1"),
+        "--references: expected records for the prompts of the answers": ("eval", answers, "--references", references),
+        "--reward-margin: expected": ("eval", answers, "--references", references, "--reward-margin", "-1"),
         "--references: expected a file to measure the answers in": ("compare", answers, answers),
     }
     for words, command in cases.items():

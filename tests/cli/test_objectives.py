@@ -177,7 +177,7 @@ def test_the_best_model_by_an_objectives_own_metric(tmp_path: Path, capsys: pyte
     [
         (["--objective", "por"], "objective: expected one of clha, pro, "),
         (["--objective", "sft", "--objective.fomr", "x"], "objective: unknown setting 'fomr'; did you mean 'form'?"),
-        (["--objective", "pro", "--margin", "1"], "margin: expected none with objective='pro', for it is a setting of"),
+        (["--objective", "pro", "--margin", "1"], "margin: expected none with --objective pro, for it is a setting of"),
         (
             ["--objective.form", "paper"],
             "objective: expected a name or a mapping with a name and settings, got",
@@ -191,7 +191,7 @@ def test_the_best_model_by_an_objectives_own_metric(tmp_path: Path, capsys: pyte
             "reference: expected records with reference_logps for",
         ),
         (["--objectiv", "pro"], "unknown option 'objectiv'; did you mean 'objective'?"),
-        (["--beta", "0.1"], "beta: expected none with objective='clha', which has none, got"),
+        (["--beta", "0.1"], "beta: expected none with --objective clha, which has none, got"),
         (["--loss_type", "dpo"], "loss_type: expected one of sigmoid, hinge, ipo, got 'dpo'"),
         (["--ref_model", "x"], "unknown option 'ref_model'; here it is --reference"),
     ],

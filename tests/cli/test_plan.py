@@ -47,6 +47,18 @@ def test_json_and_the_way_out(model, capsys):
     assert "still" in capsys.readouterr().out
 
 
+def test_auto_is_what_training_would_count(model, capsys):
+    """Shared rows where they leave nine tenths of the tokens: 4 x (P + R) and P + 4 R of a prompt with 4 responses."""
+    words = ["plan", "--model", model, "--candidates", "4", "--response", "90", "--json"]
+    for prompt, layout in ((13, "padded"), (14, "shared")):  # 4 (90 + P) 0.9 = P + 360 at P = 13.8
+        loads = []
+        for asked in ("auto", layout):
+            assert main([*words, "--prompt", str(prompt), "--layout", asked]) == 0
+            loads.append(json.loads(capsys.readouterr().out)["load"])
+        assert loads[0] == loads[1]
+        assert loads[0]["layout"] == layout
+
+
 def test_train_s_names(model, capsys):
     """Options that mean the same, with either name."""
     here = "--prompt 24 --response 16 --prompts 2 --checkpointing --offload --optimizer adamw_8bit --lora-rank 4"
@@ -99,8 +111,8 @@ def test_a_reward_model(model, capsys):
         (["--tokens", "64", "--memory", "0"], "--memory: expected a positive number of GiB, got 0.0"),
         (["--response", "4", "--offload", "--no-checkpointing"], "--offload: expected gradient checkpointing"),
         (["--response", "4", "--lora-rank", "0"], "--lora-rank: expected a positive whole number, got 0"),
-        (["--response", "4", "--tiled-mlp", "0"], "tiled_mlp: expected True, False or a positive number"),
-        (["--response", "-4"], "response: expected a positive whole number, got -4"),
+        (["--response", "4", "--tiled-mlp", "0"], "--tiled-mlp: expected True, False or a positive number"),
+        (["--response", "-4"], "--response: expected a positive whole number, got -4"),
         (["--response", "4", "--peft_config.r"], "--peft-config.r: expected a value, got none"),
         (["--response", "4", "--peft_config.q", "4"], "peft_config: unknown key 'q'"),
         (["--response", "4", "--peft_config.r", "4", "--lora-rank", "4"], "--lora-rank: expected one of it and"),

@@ -13,14 +13,15 @@ from clha_fast.data import read_records
 from clha_fast.rewards.policy import Policy
 from tests.support.adapters import HEAD, lora_config, stir
 from tests.support.command_line import one_sentence
-from tests.support.reward_models import TOKENIZER, by_length, spread, write
+from tests.support.reward_models import TOKENIZER, by_length, llama, spread, write
 from tests.support.tiny import make_model, make_rows, own_scores
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    for name, model in (("policy", spread(make_model(len(TOKENIZER)))), ("reward", by_length())):
+    models = {"policy": spread(make_model(len(TOKENIZER))), "reward": by_length(), "labels": llama(num_labels=2)}
+    for name, model in models.items():
         model.save_pretrained(path / name)
         TOKENIZER.save_pretrained(path / name)
     write(path / "in.jsonl", make_rows(9))
@@ -106,6 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "say", "completions": ["a cat", ""]}])
+    long = write(tmp_path / "long.jsonl", [{"prompt": "say", "completions": ["a cat", "a cat sat " * 99]}])
     policy, reward, rows, out = folder / "policy", folder / "reward", folder / "in.jsonl", tmp_path / "no"
     for words, expected in (
         ((policy, empty, out), "empty.jsonl:1: completions[1]: expected a response that is not empty"),
@@ -113,10 +115,20 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ((policy, rows, out, "--label", 1), "--label: expected none with a language model"),
         ((reward, rows, out, "--max-prompt-length", 9), "--max-prompt-length: expected none with a reward model"),
         ((policy, rows, out, "--batch-size", 0), "--batch-size: expected a positive whole number"),
-        ((tmp_path / "none", rows, out), "model: expected a folder that holds one, or a name on the Hub"),
+        ((tmp_path / "none", rows, out), "rank: MODEL: expected a folder that holds one, or a name on the Hub"),
+        ((policy, rows, out, "--format", "moon"), "rank: --format: expected"),
+        ((policy, rows, out, "--dtype", "moon"), "rank: --dtype: expected one of"),
     ):
         assert run(*words) == 2
         assert expected in one_sentence(capsys), words
+    for words, expected in (
+        ((policy, long, out), "--max-length: expected rows of at most"),
+        ((reward, rows, out, "--max-length", 999), "--max-length: expected at most the reward model's"),
+        ((folder / "labels", rows, out, "--label", 7), "--label: expected an index from 0 to 1"),
+        ((folder / "labels", rows, out), "--label: expected the index of one of the reward model's 2 labels"),
+    ):
+        assert run(*words) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"clha-fast rank: {expected}")
     assert not out.exists()
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from clha_fast.cli import main as cli
 from clha_fast.cli import merge as cli_merge
+from clha_fast.cli import rank as cli_rank
 from clha_fast.cli import runs as cli_runs
 from clha_fast.cli.main import out_of_memory
 from clha_fast.cli.options import OptionError, read_config
@@ -154,6 +155,48 @@ def test_every_option_takes_dashes_and_underscores(tmp_path: Path, capsys: pytes
     (tmp_path / "run.yaml").write_text("learning-rate: 1\nlearning_rate: 3\n")
     with pytest.raises(OptionError, match="expected learning_rate once"):
         read_config(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("max_length: expected at most 9, got 10", "--max-length: expected at most 9, got 10"),
+        ("model: expected a folder, got 'x'", "MODEL: expected a folder, got 'x'"),
+        ("reward_model: expected a folder", "MODEL: expected a folder"),
+        ("dtype: expected one of a, b", "--dtype: expected one of a, b"),
+        ("x: exists already; give overwrite=True", "x: exists already; give --overwrite"),
+        ("Llama: no; layout='packed' may run", "Llama: no; --layout packed may run"),
+        ("resume: expected another (batch_size was 2, is 3)", "--resume: expected another (--batch-size was 2, is 3)"),
+        ("rows: give max_length.", "rows: give --max-length."),
+        # Paths, calls, mappings, text in quotes and other things' names are not the command's.
+        ("/max_length/batch_size.jsonl: max_length_x", "/max_length/batch_size.jsonl: max_length_x"),
+        ("a:1: RankedCollator(layout='padded') takes it", "a:1: RankedCollator(layout='padded') takes it"),
+        ("a: {'max_length': 3} f(max_length=3)", "a: {'max_length': 3} f(max_length=3)"),
+        ("a: the label and the format of model x", "a: the label and the format of model x"),
+    ],
+)
+def test_messages_name_the_options_of_the_command(
+    message: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(cli_rank, "read_records", fails)
+    assert cli.main(["rank", "model", "file", str(tmp_path / "out")]) == 2
+    assert one_sentence(capsys) == f"clha-fast rank: {said}\n"
+
+
+def test_messages_of_commands_whose_options_are_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their keys in a file are the settings' names, and their flags the same behind dashes."""
+    cases = {
+        ("train", "--objective", "sft", "--sft_factor", "one"): "leave it out, or --objective clha ('sft' has",
+        ("rlhf", "--reward_model", "x", "--preset", "paper"): "with --objective policy, for it is a setting of CLHA's, "
+        "got 'paper'; leave it out ('policy' has",
+        ("rlhf", "--reward_model", "x", "--reduction", "sum"): "sets its own (--objective.reduction sum)",
+    }
+    for words, expected in cases.items():
+        assert cli.main([*words, "--train_file", "x", "--model", "y", "--output_dir", str(tmp_path / "z")]) == 2
+        assert expected in one_sentence(capsys)
 
 
 def test_a_checker_sees_a_misspelled_preset() -> None:

@@ -262,12 +262,12 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, folder: str, capsys: py
         "--batch-size": [source, out, "--reward-model", folder, "--batch-size", 0],
         "--max-length": [source, out, "--reward-model", folder, "--max-length", -4],
         "positions": [source, out, "--reward-model", folder, "--max-length", 97],
-        "reward_margin": [source, out, "--reward-model", folder, "--reward-margin", -1],
-        "reward_floor": [source, out, "--reward-model", folder, "--reward-floor", "nan"],
+        "--reward-margin": [source, out, "--reward-model", folder, "--reward-margin", -1],
+        "--reward-floor": [source, out, "--reward-model", folder, "--reward-floor", "nan"],
         "ends in .png": [source, out, "--reward-model", folder, "--plot", "gaps.pdf"],
         "existing folder": [source, out, "--reward-model", folder, "--plot", tmp_path / "no" / "gaps.png"],
-        "format: expected": [source, out, "--reward-model", folder, "--format", "xml"],
-        "label: expected": [source, out, "--reward-model", folder, "--label", 1],
+        "--format: expected": [source, out, "--reward-model", folder, "--format", "xml"],
+        "--label: expected": [source, out, "--reward-model", folder, "--label", 1],
         "exists already": [source, source, "--reward-model", folder],
     }
     for part, words in cases.items():

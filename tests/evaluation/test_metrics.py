@@ -201,6 +201,23 @@ def test_the_same_response_twice_is_a_tie(layout: str, rows: int) -> None:
         assert len(set(own)) == len(set(record.completions)) == 3
 
 
+def test_what_was_cut_and_how_rows_were_laid_out_is_said() -> None:
+    """A long prompt loses its beginning, a long response its end; single responses have no prompt to share."""
+    model = spread(make_model(len(TOKENIZER), max_position_embeddings=40))
+    long = " the cat sat on a mat" * 6
+    records = [RankedRecord(f"say{long}", (" a cat", " a dog")), RankedRecord("say", (long, " a dog"))]
+    for prefix in ("", "Good:"):
+        notes: list[str] = []
+        candidate_scores(model, TOKENIZER, records, max_prompt_length=12, answer_prefix=prefix, notes=notes)
+        assert notes == [
+            "likelihood and ranking: 1 of 2 prompts and 1 responses were cut (max_length 40, max_prompt_length 12)"
+        ]
+    notes = []
+    records = [RankedRecord("say " * 9, (" a cat", " a dog", " a")), RankedRecord("say " * 9, (" a",))]
+    candidate_scores(model, TOKENIZER, records, batch_size=3, layout="auto", notes=notes)
+    assert notes == ["likelihood and ranking: auto took shared rows for 1 of 2 batches"]
+
+
 def test_a_model_that_says_nan_is_refused() -> None:
     model = make_model(len(TOKENIZER))
     with torch.no_grad():

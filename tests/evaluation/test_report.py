@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data import RankedRecord
 from clha_fast.evaluation.comparison import compare, comparison_table
-from clha_fast.evaluation.report import TOTAL, Evaluation, evaluate, evaluation_table, pair_answers
+from clha_fast.evaluation.report import NO_SUBSET, TOTAL, Evaluation, evaluate, evaluation_table, pair_answers
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, sigmoid
 from clha_fast.generation import Answer
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -69,6 +70,21 @@ def test_total_is_over_prompts_not_over_subsets() -> None:
     assert "one prompt" not in table
     assert "length prefers the better answer in 1.000 [1.000, 1.000] of the held-out pairs of 8 prompts" in table
     assert "4 references have no answer" in table
+
+
+@pytest.mark.parametrize("name", [TOTAL, NO_SUBSET])
+def test_a_subset_called_like_a_column_keeps_its_own(name: str) -> None:
+    """In one set's table and in two's; beside a subset that is called as it would be then, and one without a name."""
+    subsets = [name, f"{name} (subset)", ""]
+    found = evaluate(references(), answers(["a cat", "a cat sat on", "x"], subsets))
+    figures = found.figures()
+    assert list(figures) == [f"{name} (subset) (subset)", f"{name} (subset)", "", TOTAL]
+    assert [here["words"].value for here in figures.values()] == [2, 4, 1, pytest.approx(7 / 3)]
+    header = re.split(r"\s{2,}", evaluation_table(found, figures).splitlines()[0].strip())
+    assert header == [f"{name} (subset) (subset)", f"{name} (subset)", NO_SUBSET, TOTAL]
+    assert list(compare(found, found).differences) == list(figures)
+    again = Evaluation.from_dict(json.loads(json.dumps(found.as_dict(figures))))
+    assert again.parts() == found.parts()
 
 
 def test_a_reward_model_that_knows_nothing_has_no_column() -> None:

@@ -215,6 +215,16 @@ def test_a_reward_models_column_stands_beside_bleu_and_is_missing_where_there_is
     assert first[3][3] == "-"
 
 
+def test_a_subset_called_total_stands_beside_the_total():
+    found = spreads([evaluation([10.0, 20.0, 60.0], [1.0] * 3, [1.0] * 3, subsets=("Total", "", ""))])
+    assert [found[name]["bleu"]["value"] for name in ("Total (subset)", "", "Total")] == pytest.approx([10, 40, 30])
+    row = {**ROWS[0], "figures": found}
+    header, _, cells = cells_of(markdown([row], ["Total (subset)", ""]))[0]
+    title = figure_named("bleu").title
+    assert header[2:] == [f"{name}: {title}" for name in ("Total (subset)", "(no subset)", "Total")]
+    assert [cell.split(" ")[0] for cell in cells[2:]] == ["10.00", "40.00", "30.00"]
+
+
 def test_csv_has_a_line_a_figure():
     lines = list(csv.DictReader(io.StringIO(as_csv(ROWS))))
     found = {(line["method"], line["subset"], line["figure"]): line for line in lines}

@@ -252,3 +252,13 @@ def test_a_run_of_coh_has_its_marker_in_front(tmp_path: Path) -> None:
         assert trained_prefix(tmp_path) == trained_prefix(checkpoint) == prefix
     (tmp_path / "run.json").write_text("{")
     assert trained_prefix(tmp_path) == ""
+
+
+def test_answers_that_are_not_kept(tmp_path: Path, folder: str) -> None:
+    backend = load_backend(folder, device="cpu")
+    records = [PromptRecord(f"say {k}") for k in range(3)]
+    answers = generate_answers(records, backend, tmp_path / "kept.jsonl", SHORT, progress=False).answers
+    assert generate_answers(records, backend, None, SHORT, progress=False).answers == answers
+    assert os.listdir(tmp_path) == ["kept.jsonl"]
+    with pytest.raises(ValueError, match="destination: expected a file to resume, got None"):
+        generate_answers(records, backend, None, SHORT, resume=True)

@@ -15,7 +15,15 @@ from transformers import BartConfig, BartForSequenceClassification, XLNetConfig,
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import token_rows
 from clha_fast.training.reward_data import PairCollator, PairedDataset
-from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer, bradley_terry, prepare, prompt_results
+from clha_fast.training.reward_trainer import (
+    METRICS,
+    RewardConfig,
+    RewardTrainer,
+    bradley_terry,
+    prepare,
+    prompt_results,
+)
+from clha_fast.training.validation import SPEEDS
 from tests.support.preferences import keyword_rows
 from tests.support.reward_models import alone, bert, gpt2, llama
 from tests.support.tiny import make_model, make_tokenizer
@@ -313,6 +321,25 @@ def test_too_long_is_cut_and_counted(tmp_path: Path) -> None:
 def test_models_that_are_refused(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, make())
+
+
+def test_the_best_model_goes_by_what_is_logged(tmp_path: Path) -> None:
+    """Of one set of held-out pairs, and of several by name."""
+    rows = {"a": keyword_rows(3, seed=1), "b": keyword_rows(3, seed=2)}
+
+    def of_two(name: str) -> RewardTrainer:
+        given = settings(tmp_path, metric_for_best_model=name, eval_strategy="steps", eval_steps=1, max_steps=1)
+        tokenizer = make_tokenizer()
+        return RewardTrainer(llama(), given, keyword_rows(4), rows, processing_class=tokenizer)
+
+    logged = {name.removeprefix("eval_") for name in trainer(tmp_path).evaluate() if name.startswith("eval_")}
+    assert logged == {*METRICS, *SPEEDS, "model_preparation_time"}, "the last of which the first evaluation alone says"
+    ours = of_two("b_rewards/margins")
+    ours.train()
+    (margin,) = (line["eval_b_rewards/margins"] for line in ours.state.log_history if "eval_b_loss" in line)
+    assert ours.state.best_metric == margin
+    with pytest.raises(ValueError, match=r"metric_for_best_model: expected one of a_loss, .*, b_loss, .*, got 'loss'"):
+        of_two("loss")
 
 
 @pytest.mark.parametrize(

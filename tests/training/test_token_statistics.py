@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from clha_fast import ranking_loss
 from clha_fast.batching.batch import CandidateBatch
+from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, decode
+from clha_fast.training.validation import evaluation_metrics
 from clha_fast.types import RankingInputs
 from tests.support.helpers import random_signals
 from tests.support.tiny import make_rows
@@ -43,6 +45,33 @@ def test_evaluation_says_them(tmp_path: Path, objective: Any) -> None:
     entropy, accuracy = eager(ours.model, batch)
     assert found["eval_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert found["eval_mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_best_model_goes_by_what_is_logged(tmp_path: Path, on: bool) -> None:
+    """Every name that an evaluation logs is one to choose by, and no other; the command line says so at once."""
+    for objective in ("clha", "sft", "policy"):
+        ours = trainer(tmp_path, objective=objective, log_token_statistics=on)
+        found = {name.removeprefix("eval_") for name in ours.evaluate() if name.startswith("eval_")}
+        known = evaluation_metrics(ours.args.measured_options().metric_names)
+        assert set(known) == found - {"model_preparation_time"}, "which the first evaluation alone says"
+    options = RunOptions(train_file="x", model="y")
+    settings = {"output_dir": str(tmp_path / "run"), "metric_for_best_model": "entropy", "use_cpu": True}
+    if on:
+        assert Run(options, {**settings, "log_token_statistics": True}).args.metric_for_best_model == "entropy"
+        best = trainer(
+            tmp_path,
+            log_token_statistics=True,
+            **{"metric_for_best_model": "entropy", "load_best_model_at_end": True, "greater_is_better": False},
+            **{"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+        )
+        best.train()
+        assert best.state.best_metric == min(
+            line["eval_entropy"] for line in best.state.log_history if "eval_loss" in line
+        )
+    else:
+        with pytest.raises(ValueError, match=r"^metric_for_best_model: expected one of loss, .*, got 'entropy'$"):
+            Run(options, settings)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

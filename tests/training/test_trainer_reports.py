@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.training import datasets as training_datasets
 from clha_fast.training import samples
@@ -21,6 +22,7 @@ from clha_fast.training.card import CARD_FILE, MARK, model_card
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
+from tests.support.chat_templates import MESSAGES, SHAPES, chat_tokenizer
 from tests.support.tiny import make_model, make_rows
 from tests.support.trainers import EVAL_SEED, TOKENIZER, collate, config, eager_loss, trainer
 
@@ -110,6 +112,20 @@ def test_samples_end_with_the_model_s_positions(tmp_path: Path) -> None:
     assert [len(answer) for answer in samples.generate(model, prompts[:1], TOKENIZER, [1], torch.device("cpu"), 2)] == [
         2
     ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_samples_show_a_chat_with_its_marks(name: str) -> None:
+    """Without them "user" and "assistant" would read as words of the prompt; a text stands alone, behind a BOS too."""
+    shape = SHAPES[name]
+    tokenizer = chat_tokenizer(shape)
+    collator = RankedCollator(tokenizer)
+    bos = [tokenizer.bos_token_id] if shape.has_bos else []
+    for prompt, shown in ((list(MESSAGES), shape.prompt), ("Why is the sky blue?", "Why is the sky blue?")):
+        ids = collator.tokenize_record({"prompt": prompt, "completions": ["Hi"]})["prompt_ids"]
+        ids = bos + ids if isinstance(prompt, str) and ids[:1] != bos else ids
+        (line,) = samples.describe(0, [ids], [[]], [tokenizer.eos_token_id], tokenizer)
+        assert line["prompt"] == shown
 
 
 def test_samples_of_a_resumed_run_are_written_once(tmp_path: Path) -> None:
