@@ -136,6 +136,13 @@ class CLHAConfig(TRLNames, TrainingArguments):
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
         HeadOptions(max_dropped_mass=self.max_dropped_mass)
+        wanted = self.measured_options().wanted
+        if self.max_dropped_mass is not None and wanted:
+            asks = "log_token_statistics" if self.log_token_statistics else f"the objective {objective.name!r}"
+            raise ValueError(
+                f"max_dropped_mass: expected None beside token statistics, got {self.max_dropped_mass}, and {asks} "
+                f"asks for {', '.join(wanted)}; leave out one of the two"
+            )
         self.tiled_mlp = check_rows(self.tiled_mlp)  # type: ignore[assignment]
         for name in ("max_tokens_per_batch", "dataset_num_proc"):
             value = getattr(self, name)

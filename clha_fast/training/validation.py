@@ -87,10 +87,17 @@ def check_machine(args: Any) -> None:
     """After `TrainingArguments` has found devices and reporters.
 
     Raises:
-        ValueError: fp16 on a CPU, where the Trainer computes float32; a reporter that is unknown or not installed.
+        ValueError: fp16 on a CPU, where the Trainer computes float32; checkpoints in host memory of a machine that has
+            no other; a reporter that is unknown or not installed.
     """
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: expected False on a CPU (float32 would be computed; bf16 works there), got True")
+    checkpoints = getattr(args, "activation_checkpointing_kwargs", None) or {}
+    if checkpoints.get("offload") and torch.accelerator.current_accelerator(check_available=True) is None:
+        raise ValueError(
+            "activation_checkpointing_kwargs: expected no offload without an accelerator (checkpoints go to pinned "
+            f"memory, which a machine of CPUs alone does not have), got {checkpoints}"
+        )
     available = {*get_available_reporting_integrations(), *_UNKNOWN_REPORTERS}
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:

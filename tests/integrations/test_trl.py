@@ -75,6 +75,28 @@ def test_a_head_that_an_adapter_trains_gives_place_to_the_first_one_as_reference
     assert got.right, got
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DPO", "SFT"])
+def test_compiled_steps_are_the_eager_ones(name: str, tmp_path: Path) -> None:
+    """TRL's own head without a compiler, this library's under `torch_compile`: losses and weights after two steps."""
+    found = []
+    for ours in (False, True):
+        torch.compiler.reset()
+        compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if ours else {}
+        with quiet():
+            trainer = make(name, "llama", str(tmp_path), False, **compiled)
+            if ours:
+                use_clha(trainer)
+            cases.seed()
+            trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found.append((losses, torch.cat([w.detach().flatten() for w in trainer.model.parameters()])))
+    (theirs, weights), (losses, compiled_weights) = found
+    assert len(losses) == 2
+    assert losses == pytest.approx(theirs, rel=1e-6)
+    assert float((compiled_weights - weights).norm() / weights.norm()) < 1e-6
+
+
 def test_gradient_checkpointing(tmp_path: Path) -> None:
     with quiet():
         trainer = make("DPO", "llama", str(tmp_path), False, gradient_checkpointing=True)

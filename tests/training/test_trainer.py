@@ -14,6 +14,8 @@ from clha_fast import CLHAOptions
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedDataset
 from clha_fast.models.heads import UnsupportedHeadError
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.reward_trainer import RewardConfig
 from clha_fast.training.trainer import CLHATrainer
 from tests.support.tiny import make_model, make_rows
 from tests.support.trainers import (
@@ -277,12 +279,30 @@ def test_datasets_table(tmp_path: Path) -> None:
         ({"normalizer": "rank"}, "normalizer: expected one of batch, global"),
         ({"workspace_mb": 0}, "workspace_mb: expected a positive number"),
         ({"max_dropped_mass": 1.0}, "max_dropped_mass: expected a number in"),
+        (
+            {"max_dropped_mass": 0.01, "log_token_statistics": True},
+            "max_dropped_mass: .* and log_token_statistics asks for entropy, is_top1; leave out one",
+        ),
+        (
+            {"max_dropped_mass": 0.01, "objective": {"name": "policy", "entropy_weight": 0.1}},
+            "max_dropped_mass: .* and the objective 'policy' asks for entropy; leave out one",
+        ),
         ({"margin": -1.0}, "margin: expected a finite number"),
     ],
 )
 def test_bad_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.skipif("activation_checkpointing_kwargs" not in CLHAConfig.__dataclass_fields__, reason="an older release")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine of CPUs alone is asked")
+@pytest.mark.parametrize("config_class", [CLHAConfig, RewardConfig])
+def test_offloaded_checkpoints_need_an_accelerator(tmp_path: Path, config_class: Any) -> None:
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "activation_checkpointing": True}
+    with pytest.raises(ValueError, match="activation_checkpointing_kwargs: expected no offload without an accelerator"):
+        config_class(**given, activation_checkpointing_kwargs={"offload": True})
+    assert config_class(**given).activation_checkpointing
 
 
 def test_preset_and_overrides(tmp_path: Path) -> None:
