@@ -50,15 +50,11 @@ _UNUSED = {
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
 _OWN_FIELDS = {
-    *MODEL_FIELDS,
-    *_LOSS_FIELDS,
-    "loss_scale",
-    "num_inert",
-    "inert_for",
-    "chains",
-    "host_sizes",
+    *(*MODEL_FIELDS, *_LOSS_FIELDS, "loss_scale", "num_inert", "inert_for", "chains", "host_sizes"),
     "num_items_in_batch",
 }
+# Fields of packed and shared rows that mean nothing else.
+_OF_ROWS = tuple(name for name in SEGMENT_FIELDS if name != "position_ids")
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
 _STATE = "_clha_attached"
@@ -249,13 +245,13 @@ class Attached:
         if kwargs["candidates_per_prompt"].shape[0]:
             check_chains(kwargs.get("chains", ""), self.options)
         check_dropped(kwargs, self.options)
-        # Without segments, position_ids are somebody's own.
         segments = kwargs.get("segments")
-        more = () if segments is None else SEGMENT_FIELDS
+        # position_ids alone are somebody's own.
+        more = SEGMENT_FIELDS if any(kwargs.get(name) is not None for name in _OF_ROWS) else ()
         fields = (*MODEL_FIELDS, *more)
         for name in more:
             if kwargs.get(name) is None:
-                raise ValueError(f"{name}: expected beside segments in a batch of candidates, got none")
+                raise ValueError(f"{name}: expected, as all of {', '.join(more)}, of packed or shared rows, got none")
         if segments is not None:
             self._row_limit.check_width(segments.longest)
         elif kwargs.get("position_ids") is None:

@@ -387,9 +387,12 @@ def test_what_rows_of_several_candidates_do_not_take() -> None:
         model(**batch, pixel_values=torch.zeros(1))
     with pytest.raises(UnsupportedLayoutError, match="inputs_embeds: expected tokens alone"):
         model(**batch, inputs_embeds=torch.zeros(1, 2, 32))
-    del batch["group_ids"]
-    with pytest.raises(ValueError, match="group_ids: expected beside segments in a batch of candidates, got none"):
-        model(**batch)
+    for name in ("segments", "segment_ids", "group_ids", "position_ids"):
+        rest = {field: value for field, value in batch.items() if field != name}
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected, as all of segments, position_ids, segment_ids, group_ids"
+        ):
+            model(**rest)
 
 
 def test_virtual_tokens_are_refused() -> None:
