@@ -150,7 +150,7 @@ def plan(words: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(_as_dict(args, found, way), indent=2))
     else:
-        print(_text(args, found, way))
+        print("\n".join([_text(args, found, way), *_beyond(config, load)]))
     return 0
 
 
@@ -234,6 +234,14 @@ def _as_dict(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] 
         fits = changed.memory.total <= args.memory * GIB
         said["with"] = {"options": [FLAGS[name] for name in names], "fits": fits, **changed.as_dict()}
     return said
+
+
+def _beyond(config: Any, load: Load) -> list[str]:
+    """A line for texts that are longer than the model has positions for."""
+    longest, limit = load.prompt + load.response, getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or not 0 < limit < longest:
+        return []
+    return [f"texts of {longest:,} tokens are beyond the model's {limit:,} positions: training cuts, warns or refuses"]
 
 
 def _kind(found: Plan) -> str:

@@ -28,6 +28,14 @@ def test_text(model, capsys):
     assert "layer checkpoints" in text
 
 
+def test_texts_beyond_the_model_s_positions_are_said(model, capsys):
+    """2048 of them; a row of several texts may be longer."""
+    for prompt, said in ((2032, 0), (2033, 1)):
+        words = ["--response", "16", "--prompt", str(prompt), "--layout", "shared"]
+        assert main(["plan", "--model", model, *words]) == 0
+        assert capsys.readouterr().out.count("texts of 2,049 tokens are beyond the model's 2,048 positions") == said
+
+
 def test_json_and_the_way_out(model, capsys):
     words = ["--tokens=2048", "--candidates=4", "--prompt", "1024", "--backend", "torch", "--dtype", "float32"]
     assert main(["plan", "--model", model, *words, "--json"]) == 0
