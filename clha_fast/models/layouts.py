@@ -299,7 +299,7 @@ def _bare(error: BaseException) -> str:
 def _whole_rows(
     input_ids: Tensor, lengths: list[int], vocabulary: int
 ) -> tuple[list[CandidateFeature], tuple[int, ...]]:
-    """The longest of some padded rows and the last one, as candidates behind their first tokens; which are looked at."""
+    """The longest of some padded rows and the last one, as candidates behind their first tokens; which are compared."""
     chosen = {lengths.index(max(lengths)), len(lengths) - 1}
     texts = [input_ids[row, : lengths[row]].tolist() for row in sorted(chosen)]
     found = [candidates_of(text[:1], [text[1:]]) for text in texts if len(text) > 1 and max(text) < vocabulary]
