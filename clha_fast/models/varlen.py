@@ -130,8 +130,9 @@ def _gathered(plan: SegmentPlan, device: torch.device) -> _Gathered:
 class Varlen:
     """Two launches over all texts of all rows, or one where there is a window; a subclass has the operator.
 
-    `call(q, k, v, ends, most, causal, scale, window)` returns (out, log-sum-exps [heads, tokens]), `grads(grad, q, k, v,
-    out, lse, ...)` the gradients; tensors [tokens, heads, size], heads of keys and values a divisor of the queries'.
+    `call(q, k, v, ends, most, causal, scale, window)` returns (out, log-sum-exps [heads, tokens]),
+    `grads(grad, q, k, v, out, lse, ...)` the gradients; tensors [tokens, heads, size], heads of keys and values a
+    divisor of the queries'.
     """
 
     grouped = True  # fewer heads of keys than of queries
@@ -221,7 +222,8 @@ class OfFlashAttn(Varlen):
 
     def _settings(self, ends: _Ends, most: _Most, causal: bool, scale: float, window: int | None) -> dict[str, Any]:
         left, right = (-1, -1) if window is None else (window - 1, 0)
-        return dict(zip((*_TEXTS, *_MASK), (*ends, *most, 0.0, scale, causal, left, right, self._softcap, None)))
+        values = (*ends, *most, 0.0, scale, causal, left, right, self._softcap, None)
+        return dict(zip((*_TEXTS, *_MASK), values, strict=True))
 
     def call(
         self, q: Tensor, k: Tensor, v: Tensor, ends: _Ends, most: _Most, causal: bool, scale: float,
@@ -249,7 +251,7 @@ def choose(softcap: float | None) -> Varlen | None:
     if softcap is None and torch_has():
         return OfTorch()
     interface = flash_attn()
-    return None if interface is None else OfFlashAttn(interface, softcap or 0.0)
+    return None if interface is None else OfFlashAttn(interface, float(softcap or 0))
 
 
 def torch_has() -> bool:
@@ -275,9 +277,8 @@ def flash_attn() -> Any:
 
 def _check_arguments(operator: Any, names: tuple[str, ...]) -> None:
     """TypeError where it lacks one of `names`, or needs another one."""
-    schema = getattr(
-        getattr(operator, "default", None), "_schema", None
-    )  # of a custom operator, who calls with anything
+    # Of a custom operator, whose signature says less.
+    schema = getattr(getattr(operator, "default", None), "_schema", None)
     if schema is not None:
         needed = {argument.name: not argument.has_default_value() for argument in schema.arguments}
     else:
