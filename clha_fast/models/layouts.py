@@ -236,10 +236,10 @@ class RowLayouts:
                 self._probe.compare(features, layout, looked_at, self._spread, masks=False)
         except (UnsupportedLayoutError, torch.OutOfMemoryError) as error:
             problem = error
-        self._note(longest, width)
         if sequence.anywhere(isinstance(problem, UnsupportedLayoutError), ids.device):
             told = "another of its processes has refused it" if problem is None else _bare(problem)
             raise UnsupportedLayoutError(f"sequence_parallel: {told}; {WAY}") from problem
+        self._note(longest, width)
         if sequence.anywhere(problem is not None, ids.device):
             logger.warning(
                 "sequence_parallel: texts of %s tokens are too long for the memory of one process, so slices of such "

@@ -261,6 +261,39 @@ def no_prompts() -> None:
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+def longer() -> None:
+    """Positions that are wrong in long slices alone: met by the first batch that has them, on both processes."""
+    from tests.support.sequence_runs import misplace
+
+    ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    for layout in ("padded", "packed", "shared"):
+        model = llama(max_position_embeddings=1024)
+        misplace(model, 100)
+        attached = clha_fast.attach(model, SFTOptions(), layout=layout, sequence_parallel=dist.group.WORLD)
+        short = pack([candidates_of(ids[:30], [ids[30:50], ids[50:60]])], layout).as_dict()
+        model(**short).loss.backward()
+        batch = pack([candidates_of(ids[:300], [ids[300:350], ids[350:]])], layout).as_dict()
+        refused("sequence_parallel: layout: expected a model that computes", lambda: model(**batch))  # noqa: B023
+        refused("sequence_parallel: layout: expected a model that computes", lambda: attached.token_logps(batch))  # noqa: B023
+    # Where one process alone finds it, the other is not left waiting.
+    model = llama(max_position_embeddings=1024)
+    probe = clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)._layouts._probe
+    compare = probe.compare
+
+    def planted(*args: Any, **kwargs: Any) -> None:
+        compare(*args, **kwargs)
+        if dist.get_rank() == 0:
+            raise UnsupportedLayoutError("planted")
+
+    probe.compare = planted  # type: ignore[method-assign]
+    refused(("planted", "another of its processes has refused it")[dist.get_rank()], lambda: model(**batch))
+    # Right ones are compared, and run.
+    model = llama(max_position_embeddings=1024)
+    attached = clha_fast.attach(model, SFTOptions(), layout="shared", sequence_parallel=dist.group.WORLD)
+    model(**batch).loss.backward()
+    assert attached._layouts._seen == (350, 400)
+
+
 def refused(what: str, call: Callable[[], Any], kind: type[Exception] = UnsupportedLayoutError) -> None:
     with pytest.raises(kind) as error:
         call()
@@ -334,6 +367,7 @@ CASES: dict[str, Callable[[], None]] = {
     "memory": memory,
     "bfloat16": bfloat16,
     "no prompts": no_prompts,
+    "longer": longer,
     "refusals": refusals,
 }
 OF_FOUR: dict[str, Callable[[], None]] = {"two groups": two_groups}
