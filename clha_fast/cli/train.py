@@ -52,6 +52,7 @@ loss      --objective NAME and its settings as --objective.SETTING VALUE (in YAM
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
           --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
           --layout padded|packed|shared|auto (a row a response; all in one row; a prompt once before its responses)
+          --sequence_parallel_size N (under torchrun: so many processes share each row's tokens)
           --dataset_num_proc (processes that tokenise)
 training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments

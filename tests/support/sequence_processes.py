@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import clha_fast
+from clha_fast.batching.batch import pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import UnsupportedLayoutError
@@ -294,6 +296,42 @@ def longer() -> None:
     assert attached._layouts._seen == (350, 400)
 
 
+def fuzz() -> None:
+    """Ragged prompts of any layout and shape, inert candidates among them, against padded rows in one process."""
+    draw = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    model, other = gpt2(n_positions=160), gpt2(n_positions=160)
+    spread = clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)
+    alone = clha_fast.attach(other)
+
+    def tokens(most: int) -> list[int]:
+        return [draw.randrange(3, 250) for _ in range(draw.randint(1, most))]
+
+    for number in range(int(os.environ.get("FUZZ_DRAWS", "10"))):
+        features = []
+        for _ in range(draw.randint(1, 4)):
+            size = draw.randint(1, 5)
+            own = candidates_of(tokens(draw.choice((1, 5, 60))), [tokens(draw.choice((1, 4, 30))) for _ in range(size)])
+            rewards = sorted((draw.choice((-2.0, 0.0, 1.0, draw.gauss(0, 3))) for _ in range(size)), reverse=True)
+            features.append({**own, "rewards": rewards, "sft_index": draw.randrange(size)})
+        settings = {"pad_token_id": 2, "drop_inert": draw.random() < 0.7}
+        layout = ("padded", "packed", "shared")[number % 3]
+        multiple = draw.choice((None, None, 8, 32))
+        spread_batch = pack_candidates(features, layout=layout, pad_to_multiple_of=multiple, **settings).as_dict()
+        batch = pack_candidates(features, **settings).as_dict()
+        model.zero_grad(), other.zero_grad()
+        outputs = model(**spread_batch), other(**batch)
+        for output in outputs:
+            output.loss.backward()
+        if sum(float(p.grad.norm()) for p in other.parameters()) > 0:
+            same(model, other, outputs, EXACT)
+        else:
+            assert not any(gradient.any() for gradient in gradients(model).values())
+        with torch.no_grad():
+            torch.testing.assert_close(
+                spread.token_logps(spread_batch), alone.token_logps(batch), rtol=10 * EXACT, atol=10 * EXACT
+            )
+
+
 def refused(what: str, call: Callable[[], Any], kind: type[Exception] = UnsupportedLayoutError) -> None:
     with pytest.raises(kind) as error:
         call()
@@ -368,6 +406,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bfloat16": bfloat16,
     "no prompts": no_prompts,
     "longer": longer,
+    "fuzz": fuzz,
     "refusals": refusals,
 }
 OF_FOUR: dict[str, Callable[[], None]] = {"two groups": two_groups}
