@@ -246,12 +246,27 @@ class OfFlashAttn(Varlen):
         return found
 
 
+_NAMES: dict[type, str] = {
+    OfTorch: "torch's varlen operator",
+    OfFlashAttn: "flash-attn's varlen operator",
+    type(None): "blocks of queries",
+}
+
+
 def choose(softcap: float | None) -> Varlen | None:
     """What there is on a GPU: torch's where it was built with it and there is no softcap, else flash-attn's."""
     if softcap is None and torch_has():
-        return OfTorch()
-    interface = flash_attn()
-    return None if interface is None else OfFlashAttn(interface, float(softcap or 0))
+        found: Varlen | None = OfTorch()
+    else:
+        interface = flash_attn()
+        found = None if interface is None else OfFlashAttn(interface, float(softcap or 0))
+    _say(_NAMES[type(found)], "" if softcap is None else " with softcaps")
+    return found
+
+
+@functools.cache
+def _say(name: str, what: str) -> None:
+    logger.info("rows of several responses: attention%s runs by %s", what, name)
 
 
 def torch_has() -> bool:
@@ -295,8 +310,7 @@ def text(device: torch.device) -> str:
     """Which operators attention without masks has on a device, for people."""
     if device.type == "cpu":
         return "torch's operator for CPUs, windows and softcaps by blocks"
-    known = {OfTorch: "torch's varlen operator", OfFlashAttn: "flash-attn's", type(None): "blocks"}
-    plain, capped = (known[type(choose(softcap))] for softcap in (None, 1.0))
+    plain, capped = (_NAMES[type(choose(softcap))] for softcap in (None, 1.0))
     return f"{plain}, softcaps by {capped}"
 
 

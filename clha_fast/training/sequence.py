@@ -38,15 +38,16 @@ def check_sequence(args: Any) -> None:
     def environment(name: str) -> bool:
         return os.environ.get(name, "false").lower() == "true"
 
-    tokens = args.include_num_input_tokens_seen
+    ddp = "the trainer spreads rows under DDP alone"
+    moved = "the model is tried on its device before it trains, where this leaves it elsewhere"
     beside = {
-        "fsdp": (args.fsdp or environment("ACCELERATE_USE_FSDP"), f"FSDP is not tried in the trainer, {_LOOP}"),
-        "deepspeed": (args.deepspeed or environment("ACCELERATE_USE_DEEPSPEED"), "DeepSpeed is not tried"),
+        "fsdp": (args.fsdp or environment("ACCELERATE_USE_FSDP"), f"{ddp}, {_LOOP}"),
+        "deepspeed": (args.deepspeed or environment("ACCELERATE_USE_DEEPSPEED"), ddp),
         "torch_compile": (args.torch_compile, "compiled models are not spread"),
-        "bf16_full_eval": (args.bf16_full_eval, "the model has to be on its device to be tried; bf16 evaluates in it"),
-        "fp16_full_eval": (args.fp16_full_eval, "the model has to be on its device to be tried; fp16 evaluates in it"),
+        "bf16_full_eval": (args.bf16_full_eval, moved),
+        "fp16_full_eval": (args.fp16_full_eval, moved),
         "include_num_input_tokens_seen": (
-            tokens not in (False, "no"),
+            args.include_num_input_tokens_seen not in (False, "no"),
             "transformers would count a batch once for each process; num_tokens in the log is right",
         ),
         "accelerator_config.use_seedable_sampler=False": (

@@ -128,14 +128,14 @@ def test_which_one_runs(put, monkeypatch):
         assert tuple(type(varlen.choose(softcap)) for softcap in (None, 30.0)) == kinds
     monkeypatch.setattr(varlen, "torch_has", lambda: True)
     gpu = torch.device("cuda")
-    assert varlen.text(gpu) == "torch's varlen operator, softcaps by flash-attn's"
+    assert varlen.text(gpu) == "torch's varlen operator, softcaps by flash-attn's varlen operator"
     put(None)
     assert type(varlen.choose(None)) is varlen.OfTorch
     assert varlen.choose(30.0) is None
-    assert varlen.text(gpu) == "torch's varlen operator, softcaps by blocks"
+    assert varlen.text(gpu) == "torch's varlen operator, softcaps by blocks of queries"
     monkeypatch.setattr(varlen, "torch_has", lambda: False)
     assert varlen.choose(None) is None
-    assert varlen.text(gpu) == "blocks, softcaps by blocks"
+    assert varlen.text(gpu) == "blocks of queries, softcaps by blocks of queries"
 
 
 def _older(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
