@@ -100,7 +100,7 @@ def header(run: Run) -> dict[str, str]:
     options = trainer.loss_options
     lines = {
         "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
-        "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "device": f"{device_text(args.device)}, {_processes_text(args)}",
         "backend": backend_text(args.backend, args.device, dtype, **_head(trainer)),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
@@ -121,6 +121,11 @@ def header(run: Run) -> dict[str, str]:
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
     return lines
+
+
+def _processes_text(args: CLHAConfig) -> str:
+    count = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+    return count if args.sequence_parallel_size == 1 else f"{count}, {args.sequence_parallel_size} to each row"
 
 
 def _head(trainer: Any) -> dict[str, Any]:
