@@ -54,7 +54,7 @@ def _ends(lengths: list[int], device: torch.device) -> Tensor:
 
 def _most(lengths: list[int]) -> int:
     # Both operators have a way of their own for single queries, made for decoding; 2 is an upper bound as well.
-    return max(2, *lengths)
+    return max([2, *lengths])
 
 
 def _places(plan: SegmentPlan, device: torch.device) -> _Places:
