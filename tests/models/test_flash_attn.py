@@ -153,7 +153,7 @@ def _broken():
     ("module", "said"),
     [
         (lambda: stand_in(more=", Tensor? more_of_it=None"), ""),
-        (lambda: stand_in(more=", *, Tensor? s_aux"), "one that needs s_aux"),
+        (lambda: stand_in(more=", *, int s_aux"), "one that needs s_aux"),
         (_broken, "one without window_size_left, window_size_right"),
         (lambda: ModuleType("flash_attn.flash_attn_interface"), "_wrapped_flash_attn_varlen_forward"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, IterableDataset
 
 from clha_fast.training.sequence import check_sequence, share_batches
@@ -139,7 +140,9 @@ def test_processes_of_a_group_are_given_one_batch(stream: bool) -> None:
 
     found = []
     for rank in range(4):
-        accelerator: Any = type("One", (Accelerator,), {"num_processes": 4, "process_index": rank})(cpu=True)
+        kind = type("One", (Accelerator,), {"num_processes": 4, "process_index": rank})
+        # As the trainer has it: a batch of candidates cannot be cut.
+        accelerator: Any = kind(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
         share_batches(accelerator, 2)
         loader = accelerator.prepare(DataLoader(Numbers() if stream else list(range(10)), batch_size=2))  # type: ignore[arg-type]
         assert accelerator.prepare(loader) is loader
