@@ -140,7 +140,10 @@ def refusals() -> None:
 
 
 def misplace(model: Any, length: int) -> None:
-    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row."""
+    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them."""
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data *= 20
 
     def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         given = kwargs["position_ids"]
