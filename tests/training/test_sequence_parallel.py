@@ -23,7 +23,7 @@ from tests.training.test_trainer_processes import check, start
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dpo": {"objective": "dpo", "normalizer": "global", "log_token_statistics": True},
-    "means of micro-batches": {"normalizer": "batch", "max_grad_norm": 0.1, "gradient_checkpointing": True},
+    "means of micro-batches": {"normalizer": "batch", "max_grad_norm": 2.0, "gradient_checkpointing": True},
 }
 
 
@@ -47,7 +47,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         (2, "padded", "plain"),
         (2, "shared", "plain"),
-        (4, "padded", "plain"),
         (4, "packed", "plain"),
         (2, "shared", "dpo"),
         (4, "shared", "dpo"),
