@@ -170,7 +170,9 @@ def main(names: list[str]) -> None:
         except BaseException:
             print(f"--- {name}, process {os.environ['RANK']}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other process waits for this one
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # the threads of a process whose peer has left may abort it
 
 
 if __name__ == "__main__":
