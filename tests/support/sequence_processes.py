@@ -289,6 +289,14 @@ def longer() -> None:
 
     probe.compare = planted  # type: ignore[method-assign]
     refused(("planted", "another of its processes has refused it")[dist.get_rank()], lambda: model(**batch))
+
+    def too_large(*args: Any, **kwargs: Any) -> None:
+        compare(*args, **kwargs)
+        if dist.get_rank() == 0:
+            raise torch.OutOfMemoryError("planted")
+
+    probe.compare = too_large  # type: ignore[method-assign]
+    assert torch.isfinite(model(**batch).loss)  # not compared, which is said
     # Right ones are compared, and run.
     model = llama(max_position_embeddings=1024)
     attached = clha_fast.attach(model, SFTOptions(), layout="shared", sequence_parallel=dist.group.WORLD)
