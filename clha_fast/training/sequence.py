@@ -12,15 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from clha_fast.models.sequence_parallel import SequenceParallel
 
-_LOOP = "in a loop of your own attach(model, sequence_parallel=group) runs beside it"
-
 
 def check_sequence(args: Any) -> None:
     """Whether `sequence_parallel_size` fits the processes there are, and the settings beside it.
 
     Raises:
-        ValueError: no whole number, or none that divides the processes; FSDP, DeepSpeed, torch.compile, evaluation in
-            16 bits alone, counts of input tokens, or samplers that every process seeds for itself.
+        ValueError: no whole number, or none that divides the processes; DeepSpeed, torch.compile, evaluation in 16 bits
+            alone, counts of input tokens, or samplers that every process seeds for itself.
     """
     size = args.sequence_parallel_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -38,10 +36,9 @@ def check_sequence(args: Any) -> None:
     def environment(name: str) -> bool:
         return os.environ.get(name, "false").lower() == "true"
 
-    ddp = "the trainer spreads rows under DDP alone"
+    ddp = "the trainer spreads rows under DDP and FSDP2"
     moved = "the model is tried on its device before it trains, where this leaves it elsewhere"
     beside = {
-        "fsdp": (args.fsdp or environment("ACCELERATE_USE_FSDP"), f"{ddp}, {_LOOP}"),
         "deepspeed": (args.deepspeed or environment("ACCELERATE_USE_DEEPSPEED"), ddp),
         "torch_compile": (args.torch_compile, "compiled models are not spread"),
         "bf16_full_eval": (args.bf16_full_eval, moved),
@@ -72,7 +69,7 @@ def sequence_of(args: Any, model: nn.Module) -> SequenceParallel | None:
     if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             f"model: expected whole weights in every process with sequence_parallel_size={size}, got some that are "
-            f"spread (tensor parallelism, FSDP, ZeRO-3); {_LOOP}"
+            f"spread already (tensor parallelism, FSDP, ZeRO-3); give the whole model, and fsdp=True if it is to be"
         )
     group, _ = dist.new_subgroups(group_size=size, timeout=args.ddp_timeout_delta)
     assert group is not None  # every process is in one
@@ -80,7 +77,17 @@ def sequence_of(args: Any, model: nn.Module) -> SequenceParallel | None:
 
 
 def share_batches(accelerator: Any, size: int) -> None:
-    """Has `accelerator.prepare` give the `size` processes of a group one batch, and count each group as one process."""
+    """Has `accelerator.prepare` give the `size` processes of a group one batch, and count each group as one process.
+
+    Raises:
+        ValueError: the older FSDP.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            f"fsdp: expected FSDP2 with sequence_parallel_size={size}, got the older FullyShardedDataParallel; "
+            "fsdp_config={'version': 2} is the newer one"
+        )
     own = accelerator.prepare_data_loader
 
     def prepare(loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from clha_fast.training.sequence import check_sequence, share_batches
 from tests.support.helpers import ROOT
 from tests.support.trainers import config
+from tests.support.versions import needs
 from tests.training.test_trainer_processes import check, start
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,17 @@ def test_as_in_one_process(alone: Any, tmp_path: Path, processes: int, layout: s
 
 
 @pytest.mark.slow
+def test_fsdp2(alone: Any, tmp_path: Path) -> None:
+    """Weights in parts over both groups."""
+    needs("accelerate", "1.6", "knows no FSDP2")
+    found = start("fsdp", tmp_path, 4, SEQUENCE_PARALLEL="2", ROW_LAYOUT="shared")
+    assert found["model"] == "FSDPLlamaForCausalLM"
+    assert found["sharded"]
+    assert "resumed" in found
+    check(found, alone["plain"])
+
+
+@pytest.mark.slow
 def test_under_a_budget_of_tokens(tmp_path: Path) -> None:
     """Batches of the sampler are counted by groups, too."""
     more = {"MORE_SETTINGS": json.dumps({"max_tokens_per_batch": 150}), "ROW_LAYOUT": "shared"}
@@ -99,7 +111,7 @@ def test_a_size_divides_the_processes(tmp_path: Path) -> None:
 
 
 def _settings(size: int, **changes: Any) -> SimpleNamespace:
-    none = {"fsdp": [], "deepspeed": None, "torch_compile": False, "bf16_full_eval": False, "fp16_full_eval": False}
+    none = {"deepspeed": None, "torch_compile": False, "bf16_full_eval": False, "fp16_full_eval": False}
     loading = SimpleNamespace(use_seedable_sampler=changes.pop("use_seedable_sampler", True))
     given = {"sequence_parallel_size": size, "include_num_input_tokens_seen": "no", **none, **changes}
     return SimpleNamespace(accelerator_config=loading, **given)
@@ -108,7 +120,6 @@ def _settings(size: int, **changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("fsdp", True),
         ("deepspeed", "zero3.json"),
         ("torch_compile", True),
         ("bf16_full_eval", True),
@@ -122,11 +133,16 @@ def test_what_does_not_run_beside_it(name: str, value: Any) -> None:
     check_sequence(_settings(1, world_size=4, **{name: value}))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_what_an_environment_asks_for(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match="expected none with sequence_parallel_size=2"):
+def test_what_an_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="deepspeed: expected none with sequence_parallel_size=2"):
         check_sequence(_settings(2, world_size=4))
+
+
+def test_fsdp_is_the_newer_one() -> None:
+    older = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match="fsdp: expected FSDP2 with sequence_parallel_size=2, got the older"):
+        share_batches(older, 2)
 
 
 @pytest.mark.parametrize("stream", [False, True])
