@@ -123,13 +123,15 @@ def interleaved(
     before: Step | None = None,
     failures: tuple[type[BaseException], ...] = FAILURES,
     progress: bool = False,
+    first: Callable[[str], None] | None = None,
     after: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Medians and spreads over interleaved rounds, and medians of each round's ratio to every method in `bases`.
 
     The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
     reason. Rounds stop early, after at least one, when the deadline is near; behind it no method but the first begins.
-    before: called ahead of every step, not timed. progress: a line a round. after: gets what is known after each round.
+    before: called ahead of every step, not timed. first: gets each method's name ahead of its first step. after: gets
+    what is known after each round. progress: a line a round.
 
     Raises:
         BrokenDeviceError: a method took the GPU's context with it.
@@ -148,6 +150,8 @@ def interleaved(
                 if not times[name]:
                     failed[name] = "out of time"
                 continue
+            if first is not None and index == 0:
+                first(name)
             if before is not None:
                 before()
             try:
