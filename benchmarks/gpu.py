@@ -36,7 +36,7 @@ import torch
 from benchmarks import correct, profile
 from benchmarks import report as report_files
 from benchmarks.inputs import SHAPES, TINY, Shape
-from benchmarks.measure import Deadline, gpu_environment
+from benchmarks.measure import Deadline, gpu_environment, why_no_interpreter
 from benchmarks.memory import Job, in_a_fresh_process
 from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.pieces import EXTRAS, MODELS, shape_fields
@@ -130,7 +130,7 @@ class Run:
         for path, result in self.pieces(FIRST_LOOK, todo, len(todo) or 1):
             found[path] = result
             self.save()
-            print(f"first look: {path}: {self.unseen(path) or 'right'} {json.dumps(result)}", flush=True)
+            print(f"first look: {path}: {self.unseen(path) or report_files.first_look(result)}", flush=True)
 
     def unseen(self, path: str) -> str:
         """Why a path has not passed the first look; "" where it has."""
@@ -405,6 +405,9 @@ def main() -> int:
     device = "cpu" if args.cpu_dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU here (--cpu-dry-run walks through without one)", file=sys.stderr)
+        return 2
+    if device == "cpu" and (why := why_no_interpreter()) is not None:
+        print(f"benchmarks.gpu: no dry run here: {why}", file=sys.stderr)
         return 2
     shapes = find_shapes(args.shapes or [])
     if args.quick and not args.shapes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from clha_fast.backends.torch.caches import caches
 
@@ -230,6 +231,20 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def why_no_interpreter() -> str | None:
+    """Why Triton's interpreter, and with it a dry run, cannot be had here."""
+    found = versions("triton", "numpy")
+    for name, version in found.items():
+        if version == "not installed":
+            return f"{name} is not installed"
+    if Version(found["triton"]) < Version("3.7") and Version(found["numpy"]) >= Version("2.4"):
+        return (
+            f"the interpreter of Triton {found['triton']} fails with numpy {found['numpy']}; numpy < 2.4 would do, or "
+            "Triton 3.7 (on a GPU neither matters)"
+        )
+    return None
 
 
 def _output(*command: str) -> str:
