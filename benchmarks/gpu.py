@@ -303,6 +303,8 @@ class Run:
             if whole:  # what is out of time within it would be so again
                 done[name] = json.loads(json.dumps(done[name]).replace(OUT_OF_TIME, NO_END.format(most)))
             self.save()
+            failed = done[name].get("failed") if isinstance(done[name], dict) else None
+            print(f"extra: {name}: {failed or 'done'}", flush=True)
 
     def all_shapes(self) -> None:
         # What every reader asks first comes first, at every shape; peers that compile for a minute come last.
