@@ -46,6 +46,7 @@ def env(words: Sequence[str]) -> int:
     import torch
 
     from clha_fast.cli.devices import backend_text, device_text
+    from clha_fast.models import varlen
 
     lines = {"clha-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: _version(name) for name in PACKAGES}
@@ -61,5 +62,6 @@ def env(words: Sequence[str]) -> int:
     lines["backend"] = backend_text("auto", device, dtype, **(_head(args.model) if args.model else {}))
     if lines["backend"].startswith("triton") and torch.version.hip is None and not args.model:
         lines["backend"] += "; workspace where the head's size leaves room: --model NAME says for which batches"
+    lines["two calls"] = varlen.text(device)
     print("\n".join(f"{name:<13} {text}" for name, text in lines.items()))
     return 0
