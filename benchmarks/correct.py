@@ -235,13 +235,18 @@ def check_peers(device: str, tiny: bool, deadline: Deadline) -> dict[str, Any]:
     return found
 
 
-def run_tests(seconds: float) -> dict[str, Any]:
-    """{"passed": pytest's last line}, {"wrong": ...} or {"failed": why it could not be told}."""
+def run_tests(seconds: float, collect: bool = False) -> dict[str, Any]:
+    """{"passed": pytest's last line}, {"wrong": ...} or {"failed": why it could not be told}.
+
+    collect: only find them, as far as a machine without a GPU can go.
+    """
     if importlib.util.find_spec("pytest") is None:
         return {"failed": "not installed: pytest"}
     # Without conftest.py, which needs hypothesis and serves machines without a GPU.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--noconftest", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist") is not None:
+    if collect:
+        command += ["--collect-only"]
+    elif importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(4, os.cpu_count() or 1))]
     out, _, status = output_within([*command, *OWN_TESTS], seconds, merge=True)
     lines = out.strip().splitlines() or [""]

@@ -9,10 +9,10 @@ compute-sanitizer, where they are) only when named. Speed needs correctness: it 
 none, and a path that is wrong is not timed.
 
 Every piece runs in a process of its own with a deadline, and is saved as it comes, in DIR/gpu.json; what those said on
-stderr is in DIR/gpu.log. Everything stops in time for `--limit` seconds; the same command with --resume goes on where
-it stopped. Times are medians between events over interleaved rounds with a flushed L2; ratios are medians of each
-round's ratio to three bare GEMMs. Exit status: 0, 1 where something is incorrect, 2 where nothing could run, 3 where
-the time was too short.
+stderr is in DIR/gpu.log. A piece that hangs is ended, named and left out. Everything stops in time for `--limit`
+seconds; the same command with --resume goes on where it stopped. Times are medians between events over interleaved
+rounds with a flushed L2; ratios are medians of each round's ratio to three bare GEMMs. Exit status: 0, 1 where a path
+of the library is incorrect or could not be checked, 2 where nothing could run, 3 where the time was too short.
 
 --cpu-dry-run walks through all of it on tiny shapes without a GPU, with Triton's interpreter. Its numbers mean nothing,
 are marked as a dry run, and are neither drawn nor rendered.
@@ -24,6 +24,8 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,19 +36,23 @@ import torch
 from benchmarks import correct, profile
 from benchmarks import report as report_files
 from benchmarks.inputs import SHAPES, TINY, Shape
-from benchmarks.measure import Deadline, gpu_environment
+from benchmarks.measure import Deadline, gpu_environment, why_no_interpreter
 from benchmarks.memory import Job, in_a_fresh_process
 from benchmarks.methods import GPU_METHODS, methods_of
-from benchmarks.pieces import EXTRAS, shape_fields
-from benchmarks.processes import OUT_OF_TIME, START_SECONDS, run_piece, run_pieces
+from benchmarks.pieces import EXTRAS, MODELS, shape_fields
+from benchmarks.processes import NO_END, OUT_OF_TIME, START_SECONDS, run_pieces, run_within
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("first_look", "warm", "correct", "shapes")
 DRY = ("bound", "bound_forward", "workspace", "fused", "fused_forward", "routed", "eager_hf", "published")
 # Which path each of the library's methods runs on a GPU.
 RUNS = {"workspace": "workspace", "fused": "triton", "fused_forward": "triton", "routed": "routed 0.01"}
-# A rerun within one shape and mode begins without the method that broke the GPU's context; so many may.
+# A rerun within one shape and mode begins without the method that broke the GPU's context or hung; so many may.
 MOST_BROKEN = 3
+# Seconds of one piece, and how many times that a dry run has: Triton's interpreter is slow.
+FIRST_LOOK, WARM, CHECK, PEERS, EXTRA, MEMORY = 60, 200, 150, 60, 90, 60
+DRY_FACTOR = 4
+ADVICE = 'docs/gpu-first-run.md, "If something fails"'
 INCORRECT, NOT_CHECKED = "incorrect: ", "not checked: "
 # How the reasons begin for which a method without a time gets another chance.
 AGAIN = (OUT_OF_TIME, INCORRECT, NOT_CHECKED)
@@ -99,9 +105,18 @@ class Run:
         self.report["seconds_left"] = round(self.deadline.left(), 1)
         report_files.save(self.report, self.file)
 
-    def budget(self, most: float) -> Deadline:
-        """At most so many seconds of what is left."""
-        return Deadline(min(most, self.deadline.left()))
+    def seconds(self, most: float) -> float:
+        return most * DRY_FACTOR if self.dry else most
+
+    def piece(self, most: float, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """What a process of its own finds in at most so many seconds."""
+        return run_within(self.seconds(most), name, given, self.device, self.deadline, self.log)
+
+    def pieces(
+        self, most: float, jobs: dict[str, tuple[str, dict[str, Any]]], workers: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Several at once, each in at most so many seconds."""
+        return run_pieces(jobs, self.device, self.deadline, self.log, workers, self.seconds(most))
 
     def workers(self) -> int:
         """Processes at a time: no more than there are cores, or room for the largest head and its gradients."""
@@ -109,19 +124,27 @@ class Run:
         return max(1, min(12, room, (os.cpu_count() or 1) - 1))
 
     def first_look(self) -> None:
-        deadline = self.budget(600 if self.dry else 60)
-        self.report["first_look"] = run_piece("first_look", {"tiny": self.dry}, self.device, deadline, self.log)
-        self.save()
-        print(json.dumps(self.report["first_look"], indent=1), flush=True)
+        found = self.report["first_look"]
+        jobs = {path: ("first_look", {"path": path, "tiny": self.dry}) for path in MODELS}
+        todo = {path: job for path, job in jobs.items() if self.unseen(path)}
+        for path, result in self.pieces(FIRST_LOOK, todo, len(todo) or 1):
+            found[path] = result
+            self.save()
+            print(f"first look: {path}: {self.unseen(path) or report_files.first_look(result)}", flush=True)
+
+    def unseen(self, path: str) -> str:
+        """Why a path has not passed the first look; "" where it has."""
+        result = self.report["first_look"].get(path, {"failed": OUT_OF_TIME})
+        wrong: dict[str, str] = result.get("one_loss", {}).get("wrong", {})
+        return str(result.get("why") or wrong.get(path) or result.get("failed", ""))
 
     def checks(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """A process a path and dtype; one for all paths of a dtype in a dry run."""
+        """A process a path and dtype."""
         dtypes = correct.DTYPES[:2] if self.dry else correct.DTYPES
-        groups = [list(correct.PATHS)] if self.dry else [[path] for path in correct.PATHS]
         return {
-            f"{dtype}, {', '.join(paths)}": ("check", {"dtype": dtype, "paths": paths, "tiny": self.dry})
+            f"{dtype}, {path}": ("check", {"dtype": dtype, "paths": [path], "tiny": self.dry})
             for dtype in dtypes
-            for paths in groups
+            for path in correct.PATHS
         }
 
     def warm(self) -> None:
@@ -139,26 +162,33 @@ class Run:
             } | self.checks()
         done = self.report["warm"]
         todo = {name: job for name, job in jobs.items() if "failed" in done.get(name, {"failed": ""})}
-        for name, found in run_pieces(todo, self.device, self.budget(400), self.log, self.workers()):
+        for name, found in self.pieces(WARM, todo, self.workers()):
             done[name] = {key: found[key] for key in ("seconds", "failed", "wrong") if found.get(key)}
             self.save()
             print(f"warm: {name}: {done[name] or 'done'}", flush=True)
 
-    def correct(self) -> None:
+    def correct(self, again: bool) -> None:
+        """again: also what has failed, or did not come to an end."""
         found = self.report["correctness"]
         paths = found.setdefault("paths", {})
-        todo = {name: job for name, job in self.checks().items() if "failed" in paths.get(name, {"failed": ""})}
-        for name, result in run_pieces(todo, self.device, self.budget(400), self.log, self.workers()):
+
+        def wanted(result: dict[str, Any] | None) -> bool:
+            failed = (result or {"failed": OUT_OF_TIME}).get("failed")
+            return failed == OUT_OF_TIME or (again and failed is not None)
+
+        todo = {name: job for name, job in self.checks().items() if wanted(paths.get(name))}
+        for name, result in self.pieces(CHECK, todo, self.workers()):
             if "broken" in result:
                 result["wrong"] = result.get("wrong", {}) | {result["broken"]: result["why"]}
             paths[name] = result
             self.save()
-            print(f"correct: {name}: {result.get('wrong') or result.get('failed') or 'right'}", flush=True)
-        if "failed" in found.get("tests", {"failed": ""}) and not self.dry:
-            found["tests"] = correct.run_tests(self.budget(240).left())
-            print(f"correct: tests: {found['tests']}", flush=True)
-        if "failed" in found.get("peers", {"failed": ""}):
-            found["peers"] = run_piece("peers", {"tiny": self.dry}, self.device, self.budget(60), self.log)
+            said = "; ".join(result.get("wrong", {}).values()) or result.get("failed")
+            print(f"correct: {name}: {said or 'right'}", flush=True)
+        if wanted(found.get("tests")):
+            found["tests"] = correct.run_tests(min(240.0, self.deadline.left()), collect=self.dry)
+            print(f"correct: tests: {json.dumps(found['tests'])}", flush=True)
+        if wanted(found.get("peers")):
+            found["peers"] = self.piece(PEERS, "peers", {"tiny": self.dry})
         self.save()
 
     def incorrect(self) -> dict[str, str]:
@@ -206,17 +236,19 @@ class Run:
         asked = dataclasses.replace(shape, candidates=2) if mode == "pairs" else shape
         for _ in range(MOST_BROKEN):
             given = {"shape": shape_fields(asked), "mode": mode, "methods": names, "rounds": rounds}
-            found = run_piece("speed", given, self.device, self.budget(seconds), self.log)
-            methods = found.pop("methods", {})
-            if "broken" in found:
-                methods[found["broken"]] = {"failed": f"broke the GPU's context: {found['why']}"}
+            found = self.piece(seconds, "speed", given)
+            methods, failed, bad = found.pop("methods", {}), found.get("failed", OUT_OF_TIME), found.get("broken")
+            if bad is not None:
+                methods[bad] = {"failed": f"broke the GPU's context: {found['why']}"}
+            elif failed != OUT_OF_TIME and (bad := found.get("at")) is not None:
+                methods[bad] = {"failed": failed}
             for name in names:
-                entry["methods"][name] = methods.get(name, {"failed": found.get("failed", OUT_OF_TIME)})
-            entry |= {key: value for key, value in found.items() if key not in ("broken", "why", "failed")}
+                entry["methods"][name] = methods.get(name, {"failed": failed})
+            entry |= {key: value for key, value in found.items() if key not in ("broken", "why", "failed", "at")}
             self.save()
-            if "broken" not in found or found["broken"] == "bound":
+            if bad is None or bad == "bound":
                 break
-            names.remove(found["broken"])
+            names.remove(bad)
         print(report_files.shape_table(entry) + "\n", flush=True)
 
     def memory(self, mode: str) -> None:
@@ -226,11 +258,15 @@ class Run:
             names = [
                 name
                 for name, row in entry["methods"].items()
-                if "seconds" in row and row.get("peak_bytes") is None and name != "bound_forward"
+                if "seconds" in row
+                and row.get("peak_bytes") is None
+                and row.get("memory_failed", OUT_OF_TIME) == OUT_OF_TIME
+                and name != "bound_forward"
             ]
             jobs = [Job(name, shape, mode == "padded") for name in names]
             for name, found in zip(names, self.fresh(jobs), strict=True):
                 entry["methods"][name]["peak_bytes"] = found.get("peak_bytes")
+                entry["methods"][name].pop("memory_failed", None)
                 if "failed" in found:
                     entry["methods"][name]["memory_failed"] = found["failed"]
             self.save()
@@ -239,7 +275,7 @@ class Run:
         base = self.shapes[0]
         counts = (32, 64) if self.dry else (1024, 4096, 16384, 65536)
         points = [(name, n) for name in ("workspace", "fused", "eager_hf") for n in counts]
-        if "memory_over_tokens" not in self.report["extras"] and self.deadline.allows(START_SECONDS):
+        if OUT_OF_TIME in str(self.report["extras"].get("memory_over_tokens", OUT_OF_TIME)):
             jobs = [Job(name, dataclasses.replace(base, tokens=n)) for name, n in points]
             self.report["extras"]["memory_over_tokens"] = [
                 {"method": name, "tokens": n, **found}
@@ -252,16 +288,23 @@ class Run:
             return []
         if not self.deadline.allows(START_SECONDS):
             return [{"failed": OUT_OF_TIME}] * len(jobs)
-        return in_a_fresh_process(jobs, self.device, self.budget(60).left() - 5)
+        most = self.seconds(MEMORY)
+        whole = self.deadline.allows(most + 5)
+        found = in_a_fresh_process(jobs, self.device, min(most, self.deadline.left() - 5))
+        late = NO_END.format(most) if whole else OUT_OF_TIME
+        return [{"failed": late} if one.get("failed") == OUT_OF_TIME else one for one in found]
 
     def extra(self, name: str) -> None:
-        done = self.report["extras"]
-        if "failed" in done.get(name, {"failed": ""}) or OUT_OF_TIME in str(done[name]):
-            found = run_piece(
-                "extra", {"name": name, "tiny": self.dry}, self.device, self.budget(600 if self.dry else 90), self.log
-            )
+        done, most = self.report["extras"], self.seconds(EXTRA)
+        if OUT_OF_TIME in str(done.get(name, OUT_OF_TIME)):
+            whole = self.deadline.allows(most)
+            found = self.piece(EXTRA, "extra", {"name": name, "tiny": self.dry})
             done[name] = found.get("result", {"failed": found.get("failed", found.get("why", "unknown"))})
+            if whole:  # what is out of time within it would be so again
+                done[name] = json.loads(json.dumps(done[name]).replace(OUT_OF_TIME, NO_END.format(most)))
             self.save()
+            failed = done[name].get("failed") if isinstance(done[name], dict) else None
+            print(f"extra: {name}: {failed or 'done'}", flush=True)
 
     def all_shapes(self) -> None:
         # What every reader asks first comes first, at every shape; peers that compile for a minute come last.
@@ -281,42 +324,59 @@ class Run:
         self.memory("padded")
         self.report["plots"] = report_files.plots(self.report, self.output)
 
-    def missing(self) -> Iterator[str]:
-        """What the time was too short for."""
-        for name in self.checks():
-            if self.report["correctness"].get("paths", {}).get(name, {}).get("failed") == OUT_OF_TIME:
-                yield f"correct: {name}"
+    def missing(self, names: tuple[str, ...]) -> Iterator[str]:
+        """What the time was too short for. Compiling ahead is asked for by its stage alone: others do it as they go."""
+        correctness = self.report["correctness"]
+        parts = {
+            "first look": self.report["first_look"],
+            "warm": self.report["warm"] if "warm" in names else {},
+            "correct": {name: correctness.get("paths", {}).get(name, {}) for name in self.checks()}
+            | {name: correctness.get(name, {}) for name in ("tests", "peers")},
+        }
+        for part, found in parts.items():
+            yield from (f"{part}: {name}" for name, one in found.items() if one.get("failed") == OUT_OF_TIME)
         for entry in self.report["shapes"]:
-            out = [name for name, row in entry["methods"].items() if row.get("failed") == OUT_OF_TIME]
+            rows = entry["methods"].items()
+            out = [name for name, row in rows if OUT_OF_TIME in (row.get("failed"), row.get("memory_failed"))]
             if out:
                 yield f"{entry['shape']}, {entry['mode']}: {', '.join(out)}"
-        yield from (name for name, found in self.report["extras"].items() if "out of time" in str(found))
+        yield from (name for name, found in self.report["extras"].items() if OUT_OF_TIME in str(found))
 
     def stages(self, names: tuple[str, ...]) -> int:
         self.save()
         for name in names:
             if name == "first_look":
-                if "failed" in (self.report["first_look"] or {"failed": ""}):
-                    self.first_look()
+                self.first_look()
             elif name == "warm":
                 self.warm()
             elif name == "profile":
                 self.report["profile"] = profile.all_tools(self.output, self.deadline, self.dry)
                 print(json.dumps(self.report["profile"], indent=1))
             else:
-                self.correct()
+                self.correct(again=name == "correct")
                 if name == "shapes":
                     self.all_shapes()
             self.save()
-        status = 0
+        return self.verdict(names)
+
+    def verdict(self, names: tuple[str, ...]) -> int:
+        """The exit status; what failed and what to do next are said on stderr."""
+        bad = []
+        if "first_look" in names:
+            bad = [f"first look: {path}: {why}" for path in MODELS if (why := self.unseen(path))]
         for path, why in self.incorrect().items() if self.report["correctness"] else ():
-            if why.startswith(INCORRECT):
-                status = 1
-                print(f"benchmarks.gpu: {path} is incorrect and is not timed: {why}", file=sys.stderr)
-        missing = list(self.missing())
+            if OUT_OF_TIME not in why:
+                bad.append(f"{path} is not timed, {why}")
+        missing = list(self.missing(names))
+        for line in bad:
+            print(f"benchmarks.gpu: {line}", file=sys.stderr)
+        if bad:
+            print(f"benchmarks.gpu: next: {ADVICE}; {self.log} has what processes said", file=sys.stderr)
         if missing:
-            print("benchmarks.gpu: out of time, --resume goes on: " + "; ".join(missing), file=sys.stderr)
-        return status or (3 if missing else 0)
+            words = shlex.join(word for word in sys.argv[1:] if word != "--resume")
+            print(f"benchmarks.gpu: out of time for {'; '.join(missing)}", file=sys.stderr)
+            print(f"benchmarks.gpu: next: python -m benchmarks.gpu {words} --resume", file=sys.stderr)
+        return 1 if bad else 3 if missing else 0
 
 
 def find_shapes(names: list[str]) -> tuple[Shape, ...]:
@@ -348,6 +408,9 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: no GPU here (--cpu-dry-run walks through without one)", file=sys.stderr)
         return 2
+    if device == "cpu" and (why := why_no_interpreter()) is not None:
+        print(f"benchmarks.gpu: no dry run here: {why}", file=sys.stderr)
+        return 2
     shapes = find_shapes(args.shapes or [])
     if args.quick and not args.shapes:
         shapes = SHAPES[:2]
@@ -364,7 +427,13 @@ def main() -> int:
         resume=args.resume,
     )
     print(json.dumps(run.report["environment"]), flush=True)
-    return run.stages(names)
+    # Ended by a scheduler as by a key: no process of ours goes on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run.stages(names)
+    except KeyboardInterrupt:
+        print(f"benchmarks.gpu: interrupted; {run.file} has what was done, --resume goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

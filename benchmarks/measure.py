@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from clha_fast.backends.torch.caches import caches
 
@@ -123,13 +124,15 @@ def interleaved(
     before: Step | None = None,
     failures: tuple[type[BaseException], ...] = FAILURES,
     progress: bool = False,
+    first: Callable[[str], None] | None = None,
     after: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Medians and spreads over interleaved rounds, and medians of each round's ratio to every method in `bases`.
 
     The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
     reason. Rounds stop early, after at least one, when the deadline is near; behind it no method but the first begins.
-    before: called ahead of every step, not timed. progress: a line a round. after: gets what is known after each round.
+    before: called ahead of every step, not timed. first: gets each method's name ahead of its first step. after: gets
+    what is known after each round. progress: a line a round.
 
     Raises:
         BrokenDeviceError: a method took the GPU's context with it.
@@ -148,6 +151,8 @@ def interleaved(
                 if not times[name]:
                     failed[name] = "out of time"
                 continue
+            if first is not None and index == 0:
+                first(name)
             if before is not None:
                 before()
             try:
@@ -226,6 +231,20 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def why_no_interpreter() -> str | None:
+    """Why Triton's interpreter, and with it a dry run, cannot be had here."""
+    found = versions("triton", "numpy")
+    for name, version in found.items():
+        if version == "not installed":
+            return f"{name} is not installed"
+    if Version(found["triton"]) < Version("3.7") and Version(found["numpy"]) >= Version("2.4"):
+        return (
+            f"the interpreter of Triton {found['triton']} fails with numpy {found['numpy']}; numpy < 2.4 would do, or "
+            "Triton 3.7 (on a GPU neither matters)"
+        )
+    return None
 
 
 def _output(*command: str) -> str:

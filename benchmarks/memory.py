@@ -7,12 +7,9 @@ are in it; what it counts on a device says `measure.peak_bytes`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +17,8 @@ import torch
 from benchmarks.inputs import TINY, Batch, Shape, Workload, make_batch, workload_batch
 from benchmarks.measure import FAILURES, clean, describe, peak_bytes
 from benchmarks.methods import CPU_METHODS, GPU_METHODS, Method
+from benchmarks.processes import OUT_OF_TIME, end_with_parent, output_within
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = {kind.__name__: kind for kind in (Shape, Workload)}
 TINY_WORKLOAD = Workload("tiny", hidden_size=64, vocabulary=512, prompts=1, candidates=2, prompt_tokens=4)
 
@@ -73,28 +70,17 @@ def measure(job: Job, device: str) -> dict[str, Any]:
 
 def in_a_fresh_process(jobs: Sequence[Job], device: str, seconds: float | None = None) -> list[dict[str, Any]]:
     """Results of the jobs that ended in time; the others are "out of time"."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.memory", device],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    try:
-        timeout = None if seconds is None else max(1.0, seconds)
-        out, _ = process.communicate("\n".join(job.encode() for job in jobs), timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
+    given = "\n".join(job.encode() for job in jobs)
+    command = [sys.executable, "-m", "benchmarks.memory", device]
+    out, _, status = output_within(command, 86400.0 if seconds is None else seconds, given)
     found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    missing = {"failed": "out of time" if process.returncode < 0 else f"the process ended with {process.returncode}"}
+    missing = {"failed": OUT_OF_TIME if status is None else f"the process ended with {status}"}
     return found + [missing] * (len(jobs) - len(found))
 
 
 def main() -> None:
     device = sys.argv[1]
+    end_with_parent()
     for line in sys.stdin.read().splitlines():
         print(json.dumps(measure(Job.decode(line), device)), flush=True)
 

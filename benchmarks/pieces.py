@@ -27,51 +27,36 @@ from benchmarks.measure import (
     BrokenDeviceError,
     Clock,
     Deadline,
-    clean,
     describe,
     interleaved,
     is_broken,
     peak_bytes,
 )
 from benchmarks.methods import DROPPED, GPU_METHODS, clha, routed
+from benchmarks.processes import end_with_parent
 from benchmarks.roofline import ceilings_of, cost, counted_bytes
 from clha_fast import HeadOptions
 
 Found = Callable[[dict[str, Any]], None]
 PEAK_NATS = 2.0
-# Paths of the cost model that have a counted memory, and how a batch runs them.
-MEMORY_PATHS = {"fused": "triton", "workspace": "workspace"}
+# Paths and their names in the cost model, which counts their memory.
+MODELS = {"triton": "fused", "workspace": "workspace"}
 
 
-def first_look(device: str, deadline: Deadline, found: Found, tiny: bool = False) -> None:
-    """What is here, one small loss by each path with its error beside eager's, and peaks beside what was counted."""
-    sofar: dict[str, Any] = {"device": _device(device), "one_loss": {}, "memory": {}}
-    found(sofar)
+def first_look(device: str, deadline: Deadline, found: Found, path: str, tiny: bool = False) -> None:
+    """What is here, one small loss by a path with its error beside eager's, and its peak beside what was counted."""
+    found({"device": _device(device)})
     dtype = "float32" if device == "cpu" else "bfloat16"
-    for path in ("triton", "workspace"):
-        if not deadline.allows(0):
-            break
-        start = time.perf_counter()
-        result = correct.check_paths(device, (path,), dtype, tiny, cases=tuple(correct.CASES)[:1])
-        sofar["one_loss"][path] = {"seconds": round(time.perf_counter() - start, 1), **result}
-        found(sofar)
-        _stop_if_broken(path, str(result["wrong"]))
+    start = time.perf_counter()
+    result = correct.check_paths(device, (path,), dtype, tiny, cases=tuple(correct.CASES)[:1])
+    found({"one_loss": {"seconds": round(time.perf_counter() - start, 1), **result}})
     shape = TINY[0] if tiny else Shape(4096, 2048, 32000)
-    for path, backend in MEMORY_PATHS.items():
-        if not deadline.allows(0):
-            break
-        try:
-            batch = make_batch(shape, device, on_device=False)
-            step = clha(batch, backend)
-            step()
-            batch.clear()
-            counted = counted_bytes(path, shape)[1]
-            sofar["memory"][path] = {"peak_bytes": peak_bytes(step, device), "counted_bytes": counted}
-        except FAILURES as failure:
-            sofar["memory"][path] = {"failed": describe(failure)}
-            _stop_if_broken(path, describe(failure))
-        found(sofar)
-        clean()
+    batch = make_batch(shape, device, on_device=False)
+    step = clha(batch, path)
+    step()
+    batch.clear()
+    counted = counted_bytes(MODELS[path], shape)[1]
+    found({"memory": {"peak_bytes": peak_bytes(step, device), "counted_bytes": counted}})
 
 
 def _device(device: str) -> dict[str, Any]:
@@ -120,15 +105,24 @@ def speed(
     methods: list[str],
     rounds: int,
 ) -> None:
-    """One shape in one mode: times of its methods, interleaved."""
+    """One shape in one mode: times of its methods, interleaved.
+
+    Until each has run once, "at" is the one that does now: what is killed then is known by name.
+    """
     wanted = _shape(shape)
     batch = make_batch(wanted, device, padded=mode in ("padded", "pairs"), nats=PEAK_NATS if mode == "peaked" else None)
     entry: dict[str, Any] = {"entropy": batch.entropy, "rows": batch.rows, "methods": {}}
     steps: dict[str, Callable[[], Any]] = {}
+
+    def starting(name: str) -> None:
+        entry["at"] = name
+        found(entry)
+
     for name in methods:
         if GPU_METHODS[name].compiles and not deadline.allows(60):
             entry["methods"][name] = {"failed": "out of time"}
             continue
+        starting(name)
         try:
             steps[name] = GPU_METHODS[name].build(batch)
         except FAILURES as failure:
@@ -136,11 +130,12 @@ def speed(
             _stop_if_broken(name, describe(failure))
 
     def keep(rows: dict[str, dict[str, Any]]) -> None:
+        entry["at"] = None
         for name, row in rows.items():
             entry["methods"][name] = row | _known(name, wanted, batch, row)
         found(entry)
 
-    rows = interleaved(steps, Clock(device), rounds, deadline, after=keep)
+    rows = interleaved(steps, Clock(device), rounds, deadline, first=starting, after=keep)
     keep(rows)
     if "seconds" in rows.get("routed", {}) and deadline.allows(0):
         entry.update(extras.kept(batch, HeadOptions(max_dropped_mass=DROPPED)))
@@ -204,6 +199,7 @@ PIECES: dict[str, Callable[..., None]] = {
 
 def main() -> int:
     device, name = sys.argv[1:]
+    end_with_parent()
     arguments = json.load(sys.stdin)
     last: dict[str, Any] = {}
 

@@ -74,6 +74,17 @@ def workload_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def first_look(found: dict[str, Any]) -> str:
+    """A GPU's first look that a path has passed, as a line of text."""
+    loss, memory = found["one_loss"], found["memory"]
+    peak, counted = (memory[name] / 2**20 for name in ("peak_bytes", "counted_bytes"))
+    worst = max(row["error"] / row["bar"] for row in loss["rows"])
+    return (
+        f"right on {found['device']['name']}: largest error {worst:.2f} of its bar, {loss['seconds']} s; "
+        f"peak {peak:,.0f} MiB, {counted:,.0f} counted"
+    )
+
+
 def shape_table(entry: dict[str, Any]) -> str:
     """One shape and mode of a GPU as lines of text."""
     entropy = "unknown" if entry["entropy"] is None else f"{entry['entropy']:.1f} nats"

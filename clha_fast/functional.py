@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, overload
@@ -17,7 +18,7 @@ from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.ops import checks, derivatives
-from clha_fast.ops.dispatch import Backend, resolve
+from clha_fast.ops.dispatch import Backend, resolve, token_limit
 from clha_fast.options import HeadOptions
 from clha_fast.types import STATISTICS, HeadInputs, RankingInputs, VocabShard
 
@@ -27,18 +28,17 @@ _DEFAULT_HEAD = HeadOptions()
 def _resolve(backend: Backend, inputs: HeadInputs, head: HeadOptions, sweep: bool) -> str:
     hidden = inputs.hidden
     gradients = sweep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
-    # Read only where the choice depends on them: a compiled graph then holds for these sizes alone.
-    asks = backend == "auto" and gradients and hidden.device.type == "cuda"
-    weight = (int(inputs.weight.shape[0]), int(inputs.weight.shape[1])) if asks else (0, 0)
+    routed, limit, fits = head.max_dropped_mass is not None, 0, False
+    if backend == "auto" and gradients and not routed and hidden.device.type == "cuda":
+        # Read only where the choice depends on them: a compiled graph then holds for this head alone, and for calls
+        # on one side of the limit.
+        vocabulary, width = (operator.index(size) for size in inputs.weight.shape)
+        trains, given = inputs.weight.requires_grad, head.workspace_bytes
+        limit = token_limit(str(hidden.device), hidden.dtype, vocabulary, width, trains, given)
+        if inputs.targets.shape[0] <= limit:  # a branch is a guard; a number would be one for each number of tokens
+            fits = True
     return resolve(
-        backend,
-        str(hidden.device),
-        hidden.dtype,
-        gradients=gradients,
-        routed=head.max_dropped_mass is not None,
-        weight=weight,
-        trains=inputs.weight.requires_grad,
-        workspace_bytes=head.workspace_bytes,
+        backend, str(hidden.device), hidden.dtype, gradients=gradients, routed=routed, limit=limit, fits=fits
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 # A product that stands beside what it is added to or rounded into, at a time.
@@ -69,10 +70,23 @@ class Workspace:
         every = tokens if rows is None else rows
         return self._peak(tokens, every * self.width, rows is not None, largest)
 
+    def beyond(self, tokens: int) -> int:
+        """`peak` of so many tokens >= 1, but for the gradients of hidden states, which the other paths hold, too.
+
+        Of any prompts, which may be one alone, and of hidden states that are read by an index, as in training.
+        """
+        return self._peak(tokens, 0, True, min(tokens, self.most))
+
     @property
     def worst(self) -> int:
-        """`peak` of so many tokens that there are several chunks, of any prompts, but for what grows with them."""
-        return self._peak(self.most + 1, 0, False, self.most)
+        """`beyond` of any number of tokens."""
+        return max(self.beyond(self.most), self.beyond(self.most + 1))
+
+    def fitting(self, budget: int) -> int | None:
+        """The most tokens for which `beyond` is within `budget` bytes; None where it is for any number of them."""
+        if self.worst <= budget:
+            return None
+        return bisect_right(range(1, self.most + 1), budget, key=self.beyond)
 
     def _peak(self, tokens: int, hidden: int, indexed: bool, largest: int) -> int:
         chunk, weight, size = min(tokens, self.tokens_for(largest)), self.vocabulary * self.width, self.itemsize

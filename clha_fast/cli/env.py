@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 from clha_fast.cli.text import Parser
 from clha_fast.version import __version__
@@ -19,9 +20,29 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _head(model: str) -> dict[str, Any]:
+    """The size of a language model's head, of its configuration alone."""
+    from clha_fast.models.embedding import head_of
+    from clha_fast.planning.source import read_source
+    from clha_fast.planning.step import Switches, build
+
+    source = read_source(model)
+    if source.is_classifier:
+        raise ValueError(f"--model: expected a language model, got {model}, a classifier, whose loss has no backend")
+    weight: Any = head_of(build(source.config, Switches(adapter=source.adapter))).weight
+    vocabulary, width = weight.shape
+    return {"vocabulary": vocabulary, "width": width, "trains": weight.requires_grad}
+
+
 def env(words: Sequence[str]) -> int:
-    """Prints versions, devices and the backend that would run; returns the exit status."""
-    Parser(prog="clha-fast env", description="Versions, devices, backend.").parse_args(words)
+    """Prints versions, devices and the backend that would run; returns the exit status.
+
+    Raises:
+        ValueError, ImportError: as `planning.source.read_source`, for the model that is named.
+    """
+    parser = Parser(prog="clha-fast env", description="Versions, devices, backend.")
+    parser.add_argument("--model", metavar="NAME", help="say which backend would train it: on a GPU its head decides")
+    args = parser.parse_args(words)
     import torch
 
     from clha_fast.cli.devices import backend_text, device_text
@@ -37,7 +58,10 @@ def env(words: Sequence[str]) -> int:
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
         lines[f"cuda:{number}"] = f"{name}, sm_{major}{minor}, {free >> 20:,} of {total >> 20:,} MiB free"
-    lines["backend"] = backend_text("auto", device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lines["backend"] = backend_text("auto", device, dtype, **(_head(args.model) if args.model else {}))
+    if lines["backend"].startswith("triton") and torch.version.hip is None and not args.model:
+        lines["backend"] += "; workspace where the head's size leaves room: --model NAME says for which batches"
     lines["two calls"] = varlen.text(device)
     print("\n".join(f"{name:<13} {text}" for name, text in lines.items()))
     return 0

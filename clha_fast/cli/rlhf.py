@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers.utils import logging
 
-from clha_fast.cli.devices import backend_text, device_text
+from clha_fast.cli.devices import backend_text, device_text, head_of_run, loss_dtype
 from clha_fast.cli.options import collect, config_hints, field_hints
 from clha_fast.cli.runs import Progress, carry_out, few_text, folder_text, layout_line, model_text, write_page
 from clha_fast.evaluation import plots
@@ -98,7 +98,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         "model": model_text(run),
         "reward": f"{run.options.reward_model}: {judge}",
         "device": device_text(args.device),
-        "backend": backend_text(args.backend, args.device, run.model.dtype),
+        "backend": backend_text(args.backend, args.device, loss_dtype(run), **head_of_run(run)),
         "loss": f"{clip}, {options.reduction}{kl}{bonus}",
         "rollout": f"{args.answers_per_prompt} answers a prompt, of at most "
         f"{trainer.train_dataset.settings.max_new_tokens} tokens, for {args.rollout_steps} "

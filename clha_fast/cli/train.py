@@ -8,11 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from clha_fast.cli.defaults import defaults_text
-from clha_fast.cli.devices import backend_text, device_text
+from clha_fast.cli.devices import backend_text, device_text, head_of_run, loss_dtype
 from clha_fast.cli.options import collect, split
 from clha_fast.cli.runs import carry_out, few_text, folder_text, layout_line, model_text, write_page
 from clha_fast.evaluation import memory, plots
@@ -96,12 +95,11 @@ def header(run: Run) -> dict[str, str]:
     """What will be trained, on what, how: lines by their names."""
     trainer, args = run.trainer, run.args
     train, held_out, shared = run.summary()
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else run.model.dtype
     options = trainer.loss_options
     lines = {
         "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {_processes_text(args)}",
-        "backend": backend_text(args.backend, args.device, dtype, **_head(trainer)),
+        "backend": backend_text(args.backend, args.device, loss_dtype(run), **head_of_run(run)),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
         "training": data_text(train, options) + _cut_text(trainer.train_dataset, train),
@@ -129,16 +127,6 @@ def _processes_text(args: CLHAConfig) -> str:
     return count if args.sequence_parallel_size == 1 else f"{count}, {args.sequence_parallel_size} to each row"
 
 
-def _head(trainer: Any) -> dict[str, Any]:
-    """What the choice of a backend depends on beside device and dtype."""
-    weight = getattr(trainer.head_info.module, "weight", None)
-    if trainer.head_info.own_forward is not None or weight is None:
-        return {}
-    size = trainer.head_options.workspace_bytes
-    routed = trainer.head_options.max_dropped_mass is not None
-    return {"weight": tuple(weight.shape), "trains": weight.requires_grad, "workspace_bytes": size, "routed": routed}
-
-
 def memory_report(run: Run) -> dict[str, int]:
     """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`.
 
@@ -152,7 +140,6 @@ def memory_report(run: Run) -> dict[str, int]:
     head: Any = trainer.head_info.module
     if trainer.head_info.own_forward is not None:
         raise memory.MemoryReportError("not measured: the head's own forward runs in chunks, not the fused loss")
-    dtype = torch.bfloat16 if run.args.bf16 else torch.float16 if run.args.fp16 else run.model.dtype
     shapes = memory.LossShapes(
         rows=batch.input_ids.numel(),
         hidden_size=head.weight.shape[1],
@@ -161,7 +148,7 @@ def memory_report(run: Run) -> dict[str, int]:
         candidates_per_prompt=batch.candidates_per_prompt.tolist(),
         rewards=None if batch.rewards is None else batch.rewards.tolist(),
         bias=head.bias is not None,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(loss_dtype(run)).removeprefix("torch."),
         device=str(run.args.device),
         backend=run.args.backend,
         head=trainer.head_options.encoded,

@@ -2,8 +2,11 @@
 
 A row is replaced by what `python -m benchmarks.gpu` or `python -m benchmarks.cpu` measured best for its case. On a GPU
 "workspace" is predicted to be faster where gradients are wanted, 3 matrix products for 4 (`python -m
-benchmarks.roofline`), and pays with memory, at most two more [V, H] in float32: it is taken where that is a small share
-of the device's.
+benchmarks.roofline`), and pays with memory, at most two more [V, H] in float32: it is taken by calls of so few tokens
+that this is a small share of the device's (`token_limit`).
+
+The choice is a function of a call's shapes, its settings and the device: nothing is read back and no process asks
+another. Processes whose calls lie on both sides of the limit run different backends: nothing in these communicates.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ BACKENDS: tuple[str, ...] = ("auto", "triton", "workspace", "torch", "reference"
 # What Triton's interpreter computes as a GPU does; its bfloat16 it does not.
 INTERPRETED: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
 
+# Tokens of a call, where there is no limit.
+ANY_NUMBER = 2**62
+
 logger = logging.getLogger("clha_fast")
 
 
@@ -36,7 +42,7 @@ class Rule(NamedTuple):
         device: "cuda" (ROCm included), or "" for every other.
         kernels: whether the Triton kernels can run on the call's device and dtype.
         gradients: whether the call returns a loss whose gradients are wanted; None for either.
-        room: whether the workspace backend's memory is within `ROOM` of the device's; None for either.
+        room: whether the workspace backend's memory for its tokens is within `ROOM` of the device's; None for either.
         backend: what is chosen. why: said in the log. origin: where the choice comes from.
     """
 
@@ -92,24 +98,47 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs compute capability 8.0 or newer, got {major}.{minor}" if major < 8 else None
 
 
-def room(memory: int, workspace: Workspace) -> bool:
-    """Whether the workspace backend takes at most `ROOM` of a device's memory, but for what grows with the tokens.
+def _limit(memory: int, workspace: Workspace) -> int:
+    """The most tokens for which the workspace takes at most `ROOM` of a device's memory; `ANY_NUMBER` for all."""
+    tokens = workspace.fitting(int(ROOM * memory))
+    return ANY_NUMBER if tokens is None else tokens
 
-    About 6 bytes an element of their hidden states, which is the other paths' too.
+
+def planned(memory: int, workspace: Workspace, tokens: int) -> tuple[str, int]:
+    """What "auto" takes for so many tokens on an NVIDIA GPU of `memory` bytes, gradients wanted; and `token_limit`."""
+    limit = _limit(memory, workspace)
+    return choose("cuda", True, True, tokens <= limit).backend, limit
+
+
+def token_limit(
+    device: str,
+    dtype: torch.dtype,
+    vocabulary: int,
+    width: int,
+    trains: bool = True,
+    workspace_bytes: int | None = None,
+) -> int:
+    """Up to how many tokens a call takes "workspace" under "auto", where its gradients are wanted.
+
+    Of all the device's memory, for what is free now changes from call to call and from process to process.
+
+    Args:
+        device: the tensors'. dtype: hidden's. vocabulary, width: of the weight [V, H]. trains: its gradient is wanted.
+        workspace_bytes: `HeadOptions.workspace_bytes`.
+
+    Returns:
+        0 where it is never taken, `ANY_NUMBER` where always.
     """
-    return workspace.worst <= ROOM * memory
+    place = torch.device(device)
+    if place.type != "cuda" or torch.version.hip is not None or _why_not_kernels(place, dtype) is not None:
+        return 0  # its wide products were not tried on ROCm
+    memory = torch.cuda.get_device_properties(place).total_memory
+    return _limit(memory, Workspace(vocabulary, width, dtype.itemsize, workspace_bytes, trains))
 
 
-def planned(memory: int, workspace: Workspace) -> str:
-    """What "auto" takes on an NVIDIA GPU of `memory` bytes that the kernels know, where gradients are wanted."""
-    return choose("cuda", True, True, room(memory, workspace)).backend
-
-
-def _has_room(device: torch.device, workspace: Workspace) -> bool:
-    """`room` of all the device's memory, for what is free now changes."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False  # its wide products were not tried on ROCm
-    return room(torch.cuda.get_device_properties(device).total_memory, workspace)
+def limit_text(limit: int) -> str:
+    """What "auto" takes where gradients are wanted and a `token_limit` above 0 is known."""
+    return "workspace" if limit >= ANY_NUMBER else f"workspace up to {limit:,} tokens in a call, triton beyond"
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,17 +159,16 @@ def resolve(
     *,
     gradients: bool = False,
     routed: bool = False,
-    weight: tuple[int, int] = (0, 0),
-    trains: bool = True,
-    workspace_bytes: int | None = None,
+    limit: int = 0,
+    fits: bool = False,
 ) -> str:
     """The name of the backend to run: "triton", "workspace", "torch" or "reference".
 
     Args:
         backend: a name of `BACKENDS`. device: the tensors', such as "cpu" or "cuda:1". dtype: hidden's.
         gradients: a loss whose gradients are wanted, which a sweep can return with it.
-        routed: `HeadOptions.max_dropped_mass` is given. weight: (V, H), where a model is known.
-        trains: the weight's gradient is among those wanted. workspace_bytes: `HeadOptions.workspace_bytes`.
+        routed: `HeadOptions.max_dropped_mass` is given.
+        limit: `token_limit` of the call. fits: its tokens are no more than that.
 
     Raises:
         ValueError: the name is unknown.
@@ -150,10 +178,13 @@ def resolve(
     place = torch.device(device)
     if backend == "auto":
         reason = _why_not_kernels(place, dtype) if place.type == "cuda" else f"the device is {place.type}"
-        fits = _has_room(place, Workspace(*weight, dtype.itemsize, workspace_bytes, trains))
-        rule = choose(place.type, reason is None, gradients and not routed, fits)
-        _say_once(f"backend auto: {rule.backend} ({rule.why or reason}; {rule.origin})")
-        return rule.backend
+        sweeps = gradients and not routed
+        taken = choose(place.type, reason is None, sweeps, fits)
+        # Said once, whatever the numbers of tokens: in the same words on both sides of the limit.
+        said = choose(place.type, reason is None, sweeps, limit > 0)
+        name = limit_text(limit) if sweeps and limit > 0 else said.backend
+        _say_once(f"backend auto: {name} ({said.why or reason}; {said.origin})")
+        return taken.backend
     if backend in ("triton", "workspace"):
         reason = _why_not_kernels(place, dtype)
         if reason is not None:
@@ -169,4 +200,5 @@ def resolve(
 
 # The answer depends on nothing but its arguments and the installation: a compiled graph may bake it in. This is all
 # that torch.compiler.assume_constant_result does, except that it imports torch._dynamo first: seconds, and triton.
-vars(resolve)["_dynamo_marked_constant"] = True
+for _constant in (resolve, token_limit):
+    vars(_constant)["_dynamo_marked_constant"] = True

@@ -95,7 +95,7 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     _check_slices(config, load, switches)
     model = build(copy.deepcopy(config), switches)
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    backend = loss_backend(model, switches)
+    backend = loss_backend(model, load.slices, switches)
     memory = count_step(model, load.slices, switches)
     trained = sum(n for n, trains in numbers if trains)
     return Plan(load, switches, memory, sum(n for n, _ in numbers), trained, backend)

@@ -220,7 +220,7 @@ def _offloading(run: Callable[..., Any], host: list[int], *args: Any, **kwargs: 
         return run(*args, **kwargs)
 
 
-def loss_backend(model: nn.Module, switches: Switches) -> str:
+def loss_backend(model: nn.Module, rows: Rows, switches: Switches) -> str:
     """The loss's backend that is counted; "" for a reward model.
 
     "auto" is what it takes in training on an NVIDIA GPU of `switches.memory`; where that is not given, "workspace",
@@ -228,7 +228,9 @@ def loss_backend(model: nn.Module, switches: Switches) -> str:
     """
     if switches.reward_model or switches.backend != "auto":
         return "" if switches.reward_model else switches.backend
-    return "workspace" if switches.memory is None else planned(switches.memory, _workspace(model, switches))
+    if switches.memory is None:
+        return "workspace"
+    return planned(switches.memory, _workspace(model, switches), rows.scored)[0]
 
 
 def _workspace(model: nn.Module, switches: Switches) -> Workspace:
@@ -242,8 +244,10 @@ def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
 
     Rows of hidden [M, H], scored tokens N: sums of their gradients in float32, the gradient itself, the workspace, and
     the weight's gradient where it trains. A reward model's: a logit of each position, and gradients of both.
+
+    Where "auto" takes "triton" for so many tokens, and "workspace" for a smaller step of the same run, the larger.
     """
-    tokens, every, backend = rows.scored, rows.rows * rows.width, loss_backend(model, switches)
+    tokens, every, backend = rows.scored, rows.rows * rows.width, loss_backend(model, rows, switches)
     if not backend:
         config: Any = model.config
         return every * switches.dtype.itemsize * (int(config.get_text_config().hidden_size) + 2)
@@ -256,10 +260,20 @@ def head_bytes(model: nn.Module, rows: Rows, switches: Switches) -> int:
     sums = 4 * width * tokens
     if backend == "triton":
         workspace = switches.workspace_bytes or WORKSPACE
-        return own + sums + width * weight.itemsize * max(tokens, every) + workspace
+        found = own + sums + width * weight.itemsize * max(tokens, every) + workspace
+        return max(found, _smaller_step(model, rows, switches))
     later = width * (4 * every + (weight.itemsize * every if weight.itemsize < 4 else 0))
     store = switches.workspace_bytes or max(WORKSPACE // 4, words * width)
     return own + min(store, 4 * words * tokens) + sums + later
+
+
+def _smaller_step(model: nn.Module, rows: Rows, switches: Switches) -> int:
+    """The loss of a step of as many of the tokens as "auto" takes the workspace for; 0 where it takes it for none."""
+    if switches.backend != "auto" or switches.memory is None:
+        return 0
+    size = _workspace(model, switches)
+    limit = min(planned(switches.memory, size, rows.scored)[1], rows.scored)
+    return size.peak(limit, rows.rows * rows.width * limit // rows.scored, min(rows.largest, limit)) if limit else 0
 
 
 @dataclass

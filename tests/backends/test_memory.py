@@ -24,8 +24,11 @@ def test_by_hand() -> None:
     small = Workspace(1000, 10, 2, given=20_480)
     assert (small.tokens, small.keeps_factors(10), small.keeps_factors(11)) == (10, True, False)
     assert small.peak(100) == 66_000
-    assert small.worst == 40_000 + 20_480 + 300
-    assert size.worst == 40_000 + 2**26 + 3 * 2**15 * 10
+    # Several chunks of 10 tokens, their rows read by an index, whatever the number of tokens; of so small a head one
+    # chunk, with its product beside the rounded gradient, takes more.
+    assert small.beyond(11) == small.beyond(10**6) == 40_000 + 20_480 + 600 + 300
+    assert small.worst == small.beyond(10) == 20_480 + 200 + 20_000 + 40_000
+    assert size.worst == size.beyond(2**15 + 1) == 40_000 + 2**26 + (6 + 3) * 2**15 * 10
     # A frozen weight: sums and logits alone. In float32 the sums are the gradients.
     assert Workspace(1000, 10, 2, trains=False).peak(100) == 208_800
     frozen = Workspace(128256, 4096, 2, trains=False)
@@ -47,6 +50,35 @@ def test_no_number_of_tokens_takes_more_than_the_worst_and_its_own_share() -> No
     for size in (Workspace(128256, 4096, 2), Workspace(32000, 1024, 2), Workspace(151936, 8192, 2, given=2**28)):
         for tokens in (1, 1000, size.tokens, size.tokens + 1, 2**20):
             assert size.peak(tokens) <= size.worst + 6 * tokens * size.width
+            assert size.peak(tokens, rows=3 * tokens, largest=tokens) <= size.beyond(tokens) + 18 * tokens * size.width
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("given", [None, 2**24, 2**30])
+@pytest.mark.parametrize(("vocabulary", "width"), [(128256, 4096), (32000, 2048), (50257, 768)])
+def test_the_most_tokens_within_a_budget(
+    vocabulary: int, width: int, given: int | None, itemsize: int, trains: bool
+) -> None:
+    """One token more is beyond it, and no fewer are; from what the worst takes on there is no limit."""
+    size = Workspace(vocabulary, width, itemsize, given, trains)
+    assert size.fitting(size.worst) is None
+    assert size.fitting(0) == 0
+    for tokens in {1, 2, 100, size.most // 2, size.most - 1} - {0}:
+        if tokens < size.most:
+            found = size.fitting(size.beyond(tokens))
+            assert found is None or (found >= tokens and size.beyond(found) == size.beyond(tokens))
+            assert (found is None) == (size.beyond(tokens) >= size.worst)
+            if found is not None and found < size.most:
+                assert size.beyond(found + 1) > size.beyond(tokens)
+
+
+def test_the_most_tokens_by_hand() -> None:
+    """V 151936, H 2048: the gradient in 16 bits and 64 MiB of it in float32; logits and rows 307,968 bytes a token."""
+    size = Workspace(151936, 2048, 2)
+    budget = 2**30
+    tokens = (budget - 2 * 151936 * 2048 - 2**26) // (2 * 151936 + 2 * 2048)
+    assert (size.fitting(budget), tokens) == (tokens, 1247)
 
 
 def test_a_frozen_head_takes_a_small_workspace() -> None:

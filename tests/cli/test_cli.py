@@ -15,18 +15,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import clha_fast
+from clha_fast.cli import env as cli_env
 from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
 from clha_fast.cli import runs as cli_runs
+from clha_fast.cli.devices import backend_text
 from clha_fast.cli.options import OptionError
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments import run
 from clha_fast.models.loading import build_model, build_tokenizer
 from tests.support.command_line import command, one_sentence, write_rows
+from tests.support.no_gpu import told
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -312,6 +315,25 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["torch"] == torch.__version__
     assert "auto" in lines["backend"]
     assert {"triton", "transformers", "flash-attn", "device"} <= lines.keys()
+
+
+def test_env_of_a_model_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head decides: V 151936 and H 2048 on 16 GiB; a classifier's loss has no backend."""
+    config = LlamaConfig(hidden_size=2048, num_hidden_layers=1, vocab_size=151936, num_attention_heads=8)
+    config.save_pretrained(tmp_path)
+    head = cli_env._head(str(tmp_path))
+    assert head == {"vocabulary": 151936, "width": 2048, "trains": True}
+    with told(90, 132, memory=16 * 2**30):
+        text = backend_text("auto", torch.device("cuda"), torch.bfloat16, **head)
+        routed = backend_text("auto", torch.device("cuda"), torch.bfloat16, **head, routed=True)
+        unknown = backend_text("auto", torch.device("cuda"), torch.bfloat16)
+    why = "gradients are wanted and its memory is there"
+    assert text == f"workspace up to 1,247 tokens in a call, triton beyond (auto: {why})"
+    assert routed == unknown == "triton (auto: a GPU and triton are there)"
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^--model: expected a language model, got .*, a classifier, whose loss has"):
+        cli.main(["env", "--model", str(tmp_path), "--traceback"])
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

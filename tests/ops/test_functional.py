@@ -256,34 +256,60 @@ def test_the_table_of_auto_takes_every_call():
     assert taken == set(dispatch.RULES)
 
 
+GIB = 2**30
+ALL = dispatch.ANY_NUMBER
+
+
 @pytest.mark.parametrize(
-    ("memory", "weight", "budget", "chosen"),
+    ("memory", "weight", "budget", "limit"),
     [
-        # [V, H] in float32 is 2.1 GB, the workspace as large, a copy of its 8192 rows 0.1 GB: 4.3 GB of 80.
-        (80e9, (128256, 4096), None, "workspace"),
-        (64e9, (128256, 4096), None, "triton"),
-        # Less of a workspace: the sums and what they are rounded to, 3.2 GB.
-        (64e9, (128256, 4096), 2**28, "workspace"),
-        (40e9, (128256, 4096), 2**28, "triton"),
-        (24e9, (32000, 2048), None, "workspace"),
-        (80e9, (151936, 8192), None, "triton"),
+        # [V, H] in float32 is 2.1 GB, the workspace as large, copies of its 8192 rows 0.3 GB: 4.5 GB of 80.
+        (80 * GIB, (128256, 4096), None, ALL),
+        # The float32 gradient alone is missing: one chunk fits, of 2 H tokens.
+        (64 * GIB, (128256, 4096), None, 8192),
+        # The gradient in 16 bits, 64 MiB of it in float32, and 264,704 bytes a token.
+        (40 * GIB, (128256, 4096), None, (40 * 2**26 - 2 * 128256 * 4096 - 2**26) // (2 * 128256 + 2 * 4096)),
+        # Less of a workspace: the sums and what they are rounded to, 3.2 GB; of one chunk 1046 tokens.
+        (64 * GIB, (128256, 4096), 2**28, ALL),
+        (40 * GIB, (128256, 4096), 2**28, 1046),
+        (16 * GIB, (128256, 4096), None, 0),
+        (24 * GIB, (32000, 2048), None, ALL),
+        (80 * GIB, (151936, 8192), None, (5 * GIB - 2 * 151936 * 8192 - 2**26) // (2 * 151936 + 2 * 8192)),
     ],
 )
-def test_auto_takes_the_workspace_where_it_is_a_small_share_of_the_memory(memory, weight, budget, chosen, monkeypatch):
+def test_auto_takes_the_workspace_where_it_is_a_small_share_of_the_memory(memory, weight, budget, limit, monkeypatch):
     monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(memory)))
-    settings = {"weight": weight, "workspace_bytes": budget}
-    size = Workspace(*weight, 2, budget)
-    assert dispatch.planned(int(memory), size) == chosen
-    found = dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings)
-    assert found == chosen
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    half = torch.bfloat16
+    assert dispatch.token_limit("cuda", half, *weight, True, budget) == limit
+    for tokens in (1, limit, limit + 1):
+        chosen = "workspace" if 0 < tokens <= limit else "triton"
+        if tokens:
+            assert dispatch.planned(memory, Workspace(*weight, 2, budget), tokens) == (chosen, limit)
+    found = [dispatch.resolve("auto", "cuda", half, gradients=True, limit=limit, fits=fits) for fits in (True, False)]
+    assert found == ["workspace", "triton"]
     # Log-probabilities, and routed gradients, are the fused kernels' whatever there is.
-    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=False, **settings) == "triton"
-    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, routed=True, **settings) == "triton"
+    assert dispatch.resolve("auto", "cuda", half, limit=limit, fits=True) == "triton"
+    assert dispatch.resolve("auto", "cuda", half, gradients=True, routed=True, limit=limit, fits=True) == "triton"
     # A frozen head's gradient takes nothing.
-    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, trains=False, **settings) == "workspace"
+    assert dispatch.token_limit("cuda", half, *weight, False, budget) >= max(1, limit)
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, **settings) == "triton"
+    assert dispatch.token_limit("cuda", half, *weight, True, budget) == 0
+
+
+def test_auto_says_one_thing_for_all_numbers_of_tokens(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="clha_fast"):
+        for limit in (1247, ALL):
+            for fits in (True, False, True):
+                dispatch.resolve("auto", "cuda", torch.bfloat16, gradients=True, limit=limit, fits=fits)
+    origin = dispatch.RULES[0].origin
+    why = "gradients are wanted and its memory is there"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend auto: workspace up to 1,247 tokens in a call, triton beyond ({why}; {origin})",
+        f"backend auto: workspace ({why}; {origin})",
+    ]
 
 
 @pytest.mark.parametrize("backend", ["reference", "workspace"])

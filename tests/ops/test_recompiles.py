@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clha_fast
-from clha_fast import CLHAOptions, PROOptions, linear_clha_loss, linear_loss, token_logps
+from clha_fast import CLHAOptions, HeadOptions, PROOptions, functional, linear_clha_loss, linear_loss, token_logps
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.ops import dispatch
+from clha_fast.types import HeadInputs
 from tests.support.helpers import Case, make_case
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
@@ -110,3 +114,26 @@ def test_the_workspace_s_product_in_the_backward(dynamic: bool | None) -> None:
         for one, other in zip(*both, strict=True):
             assert torch.equal(one, other)
     assert counter.frame_count <= (2 if dynamic is None else 1)
+
+
+def test_the_limit_of_auto_is_one_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of tokens on either side of it take a graph each, however many there are, and each its own backend.
+
+    V 11 and H 5 on a GPU that has 16 times 40 tokens' memory: 128 bytes of logits, 10 of rows, 30 of their copies.
+    """
+    memory, limit = 16 * 40 * 168, 40
+    monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    weight = torch.zeros(11, 5, requires_grad=True)
+    head = HeadOptions()
+    there: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, requires_grad=True)
+
+    def chosen(targets: Tensor) -> Tensor:
+        name = functional._resolve("auto", HeadInputs(there, weight, None, targets, None), head, True)
+        return targets + (1 if name == "workspace" else 2)
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(chosen, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (7, 90, 40, 41, 13, 300, 39, 55):
+        assert torch.equal(compiled(torch.zeros(tokens)), torch.full((tokens,), 1.0 if tokens <= limit else 2.0))
+    assert counter.frame_count == 2

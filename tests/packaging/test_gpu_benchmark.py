@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: its cost model in closed form, its parts, and a dry run from end to end."""
+"""The GPU benchmark where there is no GPU: its parts, what it does when pieces fail, and a dry run from end to end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,96 +19,13 @@ from benchmarks import correct
 from benchmarks import report as report_files
 from benchmarks.correct import OWN_TESTS, PATHS, IncorrectError, _Bar, check_paths
 from benchmarks.gpu import Run, find_shapes
-from benchmarks.inputs import IGNORE, SHAPES, TINY, PairLoss, Shape, make_batch, softmax_entropy
+from benchmarks.inputs import IGNORE, SHAPES, TINY, PairLoss, make_batch, softmax_entropy
 from benchmarks.measure import BrokenDeviceError, Clock, Deadline, interleaved
 from benchmarks.memory import Job, measure
 from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.processes import OUT_OF_TIME, output_within, run_piece
-from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 from clha_fast import PUBLISHED, HeadOptions, reference
 from tests.support.helpers import ROOT
-
-H200 = DEVICES["NVIDIA H200"]
-BIG = Shape(8192, 4096, 128256)
-
-
-def test_three_products_in_closed_form() -> None:
-    # 3 products of 2 * 8192 * 4096 * 128256 operations: 25.8 TFLOP, 32.7 ms at 790 TFLOP/s.
-    found = cost("bound", BIG, H200)
-    assert found.flops == 3 * 2 * 8192 * 4096 * 128256
-    assert found.flops == pytest.approx(25.82e12, rel=1e-3)
-    assert found.seconds == pytest.approx(32.68e-3, rel=1e-3)
-    # Each product reads two of X, W and Z and writes the third, 2 bytes an element.
-    assert found.bytes == 3 * 2 * (8192 * 4096 + 128256 * 4096 + 8192 * 128256)
-    assert cost("bound_forward", BIG, H200).flops == found.flops / 3
-
-
-def test_the_workspace_pays_for_its_passes_and_its_sums() -> None:
-    """With products for free what is left is 6 bytes a logit, the float32 sums and the final rounding."""
-    free = Ceilings("", 1e30, 1e12, "")
-    extra = cost("workspace", BIG, free).seconds - cost("bound", BIG, free).seconds
-    # One chunk: 2 * H = 8192 tokens fit.
-    assert extra == pytest.approx((6 * 8192 * 128256 + 6 * (128256 + 8192) * 4096) / 1e12)
-    twice = dataclasses.replace(BIG, tokens=16384)
-    extra = cost("workspace", twice, free).seconds - cost("bound", twice, free).seconds
-    assert extra == pytest.approx((6 * 16384 * 128256 + 8 * 128256 * 4096 + 6 * (128256 + 16384) * 4096) / 1e12)
-
-
-def test_a_frozen_head_and_a_short_workspace() -> None:
-    frozen = [cost(path, BIG, H200, weight_gradient=False) for path in ("bound", "workspace", "fused")]
-    assert [round(c.flops / cost("bound_forward", BIG, H200).flops) for c in frozen] == [2, 2, 3]
-    # Sixteen chunks of 512: fifteen times the sum is read and written, 8 bytes an element.
-    short, whole = (cost("workspace", BIG, H200, chunk_tokens=n) for n in (512, 8192))
-    assert short.seconds - whole.seconds == pytest.approx(15 * 8 * 128256 * 4096 / 4.3e12)
-
-
-def test_a_product_is_bound_by_its_slower_side() -> None:
-    thin = Shape(1, 4096, 128256)
-    assert cost("bound_forward", thin, H200).seconds == pytest.approx(2 * (4096 + 128256 * 4097) / 4.3e12)
-
-
-def test_the_fused_path_pays_for_its_float32_sums() -> None:
-    """Rows of dhidden once a chunk of 4,096 words; with several chunks of 8,192 tokens the chunk of dweight as well."""
-    free = Ceilings("", 1e30, 1e12, "")
-    for tokens, partial in ((8192, 0), (32768, 8 * 128256 * 4096 * 4)):
-        shape = dataclasses.replace(BIG, tokens=tokens)
-        products = cost("bound", shape, free).bytes + cost("bound_forward", shape, free).bytes
-        statistics = 16 * tokens * 1002
-        sums = 8 * tokens * 4096 * 32
-        assert cost("fused", shape, free).bytes == products + statistics + sums + partial
-
-
-def test_routed_costs_one_product_three_shares_and_the_means() -> None:
-    dense, forward = cost("fused", BIG, H200), cost("fused_forward", BIG, H200)
-    means = 2 * 8192 * 4096 * 1002
-    assert cost("routed", BIG, H200, kept_share=1.0).flops == dense.flops + means
-    assert cost("routed", BIG, H200, kept_share=0.0).flops == forward.flops + means
-    assert dense.flops == 4 * forward.flops
-    # One read of the weight is most of it, and little beside the step.
-    free = Ceilings("", 1e30, 1e12, "")
-    extra = cost("routed", BIG, free, kept_share=1.0).bytes - cost("fused", BIG, free).bytes
-    weight = 2 * 128256 * 4096
-    assert weight < extra < 1.5 * weight
-    assert cost("routed", BIG, H200, kept_share=1.0).seconds < 1.02 * dense.seconds
-
-
-def _report(dry_run: bool) -> dict:
-    methods = {"bound": {"seconds": 0.035}, "eager_hf": {"seconds": 0.05}}
-    entry = {"shape": BIG.name, "mode": "scored", "entropy": 11.7, "methods": methods}
-    return {"dry_run": dry_run, "environment": {"device": "NVIDIA H200"}, "shapes": [entry], "extras": {}}
-
-
-def test_what_was_not_measured_is_not_shown() -> None:
-    report = _report(dry_run=False)
-    assert measured_seconds(report, BIG, "eager") == 0.05
-    assert measured_seconds(report, BIG, "workspace") is None
-    assert measured_seconds(_report(dry_run=True), BIG, "bound") is None
-    assert ceilings_of(report, "NVIDIA H200").flops == pytest.approx(25.82e12 / 0.035, rel=1e-3)
-    assert ceilings_of(_report(dry_run=True), "NVIDIA H200") == H200
-    lines = [line for line in table(report, H200).splitlines() if line.startswith(f"| {BIG.name} ")]
-    assert sum(NOT_MEASURED in line for line in lines) == len(lines) - 2
-    with pytest.raises(ValueError, match=r"^device: expected one of NVIDIA H200, NVIDIA H100, got 'x'$"):
-        ceilings_of(None, "x")
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -178,6 +97,12 @@ def test_every_method_belongs_to_a_mode() -> None:
 def test_jobs_survive_the_way_to_another_process() -> None:
     for job in (Job("fused", SHAPES[1]), Job("eager_hf", TINY[0], padded=True)):
         assert Job.decode(job.encode()) == job
+
+
+def _report(dry_run: bool) -> dict:
+    methods = {"bound": {"seconds": 0.035}, "eager_hf": {"seconds": 0.05}}
+    entry = {"shape": SHAPES[0].name, "mode": "scored", "entropy": 11.7, "methods": methods}
+    return {"dry_run": dry_run, "environment": {"device": "NVIDIA H200"}, "shapes": [entry], "extras": {}}
 
 
 def test_files_of_a_report(tmp_path: Path) -> None:
@@ -261,40 +186,135 @@ def test_what_was_not_checked_or_is_wrong_is_not_timed(tmp_path: Path, monkeypat
     run = _run(tmp_path)
     asked: list[list[str]] = []
 
-    def piece(name: str, given: dict, *rest: object) -> dict:
+    def piece(seconds: float, name: str, given: dict, *rest: object) -> dict:
         asked.append(given["methods"])
         return {"entropy": 1.0, "rows": 1, "methods": {n: {"seconds": 1.0, "spread": 0.0} for n in given["methods"]}}
 
-    monkeypatch.setattr("benchmarks.gpu.run_piece", piece)
+    monkeypatch.setattr("benchmarks.gpu.run_within", piece)
     run.speed(TINY[0], "scored", 30)
     methods = run.entry(TINY[0], "scored")["methods"]
     assert asked == [["bound", "bound_forward", "eager_hf"]]
     assert methods["fused"]["failed"].startswith("not checked: ")
-    names = list(run.checks())
-    wrong = {"workspace": "error of dhidden"}
-    run.report["correctness"]["paths"] = {names[0]: {"wrong": {}}, names[1]: {"wrong": wrong}}
+    run.report["correctness"]["paths"] = {name: {"wrong": {}} for name in run.checks()}
+    run.report["correctness"]["paths"]["float16, workspace"] = {"wrong": {"workspace": "error of dhidden"}}
     run.speed(TINY[0], "scored", 30)
     assert asked[1] == ["bound", "fused", "fused_forward"]
     assert methods["workspace"]["failed"] == "incorrect: error of dhidden"
     assert methods["fused"]["seconds"] == 1.0
-    assert run.stages(()) == 1
+    assert run.verdict(()) == 1
 
 
-def test_a_shape_goes_on_without_the_method_that_broke_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"broken": "eager_hf", "why": "illegal address"}, "broke the GPU's context: illegal address"),
+        # Killed while its first step ran, after all the time that the piece may have.
+        ({"at": "eager_hf", "failed": "did not end within 30 s"}, "did not end within 30 s"),
+    ],
+)
+def test_a_shape_goes_on_without_the_method_that_broke_the_device_or_hangs(
+    bad: dict, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _run(tmp_path)
 
-    def piece(name: str, given: dict, *rest: object) -> dict:
+    def piece(seconds: float, name: str, given: dict, *rest: object) -> dict:
         if "eager_hf" in given["methods"]:
-            return {"broken": "eager_hf", "why": "illegal address", "methods": {}}
+            return {**bad, "methods": {}}
         return {"entropy": 1.0, "methods": {n: {"seconds": 1.0, "spread": 0.0} for n in given["methods"]}}
 
-    monkeypatch.setattr("benchmarks.gpu.run_piece", piece)
+    monkeypatch.setattr("benchmarks.gpu.run_within", piece)
     run.speed(TINY[0], "scored", 30)
     methods = run.entry(TINY[0], "scored")["methods"]
     assert methods["bound"]["seconds"] == 1.0
-    assert methods["eager_hf"] == {"failed": "broke the GPU's context: illegal address"}
+    assert methods["eager_hf"] == {"failed": reason}
+    assert not list(run.missing(()))
+
+
+def test_what_the_call_s_own_time_was_too_short_for_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A piece that was cut short is out of time, whatever ran then, and the command to go on is said."""
+    run = _run(tmp_path)
+    run.report["correctness"]["paths"] = {name: {"wrong": {}} for name in run.checks()}
+    cut = {"at": "eager_hf", "failed": OUT_OF_TIME, "methods": {}}
+    monkeypatch.setattr("benchmarks.gpu.run_within", lambda *_: dict(cut))
+    run.speed(TINY[0], "scored", 30)
+    assert run.entry(TINY[0], "scored")["methods"]["eager_hf"] == {"failed": OUT_OF_TIME}
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), "--resume", "--shapes"])
+    assert run.verdict(()) == 3
+    assert f"next: python -m benchmarks.gpu --output {tmp_path} --shapes --resume\n" in capsys.readouterr().err
+
+
+def test_a_first_look_that_fails_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _run(tmp_path)
+    assert run.verdict(()) == 0
+    run.report["first_look"] = {
+        "triton": {"failed": "did not end within 60 s"},
+        "workspace": {"one_loss": {"wrong": {"workspace": "error of dhidden is 1"}}},
+    }
+    assert run.verdict(("first_look",)) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "benchmarks.gpu: first look: triton: did not end within 60 s",
+        "benchmarks.gpu: first look: workspace: error of dhidden is 1",
+    ]
+    assert "docs/gpu-first-run.md" in said[2]
+    assert str(run.log) in said[2]
+
+
+def test_a_check_that_hangs_is_said_and_comes_again_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path)
+    asked: list[list[str]] = []
+
+    def pieces(most: float, jobs: dict, workers: int) -> list:
+        asked.append(list(jobs))
+        late = {"failed": "did not end within 150 s", "rows": [], "wrong": {}}
+        return [(name, late if name == "float32, torch" else {"wrong": {}}) for name in jobs]
+
+    monkeypatch.setattr(run, "pieces", pieces)
+    monkeypatch.setattr(run, "piece", lambda *_: {})
+    monkeypatch.setattr(correct, "run_tests", lambda *_, **__: {"passed": "1 passed"})
+    for again in (True, False, True):
+        run.correct(again)
+    assert asked == [list(run.checks()), [], ["float32, torch"]]
+    assert run.verdict(()) == 1
+    assert "torch is not timed, not checked: did not end within 150 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_goes_on_when_the_run_is_ended(end: signal.Signals) -> None:
+    """A piece that would sleep for a minute, in the middle of it: gone some moments after its parent is."""
+    piece = "import os, time; from benchmarks.processes import end_with_parent as e; e(); print(os.getpid()); "
+    parent = f"""
+import signal, sys
+from benchmarks import processes
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+command = [sys.executable, "-u", "-c", {piece + "os.dup2(1, 2); time.sleep(60)"!r}]
+popen = processes.subprocess.Popen
+processes.subprocess.Popen = lambda *a, **k: print((p := popen(*a, **k)).pid, flush=True) or p
+processes.output_within(command, 60)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    started = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=environment, text=True)
+    assert started.stdout is not None
+    child = int(started.stdout.readline())
+    started.send_signal(end)
+    started.wait(20)
+    end_of_wait = time.monotonic() + 60
+    while _command_of(child) and time.monotonic() < end_of_wait:
+        time.sleep(0.1)
+    assert not _command_of(child)
+
+
+def _command_of(process: int) -> bytes:
+    """Its command line; empty when it has ended."""
+    file = Path(f"/proc/{process}/cmdline")
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def test_shapes_by_name() -> None:
@@ -327,7 +347,8 @@ sys.exit(pytest.main({collect}))
 def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--cpu-dry-run", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=560)
+    command += ["--limit", "2400"]  # on a machine that others use
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=2500)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["dry_run"] is True
@@ -341,7 +362,9 @@ def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
     paths = report["correctness"]["paths"]
     assert {row["path"] for found in paths.values() for row in found["rows"]} == set(PATHS)
     assert not any(found["wrong"] or "failed" in found for found in paths.values())
-    assert all("peak_bytes" in found for found in report["first_look"]["memory"].values())
+    assert report["first_look"].keys() == {"triton", "workspace"}
+    assert all("peak_bytes" in found["memory"] for found in report["first_look"].values())
+    assert "tests collected" in report["correctness"]["tests"]["passed"]
     for name in ("ranking_share", "over_candidates", "long_input", "memory_over_tokens", "synchronisation"):
         assert "failed" not in report["extras"][name], report["extras"][name]
 

@@ -47,26 +47,51 @@ def test_the_loss_s_backends_by_hand():
 
 
 def test_auto_counts_what_training_takes():
-    """A sixteenth of the device's memory has room for 4.1 GiB beside an 8B head that trains, and for a frozen one."""
+    """A sixteenth of the device's memory has room for 4.5 GiB beside an 8B head that trains, and for a frozen one."""
     config = small(
         hidden_size=4096, intermediate_size=64, num_hidden_layers=1, vocab_size=128256, num_attention_heads=32
     )
-    room = Workspace(128256, 4096, 2).worst * 16
+    room, many, few = Workspace(128256, 4096, 2).worst * 16, Rows(4, 8192, 16384), Rows(4, 2048, 4096)
     chosen = {}
     for memory in (room, room - 16):
         for rank in (None, 4):
             switches = Switches(memory=memory, lora_rank=rank)
-            chosen[memory, rank] = loss_backend(build(config, switches), switches)
+            model = build(config, switches)
+            chosen[memory, rank] = [loss_backend(model, rows, switches) for rows in (many, few)]
     assert chosen == {
-        (room, None): "workspace",
-        (room - 16, None): "triton",
-        (room, 4): "workspace",
-        (room - 16, 4): "workspace",
+        (room, None): ["workspace", "workspace"],
+        (room - 16, None): ["triton", "workspace"],
+        (room, 4): ["workspace", "workspace"],
+        (room - 16, 4): ["workspace", "workspace"],
     }
     found = plan(config, LOAD, Switches(memory=room))
     assert (found.backend, found.as_dict()["switches"]["backend"]) == ("workspace", "auto")
     assert plan(config, LOAD, Switches()).backend == "workspace"
     assert plan(config, LOAD, Switches(backend="triton", memory=room)).backend == "triton"
+
+
+def test_auto_counts_the_smaller_step_where_that_holds_more():
+    """V 151936, H 2048, 16 GiB: up to 1247 tokens the workspace, whose logits take more than triton's few more tokens.
+
+    Rows are read in full: one hidden state a scored token.
+    """
+    words, width, limit = 151936, 2048, 1247
+    config = small(hidden_size=width, intermediate_size=64, num_hidden_layers=1, vocab_size=words)
+    switches = Switches(memory=16 * GIB)
+    model = build(config, switches)
+    weight, step = 2 * words * width, 4 * width + 2 * words + 2 * width  # a token's sum, logits and row
+
+    def counted(tokens):
+        rows = Rows(1, tokens, tokens)
+        return loss_backend(model, rows, switches), head_bytes(model, rows, switches)
+
+    assert counted(limit) == ("workspace", weight + step * limit + 64 * 2**20)
+    assert counted(limit + 1) == ("triton", counted(limit)[1])
+    many = 10**5
+    assert counted(many) == ("triton", weight + (4 + 2) * width * many + 64 * 2**20)
+    asked = Switches(memory=16 * GIB, backend="triton")
+    rows = Rows(1, limit + 1, limit + 1)
+    assert head_bytes(model, rows, asked) == weight + 6 * width * (limit + 1) + 64 * 2**20
 
 
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "olora"}], ids=str)

@@ -105,9 +105,9 @@ class FakeGPU(TorchDispatchMode):
         variants: of every kernel's name what Triton compiles for: each argument's (type, what is known of its value).
     """
 
-    def __init__(self, capability: int = 90, *, compiles: bool = True) -> None:
+    def __init__(self, capability: int = 90, *, compiles: bool = True, memory: int = 80 * 2**30) -> None:
         super().__init__()
-        self.capability, self.compiles = capability, compiles
+        self.capability, self.compiles, self.total_memory = capability, compiles, memory
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.memory = Memory()
         self.launches: list[tuple[str, tuple[int, ...], Any]] = []
@@ -237,7 +237,7 @@ class FakeGPU(TorchDispatchMode):
         """The device exists inside."""
         self._compile: Callable[..., Any] = JITFunction.run
         with contextlib.ExitStack() as stack:
-            stack.enter_context(told(self.capability, DEVICES[self.capability][0]))
+            stack.enter_context(told(self.capability, DEVICES[self.capability][0], self.total_memory))
             stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda tensor: self.memory.pointer(tensor)))
             # Eager tensors, not those of a compiler's trace.
             stack.enter_context(mock.patch("clha_fast.ops.loss.Tensor", FakeTensor))

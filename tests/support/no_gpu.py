@@ -24,10 +24,10 @@ def _set_device_guard() -> None:
 
 
 @contextlib.contextmanager
-def told(capability: int, multiprocessors: int) -> Iterator[None]:
+def told(capability: int, multiprocessors: int, memory: int = 80 * 2**30) -> Iterator[None]:
     """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100), or AMD's gfx942 (942)."""
     _set_device_guard()
-    known = {"multi_processor_count": multiprocessors, "total_memory": 80 * 2**30}
+    known = {"multi_processor_count": multiprocessors, "total_memory": memory}
     is_amd = capability == 942
     name = "gfx942" if is_amd else f"sm_{capability}"
     properties = SimpleNamespace(name=f"{name}, not there", gcnArchName=name, **known)

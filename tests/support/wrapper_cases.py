@@ -63,6 +63,7 @@ def ddp(
     checkpointing: bool = False,
     compiled: bool = False,
     autocast: bool = False,
+    backend: Any = "auto",
     everything: Sequence[Any] = ROWS,
 ) -> Measured:
     model = tied()
@@ -70,7 +71,7 @@ def ddp(
     wanted = expect(model, [collate(everything)], autocast)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    attached = None if after else clha_fast.attach(model, OPTIONS)
+    attached = None if after else clha_fast.attach(model, OPTIONS, backend=backend)
     wrapped = DistributedDataParallel(model)
     attached = attached or clha_fast.attach(wrapped, OPTIONS)
     called = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
