@@ -110,6 +110,13 @@ def test_sums_of_dhidden_are_reducing_stores(rows: list[Row]) -> None:
     none_of([row for row in rows if row["atomics"]], "an atomic operation")
 
 
+def test_sums_have_reached_l2_before_the_next_block_on_amd(rows: list[Row]) -> None:
+    """Its barrier waits for shared memory alone: the kernel itself waits for its stores first."""
+    routed = [row for row in rows if (row["kernel"], row["arch"]) == ("routed_hidden_grad", "gfx942")]
+    assert {row["dtype"] for row in routed} == {"16-bit", "fp32"}
+    none_of([row for row in routed if row["drained"] != 1], "a barrier that does not wait for reducing stores")
+
+
 def one(rows: list[Row], kernel: str, variant: str = "plain") -> Row:
     (row,) = [
         row
