@@ -7,7 +7,7 @@ away together, where logits are large. log_softmax, which this replaces, does no
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import LOG2_E, mask_words, moments, power, raw_logits, scaled_logits, tile_of
+from csrc_triton.tiles import LOG2_E, mask_words, moments, power, raw_logits, scaled_logits, tile_of, word_is
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def write_statistics(
     is_here = is_valid & (target >= first) & (target < first + BLOCK_V)
     if tl.max(is_here.to(tl.int32), axis=0) > 0:  # about one tile in four at 128256 words
         column = tl.where(is_here, target - first, -1).to(tl.int32)
-        logit = tl.sum(tl.where(word[None, :] == column[:, None], z, 0.0), axis=1)
+        logit = tl.sum(tl.where(word_is(column, BLOCK_V), z, 0.0), axis=1)
         tl.store(target_logit_ptr + n, logit * factor, mask=is_here)
 
     # Last, for the exponentials take the logits' registers. A block of -inf alone has sum 0, not the NaN of
@@ -244,6 +244,8 @@ def persistent_forward_kernel(
     weight [V, H] in blocks of [BLOCK_V, BLOCK_H]. first_token is a multiple of BLOCK_N. What lies outside a descriptor
     is read as 0: neither H nor the last tile needs a mask. A row outside the hidden states is NaN already in `rows`.
     """
+    # Else a flattened loop needs the epilogue once more, for products of nothing.
+    tl.assume(H > 0)
     tiles_n = tl.cdiv(chunk_tokens, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(

@@ -47,6 +47,7 @@ def persistent_logit_grad_kernel(
     GROUP: tl.constexpr,
 ):
     """dlogits [chunk_tokens, chunk_words], as `logit_grad_kernel` writes it; rows [padded, H] are sorted tokens'."""
+    tl.assume(H > 0)  # as in `forward.persistent_forward_kernel`
     count = tl.load(count_ptr)
     tiles_n = tl.cdiv(tl.maximum(tl.minimum(count - first_token, chunk_tokens), 0), BLOCK_N)
     tiles_v = chunk_words // BLOCK_V

@@ -182,6 +182,7 @@ def routed_hidden_grad_kernel(
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    AMD: tl.constexpr,
     ROUTE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -244,6 +245,11 @@ def routed_hidden_grad_kernel(
                 # The store adds: L2 does, and no thread waits for the sum so far. Nobody else adds to it meanwhile.
                 tl.atomic_add(drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], acc, mask=inside, sem="relaxed")
             # The next block may hold the same tokens in other threads' rows, and adds to them after this one.
+            if AMD:
+                # Its barrier waits for shared memory alone: first, until L2 has what this thread added.
+                tl.inline_asm_elementwise(
+                    "s_waitcnt vmcnt(0)\ns_mov_b32 $0, $1", "=s,s", [local], dtype=tl.int32, is_pure=False, pack=1
+                )
             tl.debug_barrier()
 
 

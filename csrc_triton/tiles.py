@@ -158,10 +158,27 @@ def moments(z, peak, factor, PTX: tl.constexpr):
 
 
 @triton.jit
+def word_is(column, BLOCK_V: tl.constexpr):
+    """bool [rows, BLOCK_V]: the word at each row's `column` [rows] of a tile; -1 is none.
+
+    Compared in eights, for that is how the accumulators of matrix units lie: which eight is a constant of the
+    instruction then, and a thread compares it with two numbers a row. Whole column numbers depend on the thread, and
+    the compiler would hold all of a thread's 64 in registers, for the length of the kernel.
+    """
+    eight, word = tl.arange(0, BLOCK_V // 8), tl.arange(0, 8)
+    found = (column[:, None] - word[None, :])[:, None, :] == (eight * 8)[None, :, None]
+    return tl.reshape(found, (column.shape[0], BLOCK_V))
+
+
+@triton.jit
 def mask_words(z, words, BLOCK_V: tl.constexpr):
     """z [rows, BLOCK_V], -inf from column `words` on: a pass over the tile that only the last one pays for."""
     if words < BLOCK_V:
-        z = tl.where((tl.arange(0, BLOCK_V) < words)[None, :], z, float("-inf"))
+        # In eights, as in `word_is`.
+        eight, word = tl.arange(0, BLOCK_V // 8), tl.arange(0, 8)
+        is_word = ((words - word)[None, :] > (eight * 8)[:, None])[None, :, :]
+        is_word = tl.reshape(tl.broadcast_to(is_word, (z.shape[0], BLOCK_V // 8, 8)), z.shape)
+        z = tl.where(is_word, z, float("-inf"))
     return z
 
 
@@ -199,7 +216,6 @@ def logit_gradient(
     the last have no share, whatever their logits are.
     """
     # Loaded behind the loop, whose registers they would take.
-    word = tl.arange(0, BLOCK_V)
     token = tl.load(order_ptr + position, mask=is_active, other=0)
     target = tl.load(targets_ptr + token, mask=is_active, other=0)
     lse = tl.load(lse_ptr + token, mask=is_active, other=0.0)
@@ -234,12 +250,13 @@ def logit_gradient(
         # Only what the branch changes outlives it: two tiles more would not fit the registers.
         p = tl.where(p == 0, 0.0, p * weight)
     # softmax - 1 is formed in float32, where the target's probability is close to 1.
-    column = (target - first_v).to(tl.int32)
-    if tl.max(((target >= first_v) & (target < first_v + BLOCK_V)).to(tl.int32), axis=0) > 0:
+    is_here = (target >= first_v) & (target < first_v + BLOCK_V)
+    if tl.max(is_here.to(tl.int32), axis=0) > 0:
         taken = 1.0
         if HAS_ENTROPY:
             taken = grad[:, None]
-        p = tl.where(word[None, :] == column[:, None], p - taken, p)
+        column = tl.where(is_here, target - first_v, -1).to(tl.int32)
+        p = tl.where(word_is(column, BLOCK_V), p - taken, p)
     g = p
     if not HAS_ENTROPY:
         g = p * grad[:, None]

@@ -110,6 +110,13 @@ def test_sums_of_dhidden_are_reducing_stores(rows: list[Row]) -> None:
     none_of([row for row in rows if row["atomics"]], "an atomic operation")
 
 
+def test_sums_have_reached_l2_before_the_next_block_on_amd(rows: list[Row]) -> None:
+    """Its barrier waits for shared memory alone: the kernel itself waits for its stores first."""
+    routed = [row for row in rows if (row["kernel"], row["arch"]) == ("routed_hidden_grad", "gfx942")]
+    assert {row["dtype"] for row in routed} == {"16-bit", "fp32"}
+    none_of([row for row in routed if row["drained"] != 1], "a barrier that does not wait for reducing stores")
+
+
 def one(rows: list[Row], kernel: str, variant: str = "plain") -> Row:
     (row,) = [
         row
@@ -123,18 +130,17 @@ def test_epilogues_are_light(rows: list[Row]) -> None:
     """Instructions of a whole kernel: a product, a power and two sums a logit, in branches what few tiles need."""
     forward = one(rows, "persistent_forward")
     assert forward["blocks"].startswith("128x256"), table([forward])
-    # Triton 3.8 and 3.9 take what there is. A program of eight warps is alone on its multiprocessor either way.
-    most = 215 if TRITON < (3, 8) else 255
-    assert forward["registers"] <= most, table([forward])
-    assert forward["instructions"] <= 3000, table([forward])
+    assert forward["registers"] <= 215, table([forward])
+    # One epilogue, not a second for H = 0. Triton 3.8 writes more of everything.
+    assert forward["instructions"] <= (2900 if TRITON == (3, 8) else 2300), table([forward])
     for variant in ("softcap", "bias", "bias+softcap"):
         row = one(rows, "persistent_forward_softcap", variant)
         assert row["registers"] <= 215, table([row])
     for kernel, variant, most in (
-        ("persistent_logit_grad", "plain", 4200),
-        ("persistent_forward_softcap", "softcap", 3800),
-        ("persistent_forward_softcap", "bias", 2500),
-        ("persistent_logit_grad_softcap", "softcap", 4400),
+        ("persistent_logit_grad", "plain", 2500),
+        ("persistent_forward_softcap", "softcap", 3200),
+        ("persistent_forward_softcap", "bias", 1700),
+        ("persistent_logit_grad_softcap", "softcap", 3600),
     ):
         row = one(rows, kernel, variant)
         assert row["instructions"] <= most, table([row])

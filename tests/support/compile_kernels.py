@@ -68,7 +68,7 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     }
     scales = {"pre_scale": 1.0, "post_scale": 1.0, "factor": 1.0, "ignore_index": -100}
     flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-    flags |= {"PTX": arch.startswith("sm_"), "POSITIVE": True}
+    flags |= {"PTX": arch.startswith("sm_"), "AMD": arch.startswith("gfx"), "POSITIVE": True}
     pointers = {
         "hidden_ptr": x,
         "weight_ptr": x,
@@ -281,6 +281,10 @@ def amd_usage(assembly: str) -> dict[str, Any]:
         "tma": 0,
         "reductions": len(re.findall(r"\b(?:global|buffer)_atomic_add_f32 (?!.*\bsc0\b)", assembly)),
         "atomics": len(re.findall(r"\b(?:global|buffer|flat)_atomic_\w+ .*\bsc0\b", assembly)),
+        # A wait that the kernel wrote itself, and nothing but waits and scalars up to the barrier.
+        "drained": len(
+            re.findall(r"ASMSTART\n\ts_waitcnt vmcnt\(0\)\n(?:\s*(?:[;.]|s_mov|s_wait).*\n)*\ts_barrier", assembly)
+        ),
         "maxreg": 0,
         "instructions": len(re.findall(r"^\s+[vs]_\w+", assembly, re.MULTILINE)),
     }
@@ -300,6 +304,7 @@ def nvidia_usage(cubin: bytes, matrix: str) -> dict[str, Any]:
         "tma": len(re.findall(r"\bUTMALDG\b", sass)),
         "reductions": len(re.findall(r"\bREDG?\.E\.ADD\.F32", sass)),
         "atomics": len(re.findall(r"\bATOM[G.]", sass)),
+        "drained": 0,
         "maxreg": len(re.findall(r"\bUSETMAXREG\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,5}\*/ +[A-Z@]", sass)),
     }

@@ -65,9 +65,10 @@ def programs(device: torch.device) -> int:
 
 
 def _has_descriptor(matrix: Tensor) -> bool:
-    """Whether TMA can address a matrix: 16-bit, contiguous rows that start on 16 bytes and do not overlap."""
+    """Whether TMA can address a matrix: 16-bit, contiguous rows that start on 16 bytes, apart, not empty."""
     return (
         matrix.itemsize == 2
+        and matrix.shape[1] > 0
         and matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1]
         and matrix.stride(0) % 8 == 0

@@ -26,24 +26,28 @@ class PersistentBackward(Backward):
     """`Backward` for a head that `Head.is_persistent` says yes to."""
 
     prefix = "persistent_"
-    # In how many parts of the words a chunk's dhidden is summed, each in rows of its own.
+    # In how many parts of the words a chunk's dhidden may be summed: as many have rows of their own.
     parts = 1
 
     def __init__(self, hidden: Tensor, *arguments: Any) -> None:
         super().__init__(hidden, *arguments)
         if self.drows is not None and self.num_tokens:
-            self.parts = self._parts(self._chunk(0, 0))
+            first = self._chunk(0, 0)
+            self.parts = max(1, 2 * programs(hidden.device) // max(1, self._tiles_of_rows(first)))
+            self.parts = self._parts(first)
             if self.parts > 1:
                 padded, width = self.drows.shape
                 self.drows = self.drows.new_empty(self.parts * padded, width)
             self.drows.zero_()
 
+    def _tiles_of_rows(self, chunk: Chunk) -> int:
+        config = self.config["hidden_grad"]
+        return chunk.dlogits.shape[0] // config["BLOCK_N"] * tiles(self.width, config["BLOCK_H"])
+
     def _parts(self, chunk: Chunk) -> int:
-        """Equal parts of a chunk's words, so that few tokens keep the device busy; no more than the first chunk's."""
-        config, (tokens, words) = self.config["hidden_grad"], chunk.dlogits.shape
-        tiles_of_rows = tokens // config["BLOCK_N"] * tiles(self.width, config["BLOCK_H"])
-        most = self.parts if chunk.first_word else 2 * programs(self.hidden.device) // max(1, tiles_of_rows)
-        return even_parts(words // config["BLOCK_V"], tiles_of_rows, programs(self.hidden.device), most)
+        """Equal parts of a chunk's words, so that few tokens keep the device busy: at most `parts`."""
+        blocks = chunk.dlogits.shape[1] // self.config["hidden_grad"]["BLOCK_V"]
+        return even_parts(blocks, self._tiles_of_rows(chunk), programs(self.hidden.device), self.parts)
 
     def new_rows(self, padded: int) -> Tensor:
         # TMA wants rows that start on 16 bytes.

@@ -258,6 +258,7 @@ class _Routed:
             EVEN_H=width % config["BLOCK_H"] == 0,
             WIDE=head.is_wide,
             PRECISION=head.flags["PRECISION"],
+            AMD=head.arch.startswith("gfx"),
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
         )
