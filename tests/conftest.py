@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ModuleNotFoundError):  # there is no Triton but on Linux
+        from tests.support import interpreter
+
+        interpreter.mend()
 
 
 # How long an example takes says something of the machine, and nothing of the code.
