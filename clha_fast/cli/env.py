@@ -25,6 +25,7 @@ def env(words: Sequence[str]) -> int:
     import torch
 
     from clha_fast.cli.devices import backend_text, device_text
+    from clha_fast.models import varlen
 
     lines = {"clha-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
     lines |= {name: _version(name) for name in PACKAGES}
@@ -37,5 +38,6 @@ def env(words: Sequence[str]) -> int:
         name = torch.cuda.get_device_name(number)
         lines[f"cuda:{number}"] = f"{name}, sm_{major}{minor}, {free >> 20:,} of {total >> 20:,} MiB free"
     lines["backend"] = backend_text("auto", device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    lines["two calls"] = varlen.text(device)
     print("\n".join(f"{name:<13} {text}" for name, text in lines.items()))
     return 0

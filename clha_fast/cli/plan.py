@@ -88,6 +88,7 @@ def parser() -> _Parser:
     option("--response", type=int, metavar="N", help="tokens of a response (default: from --tokens)")
     option("--prompts", type=int, metavar="N", help="prompts of a micro-batch (default: from --tokens, or 1)")
     option("--layout", choices=LAYOUTS, default="padded", help="of the rows (default padded)")
+    option("--sequence-parallel-size", type=int, default=1, metavar="N", help="processes that share each row's tokens")
     option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of weights")
     option(
         "--lora-rank", type=int, metavar="R", help="train adapters alone (default: all weights, or a folder's adapter)"
@@ -170,7 +171,8 @@ def _load(args: argparse.Namespace) -> Load:
         else:
             prompts = args.tokens // known
     prompt = response if args.prompt is None else args.prompt
-    return Load(1 if prompts is None else prompts, args.candidates, prompt, response, args.layout)
+    size = args.sequence_parallel_size
+    return Load(1 if prompts is None else prompts, args.candidates, prompt, response, args.layout, size)
 
 
 def _switches(args: argparse.Namespace, source: Source) -> Switches:
@@ -241,7 +243,8 @@ def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | N
     lines = [
         f"{args.model}, {_kind(found)}: {found.parameters:,} weights in {args.dtype}, of which {found.trained:,} train",
         f"{load.prompts} x {load.candidates} candidates of {load.response:,} tokens behind prompts of {load.prompt:,}: "
-        f"{rows.scored:,} scored tokens; {load.layout}: {rows.rows} x {rows.width:,} tokens run",
+        f"{rows.scored:,} scored tokens; {load.layout}: {rows.rows} x {rows.width:,} tokens run"
+        + (f", {load.slices.width:,} of each row in a process" if load.sequence_parallel_size > 1 else ""),
         "",
         table(found),
         "",

@@ -52,6 +52,7 @@ loss      --objective NAME and its settings as --objective.SETTING VALUE (in YAM
 lengths   --max_length --max_prompt_length --max_completion_length (tokens)
           --max_tokens_per_batch (rows x longest row, in per_device_train_batch_size's place; less padding)
           --layout padded|packed|shared|auto (a row a response; all in one row; a prompt once before its responses)
+          --sequence_parallel_size N (under torchrun: so many processes share each row's tokens)
           --dataset_num_proc (processes that tokenise)
 training  --learning_rate --num_train_epochs --max_steps --per_device_train_batch_size (prompts)
           --gradient_accumulation_steps --seed, and every other field of transformers' TrainingArguments
@@ -99,7 +100,7 @@ def header(run: Run) -> dict[str, str]:
     options = trainer.loss_options
     lines = {
         "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
-        "device": f"{device_text(args.device)}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
+        "device": f"{device_text(args.device)}, {_processes_text(args)}",
         "backend": backend_text(args.backend, args.device, dtype, **_head(trainer)),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
@@ -120,6 +121,11 @@ def header(run: Run) -> dict[str, str]:
     if shared:
         lines["note"] = f"{shared} held-out prompts stand in the training file too"
     return lines
+
+
+def _processes_text(args: CLHAConfig) -> str:
+    count = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+    return count if args.sequence_parallel_size == 1 else f"{count}, {args.sequence_parallel_size} to each row"
 
 
 def _head(trainer: Any) -> dict[str, Any]:

@@ -224,7 +224,8 @@ def budget_steps(run: Run, tokens: int) -> int:
     trainer = run.trainer
     args: Any = trainer.args
     dataset: Any = trainer.train_dataset
-    batches = math.ceil(len(dataset) / (args.train_batch_size * args.world_size))
+    processes = args.world_size // args.sequence_parallel_size
+    batches = math.ceil(len(dataset) / (args.train_batch_size * processes))
     steps = math.ceil(batches / args.gradient_accumulation_steps)  # an epoch's last ones may be small
     if isinstance(args, RolloutConfig):
         assert args.max_completion_length is not None

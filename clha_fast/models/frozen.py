@@ -13,6 +13,7 @@ from clha_fast.models.embedding import UnsupportedHeadError
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
+from clha_fast.models.sequence_parallel import SequenceParallel
 from clha_fast.ops.dispatch import Backend
 
 
@@ -23,6 +24,7 @@ class FrozenModel:
         model: a causal language model, which is put into evaluation mode; with `adapter_off` a PeftModel that trains:
             it is run without its adapter, and is afterwards as it was.
         backend, temperature, workspace_bytes: as the loss has them.
+        sequence: the processes over which the tokens of rows are spread, or None.
 
     Attributes:
         layouts: what its batches may be; padded rows, until it has settled something else.
@@ -38,6 +40,7 @@ class FrozenModel:
         temperature: float = 1.0,
         workspace_bytes: int | None = None,
         adapter_off: bool = False,
+        sequence: SequenceParallel | None = None,
     ) -> None:
         self.model, self._adapter_off = model, adapter_off
         if not adapter_off:
@@ -48,7 +51,7 @@ class FrozenModel:
             except UnsupportedHeadError as error:
                 raise UnsupportedHeadError(f"reference: {error}") from error
             head = info.options(temperature, workspace_bytes=workspace_bytes)
-            self._forward = LogpForward(inner, info, head, backend)
+            self._forward = LogpForward(inner, info, head, backend, sequence)
         self.layouts = RowLayouts(inner, self._forward, inner, self._as_it_runs)
 
     def _as_it_runs(self) -> contextlib.AbstractContextManager[nn.Module]:

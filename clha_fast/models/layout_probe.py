@@ -96,12 +96,14 @@ class LayoutProbe:
         layout: str,
         looked_at: Sequence[int] | None = None,
         spread: ProbedForward | None = None,
+        masks: bool = True,
     ) -> None:
         """Values of the first candidates and the last one of some features, alone and in one row of `layout`.
 
         Args:
             looked_at: positions in `features`; None is all. spread: what runs the rows of `layout`, where that is not
-                what runs each alone.
+                what runs each alone. masks: False has each alone run in two calls as well, as a row of one candidate,
+                for texts whose mask would be too large.
 
         Raises:
             UnsupportedLayoutError: as `check`.
@@ -121,7 +123,8 @@ class LayoutProbe:
                     own = feature["completion_ids"][number]
                     alone = candidates_of(feature["prompt_ids"], [own])
                     length = len(feature["prompt_ids"]) + len(own)
-                    rows = [pack([alone], "padded", multiple) for multiple in (None, length + 3)]
+                    kind = "padded" if masks else "packed"
+                    rows = [pack([alone], kind, multiple) for multiple in (None, length + 3)]
                     with self._running(layout, rows[1]):
                         plain, behind = (self._logps(row).double() for row in rows)
                     # The worst candidate: a window's end may be felt by one of them alone. NaN stays.

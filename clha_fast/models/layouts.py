@@ -119,7 +119,7 @@ class RowLayouts:
             try:
                 self._probe.check_spread(layout, spread)
             except UnsupportedLayoutError as error:
-                told = str(error.__cause__ or error).partition("; layout='packed'")[0].partition("; layout='padded'")[0]
+                told = _bare(error.__cause__ or error)
                 problem = UnsupportedLayoutError(
                     f"{told if told.startswith('sequence_parallel') else f'sequence_parallel: {told}'}; {WAY}"
                 )
@@ -171,6 +171,8 @@ class RowLayouts:
                         f"{name}: expected tokens alone with sequence_parallel, got {name} as well; {WAY}"
                     )
         if segments is None:
+            if self._spread is not None and not torch.compiler.is_compiling():
+                self._compare_slices(batch, "padded")
             return
         got = segments.layout
         if self.layout == "padded" or (got == "shared" and self.layout == "packed"):
@@ -184,18 +186,66 @@ class RowLayouts:
                     f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
                     "RankedCollator(layout='padded') takes it"
                 )
-        # What follows reads the batch on the host; rows that are spread may be too long for one process.
-        if torch.compiler.is_compiling() or self._spread or not any(group.candidates for group in segments.groups):
+        # What follows reads the batch on the host.
+        if torch.compiler.is_compiling() or not any(group.candidates for group in segments.groups):
             return
-        # With weights spread over processes all would have to come here at the same batch.
-        sizes = segments.longest, segments.width
-        if any(size >= 2 * max(seen, 1) for size, seen in zip(sizes, self._seen, strict=True)) and not _spread(
-            self._model
-        ):
+        if self._spread is not None:
+            self._compare_slices(batch, got)
+        elif self._is_longer(segments.longest, segments.width):
             features, looked_at = _features(batch["input_ids"], segments)
             with self._around():
                 self._probe.compare(features, got, looked_at)
-            self._seen = max(sizes[0], self._seen[0]), max(sizes[1], self._seen[1])
+            self._note(segments.longest, segments.width)
+
+    def _is_longer(self, longest: int, width: int) -> bool:
+        """Whether texts or rows are twice as long as what has been compared.
+
+        Never where weights are spread over processes: all would have to come here at the same batch.
+        """
+        twice = longest >= 2 * max(self._seen[0], 1) or width >= 2 * max(self._seen[1], 1)
+        return twice and not _spread(self._model)
+
+    def _note(self, longest: int, width: int) -> None:
+        self._seen = max(longest, self._seen[0]), max(width, self._seen[1])
+
+    def _compare_slices(self, batch: Mapping[str, Any], layout: str) -> None:
+        """`check` of rows whose tokens are spread: against texts alone in each process, which all come here together.
+
+        Raises:
+            UnsupportedLayoutError: they are not computed so; on every process.
+        """
+        assert self._spread is not None
+        assert self._spread.sequence is not None
+        sequence, ids, segments = self._spread.sequence, batch["input_ids"], batch.get("segments")
+        if segments is None:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            longest, width = max(lengths, default=0), ids.shape[1]
+        else:
+            longest, width = segments.longest, segments.width
+        if not self._is_longer(longest, width):
+            return
+        if segments is None:
+            features, looked_at = _whole_rows(ids, lengths, min(self._spread.vocabulary))
+        else:
+            features, looked_at = _features(ids, segments)
+        if not features:
+            return
+        problem: Exception | None = None
+        try:
+            with self._around():
+                self._probe.compare(features, layout, looked_at, self._spread, masks=False)
+        except (UnsupportedLayoutError, torch.OutOfMemoryError) as error:
+            problem = error
+        if sequence.anywhere(isinstance(problem, UnsupportedLayoutError), ids.device):
+            told = "another of its processes has refused it" if problem is None else _bare(problem)
+            raise UnsupportedLayoutError(f"sequence_parallel: {told}; {WAY}") from problem
+        self._note(longest, width)
+        if sequence.anywhere(problem is not None, ids.device):
+            logger.warning(
+                "sequence_parallel: texts of %s tokens are too long for the memory of one process, so slices of such "
+                "rows are not compared with whole ones",
+                f"{longest:,}",
+            )
 
 
 def settle_auto(model: nn.Module, settle: Callable[[str], str]) -> str:
@@ -239,6 +289,21 @@ def _spread(model: nn.Module) -> bool:
     if input_embedding_weight(model).dim() != 2:  # FSDP's first version, which flattens
         return True
     return any(is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _bare(error: BaseException) -> str:
+    """What an error says, without the way out that is none where tokens are spread."""
+    return str(error).partition("; layout='packed'")[0].partition("; layout='padded'")[0]
+
+
+def _whole_rows(
+    input_ids: Tensor, lengths: list[int], vocabulary: int
+) -> tuple[list[CandidateFeature], tuple[int, ...]]:
+    """The longest of some padded rows and the last one, as candidates behind their first tokens; which are compared."""
+    chosen = {lengths.index(max(lengths)), len(lengths) - 1}
+    texts = [input_ids[row, : lengths[row]].tolist() for row in sorted(chosen)]
+    found = [candidates_of(text[:1], [text[1:]]) for text in texts if len(text) > 1 and max(text) < vocabulary]
+    return found, tuple(range(len(found)))
 
 
 def _features(input_ids: Tensor, segments: Segments) -> tuple[list[CandidateFeature], tuple[int, ...]]:

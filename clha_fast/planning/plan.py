@@ -18,16 +18,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch of prompts alike: `candidates` responses of `response` tokens each, behind `prompt` tokens."""
+    """One micro-batch of prompts alike: `candidates` responses of `response` tokens each, behind `prompt` tokens.
+
+    sequence_parallel_size: processes that share the tokens of its rows.
+    """
 
     prompts: int
     candidates: int
     prompt: int
     response: int
     layout: str = "padded"
+    sequence_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "candidates", "response", "prompt"):
+        for name in ("prompts", "candidates", "response", "prompt", "sequence_parallel_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
@@ -43,6 +47,13 @@ class Load:
             return Rows(every, self.prompt + self.response, scored, largest)
         once = self.prompts if self.layout == "shared" else every
         return Rows(1, once * self.prompt + scored, scored, largest)
+
+    @property
+    def slices(self) -> Rows:
+        """What of them one process has. Attention has all tokens there, of so much fewer heads: as many numbers."""
+        whole, size = self.rows, self.sequence_parallel_size
+        scored = -(-whole.scored // size)
+        return Rows(whole.rows, -(-whole.width // size), scored, min(whole.largest, scored))
 
 
 @dataclass(frozen=True)
@@ -78,14 +89,24 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     """Counts a training step of the model that `config` describes; no weight is made or read.
 
     Raises:
+        ValueError: processes of `sequence_parallel_size` that do not divide the heads, or a reward model for them.
         ValueError, ImportError, UnsupportedHeadError: as `models.tiled.tile_mlps`, peft and the loss refuse a model.
     """
+    _check_slices(config, load, switches)
     model = build(copy.deepcopy(config), switches)
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     backend = loss_backend(model, switches)
-    memory = count_step(model, load.rows, switches)
+    memory = count_step(model, load.slices, switches)
     trained = sum(n for n, trains in numbers if trains)
     return Plan(load, switches, memory, sum(n for n, _ in numbers), trained, backend)
+
+
+def _check_slices(config: Any, load: Load, switches: Switches) -> None:
+    size, heads = load.sequence_parallel_size, getattr(config.get_text_config(), "num_attention_heads", None)
+    if size > 1 and switches.reward_model:
+        raise ValueError(f"sequence_parallel_size: expected 1 for a reward model, got {size}")
+    if size > 1 and isinstance(heads, int) and heads % size:
+        raise ValueError(f"sequence_parallel_size: expected a divisor of the {heads} attention heads, got {size}")
 
 
 # In the order in which they are tried: the option, whether it is there to be taken, and how.

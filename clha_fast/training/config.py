@@ -15,6 +15,7 @@ from clha_fast.objectives.clha import CLHAOptions, Preset
 from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, as_mapping, make, settle
+from clha_fast.training.sequence import check_sequence
 from clha_fast.training.trl_names import TRLNames, settle_names
 from clha_fast.training.validation import check_loading, check_machine, check_numbers, check_schedule
 
@@ -47,6 +48,9 @@ class CLHAConfig(TRLNames, TrainingArguments):
             one, nothing padded; "shared": a prompt once, before all of its candidates. The last two are probed on the
             model, and refused where it does not compute them as it computes each candidate alone. "auto": shared where
             the probe passes and the tokens are a tenth fewer, else padded; it is said which. See docs/long-inputs.md.
+        sequence_parallel_size: so many processes are given the same batches, and each holds a slice of every row's
+            tokens (Ulysses, see `models.sequence_parallel`). It divides the number of processes; groups of so many are
+            data parallel.
         max_tokens_per_batch: tokens that run (of padded rows, rows times the longest) of a training micro-batch on each
             process, in `per_device_train_batch_size`'s place: as many whole prompts of like length as fit, see
             `batching.sampling.TokenBudgetSampler`. Micro-batches then hold different numbers of prompts, which
@@ -98,6 +102,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
     max_completion_length: int | None = field(default=None, metadata={"help": "Tokens, cut on the right."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rows are padded to it."})
     layout: str = field(default="padded", metadata={"help": "padded, packed, shared or auto."})
+    sequence_parallel_size: int = field(default=1, metadata={"help": "Processes that share each row's tokens."})
     max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Tokens that run, a micro-batch."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     skip_bad_records: bool = field(default=False, metadata={"help": "Leave malformed records out."})
@@ -131,6 +136,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
         _choice("normalizer", self.normalizer, ("batch", "global"))
         _choice("backend", self.backend, BACKENDS)
         check_layout(self.layout, "auto")
+        check_sequence(self)
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise ValueError(f"workspace_mb: expected a positive number of MiB, got {self.workspace_mb}")
         HeadOptions(max_dropped_mass=self.max_dropped_mass)

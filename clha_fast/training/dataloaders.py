@@ -26,6 +26,7 @@ from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import add_counts, dataset_counts, local_counts
 from clha_fast.objectives import Objective
 from clha_fast.training.datasets import as_dataset
+from clha_fast.training.sequence import share_batches
 from clha_fast.training.validation import sampling_strategy
 
 
@@ -40,6 +41,16 @@ class RankedLoaders(Trainer):
     _signature_columns: list[str] | None
     # Counts of evaluation sets, which do not change from evaluation to evaluation.
     _counted: weakref.WeakKeyDictionary[RankedDataset, Tensor]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer`; with `sequence_parallel_size` the processes of a group are given the same batches."""
+        super().create_accelerator_and_postprocess()
+        if self.args.sequence_parallel_size > 1:
+            share_batches(self.accelerator, self.args.sequence_parallel_size)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Prompts of an optimiser step."""
+        return super().get_total_train_batch_size(args) // args.sequence_parallel_size
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer`; with `max_tokens_per_batch` its batches are those of a `TokenBudgetSampler`.
@@ -78,8 +89,13 @@ class RankedLoaders(Trainer):
 
     @property
     def _data_processes(self) -> int:
-        """Processes with batches of their own: those of a tensor-parallel group share one."""
-        return self.accelerator.num_processes // self.get_tp_size()
+        """Processes with batches of their own."""
+        return self.accelerator.num_processes // self._sharing
+
+    @property
+    def _sharing(self) -> int:
+        """Processes that are given the same batch: those of a tensor-parallel or sequence-parallel group."""
+        return self.get_tp_size() * self.args.sequence_parallel_size
 
     @property
     def _data_seed(self) -> int:
@@ -133,7 +149,7 @@ class RankedLoaders(Trainer):
         state = self.accelerator.gradient_state
         if self._data_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        own = min(max(state.remainder - self.args.process_index // self.get_tp_size() * size, 0), size)
+        own = min(max(state.remainder - self.args.process_index // self._sharing * size, 0), size)
         return None if own == size else own
 
     def _counts_of(self, loader: DataLoader) -> Tensor:
@@ -164,7 +180,7 @@ class RankedLoaders(Trainer):
         """Over those with batches of their own; whole numbers stay exact."""
         if self.accelerator.num_processes == 1:
             return values
-        return self.accelerator.reduce(values, reduction="sum") / self.get_tp_size()
+        return self.accelerator.reduce(values, reduction="sum") / self._sharing
 
     def _skipped_records(self) -> dict[str, int]:
         """What a training line of the log says of a stream's bad records."""

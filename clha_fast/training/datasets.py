@@ -64,11 +64,12 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
             f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
             f"{args.max_tokens_per_batch}"
         )
+    processes = args.world_size // args.sequence_parallel_size
     return RankedStream(
         dataset,
         collator,
         repeat=training,
-        fill_to=1 if training or args.world_size == 1 else args.world_size * args.eval_batch_size,
+        fill_to=1 if training or processes == 1 else processes * args.eval_batch_size,
         skip_bad_records=args.skip_bad_records,
     )
 

@@ -63,13 +63,13 @@ class Settles(Protocol):
 
 def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens: RowTokens | None) -> str:
     """`settle_layout`, of data whose tokens were counted, where they are known beforehand."""
+    _check_parallel(accelerator)
     layout = asked
     if layout == "auto" and tokens is not None and tokens.layout == "padded":
         layout = "padded"
         logger.warning(f"layout auto: padded ({tokens}, and pay up to {100 * PAYS:.0f}%)")
     if layout != "padded":
         try:
-            _check_parallel(accelerator, layout)
             for rows in models:
                 rows.settle("shared" if layout == "auto" else layout)
         except UnsupportedLayoutError as error:
@@ -77,6 +77,9 @@ def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens
                 raise
             layout = "padded"
             logger.warning(f"layout auto: padded ({error})")
+    if layout == "padded":
+        for rows in models:
+            rows.settle(layout)
     if layout == "auto":
         layout = "shared"
         why = "the data, which is not tokenised beforehand, was not counted" if tokens is None else tokens
@@ -84,14 +87,15 @@ def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens
     return layout
 
 
-def _check_parallel(accelerator: Any, layout: str) -> None:
+def _check_parallel(accelerator: Any) -> None:
     config = getattr(accelerator, "parallelism_config", None)
     for name in ("cp_size", "sp_size"):
         size = getattr(config, name, 1)
         if isinstance(size, int) and size > 1:
             raise UnsupportedLayoutError(
-                f"layout: expected {name}=1 for {layout} rows (context parallelism takes causal masks only), got "
-                f"{size}; layout='padded' runs with it"
+                f"parallelism_config: expected {name}=1 (accelerate would cut the rows of a batch, and not what says "
+                f"where their scored tokens stand), got {size}; CLHAConfig(sequence_parallel_size={size}) spreads rows "
+                "over processes"
             )
 
 

@@ -25,6 +25,7 @@ from clha_fast.models.adapters import changed_by_adapter, is_adapted, trained_be
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.loading import fingerprint, load_model, load_tokenizer
+from clha_fast.models.sequence_parallel import SequenceParallel
 from clha_fast.objectives import Objective
 from clha_fast.objectives.ranked import RankedBatch
 from clha_fast.training.config import CLHAConfig
@@ -185,8 +186,13 @@ class Reference:
                 f"{self.kind!r}; clha-fast score --policy MODEL SRC DST writes reference_logps into the records"
             )
 
-    def hold(self, model: nn.Module, own: nn.Module | None, budget: int | None) -> None:
+    def hold(
+        self, model: nn.Module, own: nn.Module | None, budget: int | None, sequence: SequenceParallel | None = None
+    ) -> None:
         """Makes `frozen`: of `own`, which `take` gave, or of `model` without its adapter, which it has by now.
+
+        Args:
+            sequence: the processes over which the tokens of rows are spread.
 
         Raises:
             ValueError: weights that train act with the adapter switched off, too.
@@ -202,9 +208,8 @@ class Reference:
                     "reference='copy' takes a frozen copy of the model"
                 )
         backend: Any = self._args.backend
-        self.frozen = FrozenModel(
-            model if own is None else own, backend, self._args.temperature, budget, adapter_off=own is None
-        )
+        whose, off = (model, True) if own is None else (own, False)
+        self.frozen = FrozenModel(whose, backend, self._args.temperature, budget, off, sequence)
 
     @property
     def layouts(self) -> list[RowLayouts]:

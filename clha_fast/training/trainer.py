@@ -35,6 +35,7 @@ from clha_fast.training.layout import asked_layout, settle_layout
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
+from clha_fast.training.sequence import sequence_of
 from clha_fast.training.trl_names import as_model, without_dropout
 from clha_fast.training.validation import NO_LOGITS, check_arguments, check_fsdp
 
@@ -132,6 +133,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             without_dropout(model)
         # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
         inner = base_model(model)
+        sequence = sequence_of(args, inner)
         budget = None if args.workspace_mb is None else args.workspace_mb << 20
         with whole_weights(inner, *_embeddings_of(inner)):
             self.head_info = measure_head(inner, args.backend)
@@ -145,9 +147,10 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 self.head_options,
                 measured,
                 args.backend,  # type: ignore[arg-type]
+                sequence,
             )
         tile_mlps(inner, args.tiled_mlp)  # type: ignore[arg-type]  # config has made it a number or a switch
-        self.reference.hold(model, frozen, budget)
+        self.reference.hold(model, frozen, budget, sequence)
         if isinstance(processing_class, PreTrainedTokenizerBase) and len(processing_class) > self.head_info.vocab_size:
             raise ValueError(
                 f"processing_class: expected a tokenizer of at most the {self.head_info.vocab_size} tokens that the "
@@ -184,7 +187,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self._check_wrappers()
         if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
             frozen.to(args.device)
-        logps = LogpForward(inner, self.head_info, self.head_options, args.backend)  # type: ignore[arg-type]
+        logps = LogpForward(inner, self.head_info, self.head_options, args.backend, sequence)  # type: ignore[arg-type]
         self._layouts = RowLayouts(inner, logps, inner)
         self.layout = settle_layout(
             asked_layout(args.layout, self.data_collator),

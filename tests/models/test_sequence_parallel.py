@@ -14,7 +14,7 @@ from clha_fast.models.sequence_parallel import SequenceParallel
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model
 
-SAMPLE = ("padded", "much padding", "refusals")
+SAMPLE = ("padded", "much padding", "longer", "refusals")
 
 
 def run(*names: str, processes: int = 2) -> None:

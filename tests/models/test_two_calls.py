@@ -20,6 +20,7 @@ from clha_fast.models.segment_attention import plan_for, window_of
 from clha_fast.models.segment_masks import by_position
 from clha_fast.models.segment_plan import SegmentPlan, is_causal
 from clha_fast.models.two_calls import TwoCalls, attend, merge
+from clha_fast.models.varlen import OfTorch
 
 # Prompts with three, no and one candidate; a second row; padding behind both.
 SEGMENTS = place([(5, [3, 1, 4]), (2, []), (1, [2])], multiple=10)
@@ -119,8 +120,9 @@ def test_gradcheck():
     segments = place([(2, [2, 1]), (1, [1])], multiple=4)
     sinks = torch.tensor([0.3, -0.5], dtype=torch.float64).requires_grad_()
     given = inputs(segments, size=2, values=2)
-    assert torch.autograd.gradcheck(lambda *t: TwoCalls.apply(*t, plan_of(segments), 0.7), (*given, sinks))
-    assert torch.autograd.gradcheck(lambda *t: TwoCalls.apply(*t, None, plan_of(segments), 0.7), tuple(given))
+    more = plan_of(segments), 0.7, two_calls._OnCPU
+    assert torch.autograd.gradcheck(lambda *t: TwoCalls.apply(*t, *more), (*given, sinks))
+    assert torch.autograd.gradcheck(lambda *t: TwoCalls.apply(*t, None, *more), tuple(given))
 
 
 def test_the_rule_for_the_backward_is_needed():
@@ -249,11 +251,10 @@ def emulated_grads(grad, q, k, v, out, lse, ends, most, causal, scale, window=No
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 40])
 def test_host_code_of_gpus(segments, groups, window, monkeypatch):
     """Lengths, places and layouts that the GPU's operator is called with, the operator itself written out."""
-    monkeypatch.setattr(two_calls._OnCUDA, "_call", staticmethod(emulated))
-    monkeypatch.setattr(two_calls._OnCUDA, "_grads", staticmethod(emulated_grads))
-    monkeypatch.setattr(two_calls, "_operator", lambda q: two_calls._OnCUDA)
+    monkeypatch.setattr(OfTorch, "call", staticmethod(emulated))
+    monkeypatch.setattr(OfTorch, "grads", staticmethod(emulated_grads))
+    monkeypatch.setattr(two_calls, "choose", lambda *given: OfTorch())
     monkeypatch.setattr(two_calls, "_blockwise", None)
-    monkeypatch.setattr(two_calls, "takes", lambda query, value: True)
     plan = plan_of(segments, causal_mask_function if window is None else sliding_window_causal_mask_function(window))
     assert plan.window == window
     assert plan.causal == (window is None or window >= segments.longest)
@@ -278,7 +279,7 @@ def test_the_operators_of_gpus_take_these_arguments(function):
     plan = plan_of(SEGMENTS, function)
     q = torch.empty(1, 4, SEGMENTS.width, 64, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(1, 2, SEGMENTS.width, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    out, lse = two_calls._OnCUDA.forward(q, k, v, plan, 0.125)
+    out, lse = OfTorch().forward(q, k, v, plan, 0.125)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-    grads = two_calls._OnCUDA.backward(torch.empty_like(q), q, k, v, out, lse, plan, 0.125)
+    grads = OfTorch().backward(torch.empty_like(q), q, k, v, out, lse, plan, 0.125)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]

@@ -78,6 +78,20 @@ def test_rows_by_hand(layout, rows):
     assert Load(2, 3, 5, 3, layout).rows == rows
 
 
+def test_rows_that_processes_share():
+    """28 tokens, 18 of them scored, over three processes: 10 and 6 in each; half of the layers' part over two."""
+    assert Load(2, 3, 5, 3, "shared", 3).slices == Rows(1, 10, 6, 6)
+    whole, half = (plan(small(), Load(1, 4, 64, 64, "shared", size), Switches()).memory for size in (1, 2))
+    assert half.kept == pytest.approx(whole.kept / 2, rel=0.01)
+    assert (half.weights, half.gradients) == (whole.weights, whole.gradients)
+    with pytest.raises(ValueError, match="expected a divisor of the 4 attention heads, got 3"):
+        plan(small(), Load(1, 4, 64, 64, "shared", 3), Switches())
+    with pytest.raises(ValueError, match="sequence_parallel_size: expected 1 for a reward model, got 2"):
+        plan(small(), Load(1, 4, 64, 64, "shared", 2), Switches(reward_model=True))
+    with pytest.raises(ValueError, match="sequence_parallel_size: expected a positive whole number, got 0"):
+        Load(1, 2, 3, 4, sequence_parallel_size=0)
+
+
 def real_step(switches: Switches) -> int:
     """Bytes that a step of the library's own takes above weights, gradients and inputs."""
     torch.manual_seed(0)

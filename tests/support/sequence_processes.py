@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import clha_fast
+from clha_fast.batching.batch import pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import UnsupportedLayoutError
@@ -261,6 +263,83 @@ def no_prompts() -> None:
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+def longer() -> None:
+    """Positions that are wrong in long slices alone: met by the first batch that has them, on both processes."""
+    from tests.support.sequence_runs import misplace
+
+    ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    for layout in ("padded", "packed", "shared"):
+        model = llama(max_position_embeddings=1024)
+        misplace(model, 100)
+        attached = clha_fast.attach(model, SFTOptions(), layout=layout, sequence_parallel=dist.group.WORLD)
+        short = pack([candidates_of(ids[:30], [ids[30:50], ids[50:60]])], layout).as_dict()
+        model(**short).loss.backward()
+        batch = pack([candidates_of(ids[:300], [ids[300:340], ids[340:]])], layout).as_dict()
+        refused("sequence_parallel: layout: expected a model that computes", lambda: model(**batch))  # noqa: B023
+        refused("sequence_parallel: layout: expected a model that computes", lambda: attached.token_logps(batch))  # noqa: B023
+    # Where one process alone finds it, the other is not left waiting.
+    model = llama(max_position_embeddings=1024)
+    probe = clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)._layouts._probe
+    compare = probe.compare
+
+    def planted(*args: Any, **kwargs: Any) -> None:
+        compare(*args, **kwargs)
+        if dist.get_rank() == 0:
+            raise UnsupportedLayoutError("planted")
+
+    probe.compare = planted  # type: ignore[method-assign]
+    refused(("planted", "another of its processes has refused it")[dist.get_rank()], lambda: model(**batch))
+
+    def too_large(*args: Any, **kwargs: Any) -> None:
+        compare(*args, **kwargs)
+        if dist.get_rank() == 0:
+            raise torch.OutOfMemoryError("planted")
+
+    probe.compare = too_large  # type: ignore[method-assign]
+    assert torch.isfinite(model(**batch).loss)  # not compared, which is said
+    # Right ones are compared, and run.
+    model = llama(max_position_embeddings=1024)
+    attached = clha_fast.attach(model, SFTOptions(), layout="shared", sequence_parallel=dist.group.WORLD)
+    model(**batch).loss.backward()
+    assert attached._layouts._seen == (360, 400)
+
+
+def fuzz() -> None:
+    """Ragged prompts of any layout and shape, inert candidates among them, against padded rows in one process."""
+    draw = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    model, other = gpt2(n_positions=160), gpt2(n_positions=160)
+    spread = clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)
+    alone = clha_fast.attach(other)
+
+    def tokens(most: int) -> list[int]:
+        return [draw.randrange(3, 250) for _ in range(draw.randint(1, most))]
+
+    for number in range(int(os.environ.get("FUZZ_DRAWS", "10"))):
+        features = []
+        for _ in range(draw.randint(1, 4)):
+            size = draw.randint(1, 5)
+            own = candidates_of(tokens(draw.choice((1, 5, 60))), [tokens(draw.choice((1, 4, 30))) for _ in range(size)])
+            rewards = sorted((draw.choice((-2.0, 0.0, 1.0, draw.gauss(0, 3))) for _ in range(size)), reverse=True)
+            features.append({**own, "rewards": rewards, "sft_index": draw.randrange(size)})
+        settings = {"pad_token_id": 2, "drop_inert": draw.random() < 0.7}
+        layout = ("padded", "packed", "shared")[number % 3]
+        multiple = draw.choice((None, None, 8, 32))
+        spread_batch = pack_candidates(features, layout=layout, pad_to_multiple_of=multiple, **settings).as_dict()
+        batch = pack_candidates(features, **settings).as_dict()
+        model.zero_grad(), other.zero_grad()
+        outputs = model(**spread_batch), other(**batch)
+        for output in outputs:
+            output.loss.backward()
+        if sum(float(p.grad.norm()) for p in other.parameters()) > 0:
+            same(model, other, outputs, EXACT)
+        else:
+            assert not any(gradient.any() for gradient in gradients(model).values())
+        with torch.no_grad():
+            torch.testing.assert_close(
+                spread.token_logps(spread_batch), alone.token_logps(batch), rtol=10 * EXACT, atol=10 * EXACT
+            )
+
+
 def refused(what: str, call: Callable[[], Any], kind: type[Exception] = UnsupportedLayoutError) -> None:
     with pytest.raises(kind) as error:
         call()
@@ -334,6 +413,8 @@ CASES: dict[str, Callable[[], None]] = {
     "memory": memory,
     "bfloat16": bfloat16,
     "no prompts": no_prompts,
+    "longer": longer,
+    "fuzz": fuzz,
     "refusals": refusals,
 }
 OF_FOUR: dict[str, Callable[[], None]] = {"two groups": two_groups}
@@ -348,7 +429,9 @@ def main(names: list[str]) -> None:
         except BaseException:
             print(f"--- {name}, process {dist.get_rank()}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other process waits for this one
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # the threads of a process whose peer has left may abort it
 
 
 if __name__ == "__main__":

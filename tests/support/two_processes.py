@@ -39,11 +39,13 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 def settings(wrapper: str, folder: str, world: int) -> dict[str, Any]:
+    sharing = int(os.environ.get("SEQUENCE_PARALLEL", "1"))
     given: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": 4,
         # The processes of a tensor-parallel group share a batch.
-        "per_device_train_batch_size": GLOBAL_BATCH // 2 // (1 if wrapper == "tp" else world),
+        "per_device_train_batch_size": GLOBAL_BATCH // 2 // (1 if wrapper == "tp" else world // sharing),
+        "sequence_parallel_size": sharing,
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 2,
         "normalizer": "global",
@@ -57,6 +59,7 @@ def settings(wrapper: str, folder: str, world: int) -> dict[str, Any]:
         "report_to": "none",
         "dataloader_pin_memory": False,
         "layout": os.environ.get("ROW_LAYOUT", "padded"),
+        **json.loads(os.environ.get("MORE_SETTINGS", "{}")),
     }
     if wrapper.startswith("zero"):
         return {

@@ -167,9 +167,9 @@ def test_the_frozen_model_is_probed_too(tmp_path: Path) -> None:
 
 def test_sequences_spread_over_processes_are_refused() -> None:
     accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2))
-    with pytest.raises(UnsupportedLayoutError, match="layout: expected cp_size=1 for shared rows"):
-        _check_parallel(accelerator, "shared")
-    _check_parallel(SimpleNamespace(parallelism_config=None), "shared")
+    with pytest.raises(UnsupportedLayoutError, match="parallelism_config: expected cp_size=1"):
+        _check_parallel(accelerator)
+    _check_parallel(SimpleNamespace(parallelism_config=None))
 
 
 def test_rows_may_be_longer_than_a_table_of_positions_but_texts_may_not(tmp_path: Path) -> None:
