@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -12,11 +14,21 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ModuleNotFoundError):  # there is no Triton but on Linux
+        from tests.support import interpreter
+
+        interpreter.mend()
 
 
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: accelerate collects garbage after every training, and need not look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -93,6 +93,7 @@ def _draws(
 ) -> Array:
     """[RESAMPLES], the figure of drawn seeds, of drawn prompts, or of both."""
     seeds, prompts, _ = rows.shape
+    path: Any = None
     sizes = ([seeds] if over_seeds else []) + ([prompts] if over_prompts else [])
 
     def counts(index: Any, size: int) -> Array:
@@ -100,10 +101,14 @@ def _draws(
         return np.asarray((index[..., None] == np.arange(size)).sum(-2), dtype=np.float64)
 
     def drawn(*indices: Any, axis: int) -> Array:
+        nonlocal path
         lead = indices[0].shape[:-1]
         often = counts(indices[-1], prompts) if over_prompts else np.ones((*lead, prompts))
         runs = counts(indices[0], seeds) if over_seeds else np.ones((*lead, seeds))
-        return statistic(np.einsum("...s,...p,spk->...k", runs, often, rows, optimize=True))
+        product = ("...s,...p,spk->...k", runs, often, rows)
+        if path is None:  # of all batches, whose sizes are the same
+            path, _ = np.einsum_path(*product, optimize=True)
+        return statistic(np.einsum(*product, optimize=path))
 
     scipy_stats = import_scipy()
     with warnings.catch_warnings():
@@ -132,7 +137,7 @@ def _interval(
     low, high = (float(end) for end in np.quantile(draws, [tail, 1 - tail]))
     seeds, prompts, _ = rows.shape
     of_seeds = float(_draws(statistic, rows, True, False).var()) * seeds / (seeds - 1) if seeds > 1 else 0.0
-    of_prompts = float(_draws(statistic, rows).var())
+    of_prompts = float((_draws(statistic, rows) if seeds > 1 else draws).var())
     if not of_seeds + of_prompts > 0:
         return low, high
     stats = import_scipy()

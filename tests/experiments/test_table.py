@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from clha_fast.cli.main import main
+from clha_fast.evaluation import spread
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.table import Table
 from tests.support.helpers import ROOT
@@ -27,6 +28,12 @@ MODEL = {
     **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
     **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96},
 }
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Most of these tests' time went to intervals, which tests/evaluation/test_results.py has."""
+    monkeypatch.setattr(spread, "RESAMPLES", 100)
 
 
 def write(path: Path, start: int, count: int, size: int) -> str:

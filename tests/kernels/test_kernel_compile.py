@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,18 +23,29 @@ Row = dict[str, Any]
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """One child process compiles everything, for this one may be running the interpreter."""
+def compile_all(cache: Path, *words: str) -> list[Row]:
+    """A child process does it, for this one may be running the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "tests.support.compile_kernels"]
+    command = [sys.executable, "-m", "tests.support.compile_kernels", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled: list[Row] = json.loads(done.stdout)
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """What has changed since it was recorded is compiled, and else nothing."""
+    compiled = compile_all(tmp_path_factory.mktemp("triton"))
     print("\n" + table(compiled))
     return compiled
+
+
+@pytest.mark.slow
+def test_the_compiler_makes_what_is_recorded(rows: list[Row], tmp_path: Path) -> None:
+    assert compile_all(tmp_path, "--anew") == rows
 
 
 def table(rows: list[Row]) -> str:

@@ -79,7 +79,7 @@ def test_ten_shapes_take_three_graphs_at_most(run, everything, rows, dynamic):
 
 def test_an_attached_model_is_compiled_once_for_all_batches() -> None:
     tokenizer, options = make_tokenizer(), CLHAOptions(margin=0.5, sft_weight=0.1)
-    plain, model = (make_model(len(tokenizer)).train() for _ in range(2))
+    plain, model = (make_model(len(tokenizer), num_hidden_layers=1).train() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     attached = clha_fast.attach(compiled, options)

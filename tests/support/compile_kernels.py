@@ -3,10 +3,17 @@
 A program of its own (`python -m tests.support.compile_kernels`), because the tests' own process runs Triton's
 interpreter, under which nothing can be compiled. Arguments are specialised as a launch would: an int 1 becomes a
 constant, multiples of 16 and pointers are known as such, None is a constant.
+
+`RECORD` keeps what was found, by a key of everything that it came of: the kernel's source and what it calls, arguments,
+options, target, compilers. What has another key is compiled, so a change that is not recorded takes time, no more;
+`--write` records it, `--anew` compiles everything.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -25,6 +32,7 @@ GPU = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+RECORD = Path(__file__).with_name("compiled_kernels.jsonl")
 POINTERS = {"16-bit": "*bf16", "fp32": "*fp32", "tf32": "*fp32"}
 MATRIX = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma_"}
 
@@ -233,31 +241,56 @@ def specialise(kernel: str, values: dict[str, Any], launch: dict[str, int]) -> t
     return signature, constants, attributes
 
 
-def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def entry_of(case: tuple[str, str, str, str]) -> str:
+    """The row of the table that serves it."""
+    kernel, _, dtype, variant = case
+    is_pass = kernel in ("statistics", "gradient")
+    return "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide", "ones")) else "fp32"
+
+
+def source_of(case: tuple[str, str, str, str]) -> tuple[Any, dict[str, int], dict[str, int]]:
+    """Triton's source of a case, its block sizes and flags, and the compiler's options."""
     from triton.compiler import ASTSource
 
     kernel, arch, dtype, variant = case
-    is_pass = kernel in ("statistics", "gradient")
-    entry = "16-bit" if dtype == "16-bit" and (is_pass or variant not in ("odd", "wide", "ones")) else "fp32"
-    launch = configs.select(kernel, arch, entry)
+    launch = configs.select(kernel, arch, entry_of(case))
     values = (
         workspace_arguments(dtype, variant)
-        if is_pass
+        if kernel in ("statistics", "gradient")
         else ranking_arguments(variant)
         if kernel in ("combine", "count", "prompts", "finish")
         else head_arguments(kernel, arch, dtype, variant, launch)
     )
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in launch}
-    signature, constants, attributes = specialise(kernel, values, launch)
-    source = ASTSource(KERNELS[kernel], signature, constants, attributes)
+    return ASTSource(KERNELS[kernel], *specialise(kernel, values, launch)), launch, options
+
+
+def key(case: tuple[str, str, str, str]) -> str:
+    """Of all that a case's row comes of. Triton's own has paths and bytes of its files, this one their version."""
+    import triton
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    source, _, options = source_of(case)
+    readers = [inspect.getsource(reader) for reader in (amd_usage, nvidia_usage, nvidia_registers)]
+    parts = (case, source.hash(), options, triton.__version__, make_backend(GPUTarget(*GPU[case[1]])).hash())
+    whole = (*parts, sorted(get_cache_invalidating_env_vars().items()), readers, MATRIX)
+    return hashlib.sha256(repr(whole).encode()).hexdigest()[:32]
+
+
+def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, arch, dtype, variant = case
+    source, launch, options = source_of(case)
     compiled = triton.compile(source, target=GPUTarget(*GPU[arch]), options=options)
     usage = amd_usage(compiled.asm["amdgcn"]) if arch == "gfx942" else nvidia_usage(compiled.asm["cubin"], MATRIX[arch])
     return {
         "kernel": kernel,
         "arch": arch,
-        "entry": entry,
+        "entry": entry_of(case),
         "dtype": dtype,
         "variant": variant,
         "blocks": "x".join(str(launch[name]) for name in launch if name.startswith("BLOCK")),
@@ -326,9 +359,33 @@ def cuobjdump(flag: str, cubin: bytes) -> str:
         return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
 
 
+def recorded() -> dict[str, dict[str, Any]]:
+    """Rows by key."""
+    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.exists() else []
+    return {line.pop("key"): line for line in map(json.loads, lines)}
+
+
+def rows(anew: bool) -> dict[str, dict[str, Any]]:
+    """A row for each case, by its key, in order."""
+    known, keys = {} if anew else recorded(), {key(case): case for case in cases()}
+    missing = [name for name in keys if name not in known]
+    if missing:
+        with ProcessPoolExecutor(2) as pool:
+            made = pool.map(compile_case, (keys[name] for name in missing), chunksize=1)
+            known |= zip(missing, made, strict=True)
+    return {name: known[name] for name in keys}
+
+
 def main() -> None:
-    with ProcessPoolExecutor(2) as pool:
-        json.dump(list(pool.map(compile_case, cases(), chunksize=1)), sys.stdout)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--anew", action="store_true", help="compile what is recorded, too")
+    parser.add_argument("--write", action="store_true", help=f"record the rows in {RECORD.name}")
+    given = parser.parse_args()
+    found = rows(given.anew)
+    if given.write:
+        lines = [json.dumps({"key": name, **row}) + "\n" for name, row in found.items()]
+        RECORD.write_text("".join(lines), encoding="utf-8")
+    json.dump(list(found.values()), sys.stdout)
 
 
 if __name__ == "__main__":
