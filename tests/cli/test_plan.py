@@ -99,8 +99,10 @@ def test_the_loss_s_backend_is_said(model, capsys):
     text = capsys.readouterr().out
     assert "the loss (workspace)" in text
     assert "as auto takes it" not in text
-    assert main(["plan", "--model", model, "--response", "16", "--memory", "0.1"]) == 0
-    assert "the loss (triton)" in capsys.readouterr().out
+    few, many = ("--response", "16"), ("--response", "64", "--prompts", "64")
+    for size, backend in ((few, "workspace"), (many, "triton")):
+        assert main(["plan", "--model", model, *size, "--memory", "0.02"]) == 0
+        assert f"the loss ({backend})" in capsys.readouterr().out
 
 
 def test_a_reward_model(model, capsys):

@@ -202,7 +202,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--html", page), "page.html: exists already"),
         (("--limit", "0"), "--limit: expected a positive whole number"),
         (("--records", "-1"), "--records: expected a whole number of at least 0"),
-        (("--reward-margin", "-1"), "reward_margin: expected"),
+        (("--reward-margin", "-1"), "--reward-margin: expected"),
     ):
         assert cli.main([*words, *more]) == 2
         assert expected in one_sentence(capsys), more
