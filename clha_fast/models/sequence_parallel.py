@@ -35,7 +35,7 @@ from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
 from clha_fast.types import RankingInputs
 
-WAY = "leave sequence_parallel out to run whole rows in every process"
+WAY = "leave sequence_parallel (a trainer's sequence_parallel_size) out to run whole rows in every process"
 # Rotary tables that depend on the longest position that a forward sees, which is another one in each process.
 _BY_LENGTH = ("dynamic", "longrope")
 

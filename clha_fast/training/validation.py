@@ -87,9 +87,16 @@ def check_machine(args: Any) -> None:
     """After `TrainingArguments` has found devices and reporters.
 
     Raises:
-        ValueError: fp16 on a CPU, where the Trainer computes float32; checkpoints in host memory of a machine that has
-            no other; a reporter that is unknown or not installed.
+        ValueError: processes of torchrun that each take themselves for the only one; fp16 on a CPU, where the Trainer
+            computes float32; checkpoints in host memory of a machine that has no other; a reporter that is unknown or
+            not installed.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if torch.distributed.is_torchelastic_launched() else 1
+    if args.world_size == 1 < started:
+        raise ValueError(
+            f"use_cpu: expected True where torchrun starts {started} processes on a machine without a GPU, got "
+            f"{args.use_cpu} (each would train alone and write the same files)"
+        )
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16: expected False on a CPU (float32 would be computed; bf16 works there), got True")
     checkpoints = getattr(args, "activation_checkpointing_kwargs", None) or {}

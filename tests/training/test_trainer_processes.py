@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.reward_trainer import RewardConfig
 from clha_fast.training.samples import SAMPLES_FILE
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
@@ -276,3 +278,16 @@ def test_command_line_in_two_processes(tmp_path: Path) -> None:
             for name in ("eval_rewards/accuracies", "eval_rewards/margins", "eval_kendall_tau", "eval_num_tokens"):
                 assert other[part][name] == pytest.approx(found[0][part][name], rel=1e-4, abs=1e-6), (part, name)
     assert found[0]["before"]["eval_rewards/margins"] != found[0]["after"]["eval_rewards/margins"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is found by every process")
+@pytest.mark.parametrize("config", [CLHAConfig, RewardConfig])
+def test_processes_that_take_themselves_for_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: type
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"use_cpu: expected True where torchrun starts 3 processes .* got False"):
+        config(output_dir=str(tmp_path), report_to=[])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # a cluster's variable alone says nothing
+    config(output_dir=str(tmp_path), report_to=[])
