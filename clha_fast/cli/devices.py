@@ -35,14 +35,16 @@ def head_of_run(run: Any) -> dict[str, Any]:
     return {**known, "routed": routed}
 
 
-def backend_text(backend: str, device: torch.device, dtype: torch.dtype, *, routed: bool = False, **head: Any) -> str:
+def backend_text(
+    backend: str, device: torch.device, dtype: torch.dtype, *, routed: bool = False, spread: bool = False, **head: Any
+) -> str:
     """Which backend will train, and for "auto" why.
 
-    routed: gradients leave out what has little softmax mass. head: what `token_limit` takes of the head, nothing for
-    one whose size says nothing.
+    routed: gradients leave out what has little softmax mass. spread: the tokens of rows are, over processes. head: what
+    `token_limit` takes of the head, nothing for one whose size says nothing.
     """
-    limit = token_limit(str(device), dtype, **head) if head and not routed else 0
-    name = resolve(backend, str(device), dtype, gradients=True, routed=routed, limit=limit, fits=limit > 0)
+    limit = token_limit(str(device), dtype, **head) if head and not routed and not spread else 0
+    name = resolve(backend, str(device), dtype, gradients=not spread, routed=routed, limit=limit, fits=limit > 0)
     if backend != "auto":
         return f"{name} (asked for)"
     if name != "torch":

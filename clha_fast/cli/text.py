@@ -74,8 +74,8 @@ def as_flags(text: str) -> str:
     """A message of the library in the words of the running command.
 
     `overwrite=True` is ``--overwrite`` there, `layout='shared'` is ``--layout shared``. Where options are spelled
-    otherwise than settings, a setting in front of the message, and one with an underscore anywhere in it, is an option,
-    too: `max_length: expected ...` is about ``--max-length``. Paths are left alone.
+    otherwise than settings, a setting in front of the message, and one in a bracket or behind
+    "give", is an option, too: `max_length: expected ...` is about ``--max-length``.
     """
     spelled, otherwise = _options()
     flags = {name: flag for name, flag in spelled.items() if flag.startswith("-")}
@@ -89,10 +89,10 @@ def as_flags(text: str) -> str:
     if otherwise:
         name, colon, rest = text.partition(":")
         text = spelled.get(name, name) + colon + rest
-        long = [name for name in flags if "_" in name]
-        if long:
-            name = rf"(?<![\w./'\"=-])({'|'.join(map(re.escape, long))})(?![\w/'\"=(-]|\.\w)"
-            text = re.sub(name, lambda found: flags[found[1]], text)
+        # Elsewhere the word may be the user's own, such as a column's: only the library's hints have it so.
+        names = "|".join(map(re.escape, flags))
+        hint = rf"(?<=\()({names})(?=\)| was )|(?<= give )({names})\b"
+        text = re.sub(hint, lambda found: flags[found[1] or found[2]], text)
     return text
 
 

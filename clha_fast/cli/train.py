@@ -99,7 +99,13 @@ def header(run: Run) -> dict[str, str]:
     lines = {
         "model": f"{model_text(run)}, vocabulary {run.model.config.vocab_size:,}",
         "device": f"{device_text(args.device)}, {_processes_text(args)}",
-        "backend": backend_text(args.backend, args.device, loss_dtype(run), **head_of_run(run)),
+        "backend": backend_text(
+            args.backend,
+            args.device,
+            loss_dtype(run),
+            spread=args.sequence_parallel_size > 1,
+            **head_of_run(run),
+        ),
         "loss": _loss_text(args, options),
         **({"reference": trainer.reference.text} if trainer.reference.kind is not None else {}),
         "training": data_text(train, options) + _cut_text(trainer.train_dataset, train),

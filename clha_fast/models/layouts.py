@@ -217,6 +217,7 @@ class RowLayouts:
         assert self._spread is not None
         assert self._spread.sequence is not None
         sequence, ids, segments = self._spread.sequence, batch["input_ids"], batch.get("segments")
+        sequence.same_batch(ids, mask=batch["attention_mask"])  # or one alone might find its texts long enough
         if segments is None:
             lengths = batch["attention_mask"].sum(1).tolist()
             longest, width = max(lengths, default=0), ids.shape[1]
@@ -230,17 +231,20 @@ class RowLayouts:
             features, looked_at = _features(ids, segments)
         if not features:
             return
-        problem: Exception | None = None
+        problem: UnsupportedLayoutError | None = None
+        short = False  # of memory: an error kept would keep all tensors of the trial
         try:
             with self._around():
                 self._probe.compare(features, layout, looked_at, self._spread, masks=False)
-        except (UnsupportedLayoutError, torch.OutOfMemoryError) as error:
+        except torch.OutOfMemoryError:
+            short = True
+        except UnsupportedLayoutError as error:
             problem = error
-        if sequence.anywhere(isinstance(problem, UnsupportedLayoutError), ids.device):
+        if sequence.anywhere(problem is not None, ids.device):
             told = "another of its processes has refused it" if problem is None else _bare(problem)
             raise UnsupportedLayoutError(f"sequence_parallel: {told}; {WAY}") from problem
         self._note(longest, width)
-        if sequence.anywhere(problem is not None, ids.device):
+        if sequence.anywhere(short, ids.device):
             logger.warning(
                 "sequence_parallel: texts of %s tokens are too long for the memory of one process, so slices of such "
                 "rows are not compared with whole ones",

@@ -29,7 +29,7 @@ from clha_fast.models.heads import HeadForward
 from clha_fast.models.segment_attention import UnsupportedAttentionError
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.objectives import Objective
-from clha_fast.objectives.metrics import CLHAMetrics
+from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
@@ -256,7 +256,12 @@ def spread_loss(
     settings: dict[str, Any] = {"head": head, "backend": backend, "statistics": names}
     logps, *others = spread_values(sequence, shape, hidden, weight, bias, targets, tensors.get("row_index"), **settings)
     scored = targets != head.ignore_index
-    return ranking_loss(logps, given, objective, scored=scored, statistics=dict(zip(names, others, strict=True)))
+    loss, metrics = ranking_loss(
+        logps, given, objective, scored=scored, statistics=dict(zip(names, others, strict=True))
+    )
+    if head.max_dropped_mass is not None:
+        metrics.values[METRIC_NAMES.index("dropped_mass")] = torch.nan  # each process knows of its own tokens alone
+    return loss, metrics
 
 
 class _Whole(torch.autograd.Function):

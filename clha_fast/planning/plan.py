@@ -52,8 +52,10 @@ class Load:
     def slices(self) -> Rows:
         """What of them one process has. Attention has all tokens there, of so much fewer heads: as many numbers."""
         whole, size = self.rows, self.sequence_parallel_size
-        scored = -(-whole.scored // size)
-        return Rows(whole.rows, -(-whole.width // size), scored, min(whole.largest, scored))
+        width = -(-whole.width // size)
+        # Responses are the last tokens of a row: a process may have nothing else.
+        scored = min(whole.scored, whole.rows * width)
+        return Rows(whole.rows, width, scored, min(whole.largest, scored))
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     _check_slices(config, load, switches)
     model = build(copy.deepcopy(config), switches)
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    backend = loss_backend(model, load.slices, switches)
-    memory = count_step(model, load.slices, switches)
+    counted = switches
+    if load.sequence_parallel_size > 1 and switches.backend == "auto":
+        # Log-probabilities cross processes before there is a loss: "auto" has no sweep to take the workspace for.
+        counted = dataclasses.replace(switches, backend="triton")
+    backend = loss_backend(model, load.slices, counted)
+    memory = count_step(model, load.slices, counted)
     trained = sum(n for n, trains in numbers if trains)
     return Plan(load, switches, memory, sum(n for n, _ in numbers), trained, backend)
 

@@ -133,6 +133,8 @@ def model_card(
         step = held_out.get("eval_step", held_out.get("step"))  # the former where an earlier step's weights are back
         parts.append(f"## Held out, after step {step}\n\n" + _table(("metric", "value"), _values(rows)))
     chosen = {name: getattr(settings, name) for name in _SETTINGS}
+    if getattr(settings, "sequence_parallel_size", 1) > 1:
+        chosen["sequence_parallel_size"] = settings.sequence_parallel_size
     chosen["lr_scheduler_type"] = getattr(chosen["lr_scheduler_type"], "value", chosen["lr_scheduler_type"])
     chosen["optim"] = getattr(chosen["optim"], "value", chosen["optim"])
     parts.append("## Training\n\n" + _table(("setting", "value"), _values(chosen)))

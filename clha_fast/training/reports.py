@@ -43,7 +43,10 @@ class ReportingTrainer(CheckpointingTrainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.args.eval_samples and self._sampled_step != self.state.global_step:
             self._sampled_step = self.state.global_step
-            self._write_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+            # Of several sets transformers gives each one's name alone.
+            named = isinstance(eval_dataset, str)
+            given = self.eval_dataset[eval_dataset] if named else eval_dataset
+            self._write_samples(self.eval_dataset if given is None else given)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -41,6 +41,11 @@ def check_sequence(args: Any) -> None:
     beside = {
         "deepspeed": (args.deepspeed or environment("ACCELERATE_USE_DEEPSPEED"), ddp),
         "torch_compile": (args.torch_compile, "compiled models are not spread"),
+        "max_dropped_mass": (args.max_dropped_mass is not None, "what is left out is not counted over processes"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha is not None,
+            "its noise goes by the tokens of a row, of which a process has a part",
+        ),
         "bf16_full_eval": (args.bf16_full_eval, moved),
         "fp16_full_eval": (args.fp16_full_eval, moved),
         "include_num_input_tokens_seen": (

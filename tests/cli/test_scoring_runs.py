@@ -276,3 +276,13 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, folder: str, capsys: py
         assert len(said) == 1
         assert part in said[0]
     assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_columns_named_like_options_are_said_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"reward_model": 1, "batch_size": 2, "max_length": 3, "text": "a"}])
+    assert command("--reward-model", "x", file, tmp_path / "out.jsonl") != 0
+    said = capsys.readouterr().err
+    for column in ("reward_model", "batch_size", "max_length"):
+        assert column in said
+    assert "--batch-size" not in said
+    assert "--max-length" not in said

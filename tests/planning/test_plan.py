@@ -79,8 +79,11 @@ def test_rows_by_hand(layout, rows):
 
 
 def test_rows_that_processes_share():
-    """28 tokens, 18 of them scored, over three processes: 10 and 6 in each; half of the layers' part over two."""
-    assert Load(2, 3, 5, 3, "shared", 3).slices == Rows(1, 10, 6, 6)
+    """28 tokens over three processes: 10 in each, of the last all are scored; half of the layers' part over two."""
+    assert Load(2, 3, 5, 3, "shared", 3).slices == Rows(1, 10, 10, 9)
+    assert Load(1, 2, 1000, 500, "shared", 2).slices == Rows(1, 1000, 1000, 1000)
+    spread = plan(small(), Load(1, 4, 64, 64, "shared", 2), Switches(memory=80 * 2**30))
+    assert spread.backend == "triton", "there is no sweep that auto would take the workspace for"
     whole, half = (plan(small(), Load(1, 4, 64, 64, "shared", size), Switches()).memory for size in (1, 2))
     assert half.kept == pytest.approx(whole.kept / 2, rel=0.01)
     assert (half.weights, half.gradients) == (whole.weights, whole.gradients)

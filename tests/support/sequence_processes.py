@@ -350,6 +350,11 @@ def at_attach(make: Callable[[], nn.Module], layout: str = "padded") -> Callable
     return lambda: clha_fast.attach(make(), layout=layout, sequence_parallel=dist.group.WORLD)
 
 
+def _long() -> dict[str, Any]:
+    prompt, *responses = [5] * 300, [7] * 40, [9] * 60
+    return pack([candidates_of(prompt, responses)], "shared").as_dict()
+
+
 def refusals() -> None:
     refused(
         "expected a number of processes that divides the 3 attention heads of LlamaAttention (1, 3), got 2",
@@ -363,7 +368,11 @@ def refusals() -> None:
     refused("Qwen3NextForCausalLM", at_attach(lambda: of_kind("qwen3_next")))
     model = llama()
     attached = clha_fast.attach(model, layout="shared", sequence_parallel=dist.group.WORLD)
-    refused("in all 2 processes", lambda: model(**collate("shared", start=3 * dist.get_rank())), ValueError)
+    apart = "batch: expected the same one in all 2 processes"
+    refused(apart, lambda: model(**collate("shared", start=3 * dist.get_rank())), ValueError)
+    model(**collate("shared"))
+    more = collate("shared", start=3) if dist.get_rank() else _long()  # one alone has texts that are to be compared
+    refused(apart, lambda: model(**more), ValueError)
     refused("pixel_values", lambda: model(**collate("shared"), pixel_values=torch.zeros(1)))
     refused("copy of one", lambda: copy.deepcopy(model)(**collate("shared")))
     refused("which no file holds", lambda: torch.save(model, io.BytesIO()), ValueError)

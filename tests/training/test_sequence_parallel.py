@@ -112,6 +112,7 @@ def test_a_size_divides_the_processes(tmp_path: Path) -> None:
 
 def _settings(size: int, **changes: Any) -> SimpleNamespace:
     none = {"deepspeed": None, "torch_compile": False, "bf16_full_eval": False, "fp16_full_eval": False}
+    none |= {"max_dropped_mass": None, "neftune_noise_alpha": None}
     loading = SimpleNamespace(use_seedable_sampler=changes.pop("use_seedable_sampler", True))
     given = {"sequence_parallel_size": size, "include_num_input_tokens_seen": "no", **none, **changes}
     return SimpleNamespace(accelerator_config=loading, **given)
@@ -122,6 +123,8 @@ def _settings(size: int, **changes: Any) -> SimpleNamespace:
     [
         ("deepspeed", "zero3.json"),
         ("torch_compile", True),
+        ("max_dropped_mass", 0.0),
+        ("neftune_noise_alpha", 5.0),
         ("bf16_full_eval", True),
         ("include_num_input_tokens_seen", "all"),
         ("use_seedable_sampler", False),

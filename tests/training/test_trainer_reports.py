@@ -61,6 +61,17 @@ def test_samples_change_nothing_in_training(tmp_path: Path, temperature: float) 
     assert [(line["step"], line["index"]) for line in found] == [(step, k) for step in (1, 2, 3, 4) for k in range(3)]
 
 
+def test_samples_of_several_sets(tmp_path: Path) -> None:
+    """Each is evaluated by its name; a step's samples are of the first."""
+    sets = {"near": make_rows(4, seed=EVAL_SEED), "far": make_rows(4, seed=EVAL_SEED + 1)}
+    args = config(tmp_path, eval_samples=2, eval_sample_tokens=5)
+    model = make_model(len(TOKENIZER))
+    ours = CLHATrainer(model, args, train_dataset=make_rows(4), eval_dataset=sets, processing_class=TOKENIZER)
+    measured = ours.evaluate()
+    assert {"eval_near_loss", "eval_far_loss"} <= measured.keys()
+    assert [line["prompt"] for line in lines_of(tmp_path)] == [row["prompt"] for row in sets["near"][:2]]
+
+
 def test_samples_are_what_the_model_writes(tmp_path: Path) -> None:
     ours = trainer(tmp_path, eval_samples=2, eval_sample_tokens=5)
     ours.model.train()
