@@ -94,8 +94,8 @@ def _check_parallel(accelerator: Any) -> None:
         if isinstance(size, int) and size > 1:
             raise UnsupportedLayoutError(
                 f"parallelism_config: expected {name}=1 (accelerate would cut the rows of a batch, and not what says "
-                f"where their scored tokens stand), got {size}; CLHAConfig(sequence_parallel_size={size}) spreads rows "
-                "over processes"
+                f"where their scored tokens stand), got {size}; a CLHATrainer spreads rows over processes with "
+                f"CLHAConfig(sequence_parallel_size={size})"
             )
 
 
