@@ -78,20 +78,37 @@ def test_blocks_of_few_tokens_count_the_weight_s_rows(monkeypatch) -> None:
     [
         (10, [(10, 64)]),  # all in the gradient's memory
         (64, [(64, 64)]),
-        (70, [(54, 64), (16, 16)]),  # not 64 and 6
-        (100, [(52, 64), (48, 48)]),
-        (110, [(62, 64), (48, 48)]),
+        (70, [(64, 64), (6, 6)]),
         (112, [(64, 64), (48, 48)]),
     ],
 )
-def test_stores_take_whole_alignments(count, parts) -> None:
+def test_what_the_gradient_cannot_take_goes_to_the_store(count, parts) -> None:
     """(tokens, elements from one row to the next) of the gradient's memory, for 64 tokens, and the store, for 48."""
     words, width, options = 640, 64, HeadOptions(workspace_bytes=48 * 640 * 4)
     zeros = torch.zeros(count, width), torch.zeros(words, width), None, torch.zeros(count, dtype=torch.int64), None
     sweep = backend._Sweep(HeadInputs(*zeros), options, Needs(True, True, False))
     sweep.allocate(Needs(True, True, False))
-    stores = sweep.stores(sweep.tokens(0, count))
-    assert [(len(tokens), store.stride(0)) for tokens, store in stores] == parts
-    assert torch.cat([tokens for tokens, _ in stores]).tolist() == list(range(count))
-    assert all(store.shape == (words, len(tokens)) for tokens, store in stores)
-    assert sweep.scratch(35).stride(0) == 48
+    kept = sweep.kept(sweep.tokens(0, count))
+    assert [(len(scan.tokens), store.stride(0)) for scan, store in kept] == parts
+    assert torch.cat([scan.tokens for scan, _ in kept]).tolist() == list(range(count))
+    assert all(store.shape == (words, len(scan.tokens)) for scan, store in kept)
+    # Exponentials of equal logits.
+    assert all(bool((store == 1).all()) for _, store in kept)
+
+
+@pytest.mark.parametrize("counts", [(1,), (16,), (17, 5), (35, 0, 3)])
+@pytest.mark.parametrize("row_index", [False, True])
+def test_products_take_whole_alignments(counts, row_index) -> None:
+    """Rows of zeros follow each part's, whatever stands in the rows of `hidden`."""
+    total, width = sum(counts), 8
+    hidden = torch.arange(1.0, total + 4).unsqueeze(1).expand(-1, width)
+    index = torch.arange(total).flip(0) + 3 if row_index else None
+    inputs = HeadInputs(hidden, torch.zeros(128, width), None, torch.zeros(total, dtype=torch.int64), index)
+    rows = head.TorchHead(inputs, HeadOptions()).token_rows(*torch.arange(total).split(list(counts)))
+    assert len(rows) == sum(-(-count // 16) * 16 for count in counts)
+    token = 0
+    for own, count in zip(rows.split([-(-count // 16) * 16 for count in counts]), counts, strict=True):
+        for row in own[:count]:
+            assert bool((row == (total - token + 3 if row_index else token + 1)).all())
+            token += 1
+        assert not own[count:].any()

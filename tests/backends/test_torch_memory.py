@@ -139,7 +139,13 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.fixture
+def every_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of as many tokens as there are, none of zeros: to be counted."""
+    monkeypatch.setattr("clha_fast.backends.torch.head.ALIGNED", 1)
+
+
+@pytest.mark.usefixtures("small_blocks", "every_count")
 @pytest.mark.parametrize(
     ("needs", "capacity", "token_products"),
     [
@@ -166,7 +172,7 @@ def test_logits_are_formed_once(needs, capacity, token_products):
     assert products.count == token_products * 2 * width * words
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_blocks", "every_count")
 def test_one_pass_over_the_weights_gradient_a_group():
     """What is stored, in either store, and what is not are multiplied into the weight's gradient together."""
     width, words, capacity = 16, 3000, 5

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.torch import routing as torch_routing
-from clha_fast.backends.torch.head import ALIGNED, Part, Scan, TorchHead, aligned, block_bytes
+from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
 from clha_fast.backends.torch.moments import Mix, finished, mixed
 from clha_fast.layout import Chunk, prompt_chunks
 from clha_fast.objectives import Objective
@@ -54,8 +54,6 @@ class _Sweep(TorchHead):
         self.by_token = self.row_index is not None and count < self.hidden.shape[0] and 4 * count <= vocabulary
         budget = head.workspace_bytes or self._default_workspace(needs)
         self.capacity = max(1, budget // (vocabulary * self.dtype.itemsize))
-        if head.workspace_bytes is None and self.capacity > ALIGNED:
-            self.capacity -= self.capacity % ALIGNED
         self.capacity = min(self.capacity, max(1, count))
         self._store: Tensor | None = None
         self.logps, self.peak, self.log_total, self.lse = (
@@ -87,24 +85,21 @@ class _Sweep(TorchHead):
         """Tokens whose exponentials can be stored now."""
         return self.capacity + (self.weight.shape[1] if self.weight_is_fresh else 0)
 
-    def stores(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, their store), the weight's gradient first while it is fresh; at most `room()` tokens."""
-        parts = []
-        if self.weight_is_fresh and self.dweight is not None:
-            count, width = tokens.numel(), self.weight.shape[1]
-            # What the gradient cannot take goes to the store, with some more: products of 16 n tokens are faster.
-            most = width if count <= width else max(0, count - self.capacity, count - aligned(count - width))
-            guests = tokens[:most]
-            if most:
-                parts.append((guests, self.dweight[:, : guests.numel()]))
-            tokens = tokens[guests.numel() :]
-        if tokens.numel():
-            words, count = self.weight.shape[0], tokens.numel()
+    def kept(self, tokens: Tensor) -> list[tuple[Scan, Tensor]]:
+        """Scans of tokens and what stores their exponentials [V, n], for at most `room()` of them.
+
+        The weight's gradient takes them first while it is fresh.
+        """
+        guests = self.dweight[:, : tokens.numel()] if self.weight_is_fresh and self.dweight is not None else None
+        stores = [] if guests is None else [guests]
+        if more := tokens.numel() - (0 if guests is None else guests.shape[1]):
+            words = self.weight.shape[0]
             if self._store is None:
                 self._store = self.peak.new_empty(words * self.capacity)
-            step = aligned(count) if aligned(count) <= self.capacity else count
-            parts.append((tokens, self._store[: words * step].view(words, step)[:, :count]))
-        return parts
+            stores.append(self._store[: words * more].view(words, more))
+        scan = self.scan(tokens, stores)
+        edges = itertools.accumulate((store.shape[1] for store in stores), initial=0)
+        return [(scan.at(slice(*ends)), store) for ends, store in zip(itertools.pairwise(edges), stores, strict=True)]
 
     def note(self, scan: Scan) -> Scan:
         """Keeps a scan's numbers per token."""
@@ -201,7 +196,7 @@ def _sweep_tokens(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> None:
     """Stored and turned into gradients, as many at a time as there is room for. Nothing here outlives the stores."""
     while tokens.numel():
         now, tokens = tokens[: sweep.room()], tokens[sweep.room() :]
-        scans = [(sweep.scan(part, store), store) for part, store in sweep.stores(now)]
+        scans = sweep.kept(now)
         sweep.add_gradients([sweep.stored(scan, store, grad[scan.tokens]) for scan, store in scans])
 
 
@@ -228,9 +223,9 @@ class _Store:
 
     def hold(self, start: int, stop: int) -> None:
         sweep = self.sweep
-        self.held = [
-            (sweep.note(sweep.scan(part, store)), store) for part, store in sweep.stores(sweep.tokens(start, stop))
-        ]
+        self.held = sweep.kept(sweep.tokens(start, stop))
+        for scan, _ in self.held:
+            sweep.note(scan)
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
         sweep, start = self.sweep, chunk.start

@@ -7,10 +7,12 @@ multiplied into the [n, V] side is that number alone: coefficients go to the [n,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clha_fast.backends.torch.caches import caches
@@ -26,12 +28,18 @@ _LARGEST_BLOCK_BYTES = 64 * 2**20
 # Elementwise passes on a CPU walk a block in pieces of at most this size a thread: half of the second-level cache.
 _PIECE_BYTES = 2**19
 
-# Rows of logits start on multiples of so many elements, 64 bytes of float32: into rows that start anywhere a product
-# of MKL's runs at 64 instead of 90 GFLOP/s (AMD EPYC with AVX-512, one thread, 1170 tokens, H 1024), and of 179 tokens
-# at 72, of 192 at 81.
+# Products take multiples of so many tokens, 64 bytes of float32, zeros among them: on an AMD EPYC with AVX-512 MKL's
+# product of 1126 tokens runs at 176 GFLOP/s, of 1136 at 192, of 1011 at 159, of 1024 at 185 (two threads, H 1024).
 ALIGNED = 16
 
-# (first word, last word, the words' rows, out [words, n]): writes softmax - target, or what `Mix` says
+# exp(x) is taken as exp2(x * log2(e)): torch hands exp to MKL, which takes three to five times as long for it on AMD.
+_LOG2_E = math.log2(math.e)
+
+# Stored columns are multiplied run by run, unless there are more runs: then copied together first.
+_MOST_RUNS = 8
+
+# (first word, last word, the words' rows, out [words, aligned(n)]): writes softmax - target, or what `Mix` says, and
+# leaves zeros in what n does not fill
 Fill = Callable[[int, int, Tensor, Tensor], None]
 
 
@@ -45,8 +53,21 @@ def block_bytes(device: torch.device) -> int:
 
 
 def aligned(count: int) -> int:
-    """Elements from one row of `count` logits to the next."""
+    """Columns of logits that `count` tokens take."""
     return -(-count // ALIGNED) * ALIGNED
+
+
+def _runs(positions: Tensor) -> list[slice]:
+    """Ascending positions as ranges of neighbours; reads them on the host."""
+    last = (positions.diff() != 1).nonzero().squeeze(1).tolist()
+    firsts, lasts = [0, *(at + 1 for at in last)], [*last, positions.numel() - 1]
+    found = positions.tolist()
+    return [slice(found[a], found[b] + 1) for a, b in zip(firsts, lasts, strict=True)] if found else []
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp(x) in place."""
+    return x.mul_(_LOG2_E).exp2_()
 
 
 def piece_bytes() -> int:
@@ -72,6 +93,19 @@ class Scan:
     block_peaks: Tensor
     block_sums: Tensor
     moments: dict[str, Tensor]
+
+    def at(self, columns: slice | Tensor) -> Scan:
+        """Of some of its tokens, by their positions in it."""
+        return Scan(
+            tokens=self.tokens[columns],
+            peak=self.peak[columns],
+            total=self.total[columns],
+            chosen=self.chosen[columns],
+            slope=None if self.slope is None else self.slope[columns],
+            block_peaks=self.block_peaks[:, columns],
+            block_sums=self.block_sums[:, columns],
+            moments={name: moment[columns] for name, moment in self.moments.items()},
+        )
 
     @property
     def log_total(self) -> Tensor:
@@ -151,9 +185,17 @@ class TorchHead:
             self.by_token = False
         return Gradients(*(None if g is None else g.to(dtype) for g in (self.dhidden, self.dweight, self.dbias)))
 
-    def token_rows(self, tokens: Tensor) -> Tensor:
-        """Rows of `hidden` that the tokens read, a copy; wide unless products are narrow."""
+    def token_rows(self, *parts: Tensor) -> Tensor:
+        """Rows of `hidden` that the tokens read, a copy; wide unless products are narrow.
+
+        Each part has `aligned` rows, the last of them zeros.
+        """
+        counts = [part.numel() for part in parts]
+        # Any token's place will do: filled in here, the rows need no second copy.
+        tokens = torch.cat([F.pad(part, (0, aligned(n) - n)) for part, n in zip(parts, counts, strict=True)])
         rows = self.hidden[tokens] if self.row_index is None else self.hidden[self.row_index[tokens]]
+        for own, n in zip(rows.split([aligned(n) for n in counts]), counts, strict=True):
+            own[n:].zero_()
         return rows if self.narrow else rows.to(self.dtype)
 
     def word_rows(self, a: int, b: int) -> Tensor:
@@ -175,11 +217,12 @@ class TorchHead:
     def scratch(self, count: int) -> Tensor:
         """Memory for one block of `count` tokens."""
         words = max((b - a for a, b in self.blocks(count)), default=0)
-        return torch.empty(words, aligned(count), dtype=self.dtype, device=self.device)[:, :count]
+        return torch.empty(words, count, dtype=self.dtype, device=self.device)
 
-    def _pieces(self, z: Tensor) -> Iterator[slice]:
+    def _pieces(self, z: Tensor, bounded: bool = True) -> Iterator[slice]:
+        """Ranges of rows, whole blocks of ROUTE_WORDS, for passes over z; all at once unless memory is `bounded`."""
         step = z.shape[0]
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and bounded:
             budget = piece_bytes()
             step = max(1, budget // (max(1, z.shape[1]) * self.dtype.itemsize * ROUTE_WORDS)) * ROUTE_WORDS
         for a in range(0, z.shape[0], max(1, step)):
@@ -226,38 +269,42 @@ class TorchHead:
         bent *= (self.head.temperature if divisor is None else divisor) / self.head.softcap
         return 1 - bent * bent
 
-    def scan(self, tokens: Tensor, store: Tensor | None = None) -> Scan:
+    def scan(self, tokens: Tensor, stores: Sequence[Tensor] = ()) -> Scan:
         """One pass over the logits of `tokens` [n].
 
         Args:
-            store: [V, n], takes every block's exponentials exp(z - the block's peak), times the softcap's slope; None
-                keeps nothing. Where the head `mixes`, they come without the slope.
+            stores: [V, n_i] of the first n_0 tokens, the next n_1, ..., take every block's exponentials exp(z - the
+                block's peak), times the softcap's slope; none keep nothing. Where the head `mixes`, they come without
+                the slope.
         """
         count, vocabulary = tokens.numel(), self.weight.shape[0]
+        wide = aligned(count)
         rows, (word, own) = self.token_rows(tokens), self.columns(tokens)
         num_blocks = -(-vocabulary // ROUTE_WORDS)
-        peaks, sums = (torch.empty(num_blocks, count, dtype=self.dtype, device=self.device) for _ in range(2))
+        peaks, sums = (torch.empty(num_blocks, wide, dtype=self.dtype, device=self.device) for _ in range(2))
         extra = {name: torch.empty_like(sums) for name in STATISTICS[:3] if name in self.wanted}
         raw = torch.zeros(count, dtype=self.dtype, device=self.device)
         top, divisor = torch.zeros_like(raw), self.divisor(tokens)
-        want_slope = store is not None and not self.mixes
+        divisors = None if divisor is None else F.pad(divisor, (0, wide - count), value=1.0)
+        want_slope = bool(stores) and not self.mixes
         # Sums of products need exponentials beside their logarithms.
         apart = not extra.keys().isdisjoint(("entropy", "sum_sq_probs"))
-        scratch = self.scratch(count) if store is None or apart else store
-        spare = torch.empty_like(scratch[next(self._pieces(scratch), slice(0))]) if apart and store is None else scratch
-        for a, b in self.blocks(count):
-            z = scratch[: b - a] if store is None or apart else store[a:b]
+        # Passes in place need no memory, and of few large ones the calls cost less than the second-level cache saves.
+        bounded = apart or self.head.softcap is not None
+        # In memory of its own, which stays in cache, and not in the stores: one product for all of them.
+        scratch = self.scratch(wide)
+        spare = torch.empty_like(scratch[next(self._pieces(scratch), slice(0))]) if apart else scratch
+        for a, b in self.blocks(wide):
+            z = scratch[: b - a]
             self._logits(self.word_rows(a, b), rows, a, z)
             raw = self._pick_target(z, word - a, own, raw)
-            for piece in self._pieces(z):
+            for piece in self._pieces(z, bounded):
                 part = z[piece]
-                slope = self._transform(part, want_slope, divisor)
+                slope = self._transform(part, want_slope, divisors)
                 if "is_top1" in self.wanted:
                     # As it stands among the others: what is transformed alone may be rounded otherwise.
                     top = self._pick_target(part, word - (a + piece.start), own, top)
-                made = part
-                if apart:
-                    made = spare[: part.shape[0]] if store is None else store[a:b][piece]
+                made = spare[: part.shape[0]] if apart else part
                 for (first, group), (_, power) in zip(_words(part), _words(made), strict=True):
                     block = (a + piece.start) // ROUTE_WORDS + first
                     blocks = slice(block, block + group.shape[0])
@@ -266,8 +313,8 @@ class TorchHead:
                     if "mean_logit" in extra:
                         torch.sum(group, 1, out=extra["mean_logit"][blocks])
                     # A block of -inf alone adds nothing; (-inf) - (-inf) would be NaN.
-                    group.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1))
-                    torch.sum(torch.exp(group, out=power), 1, out=sums[blocks])
+                    group.sub_(peak.clamp(min=torch.finfo(self.dtype).min).unsqueeze(1))
+                    torch.sum(exp_(power.copy_(group) if apart else power), 1, out=sums[blocks])
                     if "entropy" in extra:
                         # 0 * -inf counts as 0; where a logit is NaN, its exponentials' sum is, too.
                         torch.nansum(group.mul_(power), 1, out=extra["entropy"][blocks])
@@ -275,7 +322,12 @@ class TorchHead:
                         torch.sum(torch.mul(power, power, out=group), 1, out=extra["sum_sq_probs"][blocks])
                 if slope is not None:
                     made *= slope
-        slope = self._transform(raw, store is not None, divisor)
+                at = 0
+                for store in stores:
+                    store[a:b][piece].copy_(made[:, at : at + store.shape[1]])
+                    at += store.shape[1]
+        peaks, sums = peaks[:, :count], sums[:, :count]
+        slope = self._transform(raw, bool(stores), divisor)
         peak = peaks.amax(0)
         total = torch.zeros(count, dtype=torch.float64, device=self.device)
         moments = {name: torch.zeros_like(total) for name in extra}
@@ -284,7 +336,7 @@ class TorchHead:
             share = lead.exp()
             total += (sums[piece].double() * share).sum(0)
             for name, part in extra.items():
-                sized = part[piece].double()
+                sized = part[piece, :count].double()
                 if name == "entropy":
                     # A block of -inf alone has no exponentials, and 0 * -inf would be NaN.
                     sized = (sized + sums[piece] * lead.clamp(min=LEAST)) * share
@@ -300,26 +352,31 @@ class TorchHead:
 
         On a CPU tokens with a zero gradient are left out. The store may be the memory of the weight's gradient.
         """
-        tokens, keep = scan.tokens, None
+        count = grad.numel()
+        parts: list[slice | Tensor] = [slice(0, count)]
         if self.device.type == "cpu":
             keep = grad.nonzero().squeeze(1)
-            if keep.numel() == grad.numel():
-                keep = None
-        if keep is not None:
-            tokens, grad = tokens[keep], grad[keep]
-            mix = None if mix is None else mix.at(keep)
-        pick = (lambda t: t) if keep is None else (lambda t: t.index_select(-1, keep))
+            if keep.numel() < count:
+                scan, grad, mix = scan.at(keep), grad[keep], None if mix is None else mix.at(keep)
+                runs = _runs(keep)
+                # Whole candidates are left out, as a rule: what stays is not copied together first.
+                parts = [*runs] if len(runs) <= _MOST_RUNS else [keep]
+        tokens, count = scan.tokens, grad.numel()
+        sizes = [part.numel() if isinstance(part, Tensor) else part.stop - part.start for part in parts]
         word, own = self.columns(tokens)
-        lse, divisor = pick(scan.peak + scan.total.log()), self.divisor(tokens)
-        true_class = own.to(self.dtype) if scan.slope is None else own * pick(scan.slope)
+        lse, divisor = scan.peak + scan.total.log(), self.divisor(tokens)
+        true_class = own.to(self.dtype) if scan.slope is None else own * scan.slope
         if mix is not None:
             true_class = true_class * mix.main
 
-        def fill(a: int, b: int, _words_: Tensor, out: Tensor) -> None:
+        def fill(a: int, b: int, _words_: Tensor, wide: Tensor) -> None:
+            out = wide[:, :count]
+            wide[:, count:].zero_()
             blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
-            share = torch.exp(pick(scan.block_peaks[blocks]).double() - lse).to(self.dtype)
-            for (first, p), (_, source) in zip(_words(out), _words(pick(store[a:b])), strict=True):
-                torch.mul(source, share[first : first + p.shape[0]].unsqueeze(1), out=p)
+            share = torch.exp(scan.block_peaks[blocks].double() - lse).to(self.dtype)
+            for part, here, times in zip(parts, out.split(sizes, 1), share.split(sizes, 1), strict=True):
+                for (first, p), (_, source) in zip(_words(here), _words(store[a:b, part]), strict=True):
+                    torch.mul(source, times[first : first + p.shape[0]].unsqueeze(1), out=p)
             if mix is not None:
                 for piece in self._pieces(out):
                     log_p = out[piece].log()
@@ -335,8 +392,10 @@ class TorchHead:
         word, own = self.columns(tokens)
         rows, divisor = self.token_rows(tokens), self.divisor(tokens)
 
-        def fill(a: int, _b: int, words: Tensor, out: Tensor) -> None:
-            self._logits(words, rows, a, out)
+        def fill(a: int, _b: int, words: Tensor, wide: Tensor) -> None:
+            self._logits(words, rows, a, wide)
+            wide[:, tokens.numel() :].zero_()
+            out = wide[:, : tokens.numel()]
             self.softmax_minus_target(out, word - a, own, peak, log_total, divisor, mix)
 
         return Part(tokens, grad, fill)
@@ -356,12 +415,12 @@ class TorchHead:
         true_class = own.to(self.dtype) if slope is None else own * slope
         if mix is not None:
             true_class = true_class * mix.main
-        for piece in self._pieces(z):
+        for piece in self._pieces(z, mix is not None or self.head.softcap is not None):
             part = z[piece]
             slope = self._transform(part, True, divisor)
             part.sub_(peak).sub_(log_total)
             weights = None if mix is None else mix.weights(part)
-            part.exp_()
+            exp_(part)
             if weights is not None:
                 part *= weights
             if slope is not None:
@@ -385,24 +444,22 @@ class TorchHead:
         parts = [part for part in parts if part.tokens.numel()]
         if not parts:
             return
-        tokens = torch.cat([part.tokens for part in parts])
-        factor = -torch.cat([part.grad for part in parts]).to(self.dtype) * (self.head.scale / self.head.temperature)
-        if (divisor := self.divisor(tokens)) is not None:
-            factor = factor / divisor
-        count, width = tokens.numel(), self.weight.shape[1]
-        scaled, unit = self._scaled_rows(tokens, factor)
-        dhidden = None if self.dhidden is None else torch.zeros(count, width, dtype=self.dtype, device=self.device)
-        scratch = self.scratch(count)
-        for a, b in self.blocks(count):
+        columns = [aligned(part.tokens.numel()) for part in parts]
+        wide, width = sum(columns), self.weight.shape[1]
+        factors = torch.cat([self._factor(part) for part in parts])
+        scaled, unit = self._scaled_rows(parts, factors)
+        dhidden = None if self.dhidden is None else torch.zeros(wide, width, dtype=self.dtype, device=self.device)
+        scratch = self.scratch(wide)
+        for a, b in self.blocks(wide):
             words = self.word_rows(a, b)
             p = scratch[: b - a]
             # Every part is out of the store before its memory becomes the weight's gradient.
-            for part, out in zip(parts, p.split([part.tokens.numel() for part in parts], dim=1), strict=True):
+            for part, out in zip(parts, p.split(columns, dim=1), strict=True):
                 part.fill(a, b, words, out)
             if self.dbias is not None:
                 # Products in pieces, sums in float64: a GEMV is twice as far off as the eager loss's own sum.
                 for piece in self._pieces(p):
-                    self.dbias[a:b][piece] += (p[piece] * factor).sum(1, dtype=self.dbias.dtype)
+                    self.dbias[a:b][piece] += (p[piece] * factors).sum(1, dtype=self.dbias.dtype)
             low = p.to(self.weight.dtype) if self.narrow else p
             if dhidden is not None:
                 if self.narrow:
@@ -414,16 +471,23 @@ class TorchHead:
         if self.dweight is not None:
             self.weight_is_fresh = False
         if dhidden is not None:
-            self.add_hidden(tokens, dhidden.mul_(factor.unsqueeze(1)))
+            for part, rows in zip(parts, dhidden.mul_(factors.unsqueeze(1)).split(columns), strict=True):
+                self.add_hidden(part.tokens, rows[: part.tokens.numel()])
 
-    def _scaled_rows(self, tokens: Tensor, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _factor(self, part: Part) -> Tensor:
+        """What d(-logp) / d(raw logits) of a part's tokens is multiplied by, with zeros up to `aligned`."""
+        factor = -part.grad.to(self.dtype) * (self.head.scale / self.head.temperature)
+        if (divisor := self.divisor(part.tokens)) is not None:
+            factor = factor / divisor
+        return F.pad(factor, (0, aligned(factor.numel()) - factor.numel()))
+
+    def _scaled_rows(self, parts: list[Part], factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""
         if self.dweight is None:
             return None, None
-        rows = self.token_rows(tokens)
+        scaled = self.token_rows(*(part.tokens for part in parts)).to(self.dtype).mul_(factors.unsqueeze(1))
         if not self.narrow:
-            return rows.mul_(factor.unsqueeze(1)), None
-        scaled = rows.to(self.dtype) * factor.unsqueeze(1)
+            return scaled, None
         # Else float16 underflows.
         unit = scaled.abs().amax().clamp(min=torch.finfo(self.dtype).tiny)
         return (scaled / unit).to(self.weight.dtype), unit
