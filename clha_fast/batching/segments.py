@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 logger = logging.getLogger("clha_fast")
 
@@ -141,7 +142,9 @@ def counted_layout(lengths: Iterable[tuple[int, Sequence[int]]]) -> str:
     found = RowTokens.of(lengths)
     if found.layout not in _SAID:
         _SAID.add(found.layout)
-        logger.info("layout auto: %s for this batch (%s); every batch is counted", found.layout, found)
+        # A loader's workers would each say it, every epoch anew.
+        say = logger.warning if get_worker_info() is None else logger.info
+        say("layout auto: %s for this batch (%s); every batch is counted", found.layout, found)
     return found.layout
 
 

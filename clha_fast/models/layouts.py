@@ -257,7 +257,7 @@ def settle_auto(model: nn.Module, settle: Callable[[str], str]) -> str:
     try:
         settle("shared")
     except UnsupportedLayoutError as error:
-        logger.info("layout auto: padded (%s)", error)
+        logger.warning("layout auto: padded (%s)", error)
         return "padded"
     logger.info(
         "layout auto: shared where it leaves at most %d%% of a batch's tokens, else padded (%s computes shared rows as "

@@ -418,38 +418,3 @@ def test_accuracy_bar(dtype, head, options, upstream):
     allowed = 1.05 * eager
     allowed[0] = max(float(allowed[0]), 2.0**-24)
     assert (ours <= allowed).all(), (ours / eager, eager)
-
-
-@pytest.mark.parametrize("every", [2, 3, 20, 45, 1000])
-@pytest.mark.parametrize("words", [19, 300])
-@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["all"]], ids=["plain", "all"])
-def test_tokens_without_a_gradient_leave_runs(every, words, head):
-    """Stored columns are taken run by run, or copied together where there are many runs: from none to 45 of them."""
-    case = make_case([15] * 6, [6], hidden_size=40, vocab_size=words, bias=True, rows=40)
-    upstream = torch.where(torch.arange(90) % every == every - 1, 0.0, torch.linspace(-1, 1, 90, dtype=torch.float64))
-    head = head.replace(workspace_bytes=8 * words * 50)
-    _, gradients = logps_and_gradients(case, upstream, "torch", head)
-    _, expected = logps_and_gradients(case, upstream, "reference", head)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
-@pytest.mark.parametrize("poison", ["an unread row", "a row without a gradient"])
-def test_zeros_beside_the_tokens_stay_zeros(count, poison):
-    """Products take zeros up to a whole alignment: nothing that is not finite comes in by them."""
-    case = make_case([count + 1], [1], hidden_size=8, vocab_size=300, rows=count + 2)
-    index = torch.arange(count + 1) + 1
-    hidden = case.hidden.clone()
-    if poison == "an unread row":
-        hidden[0] = torch.nan
-        upstream = torch.ones(count + 1, dtype=torch.float64)
-    else:
-        hidden[1] = torch.inf
-        upstream = torch.arange(count + 1, dtype=torch.float64)
-    case = case.replace(row_index=index, hidden=hidden)
-    _, (dhidden, dweight) = logps_and_gradients(case, upstream, "torch")
-    clean = case.replace(hidden=torch.where(hidden.isfinite(), hidden, 0.0))
-    _, (clean_dhidden, clean_dweight) = logps_and_gradients(clean, upstream, "torch")
-    torch.testing.assert_close(dhidden, clean_dhidden, rtol=0, atol=0)
-    torch.testing.assert_close(dweight, clean_dweight, rtol=0, atol=0)

@@ -94,21 +94,3 @@ def test_what_the_gradient_cannot_take_goes_to_the_store(count, parts) -> None:
     assert all(store.shape == (words, len(scan.tokens)) for scan, store in kept)
     # Exponentials of equal logits.
     assert all(bool((store == 1).all()) for _, store in kept)
-
-
-@pytest.mark.parametrize("counts", [(1,), (16,), (17, 5), (35, 0, 3)])
-@pytest.mark.parametrize("row_index", [False, True])
-def test_products_take_whole_alignments(counts, row_index) -> None:
-    """Rows of zeros follow each part's, whatever stands in the rows of `hidden`."""
-    total, width = sum(counts), 8
-    hidden = torch.arange(1.0, total + 4).unsqueeze(1).expand(-1, width)
-    index = torch.arange(total).flip(0) + 3 if row_index else None
-    inputs = HeadInputs(hidden, torch.zeros(128, width), None, torch.zeros(total, dtype=torch.int64), index)
-    rows = head.TorchHead(inputs, HeadOptions()).token_rows(*torch.arange(total).split(list(counts)))
-    assert len(rows) == sum(-(-count // 16) * 16 for count in counts)
-    token = 0
-    for own, count in zip(rows.split([-(-count // 16) * 16 for count in counts]), counts, strict=True):
-        for row in own[:count]:
-            assert bool((row == (total - token + 3 if row_index else token + 1)).all())
-            token += 1
-        assert not own[count:].any()

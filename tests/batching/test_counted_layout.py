@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ from clha_fast.batching.batch import pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.segments import RowTokens
 from clha_fast.models.layout_probe import candidates_of
+from tests.support.helpers import ROOT
 from tests.support.tiny import WORDS, make_tokenizer
 
 
@@ -63,7 +67,7 @@ def test_what_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
     collator = RankedCollator(make_tokenizer(), layout="auto", drop_inert=False)
     long = {"prompt": " ".join(WORDS), "completions": ["a cat", "a dog"]}
     short = {"prompt": "a", "completions": [" ".join(WORDS), " ".join(WORDS[::-1])]}
-    with caplog.at_level(logging.INFO, logger="clha_fast"):
+    with caplog.at_level(logging.WARNING, logger="clha_fast"):
         batches = [collator([row]) for row in (long, long, short, short)]
     assert ["segments" in batch for batch in batches] == [True, True, False, False]
     said = [text for text in caplog.messages if text.startswith("layout auto")]
@@ -72,3 +76,27 @@ def test_what_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest
     assert said[0].startswith(f"layout auto: shared for this batch (shared rows run {tokens} tokens where padded ones")
     assert said[1].startswith("layout auto: padded for this batch (shared rows run ")
     assert f"padded ones run {batches[2]['input_ids'].numel()}, 9" in said[1]
+
+
+LOADER = """
+import sys
+from torch.utils.data import DataLoader
+from clha_fast.batching.collator import RankedCollator
+from tests.support.tiny import WORDS, make_tokenizer
+
+rows = [{"prompt": " ".join(WORDS), "completions": ["a cat", "a dog"]}] * 12
+collator = RankedCollator(make_tokenizer(), layout="auto", drop_inert=False)
+loader = DataLoader(rows, batch_size=1, collate_fn=collator, num_workers=int(sys.argv[1]))
+print(sum("segments" in batch for batch in loader))
+"""
+
+
+@pytest.mark.parametrize(("workers", "said"), [(0, 1), (2, 0)])
+def test_a_script_hears_it_but_not_from_every_worker(workers, said) -> None:
+    """Without any setting of logging, as in a script of a user's own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOADER, str(workers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12"]
+    assert done.stderr.count("layout auto: shared for this batch (shared rows run ") == said

@@ -355,6 +355,7 @@ def test_auto(caplog) -> None:
         "shared rows as rows alone)"
     )
     assert "BloomAttention" in said[1]
+    assert [record.levelname for record in caplog.records if "layout auto" in record.message] == ["INFO", "WARNING"]
     model = model.double()
     found = {layout: model(**collate(layout, drop_inert=False)).loss for layout in ("auto", "shared", "padded")}
     assert torch.equal(found["auto"], found["shared"])

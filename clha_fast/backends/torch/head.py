@@ -7,7 +7,6 @@ multiplied into the [n, V] side is that number alone: coefficients go to the [n,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
+from clha_fast.backends.torch.scans import Scan, by_block, exp_, runs_of
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
@@ -31,9 +31,8 @@ _PIECE_BYTES = 2**19
 # Products take multiples of so many tokens, 64 bytes of float32, zeros among them: on an AMD EPYC with AVX-512 MKL's
 # product of 1126 tokens runs at 176 GFLOP/s, of 1136 at 192, of 1011 at 159, of 1024 at 185 (two threads, H 1024).
 ALIGNED = 16
-
-# exp(x) is taken as exp2(x * log2(e)): torch hands exp to MKL, which takes three to five times as long for it on AMD.
-_LOG2_E = math.log2(math.e)
+# For fewer a product has kernels of its own, whose sums are half as far off: calls of so few tokens stay as they are.
+_FEWEST_ALIGNED = 4
 
 # Stored columns are multiplied run by run, unless there are more runs: then copied together first.
 _MOST_RUNS = 8
@@ -52,73 +51,9 @@ def block_bytes(device: torch.device) -> int:
     return min(_LARGEST_BLOCK_BYTES, min(_BLOCK_BYTES, max(here.second, share // 4)) * threads)
 
 
-def aligned(count: int) -> int:
-    """Columns of logits that `count` tokens take."""
-    return -(-count // ALIGNED) * ALIGNED
-
-
-def _runs(positions: Tensor) -> list[slice]:
-    """Ascending positions as ranges of neighbours; reads them on the host."""
-    last = (positions.diff() != 1).nonzero().squeeze(1).tolist()
-    firsts, lasts = [0, *(at + 1 for at in last)], [*last, positions.numel() - 1]
-    found = positions.tolist()
-    return [slice(found[a], found[b] + 1) for a, b in zip(firsts, lasts, strict=True)] if found else []
-
-
-def exp_(x: Tensor) -> Tensor:
-    """exp(x) in place."""
-    return x.mul_(_LOG2_E).exp2_()
-
-
 def piece_bytes() -> int:
     """Memory of what an elementwise pass on a CPU walks at a time."""
     return min(_PIECE_BYTES, caches().second // 2) * torch.get_num_threads()
-
-
-@dataclass
-class Scan:
-    """What one pass over the logits of n tokens leaves: numbers per token, and per token and block of words.
-
-    `chosen` is the target's logit (0 where the target is not among the head's words), `slope` the softcap's derivative
-    there. `total` = sum(exp(z - peak)) is float64; `block_peaks` and `block_sums` are [ceil(V / ROUTE_WORDS), n].
-    `moments`: of the `STATISTICS` that were wanted the float64 sums [n] over all words, by name: of
-    exp(z - peak) (z - peak), exp(z - peak)^2, and z; and whether the target's logit is `peak`.
-    """
-
-    tokens: Tensor
-    peak: Tensor
-    total: Tensor
-    chosen: Tensor
-    slope: Tensor | None
-    block_peaks: Tensor
-    block_sums: Tensor
-    moments: dict[str, Tensor]
-
-    def at(self, columns: slice | Tensor) -> Scan:
-        """Of some of its tokens, by their positions in it."""
-        return Scan(
-            tokens=self.tokens[columns],
-            peak=self.peak[columns],
-            total=self.total[columns],
-            chosen=self.chosen[columns],
-            slope=None if self.slope is None else self.slope[columns],
-            block_peaks=self.block_peaks[:, columns],
-            block_sums=self.block_sums[:, columns],
-            moments={name: moment[columns] for name, moment in self.moments.items()},
-        )
-
-    @property
-    def log_total(self) -> Tensor:
-        """lse - peak: the two stay apart, for beside a peak of 1e4 float32 keeps three digits of this."""
-        return self.total.log().to(self.peak.dtype)
-
-    @property
-    def logps(self) -> Tensor:
-        return (self.chosen - self.peak) - self.log_total
-
-    @property
-    def lse(self) -> Tensor:
-        return (self.peak + self.total.log()).to(self.peak.dtype)
 
 
 @dataclass
@@ -128,15 +63,6 @@ class Part:
     tokens: Tensor
     grad: Tensor
     fill: Fill
-
-
-def _words(part: Tensor) -> list[tuple[int, Tensor]]:
-    """A part [words, n] as (first block, [blocks, words a block, n]): the whole blocks, then a shorter last one."""
-    whole = part.shape[0] // ROUTE_WORDS
-    pieces = [(0, part[: whole * ROUTE_WORDS].unflatten(0, (whole, ROUTE_WORDS)))] if whole else []
-    if part.shape[0] % ROUTE_WORDS:
-        pieces.append((whole, part[whole * ROUTE_WORDS :].unsqueeze(0)))
-    return pieces
 
 
 class TorchHead:
@@ -156,6 +82,9 @@ class TorchHead:
         self.device = self.hidden.device
         # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
         self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
+        # A route forms logits anew for as many tokens as a block has: only aligned ones come out as they did before.
+        few = self.targets.numel() < _FEWEST_ALIGNED and head.max_dropped_mass is None
+        self._multiple = 1 if few else ALIGNED
         # True where the gradient of `hidden` is summed in rows of the tokens' own, and put in its places at the end.
         self.by_token = False
         self.dhidden: Tensor | None = None
@@ -192,15 +121,19 @@ class TorchHead:
         """
         counts = [part.numel() for part in parts]
         # Any token's place will do: filled in here, the rows need no second copy.
-        tokens = torch.cat([F.pad(part, (0, aligned(n) - n)) for part, n in zip(parts, counts, strict=True)])
+        tokens = torch.cat([F.pad(part, (0, self.aligned(n) - n)) for part, n in zip(parts, counts, strict=True)])
         rows = self.hidden[tokens] if self.row_index is None else self.hidden[self.row_index[tokens]]
-        for own, n in zip(rows.split([aligned(n) for n in counts]), counts, strict=True):
+        for own, n in zip(rows.split([self.aligned(n) for n in counts]), counts, strict=True):
             own[n:].zero_()
         return rows if self.narrow else rows.to(self.dtype)
 
     def word_rows(self, a: int, b: int) -> Tensor:
         """Rows [a, b) of the weight; wide unless products are narrow."""
         return self.weight[a:b] if self.narrow else self.weight[a:b].to(self.dtype)
+
+    def aligned(self, count: int) -> int:
+        """Columns of logits that `count` tokens take: the same rule in all passes, whose sums would else differ."""
+        return -(-count // self._multiple) * self._multiple
 
     def blocks(self, count: int) -> list[tuple[int, int]]:
         """Ranges of words, whole blocks of ROUTE_WORDS, whose logits for `count` tokens fill one block of memory.
@@ -211,7 +144,7 @@ class TorchHead:
         # times as long without the bound, while float32 with 8 tokens and fewer takes a fifth less.
         vocabulary, width = self.weight.shape
         budget = block_bytes(self.device) // (self.dtype.itemsize * ROUTE_WORDS)
-        step = max(1, min(budget // max(1, count), 2 * budget // (count + width))) * ROUTE_WORDS
+        step = max(1, min(budget // max(1, count), 2 * budget // max(1, count + width))) * ROUTE_WORDS
         return [(a, min(a + step, vocabulary)) for a in range(0, vocabulary, step)]
 
     def scratch(self, count: int) -> Tensor:
@@ -278,7 +211,7 @@ class TorchHead:
                 the slope.
         """
         count, vocabulary = tokens.numel(), self.weight.shape[0]
-        wide = aligned(count)
+        wide = self.aligned(count)
         rows, (word, own) = self.token_rows(tokens), self.columns(tokens)
         num_blocks = -(-vocabulary // ROUTE_WORDS)
         peaks, sums = (torch.empty(num_blocks, wide, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -294,6 +227,7 @@ class TorchHead:
         # In memory of its own, which stays in cache, and not in the stores: one product for all of them.
         scratch = self.scratch(wide)
         spare = torch.empty_like(scratch[next(self._pieces(scratch), slice(0))]) if apart else scratch
+        z = part = made = group = power = scratch
         for a, b in self.blocks(wide):
             z = scratch[: b - a]
             self._logits(self.word_rows(a, b), rows, a, z)
@@ -305,7 +239,7 @@ class TorchHead:
                     # As it stands among the others: what is transformed alone may be rounded otherwise.
                     top = self._pick_target(part, word - (a + piece.start), own, top)
                 made = spare[: part.shape[0]] if apart else part
-                for (first, group), (_, power) in zip(_words(part), _words(made), strict=True):
+                for (first, group), (_, power) in zip(by_block(part), by_block(made), strict=True):
                     block = (a + piece.start) // ROUTE_WORDS + first
                     blocks = slice(block, block + group.shape[0])
                     peak = peaks[blocks]
@@ -326,6 +260,8 @@ class TorchHead:
                 for store in stores:
                     store[a:b][piece].copy_(made[:, at : at + store.shape[1]])
                     at += store.shape[1]
+        # The sums in float64 have no need of this memory.
+        del scratch, spare, rows, z, part, made, group, power
         peaks, sums = peaks[:, :count], sums[:, :count]
         slope = self._transform(raw, bool(stores), divisor)
         peak = peaks.amax(0)
@@ -358,7 +294,7 @@ class TorchHead:
             keep = grad.nonzero().squeeze(1)
             if keep.numel() < count:
                 scan, grad, mix = scan.at(keep), grad[keep], None if mix is None else mix.at(keep)
-                runs = _runs(keep)
+                runs = runs_of(keep)
                 # Whole candidates are left out, as a rule: what stays is not copied together first.
                 parts = [*runs] if len(runs) <= _MOST_RUNS else [keep]
         tokens, count = scan.tokens, grad.numel()
@@ -375,7 +311,7 @@ class TorchHead:
             blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
             share = torch.exp(scan.block_peaks[blocks].double() - lse).to(self.dtype)
             for part, here, times in zip(parts, out.split(sizes, 1), share.split(sizes, 1), strict=True):
-                for (first, p), (_, source) in zip(_words(here), _words(store[a:b, part]), strict=True):
+                for (first, p), (_, source) in zip(by_block(here), by_block(store[a:b, part]), strict=True):
                     torch.mul(source, times[first : first + p.shape[0]].unsqueeze(1), out=p)
             if mix is not None:
                 for piece in self._pieces(out):
@@ -444,7 +380,7 @@ class TorchHead:
         parts = [part for part in parts if part.tokens.numel()]
         if not parts:
             return
-        columns = [aligned(part.tokens.numel()) for part in parts]
+        columns = [self.aligned(part.tokens.numel()) for part in parts]
         wide, width = sum(columns), self.weight.shape[1]
         factors = torch.cat([self._factor(part) for part in parts])
         scaled, unit = self._scaled_rows(parts, factors)
@@ -479,7 +415,7 @@ class TorchHead:
         factor = -part.grad.to(self.dtype) * (self.head.scale / self.head.temperature)
         if (divisor := self.divisor(part.tokens)) is not None:
             factor = factor / divisor
-        return F.pad(factor, (0, aligned(factor.numel()) - factor.numel()))
+        return F.pad(factor, (0, self.aligned(factor.numel()) - factor.numel()))
 
     def _scaled_rows(self, parts: list[Part], factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""

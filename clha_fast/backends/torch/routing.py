@@ -127,9 +127,12 @@ class Route:
                 if head.dweight is not None:
                     head.dweight[a:b].zero_()
                 continue
-            rows, words = head.hidden[source[t]].to(head.dtype), head.weight[a:b].to(head.dtype)
+            # As many columns as the scan's product had, or both would not round alike.
+            rows, words = head.token_rows(tokens[t]).to(head.dtype), head.weight[a:b].to(head.dtype)
             # With `out=`, which autocast leaves alone.
-            p = torch.mm(words, rows.t(), out=words.new_empty(b - a, t.numel()))
+            p = torch.mm(words, rows.t(), out=words.new_empty(b - a, len(rows)))
+            p[:, t.numel() :].zero_()
+            wide, p = p, p[:, : t.numel()]
             if head.bias is not None:
                 p += head.bias[a:b].unsqueeze(1)
             head.softmax_minus_target(p, word[t] - a, own[t], peak[t], log_total[t])
@@ -137,9 +140,9 @@ class Route:
             if head.dbias is not None:
                 head.dbias[a:b] += p.sum(1, dtype=head.dbias.dtype)
             if head.dweight is not None:
-                torch.mm(p, rows, out=head.dweight[a:b])
+                torch.mm(wide, rows, out=head.dweight[a:b])
             if head.dhidden is not None:
-                accumulate(head.dhidden, target[t], torch.mm(p.t(), words, out=rows))
+                accumulate(head.dhidden, target[t], torch.mm(wide.t(), words, out=rows)[: t.numel()])
         head.weight_is_fresh = False
 
     def _add_means(self, grad: Tensor, factor: Tensor, target: Tensor, lse: Tensor) -> Tensor:
