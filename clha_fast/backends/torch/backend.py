@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.torch import routing as torch_routing
-from clha_fast.backends.torch.head import Part, Scan, TorchHead, block_bytes
+from clha_fast.backends.torch.head import Part, TorchHead, block_bytes
 from clha_fast.backends.torch.moments import Mix, finished, mixed
+from clha_fast.backends.torch.scans import Scan
 from clha_fast.layout import Chunk, prompt_chunks
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import METRIC_NAMES

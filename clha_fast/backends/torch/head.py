@@ -25,11 +25,11 @@ from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
 # what that reads: a quarter of the thread's share of the last-level cache, or the second level's where that is larger.
 _BLOCK_BYTES = 3 * 2**20
 _LARGEST_BLOCK_BYTES = 64 * 2**20
-# Elementwise passes on a CPU walk a block in pieces of at most this size a thread: half of the second-level cache.
+# Passes with memory of their own walk a block in pieces of at most this size a thread: half of the second-level cache.
 _PIECE_BYTES = 2**19
 
 # Products take multiples of so many tokens, 64 bytes of float32, zeros among them: on an AMD EPYC with AVX-512 MKL's
-# product of 1126 tokens runs at 176 GFLOP/s, of 1136 at 192, of 1011 at 159, of 1024 at 185 (two threads, H 1024).
+# product of 1126 tokens ran at 176 GFLOP/s, of 1136 at 192, of 1011 at 159, of 1024 at 185 (by hand).
 ALIGNED = 16
 # For fewer a product has kernels of its own, whose sums are half as far off: calls of so few tokens stay as they are.
 _FEWEST_ALIGNED = 4
@@ -52,7 +52,7 @@ def block_bytes(device: torch.device) -> int:
 
 
 def piece_bytes() -> int:
-    """Memory of what an elementwise pass on a CPU walks at a time."""
+    """Memory of what a pass with memory of its own walks at a time on a CPU."""
     return min(_PIECE_BYTES, caches().second // 2) * torch.get_num_threads()
 
 

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clha_fast.backends.torch.head import Scan, TorchHead, block_bytes
+from clha_fast.backends.torch.head import TorchHead, block_bytes
+from clha_fast.backends.torch.scans import Scan
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS
 
