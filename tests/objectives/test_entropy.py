@@ -84,6 +84,30 @@ def test_kernels(backend: str) -> None:
             torch.testing.assert_close(got.double(), want.double(), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e4])
+@pytest.mark.parametrize(("softcap", "temperature"), [(3.0, 1.0), (30.0, 1.0), (30.0, 0.7)])
+@pytest.mark.parametrize("workspace_bytes", [None, 20000])
+def test_logits_at_a_softcap(size: float, softcap: float, temperature: float, workspace_bytes: int | None) -> None:
+    """A softcap's slope is what is left of 1: out of exponentials it would be up to 13 times as far off as eager's."""
+    sizes = {"vocab_size": 300, "hidden_size": 32}
+    of = make_case([5, 7, 4, 6], [4], **sizes, weight_scale=0.3, dtype=torch.float32, bias=True, rewards=True)
+    of = dataclasses.replace(of, hidden=of.hidden * size)
+    given = RankingInputs(of.candidate_lengths, of.candidates_per_prompt, of.rewards)
+    head = HeadOptions(softcap=softcap, temperature=temperature, workspace_bytes=workspace_bytes)
+
+    def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        case = of.to(dtype)
+        leaves = case.leaves()
+        loss, _ = linear_loss(*leaves[:2], of.targets, given, GRPO, bias=leaves[2], head=head, backend=backend)
+        return list(torch.autograd.grad(1.7 * loss, leaves))
+
+    exact = gradients("reference", torch.float64)
+    for got, eager, want in zip(
+        gradients("torch", torch.float32), gradients("reference", torch.float32), exact, strict=True
+    ):
+        assert (got - want).norm() <= 3 * (eager - want).norm() + 1e-7 * want.norm()
+
+
 @dataclasses.dataclass(frozen=True)
 class TopOnly(Objective):
     """Likelihood of each token, and the entropy of those whose target is the top one."""

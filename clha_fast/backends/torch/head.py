@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
-from clha_fast.backends.torch.scans import Scan, by_block, exp_, runs_of
+from clha_fast.backends.torch.scans import Scan, by_block, exp_, keep, pick_target, runs_of, subtract_target
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
@@ -180,14 +180,20 @@ class TorchHead:
         """The tokens' own temperatures [n], if they have any."""
         return None if self.temperature is None else self.temperature[tokens].to(self.dtype)
 
-    def _transform(self, z: Tensor, want_slope: bool, divisor: Tensor | None = None) -> Tensor | None:
-        """Scale, softcap and temperature in place; the softcap's slope where it is wanted."""
-        slope = None
+    def _bend(self, z: Tensor) -> None:
+        """Scale and tanh of a softcap in place."""
         if self.head.scale != 1.0:
             z *= self.head.scale
         if self.head.softcap is not None:
             z.div_(self.head.softcap).tanh_()
-            slope = 1 - z * z if want_slope else None
+
+    def _transform(self, z: Tensor, sloped: bool, divisor: Tensor | None = None, bent: bool = False) -> Tensor | None:
+        """Scale, softcap and temperature in place, of what may be `bent` already; the softcap's slope if wanted."""
+        if not bent:
+            self._bend(z)
+        slope = None
+        if self.head.softcap is not None:
+            slope = 1 - z * z if sloped else None
             z *= self.head.softcap
         if divisor is not None:
             z /= divisor
@@ -195,20 +201,13 @@ class TorchHead:
             z /= self.head.temperature
         return slope
 
-    def _slope_of(self, log_p: Tensor, lse: Tensor, divisor: Tensor | None) -> Tensor:
-        """The slope of a softcap at logits that are known by their log-probabilities [words, n]."""
-        assert self.head.softcap is not None
-        bent = log_p.clamp(min=LEAST).add_(lse.to(self.dtype))
-        bent *= (self.head.temperature if divisor is None else divisor) / self.head.softcap
-        return 1 - bent * bent
-
     def scan(self, tokens: Tensor, stores: Sequence[Tensor] = ()) -> Scan:
         """One pass over the logits of `tokens` [n].
 
         Args:
             stores: [V, n_i] of the first n_0 tokens, the next n_1, ..., take every block's exponentials exp(z - the
-                block's peak), times the softcap's slope; none keep nothing. Where the head `mixes`, they come without
-                the slope.
+                block's peak), times the softcap's slope; none keep nothing. Where the head `mixes` and has a softcap,
+                they take its tanh: slopes would be lost in what exponentials say of the logits.
         """
         count, vocabulary = tokens.numel(), self.weight.shape[0]
         wide = self.aligned(count)
@@ -219,7 +218,7 @@ class TorchHead:
         raw = torch.zeros(count, dtype=self.dtype, device=self.device)
         top, divisor = torch.zeros_like(raw), self.divisor(tokens)
         divisors = None if divisor is None else F.pad(divisor, (0, wide - count), value=1.0)
-        want_slope = bool(stores) and not self.mixes
+        keeps_bent = bool(stores) and self.mixes and self.head.softcap is not None
         # Sums of products need exponentials beside their logarithms.
         apart = not extra.keys().isdisjoint(("entropy", "sum_sq_probs"))
         # Passes in place need no memory, and of few large ones the calls cost less than the second-level cache saves.
@@ -231,13 +230,16 @@ class TorchHead:
         for a, b in self.blocks(wide):
             z = scratch[: b - a]
             self._logits(self.word_rows(a, b), rows, a, z)
-            raw = self._pick_target(z, word - a, own, raw)
+            raw = pick_target(z, word - a, own, raw)
             for piece in self._pieces(z, bounded):
                 part = z[piece]
-                slope = self._transform(part, want_slope, divisors)
+                self._bend(part)
+                if keeps_bent:
+                    keep(stores, a + piece.start, part)
+                slope = self._transform(part, bool(stores) and not keeps_bent, divisors, bent=True)
                 if "is_top1" in self.wanted:
                     # As it stands among the others: what is transformed alone may be rounded otherwise.
-                    top = self._pick_target(part, word - (a + piece.start), own, top)
+                    top = pick_target(part, word - (a + piece.start), own, top)
                 made = spare[: part.shape[0]] if apart else part
                 for (first, group), (_, power) in zip(by_block(part), by_block(made), strict=True):
                     block = (a + piece.start) // ROUTE_WORDS + first
@@ -256,10 +258,8 @@ class TorchHead:
                         torch.sum(torch.mul(power, power, out=group), 1, out=extra["sum_sq_probs"][blocks])
                 if slope is not None:
                     made *= slope
-                at = 0
-                for store in stores:
-                    store[a:b][piece].copy_(made[:, at : at + store.shape[1]])
-                    at += store.shape[1]
+                if not keeps_bent:
+                    keep(stores, a + piece.start, made)
         # The sums in float64 have no need of this memory.
         del scratch, spare, rows, z, part, made, group, power
         peaks, sums = peaks[:, :count], sums[:, :count]
@@ -308,6 +308,11 @@ class TorchHead:
         def fill(a: int, b: int, _words_: Tensor, wide: Tensor) -> None:
             out = wide[:, :count]
             wide[:, count:].zero_()
+            if self.mixes and self.head.softcap is not None:
+                for part, here in zip(parts, out.split(sizes, 1), strict=True):
+                    here.copy_(store[a:b, part])
+                self.softmax_minus_target(out, word - a, own, scan.peak, scan.log_total, divisor, mix, bent=True)
+                return
             blocks = slice(a // ROUTE_WORDS, -(-b // ROUTE_WORDS))
             share = torch.exp(scan.block_peaks[blocks].double() - lse).to(self.dtype)
             for part, here, times in zip(parts, out.split(sizes, 1), share.split(sizes, 1), strict=True):
@@ -315,11 +320,8 @@ class TorchHead:
                     torch.mul(source, times[first : first + p.shape[0]].unsqueeze(1), out=p)
             if mix is not None:
                 for piece in self._pieces(out):
-                    log_p = out[piece].log()
-                    if self.head.softcap is not None:
-                        out[piece] *= self._slope_of(log_p, lse, divisor)
-                    out[piece] *= mix.weights(log_p)
-            self._subtract_target(out, word - a, own, true_class)
+                    out[piece] *= mix.weights(out[piece].log())
+            subtract_target(out, word - a, own, true_class)
 
         return Part(tokens, grad, fill)
 
@@ -345,15 +347,16 @@ class TorchHead:
         log_total: Tensor,
         divisor: Tensor | None = None,
         mix: Mix | None = None,
+        bent: bool = False,
     ) -> None:
-        """Raw logits [words, n] become d(-logp) / d(raw logits), but for scale / temperature, in place; or a mix."""
-        slope = self._transform(self._pick_target(z, at, own, torch.zeros_like(peak)), True, divisor)
+        """Raw (or `bent`) logits [words, n] become d(-logp) / d(raw logits) times temperature / scale; or a mix."""
+        slope = self._transform(pick_target(z, at, own, torch.zeros_like(peak)), True, divisor, bent)
         true_class = own.to(self.dtype) if slope is None else own * slope
         if mix is not None:
             true_class = true_class * mix.main
         for piece in self._pieces(z, mix is not None or self.head.softcap is not None):
             part = z[piece]
-            slope = self._transform(part, True, divisor)
+            slope = self._transform(part, True, divisor, bent)
             part.sub_(peak).sub_(log_total)
             weights = None if mix is None else mix.weights(part)
             exp_(part)
@@ -361,19 +364,7 @@ class TorchHead:
                 part *= weights
             if slope is not None:
                 part *= slope
-        self._subtract_target(z, at, own, true_class)
-
-    @staticmethod
-    def _pick_target(z: Tensor, at: Tensor, own: Tensor, otherwise: Tensor) -> Tensor:
-        """z[at_t, t] of targets within z [words, n], else `otherwise` [n]."""
-        here = own & (at >= 0) & (at < z.shape[0])
-        return torch.where(here, z.gather(0, at.clamp(0, z.shape[0] - 1).unsqueeze(0)).squeeze(0), otherwise)
-
-    @staticmethod
-    def _subtract_target(p: Tensor, at: Tensor, own: Tensor, value: Tensor) -> None:
-        """p[at_t, t] -= value_t for targets within p [words, n]: p - 1 in float32, as autograd forms it."""
-        here = own & (at >= 0) & (at < p.shape[0])
-        p.scatter_add_(0, at.clamp(0, p.shape[0] - 1).unsqueeze(0), -torch.where(here, value, 0.0).unsqueeze(0))
+        subtract_target(z, at, own, true_class)
 
     def add_gradients(self, parts: list[Part]) -> None:
         """Adds the gradients of sum_t grad_t * logp_t over all parts, in one pass over the weight and its gradient."""

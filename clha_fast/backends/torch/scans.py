@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from clha_fast.options import ROUTE_WORDS
@@ -68,6 +70,14 @@ def by_block(part: Tensor) -> list[tuple[int, Tensor]]:
     return pieces
 
 
+def keep(stores: Sequence[Tensor], first: int, values: Tensor) -> None:
+    """Writes values [words, >= n_0 + n_1 + ...] into rows [first, first + words) of the stores [V, n_i]."""
+    at = 0
+    for store in stores:
+        store[first : first + values.shape[0]].copy_(values[:, at : at + store.shape[1]])
+        at += store.shape[1]
+
+
 def runs_of(positions: Tensor) -> list[slice]:
     """Ascending positions as ranges of neighbours; reads them on the host."""
     last = (positions.diff() != 1).nonzero().squeeze(1).tolist()
@@ -79,3 +89,15 @@ def runs_of(positions: Tensor) -> list[slice]:
 def exp_(x: Tensor) -> Tensor:
     """exp(x) in place."""
     return x.mul_(_LOG2_E).exp2_()
+
+
+def pick_target(z: Tensor, at: Tensor, own: Tensor, otherwise: Tensor) -> Tensor:
+    """z[at_t, t] of targets within z [words, n], else `otherwise` [n]."""
+    here = own & (at >= 0) & (at < z.shape[0])
+    return torch.where(here, z.gather(0, at.clamp(0, z.shape[0] - 1).unsqueeze(0)).squeeze(0), otherwise)
+
+
+def subtract_target(p: Tensor, at: Tensor, own: Tensor, value: Tensor) -> None:
+    """p[at_t, t] -= value_t for targets within p [words, n]: p - 1 in float32, as autograd forms it."""
+    here = own & (at >= 0) & (at < p.shape[0])
+    p.scatter_add_(0, at.clamp(0, p.shape[0] - 1).unsqueeze(0), -torch.where(here, value, 0.0).unsqueeze(0))
