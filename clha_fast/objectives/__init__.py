@@ -23,6 +23,7 @@ from clha_fast.objectives.pro import PROOptions
 from clha_fast.objectives.rrhf import RRHFOptions
 from clha_fast.objectives.sft import SFTOptions
 from clha_fast.objectives.simpo import SimPOOptions
+from clha_fast.types import COUNTS
 
 __all__ = [
     "OBJECTIVES",
@@ -75,6 +76,8 @@ class FromFunction(Objective):
     function: Callable[[Group], Tensor] | None = None
 
     name: ClassVar[str] = "function"
+    # It has no place to say which.
+    divides_by: ClassVar[tuple[str, ...]] = COUNTS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoded", "")

@@ -37,15 +37,17 @@ def check_adds_up(objective: Objective) -> Objective:
 
 
 def compare(objective: Objective) -> None:
-    """Tries an objective on a batch and prompt by prompt, with the batch's totals.
+    """Tries an objective on a batch and prompt by prompt, with those of the batch's counts that it `divides_by`.
 
     Raises:
         ValueError: it fails, returns anything but scalars with a graph, its inert candidates have a slope, or the
             losses or slopes of the prompts are not the batch's.
     """
-    for name in objective.needs:
-        if name not in RankingInputs._fields:
-            raise ValueError(f"objective {objective.label!r}: needs: expected fields of RankingInputs, got {name!r}")
+    for attribute, known in (("needs", RankingInputs._fields), ("divides_by", COUNTS)):
+        for name in getattr(objective, attribute):
+            if name not in known:
+                expected = "fields of RankingInputs" if attribute == "needs" else f"some of {', '.join(COUNTS)}"
+                raise ValueError(f"objective {objective.label!r}: {attribute}: expected {expected}, got {name!r}")
     draw = torch.Generator().manual_seed(0)
     lengths = [length for part in _LENGTHS for length in part]
     logps = -torch.rand(sum(lengths), generator=draw, dtype=torch.float64) - 0.1
@@ -63,7 +65,9 @@ def compare(objective: Objective) -> None:
     seen = {name: torch.rand(len(logps), generator=draw, dtype=torch.float64) for name in objective.wanted}
     _check_terms(objective, whole, logps, seen)
     counts = dict(zip(COUNTS[1:], whole.plan.totals, strict=True))
-    given = given._replace(pair_counts=whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES)), **counts)
+    counts["pair_counts"] = whole.plan.pairs.at_distances(whole.plan.kept, max(_SIZES))
+    # No others: a step that is split has none.
+    given = given._replace(**{name: counts[name] for name in objective.divides_by})
     parts = [_prompt(given, p) for p in range(len(_SIZES))]
     edges = whole.layout.prompt_edges
     one = _evaluate(objective, [(given, logps, seen)])
@@ -80,8 +84,9 @@ def compare(objective: Objective) -> None:
             at = int((a - b).abs().argmax())
             raise ValueError(
                 f"objective {objective.label!r}: expected a loss that adds up over prompts (what it divides by comes "
-                "from group.totals or from within one prompt, never from a mean over prompts; in float64, as "
-                f"group.scores is), got a {what} of {float(a.flatten()[at]):.9g} for a batch and "
+                "from group.totals or from within one prompt, never from a mean over prompts; `divides_by` names each "
+                f"of the totals, here {', '.join(objective.divides_by) or 'none'}; in float64, as group.scores is), "
+                f"got a {what} of {float(a.flatten()[at]):.9g} for a batch and "
                 f"{float(b.flatten()[at]):.9g} for its prompts one by one; a loss that mixes prompts takes token_logps"
             )
     inert = objective.inert(whole.layout, given.rewards, given.sft_index)

@@ -240,7 +240,7 @@ class Objective(Settings):
     Class attributes:
         name: in tables, messages and on the command line.
         reads: fields of `SIGNALS` that `terms` may read; one that is given and not read is refused.
-        divides_by: fields of `COUNTS` that the loss divides by: what a step that is split must be given.
+        divides_by: fields of `COUNTS`, all that the loss divides by: what a step that is split is given.
         metric_names: sums that `report` gives beside the common ones; logged as means over prompts, or over what a
             mapping says: ``{"ratio": "scored_tokens"}`` divides by that entry of `metrics.METRIC_NAMES`.
     """

@@ -12,20 +12,25 @@ from torch import Tensor
 
 from clha_fast import (
     CLHALoss,
+    CLHAOptions,
     LinearLoss,
     Objective,
     PROOptions,
     RankingInputs,
     SFTOptions,
+    attach,
     linear_loss,
     ranking_loss,
     reference,
 )
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.objectives import Group, Terms
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.types import VocabShard
 from tests.support.helpers import make_case
+from tests.support.tiny import make_model, make_rows, make_tokenizer
 
+TOKENIZER = make_tokenizer()
 INPUTS = RankingInputs(torch.tensor([2, 3]), torch.tensor([2]), torch.tensor([3.0, -1.0]))
 
 
@@ -72,6 +77,7 @@ def test_signals_reach_the_objective_that_reads_them_and_no_other():
     class Weighted(Objective):
         name = "weighted"
         reads = ("token_weights", "advantages")
+        divides_by = ("token_count",)
 
         def terms(self, group: Group) -> Terms:
             each = group.logps * group.per_token("token_weights") * group.per_token("advantages")
@@ -169,6 +175,8 @@ def own(**members: Any) -> Objective:
             r"'own': expected Terms\(rank, sft\), got a Tensor",
         ),
         ({"needs": ("reward",)}, "objective 'own': needs: expected fields of RankingInputs, got 'reward'"),
+        ({"divides_by": ("tokens",)}, "objective 'own': divides_by: expected some of pair_counts, .*, got 'tokens'"),
+        ({"divides_by": "token_count"}, "objective 'own': divides_by: expected some of pair_counts, .*, got 't'"),
         ({"metric_names": ("foo", "bar")}, "objective 'own': report: expected the sums bar, foo, got none"),
         (
             {"inert": lambda self, layout, rewards, target: layout.rank > 1},
@@ -181,6 +189,57 @@ def test_what_an_objective_must_not_be(members: dict[str, Any], message: str) ->
         ranking_loss(-torch.ones(5), INPUTS, own(**members))
     with pytest.raises(ValueError, match="name: expected a class attribute that names the objective, got ''"):
         own(name="")
+
+
+def divided(total: str) -> Callable[[Group], Tensor]:
+    return lambda group: -group.sums.sum() / getattr(group.totals, total)
+
+
+TOTALS = {
+    "prompts": "prompt_count",
+    "candidates": "candidate_count",
+    "tokens": "token_count",
+    "target_tokens": "target_token_count",
+}
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_each_total_is_declared(total: str) -> None:
+    def terms(self: Any, group: Group) -> Terms:
+        loss = divided(total)(group)
+        return Terms(loss, torch.zeros_like(loss))
+
+    for name in TOTALS.values():
+        objective = own(terms=terms, divides_by=(name,))
+        if name == TOTALS[total]:
+            ranking_loss(-torch.ones(5), INPUTS, objective)
+        else:
+            with pytest.raises(ValueError, match=f"`divides_by` names each of the totals, here {name};"):
+                ranking_loss(-torch.ones(5), INPUTS, objective)
+
+
+def test_kept_pairs_are_declared_too() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Silent(CLHAOptions):
+        divides_by = ("prompt_count",)
+
+    with pytest.raises(ValueError, match="names each of the totals, here prompt_count;"):
+        ranking_loss(-torch.ones(5), INPUTS, Silent(reduction="pair_mean"))
+    loss, _ = ranking_loss(-torch.ones(5), INPUTS, Silent(reduction="sum"))  # divides by prompts alone
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_a_function_may_divide_by_any_total_of_a_split_step(total: str) -> None:
+    model, rows = make_model(len(TOKENIZER)).train(), make_rows(6, seed=7)
+    collate = RankedCollator(TOKENIZER, divided(total))
+    attached = attach(model, divided(total))
+    parts = [collate(rows[:1]), collate(rows[1:3]), collate(rows[3:])]
+    counts = attached.counts(parts)
+    with torch.no_grad():
+        split = torch.stack([model(**part, **counts).loss for part in parts]).mean()
+        whole = model(**collate(rows)).loss
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=0)
 
 
 def test_a_signal_that_is_needed_is_read() -> None:
