@@ -316,8 +316,11 @@ class Objective(Settings):
         return found
 
     def kept(self, pairs: Pairs) -> Tensor:
-        """bool [pairs], those that count, in the loss or where nothing is ranked in the metrics: all there are."""
-        return pairs.present
+        """bool [pairs], those that count, in the loss or where nothing is ranked in the metrics.
+
+        All there are; not `by_rank`, those that rewards tell apart.
+        """
+        return pairs.present if self.by_rank else pairs.present & (pairs.order != 0)
 
     def targets(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
         """int64 [P], each prompt's SFT target: the candidate at `sft_index`, or the first."""
@@ -394,7 +397,10 @@ class Objective(Settings):
 
     @property
     def by_rank(self) -> bool:
-        """Whether the places of candidates say which is better; False where their rewards do, whatever the places."""
+        """Whether the places of candidates say which is better; False where their rewards do, whatever the places.
+
+        Metrics of pairs go by the same; without rewards, by place.
+        """
         return True
 
     @property

@@ -55,8 +55,12 @@ def metric_sums(objective: Objective, group: Group, terms: Terms) -> Tensor:
     """The metrics vector, float32, of a group that is the whole batch; a routed backward fills its three itself."""
     plan, kept, lengths = group.plan, group.kept, group.lengths
     better, worse = group.scores[group.i], group.scores[group.j]
-    gap = worse - better
     order = plan.pairs.order
+    if not objective.by_rank:
+        reversed_ = order < 0
+        better, worse = torch.where(reversed_, worse, better), torch.where(reversed_, better, worse)
+        order = order.abs()
+    gap = worse - better
     # Selected in place: an index by a mask has a shape that a GPU would have to tell.
     ordered = plan.pairs.present & (order != 0)
     agreement = torch.where(ordered, -(order * gap), 0.0)
@@ -133,22 +137,25 @@ class CLHAMetrics:
 
     @property
     def ranking_accuracy(self) -> Tensor:
-        """Share of the kept pairs in which the better candidate has the higher score; equal scores count half."""
+        """Share of the kept pairs in which the better candidate has the higher score; equal scores count half.
+
+        The better one is ranked before the other; of an objective not `by_rank`, it has the higher reward.
+        """
         return self._per_kept_pair("correct_pairs")
 
     @property
     def margin(self) -> Tensor:
-        """Mean of s_i - s_j over the kept pairs, nats per token."""
+        """Mean of the better candidate's score less the worse one's over the kept pairs, nats per token."""
         return self._per_kept_pair("margin_sum")
 
     @property
     def chosen_logp(self) -> Tensor:
-        """Mean of s_i, the better side, over the kept pairs."""
+        """Mean score of the better side over the kept pairs."""
         return self._per_kept_pair("chosen_sum")
 
     @property
     def rejected_logp(self) -> Tensor:
-        """Mean of s_j, the worse side, over the kept pairs."""
+        """Mean score of the worse side over the kept pairs."""
         return self._per_kept_pair("rejected_sum")
 
     @property

@@ -52,9 +52,6 @@ class RRHFOptions(Objective):
     def needs(self) -> tuple[str, ...]:
         return ("rewards",)
 
-    def kept(self, pairs: Pairs) -> Tensor:
-        return pairs.present & (pairs.order != 0)
-
     def targets(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
         if rewards is None:  # before anybody has asked for them
             return super().targets(layout, rewards, sft_index)

@@ -78,12 +78,19 @@ def metrics(
     active: Tensor,
     gate: Tensor,
     own: tuple[Tensor, ...] = (),
+    by_rank: bool = True,
 ) -> Tensor:
-    """The sums called `metrics.METRIC_NAMES`, then the objective's own, float32; kept and active are of all pairs."""
+    """The sums called `metrics.METRIC_NAMES`, then the objective's own, float32; kept and active are of all pairs.
+
+    by_rank: the first of a pair is the better one; else the one with the higher reward, where rewards are given.
+    """
     with torch.no_grad():
         i, j = pairs(sizes, scores.device)
+        order = torch.ones_like(scores[i]) if reward is None else torch.sign(reward[i] - reward[j])
+        if not by_rank:
+            i, j = torch.where(order < 0, j, i), torch.where(order < 0, i, j)
+            order = order.abs()
         lead = scores[i] - scores[j]
-        order = torch.ones_like(lead) if reward is None else torch.sign(reward[i] - reward[j])
         ordered = (lengths[i] > 0) & (lengths[j] > 0) & (order != 0)
         agreement = (order * lead)[ordered]
         sums = [

@@ -64,9 +64,12 @@ def policy_loss(
         loss = total / parts.count(given.candidate_count, len(spans), logps)
     i, j = parts.pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0)
+    if reward is not None:
+        kept = kept & (reward[i] != reward[j])
     none, shut = torch.zeros_like(kept), torch.zeros(len(sizes), dtype=torch.bool)
     named = tuple(torch.tensor(own[name], dtype=torch.float64) for name in options.metric_names)
-    metrics = parts.metrics(loss, loss.new_zeros(()), scores, lengths, sizes, reward, kept, none, shut, named)
+    everything = (loss, loss.new_zeros(()), scores, lengths, sizes, reward, kept, none, shut, named)
+    metrics = parts.metrics(*everything, by_rank=False)
     return loss, metrics, scores
 
 

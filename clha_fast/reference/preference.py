@@ -108,7 +108,8 @@ def rrhf_loss(logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOp
     i, j = parts.pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0) & (reward[i] != reward[j])
     active = torch.sign(reward[i] - reward[j]) * (p[i] - p[j]) < 0
-    metrics = parts.metrics(rank, best, scores, lengths, sizes, reward, kept, active, torch.tensor(gate))
+    everything = (rank, best, scores, lengths, sizes, reward, kept, active, torch.tensor(gate))
+    metrics = parts.metrics(*everything, by_rank=False)
     return rank + best, metrics, scores
 
 

@@ -113,7 +113,7 @@ def data_text(summary: DataSummary, options: Objective) -> str:
     parts = []
     if clha:
         parts.append(f"pairs dropped as noise {share_text(summary.noise_pairs, summary.pairs)}")
-    elif summary.noise_pairs:  # whatever the objective's own rule is
+    elif summary.noise_pairs and options.ranks:  # whatever the objective's own rule is
         parts.append(f"pairs left out {share_text(summary.noise_pairs, summary.pairs)}")
     if not summary.rewarded:
         parts.append("no rewards")

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from clha_fast import METRIC_NAMES, CLHAMetrics, CLHAOptions, token_logps
+from clha_fast import (
+    METRIC_NAMES,
+    CLHAMetrics,
+    CLHAOptions,
+    Objective,
+    PolicyOptions,
+    RankingInputs,
+    RRHFOptions,
+    linear_loss,
+    ranking_loss,
+    token_logps,
+)
 from tests.support.helpers import Case, make_case, plain_loss
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -139,3 +150,66 @@ def test_metrics_of_two_batches_add_up(backend):
     for name in METRIC_NAMES:
         assert merged.sum_of(name).item() == pytest.approx(sum(e[name] for e in expected), rel=1e-6), name
     assert merged.scores.shape == (7,)
+
+
+BY_REWARD = pytest.mark.parametrize("objective", [RRHFOptions(), PolicyOptions(), PolicyOptions(advantages="given")])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@BY_REWARD
+@pytest.mark.parametrize("seed", range(3))
+def test_who_goes_by_reward_says_the_same_in_any_order(objective: Objective, backend: str, seed: int) -> None:
+    """Candidates shuffled within their prompts, some tied, one without tokens; the triton backend ranks in torch."""
+    lengths, sizes, rewards = [3, 2, 0, 4, 1, 5], [4, 2], [1.0, -2.0, 0.5, 1.0, 3.0, -1.0]
+    case = make_case(lengths, sizes, dtype=torch.float32)
+    given = objective.needs == ("advantages",)
+
+    def values(order: list[int]) -> list[float]:
+        tokens = [token for c in order for token in range(sum(lengths[:c]), sum(lengths[: c + 1]))]
+        picked = torch.tensor(order)
+        inputs = RankingInputs(torch.tensor(lengths)[picked], torch.tensor(sizes), torch.tensor(rewards)[picked])
+        if given:
+            inputs = inputs._replace(advantages=torch.arange(6.0)[picked])
+        _, metrics = linear_loss(
+            case.hidden[tokens], case.weight, case.targets[tokens], inputs, objective, backend=backend
+        )
+        numbers: list[float] = metrics.values.tolist()
+        return numbers
+
+    draw = torch.Generator().manual_seed(seed)
+    shuffled = [*torch.randperm(4, generator=draw).tolist(), *(4 + torch.randperm(2, generator=draw)).tolist()]
+    wanted = values([*range(6)])
+    # The target is the first of the best: place 0 or 3, whose log-probabilities differ.
+    skipped = {METRIC_NAMES.index("sft_loss")} if objective.name == "rrhf" else set()
+    for at, (got, want) in enumerate(zip(values(shuffled), wanted, strict=True)):
+        if at not in skipped:
+            assert got == pytest.approx(want, rel=1e-5, abs=1e-6), METRIC_NAMES[at]
+
+
+@BY_REWARD
+def test_pairs_by_reward_by_hand(objective: Objective) -> None:
+    """s = (-1, -2, -3, -4), r = (1, 3, 3, 1): leads of the better are -1, -2, 2 and 1; two pairs tie."""
+    inputs = RankingInputs(torch.ones(4, dtype=torch.long), torch.tensor([4]), torch.tensor([1.0, 3.0, 3.0, 1.0]))
+    if objective.needs == ("advantages",):
+        inputs = inputs._replace(advantages=torch.arange(4.0))
+    found = ranking_loss(torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64), inputs, objective)[1].as_dict()
+    wanted = {"accuracies": 0.5, "margins": 0.0}
+    assert {name: found[f"rewards/{name}"] for name in wanted} == pytest.approx(wanted)
+    assert (found["logps/chosen"], found["logps/rejected"]) == pytest.approx((-2.5, -2.5))
+    assert (found["kept_pair_share"], found["kendall_tau"]) == pytest.approx((4 / 6, 0))
+    # The second of two is the better one, and the less likely.
+    two = inputs._replace(
+        candidate_lengths=torch.tensor([1, 1]),
+        candidates_per_prompt=torch.tensor([2]),
+        rewards=torch.tensor([0.0, 1.0]),
+        advantages=None if inputs.advantages is None else torch.zeros(2),
+    )
+    found = ranking_loss(torch.tensor([-1.0, -4.0]), two, objective)[1].as_dict()
+    assert (found["rewards/accuracies"], found["rewards/margins"], found["kendall_tau"]) == (0, -3, -1)
+    assert (found["logps/chosen"], found["logps/rejected"]) == (-4, -1)
+
+
+def test_without_rewards_the_first_is_the_better() -> None:
+    inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]))
+    found = ranking_loss(torch.tensor([-1.0, -4.0]), inputs, PolicyOptions(advantages="given"))[1].as_dict()
+    assert (found["rewards/accuracies"], found["rewards/margins"], found["kendall_tau"]) == (1, 3, 1)
