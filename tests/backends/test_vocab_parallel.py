@@ -1,4 +1,7 @@
-"""Vocabulary-parallel log-probabilities in a group of one, where all values are known; two processes: test_wrappers."""
+"""Vocabulary-parallel log-probabilities in a group of one, where all values are known; two processes: test_wrappers.
+
+Shards whose words are all ruled out, in two processes, are here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from clha_fast import (
     CLHAOptions,
@@ -148,3 +152,44 @@ def test_a_bonus_of_entropy_is_the_plain_one() -> None:
         loss, metrics = linear_loss(*leaves, targets, given, PolicyOptions(entropy_weight=0.2), shard=shard)
         results.append([loss.detach(), metrics.values, *torch.autograd.grad(loss, leaves)])
     torch.testing.assert_close(results[1], results[0])
+
+
+# Of 6 words, 3 a process, those with a logit of -inf: a whole shard, also but for one word of the other.
+RULED_OUT = {
+    "second": (3, 4, 5),
+    "first": (0, 1, 2),
+    "all but one": (1, 2, 3, 4, 5),
+    "all but the last": (0, 1, 2, 3, 4),
+}
+
+
+def ruled_out(name: str, shard: VocabShard | None, here: slice) -> list[torch.Tensor]:
+    """Log-probabilities, statistics and gradients where some words cannot be; of an own shard, its own rows."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((4, 4), (6, 4)))
+    bias = torch.zeros(6, dtype=torch.float64)
+    bias[list(RULED_OUT[name])] = -torch.inf
+    last = next(word for word in range(5, -1, -1) if word not in RULED_OUT[name])
+    targets = torch.tensor([last, last, -100, RULED_OUT[name][0]])
+    leaves = [hidden.requires_grad_(), weight[here].requires_grad_(), bias[here].requires_grad_()]
+    logps, values = token_logps(*leaves[:2], targets, bias=leaves[2], shard=shard, statistics=STATISTICS)
+    loss = logps[:2].sum() + (values["entropy"] * torch.arange(4.0)).sum()
+    return [logps.detach(), *(value.detach() for value in values.values()), *torch.autograd.grad(loss, leaves)]
+
+
+def shard_process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    here = slice(3 * rank, 3 * rank + 3)
+    torch.save({name: ruled_out(name, VocabShard(3 * rank, 6), here) for name in RULED_OUT}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_shard_without_a_word_that_can_be_adds_nothing(tmp_path: Path) -> None:
+    mp.spawn(shard_process, (str(tmp_path),), 2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name in RULED_OUT:
+            *values, dhidden, dweight, dbias = ruled_out(name, None, slice(None))
+            assert not torch.stack(values[:3]).isnan().any()
+            here = slice(3 * rank, 3 * rank + 3)
+            torch.testing.assert_close(found[name], [*values, dhidden, dweight[here], dbias[here]])

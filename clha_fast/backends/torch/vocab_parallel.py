@@ -41,11 +41,12 @@ class _ShardedHead(TorchHead):
         for tokens in torch.arange(count, device=self.device).split(self.batch):
             scan = self.scan(tokens)
             peaks[tokens] = scan.peak
-            # A shard of -inf alone adds nothing.
-            sums[0, tokens] = torch.where(scan.peak == -torch.inf, 0.0, scan.total).to(self.dtype)
+            empty = scan.peak == -torch.inf  # a shard of -inf alone adds nothing, where its exponentials are NaN
+            sums[0, tokens] = torch.where(empty, 0.0, scan.total).to(self.dtype)
             sums[1, tokens], sums[2, tokens] = scan.chosen, self.columns(tokens)[1].to(self.dtype)
             for name, moment in scan.moments.items():
-                moments[name][tokens] = moment
+                exponential = name in ("entropy", "sum_sq_probs")
+                moments[name][tokens] = torch.where(empty, 0.0, moment) if exponential else moment
         return peaks, sums[0], sums[1:], moments
 
     def accumulate_gradients(
