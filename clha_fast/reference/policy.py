@@ -39,9 +39,11 @@ def policy_loss(
             ratio = torch.exp(log_ratio)
             a = advantages[t]
             if a > 0:
-                candidate = candidate - a * torch.minimum(ratio, ratio.new_tensor(1 + options.clip_high))
+                high = ratio.new_tensor(1 + options.clip_high)
+                candidate = candidate - a * torch.where(ratio > high, high, ratio)  # a minimum halves slopes of equals
             elif a < 0:
-                candidate = candidate - a * torch.maximum(ratio, ratio.new_tensor(1 - options.clip_low))
+                low = ratio.new_tensor(1 - options.clip_low)
+                candidate = candidate - a * torch.where(ratio < low, low, ratio)
             rho = float(ratio.detach())
             own["ratio"] += rho
             own["clip_share"] += bool((a > 0 and rho > 1 + options.clip_high) or (a < 0 and rho < 1 - options.clip_low))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clha_fast import PolicyOptions, RankingInputs, ranking_loss
+from clha_fast import HeadOptions, PolicyOptions, RankingInputs, ranking_loss, reference
 from clha_fast.layout import Layout
 
 GRPO = PolicyOptions(reduction="sequence_mean")
@@ -57,6 +57,22 @@ def test_the_clip_binds_where_it_pays_alone() -> None:
     assert found["ratio"] == pytest.approx(sum(rho) / 5)
     assert found["old_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in rho) / 5, rel=1e-5)
     assert "reference_kl" not in found
+
+
+@pytest.mark.parametrize("log_ratio", [0.125, 0.25, 0.5, -0.125, -0.25, -0.5])
+@pytest.mark.parametrize("advantage", [1.0, -2.0])
+def test_at_the_border_of_the_clip_nothing_is_clipped_yet(log_ratio: float, advantage: float) -> None:
+    """rho is 1 + clip_high or 1 - clip_low to the last bit: slope -rho A, of the reference too."""
+    rho = float(torch.tensor(log_ratio, dtype=torch.float64).exp())
+    clip = {"clip_high": rho - 1} if rho > 1 else {"clip_low": 1 - rho}
+    objective, head = PPO.replace(**clip), HeadOptions()
+    given = candidates(1, advantages=[advantage])._replace(old_logps=torch.tensor([-1.5], dtype=torch.float64))
+    loss, slope = evaluate(objective, [-1.5 + log_ratio], given)
+    leaf = torch.tensor([-1.5 + log_ratio], dtype=torch.float64, requires_grad=True)
+    found, *_ = reference.policy_loss(leaf, torch.tensor([0]), given, head, objective)
+    for value, slopes in ((loss, slope), (float(found.detach()), torch.autograd.grad(found, leaf)[0].tolist())):
+        assert value == pytest.approx(-rho * advantage, rel=1e-15)
+        assert slopes == pytest.approx([-rho * advantage], rel=1e-15)
 
 
 def test_advantages_of_a_group_are_standard_scores_of_its_rewards() -> None:
