@@ -204,7 +204,8 @@ def _sums(values: Tensor, group: Group) -> Tensor:
 def _difference(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
     """a - b of log-probabilities, where it is wanted; at most `_MOST`."""
     # Chosen before and not after: exp of what is not wanted may be inf, whose slope of 0 would be NaN.
-    return (torch.where(where, a, 0.0) - torch.where(where, b, 0.0)).clamp(max=_MOST)
+    d = torch.where(where, a, 0.0) - torch.where(where, b, 0.0)
+    return torch.where(d > _MOST, _MOST, d)  # not a clamp, which gives a NaN the slope 0
 
 
 def _divergence(d: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def policy_loss(
         for t in range(start, start + span):
             if targets[t] == head.ignore_index:
                 continue
-            log_ratio = (logps[t] - old[t]).clamp(max=80)
+            log_ratio = _at_most_80(logps[t] - old[t])
             ratio = torch.exp(log_ratio)
             a = advantages[t]
             if a > 0:
@@ -50,7 +50,7 @@ def policy_loss(
             own["old_kl"] += rho - 1 - float(log_ratio.detach())
             if options.kl_weight > 0:
                 assert given.reference_logps is not None
-                d = (given.reference_logps[t].to(logps) - logps[t]).clamp(max=80)
+                d = _at_most_80(given.reference_logps[t].to(logps) - logps[t])
                 divergence = torch.exp(d) - d - 1
                 candidate = candidate + options.kl_weight * divergence
                 own["reference_kl"] += float(divergence.detach())
@@ -73,6 +73,11 @@ def policy_loss(
     everything = (loss, loss.new_zeros(()), scores, lengths, sizes, reward, kept, none, shut, named)
     metrics = parts.metrics(*everything, by_rank=False)
     return loss, metrics, scores
+
+
+def _at_most_80(d: Tensor) -> Tensor:
+    """A constant above 80; NaN stays one, with a slope."""
+    return torch.where(d > 80, 80.0, d)
 
 
 def _advantages(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clha_fast import HeadOptions, PolicyOptions, RankingInputs, ranking_loss, reference
+from clha_fast import HeadOptions, PolicyOptions, RankingInputs, linear_loss, ranking_loss, reference
 from clha_fast.layout import Layout
+from tests.support.helpers import make_case
 
 GRPO = PolicyOptions(reduction="sequence_mean")
 PPO = PolicyOptions(advantages="given")
@@ -174,6 +175,43 @@ def test_signals_of_ignored_tokens_may_be_anything(name: str) -> None:
 def test_an_advantage_that_is_no_number_reaches_the_loss() -> None:
     loss, _ = evaluate(PPO, [-1.0], candidates(1, advantages=[math.nan]))
     assert math.isnan(loss)
+
+
+KL = PPO.replace(kl_weight=0.1)
+READ = [(of, name) for of in (PPO, PPO.replace(reduction="sequence_mean"), KL) for name in ("logps", "old_logps")]
+
+
+@pytest.mark.parametrize(("objective", "name"), [*READ, (KL, "reference_logps")])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_log_probability_that_is_no_number_reaches_loss_and_slope(
+    objective: PolicyOptions, name: str, advantage: float
+) -> None:
+    """And the other token's slope stays what it is. The reference's too."""
+    values = {"logps": [-1.0, -2.0], "old_logps": [-1.0, -2.0], "reference_logps": [-1.0, -2.0]}
+    if not objective.kl_weight:
+        del values["reference_logps"]
+    values[name][0] = math.nan
+    logps = values.pop("logps")
+    given = candidates(1, 1, advantages=[advantage, 2.0], **values)
+    loss, slope = evaluate(objective, logps, given)
+    leaf = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
+    found, *_ = reference.policy_loss(leaf, torch.tensor([0, 0]), given, HeadOptions(), objective)
+    for value, slopes in ((loss, slope), (float(found.detach()), torch.autograd.grad(found, leaf)[0].tolist())):
+        assert math.isnan(value)
+        assert math.isnan(slopes[0])
+        assert slopes[1] == pytest.approx(-1, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("objective", [PolicyOptions(), GRPO.replace(entropy_weight=0.1)])
+def test_broken_hidden_states_are_seen_in_every_gradient(objective: PolicyOptions, backend: Any) -> None:
+    case = make_case([2, 3], [2], dtype=torch.float32, rewards=True)
+    case.hidden[0] = math.nan
+    leaves = case.leaves()
+    loss, _ = linear_loss(*leaves, case.targets, case.ranking, objective, backend=backend)
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert gradient.isnan().any()
 
 
 def test_settings_and_data_that_are_refused() -> None:
