@@ -53,7 +53,7 @@ class RankingInputs(NamedTuple):
     Attributes:
         candidate_lengths: [C] integers, tokens of each candidate, sum N. 0 stands for a candidate that was not run.
         candidates_per_prompt: [P] integers >= 1, sum C; best rank first within a prompt.
-        rewards: [C] floating, a reward model's scores.
+        rewards: [C] floating, a reward model's scores; compared in float32, in which they are finite.
         sft_index: [P] integers, position of each prompt's SFT target; None is 0, the best.
         pair_counts: [D] kept pairs at rank distance 1..D of the whole step. prompt_count, candidate_count, token_count,
             target_token_count: [] prompts, candidates with a scored token (`PolicyOptions`: all of them), scored

@@ -239,8 +239,7 @@ def inert_mask(
     """Which candidates neither the loss nor its gradients depend on, whatever the model says.
 
     The objective's own rule. CLHA's: a candidate is inert when it is in no kept pair (or `rank_weight` is 0) and is not
-    an open SFT target whose weight and factor are positive. Backends compare rewards in float32 or in float64; a
-    candidate that counts in either is not inert, so dropping is exact for both.
+    an open SFT target whose weight and factor are positive.
 
     Args:
         rewards: [C] or None. candidates_per_prompt: [P] int64. sft_index: [P] int64 or None (0).

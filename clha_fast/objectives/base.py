@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.layout import Layout
-from clha_fast.objectives.pairs import Pairs
+from clha_fast.objectives.pairs import COMPARED, Pairs
 from clha_fast.options import Settings, require
 from clha_fast.types import COUNTS, SIGNALS, RankingInputs
 
@@ -46,7 +46,8 @@ class Plan:
     """All that data decide about a batch, before a model has run; objectives extend it with weights of their own.
 
     Attributes:
-        given: the inputs as they came. rewards: [C] or None, in the dtype in which they are compared.
+        given: the inputs as they came. rewards: [C] or None, as values; `pairs`, `target` and `gate` go
+            by them in float32.
         pairs: all pairs; kept: bool, those that count. target: int64 [P], the candidates that SFT raises; gate: bool
             [P], whose do.
     """
@@ -335,11 +336,15 @@ class Objective(Settings):
         return (layout.lengths > 0).sum()
 
     def plan(self, layout: Layout, given: RankingInputs, dtype: torch.dtype) -> Plan:
-        """What data decide; rewards are compared in `dtype`, as the reference compares them."""
+        """What data decide; rewards are values in `dtype`, and compared in float32, whatever that is.
+
+        Kernels compare them so, and so do the counts of a step, which know of no model.
+        """
         rewards = None if given.rewards is None else given.rewards.to(layout.device, dtype, non_blocking=True)
-        pairs = Pairs.of(layout, rewards)
-        target = self.targets(layout, rewards, given.sft_index)
-        gate = (layout.lengths[target] > 0) & self.gates(None if rewards is None else rewards[target])
+        compared = None if rewards is None else rewards.to(COMPARED)
+        pairs = Pairs.of(layout, compared)
+        target = self.targets(layout, compared, given.sft_index)
+        gate = (layout.lengths[target] > 0) & self.gates(None if compared is None else compared[target])
         counted = (
             torch.full((), layout.num_prompts, dtype=torch.float64, device=layout.device),
             self.count_candidates(layout),
@@ -361,7 +366,7 @@ class Objective(Settings):
             distances: size of `pair_counts`, the most candidates of a prompt anywhere less one.
         """
         bare = RankingInputs(given.candidate_lengths, given.candidates_per_prompt, given.rewards, given.sft_index)
-        own = Objective.plan(self, layout, bare, torch.float32)
+        own = Objective.plan(self, layout, bare, COMPARED)
         pairs = own.pairs.at_distances(own.kept, distances)
         return dict(zip(COUNTS, (pairs, *own.totals), strict=True))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clha_fast.layout import Layout, accumulate
 from clha_fast.objectives.base import Group, Objective, Plan, Terms
-from clha_fast.objectives.pairs import Pairs
+from clha_fast.objectives.pairs import COMPARED, Pairs
 from clha_fast.options import is_number, require, require_not_negative
 from clha_fast.types import RankingInputs
 
@@ -137,24 +137,19 @@ class CLHAOptions(Objective):
         return _slack(group) > 0
 
     def inert(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
-        """Candidates in no kept pair that are no open SFT target.
-
-        Rewards are compared in float32 and in float64: what either would use is not inert.
-        """
+        """Candidates in no kept pair that are no open SFT target."""
         used = torch.zeros(layout.num_candidates, dtype=torch.bool, device=layout.device)
         target = self.targets(layout, rewards, sft_index)
         weight = self.sft_weight * ((layout.sizes - 1) ** 2 if self.sft_factor == "squared" else 1)
         weighs = torch.as_tensor(weight > 0, device=layout.device).expand(layout.num_prompts)
-        for dtype in (torch.float32, torch.float64):
-            # A float32 reward widens exactly, but not the thresholds that it is held to.
-            values = None if rewards is None else rewards.to(dtype)
-            if self.rank_weight > 0:
-                pairs = Pairs.of(layout, values)
-                kept = self.kept(pairs)
-                used[pairs.i[kept]] = True
-                used[pairs.j[kept]] = True
-            gate = weighs & self.gates(None if values is None else values[target])
-            used[target[gate]] = True
+        compared = None if rewards is None else rewards.to(COMPARED)
+        if self.rank_weight > 0:
+            pairs = Pairs.of(layout, compared)
+            kept = self.kept(pairs)
+            used[pairs.i[kept]] = True
+            used[pairs.j[kept]] = True
+        gate = weighs & self.gates(None if compared is None else compared[target])
+        used[target[gate]] = True
         return ~used
 
     @property

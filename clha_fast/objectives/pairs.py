@@ -10,6 +10,9 @@ from torch import Tensor
 
 from clha_fast.layout import Layout, accumulate, from_host
 
+# In it rewards, their differences and thresholds are compared, everywhere.
+COMPARED = torch.float32
+
 
 def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
     """The rescoring strategy (Eq. 5's 1 - k_ij) on lead = r_i - r_j, i ranked better; "none" keeps all."""
@@ -43,7 +46,7 @@ class Pairs:
     Attributes:
         offsets: host integers [C + 1], the pairs of candidate i are [offsets[i], offsets[i + 1]).
         i, j, distance: int64 [pairs]; distance = j - i. present: bool, both have a scored token.
-        lead: r_i - r_j in the dtype of the rewards, None without rewards.
+        lead: r_i - r_j in the dtype of the rewards given, `COMPARED`; None without rewards.
     """
 
     offsets: list[int]

@@ -39,7 +39,7 @@ class RankedBatch:
     Reads the sizes on the host: with CPU tensors that costs a GPU nothing.
 
     Args:
-        given: as `functional.linear_loss` takes it. scored: bool [N]. dtype: rewards are compared in it.
+        given: as `functional.linear_loss` takes it. scored: bool [N]. dtype: of the results.
     """
 
     def __init__(self, objective: Objective, given: RankingInputs, scored: Tensor, dtype: torch.dtype) -> None:

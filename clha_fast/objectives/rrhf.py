@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clha_fast.layout import Layout
 from clha_fast.objectives.base import Group, Objective, Terms
-from clha_fast.objectives.pairs import Pairs
+from clha_fast.objectives.pairs import COMPARED, Pairs
 from clha_fast.options import require, require_not_negative, require_positive
 
 RRHFTarget = Literal["mean", "sum"]
@@ -73,18 +73,14 @@ class RRHFOptions(Objective):
         return self._leads(group) < 0
 
     def inert(self, layout: Layout, rewards: Tensor | None, sft_index: Tensor | None) -> Tensor:
-        """Candidates that tie with all others and are not the best of their prompt.
-
-        Rewards are compared in float32 and in float64: what either would use is not inert.
-        """
+        """Candidates that tie with all others and are not the best of their prompt."""
         used = torch.zeros(layout.num_candidates, dtype=torch.bool, device=layout.device)
-        for dtype in (torch.float32, torch.float64):
-            values = None if rewards is None else rewards.to(dtype)
-            pairs = Pairs.of(layout, values)
-            kept = self.kept(pairs)
-            used[pairs.i[kept]] = True
-            used[pairs.j[kept]] = True
-            used[self.targets(layout, values, sft_index)] = True
+        compared = None if rewards is None else rewards.to(COMPARED)
+        pairs = Pairs.of(layout, compared)
+        kept = self.kept(pairs)
+        used[pairs.i[kept]] = True
+        used[pairs.j[kept]] = True
+        used[self.targets(layout, compared, sft_index)] = True
         return ~used
 
     @property

@@ -324,7 +324,7 @@ def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
                     f"got {int(sft_index[at])}"
                 )
     if rewards is not None and _cpu(rewards):
-        finite = torch.isfinite(rewards)
+        finite = torch.isfinite(rewards.float())  # they are compared so
         if not bool(finite.all()):
             at = int((~finite).nonzero()[0])
             raise ValueError(f"rewards: expected finite values, got {float(rewards[at])} at position {at}")

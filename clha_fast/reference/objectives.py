@@ -55,7 +55,7 @@ def clha_loss(
 
     present = (lengths[i] > 0) & (lengths[j] > 0)
     kept = present
-    reward = None if rewards is None else rewards.to(device=device, dtype=dtype)
+    reward = None if rewards is None else rewards.to(device=device, dtype=torch.float32)  # compared, no more
     if reward is not None:
         if options.noise_rule == "abs":
             kept = kept & ((reward[i] - reward[j]).abs() > options.reward_margin)

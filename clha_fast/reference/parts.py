@@ -83,10 +83,11 @@ def metrics(
     """The sums called `metrics.METRIC_NAMES`, then the objective's own, float32; kept and active are of all pairs.
 
     by_rank: the first of a pair is the better one; else the one with the higher reward, where rewards are given.
+    Rewards are compared in float32.
     """
     with torch.no_grad():
         i, j = pairs(sizes, scores.device)
-        order = torch.ones_like(scores[i]) if reward is None else torch.sign(reward[i] - reward[j])
+        order = torch.ones_like(scores[i]) if reward is None else torch.sign(reward[i].float() - reward[j].float())
         if not by_rank:
             i, j = torch.where(order < 0, j, i), torch.where(order < 0, i, j)
             order = order.abs()

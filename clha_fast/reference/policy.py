@@ -67,7 +67,7 @@ def policy_loss(
     i, j = parts.pairs(sizes, logps.device)
     kept = (lengths[i] > 0) & (lengths[j] > 0)
     if reward is not None:
-        kept = kept & (reward[i] != reward[j])
+        kept = kept & (reward[i].float() != reward[j].float())
     none, shut = torch.zeros_like(kept), torch.zeros(len(sizes), dtype=torch.bool)
     named = tuple(torch.tensor(own[name], dtype=torch.float64) for name in options.metric_names)
     everything = (loss, loss.new_zeros(()), scores, lengths, sizes, reward, kept, none, shut, named)

@@ -92,6 +92,7 @@ def rrhf_loss(logps: Tensor, targets: Tensor, given: RankingInputs, head: HeadOp
     """p_i = S_i / |y_i|^length_penalty: sum over r_i < r_j of max(0, p_i - p_j), and -s or -S of the best-rewarded."""
     sizes, lengths, sums, scores, reward = parts.candidates(logps, targets, given, head)
     assert reward is not None
+    reward = reward.float()  # compared, no more
     p = sums / lengths.clamp(min=1) ** options.length_penalty
     rank, best = logps[:0].sum(), logps[:0].sum()
     gate = []

@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clha_fast import reference
+from clha_fast import RankingInputs, ranking_loss, reference
 from clha_fast.batching.batch import CandidateBatch, inert_mask, pack_candidates
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.options import HeadOptions
@@ -200,20 +200,25 @@ def test_inert_mask_defaults():
 @pytest.mark.parametrize(
     ("rewards", "option"),
     [
-        # 4.82 - 1.82 in float32 rounds to 3, in float64 it is 3.0000001: some backend keeps the pair.
+        # 4.82 - 1.82 in float32 rounds to 3, in float64 it is 3.0000001.
         ([4.82, 1.82], CLHAOptions(sft_weight=0.0)),
         # 0.1 as float32 is above 0.1 in float64 and equal to it in float32.
         ([0.1], CLHAOptions(reward_floor=0.1, sft_factor="one")),
     ],
 )
-def test_a_candidate_that_counts_in_some_precision_is_not_dropped(rewards, option):
+def test_a_candidate_that_would_count_in_float64_alone_is_dropped(rewards, option):
+    """No loss compares rewards in float64."""
     rewards = torch.tensor(rewards)
     sizes = torch.tensor([len(rewards)])
     wide = rewards.double()
     assert bool((wide[0] - wide[-1] > 3) | (wide[0] > option.reward_floor))
-    assert not inert_mask(rewards, sizes, None, option).any()
-    exact = torch.tensor([5.0, 2.0] if len(rewards) == 2 else [0.0625])
-    assert inert_mask(exact, sizes, None, option).all()
+    for values in (rewards, wide):
+        assert inert_mask(values, sizes, None, option).all()
+        inputs = RankingInputs(torch.ones(len(rewards), dtype=torch.long), sizes, values)
+        loss, _ = ranking_loss(-torch.ones(len(rewards), dtype=torch.float64), inputs, option)
+        assert loss == 0
+    more = torch.nextafter(rewards, torch.full_like(rewards, 9.0)) + torch.tensor([2.0**-20, 0.0])[: len(rewards)]
+    assert not inert_mask(more, sizes, None, option).any()
 
 
 def test_inert_mask_refuses_what_does_not_fit():

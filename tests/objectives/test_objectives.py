@@ -356,3 +356,43 @@ def test_a_checkpointed_region_runs_twice_and_no_more(objective):
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert region(hidden).isfinite()
     assert len(packed) <= 3
+
+
+# Rewards, and thresholds that float32 and float64 judge otherwise: 0.1 - -2.9 is 3 in float32 and above it in float64.
+CLOSE = [
+    ([0.1, -2.9], CLHAOptions(reward_margin=3.0)),
+    ([0.1, -2.9], CLHAOptions(reward_margin=3.0, reduction="pair_mean", noise_rule="signed")),
+    ([0.7, 0.4], CLHAOptions(reward_margin=0.3, reduction="pair_mean")),
+    ([0.1, -4.0], CLHAOptions(reward_floor=0.1)),
+    ([1.0, 1.0 + 1e-9], RRHFOptions()),
+    ([1.0, 1.0 - 1e-9], PolicyOptions()),
+]
+
+
+@pytest.mark.parametrize(("rewards", "objective"), CLOSE)
+@pytest.mark.parametrize("given_in", [torch.float32, torch.float64])
+def test_rewards_are_compared_in_float32_everywhere(
+    rewards: list[float], objective: Objective, given_in: torch.dtype
+) -> None:
+    """In losses of either dtype, the reference, the kernels, a step's counts, and what is inert."""
+    case = make_case([2, 3], [2], dtype=torch.float64)
+    values = torch.tensor(rewards, dtype=given_in)
+    inputs = RankingInputs(case.candidate_lengths, case.candidates_per_prompt, values)
+    layout = Layout.of(inputs.candidate_lengths, inputs.candidates_per_prompt, torch.ones(5, dtype=torch.bool))
+    counts = objective.counts(layout, inputs, 1)
+    split = inputs._replace(**{name: counts[name] for name in objective.divides_by})
+    kept = set()
+    for dtype, backend in itertools.product((torch.float32, torch.float64), ("torch", "reference", "triton")):
+        if (dtype, backend) == (torch.float64, "triton"):
+            continue
+        here = case.to(dtype)
+        losses = []
+        for ranking in (inputs, split):
+            loss, metrics = linear_loss(here.hidden, here.weight, case.targets, ranking, objective, backend=backend)
+            kept.add((float(metrics.sum_of("kept_pairs")), float(metrics.sum_of("open_gates"))))
+            losses.append(float(loss))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        assert math.isfinite(losses[0])
+    assert len(kept) == 1
+    (found,) = kept
+    assert found[0] == float(counts["pair_counts"].sum())

@@ -118,6 +118,10 @@ RANKING_ERRORS = [
         {"rewards": torch.tensor([0.0, 1.0, 1.0, -math.inf])},
         "rewards: expected finite values, got -inf at position 3",
     ),
+    (
+        {"rewards": torch.tensor([0.0, 1.0, 1e39, 1.0], dtype=torch.float64)},
+        "rewards: expected finite values, got 1e+39 at position 2",
+    ),
     ({"sft_index": torch.zeros(1, dtype=I64)}, "sft_index: expected integers of shape [P = 2], got [1] int64 on cpu"),
     ({"sft_index": torch.tensor([0, 2])}, "sft_index: expected a value in [0, 2) for prompt 1, got 2"),
     ({"sft_index": torch.tensor([-1, 0])}, "sft_index: expected a value in [0, 2) for prompt 0, got -1"),
