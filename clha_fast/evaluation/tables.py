@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Context
 from typing import Any, NamedTuple
+
+import torch
 
 # Key in the evaluation's metrics -> how it is called in the table.
 EVALUATION_ROWS = {
@@ -56,11 +59,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "-" * (sum(widths) + 2 * len(widths) - 2), *text[1:]])
 
 
+def margin_of(gap: float, digits: int = 3) -> str:
+    """A reward margin of so many digits that drops a gap of float32: the nearest, else the one above.
+
+    To the nearest alone, all pairs of a gap that many have might be kept.
+    """
+    nearest = f"{gap:.{digits}g}"
+    if torch.tensor(float(nearest), dtype=torch.float32) >= torch.tensor(gap, dtype=torch.float32):
+        return nearest
+    above = Context(prec=digits, rounding=ROUND_CEILING).create_decimal_from_float(gap)
+    return f"{float(above):.{digits}g}"
+
+
 def margin_text(quartiles: Sequence[float], flag: str) -> str:
     """Reward margins that fit the data, from `objectives.pairs.gap_quartiles`; "" of none."""
     if not quartiles:
         return ""
-    values = ", ".join(f"{value:.3g}" for value in quartiles)
+    values = ", ".join(map(margin_of, quartiles))
     return f"quartiles of the reward gaps {values}: {flag} of these drops at least 25, 50, 75% of the pairs as noise"
 
 

@@ -23,12 +23,14 @@ from clha_fast.data.readers import Source, iter_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import plain_template
 from clha_fast.data.split import prompt_key
+from clha_fast.evaluation.tables import margin_of
 from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import keeps
 from clha_fast.reports.data_summary import DataSummary, summarise
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
 _LETTER = 4  # tokens of one byte that a letter may have
+DIGITS = 4  # of a suggested margin
 ENOUGH = 0.5  # a reward margin that keeps this share of the pairs needs no other
 
 
@@ -318,23 +320,21 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:
-    leads = [
-        rewards[i] - rewards[j]
-        for record in records
-        for rewards in [record.rewards or ()]
-        for i, j in itertools.combinations(range(len(rewards)), 2)
-    ]
-    if not leads:
+    rewarded = [torch.tensor(record.rewards, dtype=torch.float32) for record in records if record.rewards]
+    # Subtracted in float32, as the loss does.
+    gaps = torch.cat([torch.zeros(0), *(torch.pdist(rewards.unsqueeze(1), 1) for rewards in rewarded)])
+    if not len(gaps):
         return None
-    gaps = torch.tensor(leads, dtype=torch.float32).abs()
     quantiles = _quantiles(gaps)
     margin = getattr(objective, "reward_margin", None)
     own = math.nan if margin is None else _share_above(gaps, margin)
-    suggested = quantiles[SHARES.index(0.25)]
+    suggested = float(margin_of(quantiles[SHARES.index(0.25)], DIGITS))  # what is said is what is counted
     if margin is not None and own >= ENOUGH:
         suggested = margin
     elif _share_above(gaps, suggested) < ENOUGH:
-        suggested /= 2  # gaps as coarse as those of ratings: what is equal to the margin is dropped
+        suggested = float(
+            margin_of(suggested / 2, DIGITS)
+        )  # gaps as coarse as those of ratings: what is equal to the margin is dropped
     kept = tuple(_share_above(gaps, quantile) for quantile in quantiles)
     return Gaps(quantiles, kept, own, suggested, _share_above(gaps, suggested))
 

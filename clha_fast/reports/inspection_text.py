@@ -6,11 +6,11 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from clha_fast.evaluation.tables import number, table
+from clha_fast.evaluation.tables import margin_of, table
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.reports import page
 from clha_fast.reports.data_summary import data_text
-from clha_fast.reports.inspection import ENOUGH, SHARES, Candidate, Example, Inspection, Token
+from clha_fast.reports.inspection import DIGITS, ENOUGH, SHARES, Candidate, Example, Inspection, Token
 
 _MOST_BAD = 3  # errors that are shown
 _MOST_TOKENS = (40, 12)  # of a run of scored, cut or other tokens, at its beginning and end, in a terminal
@@ -67,10 +67,10 @@ def margin_advice(found: Inspection, objective: CLHAOptions) -> str:
     own = f"reward_margin {objective.reward_margin:g} keeps {_percent(gaps.margin_kept)} of the pairs"
     if gaps.margin_kept >= ENOUGH:
         return f"{own}: it fits"
-    part = "" if gaps.suggested == gaps.quantiles[SHARES.index(0.25)] else "half "
+    part = "" if gaps.suggested >= gaps.quantiles[SHARES.index(0.25)] else "half "
     return (
-        f"{own}; suggested: reward_margin {gaps.suggested:.4g}, {part}the lower quartile of the reward gaps, which "
-        f"keeps {_percent(gaps.suggested_kept)}"
+        f"{own}; suggested: reward_margin {gaps.suggested:.{DIGITS}g}, {part}the lower quartile of the reward gaps, "
+        f"which keeps {_percent(gaps.suggested_kept)}"
     )
 
 
@@ -101,7 +101,7 @@ def _gap_rows(found: Inspection) -> list[list[str]]:
     gaps = found.gaps
     assert gaps is not None
     return [
-        [name, number(value), _percent(kept)]
+        [name, margin_of(value, DIGITS), _percent(kept)]
         for name, value, kept in zip(_names(), gaps.quantiles, gaps.kept, strict=True)
     ]
 

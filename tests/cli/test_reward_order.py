@@ -12,6 +12,7 @@ from clha_fast.cli import main as cli
 from clha_fast.cli.score import noise_table
 from clha_fast.data import make_record
 from clha_fast.data.records import RankedRecord
+from clha_fast.evaluation.tables import margin_text
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.pairs import gap_quartiles, keeps
 from clha_fast.reports.data_summary import summarise
@@ -57,6 +58,22 @@ def test_quartiles_are_margins(count: int) -> None:
         dropped = int((~keeps(gaps, "abs", margin)).sum())
         assert quarter * count / 4 <= dropped < quarter * count / 4 + 1
     assert gap_quartiles(gaps[:0]) == ()
+
+
+@pytest.mark.parametrize("unit", [1 / 3, 1 / 7, 0.1, 0.7, 1.0, 123.456, 1e-4 / 3, 1999.9])
+def test_printed_margins_drop_what_is_said(unit: float) -> None:
+    """Rewards that are counts of a unit: many gaps are equal, and three digits lie above or below them."""
+    counts = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(0))
+    rewards = counts.to(torch.float32) * unit
+    gaps = torch.cat([torch.pdist(each.unsqueeze(1), 1) for each in rewards.split(4)])
+    text = margin_text(gap_quartiles(gaps), "a margin")
+    shown = text.split("gaps ")[1].split(":")[0].split(", ")
+    for quarter, (margin, exact) in enumerate(zip(shown, gap_quartiles(gaps), strict=True), start=1):
+        dropped = ~keeps(gaps, "abs", float(margin))
+        assert int(dropped.sum()) >= quarter * len(gaps) / 4
+        assert float(margin) == pytest.approx(exact, rel=0.01)
+        assert len(margin.split("e")[0].replace(".", "").strip("0")) <= 3
+    assert margin_text((), "a margin") == ""
 
 
 @pytest.mark.parametrize("wrong", [0, 12])

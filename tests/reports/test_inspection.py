@@ -134,6 +134,16 @@ def test_degenerate_files(tmp_path: Path) -> None:
     assert equal.gaps is not None
     assert (equal.gaps.suggested, equal.gaps.suggested_kept) == (0.25, 1.0), "a margin of 0.5 would keep no pair"
     assert "reward_margin 0.25, half the lower quartile of the" in inspection_text(equal, PUBLISHED)
+    # Many gaps of a third, all of which the nearest four digits would keep.
+    for rewards, kept in (([1 / 3, 0, 1, 1 / 3], 50), ([1 / 3, 0, 1 / 3, 1, 1], 60), ([2 / 3, 1 / 3, 0, 1], 50)):
+        thirds = [{"prompt": "a", "completions": list("bcdef")[: len(rewards)], "rewards": rewards}]
+        advice = f"reward_margin 0.3334, the lower quartile of the reward gaps, which keeps {kept}.0%"
+        assert advice in inspection_text(inspect_file(thirds, PUBLISHED, progress=False), PUBLISHED)
+    # 3 in float32, as the loss subtracts, and above it in float64.
+    rounded = [{"prompt": "a", "completions": ["b", "c"], "rewards": [0.1, -2.9]}]
+    found = inspect_file(rounded, PUBLISHED, progress=False)
+    assert found.gaps is not None
+    assert (found.gaps.margin_kept, found.summary.kept_pairs) == (0, 0)
     bad = write(tmp_path / "bad.jsonl", [*ROWS, {"prompt": "a", "completions": [""]}])
     found = inspect_file(str(bad), PUBLISHED, progress=False)
     assert (found.records, len(found.bad)) == (3, 1)
