@@ -130,7 +130,7 @@ def token_logps(
         return logps if names is None else (logps, values)
     name = _resolve(backend, inputs, head, sweep=False)
     if name == "reference":
-        checks.target_values(inputs, head.ignore_index)
+        checks.input_values(inputs, head.ignore_index)
         of = (*inputs[:5], head, inputs.temperature)
         logps = reference.token_logps(*of)
         if names is None:
@@ -268,7 +268,7 @@ def linear_loss(
         return ranking_loss(logps, given, objective, scored=scored, statistics=values)
     if name == "reference":
         checks.has_values(hidden)
-        checks.target_values(inputs, head.ignore_index)
+        checks.input_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs[:5], head)
         found = reference.token_statistics(*inputs[:5], head) if names else {}
         checks.ranking_values(targets.shape[0], given)

@@ -88,8 +88,10 @@ def token_statistics(
 
     temperature: [N], each token's in the place of the head's, or None.
     """
-    inputs = HeadInputs(hidden, hidden, bias, targets, row_index)  # the weight's place is not looked at
-    checks.target_values(inputs, head.ignore_index, vocabulary=forward.vocab_size)
+    if temperature is not None:
+        temperature = temperature.to(_wide(hidden.dtype))
+    inputs = HeadInputs(hidden, hidden, bias, targets, row_index, temperature)  # the weight's place is not looked at
+    checks.input_values(inputs, head.ignore_index, vocabulary=forward.vocab_size)
     if head.max_dropped_mass is not None:
         raise ValueError(
             f"max_dropped_mass: expected None for {head_name(forward.module)}, whose own forward is called, "

@@ -79,7 +79,7 @@ def head_inputs(
 
 
 def with_temperature(inputs: HeadInputs, temperature: Tensor | None, head: HeadOptions) -> HeadInputs:
-    """The inputs with a temperature for each token, checked and in float32 or better."""
+    """The inputs with a temperature for each token, checked but for its values and in float32 or better."""
     if temperature is None:
         return inputs
     require_tensors(temperature=temperature)
@@ -91,13 +91,6 @@ def with_temperature(inputs: HeadInputs, temperature: Tensor | None, head: HeadO
     if head.temperature != 1:
         raise ValueError(f"temperature: expected None beside HeadOptions(temperature={head.temperature}), got values")
     _no_routing(head, "a temperature for each token")
-    if _cpu(temperature) and count:
-        wrong = ~(torch.isfinite(temperature) & (temperature > 0))
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"temperature: expected positive finite numbers, got {float(temperature[at])} at position {at}"
-            )
     return inputs._replace(temperature=temperature.to(torch.promote_types(hidden.dtype, torch.float32)))
 
 
@@ -179,7 +172,7 @@ def sharded_head(inputs: HeadInputs, head: HeadOptions, shard: VocabShard, backe
         raise ValueError(f"shard: expected VocabShard(start, size), got {shard!r}")
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: expected auto or torch for a head sharded over processes, got {backend!r}")
-    target_values(inputs, head.ignore_index, vocabulary=shard.size)
+    input_values(inputs, head.ignore_index, vocabulary=shard.size)
     rows = inputs.weight.shape[0]
     if not 0 <= shard.start <= shard.size - rows:
         raise ValueError(
@@ -252,12 +245,15 @@ def _cpu(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.device.type == "cpu"
 
 
-def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None = None) -> None:
-    """Every target lies in [0, V) or is `ignore_index`, every row index in [0, M). CPU tensors only.
+def input_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None = None) -> None:
+    """Every target is in [0, V) or `ignore_index`, every row index in [0, M), temperatures are positive. CPU only.
 
-    `vocabulary` is V where the weight holds a part of its rows.
+    For operators' bodies: values are not there yet where a call is traced, or taken apart by torch.func.
+
+    Args:
+        vocabulary: V where the weight holds a part of its rows.
     """
-    hidden, weight, _, targets, row_index = inputs[:5]
+    hidden, weight, _, targets, row_index, temperature = inputs
     rows = hidden.shape[0]
     if vocabulary is None:
         vocabulary = weight.shape[0]
@@ -275,6 +271,14 @@ def target_values(inputs: HeadInputs, ignore_index: int, vocabulary: int | None 
             at = int(wrong.nonzero()[0])
             raise ValueError(
                 f"row_index: expected values in [0, M = {rows}), got {int(row_index[at])} at position {at}"
+            )
+    if temperature is not None and _cpu(temperature) and temperature.numel():
+        wrong = ~(torch.isfinite(temperature) & (temperature > 0))
+        if bool(wrong.any()):
+            at, dtype = int(wrong.nonzero()[0]), str(temperature.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"temperature: expected positive finite numbers in {dtype}, got {float(temperature[at])} "
+                f"at position {at}"
             )
 
 

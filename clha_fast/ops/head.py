@@ -64,7 +64,7 @@ def _token_logps(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     refuse_dropped_tangents("token_logps")
     *tensors, head, backend = arguments
     inputs, settings = HeadInputs(*tensors), HeadOptions.decode(head)
-    checks.target_values(inputs, settings.ignore_index)
+    checks.input_values(inputs, settings.ignore_index)
     with as_cast(inputs.hidden):
         logps, lse, route = backends.load(backend).token_logps_forward(inputs, settings)
     return logps, lse, route

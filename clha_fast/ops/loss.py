@@ -55,7 +55,7 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_dropped_tangents("linear_loss")
     call = _Call(arguments)
     head, objective = HeadOptions.decode(call.head), decode(call.objective)
-    checks.target_values(call.inputs, head.ignore_index)
+    checks.input_values(call.inputs, head.ignore_index)
     checks.ranking_values(call.inputs.targets.shape[0], call.given)
     backend, gradients = backends.load(call.backend), SweptGradients(None, None, None)
     with as_cast(call.inputs.hidden):

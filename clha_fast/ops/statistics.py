@@ -23,7 +23,7 @@ def _token_statistics(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_dropped_tangents("token_statistics")
     *tensors, head, backend, names = arguments
     inputs, settings = HeadInputs(*tensors), HeadOptions.decode(head)
-    checks.target_values(inputs, settings.ignore_index)
+    checks.input_values(inputs, settings.ignore_index)
     with as_cast(inputs.hidden):
         result = backends.load(backend).statistics_forward(inputs, settings, tuple(names.split(",")))
     empty = (result.logps.new_empty(0) for _ in STATISTICS)

@@ -116,6 +116,16 @@ def eager_statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("name", ["gemma2", "head"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_that_is_none(name: str, value: float) -> None:
+    """Also on a head that is called in chunks."""
+    model: nn.Module = adapted("head") if name == "head" else model_of(name)
+    ids, mask, labels = (part[:2] for part in rows())
+    with pytest.raises(ValueError, match="temperature: expected positive finite numbers in float64, got"):
+        score(model, ids, labels, attention_mask=mask, temperature=torch.tensor([1.0, value]))
+
+
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "head"])
 def test_statistics_and_temperatures(name: str) -> None:
     """On a head of one weight, and on one that is called in chunks; entropy with a gradient."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clha_fast import HeadOptions, token_logps
 from clha_fast.types import STATISTICS
@@ -244,5 +246,36 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature: expected values without a gradient"):
         token_logps(hidden, weight, targets, temperature=ones.clone().requires_grad_())
     if DEVICE == "cpu":
-        with pytest.raises(ValueError, match=r"temperature: expected positive finite numbers, got 0\.0 at position 3"):
-            token_logps(hidden, weight, targets, temperature=ones.index_fill(0, torch.tensor([3]), 0.0))
+        for value, said in ((0.0, "0.0"), (-2, "-2.0"), (math.nan, "nan"), (1e-60, "0.0"), (1e60, "inf")):
+            temperature = ones.double().index_fill(0, torch.tensor([3]), value)
+            message = f"temperature: expected positive finite numbers in float32, got {said} at position 3"
+            for backend, names in (("auto", None), ("auto", ("entropy",)), ("reference", None)):
+                with pytest.raises(ValueError, match=re.escape(message)):
+                    token_logps(hidden, weight, targets, temperature=temperature, backend=backend, statistics=names)
+        # What float64 can hold is taken for hidden states of float64.
+        wide = torch.full((len(targets),), 1e-60, dtype=torch.float64)
+        token_logps(hidden.double(), weight.double(), targets, temperature=wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("names", [None, ("entropy", "is_top1")])
+def test_temperatures_where_there_are_no_values_yet(dtype: torch.dtype, names: tuple[str, ...] | None) -> None:
+    """Compiled in one graph, batched by vmap, and as shapes alone."""
+    p = problem(dtype=dtype)
+
+    def logps(hidden: Tensor, temperature: Tensor) -> Tensor:
+        found = token_logps(hidden, p.weight, p.targets, temperature=temperature, backend="torch", statistics=names)
+        return found if isinstance(found, Tensor) else found[0] + found[1]["entropy"]
+
+    count = len(p.targets)
+    several = torch.stack([torch.linspace(0.3, 2, count, dtype=dtype), torch.ones(count, dtype=dtype)])
+    compiled = torch.compile(logps, fullgraph=True, backend="aot_eager")
+    batched = torch.func.vmap(logps, (None, 0))(p.hidden, several)
+    for one, from_batch in zip(several, batched, strict=True):
+        wanted = logps(p.hidden, one)
+        torch.testing.assert_close(compiled(p.hidden, one), wanted)
+        torch.testing.assert_close(from_batch, wanted)
+    with pytest.raises(ValueError, match="temperature: expected positive finite numbers"):
+        compiled(p.hidden, -several[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert logps(p.hidden, torch.ones(len(p.targets), dtype=dtype)).shape == p.targets.shape
