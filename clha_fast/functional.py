@@ -252,6 +252,7 @@ def linear_loss(
     objective = check_adds_up(as_objective(objective))
     inputs = checks.head_inputs(hidden, weight, bias, targets, row_index)
     checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
+    given = _data(given)
     names = checks.statistics(objective.wanted, head)
     scored = targets != head.ignore_index
     if shard is not None:
@@ -282,6 +283,12 @@ def linear_loss(
     needs = [grad and t is not None and t.requires_grad for t in inputs[:3]]
     loss, sums, scores, *_ = ops.linear_loss(*inputs, *given, head.encoded, encode(objective), name, *needs)
     return loss, CLHAMetrics(sums, scores, names=objective.metric_names)
+
+
+def _data(given: RankingInputs) -> RankingInputs:
+    """Without a graph: the reference alone would follow one."""
+    known = {name: value.detach() for name, value in given._asdict().items() if value is not None}
+    return given._replace(**known)
 
 
 def _sharded(
@@ -350,7 +357,8 @@ def ranking_loss(
         given, objective: as in `linear_loss`; sizes are read on the host.
         scored: bool [N], tokens that count, the others' log-probabilities are not looked at. None is all of them.
         statistics: what an objective names in its `statistics` (``PolicyOptions(entropy_weight=0.01)``: the entropy),
-            as `token_logps` gives them: [N] each, in the dtype of `logps`.
+            as `token_logps` gives them: [N] each, in the dtype of `logps`; an entropy that the objective reads with a
+            graph where `logps` have one.
 
     Returns:
         (loss, metrics) in the dtype of `logps`; the loss has a gradient for `logps`, and for the entropy of
@@ -362,6 +370,7 @@ def ranking_loss(
     objective = check_adds_up(as_objective(objective))
     checks.log_probabilities(logps, scored)
     checks.ranking_inputs(given, logps.shape[0], objective, logps.device)
+    given = _data(given)
     seen = checks.token_statistics(statistics or {}, objective, logps)
     if scored is not None:
         logps = torch.where(scored, logps, 0.0)

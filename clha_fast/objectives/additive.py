@@ -122,6 +122,7 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor, seen: 
                 "no_grad?)"
             )
     logps.requires_grad_(False)
+    _check_graph(objective, whole, logps, seen)
     written = objective.slopes(Group(whole.plan, 0, len(_SIZES), logps, seen))
     if written is not None:
         leaf = logps.detach().requires_grad_()
@@ -141,6 +142,28 @@ def _check_terms(objective: Objective, whole: RankedBatch, logps: Tensor, seen: 
     missing = set(objective.metric_names) - set(objective.report(Group(whole.plan, 0, len(_SIZES), logps, seen)))
     if missing:
         raise ValueError(f"{named}: report: expected the sums {', '.join(sorted(missing))}, got none")
+
+
+def _check_graph(objective: Objective, whole: RankedBatch, logps: Tensor, seen: Mapping[str, Tensor]) -> None:
+    """The loss leads to log-probabilities and a declared entropy, and to nothing else: that would get no gradient."""
+
+    def leads_on(statistics: Mapping[str, Tensor]) -> bool:
+        with recording():
+            terms = objective.terms(Group(whole.plan, 0, len(_SIZES), logps, statistics))
+            return bool((terms.rank + terms.sft).requires_grad)
+
+    if leads_on(seen):
+        raise ValueError(
+            f"objective {objective.label!r}: expected a loss whose graph leads to group.logps alone, got one that also "
+            "leads to a tensor of its own (a parameter?), which would get no gradient; detach() that, or write the "
+            "loss in plain torch on token_logps"
+        )
+    declared = objective.reads_entropy or "entropy" not in seen
+    if not declared and leads_on({**seen, "entropy": seen["entropy"].clone().requires_grad_()}):
+        raise ValueError(
+            f"objective {objective.label!r}: reads_entropy: expected True, for its loss depends on the entropy, got "
+            "False; or detach() it"
+        )
 
 
 def _batch(objective: Objective, given: RankingInputs, tokens: int) -> RankedBatch:

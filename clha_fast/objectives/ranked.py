@@ -66,11 +66,14 @@ class RankedBatch:
 def slopes(objective: Objective, group: Group) -> Tensor:
     """float64 [n], d(rank + sft) / dlogp: the objective's closed form, else autograd's on this group alone.
 
-    [2, n] with d(rank + sft) / dentropy behind it where the objective reads entropies.
+    [2, n] with d(rank + sft) / dentropy behind it where the objective reads entropies. 0 of autograd's in inference
+    mode, in which nothing is recorded and nobody can ask for them.
     """
     found = objective.slopes(group)
     if found is not None:
         return found
+    if torch.is_inference_mode_enabled():
+        return torch.zeros_like(group.logps.expand(2, -1) if objective.reads_entropy else group.logps)
     with recording():
         leaf = group.logps.detach().requires_grad_()
         leaves, seen = [leaf], dict(group.statistics)
@@ -82,7 +85,7 @@ def slopes(objective: Objective, group: Group) -> Tensor:
         loss = terms.rank + terms.sft
         if not loss.requires_grad:
             # Prompts may have nothing to rank; but never is a loss without its slopes taken for one.
-            assert torch.is_inference_mode_enabled() or recorded.sums.requires_grad, "autograd does not record here"
+            assert recorded.sums.requires_grad, "autograd does not record here"
             return torch.zeros_like(leaf if len(leaves) == 1 else torch.stack(leaves))
         grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return grads[0] if len(grads) == 1 else torch.stack(grads)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.objectives import CLHAOptions, Objective
+from clha_fast.ops.derivatives import transforming
 from clha_fast.options import HeadOptions
 from clha_fast.types import COUNTS, SIGNALS, STATISTICS, HeadInputs, RankingInputs, VocabShard
 
@@ -122,6 +123,14 @@ def token_statistics(given: Mapping[str, Tensor], objective: Objective, logps: T
             )
         ok = given[name].shape == logps.shape and given[name].dtype == logps.dtype
         _expect(ok, f"statistics[{name!r}]", "the shape and dtype of logps", given[name])
+    # Where nothing is recorded there is none to lose; levels of torch.func say not of all tensors who has one.
+    recorded = torch.is_grad_enabled() and not transforming() and logps.requires_grad
+    if objective.reads_entropy and recorded and not given["entropy"].requires_grad:
+        raise ValueError(
+            "statistics['entropy']: expected values with a graph, as logps have, for the loss of the objective "
+            f"{objective.label!r} depends on both, got values without (made under no_grad or detached?); "
+            "token_logps(..., statistics=('entropy',)) gives both"
+        )
     return dict(given)
 
 

@@ -188,3 +188,22 @@ def test_what_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="entropy_weight: expected a finite number that is not negative, got -1"):
         PolicyOptions(entropy_weight=-1)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, TopOnly()])
+def test_an_entropy_without_a_graph(objective: Objective) -> None:
+    """Its gradient would be missing from the loss's; where nobody records there is none to miss."""
+    of, given = case(torch.float64)
+    given = signals(objective, given, len(of.targets))
+    hidden = of.hidden.requires_grad_()
+    logps, values = token_logps(hidden, of.weight, of.targets, row_index=of.row_index, statistics=objective.statistics)
+    wanted = ranking_loss(logps, given, objective, statistics=values)[0].detach()
+    detached = {name: value.detach() for name, value in values.items()}
+    with pytest.raises(ValueError, match=r"statistics\['entropy'\]: expected values with a graph, as logps have"):
+        ranking_loss(logps, given, objective, statistics=detached)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(ranking_loss(logps, given, objective, statistics=detached)[0], wanted)
+    assert torch.equal(ranking_loss(logps.detach(), given, objective, statistics=detached)[0], wanted)
+    (slope,) = torch.autograd.grad(ranking_loss(logps.detach(), given, objective, statistics=values)[0], hidden)
+    assert slope.any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 from clha_fast import (
     CLHALoss,
     CLHAOptions,
+    DPOOptions,
+    IPOOptions,
     LinearLoss,
     Objective,
+    PolicyOptions,
     PROOptions,
     RankingInputs,
     SFTOptions,
@@ -324,6 +327,78 @@ def test_names_of_the_common_metrics_are_taken(name: str) -> None:
     objective = own(metric_names=(name,), report=lambda self, group: {name: group.sums.sum()})
     with pytest.raises(ValueError, match=f"metric_names: expected names of its own, got {name}"):
         ranking_loss(-torch.ones(5), INPUTS, objective)
+
+
+def test_a_captured_tensor_that_would_get_no_gradient_is_refused() -> None:
+    factor = torch.nn.Parameter(torch.tensor(1.0))
+    layer = torch.nn.Linear(1, 1, dtype=torch.float64)
+
+    def scaled(group: Group) -> Tensor:
+        return -factor * group.sums.sum() / group.totals.prompts
+
+    def shifted(group: Group) -> Tensor:
+        return -group.sums.sum() / group.totals.prompts + 0 * factor
+
+    def through_a_layer(group: Group) -> Tensor:
+        return (layer(group.scores.unsqueeze(1)).squeeze(1) * group.present).sum() / group.totals.prompts
+
+    subclass = own(terms=lambda self, group: Terms(scaled(group), torch.zeros_like(group.sums.sum())))
+    for objective in (scaled, shifted, through_a_layer, subclass):
+        with pytest.raises(ValueError, match=r"expected a loss whose graph leads to group\.logps alone"):
+            ranking_loss(-torch.ones(5), INPUTS, objective)
+        with pytest.raises(ValueError, match=r"detach\(\) that"):
+            LinearLoss(objective)
+
+    def constant(group: Group) -> Tensor:
+        return -factor.detach() * group.sums.sum() / group.totals.prompts
+
+    logps = torch.full((5,), -1.0, requires_grad=True)
+    assert torch.autograd.grad(ranking_loss(logps, INPUTS, constant)[0], logps)[0].tolist() == [-1] * 5
+
+
+def test_an_entropy_that_is_read_is_declared() -> None:
+    def terms(self: Any, group: Group) -> Terms:
+        loss = -(group.logps + group.statistic("entropy") ** 2).sum() / group.totals.prompts
+        return Terms(loss, torch.zeros_like(loss))
+
+    seen = {"entropy": torch.ones(5)}
+    with pytest.raises(ValueError, match="'own': reads_entropy: expected True, for its loss depends on the entropy"):
+        ranking_loss(-torch.ones(5), INPUTS, own(terms=terms, statistics=("entropy",)), statistics=seen)
+    declared = own(terms=terms, statistics=("entropy",), reads_entropy=True)
+    entropy = torch.full((5,), 3.0, requires_grad=True)
+    loss, _ = ranking_loss(-torch.ones(5), INPUTS, declared, statistics={"entropy": entropy})
+    assert torch.autograd.grad(loss, entropy)[0].tolist() == [-6] * 5
+
+
+SIGNALLED = [
+    (DPOOptions(), "reference_logps", 5),
+    (IPOOptions(), "reference_logps", 2),
+    (PROOptions(), "rewards", 2),
+    (PolicyOptions(), "rewards", 2),
+    (PolicyOptions(), "old_logps", 5),
+    (PolicyOptions(advantages="given"), "advantages", 2),
+    (PolicyOptions(kl_weight=0.1), "reference_logps", 5),
+    (lambda group: -(group.scores * group.rewards).sum() / group.totals.prompts, "rewards", 2),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", None])
+@pytest.mark.parametrize(("objective", "name", "count"), SIGNALLED)
+def test_no_gradient_flows_into_what_is_known(
+    objective: Any, name: str, count: int, backend: Literal["reference", "torch", "triton"] | None
+) -> None:
+    """On any backend; None is `ranking_loss`."""
+    case = make_case([2, 3], [2], dtype=torch.float32)
+    value = torch.linspace(-2.0, -1.0, count).requires_grad_()
+    inputs = INPUTS._replace(**{name: value})
+    (hidden, weight), logps = case.leaves(), torch.full((5,), -1.0, requires_grad=True)
+    if backend is None:
+        loss, _ = ranking_loss(logps, inputs, objective)
+    else:
+        loss, _ = linear_loss(hidden, weight, case.targets, inputs, objective, backend=backend)
+    loss.backward()
+    assert value.grad is None
+    assert (hidden if backend else logps).grad is not None
 
 
 def test_slopes_that_are_not_the_terms_are_refused() -> None:
