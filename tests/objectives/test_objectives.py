@@ -220,7 +220,8 @@ def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
         )._replace(**random_signals(objective, sum(lengths)))
         logps = torch.zeros(sum(lengths), dtype=torch.float64, requires_grad=True)
         nothing = torch.zeros(len(logps), dtype=torch.bool)
-        loss, _ = ranking_loss(logps, inputs, objective, scored=nothing, statistics=seen(objective, logps))
+        statistics = {name: value.requires_grad_() for name, value in seen(objective, logps).items()}
+        loss, _ = ranking_loss(logps, inputs, objective, scored=nothing, statistics=statistics)
         assert float(loss.detach()) == 0
         (slope,) = torch.autograd.grad(loss, logps)
         assert (slope == 0).all()
