@@ -257,7 +257,7 @@ def linear_loss(
     scored = targets != head.ignore_index
     if shard is not None:
         # Before the collectives of the log-probabilities: a process that stops alone leaves the others waiting.
-        checks.ranking_values(targets.shape[0], given)
+        checks.ranking_values(targets.shape[0], given, lambda: scored)
         logps, values = _sharded(inputs, head, shard, backend, names)
         return ranking_loss(logps, given, objective, scored=scored, statistics=values)
     name = _resolve(backend, inputs, head, sweep=True)
@@ -272,7 +272,7 @@ def linear_loss(
         checks.input_values(inputs, head.ignore_index)
         logps = reference.token_logps(*inputs[:5], head)
         found = reference.token_statistics(*inputs[:5], head) if names else {}
-        checks.ranking_values(targets.shape[0], given)
+        checks.ranking_values(targets.shape[0], given, lambda: scored)
         if OBJECTIVES.get(objective.name) is type(objective) and not objective.is_watched:
             loss, sums, scores = reference.loss(logps, targets, given, head, objective, found.get("entropy"))
         else:
@@ -375,9 +375,10 @@ def ranking_loss(
     if scored is not None:
         logps = torch.where(scored, logps, 0.0)
         seen = {name: torch.where(scored, value, 0.0) for name, value in seen.items()}
-    checks.ranking_values(logps.shape[0], given)
     if scored is None:
         scored = torch.ones(logps.shape, dtype=torch.bool, device=logps.device)
+    counted = scored
+    checks.ranking_values(logps.shape[0], given, lambda: counted)
     entropies = seen.pop("entropy", None)
     ranked = RankedBatch(objective, given, scored, logps.dtype)
     # Not a dict, which torch.func takes apart.

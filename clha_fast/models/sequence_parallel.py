@@ -251,7 +251,7 @@ def spread_loss(
     given = RankingInputs(**{name: tensors.get(name) for name in RankingInputs._fields})  # type: ignore[arg-type]
     # Before the collectives: a process that stops alone leaves the others waiting.
     checks.ranking_inputs(given, targets.shape[0], objective, hidden.device)
-    checks.ranking_values(targets.shape[0], given)
+    checks.ranking_values(targets.shape[0], given, lambda: targets != head.ignore_index)
     names = checks.statistics(objective.wanted, head)
     settings: dict[str, Any] = {"head": head, "backend": backend, "statistics": names}
     logps, *others = spread_values(sequence, shape, hidden, weight, bias, targets, tensors.get("row_index"), **settings)

@@ -41,6 +41,11 @@ class Totals(NamedTuple):
     target_tokens: Tensor
 
 
+def or_one(total: Tensor) -> Tensor:
+    """A denominator: one of `Totals`, and 1 where that is 0, so that nothing over nothing is 0."""
+    return torch.where(total == 0, 1.0, total)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that data decide about a batch, before a model has run; objectives extend it with weights of their own.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.layout import Layout
-from clha_fast.objectives.base import Group, Objective, Plan, Terms
+from clha_fast.objectives.base import Group, Objective, Plan, Terms, or_one
 from clha_fast.objectives.pairs import Pairs
 from clha_fast.options import require
 from clha_fast.types import RankingInputs
@@ -69,7 +69,7 @@ class CoHOptions(Objective):
 
     def terms(self, group: Group) -> Terms:
         # Nothing scored anywhere is 0, not 0 / 0.
-        loss = -group.sums.sum() / group.totals.tokens.clamp(min=1)
+        loss = -group.sums.sum() / or_one(group.totals.tokens)
         return Terms(torch.zeros_like(loss), loss)
 
     def report(self, group: Group) -> Mapping[str, Tensor]:

@@ -180,10 +180,22 @@ class CLHAMetrics:
 
     @classmethod
     def merge(cls, parts: Iterable[CLHAMetrics]) -> CLHAMetrics:
-        """Metrics over several calls: pair metrics weigh every pair alike, the two losses every call alike."""
+        """Metrics over several calls: pair metrics weigh every pair alike, the two losses every call alike.
+
+        Raises:
+            ValueError: there is none, or objectives' own metrics differ in names, order or what they are divided by.
+        """
         parts = list(parts)
         if not parts:
             raise ValueError("parts: expected at least one CLHAMetrics, got none")
+        first = list(parts[0].names.items())
+        for part in parts:
+            if list(part.names.items()) != first:
+                expected, got = (", ".join(names) or "none" for names in (parts[0].names, part.names))
+                raise ValueError(
+                    f"parts: expected metrics of one objective, got own metrics {expected} and {got}, each by its own "
+                    "divisor; merge those of each objective apart"
+                )
         values = torch.stack([part.values for part in parts]).sum(0)
         calls = sum(part._calls for part in parts)
         return cls(values, torch.cat([part.scores for part in parts]), calls, parts[0].names)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.layout import Layout, accumulate
-from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.base import Group, Objective, Terms, or_one
 from clha_fast.options import require, require_not_negative, require_positive
 from clha_fast.types import RankingInputs
 
@@ -115,7 +115,7 @@ class PolicyOptions(Objective):
             each = each / group.lengths.clamp(min=1)[group.owner]
         of = group.totals.tokens if self.reduction == "token_mean" else group.totals.candidates
         # Ignored tokens cost nothing: no advantage, and no divergence. No token anywhere is 0, not 0 / 0.
-        rank = each.sum() / of.clamp(min=1)
+        rank = each.sum() / or_one(of)
         return Terms(rank, torch.zeros_like(rank))
 
     def _advantages(self, group: Group) -> Tensor:

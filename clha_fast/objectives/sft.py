@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.layout import Layout
-from clha_fast.objectives.base import Group, Objective, Terms
+from clha_fast.objectives.base import Group, Objective, Terms, or_one
 from clha_fast.options import require
 
 SFTMean = Literal["prompt_mean", "token_mean"]
@@ -26,7 +26,7 @@ def target_nll(group: Group, form: SFTMean) -> Tensor:
     if form == "prompt_mean":
         return -group.of_targets(group.scores).sum() / group.totals.prompts
     # No target anywhere has a token where they have none in all: 0, not 0 / 0.
-    return -group.of_targets(group.sums).sum() / group.totals.target_tokens.clamp(min=1)
+    return -group.of_targets(group.sums).sum() / or_one(group.totals.target_tokens)
 
 
 @dataclass(frozen=True)

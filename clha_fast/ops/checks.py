@@ -221,6 +221,10 @@ def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective, 
     for name in COUNTS[1:]:
         value = getattr(given, name)
         _expect(value is None or value.dim() == 0, name, "a scalar tensor", value)
+    for name in COUNTS:
+        value = getattr(given, name)
+        ok = value is None or (value.dtype != torch.bool and not value.is_complex())
+        _expect(ok, name, "integers or floating numbers", value)
     for name in SIGNALS:
         value = getattr(given, name)
         if value is not None:
@@ -300,12 +304,19 @@ def _count_values(name: str, counts: Tensor | None) -> None:
         raise ValueError(f"{name}: expected finite counts that are not negative, got {value}")
 
 
-def ranking_values(num_tokens: int, ranking: RankingInputs) -> None:
-    """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only."""
+def ranking_values(num_tokens: int, ranking: RankingInputs, scored: Callable[[], Tensor]) -> None:
+    """Lengths and counts add up, rewards are finite, SFT targets exist. CPU tensors only.
+
+    Args:
+        scored: gives bool [N], looked at where a step is said to have nothing.
+    """
     candidate_lengths, candidates_per_prompt, rewards, sft_index, pair_counts = ranking[:5]
     count = candidate_lengths.shape[0]
     for name in COUNTS:
         _count_values(name, getattr(ranking, name))
+    for name in ("prompt_count", "candidate_count", "token_count"):
+        if _cpu(value := getattr(ranking, name)) and not bool(value) and _cpu(here := scored()) and bool(here.any()):
+            raise ValueError(f"{name}: expected what the whole step has, got 0 for a batch with scored tokens")
     if _cpu(candidate_lengths):
         if count and int(candidate_lengths.min()) < 0:
             at = int(candidate_lengths.argmin())

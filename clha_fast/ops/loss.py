@@ -56,7 +56,8 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(arguments)
     head, objective = HeadOptions.decode(call.head), decode(call.objective)
     checks.input_values(call.inputs, head.ignore_index)
-    checks.ranking_values(call.inputs.targets.shape[0], call.given)
+    targets = call.inputs.targets
+    checks.ranking_values(targets.shape[0], call.given, lambda: targets != head.ignore_index)
     backend, gradients = backends.load(call.backend), SweptGradients(None, None, None)
     with as_cast(call.inputs.hidden):
         if call.backend in SWEEPING:

@@ -64,7 +64,9 @@ def per_candidate(
 
 
 def count(given: Tensor | None, own: float, like: Tensor) -> Tensor:
-    return torch.tensor(float(own), dtype=like.dtype, device=like.device) if given is None else given.to(like)
+    """A denominator: the count given, else `own`; 1 where that is 0, which is a count of nothing."""
+    total = torch.tensor(float(own), dtype=like.dtype, device=like.device) if given is None else given.to(like)
+    return torch.where(total == 0, 1.0, total)
 
 
 def metrics(

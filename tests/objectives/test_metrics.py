@@ -13,8 +13,10 @@ from clha_fast import (
     CLHAOptions,
     Objective,
     PolicyOptions,
+    PROOptions,
     RankingInputs,
     RRHFOptions,
+    SFTOptions,
     linear_loss,
     ranking_loss,
     token_logps,
@@ -106,6 +108,29 @@ def test_merging_weighs_pairs_alike_and_losses_by_call():
     assert nested.rank_loss.item() == pytest.approx(3.0)
     with pytest.raises(ValueError, match=r"^parts: expected at least one CLHAMetrics, got none$"):
         CLHAMetrics.merge([])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (PROOptions(), SFTOptions(), "best_first and target_nll"),
+        (SFTOptions(), CLHAOptions(), "target_nll and none"),
+        (PolicyOptions(), PolicyOptions(kl_weight=0.1), "ratio, clip_share, old_kl and ratio, .*, reference_kl"),
+        (CLHAOptions().watched(), CLHAOptions(), "entropy, mean_token_accuracy and none"),
+    ],
+)
+def test_metrics_of_several_objectives_are_not_merged(one: Objective, other: Objective, said: str) -> None:
+    def metrics(objective: Objective) -> CLHAMetrics:
+        inputs = RankingInputs(torch.tensor([1, 1]), torch.tensor([2]), torch.tensor([5.0, 1.0]))
+        if "reference_logps" in objective.needs:
+            inputs = inputs._replace(reference_logps=-torch.ones(2))
+        statistics = dict.fromkeys(objective.wanted, torch.ones(2))
+        return ranking_loss(-torch.ones(2), inputs, objective, statistics=statistics)[1]
+
+    with pytest.raises(ValueError, match=f"^parts: expected metrics of one objective, got own metrics {said}, each"):
+        CLHAMetrics.merge([metrics(one), metrics(one), metrics(other)])
+    for same in (one, other):
+        assert CLHAMetrics.merge([metrics(same)] * 2).num_tokens == 4
 
 
 def brute_force(case: Case, options: CLHAOptions) -> dict[str, float]:

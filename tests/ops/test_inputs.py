@@ -18,9 +18,11 @@ import clha_fast
 from clha_fast import (
     CLHALoss,
     CLHAOptions,
+    CoHOptions,
     HeadOptions,
     LinearLoss,
     Objective,
+    PolicyOptions,
     PROOptions,
     RankingInputs,
     SFTOptions,
@@ -196,6 +198,57 @@ def test_counts_are_finite_and_not_negative(backend: str, name: str, wrong: floa
         ranking_loss(token_logps(case.hidden, case.weight, case.targets), given(case, **{name: counts}))
     none_at_a_distance = given(case, pair_counts=torch.tensor([3.0, 2.0, 0.0]))
     linear_loss(case.hidden, case.weight, case.targets, none_at_a_distance, CLHAOptions(reward_margin=1e9))
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(True), torch.tensor(2 + 1j), torch.tensor(False)])
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_numbers(backend: str, name: str, wrong: Tensor) -> None:
+    case = small()
+    counts = wrong.expand(3) if name == "pair_counts" else wrong
+    said = f"{name}: expected integers or floating numbers, got"
+    with pytest.raises(ValueError, match=said):
+        linear_loss(case.hidden, case.weight, case.targets, given(case, **{name: counts}), backend=backend)
+    with pytest.raises(ValueError, match=said):
+        ranking_loss(token_logps(case.hidden, case.weight, case.targets), given(case, **{name: counts}))
+
+
+@pytest.mark.parametrize("name", ["prompt_count", "candidate_count", "token_count"])
+@pytest.mark.parametrize("zero", [torch.tensor(0), torch.tensor(0.0), torch.tensor(0.0, dtype=torch.float64)])
+def test_a_step_with_nothing_has_no_tokens(backend: str, name: str, zero: Tensor) -> None:
+    case = small()
+    said = f"^{name}: expected what the whole step has, got 0 for a batch with scored tokens$"
+    with pytest.raises(ValueError, match=said):
+        linear_loss(case.hidden, case.weight, case.targets, given(case, **{name: zero}), backend=backend)
+    with pytest.raises(ValueError, match=said):
+        ranking_loss(token_logps(case.hidden, case.weight, case.targets), given(case, **{name: zero}))
+
+
+NORMALISED = [
+    (CoHOptions(), "token_count"),
+    (PolicyOptions(), "token_count"),
+    (PolicyOptions(reduction="sequence_mean"), "candidate_count"),
+    (SFTOptions(form="token_mean"), "target_token_count"),
+    (SFTOptions(), "prompt_count"),
+]
+
+
+@pytest.mark.parametrize(("objective", "name"), NORMALISED)
+def test_counts_below_one_divide_and_nothing_over_nothing_is_nothing(
+    backend: str, objective: Objective, name: str
+) -> None:
+    case = small()
+    rewarded = given(case)._replace(rewards=torch.arange(float(len(case.candidate_lengths))))
+
+    def loss(targets: Tensor, count: float) -> float:
+        inputs = rewarded._replace(**{name: torch.tensor(count)})
+        return float(linear_loss(case.hidden, case.weight, targets, inputs, objective, backend=backend)[0])
+
+    one = loss(case.targets, 1.0)
+    # On policy of rewards, a loss is a sum of advantages, which may be 0 but for rounding.
+    assert loss(case.targets, 0.5) == pytest.approx(2 * one, rel=1e-5, abs=1e-6)
+    assert loss(case.targets, 0.25) == pytest.approx(4 * one, rel=1e-5, abs=1e-6)
+    if name != "prompt_count":  # of which there is always one
+        assert loss(torch.full_like(case.targets, -100), 0.0) == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
