@@ -21,6 +21,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.files import last_checkpoint
 from clha_fast.models.adapters import base_model, with_adapter
+from clha_fast.models.dropout import without_dropout
 from clha_fast.models.forward import CandidateForward, LogpForward, check_dropped
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
@@ -36,7 +37,7 @@ from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
 from clha_fast.training.sequence import sequence_of
-from clha_fast.training.trl_names import as_model, without_dropout
+from clha_fast.training.trl_names import as_model
 from clha_fast.training.validation import NO_LOGITS, check_arguments, check_fsdp
 
 logger = logging.get_logger(__name__)
