@@ -43,7 +43,7 @@ from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.trl_names import SETTLED
-from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
+from clha_fast.training.validation import check_best_metric, check_casts, check_optimizer, evaluation_metrics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -181,6 +181,7 @@ class Run:
         self.settings = settings
         self.args: Any = self.config_class(**settings)
         self.folder: str = self.args.output_dir
+        check_casts(self.args)
         self._check_settings()
         self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
         self.before: dict[str, Any] = {}

@@ -92,6 +92,8 @@ _NOTHING: dict[str, Any] = {
     "skip_bad_records": False,
     "eval_samples": 0,
     "batch_eval_metrics": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
 }
 
 
@@ -151,6 +153,7 @@ class RolloutTrainer(CLHATrainer):
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite.
     """
 
+    _collates = True
     control: Any
 
     def __init__(

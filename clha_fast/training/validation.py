@@ -14,13 +14,17 @@ import accelerate
 import torch
 from accelerate import DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from clha_fast.data.records import shorten
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+
+logger = logging.get_logger(__name__)
 
 # What `Trainer` itself says of an evaluation.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
@@ -33,6 +37,8 @@ _LEAST = {
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), ("a finite number of at least 0", 0)),
 }
+# They cast the model in place.
+_CASTS = ("bf16_full_eval", "fp16_full_eval")
 _CHOICES: dict[str, type[enum.Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 # transformers does not say of these whether they are installed.
 _UNKNOWN_REPORTERS = set(INTEGRATION_TO_CALLBACK) & {"codecarbon", "flyte"}
@@ -166,6 +172,43 @@ def evaluation_metrics(own: Sequence[str] | Mapping[str, str] = ()) -> list[str]
     """What an evaluation of `CLHATrainer` with one dataset is known to hold; `own` are the objective's metrics."""
     metrics = CLHAMetrics(torch.zeros(len(METRIC_NAMES) + len(own)), torch.zeros(0), names=own).as_dict()
     return ["loss", *metrics, "inert_candidates", *SPEEDS]
+
+
+class Dtypes:
+    """The dtypes of a model's weights before anything ran."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.given = {parameter.dtype for parameter in model.parameters()}
+
+    def check(self, args: TrainingArguments, model: nn.Module) -> None:
+        """ValueError where an evaluation has cast what would be trained, as transformers does outside of training."""
+        for name in _CASTS:
+            if getattr(args, name) and {parameter.dtype for parameter in model.parameters()} != self.given:
+                raise ValueError(
+                    f"{name}: expected False where a model trains after it was evaluated, got True, which has cast the "
+                    f"weights for good; {name.partition('_')[0]}=True evaluates in that dtype and leaves them"
+                )
+
+
+def check_casts(args: TrainingArguments) -> None:
+    """ValueError where an evaluation would cast what is trained or saved after it."""
+    for name in _CASTS:
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: expected False where a run evaluates before it trains and before it saves, got True, which "
+                f"casts the weights for good; {name.partition('_')[0]}=True evaluates in that dtype and leaves them"
+            )
+
+
+def say_what_is_left_out(model: nn.Module) -> None:
+    """A warning for what an adapter adds to `outputs.loss`, which there is none of in a trainer here."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        weight = getattr(config, "orth_reg_weight", 0)
+        if weight:
+            logger.warning(
+                f"peft: AdaLoRA's regulariser (orth_reg_weight={weight} of the adapter {name!r}) is added to no loss "
+                "here; a model that is attached in a loop of your own adds it (docs/adapters.md)"
+            )
 
 
 def sampling_strategy(args: TrainingArguments) -> str:
