@@ -224,9 +224,9 @@ def check_loading(args: Any) -> None:
 
     Raises:
         ValueError: batches read by one process and cut along their first dimension (a batch's tensors have different
-            ones); processes with different numbers of batches, which wait for each other for ever; batches in the order
-            in which workers finish them; a sampling strategy that asks for the length of `input_ids`, or a second one
-            beside `max_tokens_per_batch`.
+            ones); processes with different numbers of batches, or of attempts at them, which wait for each other for
+            ever; batches in the order in which workers finish them; a sampling strategy that asks for the length of
+            `input_ids`; beside `max_tokens_per_batch` a second one, or a search for the batch's size.
     """
     loading = args.accelerator_config
     if loading.dispatch_batches:
@@ -239,6 +239,11 @@ def check_loading(args: Any) -> None:
         raise ValueError(
             "accelerator_config.even_batches: expected True with several processes (one with fewer batches would leave "
             "the others waiting), got False"
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "auto_find_batch_size: expected False with several processes (one that is out of memory would start again "
+            "alone, and the others wait for it), got True"
         )
     if not getattr(args, "dataloader_in_order", True):
         raise ValueError(
@@ -253,6 +258,11 @@ def check_loading(args: Any) -> None:
         )
     if args.max_tokens_per_batch is None:
         return
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: expected False with max_tokens_per_batch, which alone says how large a batch is, "
+            "got True; a smaller max_tokens_per_batch takes less memory"
+        )
     if strategy != "random":
         raise ValueError(
             "train_sampling_strategy: expected random with max_tokens_per_batch, which groups by length itself, got "
