@@ -150,7 +150,7 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
     beside = f"{path}.{os.getpid()}.partial"
     try:
-        with open(beside, "x", encoding="utf-8", newline="\n") as file:
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())

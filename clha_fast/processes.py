@@ -7,6 +7,7 @@ nobody waits: one that fails says why and ends, and the launcher ends the others
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import os
@@ -152,8 +153,17 @@ def join() -> Processes:
                     f"processes: expected WORLD_SIZE={world} of them to meet at {place}, got {error}; start all with "
                     "torchrun or accelerate launch, or unset WORLD_SIZE to run in one"
                 ) from error
+            atexit.register(_leave)
             _joined = Processes(rank, world, local, None, dist.PrefixStore("clha_fast/said", store))
     return _joined
+
+
+def _leave() -> None:
+    """Ends the group before the interpreter does: gloo's thread still drops tensors, and would abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def joined() -> Processes:

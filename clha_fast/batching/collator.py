@@ -35,6 +35,10 @@ _PROMPT_SHARE = 4
 _ANCHORS = ("\n", ".", "0", "a")
 
 
+# Of a prompt with its longest response, of either: what decides which tokens a record has.
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+
+
 class RankedCollator:
     """Turns ranked records into the dictionary of a `CandidateBatch`.
 
@@ -395,7 +399,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
     Attributes:
         lengths: tokens of every prompt's longest row, for samplers that group by length.
         skipped: the errors of records left out; the list given as `skipped`, or an empty one.
-        cut_prompts, cut_completions: how many the collator's limits have shortened.
+        cut_prompts, cut_completions: how many the collator's limits have shortened. limits: these, by name.
 
     Raises:
         ValueError: no record, or some records with rewards and some without; a bad `num_proc`.
@@ -426,6 +430,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
             why = f" (all {len(self.skipped):,} are bad, the first: {self.skipped[0]})" if self.skipped else ""
             raise RecordError(f"records: expected at least one, got none{why}")
         check_features(self._features)
+        self.limits = {name: getattr(collator, name) for name in LIMITS}
         self.lengths = [len(f["prompt_ids"]) + max(map(len, f["completion_ids"])) for f in self._features]
 
     def __len__(self) -> int:

@@ -115,6 +115,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         comparison = claim.comparison
     started = time.monotonic()
     logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
 
     def say(line: str) -> None:
@@ -126,6 +127,9 @@ def _run(command: str, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with what is in {comparison.output_dir}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return _finish(table, comparison, claim)
 
 

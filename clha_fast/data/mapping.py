@@ -7,11 +7,13 @@ from typing import Any
 
 from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
 from clha_fast.data.names import near
-from clha_fast.data.records import SIGNALS, RecordError, is_sequence
+from clha_fast.data.records import SIGNALS, RecordError, is_number, is_sequence
 
 # Fields that hold several values, one a response; each may be given as a list of columns.
 _NUMBERS = ("rewards", "ranks", *SIGNALS)
 _MANY = ("completions", *_NUMBERS)
+# What the rows of a group have in common.
+_OF_GROUP = ("prompt", "tools", "chat_template_kwargs", "subset", "sft_index")
 FIELDS = (
     *("prompt", "completions", "rewards", "ranks", "sft_index", "chosen", "rejected", "system"),
     *("tools", "chat_template_kwargs", *SIGNALS, "subset", "group_by"),
@@ -83,8 +85,7 @@ class ColumnMap:
                 found[field] = _joined(values, path, source)
             else:
                 found[field] = values if isinstance(path, list) else values[0]
-        if self.canonical:
-            _drop_missing(found, self.columns)
+        kept = _drop_missing(found, self.columns) if self.canonical else None
         if isinstance(row, TextRow):
             for field in {*_MANY} & set(found):
                 found[field] = as_list(found[field])
@@ -93,6 +94,10 @@ class ColumnMap:
         if isinstance(found.get("rewards"), bool):  # a label of good and bad
             found["rewards"] = int(found["rewards"])
         rest = {name: value for name, value in row.items() if name not in taken}
+        if kept is not None:
+            for fields in (rest, found):
+                if "sft_index" in fields:
+                    fields["sft_index"] = _moved(fields["sft_index"], kept, source)
         if "system" in found:
             found["prompt"] = _with_system(found.pop("system"), found.get("prompt", rest.get("prompt")), source)
         kind = TextRow if isinstance(row, TextRow) else dict
@@ -130,9 +135,14 @@ class ColumnMap:
             if field in first.mapped:
                 merged[field] = [item for _, row in rows for item in _as_list(row.row[field])]
         for place, row in rows[1:]:
-            if row.row.get("prompt") != first.row.get("prompt"):
-                expected = f"the prompt of {members[0][0]}, with the same {self.group_by}"
-                return RecordError.of(place, "prompt", expected, row.row.get("prompt"))
+            for field in _OF_GROUP:
+                value = row.row.get(field)
+                # One row may say it for all, but for the prompt; a subset that is no text is somebody else's column.
+                if (value is None and field != "prompt") or (field == "subset" and not isinstance(value, str)):
+                    continue
+                if value != merged.get(field):
+                    expected = f"the {field} of {members[0][0]}, with the same {self.group_by}"
+                    return RecordError.of(place, field, expected, value)
         return Reading(merged, mapped=first.mapped)
 
     @staticmethod
@@ -183,16 +193,27 @@ def _joined(values: list[Any], paths: list[str], source: str) -> str:
     return text
 
 
-def _drop_missing(found: dict[str, Any], columns: Mapping[str, Any]) -> None:
-    """Leave out the places where every field that is a list of columns has None."""
+def _drop_missing(found: dict[str, Any], columns: Mapping[str, Any]) -> list[int | None] | None:
+    """Leave out the places where every field that is a list of columns has None; says where each place went, if any."""
     lists = [field for field in _MANY if field in found and isinstance(columns[field], list)]
     if "completions" not in lists or len({len(found[field]) for field in lists}) > 1:
-        return
-    kept = [k for k in range(len(found["completions"])) if any(found[field][k] is not None for field in lists)]
+        return None
+    count = len(found["completions"])
+    kept = [k for k in range(count) if any(found[field][k] is not None for field in lists)]
     for field in lists:
         found[field] = [found[field][k] for k in kept]
     if "rewards" in lists and all(value is None for value in found["rewards"]):
         found["rewards"] = None
+    return None if len(kept) == count else [kept.index(k) if k in kept else None for k in range(count)]
+
+
+def _moved(sft_index: Any, places: list[int | None], source: str) -> Any:
+    """Where the response of `sft_index` went; what is no place of the row's is refused with others, later."""
+    if not is_number(sft_index) or sft_index not in range(len(places)):
+        return sft_index
+    if places[int(sft_index)] is None:
+        raise RecordError.of(source, "sft_index", "the place of a response that is there", sft_index)
+    return places[int(sft_index)]
 
 
 def _with_system(system: Any, prompt: Any, source: str) -> Any:

@@ -18,15 +18,20 @@ from clha_fast.data.writing import write_records
 from clha_fast.files import WRITING, file_hash, publish_files, write_json
 
 
-def of_length(record: RankedRecord, length: int) -> RankedRecord:
-    """The record with `length` of its candidates: the best, the worst, and others at even steps of rank between."""
+def of_length(record: RankedRecord, length: int) -> RankedRecord | None:
+    """The record with `length` of its candidates: the best, the worst, and others at even steps of rank between.
+
+    None where its `sft_index` is not among them.
+    """
     size = len(record.completions)
     chosen = [round(k * (size - 1) / (length - 1)) for k in range(length)]
+    if record.sft_index not in chosen:
+        return None
     return dataclasses.replace(
         record,
         completions=tuple(record.completions[k] for k in chosen),
         rewards=None if record.rewards is None else tuple(record.rewards[k] for k in chosen),
-        sft_index=0,
+        sft_index=chosen.index(record.sft_index),
         signals={name: tuple(values[k] for k in chosen) for name, values in record.signals.items()},
     )
 
@@ -94,13 +99,15 @@ def split_files(
         empty = {"read": 0, "kept": 0, "dropped": Counter()}
         count = counts.setdefault(record.subset, {}).setdefault(split, empty)
         count["read"] += 1
-        if length is not None and len(record.completions) < length:
-            reason = f"fewer than {length} candidates"
+        fewer = length is not None and len(record.completions) < length
+        short = record if length is None else None if fewer else of_length(record, length)
+        if short is None:
+            reason = f"fewer than {length} candidates" if fewer else f"sft_index is none of {length} candidates"
             count["dropped"][reason] += 1
             first.setdefault(reason, record.source)
             continue
         count["kept"] += 1
-        parts[split].append(record if length is None else of_length(record, length))
+        parts[split].append(short)
     for split, records in parts.items():
         if not records:
             total = sum(count["read"] for of_subset in counts.values() for count in of_subset.values())

@@ -153,6 +153,10 @@ def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[in
             f"{others:,} of {len(ours):,} prompts have other references on the two sides: BLEU, likelihood and ranking "
             "are not compared"
         )
+    left, right = (found.values.get("nll_tokens") for found in (a, b))
+    if not others and left and right and any(left[i] != right[j] for i, j in zip(ours, theirs, strict=True)):
+        dropped.add("nll")
+        notes.append("NLL a token is not compared: the best answers are other tokens on the two sides")
     changed = [name for name in ("noise_rule", "reward_margin") if a.about.get(name) != b.about.get(name)]
     if changed and "kept" in a.values and "kept" in b.values:
         dropped |= _KEPT

@@ -286,7 +286,8 @@ def _rewarded(
     reward_model = None if kept.get("refused") else load()
     if reward_model is not None and not kept:
         check = check_reward_model(name, held_out, reward_model, **settings)
-        kept["fingerprint"] = reward_model.fingerprint()
+        label = f" {reward_model.label}" if reward_model.label else ""
+        kept["fingerprint"] = reward_model.fingerprint() + label
         kept |= {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
     if reward_model is None or kept["refused"]:
         return kept, {}

@@ -43,7 +43,7 @@ from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.trl_names import SETTLED
-from clha_fast.training.validation import check_best_metric, check_optimizer, evaluation_metrics
+from clha_fast.training.validation import check_best_metric, check_casts, check_optimizer, evaluation_metrics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,6 +69,9 @@ _NEUTRAL = (
     *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
     *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 )
+
+
+_SKIPS = "--skip_bad_records leaves such records out"
 
 
 @dataclass
@@ -181,6 +184,7 @@ class Run:
         self.settings = settings
         self.args: Any = self.config_class(**settings)
         self.folder: str = self.args.output_dir
+        check_casts(self.args)
         self._check_settings()
         self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
         self.before: dict[str, Any] = {}
@@ -219,10 +223,13 @@ class Run:
         assert options.train_file is not None
         skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        train, *held_out = (
-            read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
-            for path in files
-        )
+        try:
+            train, *held_out = (
+                read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
+                for path in files
+            )
+        except RecordError as error:
+            raise error if skipped is not None else error.advised(_SKIPS) from None
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:

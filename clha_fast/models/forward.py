@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -134,8 +135,12 @@ class _Forward:
         compute: HeadCompute,
         others: Mapping[str, Any] | None = None,
         wrapped: bool = True,
+        tensors: Mapping[str, Tensor | None] = MappingProxyType({}),
     ) -> tuple[Any, FusedHead]:
-        """(the model's output, the head with what `compute` returned) of one forward of `run`."""
+        """(the model's output, the head with what `compute` returned) of one forward of `run`.
+
+        tensors: what `compute` reads.
+        """
         self._check(inputs["input_ids"], targets)
         if not inputs["input_ids"].numel():  # a model must run, on every process
             inputs = {name: tensor.new_ones(1, 1) for name, tensor in inputs.items()}
@@ -152,7 +157,7 @@ class _Forward:
                     "this one"
                 )
             scored = [] if targets is None else [targets]
-            self.sequence.same_batch(inputs["input_ids"], *scored, mask=inputs["attention_mask"])
+            self.sequence.same_batch(inputs["input_ids"], *scored, mask=inputs["attention_mask"], more=tensors)
             segments, tokens, inputs = self.sequence.cut(segments, tokens, inputs, self._first_position)
         with (
             place(self.model, compute, self.info) as fused,
@@ -253,7 +258,7 @@ class CandidateForward(_Forward):
                 loss, metrics = spread_loss(self.sequence, shape, hidden, weight, bias, tensors, **settings)
             return loss, metrics.values, metrics.scores
 
-        output, fused = self._run(run, inputs, tensors["targets"], compute, others, wrapped)
+        output, fused = self._run(run, inputs, tensors["targets"], compute, others, wrapped, tensors)
         loss, values, scores = fused.result
         if fused.in_output:  # a wrapper may have put a node of its own behind it
             loss = output.logits

@@ -108,10 +108,12 @@ class LayoutProbe:
         Raises:
             UnsupportedLayoutError: as `check`.
         """
+        self.together = False
         with self.as_it_is():
             joined = pack(features, layout)
             with self._running(layout, joined):
                 together = self._logps(joined, spread)
+            self.together = True
             if segment_masks.asked() == 0:
                 raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
             parts = together.double().split(joined.candidate_lengths.tolist())

@@ -237,6 +237,8 @@ class RowLayouts:
             with self._around():
                 self._probe.compare(features, layout, looked_at, self._spread, masks=False)
         except torch.OutOfMemoryError:
+            if not self._probe.together:  # the others are in its collectives, and would take another for one of them
+                raise
             short = True
         except UnsupportedLayoutError as error:
             problem = error

@@ -13,8 +13,10 @@ which DDP and FSDP take, is the gradient of one process.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -37,7 +39,25 @@ from clha_fast.types import RankingInputs
 
 WAY = "leave sequence_parallel (a trainer's sequence_parallel_size) out to run whole rows in every process"
 # Rotary tables that depend on the longest position that a forward sees, which is another one in each process.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BY_LENGTH = ("dynamic", "longrope")
+
+
+def _checksum(part: Tensor) -> Tensor:
+    """Of numbers and their places, floats by their bits."""
+    if part.is_floating_point():
+        part = part.contiguous().view(_INTEGERS[part.itemsize])
+    return (part.flatten().long() * torch.arange(1, part.numel() + 1, device=part.device)).sum()
+
+
+def _checksums(tensors: Mapping[str, Tensor | None], device: torch.device) -> Tensor:
+    """One of all that are there, by their names and shapes."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            mark = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            total += mark * (1 + _checksum(tensor.detach().to(device)))
+    return total
 
 
 class SequenceParallel:
@@ -87,8 +107,13 @@ class SequenceParallel:
         if getattr(config, "output_router_logits", False):
             raise UnsupportedLayoutError(_ROUTER)
 
-    def same_batch(self, *tensors: Tensor, mask: Tensor) -> None:
+    def same_batch(
+        self, *tensors: Tensor, mask: Tensor, more: Mapping[str, Tensor | None] = MappingProxyType({})
+    ) -> None:
         """Whether all processes were given the same tensors, and rows with padding on the right alone: one all-reduce.
+
+        Args:
+            more: what processes may have or not, by name.
 
         Raises:
             ValueError: they were not; on every process.
@@ -96,7 +121,7 @@ class SequenceParallel:
         sizes = torch.tensor([size for tensor in tensors for size in (tensor.dim(), *tensor.shape)])
         device = mask.device
         flat = [sizes.to(device), *(tensor.to(device).flatten() for tensor in tensors)]
-        sums = [(part.long() * torch.arange(1, part.numel() + 1, device=device)).sum() for part in flat]
+        sums = [*map(_checksum, flat), *([_checksums(more, device)] if more else [])]
         left = (mask[:, 1:] > mask[:, :-1]).any().long()
         told = torch.stack([left, *sums])
         told = torch.cat([told, -told])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
-from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.collator import LIMITS, RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import feature_chunks, is_tokenised, ranking_inputs
 from clha_fast.data.records import RecordError
@@ -18,12 +19,45 @@ from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.objectives.pairs import Pairs
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.validation import sampling_strategy
 from clha_fast.types import SIGNALS
 
 _LOOK = 2048  # prompts whose order is held to their rewards
 # A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
 _CONTRADICTION = 0.2
 logger = logging.get_logger(__name__)
+
+
+def check_reach(args: CLHAConfig, collator: Any, datasets: list[Any]) -> None:
+    """Whether settings that are not the default's reach what is collated by the caller's own, or tokenised already.
+
+    Raises:
+        ValueError: one that does not.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    asked = {
+        name: getattr(args, name)
+        for name in (*LIMITS, "pad_to_multiple_of", "drop_inert", "eval_drop_inert")
+        if getattr(args, name) != default[name]
+    }
+    for name, value in asked.items() if collator is not None else ():
+        if not isinstance(collator, RankedCollator):
+            raise ValueError(
+                f"{name}: expected {default[name]!r} beside a data_collator that is no RankedCollator, which decides "
+                f"it, got {value!r}"
+            )
+        own = getattr(collator, name.removeprefix("eval_"))
+        if value != own:
+            raise ValueError(f"{name}: expected {own!r}, as the data_collator has it, got {value!r}")
+    for dataset in datasets:
+        if isinstance(dataset, (RankedDataset, RankedStream)):
+            for name in LIMITS:
+                own = dataset.limits[name] if isinstance(dataset, RankedDataset) else getattr(dataset.collator, name)
+                if name in asked and asked[name] != own:
+                    raise ValueError(
+                        f"{name}: expected {own!r}, with which the {type(dataset).__name__} is tokenised, got "
+                        f"{asked[name]!r}; give records, or a collator of that limit to the {type(dataset).__name__}"
+                    )
 
 
 def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
@@ -33,7 +67,8 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     batches as the others. An evaluation stream's end is filled up to full batches for all processes.
 
     Raises:
-        ValueError: a path; something that can be read only once; a stream with `max_tokens_per_batch`.
+        ValueError: a path; something that can be read only once; a stream with `max_tokens_per_batch` or
+            `group_by_length`.
         RecordError: as `RankedDataset`.
     """
     if (
@@ -63,6 +98,11 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
         raise ValueError(
             f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
             f"{args.max_tokens_per_batch}"
+        )
+    if training and sampling_strategy(args) == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy: expected random or sequential for a stream, whose lengths are not known, got "
+            "'group_by_length'"
         )
     processes = args.world_size // args.sequence_parallel_size
     return RankedStream(
@@ -159,7 +199,10 @@ def check_signals(dataset: Any, name: str, objective: Objective, reference: str 
 
 def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
     skipped: list[RecordError] | None = [] if args.skip_bad_records else None
-    found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
+    try:
+        found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
+    except RecordError as error:
+        raise error if skipped is not None else error.advised("skip_bad_records=True leaves such records out") from None
     if skipped:
         logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
     if found.cut_prompts or found.cut_completions:

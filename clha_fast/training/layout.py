@@ -19,16 +19,35 @@ logger = logging.get_logger(__name__)
 COUNTED = 2048  # prompts whose tokens are counted
 
 
-def asked_layout(asked: str, collator: Any) -> str:
+def padded_for_noise(args: Any, asked: str | None = None) -> str:
+    """The layout that settings (or `asked`) ask for, `auto` with NEFTune's noise `padded`.
+
+    Raises:
+        ValueError: another one, in whose rows the noise would be weaker: it is divided by the root of a row's length.
+    """
+    asked = args.layout if asked is None else asked
+    if args.neftune_noise_alpha is None or asked == "padded":
+        return asked
+    if asked != "auto":
+        raise ValueError(
+            f"neftune_noise_alpha: expected None with layout={asked!r} (its noise goes by the length of a row, which "
+            f"holds several candidates there), got {args.neftune_noise_alpha}; layout='padded' takes it"
+        )
+    logger.warning("layout: padded, since NEFTune's noise goes by the length of a row")
+    return "padded"
+
+
+def asked_layout(args: Any, collator: Any) -> str:
     """What the settings or a collator of the caller's ask for.
 
     Raises:
-        ValueError: two layouts.
+        ValueError: two layouts; one that `padded_for_noise` refuses.
     """
+    asked = args.layout
     own = collator.layout if isinstance(collator, RankedCollator) else "padded"
     if own != "padded" and asked not in ("padded", own):
         raise ValueError(f"layout: expected {own!r}, as the data_collator has it, got {asked!r}")
-    return own if own != "padded" else asked
+    return padded_for_noise(args, own if own != "padded" else asked)
 
 
 def settle_layout(

@@ -25,11 +25,12 @@ from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
-from clha_fast.training.layout import COUNTED, probe_layout
+from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.validation import (
     NO_LOGITS,
     SPEEDS,
+    Dtypes,
     check_arguments,
     check_best_metric,
     check_loading,
@@ -37,6 +38,7 @@ from clha_fast.training.validation import (
     check_numbers,
     check_schedule,
     sampling_strategy,
+    say_what_is_left_out,
 )
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins")
@@ -199,11 +201,13 @@ class RewardTrainer(CheckpointingTrainer):
             compute_metrics=_metrics,
             **kwargs,
         )
+        self._dtypes = Dtypes(self.model)
+        say_what_is_left_out(self.model)
         self._check_padding(tokenizer)
         self._joined = JoinedRewards(self.model, self._pad)
         data = self.train_dataset
         tokens = data.count_tokens(COUNTED) if args.layout == "auto" and isinstance(data, PairedDataset) else None
-        self.layout = probe_layout(args.layout, [self._joined], self.accelerator, tokens)
+        self.layout = probe_layout(padded_for_noise(args), [self._joined], self.accelerator, tokens)
         collator: Any = self.data_collator
         collator.layout = self.layout
 
@@ -284,6 +288,7 @@ class RewardTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""
+        self._dtypes.check(self.args, self.model)
         self._seen = None  # of steps of an earlier call that no line of its log has had
         return super().train(*args, **kwargs)
 

@@ -21,6 +21,7 @@ from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_
 from clha_fast.generation.hf import generate_tokens
 from clha_fast.generation.prompts import encode_prompts, own_ends
 from clha_fast.models.adapters import base_model
+from clha_fast.models.dropout import without_dropout
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
@@ -91,6 +92,8 @@ _NOTHING: dict[str, Any] = {
     "skip_bad_records": False,
     "eval_samples": 0,
     "batch_eval_metrics": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
 }
 
 
@@ -150,6 +153,7 @@ class RolloutTrainer(CLHATrainer):
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite.
     """
 
+    _collates = True
     control: Any
 
     def __init__(
@@ -185,7 +189,7 @@ class RolloutTrainer(CLHATrainer):
             data_collator=collate_numbers,
             **kwargs,
         )
-        _no_dropout(self.model)
+        without_dropout(self.model)
         backend: Any = args.backend
         self._logps = LogpForward(base_model(self.model), self.head_info, self.head_options, backend)
 
@@ -382,12 +386,3 @@ class Answered:
 
     features: list[CandidateFeature]
     metrics: dict[str, float]
-
-
-def _no_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if name.endswith("dropout") and isinstance(value, float):  # for functional.dropout
-                setattr(module, name, 0.0)

@@ -21,6 +21,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.totals import local_counts, step_counts
 from clha_fast.files import last_checkpoint
 from clha_fast.models.adapters import base_model, with_adapter
+from clha_fast.models.dropout import without_dropout
 from clha_fast.models.forward import CandidateForward, LogpForward, check_dropped
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
@@ -30,14 +31,14 @@ from clha_fast.models.tiled import tile_mlps
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
-from clha_fast.training.datasets import as_dataset, check_signals, check_trains
+from clha_fast.training.datasets import as_dataset, check_reach, check_signals, check_trains
 from clha_fast.training.layout import asked_layout, settle_layout
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
 from clha_fast.training.running_metrics import RunningMetrics
 from clha_fast.training.sequence import sequence_of
-from clha_fast.training.trl_names import as_model, without_dropout
-from clha_fast.training.validation import NO_LOGITS, check_arguments, check_fsdp
+from clha_fast.training.trl_names import as_model
+from clha_fast.training.validation import NO_LOGITS, Dtypes, check_arguments, check_fsdp, say_what_is_left_out
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +97,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
 
     # Each micro-batch's loss is a mean of its own, so Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
+    # Whether limits are read by what gives the class its collator.
+    _collates = False
     # As `Trainer` sets it for the model at hand; before transformers 5.20 none is.
     is_distributed_loading_by_transformers = False
 
@@ -118,6 +121,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         given = [part for part in (train_dataset, *held_out) if part is not None]
         others = data_collator is not None and not isinstance(data_collator, RankedCollator)
+        if not self._collates:
+            check_reach(args, data_collator, given)
         self.reference = Reference(args, self.loss_options, model, ref_model, peft_config, [] if others else given)
         eval_collator = data_collator
         if data_collator is None:
@@ -131,6 +136,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             model = with_adapter(model, peft_config)
         if args.disable_dropout:
             without_dropout(model)
+        say_what_is_left_out(model)
         # Before any wrapper of the trainer's own: its hooks would stand in the probe's way.
         inner = base_model(model)
         sequence = sequence_of(args, inner)
@@ -184,13 +190,14 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if caches is not None and not args.use_cache:
             # `Trainer` turns it off in what is saved; each forward of training and evaluation here does without anyway.
             config.use_cache = caches
+        self._dtypes = Dtypes(self.model)
         self._check_wrappers()
         if frozen is not None and getattr(frozen, "hf_device_map", None) is None:
             frozen.to(args.device)
         logps = LogpForward(inner, self.head_info, self.head_options, args.backend, sequence)  # type: ignore[arg-type]
         self._layouts = RowLayouts(inner, logps, inner)
         self.layout = settle_layout(
-            asked_layout(args.layout, self.data_collator),
+            asked_layout(args, self.data_collator),
             [self._layouts, *self.reference.layouts],
             self.accelerator,
             self.train_dataset,
@@ -317,6 +324,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "train: expected no evaluation before it under DeepSpeed, whose engine is built for one or the other, "
                 "got one; eval_on_start=True evaluates the untrained model"
             )
+        self._dtypes.check(self.args, self.model)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "model: expected parameters to train, got none that requires a gradient; an adapter that was loaded "

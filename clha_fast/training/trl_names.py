@@ -105,13 +105,3 @@ def as_model(
             raise ValueError(f"pad_token: expected a token of the tokenizer (processing_class), got {args.pad_token!r}")
         processing_class.pad_token = args.pad_token
     return model, processing_class
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Sets every dropout of the model, an adapter's and attention's too, to 0."""
-    modules: Any = model.modules()
-    for module in modules:
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # what transformers' attention reads
-            module.attention_dropout = 0.0

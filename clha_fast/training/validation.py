@@ -14,13 +14,17 @@ import accelerate
 import torch
 from accelerate import DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from clha_fast.data.records import shorten
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+
+logger = logging.get_logger(__name__)
 
 # What `Trainer` itself says of an evaluation.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
@@ -33,6 +37,8 @@ _LEAST = {
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), ("a finite number of at least 0", 0)),
 }
+# They cast the model in place.
+_CASTS = ("bf16_full_eval", "fp16_full_eval")
 _CHOICES: dict[str, type[enum.Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
 # transformers does not say of these whether they are installed.
 _UNKNOWN_REPORTERS = set(INTEGRATION_TO_CALLBACK) & {"codecarbon", "flyte"}
@@ -168,6 +174,43 @@ def evaluation_metrics(own: Sequence[str] | Mapping[str, str] = ()) -> list[str]
     return ["loss", *metrics, "inert_candidates", *SPEEDS]
 
 
+class Dtypes:
+    """The dtypes of a model's weights before anything ran."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.given = {parameter.dtype for parameter in model.parameters()}
+
+    def check(self, args: TrainingArguments, model: nn.Module) -> None:
+        """ValueError where an evaluation has cast what would be trained, as transformers does outside of training."""
+        for name in _CASTS:
+            if getattr(args, name) and {parameter.dtype for parameter in model.parameters()} != self.given:
+                raise ValueError(
+                    f"{name}: expected False where a model trains after it was evaluated, got True, which has cast the "
+                    f"weights for good; {name.partition('_')[0]}=True evaluates in that dtype and leaves them"
+                )
+
+
+def check_casts(args: TrainingArguments) -> None:
+    """ValueError where an evaluation would cast what is trained or saved after it."""
+    for name in _CASTS:
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: expected False where a run evaluates before it trains and before it saves, got True, which "
+                f"casts the weights for good; {name.partition('_')[0]}=True evaluates in that dtype and leaves them"
+            )
+
+
+def say_what_is_left_out(model: nn.Module) -> None:
+    """A warning for what an adapter adds to `outputs.loss`, which there is none of in a trainer here."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        weight = getattr(config, "orth_reg_weight", 0)
+        if weight:
+            logger.warning(
+                f"peft: AdaLoRA's regulariser (orth_reg_weight={weight} of the adapter {name!r}) is added to no loss "
+                "here; a model that is attached in a loop of your own adds it (docs/adapters.md)"
+            )
+
+
 def sampling_strategy(args: TrainingArguments) -> str:
     """`train_sampling_strategy`; older releases knew length grouping alone, as a flag."""
     strategy: Any = getattr(args, "train_sampling_strategy", None)
@@ -181,9 +224,9 @@ def check_loading(args: Any) -> None:
 
     Raises:
         ValueError: batches read by one process and cut along their first dimension (a batch's tensors have different
-            ones); processes with different numbers of batches, which wait for each other for ever; batches in the order
-            in which workers finish them; a sampling strategy that asks for the length of `input_ids`, or a second one
-            beside `max_tokens_per_batch`.
+            ones); processes with different numbers of batches, or of attempts at them, which wait for each other for
+            ever; batches in the order in which workers finish them; a sampling strategy that asks for the length of
+            `input_ids`; beside `max_tokens_per_batch` a second one, or a search for the batch's size.
     """
     loading = args.accelerator_config
     if loading.dispatch_batches:
@@ -196,6 +239,11 @@ def check_loading(args: Any) -> None:
         raise ValueError(
             "accelerator_config.even_batches: expected True with several processes (one with fewer batches would leave "
             "the others waiting), got False"
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "auto_find_batch_size: expected False with several processes (one that is out of memory would start again "
+            "alone, and the others wait for it), got True"
         )
     if not getattr(args, "dataloader_in_order", True):
         raise ValueError(
@@ -210,6 +258,11 @@ def check_loading(args: Any) -> None:
         )
     if args.max_tokens_per_batch is None:
         return
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: expected False with max_tokens_per_batch, which alone says how large a batch is, "
+            "got True; a smaller max_tokens_per_batch takes less memory"
+        )
     if strategy != "random":
         raise ValueError(
             "train_sampling_strategy: expected random with max_tokens_per_batch, which groups by length itself, got "

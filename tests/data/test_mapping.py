@@ -156,6 +156,61 @@ def test_groups_must_be_of_one_prompt_and_bad_rows_do_not_stop_the_others() -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("tools", ([{"name": "a"}], [{"name": "b"}])),
+        ("tools", ([{"name": "a"}], [])),
+        ("chat_template_kwargs", ({"thinking": True}, {"thinking": False})),
+        ("subset", ("one", "two")),
+        ("sft_index", (0, 1)),
+    ],
+)
+def test_groups_have_one_of_what_a_record_has_once(field: str, values: tuple[object, object]) -> None:
+    columns = {"completions": "a", "group_by": "prompt"}
+    prompt = [{"role": "user", "content": "Why?"}]
+    rows = [{"prompt": prompt, "a": text, field: value} for text, value in zip("xy", values, strict=True)]
+    with pytest.raises(
+        RecordError, match=f"^record 1: {field}: expected the {field} of record 0, with the same prompt"
+    ):
+        read_records(rows, columns=columns)
+    for one in ({**rows[0]}, {**rows[0], field: None}):
+        same = read_records([one, {**rows[1], field: one[field]}, rows[0]], columns=columns)
+        assert same == read_records([{**rows[0], "a": ["x", "y", "x"]}], columns={"completions": "a"})
+
+
+def test_a_subset_that_is_no_text_divides_no_group() -> None:
+    rows = [{"prompt": "q", "a": text, "subset": k} for k, text in enumerate("xy")]
+    found = read_records(rows, columns={"completions": "a", "group_by": "prompt"})
+    assert found == [RankedRecord("q", ("x", "y"))]
+
+
+@pytest.mark.parametrize("where", ["sft_index", "target"])
+@pytest.mark.parametrize(
+    ("answers", "given", "expected"),
+    [((None, "b", "c"), 1, 0), ((None, "b", "c"), 2, 1), (("a", None, "c"), 2, 1), (("a", None, "c"), 0, 0),
+     ((None, "b", None), 1, 0), (("a", "b", "c"), 2, 2), (("a", "b", None), 1.0, 1), (("a", None, "c"), None, 0)],
+)  # fmt: skip
+def test_sft_index_follows_its_response(
+    where: str, answers: tuple[str | None, ...], given: float | None, expected: int
+) -> None:
+    row = {"q": "Why?", **{f"a{k}": answer for k, answer in enumerate(answers)}, where: given}
+    columns = {
+        "prompt": "q",
+        "completions": ["a0", "a1", "a2"],
+        **({} if where == "sft_index" else {"sft_index": where}),
+    }
+    [found] = read_records([row], columns=columns)
+    assert found == RankedRecord("Why?", tuple(a for a in answers if a is not None), sft_index=expected)
+
+
+@pytest.mark.parametrize(("answers", "given"), [((None, "b", "c"), 0), (("a", "b", None), 2), (("a", None, "c"), 1)])
+def test_sft_index_of_a_response_that_is_not_there(answers: tuple[str | None, ...], given: int) -> None:
+    row = {"prompt": "Why?", **{f"a{k}": answer for k, answer in enumerate(answers)}, "sft_index": given}
+    with pytest.raises(RecordError, match=f"sft_index: expected the place of a response that is there, got {given}"):
+        read_records([row], columns={"completions": ["a0", "a1", "a2"]})
+
+
 def test_flags_and_yaml_say_the_same(tmp_path: Path) -> None:
     words = ["--columns.prompt", "question", "--columns.completions", "[response_a, response_b]"]
     wanted = {"prompt": "question", "completions": ["response_a", "response_b"]}

@@ -45,21 +45,36 @@ def test_no_prompt_is_in_two_files_and_none_moves_when_others_come(tmp_path):
     assert subsets == {"one", "own"}
 
 
+@pytest.mark.parametrize("target", [0, 2, 3, 4])
 @pytest.mark.parametrize(("length", "chosen"), [(2, (0, 4)), (3, (0, 2, 4)), (4, (0, 1, 3, 4)), (5, (0, 1, 2, 3, 4))])
-def test_best_worst_and_even_steps_between(length, chosen):
+def test_best_worst_and_even_steps_between(length, chosen, target):
     record = RankedRecord(
         "q",
         tuple("abcde"),
         (5.0, 4.0, 3.0, 2.0, 1.0),
-        sft_index=2,
+        sft_index=target,
         signals={"reference_logps": (-1.0, -2.0, -3.0, -4.0, -5.0)},
         subset="s",
     )
     found = of_length(record, length)
+    if target not in chosen:
+        assert found is None
+        return
     assert found.completions == tuple("abcde"[k] for k in chosen)
     assert found.rewards == tuple(5.0 - k for k in chosen)
     assert found.signals["reference_logps"] == tuple(-1.0 - k for k in chosen)
-    assert (found.sft_index, found.subset) == (0, "s")
+    assert (found.completions[found.sft_index], found.subset) == ("abcde"[target], "s")
+
+
+def test_records_whose_target_is_left_out_are_counted(tmp_path):
+    rows = [{"prompt": f"question {k}", "completions": ["a", "b", "c"], "sft_index": k % 3} for k in range(60)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = split_files([str(source)], tmp_path / "out", dev=0.2, test=0.2, length=2)
+    counts = summary["counts"]["rows"].values()
+    assert sum(count["dropped"].get("sft_index is none of 2 candidates", 0) for count in counts) == 20
+    targets = [r.completions[r.sft_index] for p in summary["written"] for r in read_records(tmp_path / "out" / p)]
+    assert sorted(targets) == ["a"] * 20 + ["c"] * 20
 
 
 def test_records_that_are_too_short_are_left_out_and_counted(tmp_path, capsys):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data import RankedRecord
@@ -173,6 +175,23 @@ def test_answers_find_their_references() -> None:
 # ---- comparison ----
 
 
+def test_labels_of_one_reward_model_are_two_judges() -> None:
+    model = by_length()
+    score = nn.Linear(model.score.in_features, 2, bias=False)
+    score.weight.data = torch.cat([model.score.weight.data, 10 * model.score.weight.data])
+    model.score, model.config.num_labels, model.num_labels = score, 2, 2
+
+    def rewarded(name: str, label: int) -> Evaluation:
+        judge = RewardModel(model, TOKENIZER, label)
+        return evaluate(references(), answers(["a cat", "x", "the mat"]), reward_models={name: lambda: judge})
+
+    ours = rewarded("length", 0)
+    assert compare(ours, rewarded("other name", 0)).wins[TOTAL].keys() == {"other name"}
+    other = compare(ours, rewarded("length", 1))
+    assert other.wins[TOTAL] == {}
+    assert "two reward models of one name are not compared: length" in other.notes
+
+
 def test_wins_and_paired_differences_by_hand() -> None:
     ours = evaluate(references(), answers(["a cat sat", "x", "", "", "a b"], list("sssst")), reward_models=LENGTH)
     theirs = evaluate(
@@ -243,5 +262,11 @@ def test_what_cannot_be_compared_is_named() -> None:
     moved = compare(ours, evaluate(others, given, **settings))
     assert list(moved.differences[TOTAL]) == ["words", "distinct_2", "empty", "unfinished"]
     assert moved.notes[-1].startswith("3 of 3 prompts have other references on the two sides")
+    said = json.loads(json.dumps(ours.as_dict()))
+    said["values"]["nll_tokens"][1] += 1
+    tokens = compare(ours, Evaluation.from_dict(said))
+    assert list(ours.values).count("nll_tokens") == 1
+    assert set(compare(ours, ours).differences[TOTAL]) - set(tokens.differences[TOTAL]) == {"nll"}
+    assert "NLL a token is not compared: the best answers are other tokens on the two sides" in tokens.notes
     with pytest.raises(ValueError, match="compare: expected prompts in common, got none among 3 and 1"):
         compare(ours, evaluate([RankedRecord("z", ("a", "b"))], [Answer("z", "x")]))

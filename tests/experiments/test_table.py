@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers.utils import logging
 
 from clha_fast.cli.main import main
 from clha_fast.evaluation import spread
@@ -198,7 +199,9 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
     given["methods"][0]["optim"] = "no_such_optimizer"
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
+    logging.enable_progress_bar()
     assert main(["table2", "--config", str(config)]) == 1
+    assert logging.is_progress_bar_enabled()  # as it was, for what else this process does
     out, error = capsys.readouterr()
     assert "1 of 3 rows lack cells" in error
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]

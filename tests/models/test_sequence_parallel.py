@@ -17,17 +17,23 @@ from tests.support.tiny import make_model
 SAMPLE = ("padded", "much padding", "longer", "refusals")
 
 
-def run(*names: str, processes: int = 2) -> None:
+def run(*names: str, processes: int = 2, module: str = "sequence_processes") -> str:
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     launch += ["--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*launch, "-m", "tests.support.sequence_processes", *names]
+    command = [*launch, "-m", f"tests.support.{module}", *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
 
 
 def test_sample() -> None:
     run(*SAMPLE)
+
+
+def test_memory_of_one_process_within_a_forward_of_both() -> None:
+    """It says so; nobody enters a collective that the others are not in."""
+    assert "process 0: OutOfMemoryError\n" in run(module="spread_memory")
 
 
 @pytest.mark.slow

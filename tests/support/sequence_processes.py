@@ -373,6 +373,9 @@ def refusals() -> None:
     model(**collate("shared"))
     more = collate("shared", start=3) if dist.get_rank() else _long()  # one alone has texts that are to be compared
     refused(apart, lambda: model(**more), ValueError)
+    for name, other in (("rewards", lambda t: -t), ("sft_index", lambda t: t + 1), ("rewards", lambda _: None)):
+        changed = {name: other(collate("shared")[name])} if dist.get_rank() else {}
+        refused(apart, lambda: model(**{**collate("shared"), **changed}), ValueError)  # noqa: B023
     refused("pixel_values", lambda: model(**collate("shared"), pixel_values=torch.zeros(1)))
     refused("copy of one", lambda: copy.deepcopy(model)(**collate("shared")))
     refused("which no file holds", lambda: torch.save(model, io.BytesIO()), ValueError)

@@ -145,11 +145,15 @@ def tensors(ours: CLHATrainer) -> list[Tensor]:
 
 
 def refused(folder: str) -> dict[str, Any]:
-    try:
-        trainer(folder, ROWS, accelerator_config={"even_batches": False})
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"error": None}
+    found: dict[str, Any] = {}
+    for changes in ({"accelerator_config": {"even_batches": False}}, {"auto_find_batch_size": True}):
+        name = next(iter(changes))
+        found[name] = None
+        try:
+            trainer(folder, ROWS, **changes)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def main(folder: str, out: str) -> None:

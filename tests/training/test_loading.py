@@ -388,6 +388,7 @@ def test_samplers_by_setting(tmp_path: Path) -> None:
     [
         ({"accelerator_config": {"dispatch_batches": True}}, r"accelerator_config.dispatch_batches: expected False"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: expected random, sequential or gr"),
+        ({"max_tokens_per_batch": 9, "auto_find_batch_size": True}, "auto_find_batch_size: expected False with max_to"),
         ({"max_tokens_per_batch": 9, "train_sampling_strategy": "sequential"}, "expected random with max_tokens_per_"),
         ({"max_tokens_per_batch": 9, "accelerator_config": {"split_batches": True}}, "split_batches: expected False"),
         ({"dataloader_in_order": False}, "dataloader_in_order: expected True"),

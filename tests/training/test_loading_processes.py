@@ -50,7 +50,8 @@ def test_resume_inside_a_later_epoch(results: list[dict[str, Any]], way: str) ->
     assert results[1][f"resumed, {way}"] == {"inside a later epoch": True, "same": True, "moved": True}
 
 
-def test_uneven_batches_are_refused(results: list[dict[str, Any]]) -> None:
-    one, two = (result["refused"]["error"] for result in results)
-    assert one is None
-    assert two.startswith("accelerator_config.even_batches: expected True with several processes")
+def test_what_leaves_others_waiting_is_refused(results: list[dict[str, Any]]) -> None:
+    one, two = (result["refused"] for result in results)
+    assert set(one.values()) == {None}
+    assert two["accelerator_config"].startswith("accelerator_config.even_batches: expected True with several processes")
+    assert two["auto_find_batch_size"].startswith("auto_find_batch_size: expected False with several processes")

@@ -1,0 +1,46 @@
+"""Dropout turned off: models of many kinds then say the same in training, at each call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clha_fast.models.dropout import without_dropout
+from tests.support.architecture_configs import shrink
+from tests.support.architectures import build
+
+peft = pytest.importorskip("peft")
+# They draw in modules, by numbers beside them (some called dropout alone), by the configuration, of whole layers.
+KINDS = ["llama", "gpt2", "bloom", "opt", "falcon", "persimmon", "big_bird", "biogpt", "gpt_bigcode", "xglm", "dbrx"]
+
+
+def outputs(model: nn.Module) -> list[Tensor]:
+    ids = torch.arange(5, 21).view(2, 8)
+    with torch.no_grad():
+        return [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for _ in range(4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_draws_are_left(kind: str) -> None:
+    config = shrink(kind, False)
+    found = [name for name, value in vars(config).items() if "drop" in name and isinstance(value, (int, float))]
+    found = [name for name in found if not isinstance(getattr(config, name), bool)]
+    assert found
+    for name in found:
+        setattr(config, name, 0.3)
+    torch.manual_seed(0)
+    model = build(config).train()
+    if kind == "llama":
+        settings = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, settings).train()
+    first, *others = outputs(model)
+    assert not all(torch.equal(first, other) for other in others)
+    without_dropout(model)
+    first, *others = outputs(model)
+    assert all(torch.equal(first, other) for other in others)
+    assert {getattr(config, name) for name in found} == {0.3}  # as it came, for whoever trains it next
+    assert model.config is config
+    assert all(torch.equal(first, other) for other in outputs(copy.deepcopy(model)))

@@ -1,0 +1,148 @@
+"""Settings that would not reach what they are for are refused by name, or said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.batching.stream import RankedStream
+from clha_fast.cli import main as cli
+from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
+from clha_fast.training.rollout import RolloutConfig
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.command_line import command, one_sentence
+from tests.support.reward_models import llama
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import TOKENIZER, config, trainer
+
+peft = pytest.importorskip("peft")
+
+
+class Rows(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(make_rows(4))
+
+
+def given(folder: Path, collator: Any = None, rows: Any = None, **changes: Any) -> CLHATrainer:
+    tokenizer = None if collator is not None else TOKENIZER
+    rows = make_rows(4) if rows is None else rows
+    args = config(folder, **changes)
+    return CLHATrainer(
+        make_model(len(TOKENIZER)), args, train_dataset=rows, data_collator=collator, processing_class=tokenizer
+    )
+
+
+def reward_trainer(folder: Path, **changes: Any) -> RewardTrainer:
+    rows = [{**row, "rewards": list(range(len(row["completions"]), 0, -1))} for row in make_rows(4)]
+    settings = {"use_cpu": True, "max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return RewardTrainer(
+        llama(), RewardConfig(output_dir=str(folder), **settings, **changes), rows, rows, processing_class=TOKENIZER
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "own"),
+    [
+        ("max_length", 12, None),
+        ("max_length", 12, 40),
+        ("max_prompt_length", 5, None),
+        ("max_completion_length", 4, 9),
+        ("pad_to_multiple_of", 32, None),
+        ("drop_inert", False, True),
+        ("eval_drop_inert", True, False),
+    ],
+)
+def test_a_collator_of_ones_own(tmp_path: Path, name: str, asked: Any, own: Any) -> None:
+    attribute = name.removeprefix("eval_")
+    with pytest.raises(ValueError, match=rf"^{name}: expected {own}, as the data_collator has it, got {asked}"):
+        given(tmp_path, RankedCollator(TOKENIZER, **{attribute: own}), **{name: asked})
+    given(tmp_path, RankedCollator(TOKENIZER, **{attribute: own}))
+    given(tmp_path, RankedCollator(TOKENIZER, **{attribute: asked}), **{name: asked})
+    inner = RankedCollator(TOKENIZER)
+    rows: Any = [inner.tokenize_record(row) for row in make_rows(4)]
+    with pytest.raises(ValueError, match=rf"^{name}: expected \S+ beside a data_collator that is no RankedCollator"):
+        given(tmp_path, lambda features: inner(features), rows, **{name: asked})
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_prompt_length", "max_completion_length"])
+@pytest.mark.parametrize("own", [None, 9])
+def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> None:
+    collator = RankedCollator(TOKENIZER, **{name: own})
+    for dataset in (RankedDataset(make_rows(4), collator), RankedStream(Rows(), collator, repeat=True)):
+        kind = type(dataset).__name__
+        with pytest.raises(ValueError, match=rf"^{name}: expected {own}, with which the {kind} is tokenised, got 7"):
+            given(tmp_path, rows=dataset, **{name: 7})
+        given(tmp_path, rows=dataset)
+        if own is not None:
+            given(tmp_path, rows=dataset, **{name: own})
+
+
+def test_a_stream_has_no_lengths_to_group_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_sampling_strategy: expected random or sequential for a stream"):
+        given(tmp_path, rows=Rows(), train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_noise_that_goes_by_the_length_of_a_row(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    refused = rf"^neftune_noise_alpha: expected None with layout='{layout}' .*; layout='padded' takes it"
+    with pytest.raises(ValueError, match=refused):
+        given(tmp_path, layout=layout, neftune_noise_alpha=5.0)
+    with pytest.raises(ValueError, match=refused):
+        given(tmp_path, RankedCollator(TOKENIZER, layout=layout), neftune_noise_alpha=5.0)
+    caplog.clear()
+    assert given(tmp_path, layout="auto", neftune_noise_alpha=5.0).layout == "padded"
+    assert "padded, since NEFTune's noise" in caplog.text
+    assert given(tmp_path, neftune_noise_alpha=5.0).layout == "padded"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)])
+def test_an_evaluation_that_casts_weights(
+    tmp_path: Path, name: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewarding = reward_trainer(tmp_path, **{name: True})
+    for ours in (trainer(tmp_path, max_steps=1, **{name: True}), rewarding):
+        ours.train()
+        assert ours.model.dtype == torch.float32
+        ours.evaluate()
+        assert ours.model.dtype == dtype
+        with pytest.raises(ValueError, match=f"^{name}: expected False where a model trains after it was evaluated"):
+            ours.train()
+    with pytest.raises(ValueError, match=f"^{name}: expected False where answers are sampled, got True"):
+        RolloutConfig(output_dir=str(tmp_path), use_cpu=True, **{name: True})
+    capsys.readouterr()
+    words = command(tmp_path, f"--{name}", "true")
+    rewards = ["reward-model", "train", "--train_file", words[words.index("--train_file") + 1], "--model", "absent"]
+    for run in (words, [*rewards, "--output_dir", str(tmp_path / "reward"), "--use_cpu", "true", f"--{name}", "true"]):
+        assert cli.main(run) == 2
+        assert f"{name}: expected False where a run evaluates before it trains" in one_sentence(capsys)
+
+
+def test_a_model_in_the_dtype_of_its_evaluation_trains_on(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, make_model(len(TOKENIZER)).bfloat16(), max_steps=1, bf16_full_eval=True)
+    ours.evaluate()
+    ours.train()
+    assert ours.state.global_step == 1
+
+
+def test_noise_in_rows_of_a_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha: expected None with layout='packed'"):
+        reward_trainer(tmp_path, layout="packed", neftune_noise_alpha=5.0)
+    assert reward_trainer(tmp_path, layout="auto", neftune_noise_alpha=5.0).layout == "padded"
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.5, True), (0.0, False)])
+def test_a_regulariser_that_no_loss_here_has(
+    tmp_path: Path, weight: float, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"], "orth_reg_weight": weight}
+    adapter = peft.AdaLoraConfig(task_type="CAUSAL_LM", **settings)
+    args, rows = config(tmp_path), make_rows(4)
+    CLHATrainer(make_model(len(TOKENIZER)), args, rows, processing_class=TOKENIZER, peft_config=adapter)
+    given = peft.get_peft_model(make_model(len(TOKENIZER)), adapter)
+    CLHATrainer(given, args, rows, processing_class=TOKENIZER)
+    assert caplog.text.count(f"AdaLoRA's regulariser (orth_reg_weight={weight}") == 2 * said
