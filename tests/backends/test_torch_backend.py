@@ -358,7 +358,7 @@ def test_two_runs_are_bitwise_equal(dtype, rows):
 
 
 def test_rewards_are_compared_in_float32():
-    """2 - (-1.0078125) exceeds 3, but not in bfloat16; 3.00000001 exceeds it in float64 alone, where nobody compares."""
+    """2 - (-1.0078125) exceeds 3, but not in bfloat16; 3.00000001 exceeds it in float64 alone, where none compares."""
     case = make_case([1, 1], [2]).to(torch.float32)
     for rewards, kept in (
         (torch.tensor([2.0, -1.0078125], dtype=torch.bfloat16), 1),
