@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from clha_fast.cli.values import read_value, twice
 
 COLUMNS_HELP = (
     "Columns of other names: --columns.prompt question --columns.completions '[response_a, response_b]' "
@@ -17,7 +17,7 @@ def take_columns(words: Sequence[str]) -> tuple[list[str], dict[str, Any] | None
     """The words without `--columns.FIELD COLUMN` and `--columns.FIELD=COLUMN`, and the mapping that these give.
 
     Raises:
-        ValueError: a flag without a value.
+        ValueError: a flag without a value, or a field twice.
     """
     rest: list[str] = []
     found: dict[str, Any] = {}
@@ -32,9 +32,8 @@ def take_columns(words: Sequence[str]) -> tuple[list[str], dict[str, Any] | None
             if not left or left[0].startswith("--"):
                 raise ValueError(f"{flag}: expected a column, got none")
             text = left.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        found[flag.removeprefix("--columns.").replace("-", "_")] = value
+        field = flag.removeprefix("--columns.").replace("-", "_")
+        if field in found:
+            raise twice(flag, str(found[field]), text)
+        found[field] = read_value(text, flag)
     return rest, found or None

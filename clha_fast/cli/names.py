@@ -8,8 +8,7 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 
-import yaml
-
+from clha_fast.cli.values import OptionError, read_mapping
 from clha_fast.messages import nearest
 
 PRINTING = ("memory_report", "plot")
@@ -44,10 +43,6 @@ ELSEWHERE = {
 }
 
 
-class OptionError(ValueError):
-    """An unknown option, or a value that does not fit; one sentence."""
-
-
 def unknown(name: str, where: str, known: Iterable[str]) -> OptionError:
     """The error for an option that there is not: what it is called here, or the nearest name."""
     name, known = name.replace("-", "_"), list(known)
@@ -62,7 +57,7 @@ def check_names(words: Sequence[str]) -> None:
     """Every option on the command line, and in the file after --config, without importing what they belong to.
 
     Raises:
-        OptionError: one that there is not. Whatever else may be wrong is found later.
+        OptionError: one that there is not, or as `read_mapping`. Whatever else may be wrong is found later.
     """
     known = option_names()
     if known is None:
@@ -73,12 +68,10 @@ def check_names(words: Sequence[str]) -> None:
     paths += [path for word, path in itertools.pairwise(words) if word == "--config"]
     for path in paths:
         try:
-            with open(path, encoding="utf-8") as file:
-                loaded = yaml.safe_load(file)
-        except (OSError, UnicodeError, yaml.YAMLError):
+            loaded = read_mapping(path)
+        except (OSError, UnicodeError):
             return
-        if isinstance(loaded, dict):
-            _check([str(name) for name in loaded], path, known)
+        _check([str(name) for name in loaded], path, known)
 
 
 def _check(names: Iterable[str], where: str, known: set[str]) -> None:
