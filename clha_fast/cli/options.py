@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clha_fast.cli.names import PRINTING, unknown
+from clha_fast.cli.names import PRINTING, take_config, unknown
 from clha_fast.cli.text import speak
 from clha_fast.cli.values import OptionError, read_mapping, read_value, twice
 from clha_fast.experiments.run import RunOptions
@@ -200,19 +200,13 @@ def collect(
     """The options of `base`, of the file behind `--config` and of the flags; the later ones win.
 
     Raises:
-        OptionError, OSError: as `read_config` and `read_flags`.
+        OptionError, OSError: as `take_config`, `read_config` and `read_flags`.
     """
     speak(lambda: ({name: f"--{name}" for name in hints}, False))
-    words, options = list(words), dict(base or {})
-    for at, word in enumerate(words):
-        name, equals, path = word.partition("=")
-        if name != "--config":
-            continue
-        if not equals and at + 1 == len(words):
-            raise OptionError("--config: expected the path of a YAML file, got none")
-        options = merge(options, read_config(path if equals else words[at + 1], hints))
-        del words[at : at + (1 if equals else 2)]
-        break
+    words, paths = take_config(words)
+    options = dict(base or {})
+    for path in paths:
+        options = merge(options, read_config(path, hints))
     return merge(options, read_flags(words, hints))
 
 

@@ -20,6 +20,13 @@ GLOB = "; a glob takes several files ('data/*.jsonl')"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("train --config a.yaml --config b.yaml", "--config: expected once, got a.yaml and b.yaml"),
+        ("train --config=a.yaml --seed 1 --config b.yaml", "--config: expected once, got a.yaml and b.yaml"),
+        ("demo --config a.yaml --seed 1 --config=a.yaml", "--config: expected once, got a.yaml and a.yaml"),
+        ("reward-model train --config x --config y", "--config: expected once, got x and y"),
+        ("rlhf --config x --model m --config=y", "--config: expected once, got x and y"),
+        ("table2 --config a.yaml --config b.yaml", "--config: expected once, got a.yaml and b.yaml"),
+        ("train --config --seed 1", "--config: expected the path of a YAML file, got none"),
         ("train --train_file a --train_file b", f"--train_file: expected once, got a and b{GLOB}"),
         ("train --eval-file=a --eval_file b", f"--eval_file: expected once, got a and b{GLOB}"),
         ("train --output_dir a --output-dir=b", "--output-dir: expected once, got a and b"),
