@@ -10,7 +10,7 @@ import pytest
 from clha_fast.cli import experiments, prepare
 from clha_fast.cli import main as cli
 from clha_fast.cli.columns import take_columns
-from clha_fast.cli.options import read_config, read_flags
+from clha_fast.cli.options import read_flags
 from clha_fast.cli.values import OptionError, read_mapping
 from tests.support.command_line import one_sentence
 
@@ -50,6 +50,9 @@ GLOB = "; a glob takes several files ('data/*.jsonl')"
         ("score a b --policy x --layout padded --layout shared", "--layout: expected once, got padded and shared"),
         ("rank m a b --label 0 --label 1", "--label: expected once, got 0 and 1"),
         ("inspect a --columns.prompt q --columns.prompt r", "--columns.prompt: expected once, got q and r"),
+        ("convert a b --columns {prompt:\tq} --columns.prompt r", "--columns.prompt: expected once, got q and r"),
+        ("prepare ranked a b --columns.q r --columns={q:\tq}", "--columns.q: expected once, got r and q"),
+        ("score a b --columns {prompt:\tq,prompt:\tr}", "--columns: prompt: expected once, got q and r"),
         ("convert a b --overwrite --overwrite", "--overwrite: expected once, got --overwrite and --overwrite"),
         ("prepare ranked a b --dev 0.1 c --dev 0.2", "--dev: expected once, got 0.1 and 0.2"),
         ("merge a b --dtype auto --dtype float32", "--dtype: expected once, got auto and float32"),
@@ -115,12 +118,6 @@ def test_keys_of_a_file(tmp_path: Path, text: str, said: str, capsys: pytest.Cap
     for command in ("train", "reward-model train", "table2"):
         assert cli.main([*command.split(), "--config", str(path)]) == 2
         assert one_sentence(capsys) == f"clha-fast {command.split()[0]}: {path}: {said}\n"
-
-
-def test_spellings_of_a_key(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("max_steps: 1\nmax-steps: 2\n")
-    with pytest.raises(OptionError, match=r"max_steps: expected once, got 1 and 2 \(with dashes and with underscores"):
-        read_config(str(tmp_path / "run.yaml"))
 
 
 def test_merged_mappings_are_overridden(tmp_path: Path) -> None:
