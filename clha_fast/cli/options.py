@@ -13,8 +13,10 @@ from clha_fast.cli.names import PRINTING, take_config, unknown
 from clha_fast.cli.text import speak
 from clha_fast.cli.values import OptionError, read_mapping, read_value, twice
 from clha_fast.experiments.run import RunOptions
+from clha_fast.messages import nearest
+from clha_fast.objectives import OBJECTIVES
 from clha_fast.training.config import CLHAConfig
-from clha_fast.training.objective import CLHA_FIELDS, DEFAULT
+from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, settings_of
 from clha_fast.training.trl_names import SETTLED
 
 
@@ -194,6 +196,23 @@ def _name_of(objective: Any) -> Any:
     return objective.get("name") if isinstance(objective, dict) else DEFAULT
 
 
+def _nameless(objective: Mapping[str, Any]) -> OptionError:
+    known = {name: [*settings_of(name), *(["preset"] if name == DEFAULT else [])] for name in OBJECTIVES}
+    having = [name for name, settings in known.items() if set(objective) <= set(settings)]
+    everything = sorted({setting for settings in known.values() for setting in settings})
+    odd = next((key for key in objective if key not in everything), None)
+    if having:
+        way = f"give --objective {having[0]}"
+        if having[1:]:
+            way = f"give --objective and one of those that have {' and '.join(objective)}: {', '.join(having)}"
+    elif odd is not None:
+        way = f"no objective has {odd!r}{nearest(odd, everything)}"
+    else:
+        way = f"no objective has all of {', '.join(objective)}"
+    what = f"expected a name or a mapping with a name and settings, got {dict(objective)} without a name"
+    return OptionError(f"objective: {what}; {way}")
+
+
 def collect(
     words: Sequence[str], base: Mapping[str, Any] | None = None, hints: Mapping[str, Any] = HINTS
 ) -> dict[str, Any]:
@@ -211,7 +230,14 @@ def collect(
 
 
 def split(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], dict[str, Any]]:
-    """(what the run needs, what `CLHAConfig` needs, what the command itself needs)."""
+    """(what the run needs, what `CLHAConfig` needs, what the command itself needs).
+
+    Raises:
+        OptionError: settings of an objective without its name.
+    """
+    objective = options.get("objective")
+    if isinstance(objective, dict) and objective and "name" not in objective:
+        raise _nameless(objective)
     run = RunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS})
     config = {name: value for name, value in options.items() if name in CONFIG_HINTS}
     return run, config, {name: value for name, value in options.items() if name in PRINTING}
