@@ -160,6 +160,11 @@ def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
 
 
+def size_text(count: int) -> str:
+    """How many weights, in millions where there are enough of them for two digits to say it."""
+    return f"{count / 1e6:,.2f} M" if count >= 100_000 else f"{count:,}"
+
+
 def rows_text(asked: str | None, layout: str) -> str:
     """Of which layout rows are, behind a model's name; "" where none was asked for."""
     if asked in (None, "padded"):
