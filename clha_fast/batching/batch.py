@@ -413,7 +413,7 @@ def check_features(features: Sequence[CandidateFeature], signals: Sequence[str] 
             here, there = ("none", "has them") if rewards is None else ("some", "has none")
             raise ValueError(
                 f"{source}: rewards: expected all records of a batch to have rewards or none to, "
-                f"got {here} while {first['source']} {there}"
+                f"got {here} while {first['source']} {there}; give all of them rewards, or none"
             )
         if rewards is not None and len(rewards) != size:
             raise ValueError(f"{source}: rewards: expected {size} numbers, one a completion, got {len(rewards)}")

@@ -39,6 +39,12 @@ class RecordError(ValueError):
         place = f"{source}: {field}" if field else source
         return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field)
 
+    def advised(self, way: str) -> RecordError:
+        """The same with a way out, where it is one record that is bad and not how all are read."""
+        if not self.field or ": expected a column for " in str(self):
+            return self
+        return RecordError(f"{self}; {way}", source=self.source, field=self.field)
+
 
 def shorten(value: object) -> str:
     """repr(value), cut to a length that fits in one sentence."""

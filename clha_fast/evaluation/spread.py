@@ -141,8 +141,10 @@ def _interval(
     if not of_seeds + of_prompts > 0:
         return low, high
     stats = import_scipy()
-    freedom = (of_seeds + of_prompts) ** 2 / (of_seeds**2 / max(seeds - 1, 1) + of_prompts**2 / (prompts - 1))
+    # Shares: the squares of variances as small as of a BLEU of 1e-154 would be 0.
+    share = of_seeds / (of_seeds + of_prompts)
+    freedom = 1 / (share**2 / max(seeds - 1, 1) + (1 - share) ** 2 / (prompts - 1))
     wider = float(stats.t.ppf(1 - tail, freedom) / stats.norm.ppf(1 - tail))
     if seeds > 1:
-        wider *= math.sqrt((of_seeds + of_prompts) / (of_seeds * (seeds - 1) / seeds + of_prompts))
+        wider /= math.sqrt(share * (seeds - 1) / seeds + (1 - share))
     return value - (value - low) * wider, value + (high - value) * wider

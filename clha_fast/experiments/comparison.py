@@ -10,8 +10,11 @@ from typing import Any, Literal, get_args
 
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import Method, parse_methods
+from clha_fast.experiments.run import RunOptions
 from clha_fast.messages import check_keys
 from clha_fast.objectives.clha import CLHAOptions
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.rollout import RolloutConfig
 
 BASE_NAME = "base"
 Criterion = Literal["reward", "accuracy", "nll"]
@@ -75,6 +78,8 @@ class Comparison:
     label_model: str | None = None
 
 
+# Of a run's options those that each cell sets.
+_SET = ("train_file", "eval_file", "eval_fraction", "model", "model_config", "resume", "overwrite")
 _KEYS = tuple(
     f.name for f in dataclasses.fields(Comparison) if f.name not in ("pretrain", "corruptions", "label_model")
 )
@@ -96,6 +101,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
     if criterion is not None and criterion not in get_args(Criterion):
         raise ValueError(f"criterion: expected one of {', '.join(get_args(Criterion))}, got {criterion!r}")
     settings = _mapping(values, "settings")
+    check_keys("run", _mapping(values, "run"), [f.name for f in dataclasses.fields(RunOptions) if f.name not in _SET])
     reward_models = _mapping(values, "reward_models")
     check_keys("reward_models", reward_models, ("label", "evaluation"))
     for name, value in reward_models.items():
@@ -109,6 +115,8 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
     check_keys("evaluation", evaluation, ("reward_margin", "noise_rule"))
     CLHAOptions(**evaluation)
     methods = parse_methods(values["methods"]) if "methods" in values else []
+    config = RolloutConfig if methods and all(method.rollout for method in methods) else CLHAConfig
+    check_keys("settings", settings, [f.name for f in dataclasses.fields(config) if f.init])
     checkpoints = _checkpoints(_mapping(values, "checkpoints"))
     for method in methods:
         if method.name in (BASE_NAME, *(other.name for other in checkpoints)):

@@ -71,6 +71,9 @@ _NEUTRAL = (
 )
 
 
+_SKIPS = "--skip_bad_records leaves such records out"
+
+
 @dataclass
 class RunOptions:
     """What a run needs beside `CLHAConfig`.
@@ -220,10 +223,13 @@ class Run:
         assert options.train_file is not None
         skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        train, *held_out = (
-            read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
-            for path in files
-        )
+        try:
+            train, *held_out = (
+                read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
+                for path in files
+            )
+        except RecordError as error:
+            raise error if skipped is not None else error.advised(_SKIPS) from None
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:

@@ -100,6 +100,14 @@ def share_text(part: int, whole: int) -> str:
     return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
 
 
+def texts_text(texts: int, prompts: int) -> str:
+    """What is to be said of prompts that are texts where the tokenizer has a chat template; "" where none is."""
+    if not texts:
+        return ""
+    which = "prompts are texts and go" if texts == prompts else f"{texts:,} of {prompts:,} prompts are texts and go"
+    return f"{which} without the tokenizer's chat template, as for a model that completes; messages go through it"
+
+
 def data_text(summary: DataSummary, options: Objective) -> str:
     """The counts in a line, with what an objective makes of them."""
     span = str(summary.most) if summary.fewest == summary.most else f"{summary.fewest} to {summary.most}"

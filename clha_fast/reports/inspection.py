@@ -25,7 +25,7 @@ from clha_fast.data.rendering import plain_template
 from clha_fast.data.split import prompt_key
 from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import keeps
-from clha_fast.reports.data_summary import DataSummary, summarise
+from clha_fast.reports.data_summary import DataSummary, summarise, texts_text
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
 _LETTER = 4  # tokens of one byte that a letter may have
@@ -197,7 +197,8 @@ class _Found:
         self.sizes: Counter[int] = Counter()
         self.prompts: set[bytes] = set()
         self.answers: set[bytes] = set()
-        self.repeated_prompts = self.repeated_answers = self.cut_prompts = self.cut_completions = 0
+        self.templated = bool(getattr(tokenizer, "chat_template", None))
+        self.texts = self.repeated_prompts = self.repeated_answers = self.cut_prompts = self.cut_completions = 0
         self.lengths: dict[str, list[int]] = {"prompt": [], "response": [], "prompt and longest response": []}
         self.examples: list[Example] = []
 
@@ -216,6 +217,7 @@ class _Found:
         self.lengths["response"] += responses
         self.lengths["prompt and longest response"].append(prompt + max(responses))
         self.sizes[len(record.completions)] += 1
+        self.texts += isinstance(record.prompt, str)
         key = _hash(prompt_key(record))
         self.repeated_prompts += key in self.prompts
         self.prompts.add(key)
@@ -233,6 +235,8 @@ class _Found:
                 f"{len(rewarded):,} of {len(self.records):,} records have rewards: training refuses a mixture; give "
                 "all of them rewards, or none"
             )
+        if self.templated and (said := texts_text(self.texts, len(self.records))):
+            sentences.append(said)
         longest = max(self.lengths["prompt and longest response"])
         if positions is not None and self.cut is not None and longest > positions:
             over = sum(length > positions for length in self.lengths["prompt and longest response"])

@@ -199,7 +199,10 @@ def check_signals(dataset: Any, name: str, objective: Objective, reference: str 
 
 def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
     skipped: list[RecordError] | None = [] if args.skip_bad_records else None
-    found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
+    try:
+        found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
+    except RecordError as error:
+        raise error if skipped is not None else error.advised("skip_bad_records=True leaves such records out") from None
     if skipped:
         logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
     if found.cut_prompts or found.cut_completions:

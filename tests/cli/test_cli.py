@@ -43,7 +43,9 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path: Path, capsys: 
         # A record like any other until it is tokenised: nothing but the end of a response.
         file.write('{"prompt": "p", "completions": ["a", "</s>"], "rewards": [1.0, 0.0]}\n')
     assert cli.main(words) == 2
-    assert "completions[1]" in capsys.readouterr().err
+    said = one_sentence(capsys)
+    assert "completions[1]" in said
+    assert said.endswith("; --skip_bad_records leaves such records out\n")
     assert cli.main([*words, "--skip_bad_records"]) == 0
     assert "skipped   2 bad records, the first: " in capsys.readouterr().out
 

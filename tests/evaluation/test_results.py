@@ -89,6 +89,19 @@ def test_few_seeds_widen_a_bootstrap_that_is_too_narrow():
     assert 2.0 < (found.high - found.low) / (high - low) < 2.75
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("size", [1e-120, 1e-154, 1e-200, 1e-300])
+def test_figures_that_are_nearly_0(seeds, size):
+    """As a BLEU without smoothing is, of answers that share next to nothing: variances squared are 0 in float64."""
+    values = np.random.default_rng(3).normal(1, 0.2, size=(seeds, 16))
+    whole = over_seeds_and_prompts(ratio, means(values))
+    found = over_seeds_and_prompts(ratio, means(values * size))
+    assert found.value == pytest.approx(whole.value * size, rel=1e-9)
+    assert found.low <= found.value <= found.high
+    if size == 1e-120:
+        assert (found.low, found.high) == pytest.approx((whole.low * size, whole.high * size), rel=1e-9)
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_intervals_of_few_seeds_hold_the_truth(seeds, monkeypatch):
     monkeypatch.setattr(spread, "RESAMPLES", 200)

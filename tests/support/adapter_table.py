@@ -78,7 +78,8 @@ NOTES = """
   quantisation) sees a chunk's range instead: the difference is one of its own roundings.
 - A head whose base layer tensor parallelism has spread over processes takes an adapter where the base layer gathers its
   logits (`ColwiseParallel(output_layouts=Replicate())`); peft raises where it does not, and so does attach.
-- AdaLoRA adds its own regulariser to what an attached model returns, as it does to any loss of a model's.
+- AdaLoRA adds its own regulariser to what an attached model returns, as it does to any loss of a model's; trainers, whose loss
+  is no output of a model's, go without it, and say so.
 - bitsandbytes on a CPU with AVX512-BF16 repacks 4-bit weights at their first forward in evaluation mode, which can be
   attach's probe: the model's own logits change by it, by 2e-4 of the loss in one run. QLoRA models of
   `from_pretrained(load_in_4bit or load_in_8bit)`, with and without `prepare_model_for_kbit_training`, were right there

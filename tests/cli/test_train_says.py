@@ -1,0 +1,57 @@
+"""What `clha-fast train` says of records: the way out of a bad one, and prompts that miss the chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clha_fast.cli import main as cli
+from tests.support.command_line import command, one_sentence, write_rows
+from tests.support.tiny import make_model, make_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("bad", "names_a_way"),
+    [
+        ('{"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, NaN]}', True),
+        ('{"prompt": "p", "completions": ["a", "b"], "rewards": ["5", "n/a"]}', True),
+        ('{"prompt": "p", "completions": ["a", "</s>"], "rewards": [1.0, 0.0]}', True),
+        ('{"prompt": "p", "completions": ["a", "b"]}', False),
+    ],
+)
+def test_errors_of_records_name_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, names_a_way: bool
+) -> None:
+    words = command(tmp_path, "--max_steps", "1")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(bad + "\n")
+    assert cli.main(words) == 2
+    said = one_sentence(capsys)
+    assert ("skip_bad_records" in said) == names_a_way
+    assert names_a_way or "give all of them rewards, or none" in said
+    assert cli.main([*words, "--columns.prompt", "promt"]) == 2
+    assert "skip_bad_records" not in one_sentence(capsys), "another column is the way out"
+
+
+@pytest.mark.parametrize(("texts", "said"), [(16, "prompts are texts and go"), (3, "3 of "), (0, "")])
+def test_texts_for_a_chat_model_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: int, said: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[texts:]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    words = command(tmp_path, "--max_steps", "1", "--eval_fraction", "0", "--plot", "false")
+    assert cli.main([*words, "--build_tokenizer", "null", "--tokenizer", str(tmp_path / "chat")]) == 0
+    out = capsys.readouterr().out
+    assert ("without the tokenizer's chat template" in out) == bool(said)
+    assert said in out
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "chat")
+    assert cli.main(["inspect", str(path), "--model", str(tmp_path / "chat")]) == 0
+    assert ("without the tokenizer's chat template" in capsys.readouterr().out) == bool(said)
