@@ -131,12 +131,33 @@ def write_text(path: str, text: str) -> None:
     """Written beside `path` and renamed, so a reader never sees half of it."""
     partial = f"{path}.partial"
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(partial, path)
+        with about(path):
+            with open(partial, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+            os.replace(partial, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(partial)
+
+
+@contextlib.contextmanager
+def about(path: str) -> Iterator[None]:
+    """An OSError of what is written beside `path` is one of `path`, the name that was given."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def try_folder_of(path: str) -> None:
+    """OSError where no file can be written beside `path`."""
+    beside = f"{path}.{os.getpid()}.partial"
+    with about(path):
+        with open(beside, "w", encoding="utf-8"):
+            pass
+        os.unlink(beside)
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> None:
@@ -150,23 +171,24 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
     beside = f"{path}.{os.getpid()}.partial"
     try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with about(path):
+            with open(beside, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(beside)
 
 
 def check_destination(destination: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
-    """What a long run that keeps a `Journal` demands of its destination, before anything is loaded.
+    """What a long run that keeps a `Journal` demands of its destination, tried before anything is loaded.
 
     Raises:
         FileExistsError: `destination` exists and `overwrite` is not set; an unfinished run is there and neither
             `resume` nor `overwrite` is set.
-        OSError: `destination` is a folder, or its folder does not exist.
+        OSError: `destination` is a folder, or its folder does not exist or takes no file.
     """
     path = os.fspath(destination)
     if os.path.isdir(path):
@@ -180,6 +202,7 @@ def check_destination(destination: str | os.PathLike[str], *, resume: bool = Fal
         raise FileExistsError(
             f"{parts[0]}: holds an unfinished run; give resume=True to continue it, or overwrite=True"
         )
+    try_folder_of(path)
 
 
 def journal_parts(path: str) -> list[str]:

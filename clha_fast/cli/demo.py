@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.cli.options import collect, read_config, split
 from clha_fast.cli.runs import INTERRUPTED, Progress
+from clha_fast.cli.text import size_text
 from clha_fast.cli.train import train
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.language_model import language_model_run
@@ -67,7 +68,7 @@ def _language_model(options: Mapping[str, Any], folder: str) -> int:
     if main_process:
         print(
             f"1. a language model of the answers, whatever their rank: {type(run.model).__name__}, "
-            f"{parameters / 1e6:.2f} M parameters from nothing, {len(run.train_records):,} answers",
+            f"{size_text(parameters)} parameters from nothing, {len(run.train_records):,} answers",
             flush=True,
         )
     run.evaluate_before()

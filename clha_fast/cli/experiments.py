@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from transformers.utils import logging
 
-from clha_fast.cli.options import OptionError, merge
+from clha_fast.cli.options import merge
 from clha_fast.cli.text import Parser, with_dashes
+from clha_fast.cli.values import OptionError, read_mapping, read_value, twice
 from clha_fast.evaluation import comparison_plots, plots
 from clha_fast.experiments.claims import SHOWN, Claim, ablation, noise, write_differences
 from clha_fast.experiments.comparison import Comparison, parse_comparison
@@ -53,32 +53,33 @@ def read(path: str, changes: Sequence[str], output_dir: str | None) -> dict[str,
     """The configuration of a file, with the changes of the command line.
 
     Raises:
-        OptionError: no mapping, malformed YAML, a change without a key. OSError: the file cannot be read.
+        OptionError: as `read_mapping`; a change without a key, or two of one key. OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            found = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise OptionError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise OptionError(f"{path}: expected options as `name: value`, got {type(found).__name__}")
+    found = read_mapping(path)
+    changed: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise OptionError(f"--set: expected KEY=VALUE, got {change!r}")
-        value: Any = yaml.safe_load(text)
+        value = read_value(text, f"--set {key}")
         for name in reversed(key.split(".")):
             value = {name: value}
-        found = _merge(found, value)
+        changed = _merge(changed, value, "--set ")
+    found = _merge(found, changed)
     return merge(found, {} if output_dir is None else {"output_dir": output_dir})
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """As `options.merge`, however deep."""
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], once: str | None = None) -> dict[str, Any]:
+    """As `options.merge`, however deep; what both have is refused behind `once`, where that is given."""
     merged = dict(base)
     for name, value in over.items():
         before = merged.get(name)
-        merged[name] = _merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        if isinstance(before, dict) and isinstance(value, dict):
+            merged[name] = _merge(before, value, once if once is None else f"{once}{name}.")
+            continue
+        if name in merged and once is not None:
+            raise twice(f"{once}{name}", str(before), str(value))
+        merged[name] = value
     return merged
 
 

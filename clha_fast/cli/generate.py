@@ -10,7 +10,7 @@ from typing import Any
 from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.text import Parser, check_positive
+from clha_fast.cli.text import Parser, check_positive, size_text
 from clha_fast.data import FORMATS
 from clha_fast.data.prompts import Prompted, read_prompts
 from clha_fast.files import check_destination
@@ -90,7 +90,7 @@ def model_text(model: Any, path: str) -> str:
     """A line for a model that is used as it is."""
     size = sum(weight.numel() for weight in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{path}: {type(base_model(model)).__name__}, {size / 1e6:,.1f} M parameters, {dtype} on {model.device}"
+    return f"{path}: {type(base_model(model)).__name__}, {size_text(size)} parameters, {dtype} on {model.device}"
 
 
 def answer(

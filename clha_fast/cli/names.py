@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import itertools
 import os
 from collections.abc import Iterable, Sequence
 
-import yaml
-
+from clha_fast.cli.values import OptionError, read_mapping, twice
 from clha_fast.messages import nearest
 
 PRINTING = ("memory_report", "plot")
@@ -44,10 +42,6 @@ ELSEWHERE = {
 }
 
 
-class OptionError(ValueError):
-    """An unknown option, or a value that does not fit; one sentence."""
-
-
 def unknown(name: str, where: str, known: Iterable[str]) -> OptionError:
     """The error for an option that there is not: what it is called here, or the nearest name."""
     name, known = name.replace("-", "_"), list(known)
@@ -62,23 +56,44 @@ def check_names(words: Sequence[str]) -> None:
     """Every option on the command line, and in the file after --config, without importing what they belong to.
 
     Raises:
-        OptionError: one that there is not. Whatever else may be wrong is found later.
+        OptionError: one that there is not, or as `take_config` and `read_mapping`. What else is wrong is found later.
     """
+    words, paths = take_config(words)
     known = option_names()
     if known is None:
         return
     flags = [word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--") and len(word) > 2]
-    _check(flags, "command line", known | {"config", "help"})
-    paths = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    paths += [path for word, path in itertools.pairwise(words) if word == "--config"]
+    _check(flags, "command line", known | {"help"})
     for path in paths:
         try:
-            with open(path, encoding="utf-8") as file:
-                loaded = yaml.safe_load(file)
-        except (OSError, UnicodeError, yaml.YAMLError):
+            loaded = read_mapping(path)
+        except (OSError, UnicodeError):
             return
-        if isinstance(loaded, dict):
-            _check([str(name) for name in loaded], path, known)
+        _check([str(name) for name in loaded], path, known)
+
+
+def take_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without `--config PATH`, and the paths: one or none.
+
+    Raises:
+        OptionError: it stands there twice, or without a path.
+    """
+    rest: list[str] = []
+    paths: list[str] = []
+    left = list(words)
+    while left:
+        name, equals, path = left.pop(0).partition("=")
+        if name != "--config":
+            rest.append(name + equals + path)
+            continue
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise OptionError("--config: expected the path of a YAML file, got none")
+            path = left.pop(0)
+        if paths:
+            raise twice("--config", paths[0], path)
+        paths.append(path)
+    return rest, paths
 
 
 def _check(names: Iterable[str], where: str, known: set[str]) -> None:

@@ -9,13 +9,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from clha_fast.cli.names import PRINTING, OptionError, unknown
+from clha_fast.cli.names import PRINTING, take_config, unknown
 from clha_fast.cli.text import speak
+from clha_fast.cli.values import OptionError, read_mapping, read_value, twice
 from clha_fast.experiments.run import RunOptions
+from clha_fast.messages import nearest
+from clha_fast.objectives import OBJECTIVES
 from clha_fast.training.config import CLHAConfig
-from clha_fast.training.objective import CLHA_FIELDS, DEFAULT
+from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, settings_of
 from clha_fast.training.trl_names import SETTLED
 
 
@@ -102,37 +103,22 @@ def read_config(path: str, hints: Mapping[str, Any] = HINTS) -> dict[str, Any]:
     """The options of a YAML file, of those that `hints` has; dashes and underscores are alike.
 
     Raises:
-        OptionError: no mapping, malformed YAML (line and column), an unknown option, a value of another type.
-        OSError: the file cannot be read.
+        OptionError: as `read_mapping`; an unknown option, a value of another type. OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            loaded = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise OptionError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise OptionError(f"{path}: expected options as `name: value`, got {type(loaded).__name__}")
     found: dict[str, Any] = {}
-    for written, value in loaded.items():
+    for written, value in read_mapping(path).items():
         name = str(written).replace("-", "_")
         if name not in hints:
             raise unknown(str(written), path, hints)
         if name in found:
-            raise OptionError(f"{path}: expected {name} once, got it with dashes and with underscores")
+            raise twice(f"{path}: {name}", f"{found[name]}", f"{value} (with dashes and with underscores)")
         found[name] = coerce(f"{path}: {written}", value, hints[name])
     return found
 
 
-def _value(text: str, hint: Any) -> Any:
-    # Any is a class from Python 3.11 on; before, it has no kinds.
-    if hint is not Any and _kinds(hint) <= {str, type(None)} and text != "null":
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _value(text: str, hint: Any, flag: str) -> Any:
+    plain = _kinds(hint) <= {str, type(None)} and text != "null"
+    return text if plain else read_value(text, flag)
 
 
 def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[str, Any]:
@@ -142,9 +128,11 @@ def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[s
     `--objective dpo` is its entry `name`.
 
     Raises:
-        OptionError: an unknown flag, a missing value, a value of another type, a value and entries of one option.
+        OptionError: an unknown flag, a missing value, a value of another type, a value and entries of one option, an
+            option or an entry twice.
     """
     found: dict[str, Any] = {}
+    said: dict[str, str] = {}  # what was written, by option or entry
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -165,11 +153,21 @@ def read_flags(words: Sequence[str], hints: Mapping[str, Any] = HINTS) -> dict[s
                 raise OptionError(f"--{flag}: expected a value, got none")
             else:
                 text = rest.pop(0)
-        value = {entry.replace("-", "_"): _value(text, Any)} if dot else coerce(f"--{flag}", _value(text, hint), hint)
+        if dot:
+            value: Any = {entry.replace("-", "_"): read_value(text, f"--{flag}")}
+        else:
+            value = coerce(f"--{flag}", _value(text, hint, f"--{flag}"), hint)
+        several = isinstance(value, dict) and not dot
         before = _named(name, found.get(name))
         value = _named(name, value)
         if name in found and isinstance(before, dict) != isinstance(value, dict):
             raise OptionError(f"--{flag}: expected either a value or entries of {name}, got both")
+        parts = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        for part, item in parts.items():
+            written = str(item) if several else text
+            if part in said:
+                raise twice(f"--{part if several else flag}", said[part], written)
+            said[part] = written
         found[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return found
 
@@ -198,30 +196,48 @@ def _name_of(objective: Any) -> Any:
     return objective.get("name") if isinstance(objective, dict) else DEFAULT
 
 
+def _nameless(objective: Mapping[str, Any]) -> OptionError:
+    known = {name: [*settings_of(name), *(["preset"] if name == DEFAULT else [])] for name in OBJECTIVES}
+    having = [name for name, settings in known.items() if set(objective) <= set(settings)]
+    everything = sorted({setting for settings in known.values() for setting in settings})
+    odd = next((key for key in objective if key not in everything), None)
+    if having:
+        way = f"give --objective {having[0]}"
+        if having[1:]:
+            way = f"give --objective and one of those that have {' and '.join(objective)}: {', '.join(having)}"
+    elif odd is not None:
+        way = f"no objective has {odd!r}{nearest(odd, everything)}"
+    else:
+        way = f"no objective has all of {', '.join(objective)}"
+    what = f"expected a name or a mapping with a name and settings, got {dict(objective)} without a name"
+    return OptionError(f"objective: {what}; {way}")
+
+
 def collect(
     words: Sequence[str], base: Mapping[str, Any] | None = None, hints: Mapping[str, Any] = HINTS
 ) -> dict[str, Any]:
     """The options of `base`, of the file behind `--config` and of the flags; the later ones win.
 
     Raises:
-        OptionError, OSError: as `read_config` and `read_flags`.
+        OptionError, OSError: as `take_config`, `read_config` and `read_flags`.
     """
     speak(lambda: ({name: f"--{name}" for name in hints}, False))
-    words, options = list(words), dict(base or {})
-    for at, word in enumerate(words):
-        name, equals, path = word.partition("=")
-        if name != "--config":
-            continue
-        if not equals and at + 1 == len(words):
-            raise OptionError("--config: expected the path of a YAML file, got none")
-        options = merge(options, read_config(path if equals else words[at + 1], hints))
-        del words[at : at + (1 if equals else 2)]
-        break
+    words, paths = take_config(words)
+    options = dict(base or {})
+    for path in paths:
+        options = merge(options, read_config(path, hints))
     return merge(options, read_flags(words, hints))
 
 
 def split(options: Mapping[str, Any]) -> tuple[RunOptions, dict[str, Any], dict[str, Any]]:
-    """(what the run needs, what `CLHAConfig` needs, what the command itself needs)."""
+    """(what the run needs, what `CLHAConfig` needs, what the command itself needs).
+
+    Raises:
+        OptionError: settings of an objective without its name.
+    """
+    objective = options.get("objective")
+    if isinstance(objective, dict) and objective and "name" not in objective:
+        raise _nameless(objective)
     run = RunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS})
     config = {name: value for name, value in options.items() if name in CONFIG_HINTS}
     return run, config, {name: value for name, value in options.items() if name in PRINTING}

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 
 from clha_fast.batching.segments import LAYOUTS, RowTokens
 from clha_fast.cli.text import Parser, with_dashes
+from clha_fast.cli.values import read_value, twice
 from clha_fast.models.loading import adapter_config
 from clha_fast.planning.plan import GIB, Load, Plan, table, ways_to_fit
 from clha_fast.planning.plan import plan as count
@@ -125,7 +125,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             continue
         if not equals and not left:
             raise ValueError(f"{name}: expected a value, got none")
-        adapter[name[len(_ADAPTER) :].replace("-", "_")] = yaml.safe_load(value if equals else left.pop(0))
+        text, key = value if equals else left.pop(0), name[len(_ADAPTER) :].replace("-", "_")
+        flag = f"--peft_config.{key}"
+        if key in adapter:
+            raise twice(flag, str(adapter[key]), text)
+        adapter[key] = read_value(text, flag)
     args = parser().parse_args(rest)
     args.peft_config = adapter
     return args

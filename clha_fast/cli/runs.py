@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from clha_fast.cli.text import complain
+from clha_fast.cli.text import complain, size_text
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
@@ -42,8 +42,8 @@ def model_text(run: Run) -> str:
     model = run.trainer.model
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    part = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them trained)"
-    return f"{type(base_model(run.model)).__name__}, {parameters / 1e6:.2f} M parameters{part}"
+    part = "" if trained == parameters else f" ({size_text(trained)} of them trained)"
+    return f"{type(base_model(run.model)).__name__}, {size_text(parameters)} parameters{part}"
 
 
 def layout_line(run: Run) -> dict[str, str]:

@@ -14,6 +14,7 @@ from clha_fast.cli.text import Parser, check_positive, rows_text
 from clha_fast.data import RankedRecord, read_records
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
+from clha_fast.files import try_folder_of
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.pairs import gap_quartiles
 from clha_fast.processes import Processes
@@ -183,6 +184,7 @@ def _check_plot(path: str | None) -> str | None:
         raise ValueError(f"--plot: expected a name that ends in .png, got {path!r}")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"--plot: expected an existing folder, got {os.path.dirname(path)!r}")
+    try_folder_of(path)
     if not plots.can_plot():
         print("no histogram: it needs matplotlib (pip install 'clha-fast[plot]')")
         return None

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from clha_fast.cli.values import twice
 from clha_fast.messages import nearest
 from clha_fast.processes import joined
 
@@ -30,8 +31,35 @@ def speak(options: Spelling = _as_they_are) -> None:
     _options = options
 
 
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class _Once(argparse.Action):
+    """Of an option that is given twice argparse takes the last; `action="append"` is for those that may be."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string is not None:
+            parser.note(self.dest, option_string, option_string if self.nargs == 0 else _word(values))
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Store(_Once, argparse._StoreAction):
+    pass
+
+
+class _True(_Once, argparse._StoreTrueAction):
+    pass
+
+
+class _False(_Once, argparse._StoreFalseAction):
+    pass
+
+
 class Parser(argparse.ArgumentParser):
-    """One whose errors are a sentence each, with the option that may have been meant.
+    """One for one command line: errors are a sentence each, with the option that may have been meant.
+
+    An option that is given twice is refused, unless its action is "append".
 
     Attributes:
         also: what else the library calls an option or an argument, with the words for it.
@@ -40,6 +68,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.also: dict[str, str] = {}
+        self._given: dict[str, str] = {}
+        for name, action in {None: _Store, "store": _Store, "store_true": _True, "store_false": _False}.items():
+            self.register("action", name, action)
         speak(self._spelled)
 
     def _spelled(self) -> tuple[dict[str, str], bool]:
@@ -48,6 +79,16 @@ class Parser(argparse.ArgumentParser):
             metavar = action.metavar if isinstance(action.metavar, str) else action.dest
             found.setdefault(action.dest, action.option_strings[0] if action.option_strings else metavar)
         return found, True
+
+    def note(self, setting: str, option: str, value: str) -> None:
+        """Note that an option is given.
+
+        Raises:
+            OptionError: it, or another one for the same setting, was given before.
+        """
+        if setting in self._given:
+            raise twice(option, self._given[setting], value)
+        self._given[setting] = value
 
     def error(self, message: str) -> NoReturn:
         """As `argparse.ArgumentParser`, without the usage in front."""
@@ -117,6 +158,11 @@ def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive whole number, got {value}")
+
+
+def size_text(count: int) -> str:
+    """How many weights, in millions where there are enough of them for two digits to say it."""
+    return f"{count / 1e6:,.2f} M" if count >= 100_000 else f"{count:,}"
 
 
 def rows_text(asked: str | None, layout: str) -> str:

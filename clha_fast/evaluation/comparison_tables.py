@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clha_fast.evaluation.report import FIGURES, NO_SUBSET, REWARD, TOTAL, Figure, figures_of
+from clha_fast.evaluation.tables import fixed
 
 
 def shown(found: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A mean with its interval, "-" for what is not there."""
     if found is None or found["value"] is None:
         return "-"
-    text = f"{found['value']:.{digits}f}"
-    return text if found["low"] is None else f"{text} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    text = fixed(found["value"], digits)
+    return text if found["low"] is None else f"{text} [{fixed(found['low'], digits)}, {fixed(found['high'], digits)}]"
 
 
 def figure_named(name: str) -> Figure:

@@ -18,7 +18,7 @@ from clha_fast.evaluation.diversity import corpus_distinct_2, distinct_2, words
 from clha_fast.evaluation.intervals import Array, Estimate, estimate, ratio
 from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
-from clha_fast.evaluation.tables import table
+from clha_fast.evaluation.tables import fixed, table
 from clha_fast.generation.answers import Answer, occurrences
 from clha_fast.rewards.reward_model import RewardModel
 
@@ -320,8 +320,10 @@ def shown(found: Estimate, digits: int) -> str:
     """A value with its interval; "-" for what is not there."""
     if found.value is None:
         return "-"
-    text = f"{found.value:.{digits}f}"
-    return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    text = fixed(found.value, digits)
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{fixed(found.low, digits)}, {fixed(found.high, digits)}]"
 
 
 def evaluation_table(evaluation: Evaluation, figures: Mapping[str, Mapping[str, Estimate]]) -> str:

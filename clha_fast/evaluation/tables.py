@@ -45,6 +45,11 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def fixed(value: float, digits: int) -> str:
+    """With so many digits behind the point; what rounds to zero has no sign."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces, the first to the left and the others to the right."""
     lines = [list(header), *map(list, rows)]

@@ -61,6 +61,8 @@ def merge_adapter(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
         what = "one without adapter_config.json" if os.path.isdir(adapter) else "no such folder"
+        if os.path.isfile(os.path.join(adapter, "config.json")):
+            what = "a whole model, which needs no merge: every command and from_pretrained take it as it is"
         raise ValueError(f"adapter: expected a folder that holds an adapter of peft's, got {adapter}, {what}")
     if os.path.lexists(out):
         raise FileExistsError(f"{out}: exists already; expected a new folder")

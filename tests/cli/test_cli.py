@@ -229,7 +229,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_rows(tmp_path / "train.jsonl")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("")
-    assert cli.main([*command(tmp_path), "--output_dir", str(tmp_path / "thesis")]) == 2
+    assert cli.main(command(tmp_path, "--output_dir", str(tmp_path / "thesis"))) == 2
     assert "1 entries (a.tex) that are no run of this program" in one_sentence(capsys)
 
 

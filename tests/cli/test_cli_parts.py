@@ -13,6 +13,7 @@ import clha_fast
 from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
 from clha_fast.cli.options import OptionError, coerce, read_flags
+from clha_fast.cli.text import size_text
 from clha_fast.data import make_record
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.evaluation import memory
@@ -47,6 +48,11 @@ def test_values_become_what_options_are() -> None:
     base = {"model_config": {"a": 1, "b": 2}, "seed": 1}
     merged = cli_options.merge(base, {"model_config": {"b": 3}, "seed": 2})
     assert merged == {"model_config": {"a": 1, "b": 3}, "seed": 2}
+
+
+def test_few_weights_are_counted_one_by_one() -> None:
+    sizes = (1, 4096, 99_999, 100_000, 134_515_008, 7_000_000_000)
+    assert [size_text(size) for size in sizes] == ["1", "4,096", "99,999", "0.10 M", "134.52 M", "7,000.00 M"]
 
 
 def test_split_keeps_a_prompt_on_one_side() -> None:

@@ -180,8 +180,14 @@ def test_the_best_model_by_an_objectives_own_metric(tmp_path: Path, capsys: pyte
         (["--objective", "pro", "--margin", "1"], "margin: expected none with --objective pro, for it is a setting of"),
         (
             ["--objective.form", "paper"],
-            "objective: expected a name or a mapping with a name and settings, got",
+            "objective: expected a name or a mapping with a name and settings, got {'form': 'paper'} without a name; "
+            "give --objective and one of those that have form: pro, dpo, sft\n",
         ),
+        (["--objective.beta", "0.1"], "; give --objective and one of those that have beta: dpo, simpo, ipo, hinge, "),
+        (["--objective.gamma", "1", "--objective.beta", "2"], "without a name; give --objective simpo\n"),
+        (["--objective.margin=1", "--objective.preset=paper"], "without a name; give --objective clha\n"),
+        (["--objective.bta", "1"], "without a name; no objective has 'bta'; did you mean 'beta'?"),
+        (["--objective.gamma", "1", "--objective.alpha", "2"], "; no objective has all of gamma, alpha\n"),
         (
             ["--reference", "copy"],
             "reference: expected None with the objective 'clha', which reads no refer",

@@ -119,3 +119,41 @@ def test_convert_and_score_carry_the_subset(tmp_path: Path, capsys: pytest.Captu
     for name in ("a", "b"):
         subsets = [record.subset for record in read_records(tmp_path / f"{name}.jsonl")]
         assert subsets == ["", "part 1", "part 0", "part 1"]
+
+
+def test_columns_as_one_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `clha-fast train` takes them; with entries beside it, too."""
+    rows = [{"q": f"say {k}", "a": f"the cat {k}", "b": f"a dog {k} ran"} for k in range(12)]
+    source, model = str(write(tmp_path / "rows.jsonl", rows)), save_llama(tmp_path / "reward_model")
+    ways = {
+        "entries": ["--columns.prompt", "q", "--columns.completions", "[a, b]"],
+        "mapping": ["--columns", "{prompt: q, completions: [a, b]}"],
+        "equals": ["--columns={prompt: q, completions: [a, b]}"],
+        "both": ["--columns", "{prompt: q}", "--columns.completions=[a, b]"],
+    }
+    made = []
+    for name, columns in ways.items():
+        out = tmp_path / name
+        out.mkdir()
+        capsys.readouterr()
+        assert cli.main(["inspect", source, *columns]) == 0
+        said = capsys.readouterr().out
+        assert cli.main(["convert", source, str(out / "convert.jsonl"), *columns]) == 0
+        assert cli.main(["score", *columns, source, str(out / "score.jsonl"), "--reward-model", model]) == 0
+        assert cli.main(["prepare", "ranked", source, str(out / "three"), "--test", "0.2", *columns]) == 0
+        files = ("convert.jsonl", "score.jsonl", "three/train.jsonl", "three/test.jsonl")
+        made.append((said, *((out / file).read_bytes() for file in files)))
+    assert made.count(made[0]) == len(ways)
+    assert read_records(tmp_path / "mapping" / "convert.jsonl")[3].completions == ("the cat 3", "a dog 3 ran")
+    capsys.readouterr()
+    for columns, message in {
+        ("--columns", "q"): "--columns: expected a mapping, such as '{prompt: question}', got 'q'",
+        ("--columns=[q]",): "--columns: expected a mapping, such as '{prompt: question}', got '[q]'",
+        ("--columns", "--format", "auto"): "--columns: expected a mapping, got none",
+        ("--columns.prompt",): "--columns.prompt: expected a column, got none",
+    }.items():
+        assert cli.main(["inspect", source, *columns]) == cli.USER_ERROR
+        assert message in one_sentence(capsys)
+    words = ["prepare", "tldr", source, str(tmp_path / "o"), "--columns", "{prompt: q}"]
+    assert cli.main(words) == cli.USER_ERROR
+    assert "--columns.prompt: expected none for tldr" in one_sentence(capsys)

@@ -206,8 +206,10 @@ def test_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (1, 1, 2):
         flags = ["--model", str(base), "--overwrite", "--seed", str(seed), "--max_steps", "0"]
         assert cli.main(reward_command(tmp_path, *flags, **NO_MODEL, num_train_epochs=0)) == 0
-        assert "LlamaForSequenceClassification, 0.03 M parameters; new weights: score.weight" in capsys.readouterr().out
         weights.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").state_dict())
+        size = sum(tensor.numel() for tensor in weights[-1].values())
+        said = f"LlamaForSequenceClassification, {size:,} parameters; new weights: score.weight"
+        assert said in capsys.readouterr().out
     assert torch.equal(weights[0]["score.weight"], weights[1]["score.weight"])
     assert not torch.equal(weights[0]["score.weight"], weights[2]["score.weight"])
     assert torch.equal(
@@ -249,7 +251,8 @@ def test_an_adapter_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     words = reward_command(tmp_path, *flags, **NO_MODEL, max_steps=6, learning_rate=1e-2)
     assert cli.main(words) == 0
-    assert " M of them trained); new weights: score.weight" in capsys.readouterr().out
+    trained = 2 * 4 * (32 + 32 + 32 + 16) + 32  # two layers, rank 4, queries 32 to 32, values 32 to 16; the new head
+    assert f" ({trained} of them trained); new weights: score.weight" in capsys.readouterr().out
     found = described(tmp_path)
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert "model.safetensors" in files

@@ -34,11 +34,12 @@ def command(folder: Path, *flags: str) -> list[str]:
         TOKENIZER.save_pretrained(folder / "policy")
         save_llama(folder / "judge")
         write(folder / "prompts.jsonl", [{"prompt": f"say {number}"} for number in range(12)])
-    words = ["rlhf", "--train_file", folder / "prompts.jsonl", "--model", folder / "policy"]
-    words += ["--reward_model", folder / "judge", "--output_dir", folder / "run", "--eval_fraction", "0.3", "--use_cpu"]
-    words += ["--max_steps", "4", "--save_steps", "3", "--logging_steps", "2", "--per_device_train_batch_size", "2"]
-    words += ["--max_completion_length", "5", "--learning_rate", "1e-2", "--rollout_steps", "2", *flags]
-    return [str(word) for word in words]
+    paths = {"train_file": "prompts.jsonl", "model": "policy", "reward_model": "judge", "output_dir": "run"}
+    own = {name: str(folder / path) for name, path in paths.items()}
+    own |= {"eval_fraction": "0.3", "max_steps": "4", "save_steps": "3", "logging_steps": "2", "rollout_steps": "2"}
+    own |= {"per_device_train_batch_size": "2", "max_completion_length": "5", "learning_rate": "1e-2"}
+    own = {f"--{name}": value for name, value in own.items()}
+    return ["rlhf", "--use_cpu", *(word for flag in own if flag not in flags for word in (flag, own[flag])), *flags]
 
 
 def figures(folder: Path) -> dict[str, Any]:

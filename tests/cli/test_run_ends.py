@@ -153,7 +153,7 @@ def test_every_option_takes_dashes_and_underscores(tmp_path: Path, capsys: pytes
     (tmp_path / "run.yaml").write_text("learning-rate: 1\nmax_steps: 3\n")
     assert read_config(str(tmp_path / "run.yaml")) == {"learning_rate": 1.0, "max_steps": 3}
     (tmp_path / "run.yaml").write_text("learning-rate: 1\nlearning_rate: 3\n")
-    with pytest.raises(OptionError, match="expected learning_rate once"):
+    with pytest.raises(OptionError, match=r"learning_rate: expected once, got 1.0 and 3 .with dashes and with under"):
         read_config(str(tmp_path / "run.yaml"))
 
 

@@ -17,6 +17,7 @@ from clha_fast.data import RankedRecord
 from clha_fast.evaluation.comparison import compare, comparison_table
 from clha_fast.evaluation.report import NO_SUBSET, TOTAL, Evaluation, evaluate, evaluation_table, pair_answers
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, sigmoid
+from clha_fast.evaluation.tables import fixed
 from clha_fast.generation import Answer
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from tests.support.reward_models import SIZES, TOKENIZER, alone, by_length, plain_ids, spread
@@ -226,6 +227,21 @@ def test_against_itself_nothing_differs() -> None:
         assert row.difference.value == 0, name
     assert found.wins[TOTAL]["length"].rate.value == 0.5
     assert found.notes == ours.notes == ["5 references have no answer and are left out"], "once"
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    """BLEU is 0.001, 0.002 and 0.003 less on three prompts, and is shown with two digits."""
+    a, b = (
+        Evaluation(["p", "q", "r"], ["", "", ""], ["x", "y", "z"], {"bleu": [10.0 - step * k for k in range(1, 4)]})
+        for step in (0.001, 0.0)
+    )
+    less, more = (comparison_table(found) for found in (compare(a, b), compare(b, a)))
+    for text in (less, more):
+        (line,) = (line for line in text.splitlines() if line.startswith("BLEU"))
+        assert line.split()[-4:] == ["0.00", "[0.00,", "0.00]", "3"]
+    values = (-0.004, -0.006, 0.004, 0.0, -0.0, -12.375)
+    assert [fixed(value, 2) for value in values] == ["0.00", "-0.01", "0.00", "0.00", "0.00", "-12.38"]
+    assert fixed(math.nan, 3) == "nan"
 
 
 def test_what_was_said_of_either_side_is_said_of_both() -> None:

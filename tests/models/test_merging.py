@@ -103,8 +103,14 @@ def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys
 def test_what_is_refused(tmp_path: Path) -> None:
     save(tmp_path, CONFIGS["body"], tied=False)
     adapter, out = tmp_path / "adapter", tmp_path / "out"
-    with pytest.raises(ValueError, match=r"adapter: expected a folder that holds an adapter .*without adapter_config"):
-        merge_adapter(tmp_path / "base", out)
+    for folder, said in {
+        tmp_path: "one without adapter_config.json$",
+        tmp_path / "base": "a whole model, which needs no",
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"adapter: expected a folder that holds an adapter .*, got {folder}, {said}"
+        ):
+            merge_adapter(folder, out)
     with pytest.raises(ValueError, match="no such folder"):
         merge_adapter(tmp_path / "none", out)
     with pytest.raises(FileExistsError, match="exists already; expected a new folder"):

@@ -39,16 +39,18 @@ def write_rows(path: Path, count: int = 16, **changes: Any) -> Path:
 
 
 def command(folder: Path, *flags: str, **changes: Any) -> list[str]:
-    """`train` with a configuration file in `folder`; its run goes to `folder`/run."""
+    """`train` with a configuration file in `folder`; its run goes to `folder`/run, unless `flags` say otherwise."""
     settings = {**SETTINGS, **changes}
     data = folder / "train.jsonl"
     if not data.exists():
         write_rows(data)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    own = {"--train_file": str(data), "--output_dir": str(folder / "run")}
     return [
-        *("train", "--config", str(config), "--train_file", str(data)),
-        *("--output_dir", str(folder / "run"), *flags),
+        *("train", "--config", str(config)),
+        *(word for name, path in own.items() if name not in flags for word in (name, path)),
+        *flags,
     ]
 
 

@@ -1,0 +1,88 @@
+"""Files that cannot be written are refused under the name that was given, before a model or a record is read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clha_fast.cli import main as cli
+from clha_fast.files import check_destination, write_json, write_lines, write_text
+from tests.support.command_line import one_sentence
+
+# A name that a file may have, but for what is written beside it.
+LONG = "x" * 250
+
+
+@pytest.mark.parametrize("ending", ["inside", "folder", "long"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval absent.jsonl --references absent --out OUT.json",
+        "eval --model absent --references absent --out OUT.json",
+        "compare absent absent --references absent --out OUT.json",
+        "inspect absent --html OUT.html",
+        "generate absent absent OUT.jsonl",
+        "rank absent absent OUT.jsonl",
+        "score absent OUT.jsonl --policy absent",
+    ],
+)
+def test_tried_first(words: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    command = words.split()
+    (place,) = (k for k, word in enumerate(command) if word.startswith("OUT"))
+    suffix = Path(command[place]).suffix
+    names = {"inside": f"file/out{suffix}", "folder": "folder", "long": LONG[: 255 - len(suffix)] + suffix}
+    out = str(tmp_path / names[ending])
+    command[place] = out
+    assert cli.main(command) == cli.USER_ERROR
+    said = {
+        "inside": f"expected an existing folder, got {tmp_path / 'file'}",
+        "folder": "expected a file, got a folder",
+        "long": os.strerror(errno.ENAMETOOLONG),
+    }
+    if "eval --model" in words and ending != "folder":  # the answers come first
+        out = f"{out.removesuffix('.json')}.answers.jsonl"
+    assert one_sentence(capsys) == f"clha-fast {command[0]}: {out}: {said[ending]}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_picture_is_tried_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = str(tmp_path / f"{LONG}.png")
+    words = ["score", "absent", str(tmp_path / "out.jsonl"), "--reward-model", "absent", "--plot", plot]
+    assert cli.main(words) == cli.USER_ERROR
+    assert one_sentence(capsys) == f"clha-fast score: {plot}: {os.strerror(errno.ENAMETOOLONG)}\n"
+
+
+def test_errors_name_the_file_that_was_given(tmp_path: Path) -> None:
+    """Not the one beside it, that is renamed to it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    kinds = {"folder": IsADirectoryError, "file/out": NotADirectoryError, "no/out": FileNotFoundError}
+    for name, kind in kinds.items():
+        path = str(tmp_path / name)
+        writes: list[Callable[[str], None]] = [
+            lambda path: write_text(path, "text"),
+            lambda path: write_json(path, {}),
+            lambda path: write_lines(path, [{}], overwrite=True),
+        ]
+        for write in writes:
+            with pytest.raises(kind) as caught:
+                write(path)
+            assert (caught.value.filename, caught.value.filename2) == (path, None)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError) as caught:
+            check_destination(tmp_path / "out.json")
+    finally:
+        tmp_path.chmod(0o700)
+    assert caught.value.filename == str(tmp_path / "out.json")
