@@ -15,7 +15,7 @@ from clha_fast.types import COUNTS, RankingInputs
 
 # All but the kept pairs are one number each.
 SCALARS = len(COUNTS) - 1
-_CHUNK = 256  # prompts whose counts are made at a time
+CHUNK = 256  # prompts whose counts are made at a time
 
 
 def local_counts(batches: Sequence[CandidateBatch], objective: Objective, most: int) -> Tensor:
@@ -65,8 +65,8 @@ def is_tokenised(dataset: Any) -> bool:
 
 def feature_chunks(dataset: Any) -> Iterator[list[CandidateFeature]]:
     """The examples of a tokenised dataset, some at a time."""
-    for start in range(0, len(dataset), _CHUNK):
-        yield [dataset[k] for k in range(start, min(start + _CHUNK, len(dataset)))]
+    for start in range(0, len(dataset), CHUNK):
+        yield [dataset[k] for k in range(start, min(start + CHUNK, len(dataset)))]
 
 
 def ranking_inputs(features: Sequence[CandidateFeature]) -> RankingInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class ColumnMap:
                     f"columns: unknown field {name!r}{near(str(name), FIELDS)} (fields are {', '.join(FIELDS)})"
                 )
             several = name in (*_MANY, "prompt")
-            good = isinstance(path, str) or (path is None and name == "prompt")
+            good = isinstance(path, str) or (path is None and name in ("prompt", "subset"))
             if several and isinstance(path, (list, tuple)):
                 good = bool(path) and all(isinstance(item, str) for item in path)
             if not good:
@@ -138,11 +139,13 @@ class ColumnMap:
             for field in _OF_GROUP:
                 value = row.row.get(field)
                 # One row may say it for all, but for the prompt; a subset that is no text is somebody else's column.
-                if (value is None and field != "prompt") or (field == "subset" and not isinstance(value, str)):
+                missing = value is None or (isinstance(value, float) and math.isnan(value))
+                if (missing and field != "prompt") or (field == "subset" and not isinstance(value, str)):
                     continue
                 if value != merged.get(field):
                     expected = f"the {field} of {members[0][0]}, with the same {self.group_by}"
-                    return RecordError.of(place, field, expected, value)
+                    bad = RecordError.of(place, field, expected, value)
+                    return bad.advised("columns.subset: null leaves that column out") if field == "subset" else bad
         return Reading(merged, mapped=first.mapped)
 
     @staticmethod

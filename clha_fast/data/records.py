@@ -41,7 +41,7 @@ class RecordError(ValueError):
 
     def advised(self, way: str) -> RecordError:
         """The same with a way out, where it is one record that is bad and not how all are read."""
-        if not self.field or ": expected a column for " in str(self):
+        if not self.field or any(text in str(self) for text in (": expected a column for ", "columns=", "columns.")):
             return self
         return RecordError(f"{self}; {way}", source=self.source, field=self.field)
 

@@ -101,7 +101,11 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
     if criterion is not None and criterion not in get_args(Criterion):
         raise ValueError(f"criterion: expected one of {', '.join(get_args(Criterion))}, got {criterion!r}")
     settings = _mapping(values, "settings")
-    check_keys("run", _mapping(values, "run"), [f.name for f in dataclasses.fields(RunOptions) if f.name not in _SET])
+    run = _mapping(values, "run")
+    for name in _SET:
+        if name in run:
+            raise ValueError(f"run: expected no {name}, which the comparison sets itself")
+    check_keys("run", run, [f.name for f in dataclasses.fields(RunOptions)])
     reward_models = _mapping(values, "reward_models")
     check_keys("reward_models", reward_models, ("label", "evaluation"))
     for name, value in reward_models.items():
@@ -151,7 +155,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         criterion=criterion,
         budget_tokens=values.get("budget_tokens"),
         settings=settings,
-        run=_mapping(values, "run"),
+        run=run,
         reward_models=reward_models,
         generation=_mapping(values, "generation"),
         evaluation=evaluation,

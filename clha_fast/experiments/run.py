@@ -71,7 +71,7 @@ _NEUTRAL = (
 )
 
 
-_SKIPS = "--skip_bad_records leaves such records out"
+_SKIPS = "where others are good, --skip_bad_records leaves it out"
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _NAMES = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob")
 
@@ -14,15 +14,21 @@ _NAMES = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob")
 def without_dropout(model: nn.Module) -> None:
     """Sets every dropout of the model to 0: an adapter's, attention's, whole layers' too.
 
-    The model's configuration, and what is saved of it, stays as it is.
+    The model's configuration, and what is saved of it, stays as it is; so what models of transformers read there
+    themselves, not their layers, does too (BLT's, the encoder of ProphetNet).
     """
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
+        if isinstance(module, _DropoutNd) or "Dropout" in type(module).__name__:  # peft has some of its own
+            vars(module)["p"] = 0.0
         for name in _drawing(module):
             setattr(module, name, 0.0)
-        config = vars(module).get("config")  # a layer's own: wrappers pass on their model's
-        if not isinstance(module, PreTrainedModel) and _drawing(config):
+        for name, rates in vars(module).items():
+            if isinstance(rates, dict) and _is_dropout(name):  # by adapter
+                rates.update({key: 0.0 for key, rate in rates.items() if isinstance(rate, float)})
+        config = vars(module).get("config")
+        # A layer's: neither a model's nor that of something around one.
+        layer = module is not model and not any(isinstance(part, PreTrainedModel) for part in module.modules())
+        if layer and isinstance(config, PreTrainedConfig) and _drawing(config):
             vars(module)["config"] = _Quiet(config)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import LIMITS, RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
-from clha_fast.batching.totals import feature_chunks, is_tokenised, ranking_inputs
+from clha_fast.batching.totals import CHUNK, feature_chunks, is_tokenised, ranking_inputs
 from clha_fast.data.records import RecordError
 from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
@@ -22,42 +23,81 @@ from clha_fast.training.config import CLHAConfig
 from clha_fast.training.validation import sampling_strategy
 from clha_fast.types import SIGNALS
 
+# Of the class itself: a subclass's own are asked for.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(CLHAConfig)}
+SKIPS = "where others are good, skip_bad_records=True leaves it out"
 _LOOK = 2048  # prompts whose order is held to their rewards
 # A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
 _CONTRADICTION = 0.2
 logger = logging.get_logger(__name__)
 
 
-def check_reach(args: CLHAConfig, collator: Any, datasets: list[Any]) -> None:
-    """Whether settings that are not the default's reach what is collated by the caller's own, or tokenised already.
+def check_reach(args: CLHAConfig, collator: Any) -> None:
+    """Whether settings that are not the default's reach a collator of the caller's own.
 
     Raises:
         ValueError: one that does not.
     """
-    default = {field.name: field.default for field in dataclasses.fields(args)}
-    asked = {
-        name: getattr(args, name)
-        for name in (*LIMITS, "pad_to_multiple_of", "drop_inert", "eval_drop_inert")
-        if getattr(args, name) != default[name]
-    }
-    for name, value in asked.items() if collator is not None else ():
+    if collator is None:
+        return
+    for name, value in _asked(args, (*LIMITS, "pad_to_multiple_of", "drop_inert", "eval_drop_inert")).items():
         if not isinstance(collator, RankedCollator):
             raise ValueError(
-                f"{name}: expected {default[name]!r} beside a data_collator that is no RankedCollator, which decides "
+                f"{name}: expected {_DEFAULTS[name]!r} beside a data_collator that is no RankedCollator, which decides "
                 f"it, got {value!r}"
             )
         own = getattr(collator, name.removeprefix("eval_"))
         if value != own:
             raise ValueError(f"{name}: expected {own!r}, as the data_collator has it, got {value!r}")
-    for dataset in datasets:
-        if isinstance(dataset, (RankedDataset, RankedStream)):
-            for name in LIMITS:
-                own = dataset.limits[name] if isinstance(dataset, RankedDataset) else getattr(dataset.collator, name)
-                if name in asked and asked[name] != own:
+
+
+def _asked(args: CLHAConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Settings that are not the default's."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) != _DEFAULTS[name]}
+
+
+def _check_limits(args: CLHAConfig, dataset: Any, chains: bool, name: str) -> None:
+    """ValueError where limits that are asked for are not those of what is tokenised already."""
+    asked = _asked(args, LIMITS)
+    if not asked:
+        return
+    own: dict[str, Any] = getattr(dataset, "limits", {})
+    if isinstance(dataset, RankedStream):
+        own = {limit: getattr(dataset.collator, limit) for limit in LIMITS}
+    kind = type(dataset).__name__
+    for limit, value in asked.items() if own else ():
+        if value != own[limit]:
+            raise ValueError(
+                f"{limit}: expected {own[limit]!r}, with which the {kind} is tokenised, got {value!r}; give records, "
+                f"or a collator of that limit to the {kind}"
+            )
+    if own or not is_tokenised(dataset):
+        return
+    if chains:
+        asked.pop("max_completion_length", None)  # of each answer of a chain
+    for features in itertools.islice(feature_chunks(dataset), _LOOK // CHUNK):
+        for feature in features:
+            prompt, longest = len(feature["prompt_ids"]), max(map(len, feature["completion_ids"]), default=0)
+            for limit, length in zip(LIMITS, (prompt + longest, prompt, longest), strict=True):
+                if limit in asked and length > asked[limit]:
                     raise ValueError(
-                        f"{name}: expected {own!r}, with which the {type(dataset).__name__} is tokenised, got "
-                        f"{asked[name]!r}; give records, or a collator of that limit to the {type(dataset).__name__}"
+                        f"{limit}: expected at least the {length} tokens of a row of {name}, which is tokenised and is "
+                        f"not cut any more, got {asked[limit]}; give records"
                     )
+
+
+def _check_stream(args: CLHAConfig, training: bool) -> None:
+    """ValueError for batches by lengths that are not known."""
+    if training and args.max_tokens_per_batch is not None:
+        raise ValueError(
+            f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
+            f"{args.max_tokens_per_batch}"
+        )
+    if training and sampling_strategy(args) == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy: expected random or sequential for a stream, whose lengths are not known, got "
+            "'group_by_length'"
+        )
 
 
 def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool) -> Any:
@@ -71,13 +111,14 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
             `group_by_length`.
         RecordError: as `RankedDataset`.
     """
-    if (
-        dataset is None
-        or isinstance(dataset, (RankedDataset, RankedStream))
-        or not isinstance(collator, RankedCollator)
-    ):
+    if dataset is None or not isinstance(collator, RankedCollator):
         return dataset
     name = "train_dataset" if training else "eval_dataset"
+    _check_limits(args, dataset, collator.options.markers is not None, name)
+    if isinstance(dataset, RankedStream):
+        _check_stream(args, training)
+    if isinstance(dataset, (RankedDataset, RankedStream)):
+        return dataset
     if isinstance(dataset, (str, os.PathLike)):
         raise ValueError(
             f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
@@ -94,16 +135,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     if isinstance(dataset, Iterator):
         got = type(dataset).__name__
         raise ValueError(f"{name}: expected rows that can be read again for every pass, got a {got}, which ends")
-    if training and args.max_tokens_per_batch is not None:
-        raise ValueError(
-            f"max_tokens_per_batch: expected None for a stream, whose lengths are not known, got "
-            f"{args.max_tokens_per_batch}"
-        )
-    if training and sampling_strategy(args) == "group_by_length":
-        raise ValueError(
-            "train_sampling_strategy: expected random or sequential for a stream, whose lengths are not known, got "
-            "'group_by_length'"
-        )
+    _check_stream(args, training)
     processes = args.world_size // args.sequence_parallel_size
     return RankedStream(
         dataset,
@@ -202,7 +234,7 @@ def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: s
     try:
         found = RankedDataset(dataset, collator, num_proc=args.dataset_num_proc, skipped=skipped)
     except RecordError as error:
-        raise error if skipped is not None else error.advised("skip_bad_records=True leaves such records out") from None
+        raise error if skipped is not None else error.advised(SKIPS) from None
     if skipped:
         logger.warning(f"{len(skipped)} bad records left out, the first: {skipped[0]}")
     if found.cut_prompts or found.cut_completions:

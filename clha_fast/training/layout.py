@@ -25,12 +25,13 @@ def padded_for_noise(args: Any, asked: str | None = None) -> str:
     Raises:
         ValueError: another one, in whose rows the noise would be weaker: it is divided by the root of a row's length.
     """
+    whose = "layout" if asked in (None, args.layout) else "the data_collator's layout"
     asked = args.layout if asked is None else asked
-    if args.neftune_noise_alpha is None or asked == "padded":
+    if not args.neftune_noise_alpha or asked == "padded":
         return asked
     if asked != "auto":
         raise ValueError(
-            f"neftune_noise_alpha: expected None with layout={asked!r} (its noise goes by the length of a row, which "
+            f"neftune_noise_alpha: expected None with {whose}={asked!r} (its noise goes by the length of a row, which "
             f"holds several candidates there), got {args.neftune_noise_alpha}; layout='padded' takes it"
         )
     logger.warning("layout: padded, since NEFTune's noise goes by the length of a row")

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batching.sampling import LengthSampler
 from clha_fast.batching.segments import check_layout
+from clha_fast.data.records import RecordError
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.objectives.pairs import wins
@@ -25,6 +26,7 @@ from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.datasets import SKIPS
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.validation import (
@@ -176,11 +178,19 @@ class RewardTrainer(CheckpointingTrainer):
         self._pad = prepare(model, tokenizer, args.max_length)
 
         def dataset(rows: Any, name: str) -> Any:
+            if isinstance(rows, PairedDataset) and args.max_length is not None and max(rows.lengths) > args.max_length:
+                raise ValueError(
+                    f"max_length: expected at least the {max(rows.lengths)} tokens of the longest row of {name}, which "
+                    f"is tokenised and is not cut any more, got {args.max_length}; give records"
+                )
             if rows is None or isinstance(rows, PairedDataset):
                 return rows
             skipped: list[Any] | None = [] if args.skip_bad_records else None
             limit = reward_limit(tokenizer)
-            return PairedDataset(rows, tokenizer, limit, args.dataset_num_proc, skipped, name)
+            try:
+                return PairedDataset(rows, tokenizer, limit, args.dataset_num_proc, skipped, name)
+            except RecordError as error:
+                raise error if skipped is not None else error.advised(SKIPS) from None
 
         train_dataset = dataset(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):

@@ -122,7 +122,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         given = [part for part in (train_dataset, *held_out) if part is not None]
         others = data_collator is not None and not isinstance(data_collator, RankedCollator)
         if not self._collates:
-            check_reach(args, data_collator, given)
+            check_reach(args, data_collator)
         self.reference = Reference(args, self.loss_options, model, ref_model, peft_config, [] if others else given)
         eval_collator = data_collator
         if data_collator is None:

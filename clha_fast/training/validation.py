@@ -206,8 +206,8 @@ def say_what_is_left_out(model: nn.Module) -> None:
         weight = getattr(config, "orth_reg_weight", 0)
         if weight:
             logger.warning(
-                f"peft: AdaLoRA's regulariser (orth_reg_weight={weight} of the adapter {name!r}) is added to no loss "
-                "here; a model that is attached in a loop of your own adds it (docs/adapters.md)"
+                f"peft: AdaLoRA's regulariser (orth_reg_weight={weight} of the adapter {name!r}) is added to no "
+                "loss of a trainer here, see docs/adapters.md"
             )
 
 

@@ -45,7 +45,7 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path: Path, capsys: 
     assert cli.main(words) == 2
     said = one_sentence(capsys)
     assert "completions[1]" in said
-    assert said.endswith("; --skip_bad_records leaves such records out\n")
+    assert said.endswith("; where others are good, --skip_bad_records leaves it out\n")
     assert cli.main([*words, "--skip_bad_records"]) == 0
     assert "skipped   2 bad records, the first: " in capsys.readouterr().out
 

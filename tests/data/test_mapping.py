@@ -174,6 +174,11 @@ def test_groups_have_one_of_what_a_record_has_once(field: str, values: tuple[obj
         RecordError, match=f"^record 1: {field}: expected the {field} of record 0, with the same prompt"
     ):
         read_records(rows, columns=columns)
+    if field == "subset":
+        found = read_records(rows, columns={**columns, "subset": None})
+        assert found == read_records([{"prompt": prompt, "a": ["x", "y"]}], columns={"completions": "a"})
+    missing = read_records([rows[0], {**rows[1], field: float("nan")}], columns=columns)  # as pandas has it
+    assert missing == read_records([{**rows[0], "a": ["x", "y"]}], columns={"completions": "a"})
     for one in ({**rows[0]}, {**rows[0], field: None}):
         same = read_records([one, {**rows[1], field: one[field]}, rows[0]], columns=columns)
         assert same == read_records([{**rows[0], "a": ["x", "y", "x"]}], columns={"completions": "a"})
@@ -218,6 +223,7 @@ def test_flags_and_yaml_say_the_same(tmp_path: Path) -> None:
     path.write_text("columns: {prompt: question, completions: [response_a, response_b]}\n")
     for options in (read_flags(words), read_config(str(path))):
         assert split(options)[0].columns == wanted
-    assert take_columns(["a", *words, "--columns.prompt=null", "b"]) == (["a", "b"], {**wanted, "prompt": None})
+    assert take_columns(["a", *words, "b"]) == (["a", "b"], wanted)
+    assert take_columns(["--columns.prompt=null", *words[2:]]) == ([], {**wanted, "prompt": None})
     with pytest.raises(ValueError, match=r"--columns.prompt: expected a column, got none"):
         take_columns(["--columns.prompt", "--overwrite"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +46,50 @@ def test_no_draws_are_left(kind: str) -> None:
     assert {getattr(config, name) for name in found} == {0.3}  # as it came, for whoever trains it next
     assert model.config is config
     assert all(torch.equal(first, other) for other in outputs(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "LoHaConfig", "rank_dropout": 0.5, "module_dropout": 0.5},
+        {"kind": "LoKrConfig", "rank_dropout": 0.5},
+        {"kind": "BOFTConfig", "boft_dropout": 0.5, "boft_block_size": 4},
+        {"kind": "LoraConfig", "lora_dropout": 0.5},
+    ],
+)
+def test_adapters_with_dropout_of_their_own(adapter: dict[str, Any]) -> None:
+    settings = dict(adapter)
+    kind = getattr(peft, settings.pop("kind"))
+    first_weights = "init_lora_weights" if "lora_dropout" in settings else "init_weights"
+    config = kind(target_modules=["q_proj", "v_proj"], **{first_weights: False}, **settings)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build(shrink("llama", False)), config).train()
+    first, *others = outputs(model)
+    assert not all(torch.equal(first, other) for other in others)
+    without_dropout(model)
+    first, *others = outputs(model)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_what_is_no_layer_keeps_its_configuration() -> None:
+    config = shrink("falcon", False)
+    config.hidden_dropout = 0.3
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(config)
+            self.config = self.inner.config
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(dropout=0.1)
+            self.part = nn.Dropout(0.1)
+
+    around, own = Around(), Own()
+    without_dropout(around)
+    without_dropout(own)
+    assert around.config is around.inner.config is config
+    assert isinstance(own.config, SimpleNamespace)
+    assert own.part.p == 0

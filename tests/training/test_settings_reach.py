@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch.utils.data import IterableDataset
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
 from clha_fast.cli import main as cli
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.training.trainer import CLHATrainer
@@ -21,6 +25,18 @@ from tests.support.tiny import make_model, make_rows
 from tests.support.trainers import TOKENIZER, config, trainer
 
 peft = pytest.importorskip("peft")
+datasets = pytest.importorskip("datasets")
+
+
+class Features(torch.utils.data.Dataset[Any]):
+    def __init__(self, features: list[Any]) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.features[index]
 
 
 class Rows(IterableDataset[Any]):
@@ -37,12 +53,14 @@ def given(folder: Path, collator: Any = None, rows: Any = None, **changes: Any) 
     )
 
 
+def reward_config(folder: Path, **changes: Any) -> RewardConfig:
+    settings = {"use_cpu": True, "max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return RewardConfig(output_dir=str(folder), **settings, **changes)
+
+
 def reward_trainer(folder: Path, **changes: Any) -> RewardTrainer:
     rows = [{**row, "rewards": list(range(len(row["completions"]), 0, -1))} for row in make_rows(4)]
-    settings = {"use_cpu": True, "max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    return RewardTrainer(
-        llama(), RewardConfig(output_dir=str(folder), **settings, **changes), rows, rows, processing_class=TOKENIZER
-    )
+    return RewardTrainer(llama(), reward_config(folder, **changes), rows, rows, processing_class=TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +88,35 @@ def test_a_collator_of_ones_own(tmp_path: Path, name: str, asked: Any, own: Any)
 
 
 @pytest.mark.parametrize("name", ["max_length", "max_prompt_length", "max_completion_length"])
+def test_features_are_held_to_limits(tmp_path: Path, name: str) -> None:
+    """However they come: a table, a part of a dataset, a dataset of one's own, or one that was pickled long ago."""
+    collator = RankedCollator(TOKENIZER)
+    features = [collator.tokenize_record(row) for row in make_rows(4)]
+    old = RankedDataset(make_rows(4), collator)
+    del old.limits
+    table = datasets.Dataset.from_list(make_rows(4)).map(collator.tokenize_record)
+    for dataset in (Features(features), torch.utils.data.Subset(old, range(4)), old, table):
+        with pytest.raises(ValueError, match=rf"^{name}: expected at least the \d+ tokens of a row of train_dataset"):
+            given(tmp_path, rows=dataset, **{name: 3})
+        given(tmp_path, rows=dataset, **{name: 500})
+        given(tmp_path, rows=dataset)
+    with pytest.raises(ValueError, match=rf"^{name}: expected at least"):
+        given(tmp_path, **{name: 5}).evaluate(Features(features))
+
+
+def test_a_default_of_ones_own(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Mine(CLHAConfig):
+        max_length: int | None = 12
+
+    for own, refused in ((40, True), (12, False)):
+        collator = RankedCollator(TOKENIZER, max_length=own)
+        args = Mine(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none")
+        with pytest.raises(ValueError, match=r"^max_length: expected 40") if refused else contextlib.nullcontext():
+            CLHATrainer(make_model(len(TOKENIZER)), args, train_dataset=make_rows(4), data_collator=collator)
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_prompt_length", "max_completion_length"])
 @pytest.mark.parametrize("own", [None, 9])
 def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> None:
     collator = RankedCollator(TOKENIZER, **{name: own})
@@ -85,6 +132,11 @@ def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> 
 def test_a_stream_has_no_lengths_to_group_by(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_sampling_strategy: expected random or sequential for a stream"):
         given(tmp_path, rows=Rows(), train_sampling_strategy="group_by_length")
+    stream = RankedStream(Rows(), RankedCollator(TOKENIZER), repeat=True)
+    with pytest.raises(ValueError, match="train_sampling_strategy: expected random or sequential for a stream"):
+        given(tmp_path, rows=stream, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="max_tokens_per_batch: expected None for a stream"):
+        given(tmp_path, rows=stream, max_tokens_per_batch=99)
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
@@ -92,8 +144,9 @@ def test_noise_that_goes_by_the_length_of_a_row(tmp_path: Path, layout: str, cap
     refused = rf"^neftune_noise_alpha: expected None with layout='{layout}' .*; layout='padded' takes it"
     with pytest.raises(ValueError, match=refused):
         given(tmp_path, layout=layout, neftune_noise_alpha=5.0)
-    with pytest.raises(ValueError, match=refused):
+    with pytest.raises(ValueError, match=refused.replace("with layout", "with the data_collator's layout")):
         given(tmp_path, RankedCollator(TOKENIZER, layout=layout), neftune_noise_alpha=5.0)
+    assert given(tmp_path, layout=layout, neftune_noise_alpha=0.0).layout == layout
     caplog.clear()
     assert given(tmp_path, layout="auto", neftune_noise_alpha=5.0).layout == "padded"
     assert "padded, since NEFTune's noise" in caplog.text
@@ -127,6 +180,14 @@ def test_a_model_in_the_dtype_of_its_evaluation_trains_on(tmp_path: Path) -> Non
     ours.evaluate()
     ours.train()
     assert ours.state.global_step == 1
+
+
+def test_pairs_are_held_to_a_limit(tmp_path: Path) -> None:
+    pairs = PairedDataset(make_rows(4), TOKENIZER)
+    for limit in (None, 96):
+        RewardTrainer(llama(), reward_config(tmp_path, max_length=limit), pairs, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match=r"^max_length: expected at least the \d+ tokens of the longest row of train_"):
+        RewardTrainer(llama(), reward_config(tmp_path, max_length=5), pairs, processing_class=TOKENIZER)
 
 
 def test_noise_in_rows_of_a_reward_model(tmp_path: Path) -> None:
