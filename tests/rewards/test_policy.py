@@ -179,7 +179,8 @@ def command(*words: object) -> int:
 def test_interrupted_and_resumed(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(10))
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    options = ["--policy", folder, "--batch-size", 4, "--max-length", 12]
+    sizes = ["--batch-size", 4, "--max-length", 12]
+    options = ["--policy", folder, *sizes]
     assert command(source, whole, *options) == 0
     said = capsys.readouterr().out
     assert "prompts were cut to the limits, which training needs as well" in said
@@ -202,13 +203,14 @@ def test_interrupted_and_resumed(tmp_path: Path, folder: str, capsys: pytest.Cap
     assert not out.exists()
     kept = (tmp_path / "out.jsonl.partial").read_bytes()
     assert b'"reference_logps": [' in kept
-    for changed in (["--max-length", 13], ["--max-prompt-length", 3], ["--dtype", "bfloat16"]):
-        assert command(source, out, *options, *changed, "--resume") == 2
+    longer = ["--policy", folder, "--batch-size", 4, "--max-length", 13]
+    for changed in (longer, [*options, "--max-prompt-length", 3], [*options, "--dtype", "bfloat16"]):
+        assert command(source, out, *changed, "--resume") == 2
         assert "expected the run that" in capsys.readouterr().err
     assert command(source, out, "--reward-model", save_llama(tmp_path / "reward"), "--resume") == 2
     capsys.readouterr()
     assert (tmp_path / "out.jsonl.partial").read_bytes() == kept
-    assert command(source, out, *options, "--resume", "--policy", shutil.copytree(folder, tmp_path / "moved")) == 0
+    assert command(source, out, *sizes, "--resume", "--policy", shutil.copytree(folder, tmp_path / "moved")) == 0
     assert "responses had been scored before" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
 
