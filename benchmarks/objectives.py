@@ -74,6 +74,11 @@ def alone(batch: Batch, objective: Objective, rounds: int) -> tuple[float, float
     return 1e3 * statistics.median(times), float((slopes != 0).double().mean())
 
 
+def _text(value: float | list[float]) -> str:
+    """A median, or quartiles."""
+    return f"[{', '.join(f'{end:.3f}' for end in value)}]" if isinstance(value, list) else f"{value:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=list(WORKLOADS), default="small-vocabulary")
@@ -98,7 +103,7 @@ def main() -> None:
     )
     for name, row in rows.items():
         own, share = alone(batch, OBJECTIVES[name], 9)
-        ratios = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "rounds")
+        ratios = "  ".join(f"{key} {_text(value)}" for key, value in row.items() if key != "rounds")
         print(f"{name:18} {ratios}  objective_ms {own:.2f}  tokens_with_slope {share:.3f}")
 
 
