@@ -21,6 +21,19 @@ PLAIN = HeadOptions()
 EVAL_SEED = 6
 
 
+class Features(torch.utils.data.Dataset[Any]):
+    """Tokenised prompts, in a dataset of somebody's own."""
+
+    def __init__(self, features: list[Any]) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.features[index]
+
+
 def config(folder: Path, **changes: Any) -> CLHAConfig:
     settings: dict[str, Any] = {
         "output_dir": str(folder),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import IterableDataset
 
 from clha_fast import CLHAOptions, DPOOptions, Objective, PolicyOptions, RRHFOptions
@@ -16,18 +15,7 @@ from clha_fast.training.config import CLHAConfig
 from clha_fast.training.datasets import check_trains
 from tests.support.command_line import command, one_sentence
 from tests.support.tiny import make_rows
-from tests.support.trainers import TOKENIZER, trainer
-
-
-class Features(torch.utils.data.Dataset[Any]):
-    def __init__(self, features: list[Any]) -> None:
-        self.features = features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.features[index]
+from tests.support.trainers import TOKENIZER, Features, trainer
 
 
 def rows_of(sizes: list[int], rewards: list[float] | None) -> list[dict[str, Any]]:

@@ -22,21 +22,10 @@ from clha_fast.training.trainer import CLHATrainer
 from tests.support.command_line import command, one_sentence
 from tests.support.reward_models import llama
 from tests.support.tiny import make_model, make_rows
-from tests.support.trainers import TOKENIZER, config, trainer
+from tests.support.trainers import TOKENIZER, Features, config, trainer
 
 peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
-
-
-class Features(torch.utils.data.Dataset[Any]):
-    def __init__(self, features: list[Any]) -> None:
-        self.features = features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.features[index]
 
 
 class Rows(IterableDataset[Any]):
