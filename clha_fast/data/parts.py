@@ -99,10 +99,12 @@ def split_files(
         empty = {"read": 0, "kept": 0, "dropped": Counter()}
         count = counts.setdefault(record.subset, {}).setdefault(split, empty)
         count["read"] += 1
-        fewer = length is not None and len(record.completions) < length
-        short = record if length is None else None if fewer else of_length(record, length)
-        if short is None:
+        short: RankedRecord | None = record
+        if length is not None:
+            fewer = len(record.completions) < length
+            short = None if fewer else of_length(record, length)
             reason = f"fewer than {length} candidates" if fewer else f"sft_index is none of {length} candidates"
+        if short is None:
             count["dropped"][reason] += 1
             first.setdefault(reason, record.source)
             continue

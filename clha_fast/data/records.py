@@ -40,7 +40,10 @@ class RecordError(ValueError):
         return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field)
 
     def advised(self, way: str) -> RecordError:
-        """The same with a way out, where it is one record that is bad and not how all are read."""
+        """The same with a way out, where it is one record that is bad.
+
+        Not where a mapping of columns is: such an error says how all are read, and names that way (`mapping_text`).
+        """
         if not self.field or any(text in str(self) for text in (": expected a column for ", "columns=", "columns.")):
             return self
         return RecordError(f"{self}; {way}", source=self.source, field=self.field)

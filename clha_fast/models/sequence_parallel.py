@@ -39,8 +39,9 @@ from clha_fast.types import RankingInputs
 
 WAY = "leave sequence_parallel (a trainer's sequence_parallel_size) out to run whole rows in every process"
 # Rotary tables that depend on the longest position that a forward sees, which is another one in each process.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BY_LENGTH = ("dynamic", "longrope")
+# By the bytes of a number.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _checksum(part: Tensor) -> Tensor:

@@ -336,9 +336,8 @@ def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:
     if margin is not None and own >= ENOUGH:
         suggested = margin
     elif _share_above(gaps, suggested) < ENOUGH:
-        suggested = float(
-            margin_of(suggested / 2, DIGITS)
-        )  # gaps as coarse as those of ratings: what is equal to the margin is dropped
+        # Gaps as coarse as those of ratings: what is equal to the margin is dropped.
+        suggested = float(margin_of(suggested / 2, DIGITS))
     kept = tuple(_share_above(gaps, quantile) for quantile in quantiles)
     return Gaps(quantiles, kept, own, suggested, _share_above(gaps, suggested))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,10 @@ def check_reach(args: CLHAConfig, collator: Any) -> None:
     """
     if collator is None:
         return
-    for name, value in _asked(args, (*LIMITS, "pad_to_multiple_of", "drop_inert", "eval_drop_inert")).items():
+    for name in (*LIMITS, "pad_to_multiple_of", "drop_inert", "eval_drop_inert"):
+        value = getattr(args, name)
+        if value == _DEFAULTS[name]:
+            continue
         if not isinstance(collator, RankedCollator):
             raise ValueError(
                 f"{name}: expected {_DEFAULTS[name]!r} beside a data_collator that is no RankedCollator, which decides "
@@ -51,14 +54,12 @@ def check_reach(args: CLHAConfig, collator: Any) -> None:
             raise ValueError(f"{name}: expected {own!r}, as the data_collator has it, got {value!r}")
 
 
-def _asked(args: CLHAConfig, names: Iterable[str]) -> dict[str, Any]:
-    """Settings that are not the default's."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) != _DEFAULTS[name]}
+def _check_limits(collator: RankedCollator, dataset: Any, name: str) -> None:
+    """ValueError where a collator's limits are not those of what is tokenised already, as far as that is known.
 
-
-def _check_limits(args: CLHAConfig, dataset: Any, chains: bool, name: str) -> None:
-    """ValueError where limits that are asked for are not those of what is tokenised already."""
-    asked = _asked(args, LIMITS)
+    Of datasets that do not say theirs the first `_LOOK` prompts tell.
+    """
+    asked = {limit: value for limit in LIMITS if (value := getattr(collator, limit)) is not None}
     if not asked:
         return
     own: dict[str, Any] = getattr(dataset, "limits", {})
@@ -73,7 +74,7 @@ def _check_limits(args: CLHAConfig, dataset: Any, chains: bool, name: str) -> No
             )
     if own or not is_tokenised(dataset):
         return
-    if chains:
+    if collator.options.markers is not None:
         asked.pop("max_completion_length", None)  # of each answer of a chain
     for features in itertools.islice(feature_chunks(dataset), _LOOK // CHUNK):
         for feature in features:
@@ -114,7 +115,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     if dataset is None or not isinstance(collator, RankedCollator):
         return dataset
     name = "train_dataset" if training else "eval_dataset"
-    _check_limits(args, dataset, collator.options.markers is not None, name)
+    _check_limits(collator, dataset, name)
     if isinstance(dataset, RankedStream):
         _check_stream(args, training)
     if isinstance(dataset, (RankedDataset, RankedStream)):

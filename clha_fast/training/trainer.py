@@ -97,7 +97,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
 
     # Each micro-batch's loss is a mean of its own, so Trainer divides by the accumulation steps.
     loss_is_scaled_for_ga = False
-    # Whether limits are read by what gives the class its collator.
+    # True of a class with a collator of its own, which reads the limits of `args` elsewhere.
     _collates = False
     # As `Trainer` sets it for the model at hand; before transformers 5.20 none is.
     is_distributed_loading_by_transformers = False

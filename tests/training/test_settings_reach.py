@@ -114,6 +114,8 @@ def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> 
         with pytest.raises(ValueError, match=rf"^{name}: expected {own}, with which the {kind} is tokenised, got 7"):
             given(tmp_path, rows=dataset, **{name: 7})
         given(tmp_path, rows=dataset)
+        with pytest.raises(ValueError, match=rf"^{name}: expected {own}, with which the {kind} is tokenised, got 7"):
+            given(tmp_path, RankedCollator(TOKENIZER, **{name: 7}), rows=dataset)
         if own is not None:
             given(tmp_path, rows=dataset, **{name: own})
 
