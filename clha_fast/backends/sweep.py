@@ -28,11 +28,8 @@ class LogitStore(Protocol):
     @property
     def statistics(self) -> dict[str, Tensor]: ...
 
-    def score(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Fills `logps` of the tokens [start, stop) of each span, and keeps nothing of their logits."""
-
-    def hold(self, start: int, stop: int) -> None:
-        """Fills `logps` of tokens [start, stop) and keeps their logits; what was held before is gone."""
+    def hold(self, chunk: Chunk) -> None:
+        """Fills `logps` of the chunk's tokens and keeps the logits of [kept, stop); what was held before is gone."""
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
         """Adds the gradients of sum_t slope_t * logp_t over the chunk's tokens, of which [kept, stop) are held.
@@ -43,10 +40,9 @@ class LogitStore(Protocol):
 
 def sweep_prompts(store: LogitStore, chunks: Sequence[Chunk], ranked: Ranked, gradients: bool) -> Tensor:
     """What `Ranked.rank` says of all tokens, [N] or [2, N], and, where `gradients` are wanted, the store's sums."""
-    store.score([(chunk.start, chunk.kept) for chunk in chunks])
     slopes = []
     for chunk in chunks:
-        store.hold(chunk.kept, chunk.stop)
+        store.hold(chunk)
         here = slice(chunk.start, chunk.stop)
         seen = {name: value[here] for name, value in store.statistics.items()}
         slopes.append(ranked.rank(chunk.first, chunk.last, store.logps[here], seen))

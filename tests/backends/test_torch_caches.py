@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_blocks_of_few_tokens_count_the_weight_s_rows(monkeypatch) -> None:
     assert [found[-1][1] for found in blocks.values()] == [5000] * 4
 
 
+@pytest.mark.parametrize("late", [0, 5])
 @pytest.mark.parametrize(
     ("count", "parts"),
     [
@@ -82,15 +84,21 @@ def test_blocks_of_few_tokens_count_the_weight_s_rows(monkeypatch) -> None:
         (112, [(64, 64), (48, 48)]),
     ],
 )
-def test_what_the_gradient_cannot_take_goes_to_the_store(count, parts) -> None:
-    """(tokens, elements from one row to the next) of the gradient's memory, for 64 tokens, and the store, for 48."""
+def test_what_the_gradient_cannot_take_goes_to_the_store(count, parts, late) -> None:
+    """(tokens, elements from one row to the next) of the gradient's memory, for 64 tokens, and the store, for 48.
+
+    Late tokens are scored, and nothing of them is kept.
+    """
     words, width, options = 640, 64, HeadOptions(workspace_bytes=48 * 640 * 4)
-    zeros = torch.zeros(count, width), torch.zeros(words, width), None, torch.zeros(count, dtype=torch.int64), None
+    total = count + late
+    zeros = torch.zeros(total, width), torch.zeros(words, width), None, torch.zeros(total, dtype=torch.int64), None
     sweep = backend._Sweep(HeadInputs(*zeros), options, Needs(True, True, False))
     sweep.allocate(Needs(True, True, False))
-    kept = sweep.kept(sweep.tokens(0, count))
+    sweep.logps.fill_(torch.nan)
+    kept = sweep.kept(sweep.tokens(late, total), sweep.tokens(0, late))
     assert [(len(scan.tokens), store.stride(0)) for scan, store in kept] == parts
-    assert torch.cat([scan.tokens for scan, _ in kept]).tolist() == list(range(count))
+    assert torch.cat([scan.tokens for scan, _ in kept]).tolist() == list(range(late, total))
+    torch.testing.assert_close(sweep.logps, torch.full((total,), -math.log(words)))
     assert all(store.shape == (words, len(scan.tokens)) for scan, store in kept)
     # Exponentials of equal logits.
     assert all(bool((store == 1).all()) for _, store in kept)

@@ -3,7 +3,7 @@
 Whole prompts go from logits to gradients while their exponentials are stored: three GEMMs, no recompute. The weight's
 gradient is memory that nobody uses before the first prompts have been ranked: it stores the exponentials of as many
 tokens as a word has numbers. Only of a prompt that exceeds the store is a part swept twice: its first tokens are scored
-at the start, and recomputed in the pass over the weight's gradient that takes the others.
+with the others, and recomputed in the pass over the weight's gradient that takes those.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class _Sweep(TorchHead):
         """Tokens whose exponentials can be stored now."""
         return self.capacity + (self.weight.shape[1] if self.weight_is_fresh else 0)
 
-    def kept(self, tokens: Tensor) -> list[tuple[Scan, Tensor]]:
+    def kept(self, tokens: Tensor, late: Tensor) -> list[tuple[Scan, Tensor]]:
         """Scans of tokens and what stores their exponentials [V, n], for at most `room()` of them.
 
-        The weight's gradient takes them first while it is fresh.
+        The weight's gradient takes them first while it is fresh. `late` tokens are scored in the same product.
         """
         guests = self.dweight[:, : tokens.numel()] if self.weight_is_fresh and self.dweight is not None else None
         stores = [] if guests is None else [guests]
@@ -98,7 +98,7 @@ class _Sweep(TorchHead):
             if self._store is None:
                 self._store = self.peak.new_empty(words * self.capacity)
             stores.append(self._store[: words * more].view(words, more))
-        scan = self.scan(tokens, stores)
+        scan = self.note(self.scan(torch.cat([tokens, late]), stores))
         edges = itertools.accumulate((store.shape[1] for store in stores), initial=0)
         return [(scan.at(slice(*ends)), store) for ends, store in zip(itertools.pairwise(edges), stores, strict=True)]
 
@@ -197,7 +197,7 @@ def _sweep_tokens(sweep: _Sweep, tokens: Tensor, grad: Tensor) -> None:
     """Stored and turned into gradients, as many at a time as there is room for. Nothing here outlives the stores."""
     while tokens.numel():
         now, tokens = tokens[: sweep.room()], tokens[sweep.room() :]
-        scans = sweep.kept(now)
+        scans = sweep.kept(now, now[:0])
         sweep.add_gradients([sweep.stored(scan, store, grad[scan.tokens]) for scan, store in scans])
 
 
@@ -219,14 +219,11 @@ class _Store:
     def chunks(self, edges: Sequence[int]) -> list[Chunk]:
         return prompt_chunks(edges, self.sweep.capacity, first=self.sweep.room())
 
-    def score(self, spans: Sequence[tuple[int, int]]) -> None:
-        _score(self.sweep, torch.cat([self.sweep.tokens(*span) for span in spans]))
-
-    def hold(self, start: int, stop: int) -> None:
-        sweep = self.sweep
-        self.held = sweep.kept(sweep.tokens(start, stop))
-        for scan, _ in self.held:
-            sweep.note(scan)
+    def hold(self, chunk: Chunk) -> None:
+        sweep, late = self.sweep, self.sweep.tokens(chunk.start, chunk.kept)
+        if alone := late.numel() // sweep.batch * sweep.batch:
+            _score(sweep, late[:alone])
+        self.held = sweep.kept(sweep.tokens(chunk.kept, chunk.stop), late[alone:])
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
         sweep, start = self.sweep, chunk.start

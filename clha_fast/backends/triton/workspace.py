@@ -29,7 +29,7 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -360,20 +360,17 @@ class _Store:
         self.statistics = {name: torch.empty_like(self.logps) for name in sweep.wanted}
         self.loaded: Loaded | None = None
 
-    def score(self, spans: Sequence[tuple[int, int]]) -> None:
-        for start, stop in spans:
-            self._note(start, stop, _statistics(self.sweep, start, stop))
-
     def _note(self, start: int, stop: int, found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> None:
         self.logps[start:stop], self.lse[start:stop], values = found
         for name, value in values.items():
             self.statistics[name][start:stop] = value
 
-    def hold(self, start: int, stop: int) -> None:
+    def hold(self, chunk: Chunk) -> None:
         self.loaded = None
-        if start < stop:
-            self.loaded = self.sweep.load(start, stop)
-            self._note(start, stop, self.loaded.statistics())
+        self._note(chunk.start, chunk.kept, _statistics(self.sweep, chunk.start, chunk.kept))
+        if chunk.kept < chunk.stop:
+            self.loaded = self.sweep.load(chunk.kept, chunk.stop)
+            self._note(chunk.kept, chunk.stop, self.loaded.statistics())
 
     def add_gradients(self, chunk: Chunk, slopes: Tensor) -> None:
         if self.loaded is not None:
