@@ -73,6 +73,14 @@ class ColumnMap:
         Raises:
             RecordError: a column that is not there, with the nearest name.
         """
+        reading, kept = self._read(row, source)
+        if kept is None or "sft_index" not in reading.row:
+            return reading
+        moved = {**reading.row, "sft_index": _moved(reading.row["sft_index"], kept, source)}
+        return Reading(TextRow(moved) if isinstance(reading.row, TextRow) else moved, reading.mapped)
+
+    def _read(self, row: Row, source: str) -> tuple[Reading, list[int | None] | None]:
+        """The row, its `sft_index` as it is, and where its responses went, if some are left out."""
         taken = set() if self.group_by is None else {self._head(row, self.group_by)} - set(FIELDS)
         found: dict[str, Any] = {}
         for field, path in self.columns.items():
@@ -95,14 +103,10 @@ class ColumnMap:
         if isinstance(found.get("rewards"), bool):  # a label of good and bad
             found["rewards"] = int(found["rewards"])
         rest = {name: value for name, value in row.items() if name not in taken}
-        if kept is not None:
-            for fields in (rest, found):
-                if "sft_index" in fields:
-                    fields["sft_index"] = _moved(fields["sft_index"], kept, source)
         if "system" in found:
             found["prompt"] = _with_system(found.pop("system"), found.get("prompt", rest.get("prompt")), source)
         kind = TextRow if isinstance(row, TextRow) else dict
-        return Reading(kind({**rest, **found}), mapped=found)
+        return Reading(kind({**rest, **found}), mapped=found), kept
 
     def grouped(self, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """One row for each value of `group_by`, in order of first appearance; what is no row comes as it is."""
@@ -125,13 +129,20 @@ class ColumnMap:
 
     def _merged(self, members: list[tuple[str, Row]]) -> Reading | RecordError:
         try:
-            rows = [(place, self.apply(row, place)) for place, row in members]
+            read = [(place, *self._read(row, place)) for place, row in members]
         except RecordError as error:
             return error
+        rows = [(place, row) for place, row, _ in read]
         first = rows[0][1]
         merged = dict(first.row)
         for _, row in rows[1:]:
-            merged.update({name: value for name, value in row.row.items() if merged.get(name) is None})
+            said = {name: value for name, value in row.row.items() if _missing(merged.get(name)) and name != "prompt"}
+            merged.update(said)
+        places: list[int | None] = []
+        for _, row, kept in read:
+            size = len(_as_list(row.row["completions"]))
+            start = sum(place is not None for place in places)
+            places += [None if k is None else start + k for k in (range(size) if kept is None else kept)]
         for field in _MANY:
             if field in first.mapped:
                 merged[field] = [item for _, row in rows for item in _as_list(row.row[field])]
@@ -139,13 +150,18 @@ class ColumnMap:
             for field in _OF_GROUP:
                 value = row.row.get(field)
                 # One row may say it for all, but for the prompt; a subset that is no text is somebody else's column.
-                missing = value is None or (isinstance(value, float) and math.isnan(value))
+                missing = _missing(value)
                 if (missing and field != "prompt") or (field == "subset" and not isinstance(value, str)):
                     continue
                 if value != merged.get(field):
                     expected = f"the {field} of {members[0][0]}, with the same {self.group_by}"
                     bad = RecordError.of(place, field, expected, value)
                     return bad.advised("columns.subset: null leaves that column out") if field == "subset" else bad
+        if None in places and "sft_index" in merged:
+            try:
+                merged["sft_index"] = _moved(merged["sft_index"], places, members[0][0])
+            except RecordError as error:
+                return error
         return Reading(merged, mapped=first.mapped)
 
     @staticmethod
@@ -217,6 +233,11 @@ def _moved(sft_index: Any, places: list[int | None], source: str) -> Any:
     if places[int(sft_index)] is None:
         raise RecordError.of(source, "sft_index", "the place of a response that is there", sft_index)
     return places[int(sft_index)]
+
+
+def _missing(value: Any) -> bool:
+    """Whether a cell says nothing; an empty list says that there are none."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _with_system(system: Any, prompt: Any, source: str) -> Any:

@@ -137,6 +137,8 @@ def record_from_row(
     row: Row, source: str = "record", rank_by_reward: bool = False, *, notes: Notes | None = None
 ) -> RankedRecord:
     """One record from one mapping in any known format; `source` is named in errors, `notes` as for `iter_records`."""
+    if not isinstance(row, Mapping):
+        raise RecordError.of(source, "", "a row, a mapping of fields", row)
     return _parse(PARSERS[detect_format(row, source)], row, source, rank_by_reward, notes)
 
 

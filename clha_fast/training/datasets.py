@@ -55,27 +55,30 @@ def check_reach(args: CLHAConfig, collator: Any) -> None:
 
 
 def _check_limits(collator: RankedCollator, dataset: Any, name: str) -> None:
-    """ValueError where a collator's limits are not those of what is tokenised already, as far as that is known.
+    """ValueError where what is tokenised already may be longer than a collator allows.
 
-    Of datasets that do not say theirs the first `_LOOK` prompts tell.
+    A limit as strict holds; else the first `_LOOK` prompts tell, of a stream nothing.
     """
-    asked = {limit: value for limit in LIMITS if (value := getattr(collator, limit)) is not None}
-    if not asked:
-        return
-    own: dict[str, Any] = getattr(dataset, "limits", {})
+    own: dict[str, Any] = {}
     if isinstance(dataset, RankedStream):
         own = {limit: getattr(dataset.collator, limit) for limit in LIMITS}
-    kind = type(dataset).__name__
-    for limit, value in asked.items() if own else ():
-        if value != own[limit]:
+    elif isinstance(dataset, RankedDataset):
+        own = getattr(dataset, "limits", {})
+    asked = {limit: value for limit in LIMITS if (value := getattr(collator, limit)) is not None}
+    asked = {limit: value for limit, value in asked.items() if own.get(limit) is None or own[limit] > value}
+    hidden = set(LIMITS) if isinstance(dataset, RankedStream) else set()
+    if collator.options.markers is not None:
+        hidden.add("max_completion_length")  # of each answer of a chain
+    for limit in [limit for limit in asked if limit in hidden]:
+        value = asked.pop(limit)
+        if own:
+            kind = type(dataset).__name__
             raise ValueError(
                 f"{limit}: expected {own[limit]!r}, with which the {kind} is tokenised, got {value!r}; give records, "
                 f"or a collator of that limit to the {kind}"
             )
-    if own or not is_tokenised(dataset):
+    if not asked or not is_tokenised(dataset):
         return
-    if collator.options.markers is not None:
-        asked.pop("max_completion_length", None)  # of each answer of a chain
     for features in itertools.islice(feature_chunks(dataset), _LOOK // CHUNK):
         for feature in features:
             prompt, longest = len(feature["prompt_ids"]), max(map(len, feature["completion_ids"]), default=0)
@@ -115,10 +118,10 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     if dataset is None or not isinstance(collator, RankedCollator):
         return dataset
     name = "train_dataset" if training else "eval_dataset"
-    _check_limits(collator, dataset, name)
     if isinstance(dataset, RankedStream):
         _check_stream(args, training)
     if isinstance(dataset, (RankedDataset, RankedStream)):
+        _check_limits(collator, dataset, name)
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
         raise ValueError(
@@ -128,6 +131,7 @@ def as_dataset(dataset: Any, collator: Any, args: CLHAConfig, *, training: bool)
     if not isinstance(dataset, IterableDataset):
         tokenised = "completion_ids" in (getattr(dataset, "column_names", None) or ())
         if isinstance(dataset, torch.utils.data.Dataset) or tokenised:
+            _check_limits(collator, dataset, name)
             return dataset
         if hasattr(dataset, "__len__"):
             return _tokenised(dataset, collator, args, name)

@@ -11,7 +11,7 @@ import pytest
 from clha_fast.cli.columns import take_columns
 from clha_fast.cli.data import convert as convert_command
 from clha_fast.cli.options import read_config, read_flags, split
-from clha_fast.data import RankedRecord, RecordError, read_records
+from clha_fast.data import RankedRecord, RecordError, read_records, record_from_row
 
 WIDE = {"ask": "Why?", "left": "a", "right": "b", "marks": {"left": 1, "right": 2}, "extra": None}
 
@@ -214,6 +214,63 @@ def test_sft_index_of_a_response_that_is_not_there(answers: tuple[str | None, ..
     row = {"prompt": "Why?", **{f"a{k}": answer for k, answer in enumerate(answers)}, "sft_index": given}
     with pytest.raises(RecordError, match=f"sft_index: expected the place of a response that is there, got {given}"):
         read_records([row], columns={"completions": ["a0", "a1", "a2"]})
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "target"),
+    [
+        ([("1a", "1b"), (None, "2b")], (0, 0), "1a"),
+        ([(None, "1b"), ("2a", "2b")], (1, 1), "1b"),
+        ([(None, "1b"), ("2a", "2b")], (2, 2), "2a"),
+        ([(None, "1b"), ("2a", "2b")], (None, 3), "2b"),
+        ([("1a", None), (None, "2b"), ("3a", None)], (4, None, 4), "3a"),
+        ([("1a", None), (None, "2b"), ("3a", None)], (None, None, None), "1a"),
+    ],
+)
+@pytest.mark.parametrize("text", [False, True])
+def test_sft_index_of_a_group_counts_over_all_its_rows(
+    tmp_path: Path, text: bool, answers: list[Any], said: tuple[int | None, ...], target: str
+) -> None:
+    rows = [{"q": "Why?", "a": a, "b": b, "sft_index": index} for (a, b), index in zip(answers, said, strict=True)]
+    source: Any = rows
+    if text:
+        source = tmp_path / "in.csv"
+        lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+        source.write_text("\n".join(["q,a,b,sft_index", *lines]) + "\n")
+    (record,) = read_records(source, columns={"prompt": "q", "completions": ["a", "b"], "group_by": "q"})
+    assert record.completions == tuple(a for pair in answers for a in pair if a is not None)
+    assert record.completions[record.sft_index] == target
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_sft_index_of_a_response_that_a_group_lacks(given: int) -> None:
+    rows = [{"q": "Why?", "a": None, "b": "1b", "sft_index": given}, {"q": "Why?", "a": "2a", "b": None}]
+    with pytest.raises(RecordError, match=f"sft_index: expected the place of a response that is there, got {given}"):
+        read_records(rows, columns={"prompt": "q", "completions": ["a", "b"], "group_by": "q"})
+
+
+@pytest.mark.parametrize("empty", ["", None, float("nan")])
+@pytest.mark.parametrize("field", ["subset", "sft_index"])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_row_leaves_empty_another_says(field: str, empty: object, first: bool) -> None:
+    value: Any = "easy" if field == "subset" else 1
+    given = (value, empty) if first else (empty, value)
+    rows = [{"q": "Why?", "a": answer, field: own} for answer, own in zip(("1", "2"), given, strict=True)]
+    (record,) = read_records(rows, columns={"prompt": "q", "completions": "a", "group_by": "q"})
+    assert getattr(record, field) == value
+
+
+@pytest.mark.parametrize(("first", "second"), [("x", "y"), ("", "y"), ("x", ""), (None, "y"), ("x", None)])
+def test_no_row_takes_another_s_prompt(first: str | None, second: str | None) -> None:
+    rows = [{"q": first, "a": "1", "g": 1}, {"q": second, "a": "2", "g": 1}]
+    with pytest.raises(RecordError, match="record 1: prompt: expected the prompt of record 0, with the same g"):
+        read_records(rows, columns={"prompt": "q", "completions": "a", "group_by": "g"})
+
+
+@pytest.mark.parametrize("row", ["a text", 1, None, ["a"]])
+def test_what_is_no_row(row: Any) -> None:
+    with pytest.raises(RecordError, match="record 3: expected a row, a mapping of fields, got"):
+        record_from_row(row, "record 3")
 
 
 def test_flags_and_yaml_say_the_same(tmp_path: Path) -> None:

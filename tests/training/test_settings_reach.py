@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
 from clha_fast.cli import main as cli
+from clha_fast.objectives import CoHOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
@@ -26,6 +27,7 @@ from tests.support.trainers import TOKENIZER, Features, config, trainer
 
 peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
+pd = pytest.importorskip("pandas")
 
 
 class Rows(IterableDataset[Any]):
@@ -84,7 +86,9 @@ def test_features_are_held_to_limits(tmp_path: Path, name: str) -> None:
     old = RankedDataset(make_rows(4), collator)
     del old.limits
     table = datasets.Dataset.from_list(make_rows(4)).map(collator.tokenize_record)
-    for dataset in (Features(features), torch.utils.data.Subset(old, range(4)), old, table):
+    mine: Any = Features(features)
+    mine.limits = {"rows": 10}
+    for dataset in (Features(features), mine, torch.utils.data.Subset(old, range(4)), old, table):
         with pytest.raises(ValueError, match=rf"^{name}: expected at least the \d+ tokens of a row of train_dataset"):
             given(tmp_path, rows=dataset, **{name: 3})
         given(tmp_path, rows=dataset, **{name: 500})
@@ -108,16 +112,49 @@ def test_a_default_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["max_length", "max_prompt_length", "max_completion_length"])
 @pytest.mark.parametrize("own", [None, 9])
 def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> None:
+    """A stream is held to what its collator says, a dataset to its lengths."""
     collator = RankedCollator(TOKENIZER, **{name: own})
-    for dataset in (RankedDataset(make_rows(4), collator), RankedStream(Rows(), collator, repeat=True)):
-        kind = type(dataset).__name__
-        with pytest.raises(ValueError, match=rf"^{name}: expected {own}, with which the {kind} is tokenised, got 7"):
-            given(tmp_path, rows=dataset, **{name: 7})
+    for dataset, expected in (
+        (RankedDataset(make_rows(4), collator), r"at least the \d+ tokens of a row of train_dataset"),
+        (RankedStream(Rows(), collator, repeat=True), f"{own}, with which the RankedStream is tokenised, got 3"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected {expected}"):
+            given(tmp_path, rows=dataset, **{name: 3})
         given(tmp_path, rows=dataset)
-        with pytest.raises(ValueError, match=rf"^{name}: expected {own}, with which the {kind} is tokenised, got 7"):
-            given(tmp_path, RankedCollator(TOKENIZER, **{name: 7}), rows=dataset)
-        if own is not None:
+        with pytest.raises(ValueError, match=rf"^{name}: expected {expected}"):
+            given(tmp_path, RankedCollator(TOKENIZER, **{name: 3}), rows=dataset)
+        if own is not None or isinstance(dataset, RankedDataset):
+            given(tmp_path, rows=dataset, **{name: 500})
             given(tmp_path, rows=dataset, **{name: own})
+
+
+def test_what_a_trainer_tokenises_has_limits(tmp_path: Path) -> None:
+    """In every form that docs/data.md names, to train on and to evaluate."""
+    rows = make_rows(4)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    table = datasets.Dataset.from_list(rows)
+    for form in (pd.DataFrame(rows), columns, table, datasets.DatasetDict(train=table), table.data.table, rows, Rows()):
+        for place in ("train_dataset", "eval_dataset"):
+            args = config(tmp_path, max_steps=1, max_length=12)
+            forms = {"train_dataset": rows, place: form}
+            if place == "eval_dataset" and isinstance(form, dict):
+                continue  # several datasets, by name
+            made = CLHATrainer(make_model(len(TOKENIZER)), args, processing_class=TOKENIZER, **forms)
+            found = getattr(made, place)
+            assert isinstance(found, RankedStream) or max(found.lengths) == 12
+
+
+def test_limits_of_chains(tmp_path: Path) -> None:
+    """An answer's length is not seen in a chain: what is as strict holds, else it is refused."""
+    objective: Any = {"objective": "coh"}
+    for own in (None, 5):
+        inner = RankedCollator(TOKENIZER, options=CoHOptions(), max_completion_length=own)
+        dataset = RankedDataset(make_rows(4), inner)
+        with pytest.raises(ValueError, match=f"^max_completion_length: expected {own}, with which the RankedDataset"):
+            given(tmp_path, rows=dataset, max_completion_length=4, **objective)
+        if own is not None:
+            given(tmp_path, rows=dataset, max_completion_length=6, **objective)
+            given(tmp_path, rows=dataset, max_completion_length=5, **objective)
 
 
 def test_a_stream_has_no_lengths_to_group_by(tmp_path: Path) -> None:
