@@ -129,6 +129,7 @@ def write_json(path: str, value: Any) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Written beside `path` and renamed, so a reader never sees half of it."""
+    check_replaceable(path)
     partial = f"{path}.partial"
     try:
         with about(path):
@@ -153,11 +154,20 @@ def about(path: str) -> Iterator[None]:
 
 def try_folder_of(path: str) -> None:
     """OSError where no file can be written beside `path`."""
+    check_replaceable(path)
     beside = f"{path}.{os.getpid()}.partial"
     with about(path):
         with open(beside, "w", encoding="utf-8"):
             pass
-        os.unlink(beside)
+        # Processes of other machines may have the same number, and the same folder.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+
+
+def check_replaceable(path: str) -> None:
+    """OSError where a device, a pipe or a socket is there, in whose place a rename would put a file."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(f"{path}: expected a file, or a name that is free, got a device, a pipe or a socket")
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> None:
@@ -169,6 +179,7 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
     path = os.fspath(path)
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists already; expected a new file, or overwrite=True")
+    check_replaceable(path)
     beside = f"{path}.{os.getpid()}.partial"
     try:
         with about(path):

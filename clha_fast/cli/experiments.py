@@ -66,6 +66,8 @@ def read(path: str, changes: Sequence[str], output_dir: str | None) -> dict[str,
             value = {name: value}
         changed = _merge(changed, value, "--set ")
     found = _merge(found, changed)
+    if output_dir is not None and "output_dir" in changed:
+        raise twice("--output-dir", str(changed["output_dir"]), output_dir)
     return merge(found, {} if output_dir is None else {"output_dir": output_dir})
 
 

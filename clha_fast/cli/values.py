@@ -58,10 +58,10 @@ def read_mapping(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             found = _load(file)
-        except yaml.YAMLError as error:
-            raise OptionError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
         except OptionError as error:
             raise OptionError(f"{path}: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none is a bare ValueError
+            raise OptionError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict | None):
         raise OptionError(f"{path}: expected options as `name: value`, got {type(found).__name__}")
     return found or {}
@@ -75,10 +75,10 @@ def read_value(text: str, flag: str) -> Any:
     """
     try:
         return _load(text)
-    except yaml.YAMLError:
-        return text
     except OptionError as error:
         raise OptionError(f"{flag}: {error}") from None
+    except (yaml.YAMLError, ValueError):  # "2024-13-45" is no date
+        return text
 
 
 def _load(source: str | IO[str]) -> Any:

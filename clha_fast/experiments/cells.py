@@ -22,10 +22,11 @@ from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
-from clha_fast.experiments.methods import Method, with_quantiles
+from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
-from clha_fast.experiments.run import Run, RunOptions
+from clha_fast.experiments.run import DEFAULTS, Run, RunOptions
 from clha_fast.files import CHECKPOINT, write_json
+from clha_fast.training.config import CLHAConfig
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
 
@@ -136,6 +137,26 @@ def model_of(comparison: Comparison, cell: Cell, base: str) -> str:
     return os.path.join(cell_folder(comparison, cell, base), MODEL)
 
 
+def _settings(comparison: Comparison, own: Mapping[str, Any], target: str) -> dict[str, Any]:
+    return {"save_strategy": "no", "eval_strategy": "no", **comparison.settings, **own, "output_dir": target}
+
+
+def check_settings(comparison: Comparison) -> None:
+    """Before hours of training: whether the trainer takes every method's settings, as far as no data are needed.
+
+    Raises:
+        ValueError, TypeError: it does not; the message names the method.
+    """
+    for method in comparison.methods:
+        config = RolloutConfig if method.rollout else CLHAConfig
+        given = {**DEFAULTS, **_settings(comparison, without_quantiles(method.settings), comparison.output_dir)}
+        for rate in comparison.learning_rates:
+            try:
+                config(**given, learning_rate=rate)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{method.label}: {error}") from None
+
+
 def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:
     train_file = cell.files.train
     records = read_records(train_file)
@@ -146,11 +167,7 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     target = os.path.join(folder, MODEL)
     holds = os.path.isdir(target) and bool(os.listdir(target))
     settings = {
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        **comparison.settings,
-        **with_quantiles(cell.method.settings, records),
-        "output_dir": target,
+        **_settings(comparison, with_quantiles(cell.method.settings, records), target),
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }

@@ -138,9 +138,10 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    for name in ("output_dir", "seed", "learning_rate"):
+    for name in ("output_dir", "seed", "learning_rate", "objective"):
         if name in settings:
-            raise ValueError(f"settings: expected no {name}, which the comparison sets itself")
+            sets = "each method sets for itself" if name == "objective" else "the comparison sets itself"
+            raise ValueError(f"settings: expected no {name}, which {sets}")
     if values.get("budget_tokens") is not None and {"max_steps", "num_train_epochs"} & set(settings):
         raise ValueError("budget_tokens: expected neither max_steps nor num_train_epochs in settings beside it")
     return Comparison(

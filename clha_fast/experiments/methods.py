@@ -133,6 +133,14 @@ def with_quantiles(settings: Mapping[str, Any], records: Sequence[RankedRecord])
     return found
 
 
+def without_quantiles(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose margins by quantile are left to their defaults."""
+    left = {name: value for name, value in settings.items() if name != "reward_margin" or not isinstance(value, str)}
+    if isinstance(left.get("objective"), Mapping):
+        left["objective"] = without_quantiles(left["objective"])
+    return left
+
+
 def check_quantile(text: str, place: str = "") -> None:
     """ValueError for a text that is no quantile."""
     if not _QUANTILE.fullmatch(text):

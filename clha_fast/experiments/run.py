@@ -184,7 +184,8 @@ class Run:
         self.settings = settings
         self.args: Any = self.config_class(**settings)
         self.folder: str = self.args.output_dir
-        check_casts(self.args)
+        if options.eval_file is not None or options.eval_fraction != 0:
+            check_casts(self.args, DTYPES[options.dtype])
         self._check_settings()
         self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
         self.before: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
 from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
-from clha_fast.experiments.cells import Cell, cell_folder, cells_of, train_cell, trained
+from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_settings, train_cell, trained
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
@@ -105,6 +105,7 @@ class Table:
         comparison = self.comparison
         # What is missing, and what there is to say of files, is said before hours of training.
         check_extra()
+        check_settings(comparison)
         self._overlaps = _overlaps(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():

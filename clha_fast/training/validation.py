@@ -190,10 +190,10 @@ class Dtypes:
                 )
 
 
-def check_casts(args: TrainingArguments) -> None:
-    """ValueError where an evaluation would cast what is trained or saved after it."""
-    for name in _CASTS:
-        if getattr(args, name):
+def check_casts(args: TrainingArguments, dtype: torch.dtype) -> None:
+    """ValueError where an evaluation would cast what is trained or saved after it, of weights in `dtype`."""
+    for name, other in zip(_CASTS, (torch.bfloat16, torch.float16), strict=True):
+        if getattr(args, name) and dtype != other:
             raise ValueError(
                 f"{name}: expected False where a run evaluates before it trains and before it saves, got True, which "
                 f"casts the weights for good; {name.partition('_')[0]}=True evaluates in that dtype and leaves them"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from clha_fast.cli import main as cli
-from clha_fast.files import check_destination, write_json, write_lines, write_text
+from clha_fast.files import check_destination, try_folder_of, write_json, write_lines, write_text
 from tests.support.command_line import one_sentence
 
 # A name that a file may have, but for what is written beside it.
@@ -49,6 +51,38 @@ def test_tried_first(words: str, ending: str, tmp_path: Path, capsys: pytest.Cap
         out = f"{out.removesuffix('.json')}.answers.jsonl"
     assert one_sentence(capsys) == f"clha-fast {command[0]}: {out}: {said[ending]}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("write", [write_json, write_text, partial(write_lines, overwrite=True)])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, kind: str, write: Callable[[str, str], None]) -> None:
+    path = str(tmp_path / "out")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+    else:
+        os.symlink(os.devnull, path)
+    before = os.lstat(path).st_mode
+    for refuse in (write, lambda name, _: check_destination(name, overwrite=True)):
+        with pytest.raises(OSError, match=f"^{path}: expected a file, or a name that is free, got a device, a pipe"):
+            refuse(path, "")
+    assert os.lstat(path).st_mode == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_processes_of_one_number_try_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two machines that share a folder: the other's try may be gone, and take this one's away."""
+    path, unlink = str(tmp_path / "out"), os.unlink
+
+    def twice(name: str) -> None:
+        unlink(name)
+        unlink(name)
+
+    monkeypatch.setattr(os, "unlink", twice)
+    try_folder_of(path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_picture_is_tried_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

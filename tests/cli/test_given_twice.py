@@ -11,7 +11,7 @@ from clha_fast.cli import experiments, prepare
 from clha_fast.cli import main as cli
 from clha_fast.cli.columns import take_columns
 from clha_fast.cli.options import read_flags
-from clha_fast.cli.values import OptionError, read_mapping
+from clha_fast.cli.values import OptionError, read_mapping, read_value
 from tests.support.command_line import one_sentence
 
 GLOB = "; a glob takes several files ('data/*.jsonl')"
@@ -101,6 +101,18 @@ def test_changes_of_a_configuration(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(OptionError, match=said):
             experiments.read(path, [*changes, more], None)
+    with pytest.raises(OptionError, match="--output-dir: expected once, got x and y"):
+        experiments.read(path, ["output_dir=x"], "y")
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "2024-02-30", "2001-01-01 25:00:00", "!!int abc"])
+def test_what_yaml_cannot_make_a_value_of(tmp_path: Path, text: str) -> None:
+    assert read_value(text, "--system") == text
+    assert read_flags(["--run_name", text]) == {"run_name": text}
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_name: {text}\n")
+    with pytest.raises(OptionError, match=f"^{path}: malformed YAML: "):
+        read_mapping(str(path))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from clha_fast.cli.main import main
 from clha_fast.evaluation import spread
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.table import Table
+from tests.support.command_line import one_sentence
 from tests.support.helpers import ROOT
 
 for package in ("scipy", "nltk", "sacrebleu"):
@@ -194,9 +195,9 @@ def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
 @pytest.mark.parametrize("rates", [[1e-3], [1e-3, 1e-2]])
 def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys, rates):
     """Where it is trained, and already where its learning rate is chosen."""
-    given = small(given, methods=[{"name": "bad", "label": "no such thing", "objective": "sft"}, "sft"])
+    bad = {"name": "bad", "label": "no such thing", "objective": "dpo", "reference": "file"}
+    given = small(given, methods=[bad, "sft"])
     given["learning_rates"] = rates
-    given["methods"][0]["optim"] = "no_such_optimizer"
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
     logging.enable_progress_bar()
@@ -206,11 +207,32 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
     assert "1 of 3 rows lack cells" in error
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert ["error" in row for row in rows] == [False, True, False]
-    assert "no_such_optimizer" in rows[1]["error"]
+    assert "reference_logps" in rows[1]["error"]
     where = "seed 1" if len(rates) == 1 else "learning rate 0.001"
     assert f"no such thing, n = 2: {where}: " in out
     assert rows[2]["seeds"] == [1]
     assert rows[2]["learning_rate"] in rates
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ({"name": "sft", "optim": "no_such"}, {}, "SFT: optim: expected one of transformers' OptimizerNames"),
+        ("clha", {"per_device_train_batch_size": 0}, "CLHA: per_device_train_batch_size: expected a whole number"),
+        ({"name": "clha", "margin": "wide"}, {}, "CLHA: margin: expected"),
+        ({"name": "dpo", "label": "mine", "objective": {"name": "dpo", "beta": -1}}, {}, "mine: objective.beta: expected a positive"),
+        ({"name": "clha", "reward_margin": "q0.5"}, {"warmup_steps": -1}, "CLHA: Got warmup_steps = -1"),
+        ({"name": "rlhf"}, {"gradient_accumulation_steps": -1}, "RLHF: gradient_accumulation_steps: expected"),
+    ],
+)
+def test_settings_are_tried_before_anything_is_trained(given, tmp_path, method, settings, said, capsys):
+    rewards = {"label": "absent"} if method == {"name": "rlhf"} else {}
+    given = small(given, methods=[method, "rrhf"], settings=settings, reward_models=rewards)
+    config = tmp_path / "table.yaml"
+    config.write_text(yaml.safe_dump(given))
+    assert main(["table2", "--config", str(config)]) == 2
+    assert said in one_sentence(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_dev_cannot_choose_is_said(given, tmp_path):

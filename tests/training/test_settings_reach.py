@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
 from clha_fast.cli import main as cli
+from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.objectives import CoHOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.reward_data import PairedDataset
@@ -201,6 +202,23 @@ def test_an_evaluation_that_casts_weights(
     for run in (words, [*rewards, "--output_dir", str(tmp_path / "reward"), "--use_cpu", "true", f"--{name}", "true"]):
         assert cli.main(run) == 2
         assert f"{name}: expected False where a run evaluates before it trains" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "refused"),
+    [
+        ("bf16_full_eval", {"dtype": "bfloat16"}, False),
+        ("fp16_full_eval", {"dtype": "float16"}, False),
+        ("bf16_full_eval", {"eval_fraction": 0}, False),
+        ("fp16_full_eval", {"eval_fraction": 0}, False),
+        ("fp16_full_eval", {"dtype": "bfloat16"}, True),
+        ("bf16_full_eval", {"eval_fraction": 0, "eval_file": "some.jsonl"}, True),
+    ],
+)
+def test_a_run_that_casts_nothing(tmp_path: Path, name: str, more: dict[str, Any], refused: bool) -> None:
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", name: True}
+    with pytest.raises(ValueError, match=f"^{name}: expected False") if refused else contextlib.nullcontext():
+        Run(RunOptions(train_file="absent.jsonl", model="absent", **more), settings)
 
 
 def test_a_model_in_the_dtype_of_its_evaluation_trains_on(tmp_path: Path) -> None:
