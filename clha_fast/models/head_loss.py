@@ -129,5 +129,11 @@ def _shard_of(weight: DTensor, reduce_hidden: bool) -> VocabShard | None:
             f"got {placements} on a mesh of {mesh.ndim} dimension(s)"
         )
     size, processes = weight.shape[0], mesh.size()
-    start = min(size, mesh.get_local_rank() * (-(-size // processes)))  # as torch.chunk splits
+    share = -(-size // processes)  # as torch.chunk splits
+    if share * (processes - 1) >= size:  # on every process: others would wait for the one that has none
+        raise ValueError(
+            f"weight: expected rows of the output embedding on each of {processes} processes, got {size} in shares of "
+            f"{share}, which leave the last without any; take fewer processes, or more words (resize_token_embeddings)"
+        )
+    start = mesh.get_local_rank() * share
     return VocabShard(start, size, mesh.get_group(), reduce_hidden)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -102,6 +103,13 @@ def token_statistics(
         raise UnsupportedHeadError(
             f"model: expected a head with a gradient for its input, got {head_name(forward.module)}, which is "
             "made for inference alone; score with it under torch.no_grad(), or train with a head that has one"
+        )
+    spread = any(hasattr(parameter, "ds_id") for parameter in forward.module.parameters())
+    if spread and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedHeadError(
+            f"model: expected a head whose weights are whole where it runs, got {head_name(forward.module)} under "
+            "ZeRO-3, which fetches them call by call while processes have different numbers of chunks; use ZeRO-2 or "
+            "FSDP2, or leave the head without an adapter"
         )
     rows = hidden if row_index is None else hidden[row_index]
     count = rows.shape[0]

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 _ROWS = "_clha_tile_rows"
@@ -71,7 +73,24 @@ def _arguments(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(type(module).forward).parameters.values())[1:]
 
 
+def _gathers(module: nn.Module) -> bool:
+    """Whether each call of a layer in it fetches weights from other processes, which then must make as many calls."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    inside = (part for part in module.modules() if part is not module)
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters()) or any(
+        isinstance(part, FSDPModule) for part in inside
+    )
+
+
 def _forward(self: nn.Module, hidden: Tensor) -> Tensor:
+    if _gathers(self):
+        # Before the number of tiles is looked at: it differs over processes, and none may wait for another.
+        raise ValueError(
+            f"tiled_mlp: expected weights that are whole where an MLP runs, got a {type(self).__name__} whose layers "
+            "fetch theirs call by call (ZeRO-3, or FSDP2 over single layers) while processes have different numbers "
+            "of tiles; let FSDP2 shard whole MLPs or blocks, or leave tiled_mlp out"
+        )
     own = type(self).forward
     rows: int = getattr(self, _ROWS)
     flat = hidden.reshape(-1, hidden.shape[-1])

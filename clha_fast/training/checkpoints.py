@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
@@ -32,6 +32,12 @@ class CheckpointingTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        # In the order given, whatever training does: a last batch's fill, and predictions, are known by their places.
+        if not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything is written to a folder beside the checkpoints, which is renamed when it is complete."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 
 from clha_fast.batching.batch import CandidateBatch, first_prompts
@@ -109,12 +109,6 @@ class RankedLoaders(Trainer):
         lengths = dataset.lengths if isinstance(dataset, RankedDataset) else row_lengths(dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthSampler(lengths, size, self._data_seed)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        # In the order given, whatever training does: the last batch's fill is known by its place.
-        if not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
-            return None
-        return SequentialSampler(eval_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer`, with the evaluation's collator."""

@@ -168,7 +168,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self._step_counts: dict[str, Tensor] | None = None
         self._eval_counts: dict[str, Tensor] | None = None
         self.largest_batch: CandidateBatch | None = None
-        self._silent = True  # no batch so far had a response on which the loss depends
+        self._silent = True  # no batch here so far had a response on which the loss depends
+        self._asked = False  # whether all processes were asked
         self._took_steps = False
         self.dataset_names = []
         self._counted = weakref.WeakKeyDictionary()
@@ -413,9 +414,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if "loss" in logs:
             metrics = self._train_metrics.take(self._sum_over_processes, self.args.device)
             logs.update(metrics or {}, **self._skipped_records())
-            if self._silent and metrics is not None:  # a stream: other data are looked at before
-                self._silent = False
-                hint = self.loss_options.silence_hint(several=True)
-                logger.warning(f"train_dataset: the loss has depended on no response so far; {hint}")
+            if metrics is not None and not self._asked:
+                self._asked = True
+                spoke = torch.tensor(float(not self._silent), device=self.args.device)
+                if self._sum_over_processes(spoke) == 0:  # a stream: other data are looked at before
+                    hint = self.loss_options.silence_hint(several=True)
+                    logger.warning(f"train_dataset: the loss has depended on no response so far; {hint}")
         self._place_events()
         super().log(logs, start_time)

@@ -220,7 +220,11 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
         ({"name": "sft", "optim": "no_such"}, {}, "SFT: optim: expected one of transformers' OptimizerNames"),
         ("clha", {"per_device_train_batch_size": 0}, "CLHA: per_device_train_batch_size: expected a whole number"),
         ({"name": "clha", "margin": "wide"}, {}, "CLHA: margin: expected"),
-        ({"name": "dpo", "label": "mine", "objective": {"name": "dpo", "beta": -1}}, {}, "mine: objective.beta: expected a positive"),
+        (
+            {"name": "dpo", "label": "mine", "objective": {"name": "dpo", "beta": -1}},
+            {},
+            "mine: objective.beta: expected a positive",
+        ),
         ({"name": "clha", "reward_margin": "q0.5"}, {"warmup_steps": -1}, "CLHA: Got warmup_steps = -1"),
         ({"name": "rlhf"}, {"gradient_accumulation_steps": -1}, "RLHF: gradient_accumulation_steps: expected"),
     ],

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -270,6 +271,18 @@ def test_like_lengths_share_a_batch(tmp_path: Path) -> None:
         for strategy in ("random", "group_by_length")
     }
     assert padded["group_by_length"] < 0.95 * padded["random"]
+
+
+def test_like_lengths_change_no_order_of_an_evaluation(tmp_path: Path) -> None:
+    """Nor is anything asked for a length that pairs do not have: evaluated, and predicted, as with random batches."""
+    rows = keyword_rows(12)
+    rows = [{**row, "prompt": row["prompt"] + " the cat sat" * (k % 3)} for k, row in enumerate(rows)]
+    found = []
+    for strategy in ("random", "group_by_length"):
+        ours = trainer(tmp_path, rows=rows, train_sampling_strategy=strategy, per_device_eval_batch_size=3)
+        found.append((ours.evaluate()["eval_loss"], ours.predict(ours.train_dataset).predictions))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
 def test_what_scoring_needs_is_settled() -> None:

@@ -225,6 +225,50 @@ dist.barrier()
 """
 
 
+SILENT = """
+import os, sys
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from tests.support import two_processes
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.trainer import CLHATrainer
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(rows)
+
+rank = int(os.environ["RANK"])
+inert = {"prompt": "say: ", "completions": ["a cat", "a dog"], "rewards": [-1.0, -2.0]}
+good = {"prompt": "say: ", "completions": ["a cat", "a dog"], "rewards": [5.0, -2.0]}
+for rows in ([inert, good] * 6, [inert] * 12):
+    args = CLHAConfig(
+        output_dir=sys.argv[1], max_steps=3, per_device_train_batch_size=1, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, report_to="none", use_cpu=True, ddp_backend="gloo", train_sampling_strategy="sequential",
+    )
+    model = two_processes.make_model(len(two_processes.TOKENIZER))
+    print("begins", rank, file=sys.stderr, flush=True)
+    CLHATrainer(model, args, train_dataset=Stream(), processing_class=two_processes.TOKENIZER).train()
+dist.barrier()
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_without_effect_is_not_all_of_them(tmp_path: Path) -> None:
+    """The first process's prompts are inert, the second's are not; then all are."""
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-m", *TORCHRUN, "--nproc_per_node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said, begun = "the loss has depended on no response so far", "begins 0"
+    assert done.stderr.count(begun) == 2
+    assert said not in done.stderr[: done.stderr.rindex(begun)]
+    assert said in done.stderr[done.stderr.rindex(begun) :]
+
+
 COMMAND = """
 import sys
 import torch
