@@ -96,6 +96,18 @@ def render_chat(
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
 
 
+def end_of_turn(tokenizer: Any) -> str:
+    """The special token with which the tokenizer's chat template closes a response, "" where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    asked: list[Message] = [{"role": "user", "content": "prompt"}]
+    try:
+        start, _ = render_prompt(tuple(asked), tokenizer)
+        return _learn_turn(asked, start, tokenizer, "record", {}).end_of_turn
+    except RecordError:  # one for other prompts than this
+        return ""
+
+
 def _learn_turn(
     messages: Sequence[Message], start: str, tokenizer: Any, source: str, template: Mapping[str, Any]
 ) -> _Turn:
@@ -172,7 +184,7 @@ def _unclosed(text: str, turn: _Turn) -> str:
     """The text without an end of turn of its own, which would double the template's."""
     trimmed = text.rstrip()
     for ending in (turn.closing, turn.end_of_turn):
-        if turn.end_of_turn and trimmed.endswith(ending):
+        if ending.strip() and trimmed.endswith(ending):
             return trimmed.removesuffix(ending)
     return text
 

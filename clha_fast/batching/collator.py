@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.endings import Endings
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
@@ -22,8 +23,6 @@ from clha_fast.data.rendering import render_prompt
 from clha_fast.objectives import Objective, as_objective
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.types import SIGNALS
-
-logger = logging.get_logger(__name__)
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
@@ -189,7 +188,7 @@ class RankedCollator:
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
+            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._endings.special else [*ids, eos]
             whole_lengths.append(sum(map(len, parts)))
             # Answers and markers take turns, an answer is the last: each answer has the limit to itself.
             scored = [(len(parts) - place) % 2 for place in range(len(parts))]
@@ -257,11 +256,11 @@ class RankedCollator:
                 "train nothing"
             )
         for number in {0, len(record.completions) - 1}:
-            if not self._opened(record.completions[number]).strip():
+            if not self._endings.opened(record.completions[number]).strip():
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
         chains = record_chains(record, markers)
-        return [(chain[0], self._opened(chain[1]), *chain[2:]) if len(chain) > 2 else chain for chain in chains]
+        return [(chain[0], self._endings.opened(chain[1]), *chain[2:]) if len(chain) > 2 else chain for chain in chains]
 
     def _texts(
         self, record: RankedRecord, chains: Sequence[tuple[str, ...]] | None
@@ -274,7 +273,7 @@ class RankedCollator:
             prefix = self._prefix(text, own)
             if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
                 own = own[len(prefix) :]
-            responses: Sequence[str] = [self._closed(completion) for completion in completions]
+            responses: Sequence[str] = [self._endings.closed(completion) for completion in completions]
             closed = False
         else:
             names = {} if chains is None else {"field": "chains"}
@@ -304,28 +303,9 @@ class RankedCollator:
             text = turn[:at] + text.lstrip()
         return self._encode_responses([text], record.source)[0]
 
-    def _closed(self, text: str) -> str:
-        """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
-        trimmed = text.rstrip()
-        return trimmed if trimmed != text and trimmed.endswith(self._ends) else text
-
-    def _opened(self, text: str) -> str:
-        """The text without the special tokens that end its turn."""
-        while (trimmed := text.rstrip()).endswith(self._ends):
-            text = next(trimmed.removesuffix(end) for end in self._ends if trimmed.endswith(end))
-        return text
-
     @functools.cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self._special)))
-
-    @functools.cached_property
-    def _special(self) -> frozenset[int]:
-        """Special tokens that end a turn where they end a response: all but those with another meaning."""
-        names = ("unk_token_id", "bos_token_id", "cls_token_id", "mask_token_id")
-        others = {getattr(self.tokenizer, name, None) for name in names} - {self.tokenizer.eos_token_id}
-        added = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-        return frozenset((*self.tokenizer.all_special_ids, *added)) - others
+    def _endings(self) -> Endings:
+        return Endings(self.tokenizer)
 
     def _prefix(self, text: str, own: list[int]) -> list[int]:
         """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
