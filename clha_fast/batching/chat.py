@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from clha_fast.data.records import Message, RecordError
-from clha_fast.data.rendering import render_prompt
+from clha_fast.data.rendering import apply_template, content_as, render_messages
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 60  # characters of a rendering in an error
@@ -66,16 +66,16 @@ def render_chat(
     in errors.
 
     Raises:
-        RecordError: the template refuses the messages; its rendering of prompt and response does not begin with the
+        RecordError: as `render_messages`; the template's rendering of prompt and response does not begin with the
             prompt's, or does not end as with another response; it leaves out some of a response's text.
     """
     given = template or {}
-    start, _ = render_prompt(tuple(messages), tokenizer, source, given)
+    messages, start = render_messages(messages, tokenizer, source, given)
     turn = _learn_turn(messages, start, tokenizer, source, given)
     bodies = []
     for number, completion in enumerate(completions):
         name = f"{field}[{number}]"
-        whole = _render(_with_response(messages, completion), tokenizer, source, name, given)
+        whole = apply_template(_with_response(messages, completion), tokenizer, source, name, given)
         if not whole.startswith(start):
             raise _broken(source, name, start, whole)
         if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
@@ -102,8 +102,8 @@ def end_of_turn(tokenizer: Any) -> str:
         return ""
     asked: list[Message] = [{"role": "user", "content": "prompt"}]
     try:
-        start, _ = render_prompt(tuple(asked), tokenizer)
-        return _learn_turn(asked, start, tokenizer, "record", {}).end_of_turn
+        messages, start = render_messages(asked, tokenizer)
+        return _learn_turn(messages, start, tokenizer, "record", {}).end_of_turn
     except RecordError:  # one for other prompts than this
         return ""
 
@@ -115,7 +115,7 @@ def _learn_turn(
     while stand_in in start:
         stand_in += "0"
     chat = _with_response(messages, stand_in)
-    whole = _render(chat, tokenizer, source, "prompt", template)
+    whole = apply_template(chat, tokenizer, source, "prompt", template)
     if not whole.startswith(start):
         raise _broken(source, "prompt", start, whole)
     at = whole.find(stand_in, len(start))
@@ -134,19 +134,11 @@ def _learn_turn(
 
 def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
     last = messages[-1]
+    parts = not isinstance(last["content"], str)
     if last["role"] == "assistant":
-        return [*messages[:-1], {**last, "content": last["content"] + text}]
-    return [*messages, {"role": "assistant", "content": text}]
-
-
-def _render(messages: list[Message], tokenizer: Any, source: str, field: str, template: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template))
-    except TemplateError as error:
-        message = f"{source}: {field}: the tokenizer's chat template refuses these messages: {error}"
-        raise RecordError(message, source=source, field=field) from error
+        before = last["content"][-1]["text"] if parts else last["content"]
+        return [*messages[:-1], {**last, "content": content_as(before + text, parts)}]
+    return [*messages, {"role": "assistant", "content": content_as(text, parts)}]
 
 
 def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
