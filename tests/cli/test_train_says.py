@@ -57,7 +57,7 @@ def test_texts_for_a_chat_model_are_said(
     assert ("without the tokenizer's chat template" in capsys.readouterr().out) == bool(said)
 
 
-@pytest.mark.parametrize(("texts", "said"), [(16, ""), (3, "13 of 16 prompts are messages"), (0, "prompts are messages")])
+@pytest.mark.parametrize(("texts", "said"), [(16, ""), (3, "13 of 16 prompts are"), (0, "prompts are messages")])
 def test_messages_without_a_chat_template_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: int, said: str
 ) -> None:
