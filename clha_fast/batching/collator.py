@@ -43,7 +43,8 @@ class RankedCollator:
 
     Prompt and responses are tokenised apart and concatenated: no token crosses the boundary, the prompt's tokens
     are those that generation begins with, and every candidate follows the same ones. A response's tokens are those
-    it has in the middle of a text: tokenizers that put a blank in front of a text put none in front of a response.
+    it has in the middle of a text, or directly behind the special token that ends the prompt: tokenizers that put a
+    blank in front of a text put none in front of a response.
 
     A text prompt keeps the special tokens that the tokenizer puts in front (BOS), once, and a response is closed by
     EOS, unless a special token ends it: texts that a chat template has rendered beforehand bring both along.
@@ -177,11 +178,11 @@ class RankedCollator:
         """(`tokenize_record`'s result, 1 when a limit cut the prompt and otherwise 0, the number of responses cut)."""
         eos = self.tokenizer.eos_token_id
         chains = None if self.options.markers is None else self._chains(record, self.options.markers)
-        prompt, prefix_length, responses, closed = self._texts(record, chains)
+        prompt, prefix_length, responses, closed, before = self._texts(record, chains)
         if chains is None:
-            found = [[ids] for ids in self._encode_responses(responses, record.source)]
+            found = [[ids] for ids in self._encode_responses(responses, record.source, before)]
         else:
-            found = self._encode_chains(responses, chains, record.source)
+            found = self._encode_chains(responses, chains, record.source, before)
         whole_lengths, completions, masks = [], [], []
         for number, parts in enumerate(found):
             ids = parts[-1]
@@ -264,8 +265,11 @@ class RankedCollator:
 
     def _texts(
         self, record: RankedRecord, chains: Sequence[tuple[str, ...]] | None
-    ) -> tuple[list[int], int, Sequence[str], bool]:
-        """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
+    ) -> tuple[list[int], int, Sequence[str], bool, str]:
+        """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed.
+
+        Last is the special token directly before the responses where their own depend on it, else "".
+        """
         completions = record.completions if chains is None else tuple("".join(chain) for chain in chains)
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
@@ -285,7 +289,14 @@ class RankedCollator:
         if not prefix and not own:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
-        return prefix + own, len(prefix), responses, closed
+        return prefix + own, len(prefix), responses, closed, self._mark_before(text, prefix + own)
+
+    def _mark_before(self, text: str, ids: Sequence[int]) -> str:
+        token = self.tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+        if token is None or not (self._adds_blank or token.rstrip):
+            return ""
+        # Bytes of SentencePiece are such tokens in some tokenizers; a mark with `rstrip` eats blanks behind it.
+        return token.content if not text or text.rstrip().endswith(token.content) else ""
 
     def tokenize_beginning(self, record: RankedRecord, text: str) -> list[int]:
         """Tokens of a text that an answer to the record's prompt begins with; nothing closes it.
@@ -296,12 +307,17 @@ class RankedCollator:
             RecordError: the chat template changes the text.
         """
         if not isinstance(record.prompt, str) and getattr(self.tokenizer, "chat_template", None):
-            (turn,) = render_chat(record.prompt, [text], self.tokenizer, record.source, record.template).responses
+            chat = render_chat(record.prompt, [text], self.tokenizer, record.source, record.template)
+            before, (turn,) = chat.prompt, chat.responses
             at = turn.find(text.strip())
             if at < 0:
                 raise RecordError.of(record.source, "prompt", f"a chat template that keeps the text {text!r}", turn)
             text = turn[:at] + text.lstrip()
-        return self._encode_responses([text], record.source)[0]
+        else:
+            before, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
+        own = self._encode([before])[0]
+        mark = self._mark_before(before, own or self._prefix(before, own))
+        return self._encode_responses([text], record.source, mark)[0]
 
     @functools.cached_property
     def _endings(self) -> Endings:
@@ -318,13 +334,17 @@ class RankedCollator:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
-    def _encode_responses(self, texts: Sequence[str], source: str) -> list[list[int]]:
-        """Tokens of texts that continue another, without the blank that some tokenizers put in front of every text."""
-        if not self._adds_blank:
+    def _encode_responses(self, texts: Sequence[str], source: str, before: str) -> list[list[int]]:
+        """Tokens of texts that continue another, without the blank that some tokenizers put in front of every text.
+
+        Some of these put one behind every special token, too, and some special tokens eat blanks: both as it is behind
+        `before`, which is one or "".
+        """
+        if not self._adds_blank and not before:
             return self._encode(list(texts))
         found = []
         for number, text in enumerate(texts):
-            for anchor in _ANCHORS:
+            for anchor in ([before] if before else []) + [*_ANCHORS]:
                 front, ids = self._encode([anchor, anchor + text])
                 if ids[: len(front)] == front:
                     found.append(ids[len(front) :])
@@ -335,9 +355,10 @@ class RankedCollator:
         return found
 
     def _encode_chains(
-        self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str
+        self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str, mark: str
     ) -> list[list[list[int]]]:
         """Tokens of each chain's parts as it was rendered, markers and answers in turn."""
+        firsts: list[str] = []
         parts: list[str] = []
         for number, (text, chain) in enumerate(zip(texts, chains, strict=True)):
             before = "".join(chain[:-1])
@@ -345,9 +366,13 @@ class RankedCollator:
             if at < 0:
                 raise RecordError.of(source, f"chains[{number}]", "a chat template that writes it as it is", text)
             # A template may begin the turn with a blank, and closes it behind the last answer.
-            parts += [text[:at] + chain[0], *chain[1:-1], text[at + len(before) :]]
-        encoded = iter(self._encode_responses(parts, source))
-        return [list(itertools.islice(encoded, len(chain))) for chain in chains]
+            firsts.append(text[:at] + chain[0])
+            parts += [*chain[1:-1], text[at + len(before) :]]
+        starts = self._encode_responses(firsts, source, mark)
+        encoded = iter(self._encode_responses(parts, source, ""))
+        return [
+            [start, *itertools.islice(encoded, len(chain) - 1)] for start, chain in zip(starts, chains, strict=True)
+        ]
 
     def _check_scored(self, masks: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], source: str) -> None:
         for mask, before in zip(masks, whole, strict=True):

@@ -242,7 +242,7 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
         messages.append({**{str(key): item for key, item in message.items() if item is not None}, "content": content})
     if not messages:
         raise RecordError.of(source, field, "at least one message", value)
-    if _is_of_table(value):
+    if _is_of_table(list(value)):
         messages = [{key: without_none(item) for key, item in message.items()} for message in messages]
     return tuple(messages)
 
