@@ -96,18 +96,6 @@ def render_chat(
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
 
 
-def end_of_turn(tokenizer: Any) -> str:
-    """The special token with which the tokenizer's chat template closes a response, "" where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    asked: list[Message] = [{"role": "user", "content": "prompt"}]
-    try:
-        messages, start = render_messages(asked, tokenizer)
-        return _learn_turn(messages, start, tokenizer, "record", {}).end_of_turn
-    except RecordError:  # one for other prompts than this
-        return ""
-
-
 def _learn_turn(
     messages: Sequence[Message], start: str, tokenizer: Any, source: str, template: Mapping[str, Any]
 ) -> _Turn:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from clha_fast.batching.chat import end_of_turn
+from clha_fast.batching.chat import render_chat
+from clha_fast.data.records import RecordError
 
 
 class Endings:
@@ -55,4 +56,12 @@ class Endings:
 
     @functools.cached_property
     def _end_of_turn(self) -> str:
-        return end_of_turn(self.tokenizer)
+        """The special token with which the chat template closes a response, "" where there is none."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ""
+        try:
+            chat = render_chat([{"role": "user", "content": "prompt"}], ["response"], self.tokenizer, "record")
+        except RecordError:  # one for other prompts than this
+            return ""
+        closed = chat.responses[0].rstrip()
+        return max((token for token in self.texts if closed.endswith(token)), key=len, default="")
