@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.encoding import Encoder
 from clha_fast.batching.endings import Endings
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
@@ -30,8 +31,6 @@ logger = logging.get_logger(__name__)
 
 # A prompt is not cut below this part of max_length (one in so many) for its responses' sake.
 _PROMPT_SHARE = 4
-# Texts that a response is tokenised behind where a tokenizer treats the start of a text differently.
-_ANCHORS = ("\n", ".", "0", "a")
 
 
 # Of a prompt with its longest response, of either: what decides which tokens a record has.
@@ -180,7 +179,7 @@ class RankedCollator:
         chains = None if self.options.markers is None else self._chains(record, self.options.markers)
         prompt, prefix_length, responses, closed, before = self._texts(record, chains)
         if chains is None:
-            found = [[ids] for ids in self._encode_responses(responses, record.source, before)]
+            found = [[ids] for ids in self._encoder.continuing(responses, record.source, before)]
         else:
             found = self._encode_chains(responses, chains, record.source, before)
         whole_lengths, completions, masks = [], [], []
@@ -273,8 +272,8 @@ class RankedCollator:
         completions = record.completions if chains is None else tuple("".join(chain) for chain in chains)
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
-            own = self._encode([text])[0]
-            prefix = self._prefix(text, own)
+            own = self._encoder.encode([text])[0]
+            prefix = self._encoder.prefix(text, own)
             if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
                 own = own[len(prefix) :]
             responses: Sequence[str] = [self._endings.closed(completion) for completion in completions]
@@ -283,20 +282,13 @@ class RankedCollator:
             names = {} if chains is None else {"field": "chains"}
             chat = render_chat(record.prompt, completions, self.tokenizer, record.source, record.template, **names)
             text, responses, closed = chat.prompt, chat.responses, chat.closed
-            own = self._encode([text])[0]
+            own = self._encoder.encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
             own = own[len(prefix) :]
         if not prefix and not own:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
-        return prefix + own, len(prefix), responses, closed, self._mark_before(text, prefix + own)
-
-    def _mark_before(self, text: str, ids: Sequence[int]) -> str:
-        token = self.tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
-        if token is None or not (self._adds_blank or token.rstrip):
-            return ""
-        # Bytes of SentencePiece are such tokens in some tokenizers; a mark with `rstrip` eats blanks behind it.
-        return token.content if not text or text.rstrip().endswith(token.content) else ""
+        return prefix + own, len(prefix), responses, closed, self._encoder.mark_before(text, prefix + own)
 
     def tokenize_beginning(self, record: RankedRecord, text: str) -> list[int]:
         """Tokens of a text that an answer to the record's prompt begins with; nothing closes it.
@@ -315,44 +307,17 @@ class RankedCollator:
             text = turn[:at] + text.lstrip()
         else:
             before, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
-        own = self._encode([before])[0]
-        mark = self._mark_before(before, own or self._prefix(before, own))
-        return self._encode_responses([text], record.source, mark)[0]
+        own = self._encoder.encode([before])[0]
+        mark = self._encoder.mark_before(before, own or self._encoder.prefix(before, own))
+        return self._encoder.continuing([text], record.source, mark)[0]
 
     @functools.cached_property
     def _endings(self) -> Endings:
         return Endings(self.tokenizer)
 
-    def _prefix(self, text: str, own: list[int]) -> list[int]:
-        """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
-        full = list(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-        if not own:
-            return full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
-        starts = (k for k in range(len(full) - len(own) + 1) if full[k : k + len(own)] == own)
-        return full[: next(starts, 0)]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
-
-    def _encode_responses(self, texts: Sequence[str], source: str, before: str) -> list[list[int]]:
-        """Tokens of texts that continue another, without the blank that some tokenizers put in front of every text.
-
-        Some of these put one behind every special token, too, and some special tokens eat blanks: both as it is behind
-        `before`, which is one or "".
-        """
-        if not self._adds_blank and not before:
-            return self._encode(list(texts))
-        found = []
-        for number, text in enumerate(texts):
-            for anchor in ([before] if before else []) + [*_ANCHORS]:
-                front, ids = self._encode([anchor, anchor + text])
-                if ids[: len(front)] == front:
-                    found.append(ids[len(front) :])
-                    break
-            else:
-                expected = "a response whose first token is its own after any text before it"
-                raise RecordError.of(source, f"completions[{number}]", expected, text)
-        return found
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     def _encode_chains(
         self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str, mark: str
@@ -368,8 +333,8 @@ class RankedCollator:
             # A template may begin the turn with a blank, and closes it behind the last answer.
             firsts.append(text[:at] + chain[0])
             parts += [*chain[1:-1], text[at + len(before) :]]
-        starts = self._encode_responses(firsts, source, mark)
-        encoded = iter(self._encode_responses(parts, source, ""))
+        starts = self._encoder.continuing(firsts, source, mark)
+        encoded = iter(self._encoder.continuing(parts, source, ""))
         return [
             [start, *itertools.islice(encoded, len(chain) - 1)] for start, chain in zip(starts, chains, strict=True)
         ]
@@ -379,11 +344,6 @@ class RankedCollator:
             if not any(mask):
                 expected = f"room for the {before.index(1)} tokens of a chain's marker and an answer"
                 raise RecordError.of(source, "max_length", expected, self.max_length)
-
-    @functools.cached_property
-    def _adds_blank(self) -> bool:
-        alone, *after = self._encode(["b", *(f"{anchor}b" for anchor in _ANCHORS)])
-        return bool(alone) and not any(ids[-len(alone) :] == alone for ids in after)
 
     @staticmethod
     def _check_limit(name: str, limit: int, needed: int, source: str) -> None:
