@@ -31,8 +31,6 @@ logger = logging.get_logger(__name__)
 
 # A prompt is not cut below this part of max_length (one in so many) for its responses' sake.
 _PROMPT_SHARE = 4
-
-
 # Of a prompt with its longest response, of either: what decides which tokens a record has.
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 
