@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from clha_fast.data.records import Message, RecordError
-from clha_fast.data.rendering import render_prompt
+from clha_fast.data.rendering import apply_template, content_as, render_messages
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 60  # characters of a rendering in an error
@@ -66,16 +66,16 @@ def render_chat(
     in errors.
 
     Raises:
-        RecordError: the template refuses the messages; its rendering of prompt and response does not begin with the
+        RecordError: as `render_messages`; the template's rendering of prompt and response does not begin with the
             prompt's, or does not end as with another response; it leaves out some of a response's text.
     """
     given = template or {}
-    start, _ = render_prompt(tuple(messages), tokenizer, source, given)
+    messages, start = render_messages(messages, tokenizer, source, given)
     turn = _learn_turn(messages, start, tokenizer, source, given)
     bodies = []
     for number, completion in enumerate(completions):
         name = f"{field}[{number}]"
-        whole = _render(_with_response(messages, completion), tokenizer, source, name, given)
+        whole = apply_template(_with_response(messages, completion), tokenizer, source, name, given)
         if not whole.startswith(start):
             raise _broken(source, name, start, whole)
         if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
@@ -103,7 +103,7 @@ def _learn_turn(
     while stand_in in start:
         stand_in += "0"
     chat = _with_response(messages, stand_in)
-    whole = _render(chat, tokenizer, source, "prompt", template)
+    whole = apply_template(chat, tokenizer, source, "prompt", template)
     if not whole.startswith(start):
         raise _broken(source, "prompt", start, whole)
     at = whole.find(stand_in, len(start))
@@ -122,19 +122,11 @@ def _learn_turn(
 
 def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
     last = messages[-1]
+    parts = not isinstance(last["content"], str)
     if last["role"] == "assistant":
-        return [*messages[:-1], {**last, "content": last["content"] + text}]
-    return [*messages, {"role": "assistant", "content": text}]
-
-
-def _render(messages: list[Message], tokenizer: Any, source: str, field: str, template: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **template))
-    except TemplateError as error:
-        message = f"{source}: {field}: the tokenizer's chat template refuses these messages: {error}"
-        raise RecordError(message, source=source, field=field) from error
+        before = last["content"][-1]["text"] if parts else last["content"]
+        return [*messages[:-1], {**last, "content": content_as(before + text, parts)}]
+    return [*messages, {"role": "assistant", "content": content_as(text, parts)}]
 
 
 def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
@@ -172,7 +164,7 @@ def _unclosed(text: str, turn: _Turn) -> str:
     """The text without an end of turn of its own, which would double the template's."""
     trimmed = text.rstrip()
     for ending in (turn.closing, turn.end_of_turn):
-        if turn.end_of_turn and trimmed.endswith(ending):
+        if ending.strip() and trimmed.endswith(ending):
             return trimmed.removesuffix(ending)
     return text
 

@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.encoding import Encoder
+from clha_fast.batching.endings import Endings
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
@@ -23,18 +25,12 @@ from clha_fast.objectives import Objective, as_objective
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.types import SIGNALS
 
-logger = logging.get_logger(__name__)
-
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
 
 logger = logging.get_logger(__name__)
 
 # A prompt is not cut below this part of max_length (one in so many) for its responses' sake.
 _PROMPT_SHARE = 4
-# Texts that a response is tokenised behind where a tokenizer treats the start of a text differently.
-_ANCHORS = ("\n", ".", "0", "a")
-
-
 # Of a prompt with its longest response, of either: what decides which tokens a record has.
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 
@@ -44,7 +40,8 @@ class RankedCollator:
 
     Prompt and responses are tokenised apart and concatenated: no token crosses the boundary, the prompt's tokens
     are those that generation begins with, and every candidate follows the same ones. A response's tokens are those
-    it has in the middle of a text: tokenizers that put a blank in front of a text put none in front of a response.
+    it has in the middle of a text, or directly behind the special token that ends the prompt: tokenizers that put a
+    blank in front of a text put none in front of a response.
 
     A text prompt keeps the special tokens that the tokenizer puts in front (BOS), once, and a response is closed by
     EOS, unless a special token ends it: texts that a chat template has rendered beforehand bring both along.
@@ -178,18 +175,18 @@ class RankedCollator:
         """(`tokenize_record`'s result, 1 when a limit cut the prompt and otherwise 0, the number of responses cut)."""
         eos = self.tokenizer.eos_token_id
         chains = None if self.options.markers is None else self._chains(record, self.options.markers)
-        prompt, prefix_length, responses, closed = self._texts(record, chains)
+        prompt, prefix_length, responses, closed, before = self._texts(record, chains)
         if chains is None:
-            found = [[ids] for ids in self._encode_responses(responses, record.source)]
+            found = [[ids] for ids in self._encoder.continuing(responses, record.source, before)]
         else:
-            found = self._encode_chains(responses, chains, record.source)
+            found = self._encode_chains(responses, chains, record.source, before)
         whole_lengths, completions, masks = [], [], []
         for number, parts in enumerate(found):
             ids = parts[-1]
             if not ids or ids == [eos]:
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._special else [*ids, eos]
+            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._endings.special else [*ids, eos]
             whole_lengths.append(sum(map(len, parts)))
             # Answers and markers take turns, an answer is the last: each answer has the limit to itself.
             scored = [(len(parts) - place) % 2 for place in range(len(parts))]
@@ -257,36 +254,39 @@ class RankedCollator:
                 "train nothing"
             )
         for number in {0, len(record.completions) - 1}:
-            if not self._opened(record.completions[number]).strip():
+            if not self._endings.opened(record.completions[number]).strip():
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
         chains = record_chains(record, markers)
-        return [(chain[0], self._opened(chain[1]), *chain[2:]) if len(chain) > 2 else chain for chain in chains]
+        return [(chain[0], self._endings.opened(chain[1]), *chain[2:]) if len(chain) > 2 else chain for chain in chains]
 
     def _texts(
         self, record: RankedRecord, chains: Sequence[tuple[str, ...]] | None
-    ) -> tuple[list[int], int, Sequence[str], bool]:
-        """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed."""
+    ) -> tuple[list[int], int, Sequence[str], bool, str]:
+        """The prompt's tokens, how many of them are special ones in front, the responses, whether those are closed.
+
+        Last is the special token directly before the responses where their own depend on it, else "".
+        """
         completions = record.completions if chains is None else tuple("".join(chain) for chain in chains)
         if isinstance(record.prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
-            own = self._encode([text])[0]
-            prefix = self._prefix(text, own)
+            own = self._encoder.encode([text])[0]
+            prefix = self._encoder.prefix(text, own)
             if own[: len(prefix)] == prefix:  # rendered beforehand: the text brings BOS along
                 own = own[len(prefix) :]
-            responses: Sequence[str] = [self._closed(completion) for completion in completions]
+            responses: Sequence[str] = [self._endings.closed(completion) for completion in completions]
             closed = False
         else:
             names = {} if chains is None else {"field": "chains"}
             chat = render_chat(record.prompt, completions, self.tokenizer, record.source, record.template, **names)
             text, responses, closed = chat.prompt, chat.responses, chat.closed
-            own = self._encode([text])[0]
+            own = self._encoder.encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []
             own = own[len(prefix) :]
         if not prefix and not own:
             expected = "at least one token (the tokenizer puts no BOS in front)"
             raise RecordError.of(record.source, "prompt", expected, text)
-        return prefix + own, len(prefix), responses, closed
+        return prefix + own, len(prefix), responses, closed, self._encoder.mark_before(text, prefix + own)
 
     def tokenize_beginning(self, record: RankedRecord, text: str) -> list[int]:
         """Tokens of a text that an answer to the record's prompt begins with; nothing closes it.
@@ -297,67 +297,31 @@ class RankedCollator:
             RecordError: the chat template changes the text.
         """
         if not isinstance(record.prompt, str) and getattr(self.tokenizer, "chat_template", None):
-            (turn,) = render_chat(record.prompt, [text], self.tokenizer, record.source, record.template).responses
+            chat = render_chat(record.prompt, [text], self.tokenizer, record.source, record.template)
+            before, (turn,) = chat.prompt, chat.responses
             at = turn.find(text.strip())
             if at < 0:
                 raise RecordError.of(record.source, "prompt", f"a chat template that keeps the text {text!r}", turn)
             text = turn[:at] + text.lstrip()
-        return self._encode_responses([text], record.source)[0]
-
-    def _closed(self, text: str) -> str:
-        """The text; rendered beforehand, without the newline that a template writes behind its end of turn."""
-        trimmed = text.rstrip()
-        return trimmed if trimmed != text and trimmed.endswith(self._ends) else text
-
-    def _opened(self, text: str) -> str:
-        """The text without the special tokens that end its turn."""
-        while (trimmed := text.rstrip()).endswith(self._ends):
-            text = next(trimmed.removesuffix(end) for end in self._ends if trimmed.endswith(end))
-        return text
+        else:
+            before, _ = render_prompt(record.prompt, self.tokenizer, record.source, record.template)
+        own = self._encoder.encode([before])[0]
+        mark = self._encoder.mark_before(before, own or self._encoder.prefix(before, own))
+        return self._encoder.continuing([text], record.source, mark)[0]
 
     @functools.cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self._special)))
+    def _endings(self) -> Endings:
+        return Endings(self.tokenizer)
 
     @functools.cached_property
-    def _special(self) -> frozenset[int]:
-        """Special tokens that end a turn where they end a response: all but those with another meaning."""
-        names = ("unk_token_id", "bos_token_id", "cls_token_id", "mask_token_id")
-        others = {getattr(self.tokenizer, name, None) for name in names} - {self.tokenizer.eos_token_id}
-        added = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-        return frozenset((*self.tokenizer.all_special_ids, *added)) - others
-
-    def _prefix(self, text: str, own: list[int]) -> list[int]:
-        """What the tokenizer puts in front of `text`; what it puts behind (EOS, SEP) would end the prompt."""
-        full = list(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-        if not own:
-            return full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
-        starts = (k for k in range(len(full) - len(own) + 1) if full[k : k + len(own)] == own)
-        return full[: next(starts, 0)]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
-
-    def _encode_responses(self, texts: Sequence[str], source: str) -> list[list[int]]:
-        """Tokens of texts that continue another, without the blank that some tokenizers put in front of every text."""
-        if not self._adds_blank:
-            return self._encode(list(texts))
-        found = []
-        for number, text in enumerate(texts):
-            for anchor in _ANCHORS:
-                front, ids = self._encode([anchor, anchor + text])
-                if ids[: len(front)] == front:
-                    found.append(ids[len(front) :])
-                    break
-            else:
-                expected = "a response whose first token is its own after any text before it"
-                raise RecordError.of(source, f"completions[{number}]", expected, text)
-        return found
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     def _encode_chains(
-        self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str
+        self, texts: Sequence[str], chains: Sequence[tuple[str, ...]], source: str, mark: str
     ) -> list[list[list[int]]]:
         """Tokens of each chain's parts as it was rendered, markers and answers in turn."""
+        firsts: list[str] = []
         parts: list[str] = []
         for number, (text, chain) in enumerate(zip(texts, chains, strict=True)):
             before = "".join(chain[:-1])
@@ -365,20 +329,19 @@ class RankedCollator:
             if at < 0:
                 raise RecordError.of(source, f"chains[{number}]", "a chat template that writes it as it is", text)
             # A template may begin the turn with a blank, and closes it behind the last answer.
-            parts += [text[:at] + chain[0], *chain[1:-1], text[at + len(before) :]]
-        encoded = iter(self._encode_responses(parts, source))
-        return [list(itertools.islice(encoded, len(chain))) for chain in chains]
+            firsts.append(text[:at] + chain[0])
+            parts += [*chain[1:-1], text[at + len(before) :]]
+        starts = self._encoder.continuing(firsts, source, mark)
+        encoded = iter(self._encoder.continuing(parts, source, ""))
+        return [
+            [start, *itertools.islice(encoded, len(chain) - 1)] for start, chain in zip(starts, chains, strict=True)
+        ]
 
     def _check_scored(self, masks: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], source: str) -> None:
         for mask, before in zip(masks, whole, strict=True):
             if not any(mask):
                 expected = f"room for the {before.index(1)} tokens of a chain's marker and an answer"
                 raise RecordError.of(source, "max_length", expected, self.max_length)
-
-    @functools.cached_property
-    def _adds_blank(self) -> bool:
-        alone, *after = self._encode(["b", *(f"{anchor}b" for anchor in _ANCHORS)])
-        return bool(alone) and not any(ids[-len(alone) :] == alone for ids in after)
 
     @staticmethod
     def _check_limit(name: str, limit: int, needed: int, source: str) -> None:

@@ -19,7 +19,7 @@ from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
 from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
-from clha_fast.reports.data_summary import texts_text
+from clha_fast.reports.data_summary import template_text
 from clha_fast.reports.run_page import REPORT_FILE, run_page
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -53,10 +53,10 @@ def layout_line(run: Run) -> dict[str, str]:
 
 
 def template_line(run: Run) -> dict[str, str]:
-    """That a chat template is not used where prompts are texts; {} where there is none, or messages alone."""
-    if not getattr(run.tokenizer, "chat_template", None):
-        return {}
-    said = texts_text(sum(isinstance(record.prompt, str) for record in run.train_records), len(run.train_records))
+    """That texts go without the chat template, or messages without one that there is not; {} where all is as usual."""
+    texts = sum(isinstance(record.prompt, str) for record in run.train_records)
+    templated = bool(getattr(run.tokenizer, "chat_template", None))
+    said = template_text(texts, len(run.train_records), templated)
     return {"template": said} if said else {}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clha_fast.data.fields import Reading, Row, columns_of, holds
 from clha_fast.data.names import mapping_text, scores_of, words
-from clha_fast.data.records import RankedRecord, RecordError, check_text, is_sequence
+from clha_fast.data.records import RankedRecord, RecordError, check_text, is_sequence, without_none
 
 # Words of a column's name -> what to do instead. Each would change the prompt or the answers.
 _SYSTEM = 'the system text as first message of prompt, or columns={"system": column}'
@@ -24,6 +24,8 @@ _OWN = (
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
     *("tokenizer_kwargs", "messages"),
 )
+# Keys of a JSON schema that may be null; tables give every object every key that any of them has, as None.
+_NULLS = ("default", "const", "example")
 
 
 def check_columns(row: Mapping[str, Any], source: str) -> None:
@@ -58,8 +60,12 @@ def template_of(row: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name in variables or {}:
         if name in _OWN:
             raise RecordError.of(source, "chat_template_kwargs", "variables of the chat template's own", name)
-    found = _without_none(dict(variables or {}))
-    return {**found, "tools": _without_none(list(tools))} if tools else found
+    found: dict[str, Any] = without_none(dict(variables or {}))
+    if tools:
+        # One other null, and a table has filled the schemas up: then a default is not told from none.
+        filled = any(name not in _NULLS for name in _nulls(tools))
+        found["tools"] = without_none(tools, () if filled else _NULLS)
+    return found
 
 
 def subset_of(row: Row, source: str) -> str:
@@ -93,8 +99,11 @@ def check_unread(reading: Reading, record: RankedRecord, source: str) -> None:
             raise RecordError(message, source=source, field=name)
 
 
-def _without_none(value: Any) -> Any:
-    """Tables give every object every key that any of them has, as None."""
+def _nulls(value: Any) -> Iterator[str]:
+    """Keys of mappings inside a value that hold None."""
     if isinstance(value, Mapping):
-        return {str(name): _without_none(item) for name, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if is_sequence(value) else value
+        for name, item in value.items():
+            yield from [str(name)] if item is None else _nulls(item)
+    elif is_sequence(value):
+        for item in value:
+            yield from _nulls(item)

@@ -22,6 +22,8 @@ from clha_fast.data.records import (
 # The format's own; they win where several pairs of columns look like scores.
 _SCORES = ("score_chosen", "score_rejected")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+# Where a response may begin without a blank in front: behind "<|im_sep|>", "[/INST]", "ASSISTANT:"; not in "12:30", "https://".
+_MARKS = re.compile(r"[>\]\s]|(?<!\d)[:\uff1a](?!/)")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -31,8 +33,9 @@ def parse_trl(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
     Scores are read under any name that says side and score (`names.pair_scores`), or as `rewards`, a list of two.
 
     Without `prompt`, and where the conversations repeat it, what the two have in common is the prompt: for
-    messages all but the last, for texts the common prefix up to its last whole word. That is refused where a column
-    that nobody reads may hold the prompt.
+    messages all but the last, for texts the common prefix up to its last whole word, or the last mark behind which a
+    chat template lets a response begin ("<|im_sep|>", "[/INST]", "ASSISTANT:"). That is refused where a column that
+    nobody reads may hold the prompt.
     """
     chosen, rejected, prompt = get(row, "chosen", source), get(row, "rejected", source), row.get("prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -105,7 +108,7 @@ def _contents(messages: Any) -> set[str]:
 def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str]:
     differs = (k for k, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right)
     prefix = chosen[: next(differs, min(len(chosen), len(rejected)))]
-    cut = max((k + 1 for k, char in enumerate(prefix) if char.isspace()), default=0)
+    cut = max((mark.end() for mark in _MARKS.finditer(prefix)), default=0)
     if prefix[:cut].endswith(" "):  # byte-level tokenizers write the space with the word after it
         cut -= 1
     if not prefix[:cut].strip():

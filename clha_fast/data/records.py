@@ -220,7 +220,9 @@ def check_text(value: object, source: str, field: str) -> str:
 def check_messages(value: object, source: str, field: str) -> tuple[Message, ...]:
     """`value` as a tuple of one or more messages, texts as "role" and "content"; RecordError otherwise.
 
-    Content in parts, `[{"type": "text", "text": ...}]`, becomes their joined text.
+    Content in parts, `[{"type": "text", "text": ...}]`, becomes their joined text. Tables give every message every key
+    that any message has, and a call's arguments those of all other calls, as None: these are taken out, and a null
+    that somebody wrote into the arguments of a call stays.
     """
     if not isinstance(value, Iterable) or not is_sequence(value):
         raise RecordError.of(source, field, "a list of messages", value)
@@ -237,11 +239,27 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
             content = ""
         check_text(message["role"], source, f"{name}.role")
         check_text(content, source, f"{name}.content")
-        # Tables give every message every key that any message has, as None.
         messages.append({**{str(key): item for key, item in message.items() if item is not None}, "content": content})
     if not messages:
         raise RecordError.of(source, field, "at least one message", value)
+    if _is_of_table(list(value)):
+        messages = [{key: without_none(item) for key, item in message.items()} for message in messages]
     return tuple(messages)
+
+
+def _is_of_table(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message that is no assistant's has the calls that another one makes, as None."""
+    others = (message for message in messages if message["role"] != "assistant")
+    filled = {key for message in others for key in SAID[:2] if key in message and message[key] is None}
+    return any(message.get(key) for message in messages for key in filled)
+
+
+def without_none(value: Any, kept: Sequence[str] = ()) -> Any:
+    """A value of JSON's kinds without the keys of its mappings that hold None, but for those named `kept`."""
+    if isinstance(value, Mapping):
+        pairs = ((str(name), item) for name, item in value.items())
+        return {name: without_none(item, kept) for name, item in pairs if item is not None or name in kept}
+    return [without_none(item, kept) for item in value] if is_sequence(value) else value
 
 
 # Keys of a message that are part of what is said, beside its content; the first three stand in for it.

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from clha_fast.data.records import SAID, Message, Prompt, RecordError
+from clha_fast.data.fields import holds
+from clha_fast.data.names import near
+from clha_fast.data.records import SAID, Message, Prompt, RecordError, is_sequence, shorten
+
+logger = logging.getLogger("clha_fast.data")
+
+# Names of what was thought before a turn was said; templates that know one read all of them.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
+# What templates raise on messages that they were not written for, beside their own `raise_exception`.
+_RAISED = (TypeError, ValueError, LookupError, ArithmeticError)
+_LONGEST_ERROR = 300
+_SURE = 16  # letters of a content that stand in a text by no accident
+_Render = Callable[[Sequence[Message]], str]
 
 
 def plain_template(messages: Iterable[Message]) -> str:
@@ -37,36 +54,215 @@ def render_prompt(
         (text, True when a chat template wrote it: the template writes BOS itself, so none must be added).
 
     Raises:
-        RecordError: the chat template refuses the messages (many demand strictly alternating roles); there is none, or
-            one that writes no tools, where `template` needs it.
+        RecordError: as `render_messages`; there is no chat template where `template` or a message needs it.
     """
     if isinstance(prompt, str):
         return prompt, False
-    if not getattr(tokenizer, "chat_template", None):
-        if template:
-            name = "tools" if "tools" in template else "chat_template_kwargs"
-            raise RecordError.of(source, name, "a tokenizer with a chat template", type(tokenizer).__name__)
-        for number, turn in enumerate(prompt):
-            for key in SAID:
-                if turn.get(key):
-                    expected = "a tokenizer with a chat template, which writes it (or the text in content)"
-                    raise RecordError.of(source, f"prompt[{number}].{key}", expected, turn[key])
-        return plain_template(prompt), False
-    if template and "tools" in template and "tools" not in tokenizer.get_chat_template(tools=template["tools"]):
-        message = f"{source}: tools: expected a chat template that writes tools, got one that does not"
-        raise RecordError(message, source=source, field="tools")
+    if getattr(tokenizer, "chat_template", None):
+        return render_messages(prompt, tokenizer, source, template)[1], True
+    if template:
+        name = "tools" if "tools" in template else "chat_template_kwargs"
+        raise RecordError.of(source, name, "a tokenizer with a chat template", type(tokenizer).__name__)
+    for number, turn in enumerate(prompt):
+        for key in SAID:
+            if turn.get(key):
+                expected = "a tokenizer with a chat template, which writes it (or the text in content)"
+                raise RecordError.of(source, f"prompt[{number}].{key}", expected, turn[key])
+    return plain_template(prompt), False
+
+
+def render_messages(
+    messages: Sequence[Message], tokenizer: Any, source: str = "record", template: Mapping[str, Any] | None = None
+) -> tuple[list[Message], str]:
+    """The messages in the form that the tokenizer's chat template reads, and their text.
+
+    Contents are texts, or one part `{"type": "text", "text": ...}` each for a template that writes parts alone, as
+    those of vision models do. That a template leaves out thoughts, or what an assistant said beside a call, is its way
+    of writing earlier turns: it is said once where it never writes them.
+
+    Raises:
+        RecordError: the template refuses the messages (many demand strictly alternating roles), leaves one of them or a
+            tool call out, or does not read a variable; it writes no tools; several templates and none is the default;
+            a call in a message that the response continues.
+    """
+    given = template or {}
+    _check_variables(given, tokenizer, source)
+    last = messages[-1]
+    continues = last["role"] == "assistant"
+    for key in _CALLS:
+        if continues and last.get(key):
+            expected = "none in the message that the response continues (a call is over; the tool's answer follows it)"
+            raise RecordError.of(source, f"prompt[{len(messages) - 1}].{key}", expected, last[key])
+
+    def render(turns: Sequence[Message]) -> str:
+        how = {"add_generation_prompt": not continues, "continue_final_message": continues}
+        return apply_template(turns, tokenizer, source, "prompt", {**given, **how})
+
+    turns = list(messages)
+    try:
+        text = render(turns)
+    except RecordError as error:
+        found = _in_parts(turns, render)
+        if found is None:
+            raise error
+        turns, text = found
+    lost = _lost(turns, text, render)
+    told = {(number, "content") for number, turn in enumerate(messages) if turn["content"].strip()}
+    if told and told <= lost and (found := _in_parts(turns, render)) is not None:
+        turns, text = found
+        lost = _lost(turns, text, render)
+    _check_written(messages, lost, tokenizer, source, given)
+    return turns, text
+
+
+def _in_parts(messages: Sequence[Message], render: _Render) -> tuple[list[Message], str] | None:
+    """The messages with their contents as parts and their text, None where the template reads texts, or neither."""
+    word = "neutralword"
+    with contextlib.suppress(RecordError):
+        if word in render([{**turn, "content": word} for turn in messages]).lower():
+            return None
+    turns = [{**turn, "content": content_as(turn["content"], parts=True)} for turn in messages]
+    try:
+        text = render(turns)
+    except RecordError:
+        return None
+    # A template that takes them for a text writes them as Python or JSON does.
+    return None if re.search(r"""["']type["']: ["']text["']""", text) else (turns, text)
+
+
+def content_as(text: str, parts: bool) -> str | list[dict[str, str]]:
+    """A message's content: the text, or the one part that it is."""
+    return [{"type": "text", "text": text}] if parts else text
+
+
+def apply_template(
+    messages: Sequence[Message], tokenizer: Any, source: str, field: str, variables: Mapping[str, Any]
+) -> str:
+    """`tokenizer.apply_chat_template`, whose errors are the record's: RecordError of `field`, in one line."""
     from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
 
-    continues = prompt[-1]["role"] == "assistant"
     try:
-        text = tokenizer.apply_chat_template(
-            list(prompt),
-            tokenize=False,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            **(template or {}),
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+    except (TemplateError, *_RAISED) as error:
+        if variables.get("continue_final_message") and isinstance(error, ValueError):
+            expected = "a final assistant message that the chat template writes as it is, for responses to continue it"
+            got = messages[-1]["content"]
+            raise RecordError.of(source, f"{field}[{len(messages) - 1}]", expected, got) from error
+        why = " ".join(str(error).split())
+        if isinstance(error, _RAISED) and any(message.get(key) for message in messages for key in _CALLS):
+            why += " (of a tool call's arguments some templates want an object, others JSON text)"
+        message = f"{source}: {field}: the tokenizer's chat template refuses these messages: {why[:_LONGEST_ERROR]}"
+        raise RecordError(message, source=source, field=field) from error
+
+
+def _check_variables(given: Mapping[str, Any], tokenizer: Any, source: str) -> None:
+    template = _template_text(given, tokenizer, source)
+    for name, value in given.items():
+        if not holds(value) or re.search(rf"\b{re.escape(name)}\b", template):
+            continue
+        if name == "tools":
+            message = f"{source}: tools: expected a chat template that writes tools, got one that does not"
+            raise RecordError(message, source=source, field="tools")
+        message = (
+            f"{source}: chat_template_kwargs: expected variables that the tokenizer's chat template reads, got {name!r}"
+            + near(name, set(re.findall(r"\w+", template)))
         )
-    except TemplateError as error:
-        message = f"{source}: prompt: the tokenizer's chat template refuses these messages: {error}"
-        raise RecordError(message, source=source, field="prompt") from error
-    return text, True
+        raise RecordError(message, source=source, field="chat_template_kwargs")
+
+
+def _template_text(given: Mapping[str, Any], tokenizer: Any, source: str) -> str:
+    try:
+        return str(tokenizer.get_chat_template(tools=given.get("tools")))
+    except ValueError as error:
+        expected = "a tokenizer with one chat template, or with one of several named 'default'"
+        raise RecordError.of(source, "prompt", expected, sorted(tokenizer.chat_template)) from error
+
+
+def _lost(turns: Sequence[Message], text: str, render: _Render) -> set[tuple[int, str]]:
+    """(place, key) of contents and calls that are not in the text.
+
+    A long content that stands there as it is needs no more. Others get a mark at their end, and are looked for in one
+    more rendering: a template may trim, quote or shorten what it writes, and short words are there by accident.
+    """
+    letters = _squeezed(text)
+    places: list[tuple[int, str]] = []
+    for number, turn in enumerate(turns):
+        own = _squeezed(_text_of(turn["content"]))
+        if own and (len(own) < _SURE or own not in letters):
+            places.append((number, "content"))
+        places += [(number, key) for key in _CALLS if turn.get(key)]
+    if not places:
+        return set()
+    stem = "mark"
+    while stem in text:
+        stem += "q"
+    marked = [dict(turn) for turn in turns]
+    marks = [f"{stem}{place}end" for place in range(len(places))]
+    for (number, key), mark in zip(places, marks, strict=True):
+        value = marked[number][key]
+        if key == "content":
+            marked[number][key] = content_as(f"{_text_of(value)} {mark}", parts=not isinstance(value, str))
+        else:
+            marked[number][key] = _named(value, mark)
+    try:
+        found = render(marked).lower()
+    except RecordError:  # it looks into what is no longer as it was: nothing is known
+        return set()
+    return {
+        (number, key)
+        for (number, key), mark in zip(places, marks, strict=True)
+        if found.count(mark) < (1 if key == "content" else str(marked[number][key]).count(mark))
+    }
+
+
+def _named(calls: Any, mark: str) -> Any:
+    """A call, or a list of them, with a mark at the end of each function's name."""
+    if is_sequence(calls):
+        return [_named(call, mark) for call in calls]
+    if not isinstance(calls, Mapping):
+        return calls
+    if isinstance(calls.get("function"), Mapping):
+        return {**calls, "function": _named(calls["function"], mark)}
+    return {**calls, "name": f"{calls.get('name', '')}{mark}"}
+
+
+def _text_of(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_written(
+    messages: Sequence[Message],
+    lost: set[tuple[int, str]],
+    tokenizer: Any,
+    source: str,
+    given: Mapping[str, Any],
+) -> None:
+    template = _template_text(given, tokenizer, source)
+    for number, turn in enumerate(messages):
+        for key in SAID:
+            if not turn.get(key):
+                continue
+            if key in _THOUGHTS:
+                if "</think>" not in template and not any(name in template for name in _THOUGHTS):
+                    _say(f"prompt: {key}: the tokenizer's chat template does not write it; it is left out")
+            elif (number, key) in lost or key not in template:
+                expected = "a chat template that writes it (or the text in content)"
+                raise RecordError.of(source, f"prompt[{number}].{key}", expected, turn[key])
+        if (number, "content") not in lost:
+            continue
+        if turn["role"] == "assistant":
+            beside = next((f" beside {key}" for key in _CALLS if turn.get(key)), "")
+            _say(f"prompt: the tokenizer's chat template leaves out what an assistant's message says{beside}")
+        else:
+            role = shorten(turn["role"])
+            expected = f"a chat template that writes a message of the role {role} here (or its text in another message)"
+            raise RecordError.of(source, f"prompt[{number}]", expected, turn["content"])
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.warning(text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -100,8 +100,20 @@ def share_text(part: int, whole: int) -> str:
     return f"{part:,} ({100 * part / whole:.0f}%)" if whole else str(part)
 
 
-def texts_text(texts: int, prompts: int) -> str:
-    """What is to be said of prompts that are texts where the tokenizer has a chat template; "" where none is."""
+def template_text(texts: int, prompts: int, templated: bool) -> str:
+    """What is to be said of `texts` prompts that are texts and others that are messages; "" where it goes without it.
+
+    Args:
+        templated: whether the tokenizer has a chat template, which texts miss and messages need.
+    """
+    if not templated:
+        if texts == prompts:
+            return ""
+        which = "prompts are" if not texts else f"{prompts - texts:,} of {prompts:,} prompts are"
+        return (
+            f'{which} messages and the tokenizer has no chat template: they are written as "User: ...", "Assistant: "; '
+            "where the model has one, set tokenizer.chat_template and save it with the model"
+        )
     if not texts:
         return ""
     which = "prompts are texts and go" if texts == prompts else f"{texts:,} of {prompts:,} prompts are texts and go"

@@ -26,7 +26,7 @@ from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.tables import margin_of
 from clha_fast.objectives import Objective
 from clha_fast.objectives.pairs import keeps
-from clha_fast.reports.data_summary import DataSummary, summarise, texts_text
+from clha_fast.reports.data_summary import DataSummary, summarise, template_text
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
 _LETTER = 4  # tokens of one byte that a letter may have
@@ -237,7 +237,7 @@ class _Found:
                 f"{len(rewarded):,} of {len(self.records):,} records have rewards: training refuses a mixture; give "
                 "all of them rewards, or none"
             )
-        if self.templated and (said := texts_text(self.texts, len(self.records))):
+        if self.cut is not None and (said := template_text(self.texts, len(self.records), self.templated)):
             sentences.append(said)
         longest = max(self.lengths["prompt and longest response"])
         if positions is not None and self.cut is not None and longest > positions:

@@ -55,3 +55,25 @@ def test_texts_for_a_chat_model_are_said(
     make_model(len(tokenizer)).save_pretrained(tmp_path / "chat")
     assert cli.main(["inspect", str(path), "--model", str(tmp_path / "chat")]) == 0
     assert ("without the tokenizer's chat template" in capsys.readouterr().out) == bool(said)
+
+
+@pytest.mark.parametrize(("texts", "said"), [(16, ""), (3, "13 of 16 prompts are"), (0, "prompts are messages")])
+def test_messages_without_a_chat_template_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: int, said: str
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[texts:]:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "plain")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "plain")
+    words = command(tmp_path, "--max_steps", "1", "--eval_fraction", "0", "--plot", "false")
+    train = [*words, "--build_tokenizer", "null", "--tokenizer", str(tmp_path / "plain")]
+    for command_line in (train, ["inspect", str(path), "--model", str(tmp_path / "plain")], ["inspect", str(path)]):
+        assert cli.main(command_line) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        expected = bool(said) and command_line[-1] != str(path)
+        assert ('written as "User: ...", "Assistant: "' in out) == expected
+        assert said in out or not expected
