@@ -76,7 +76,8 @@ class RankedCollator:
             or `auto`, which counts each batch.
 
     Raises:
-        ValueError: the tokenizer has no EOS token; a limit is not a positive integer; an unknown signal or layout.
+        ValueError: the tokenizer has no EOS token, or is mistral-common's; a limit is not a positive integer; an
+            unknown signal or layout.
     """
 
     def __init__(
@@ -95,6 +96,11 @@ class RankedCollator:
         self.layout = layout
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # its chat template and its tokens cannot be looked at
+            raise ValueError(
+                "tokenizer: expected one of transformers' own, got mistral-common's MistralCommonBackend; load it with "
+                "PreTrainedTokenizerFast.from_pretrained, or give the model's folder"
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "tokenizer: expected one with an EOS token, which closes every response, got none; "
