@@ -24,11 +24,13 @@ class ChatTexts:
         prompt: everything before the responses: the generation prompt is its end.
         responses: each response's own text and what closes it, up to and with the template's end of turn.
         closed: whether the template has an end of turn; otherwise an EOS token must follow.
+        lead: the end of `prompt` that the template's own generation prompt does not have, "" where it has all.
     """
 
     prompt: str
     responses: tuple[str, ...]
     closed: bool
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,28 @@ def render_chat(
             expected = "a response with at least one token"
             raise RecordError.of(source, f"{field}[{number}]", expected, completions[number])
         responses.append(own + turn.closing)
-    return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
+    return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn), lead)
+
+
+def end_of_turn(
+    messages: Sequence[Message], tokenizer: Any, source: str, template: Mapping[str, Any] | None = None
+) -> tuple[str, bool]:
+    """(What the template writes behind a response, up to a special token; whether there is that token).
+
+    Where the response begins does not matter here. ("", False) where the template writes none of its text.
+
+    Raises:
+        RecordError: the template refuses a response.
+    """
+    stand_in = "response"
+    while any(stand_in in str(message) for message in messages):
+        stand_in += "0"
+    whole = _render(_with_response(messages, stand_in), tokenizer, source, "prompt", template or {})
+    _, found, rest = whole.rpartition(stand_in)
+    if not found:
+        return "", False
+    token = _special_tokens(tokenizer).search(rest)
+    return (rest.rstrip(), False) if token is None else (rest[: token.end()], True)
 
 
 def _learn_turn(
@@ -140,7 +163,7 @@ def _render(messages: list[Message], tokenizer: Any, source: str, field: str, te
 def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
     expected = (
         "a chat template whose rendering of prompt and response begins with that of the prompt "
-        f"(which ends with {start[-_SHOWN:]!r})"
+        f"(which ends with {start[-_SHOWN:]!r}), or prompt and responses as rendered texts"
     )
     same = next((k for k, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(whole))
     return RecordError.of(source, field, expected, whole[max(same - _SHOWN // 2, 0) : same + _SHOWN // 2])

@@ -53,10 +53,12 @@ def layout_line(run: Run) -> dict[str, str]:
 
 
 def template_line(run: Run) -> dict[str, str]:
-    """That a chat template is not used where prompts are texts; {} where there is none, or messages alone."""
+    """That a chat template is not used where prompts are texts, and what it puts in front of answers, if any."""
     if not getattr(run.tokenizer, "chat_template", None):
         return {}
-    said = texts_text(sum(isinstance(record.prompt, str) for record in run.train_records), len(run.train_records))
+    texts = texts_text(sum(isinstance(record.prompt, str) for record in run.train_records), len(run.train_records))
+    lead = f"prompts end with {run.lead!r}, which the template writes in front of these answers" if run.lead else ""
+    said = "; ".join(filter(None, (texts, f"{lead}, and for a server's prompts only if told to" if lead else "")))
     return {"template": said} if said else {}
 
 

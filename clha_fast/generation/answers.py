@@ -72,12 +72,14 @@ class Generation:
     Attributes:
         answers: in the order of the records. settings: with the lengths that were in force.
         resumed: prompts (the same ones count once) that an earlier run had answered. cut: prompts that lost tokens.
+        said: as `EncodedPrompts.said`.
     """
 
     answers: list[Answer]
     settings: GenerationSettings
     resumed: int
     cut: int
+    said: str = ""
 
     @property
     def empty(self) -> int:
@@ -175,7 +177,7 @@ def generate_answers(
         raise GenerationError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
     except KeyboardInterrupt:
         raise GenerationInterrupted(f"interrupted; {journal.kept()}") from None
-    return Generation(answers, encoded.settings, resumed, encoded.cut)
+    return Generation(answers, encoded.settings, resumed, encoded.cut, encoded.said)
 
 
 def _answer(

@@ -1,0 +1,102 @@
+"""Messages without a response as the tokens that the model is asked with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from clha_fast.batching.chat import end_of_turn, render_chat
+from clha_fast.data.prompts import Prompted
+from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.rendering import render_prompt
+
+# What stands for a response where there is none.
+RESPONSE = "response"
+
+
+class Question(NamedTuple):
+    """A prompt of messages, to be answered.
+
+    Attributes:
+        text: what the model reads: the template's generation prompt, and the lead that was asked for.
+        lead: what the template itself puts between generation prompt and a response; "" where it puts nothing, or
+            writes prompt and response otherwise than the prompt alone.
+        before: blanks with which it begins a response. closing: what it writes behind one, up to and with its end of
+            turn. closed: whether that is a special token.
+        added: whether `text` is longer than the generation prompt.
+    """
+
+    text: str
+    lead: str
+    before: str
+    closing: str
+    closed: bool
+    added: bool
+
+
+def question(record: Prompted, tokenizer: PreTrainedTokenizerBase, lead: str | None = None) -> Question:
+    """The record's messages behind which an answer begins, whether or not the template could write a response there.
+
+    Its responses play no part. `lead` None is "", and for a template that has no generation prompt the beginning that
+    it gives the assistant's turn. A final message of the assistant's is continued, without a lead.
+
+    Raises:
+        RecordError: the template refuses the messages.
+    """
+    messages = record.prompt
+    assert not isinstance(messages, str)
+    start, _ = render_prompt(messages, tokenizer, record.source, record.template)
+    try:
+        chat = render_chat(messages, [RESPONSE], tokenizer, record.source, record.template)
+    except RecordError:  # thoughts that it begins for a prompt and leaves out of an answer, say
+        own = before = ""
+        closing, closed = closing_of(record, tokenizer)
+    else:
+        own, closed = chat.lead, chat.closed
+        before, _, closing = chat.responses[0].partition(RESPONSE)
+    if lead is None:
+        lead = "" if not own or _has_generation_prompt(record, tokenizer, start) else own
+    added = bool(lead) and messages[-1]["role"] != "assistant" and not start.endswith(lead)
+    return Question(start + lead if added else start, own, before, closing, closed, added)
+
+
+def _has_generation_prompt(record: Prompted, tokenizer: PreTrainedTokenizerBase, start: str) -> bool:
+    bare = tokenizer.apply_chat_template(list(record.prompt), tokenize=False, **record.template)
+    return bare != start
+
+
+def closing_of(record: Prompted, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """`batching.chat.end_of_turn`, ("", False) where the template refuses a response."""
+    try:
+        return end_of_turn(list(record.prompt), tokenizer, record.source, record.template)  # type: ignore[arg-type]
+    except RecordError:
+        return "", False
+
+
+def encode_question(
+    found: Question, tokenizer: PreTrainedTokenizerBase, limit: int | None, source: str
+) -> tuple[list[int], bool]:
+    """(its tokens, whether some were cut): on the left behind BOS, as `RankedCollator` cuts them.
+
+    Raises:
+        RecordError: no token; a limit that leaves none of its own.
+    """
+    ids = list(tokenizer(found.text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+    if not ids:
+        raise RecordError.of(source, "prompt", "at least one token", found.text)
+    front = int(ids[0] == tokenizer.bos_token_id)
+    if limit is None or len(ids) <= limit:
+        return ids, False
+    if limit <= front:
+        expected = f"at least {front + 1} tokens for this prompt"
+        raise RecordError.of(source, "max_prompt_length", expected, limit)
+    return ids[:front] + ids[len(ids) - (limit - front) :], True
+
+
+def rendered_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The chat template's end of turn, for prompts that it has rendered beforehand; () where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    closing, closed = closing_of(RankedRecord(({"role": "user", "content": "Hi"},), (RESPONSE,)), tokenizer)
+    return (closing,) if closed else ()
