@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.dates import date_hint
 from clha_fast.batching.segments import check_layout
 from clha_fast.batching.signals import PER_CANDIDATE, signals_of, token_checksum
 from clha_fast.batching.workers import Example, as_record, is_table, tokenise_all, tokenise_table
@@ -246,11 +247,13 @@ class RankedCollator:
             zip(feature["completion_ids"], record.signals["reference_tokens"], strict=True)
         ):
             if token_checksum(prompt, ids) != told:
+                hint = "" if isinstance(record.prompt, str) else date_hint(self.tokenizer)
                 raise RecordError(
                     f"{record.source}: reference_logps[{number}]: expected the sum over the {len(prompt)} prompt and "
                     f"{len(ids)} response tokens that there are here, got one over other tokens; score the file again "
                     "with this tokenizer and chat template and the same max_length, max_prompt_length and "
-                    "max_completion_length (clha-fast score --policy), or take another reference",
+                    "max_completion_length (clha-fast score --policy), or take another reference"
+                    + (f"; {hint}" if hint else ""),
                     source=record.source,
                     field="reference_logps",
                 )
