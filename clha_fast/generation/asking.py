@@ -94,9 +94,8 @@ def encode_question(
     return ids[:front] + ids[len(ids) - (limit - front) :], True
 
 
-def rendered_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The chat template's end of turn, for prompts that it has rendered beforehand; () where it has none."""
+def usual_closing(tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """`closing_of` any conversation, for texts that the chat template has rendered beforehand."""
     if not getattr(tokenizer, "chat_template", None):
-        return ()
-    closing, closed = closing_of(RankedRecord(({"role": "user", "content": "Hi"},), (RESPONSE,)), tokenizer)
-    return (closing,) if closed else ()
+        return "", False
+    return closing_of(RankedRecord(({"role": "user", "content": "Hi"},), (RESPONSE,)), tokenizer)

@@ -19,7 +19,7 @@ from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
 from clha_fast.data.records import RankedRecord, RecordError
-from clha_fast.generation.asking import RESPONSE, closing_of, encode_question, question, rendered_ends
+from clha_fast.generation.asking import RESPONSE, closing_of, encode_question, question, usual_closing
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
 
 # Turns of either speaker in a text, and as `plain_template` writes messages.
@@ -154,9 +154,11 @@ class _Reader:
         feature, cut, _ = self.collator.tokenize_counted(ranked)
         ids, closings = feature["prompt_ids"], list(feature["completion_ids"])
         if isinstance(ranked.prompt, str):
-            if not self._special.isdisjoint(ids[1:]):
-                closings += map(self._encode, self._rendered_ends)
-            return _Read(ids, bool(cut), closings, TEXT_STOPS)
+            closing, closed = self._usual_closing
+            if closed and not self._special.isdisjoint(ids[1:]):  # rendered beforehand
+                closings.append(self._encode(closing))
+            plain = () if closed or not closing.strip() or closing.strip() not in ranked.prompt else (closing.strip(),)
+            return _Read(ids, bool(cut), closings, (*TEXT_STOPS, *plain))
         if not self.templated:
             return _Read(ids, bool(cut), closings, PLAIN_STOPS)
         chat = render_chat(ranked.prompt, ranked.completions, self.tokenizer, record.source, record.template)
@@ -174,8 +176,8 @@ class _Reader:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @functools.cached_property
-    def _rendered_ends(self) -> tuple[str, ...]:
-        return rendered_ends(self.tokenizer)
+    def _usual_closing(self) -> tuple[str, bool]:
+        return usual_closing(self.tokenizer)
 
 
 def _ranked(record: Prompted) -> RankedRecord:

@@ -175,6 +175,10 @@ def test_an_answer_prefix_stands_behind_the_prompt(name: str) -> None:
         assert behind.prompts[0].ids[:size] == plain.prompts[0].ids
         assert tokenizer.decode(behind.prompts[0].ids[size:]).strip() == "Because"
         assert behind.prompts[0].ends == plain.prompts[0].ends
+        if name != "reason" and messages is MESSAGES:  # the very tokens of training
+            size = len(encode(tokenizer, PLAIN).prompts[0].ids)
+            trained = encode(tokenizer, PLAIN, answer_prefix="Because").prompts[0].ids[size:]
+            assert behind.prompts[0].ids[-len(trained) :] == trained
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -188,6 +192,17 @@ def test_prompts_rendered_beforehand_end_as_the_template_s_do(name: str) -> None
     assert set(plain.prompts[0].ends) == {tokenizer.eos_token_id}, "a text of no template"
     tokenizer.chat_template = None
     assert set(encode(tokenizer, PromptRecord(text)).prompts[0].ends) == {tokenizer.eos_token_id}
+
+
+def test_a_text_with_ends_of_turns_that_are_plain() -> None:
+    tokenizer = chat_tokenizer(SHAPES["no end of turn"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    text = tokenizer.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    assert encode(tokenizer, PromptRecord(text)).prompts[0].stops == ("Human:", "Assistant:", "[/]")
+    assert encode(tokenizer, PromptRecord("Why?")).prompts[0].stops == ("Human:", "Assistant:")
 
 
 def test_refusals_of_the_template_and_of_limits_stay() -> None:
