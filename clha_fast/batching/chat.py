@@ -98,27 +98,6 @@ def render_chat(
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn), lead)
 
 
-def end_of_turn(
-    messages: Sequence[Message], tokenizer: Any, source: str, template: Mapping[str, Any] | None = None
-) -> tuple[str, bool]:
-    """(What the template writes behind a response, up to a special token; whether there is that token).
-
-    Where the response begins does not matter here. ("", False) where the template writes none of its text.
-
-    Raises:
-        RecordError: the template refuses a response.
-    """
-    stand_in = "response"
-    while any(stand_in in str(message) for message in messages):
-        stand_in += "0"
-    whole = _render(_with_response(messages, stand_in), tokenizer, source, "prompt", template or {})
-    _, found, rest = whole.rpartition(stand_in)
-    if not found:
-        return "", False
-    token = _special_tokens(tokenizer).search(rest)
-    return (rest.rstrip(), False) if token is None else (rest[: token.end()], True)
-
-
 def _learn_turn(
     messages: Sequence[Message], start: str, tokenizer: Any, source: str, template: Mapping[str, Any]
 ) -> _Turn:

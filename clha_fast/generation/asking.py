@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from clha_fast.batching.chat import end_of_turn, render_chat
+from clha_fast.batching.chat import render_chat
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
@@ -67,11 +67,30 @@ def _has_generation_prompt(record: Prompted, tokenizer: PreTrainedTokenizerBase,
 
 
 def closing_of(record: Prompted, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """`batching.chat.end_of_turn`, ("", False) where the template refuses a response."""
+    """(What the template writes behind a response, up to a special token; whether there is that token).
+
+    Where the response begins does not matter here. ("", False) where the template refuses one, or writes none of it.
+    """
+    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
+
+    *earlier, last = [dict(message) for message in record.prompt if not isinstance(message, str)]
+    stand_in = RESPONSE
+    while any(stand_in in str(message) for message in record.prompt):
+        stand_in += "0"
+    if last["role"] == "assistant":
+        turns = [{**last, "content": f"{last['content']}{stand_in}"}]
+    else:
+        turns = [last, {"role": "assistant", "content": stand_in}]
     try:
-        return end_of_turn(list(record.prompt), tokenizer, record.source, record.template)  # type: ignore[arg-type]
-    except RecordError:
+        whole = str(tokenizer.apply_chat_template([*earlier, *turns], tokenize=False, **record.template))
+    except (TemplateError, TypeError, ValueError, LookupError):
         return "", False
+    _, found, rest = whole.rpartition(stand_in)
+    if not found:
+        return "", False
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [rest.find(token) + len(token) for token in special if token in rest]
+    return (rest[: min(ends)], True) if ends else (rest.rstrip(), False)
 
 
 def encode_question(
