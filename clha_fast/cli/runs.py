@@ -46,6 +46,13 @@ def model_text(run: Run) -> str:
     return f"{type(base_model(run.model)).__name__}, {size_text(parameters)} parameters{part}"
 
 
+def lead_line(run: Run) -> dict[str, str]:
+    """What the chat template puts in front of the answers, where all stand behind the same and a server's would not."""
+    if not run.lead:
+        return {}
+    return {"prompts": f"end with {run.lead!r}, which the template writes before answers, and for servers if told to"}
+
+
 def layout_line(run: Run) -> dict[str, str]:
     """Of which layout the rows are that the model runs; {} where none was asked for."""
     asked, layout = run.args.layout, run.trainer.layout
@@ -53,12 +60,10 @@ def layout_line(run: Run) -> dict[str, str]:
 
 
 def template_line(run: Run) -> dict[str, str]:
-    """That a chat template is not used where prompts are texts, and what it puts in front of answers, if any."""
+    """That a chat template is not used where prompts are texts; {} where there is none, or messages alone."""
     if not getattr(run.tokenizer, "chat_template", None):
         return {}
-    texts = texts_text(sum(isinstance(record.prompt, str) for record in run.train_records), len(run.train_records))
-    lead = f"prompts end with {run.lead!r}, which the template writes in front of these answers" if run.lead else ""
-    said = "; ".join(filter(None, (texts, f"{lead}, and for a server's prompts only if told to" if lead else "")))
+    said = texts_text(sum(isinstance(record.prompt, str) for record in run.train_records), len(run.train_records))
     return {"template": said} if said else {}
 
 

@@ -63,7 +63,7 @@ def asked(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_a_model_of_answers_without_thoughts(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = train(tmp_path, base, ("Yes.", "no"), "--peft_config.r", "2", "--peft_config.target_modules", "[q_proj]")
     said = capsys.readouterr().out
-    assert f"prompts end with {BLOCK!r}, which the template writes in front of these answers" in said
+    assert f"prompts   end with {BLOCK!r}, which the template writes before answers" in said
     assert trained_lead(adapter) == BLOCK
     assert trained_lead(adapter / "checkpoint-1") == BLOCK
     assert f"1 of 1 prompts end with {BLOCK!r}, as in training; a server's do not" in asked(tmp_path, capsys)
@@ -81,7 +81,7 @@ def test_a_model_of_answers_without_thoughts(tmp_path: Path, base: Path, capsys:
 def test_a_model_of_answers_with_thoughts(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     thoughts = ("<think>\nHm.\n</think>\n\nYes.", "<think>\nSo.\n</think>\n\nno")
     out = train(tmp_path, base, thoughts)
-    assert "prompts end with" not in capsys.readouterr().out
+    assert "end with" not in capsys.readouterr().out
     assert trained_lead(out) == ""
     assert asked(tmp_path, capsys) == "", "as a server asks"
     run = json.loads((out / "run.json").read_text())
