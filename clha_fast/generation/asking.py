@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,8 +62,17 @@ def question(record: Prompted, tokenizer: PreTrainedTokenizerBase, lead: str | N
 
 
 def _has_generation_prompt(record: Prompted, tokenizer: PreTrainedTokenizerBase, start: str) -> bool:
-    bare = tokenizer.apply_chat_template(list(record.prompt), tokenize=False, **record.template)
-    return bare != start
+    return _applied(list(record.prompt), record, tokenizer) != start
+
+
+def _applied(messages: list[Any], record: Prompted, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The messages as the template writes them, "" where it refuses them."""
+    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **record.template))
+    except (TemplateError, TypeError, ValueError, LookupError):
+        return ""
 
 
 def closing_of(record: Prompted, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
@@ -71,8 +80,6 @@ def closing_of(record: Prompted, tokenizer: PreTrainedTokenizerBase) -> tuple[st
 
     Where the response begins does not matter here. ("", False) where the template refuses one, or writes none of it.
     """
-    from jinja2 import TemplateError  # transformers needs jinja2 for chat templates only
-
     *earlier, last = [dict(message) for message in record.prompt if not isinstance(message, str)]
     stand_in = RESPONSE
     while any(stand_in in str(message) for message in record.prompt):
@@ -81,11 +88,7 @@ def closing_of(record: Prompted, tokenizer: PreTrainedTokenizerBase) -> tuple[st
         turns = [{**last, "content": f"{last['content']}{stand_in}"}]
     else:
         turns = [last, {"role": "assistant", "content": stand_in}]
-    try:
-        whole = str(tokenizer.apply_chat_template([*earlier, *turns], tokenize=False, **record.template))
-    except (TemplateError, TypeError, ValueError, LookupError):
-        return "", False
-    _, found, rest = whole.rpartition(stand_in)
+    _, found, rest = _applied([*earlier, *turns], record, tokenizer).rpartition(stand_in)
     if not found:
         return "", False
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
