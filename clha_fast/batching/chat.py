@@ -41,12 +41,14 @@ class _Turn:
         lead: between generation prompt and response, not the response's own (an empty block of thoughts, say).
         closing: directly after the response, scored. end_of_turn: the special token in it, "" where there is none.
         rest: all that follows the response, scored or not.
+        before: all before the lead: the prompt, or what the template leaves of it before a response.
     """
 
     lead: str
     closing: str
     end_of_turn: str
     rest: str
+    before: str
 
 
 def render_chat(
@@ -78,12 +80,12 @@ def render_chat(
     for number, completion in enumerate(completions):
         name = f"{field}[{number}]"
         whole = _render(_with_response(messages, completion), tokenizer, source, name, given)
-        if not whole.startswith(start):
+        if not whole.startswith(turn.before):
             raise _broken(source, name, start, whole)
-        if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
+        if len(whole) < len(turn.before) + len(turn.rest) or not whole.endswith(turn.rest):
             expected = f"a chat template that ends this response as any other, with {turn.rest!r}"
             raise RecordError.of(source, name, expected, whole[-_SHOWN:])
-        body = whole[len(start) : len(whole) - len(turn.rest)]
+        body = whole[len(turn.before) : len(whole) - len(turn.rest)]
         if _squeezed(completion) not in _squeezed(body):
             raise RecordError.of(source, name, "a chat template that keeps the whole text of a response", body)
         bodies.append(body)
@@ -107,7 +109,9 @@ def _learn_turn(
     chat = _with_response(messages, stand_in)
     whole = _render(chat, tokenizer, source, "prompt", template)
     if not whole.startswith(start):
-        raise _broken(source, "prompt", start, whole)
+        written, start = start, _without_system(messages, start, whole[: whole.rfind(stand_in)])
+        if not start:
+            raise _broken(source, "prompt", written, whole)
     at = whole.find(stand_in, len(start))
     if at < 0:
         raise RecordError.of(source, "prompt", "a chat template that writes the response's text", whole[-_SHOWN:])
@@ -119,7 +123,21 @@ def _learn_turn(
     if span is not None:
         lead = before[: max(span[0] - len(start), 0)]
         end = max(end, span[1] - at - len(stand_in))
-    return _Turn(lead, rest[:end], "" if found is None else found[0], rest)
+    return _Turn(lead, rest[:end], "" if found is None else found[0], rest, start)
+
+
+def _without_system(messages: Sequence[Message], start: str, whole: str) -> str:
+    """`whole`, the text before a response, where it is `start` without the system text, but for blanks; else "".
+
+    Some templates write that text into the last turn alone, where it is the user's: before a response it is gone.
+    Generation begins with the prompt that has it, and the response is the same.
+    """
+    first = messages[0]
+    system = _squeezed(str(first["content"])) if first["role"] == "system" else ""
+    if not system or _squeezed(start).replace(system, "", 1) != _squeezed(whole):
+        return ""
+    same = whole.rstrip() + start[len(start.rstrip()) :]
+    return same if whole.startswith(same) else ""
 
 
 def _with_response(messages: Sequence[Message], text: str) -> list[Message]:

@@ -103,6 +103,27 @@ def test_a_record_with_responses_is_asked_as_training_has_it(name: str) -> None:
         assert list(encoded.prompts[0].ids) == RankedCollator(tokenizer).tokenize_record(PLAIN)["prompt_ids"]
 
 
+def test_a_system_text_that_is_in_the_last_turn_alone() -> None:
+    """Training reads what a server is sent, though the template drops the text where a response follows."""
+    tokenizer = chat_tokenizer(KINDS["last"])
+    for messages in (SYSTEM, (SYSTEM[0], {"role": "user", "content": "Why?"})):
+        served = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        assert served.endswith("[INST] Be kind.\n\nWhy? [/INST]")
+        record = RankedRecord(messages, ("Yes.", "no"))
+        feature = RankedCollator(tokenizer).tokenize_record(record)
+        assert tokenizer.decode(feature["prompt_ids"]) == served
+        assert [tokenizer.decode(ids) for ids in feature["completion_ids"]] == [" Yes.</s>", " no</s>"]
+        assert encode(tokenizer, record).prompts[0].ids == encode(tokenizer, PromptRecord(messages)).prompts[0].ids
+    # Another end of the prompt, or a text that is lost beside it, is another prompt.
+    for changed in (
+        LAST.replace(" [/INST]", " [/INST]{{ 'x' if loop.last else '' }}"),
+        LAST.replace("+ '\n\n'", "+ 'z'"),
+    ):
+        tokenizer.chat_template = changed
+        with pytest.raises(RecordError, match="a chat template whose rendering of prompt and response begins with"):
+            RankedCollator(tokenizer).tokenize_record(RankedRecord(SYSTEM, ("Yes.", "no")))
+
+
 @pytest.mark.parametrize("name", LEADS)
 def test_the_lead_that_was_trained_behind(name: str) -> None:
     tokenizer, lead = chat_tokenizer(KINDS[name]), LEADS[name]
