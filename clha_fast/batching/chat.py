@@ -126,20 +126,6 @@ def _learn_turn(
     return _Turn(lead, rest[:end], "" if found is None else found[0], rest, start)
 
 
-def _without_system(messages: Sequence[Message], start: str, whole: str) -> str:
-    """`whole`, the text before a response, where it is `start` without the system text, but for blanks; else "".
-
-    Some templates write that text into the last turn alone, where it is the user's: before a response it is gone.
-    Generation begins with the prompt that has it, and the response is the same.
-    """
-    first = messages[0]
-    system = _squeezed(str(first["content"])) if first["role"] == "system" else ""
-    if not system or _squeezed(start).replace(system, "", 1) != _squeezed(whole):
-        return ""
-    same = whole.rstrip() + start[len(start.rstrip()) :]
-    return same if whole.startswith(same) else ""
-
-
 def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
     last = messages[-1]
     if last["role"] == "assistant":
@@ -164,6 +150,20 @@ def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
     )
     same = next((k for k, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(whole))
     return RecordError.of(source, field, expected, whole[max(same - _SHOWN // 2, 0) : same + _SHOWN // 2])
+
+
+def _without_system(messages: Sequence[Message], start: str, whole: str) -> str:
+    """`whole`, the text before a response, where it is `start` without the system text, but for blanks; else "".
+
+    Some templates write that text into the last turn alone, where it is the user's: before a response it is gone.
+    Generation begins with the prompt that has it, and the response is the same.
+    """
+    first = messages[0]
+    system = _squeezed(str(first["content"])) if first["role"] == "system" else ""
+    if not system or _squeezed(start).replace(system, "", 1) != _squeezed(whole):
+        return ""
+    same = whole.rstrip() + start[len(start.rstrip()) :]
+    return same if whole.startswith(same) else ""
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
