@@ -24,11 +24,13 @@ class ChatTexts:
         prompt: everything before the responses: the generation prompt is its end.
         responses: each response's own text and what closes it, up to and with the template's end of turn.
         closed: whether the template has an end of turn; otherwise an EOS token must follow.
+        lead: the end of `prompt` that the template's own generation prompt does not have, "" where it has all.
     """
 
     prompt: str
     responses: tuple[str, ...]
     closed: bool
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class _Turn:
         lead: between generation prompt and response, not the response's own (an empty block of thoughts, say).
         closing: directly after the response, scored. end_of_turn: the special token in it, "" where there is none.
         rest: all that follows the response, scored or not.
+        before: all before the lead: the prompt, or what the template leaves of it before a response.
     """
 
     lead: str
     closing: str
     end_of_turn: str
     rest: str
+    before: str
 
 
 def render_chat(
@@ -75,13 +79,13 @@ def render_chat(
     bodies = []
     for number, completion in enumerate(completions):
         name = f"{field}[{number}]"
-        whole = apply_template(_with_response(messages, completion), tokenizer, source, name, given)
-        if not whole.startswith(start):
+        whole = apply_template(with_response(messages, completion), tokenizer, source, name, given)
+        if not whole.startswith(turn.before):
             raise _broken(source, name, start, whole)
-        if len(whole) < len(start) + len(turn.rest) or not whole.endswith(turn.rest):
+        if len(whole) < len(turn.before) + len(turn.rest) or not whole.endswith(turn.rest):
             expected = f"a chat template that ends this response as any other, with {turn.rest!r}"
             raise RecordError.of(source, name, expected, whole[-_SHOWN:])
-        body = whole[len(start) : len(whole) - len(turn.rest)]
+        body = whole[len(turn.before) : len(whole) - len(turn.rest)]
         if _squeezed(completion) not in _squeezed(body):
             raise RecordError.of(source, name, "a chat template that keeps the whole text of a response", body)
         bodies.append(body)
@@ -93,7 +97,7 @@ def render_chat(
             expected = "a response with at least one token"
             raise RecordError.of(source, f"{field}[{number}]", expected, completions[number])
         responses.append(own + turn.closing)
-    return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn))
+    return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn), lead)
 
 
 def _learn_turn(
@@ -102,10 +106,12 @@ def _learn_turn(
     stand_in = "response"
     while stand_in in start:
         stand_in += "0"
-    chat = _with_response(messages, stand_in)
+    chat = with_response(messages, stand_in)
     whole = apply_template(chat, tokenizer, source, "prompt", template)
     if not whole.startswith(start):
-        raise _broken(source, "prompt", start, whole)
+        written, start = start, _without_system(messages, start, whole[: whole.rfind(stand_in)])
+        if not start:
+            raise _broken(source, "prompt", written, whole)
     at = whole.find(stand_in, len(start))
     if at < 0:
         raise RecordError.of(source, "prompt", "a chat template that writes the response's text", whole[-_SHOWN:])
@@ -117,10 +123,11 @@ def _learn_turn(
     if span is not None:
         lead = before[: max(span[0] - len(start), 0)]
         end = max(end, span[1] - at - len(stand_in))
-    return _Turn(lead, rest[:end], "" if found is None else found[0], rest)
+    return _Turn(lead, rest[:end], "" if found is None else found[0], rest, start)
 
 
-def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
+def with_response(messages: Sequence[Message], text: str) -> list[Message]:
+    """`render_messages`' messages with an answer, or with the rest of the one that they end in."""
     last = messages[-1]
     parts = not isinstance(last["content"], str)
     if last["role"] == "assistant":
@@ -132,10 +139,24 @@ def _with_response(messages: Sequence[Message], text: str) -> list[Message]:
 def _broken(source: str, field: str, start: str, whole: str) -> RecordError:
     expected = (
         "a chat template whose rendering of prompt and response begins with that of the prompt "
-        f"(which ends with {start[-_SHOWN:]!r})"
+        f"(which ends with {start[-_SHOWN:]!r}), or prompt and responses as rendered texts"
     )
     same = next((k for k, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(whole))
     return RecordError.of(source, field, expected, whole[max(same - _SHOWN // 2, 0) : same + _SHOWN // 2])
+
+
+def _without_system(messages: Sequence[Message], start: str, whole: str) -> str:
+    """`whole`, the text before a response, where it is `start` without the system text, but for blanks; else "".
+
+    Some templates write that text into the last turn alone, where it is the user's: before a response it is gone.
+    Generation begins with the prompt that has it, and the response is the same.
+    """
+    first = messages[0]
+    system = _squeezed(str(first["content"])) if first["role"] == "system" else ""
+    if not system or _squeezed(start).replace(system, "", 1) != _squeezed(whole):
+        return ""
+    same = whole.rstrip() + start[len(start.rstrip()) :]
+    return same if whole.startswith(same) else ""
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, check_features, inert_mask, pack_candidates
 from clha_fast.batching.chat import render_chat
+from clha_fast.batching.dates import date_hint
 from clha_fast.batching.encoding import Encoder
 from clha_fast.batching.endings import Endings
 from clha_fast.batching.segments import check_layout
@@ -73,7 +74,8 @@ class RankedCollator:
             or `auto`, which counts each batch.
 
     Raises:
-        ValueError: the tokenizer has no EOS token; a limit is not a positive integer; an unknown signal or layout.
+        ValueError: the tokenizer has no EOS token, or is mistral-common's; a limit is not a positive integer; an
+            unknown signal or layout.
     """
 
     def __init__(
@@ -92,6 +94,11 @@ class RankedCollator:
         self.layout = layout
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer: expected a transformers tokenizer, got {tokenizer!r}")
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # its chat template and its tokens cannot be looked at
+            raise ValueError(
+                "tokenizer: expected one of transformers' own, got mistral-common's MistralCommonBackend; load it with "
+                "PreTrainedTokenizerFast.from_pretrained, or give the model's folder"
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "tokenizer: expected one with an EOS token, which closes every response, got none; "
@@ -237,11 +244,13 @@ class RankedCollator:
             zip(feature["completion_ids"], record.signals["reference_tokens"], strict=True)
         ):
             if token_checksum(prompt, ids) != told:
+                hint = "" if isinstance(record.prompt, str) else date_hint(self.tokenizer)
                 raise RecordError(
                     f"{record.source}: reference_logps[{number}]: expected the sum over the {len(prompt)} prompt and "
                     f"{len(ids)} response tokens that there are here, got one over other tokens; score the file again "
                     "with this tokenizer and chat template and the same max_length, max_prompt_length and "
-                    "max_completion_length (clha-fast score --policy), or take another reference",
+                    "max_completion_length (clha-fast score --policy), or take another reference"
+                    + (f"; {hint}" if hint else ""),
                     source=record.source,
                     field="reference_logps",
                 )

@@ -25,8 +25,11 @@ def check_chat(args: argparse.Namespace, parser: argparse.ArgumentParser, column
             name = {"prompts": "PROMPTS", "destination": "OUT"}.get(given[0], given[0]) if given else "columns"
             flag = name if name.isupper() else f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: expected none with --chat, which reads lines and writes no file")
-        if args.system and args.no_history:
-            raise ValueError(f"--system: expected none with --no-history, got {args.system!r}")
+        for name in ("system", "lead", "chat_template_kwargs") if args.no_history else ():
+            if getattr(args, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected none with --no-history, got {getattr(args, name)!r}"
+                )
         return
     for name in ("system", "no_history"):
         if getattr(args, name):
@@ -38,7 +41,7 @@ def check_chat(args: argparse.Namespace, parser: argparse.ArgumentParser, column
 
 def converse(chat: Chat) -> int:
     """Answers go to standard output, all else to standard error; the exit status."""
-    terminal = sys.stdin.isatty()
+    terminal, said = sys.stdin.isatty(), ""
     _note(HELP)
     for line in _lines(terminal):
         word = line.strip()
@@ -53,6 +56,10 @@ def converse(chat: Chat) -> int:
             _note(HELP if word == "/help" else f"{word}: expected one of {', '.join(_COMMANDS)}; nothing was sent")
         else:
             _answer(chat, line)
+            if chat.said != said:
+                said = chat.said
+                if said:
+                    _note(f"({said})")
     return 0
 
 

@@ -23,7 +23,7 @@ from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 
 # Options that say how answers are made, how the model is asked, and where models run.
-_ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume")
+_ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume", "lead", "chat_template_kwargs")
 _OF_THE_MODEL = ("answer_prefix", "max_prompt_length", "layout")
 _RUNNING = ("device", "dtype")
 DESCRIPTION = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from clha_fast.generation.answers import Generation, generate_answers
 from clha_fast.generation.backend import GenerationSettings
 from clha_fast.generation.chat import Chat
 from clha_fast.generation.hf import TransformersBackend, load_backend
-from clha_fast.generation.prompts import trained_prefix
+from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.models.adapters import base_model
 from clha_fast.models.loading import DTYPES
 from clha_fast.processes import ALONE, Processes, joined
@@ -58,6 +59,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="ends an answer, may be repeated (default: the chat template's end of turn, or both speakers' names)",
     )
+    parser.add_argument(
+        "--lead",
+        metavar="TEXT",
+        help="what prompts of messages end with, behind the chat template's generation prompt: '' is as a server asks "
+        "(default: what the model's run trained behind; where none is known, as training on the prompt's own responses "
+        "has it, or nothing)",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables of the chat template for what is asked, as '{"enable_thinking": false}'; a row's own win""",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts a batch (default 8)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
     parser.add_argument("--device", default="auto", help="auto (default: a GPU where there is one), cpu, cuda:1, ...")
@@ -67,7 +80,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
-    """The settings of these options; the prefix is by default that of the run which trained the model.
+    """The settings of these options; prefix and lead are by default those of the run which trained the model.
 
     Raises:
         ValueError: a value out of range.
@@ -83,7 +96,19 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
         seed=args.seed or 0,
         answer_prefix=trained_prefix(model) if args.answer_prefix is None else args.answer_prefix,
         stop=None if args.stop is None else tuple(args.stop),
+        lead=trained_lead(model) if args.lead is None else args.lead,
+        chat_template_kwargs=_variables(args.chat_template_kwargs),
     )
+
+
+def _variables(given: str | None) -> dict[str, Any]:
+    try:
+        found = {} if given is None else json.loads(given)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"""--chat-template-kwargs: expected a JSON object such as '{{"name": 1}}', got {given!r}""")
+    return found
 
 
 def model_text(model: Any, path: str) -> str:
@@ -118,6 +143,8 @@ def answer(
     place = "written" if destination else "not kept"
     where = destination or "for want of --out"
     print(f"{place:<14}{where}: {_result_text(found, settings)}", flush=True)
+    if found.said:
+        print(f"template      {found.said}", flush=True)
     return found
 
 

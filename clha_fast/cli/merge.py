@@ -10,7 +10,7 @@ from transformers.utils import logging
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.files import write_json
-from clha_fast.generation.prompts import trained_prefix
+from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.models.loading import DTYPES
 from clha_fast.models.merging import merge_adapter
 
@@ -43,10 +43,11 @@ def merge(words: Sequence[str]) -> int:
     finally:
         if bars:
             logging.enable_progress_bar()
-    prefix = trained_prefix(args.adapter)
-    if prefix:  # generate and eval look for it here
-        objective = {"name": "coh", "good_marker": prefix}
-        write_json(os.path.join(args.destination, "run.json"), {"settings": {"objective": objective}, "data": {}})
+    prefix, lead = trained_prefix(args.adapter), trained_lead(args.adapter)
+    if prefix or lead is not None:  # generate and eval look for them here
+        settings = {"objective": {"name": "coh", "good_marker": prefix}} if prefix else {}
+        note = {} if lead is None else {"lead": lead}
+        write_json(os.path.join(args.destination, "run.json"), {"settings": settings, "data": {}, **note})
     print(f"adapter       {args.adapter}: {found.kind}")
     print(f"base          {found.base}")
     print(f"merged        {model_text(found.model, args.destination)}")

@@ -107,6 +107,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         "held out": _data_text(trainer.eval_dataset) + few_text(len(trainer.eval_dataset))
         if run.held_out
         else "no held-out set",
+        **({"template": trainer.train_dataset.said} if trainer.train_dataset.said else {}),
         **layout_line(run),
         "folder": folder_text(run),
     }

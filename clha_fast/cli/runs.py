@@ -46,6 +46,13 @@ def model_text(run: Run) -> str:
     return f"{type(base_model(run.model)).__name__}, {size_text(parameters)} parameters{part}"
 
 
+def lead_line(run: Run) -> dict[str, str]:
+    """What the chat template puts in front of the answers, where all stand behind the same and a server's would not."""
+    if not run.lead:
+        return {}
+    return {"prompts": f"end with {run.lead!r}, which the template writes before answers, and for servers if told to"}
+
+
 def layout_line(run: Run) -> dict[str, str]:
     """Of which layout the rows are that the model runs; {} where none was asked for."""
     asked, layout = run.args.layout, run.trainer.layout

@@ -13,7 +13,16 @@ from transformers.utils import logging
 from clha_fast.cli.defaults import defaults_text
 from clha_fast.cli.devices import backend_text, device_text, head_of_run, loss_dtype
 from clha_fast.cli.options import collect, split
-from clha_fast.cli.runs import carry_out, few_text, folder_text, layout_line, model_text, template_line, write_page
+from clha_fast.cli.runs import (
+    carry_out,
+    few_text,
+    folder_text,
+    layout_line,
+    lead_line,
+    model_text,
+    template_line,
+    write_page,
+)
 from clha_fast.evaluation import memory, plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
@@ -115,6 +124,7 @@ def header(run: Run) -> dict[str, str]:
             else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out) + few_text(held_out.prompts)
         ),
         **template_line(run),
+        **lead_line(run),
         **layout_line(run),
         "folder": folder_text(run),
     }

@@ -26,7 +26,14 @@ from clha_fast.experiments.contents import data_hash, digest, model_hash
 from clha_fast.experiments.reward_run import REWARD_FILE, trained_accuracy
 from clha_fast.experiments.run import DTYPES
 from clha_fast.files import write_json
-from clha_fast.generation import GenerationSettings, TransformersBackend, generate_answers, read_answers, trained_prefix
+from clha_fast.generation import (
+    GenerationSettings,
+    TransformersBackend,
+    generate_answers,
+    read_answers,
+    trained_lead,
+    trained_prefix,
+)
 from clha_fast.messages import check_keys
 from clha_fast.models.loading import load_model, load_tokenizer
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -237,6 +244,7 @@ class Assessment:
         path = model_of(self.comparison, self.cell, self.base)
         model, tokenizer = load_model(path, DTYPES[assessor.dtype]), load_tokenizer(path)
         prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
+        lead = trained_lead(path) if assessor.generation.lead is None else assessor.generation.lead
         written = None
         if self.answers:
             target = os.path.join(folder, ANSWERS)
@@ -245,7 +253,7 @@ class Assessment:
                     records,
                     TransformersBackend(model, tokenizer),
                     target,
-                    dataclasses.replace(assessor.generation, answer_prefix=prefix),
+                    dataclasses.replace(assessor.generation, answer_prefix=prefix, lead=lead),
                     batch_size=assessor.batch_size,
                     resume=True,
                     progress=False,

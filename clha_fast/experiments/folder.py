@@ -70,8 +70,10 @@ def check_apart(folder: str, sources: Mapping[str, str | None]) -> None:
             )
 
 
-def claim_folder(folder: str, identity: RunIdentity, owned: Sequence[str] = ()) -> None:
+def claim_folder(folder: str, identity: RunIdentity, owned: Sequence[str] = (), **notes: str | None) -> None:
     """Make `folder` this run's own: removes what a run has left (checkpoints, the files `owned`), nothing else.
+
+    `notes` that are not None stand beside the identity, and make no other run.
 
     Raises:
         OSError: the folder cannot be written.
@@ -83,4 +85,5 @@ def claim_folder(folder: str, identity: RunIdentity, owned: Sequence[str] = ()) 
             shutil.rmtree(path)
         elif name in owned:
             os.unlink(path)
-    write_json(os.path.join(folder, RUN_FILE), identity.as_dict())
+    given = {name: note for name, note in notes.items() if note is not None}
+    write_json(os.path.join(folder, RUN_FILE), {**identity.as_dict(), **given})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -59,6 +60,11 @@ class RewardRun(Run):
     options: RewardRunOptions
     trainer: RewardTrainer
     fresh: list[str]
+
+    @functools.cached_property
+    def lead(self) -> str | None:
+        """None: nothing is asked of a reward model."""
+        return None
 
     def _check_settings(self) -> None:
         check_best_metric(self.args.metric_for_best_model, (*METRICS, *SPEEDS))

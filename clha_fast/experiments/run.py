@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
 from clha_fast.files import RunIdentity, file_hash, write_json
+from clha_fast.generation.prompts import lead_of
 from clha_fast.messages import nearest
 from clha_fast.models.loading import (
     adapter_config,
@@ -330,6 +332,11 @@ class Run:
         assert options.model is not None
         return load_model(options.model, dtype, options.attn_implementation)
 
+    @functools.cached_property
+    def lead(self) -> str | None:
+        """What the model is trained behind, as `clha_fast.generation.prompts.trained_lead` gives it of the folder."""
+        return lead_of(self.train_records, self.tokenizer)
+
     def summary(self) -> tuple[DataSummary, DataSummary | None, int]:
         """(training, evaluation, evaluation prompts that training has too); None without a held-out set."""
         loss = self.trainer.loss_options
@@ -349,7 +356,7 @@ class Run:
             return
         wait_for_everyone()  # until every process has seen the folder as it was
         if self.args.process_index == 0:
-            claim_folder(self.folder, self.identity, owned=self.files)
+            claim_folder(self.folder, self.identity, owned=self.files, lead=self.lead)
         wait_for_everyone()
         if not self.held_out:
             self.write_metrics()

@@ -16,7 +16,7 @@ from clha_fast.generation.backend import (
     GenerationSettings,
 )
 from clha_fast.generation.hf import TransformersBackend, load_backend
-from clha_fast.generation.prompts import encode_prompts, trained_prefix
+from clha_fast.generation.prompts import encode_prompts, trained_lead, trained_prefix
 
 __all__ = [
     "Answer",
@@ -32,6 +32,7 @@ __all__ = [
     "generate_answers",
     "load_backend",
     "read_answers",
+    "trained_lead",
     "trained_prefix",
     "write_answers",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from clha_fast.batching.dates import dated
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import rows_of
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash, subset_of
@@ -72,12 +73,14 @@ class Generation:
     Attributes:
         answers: in the order of the records. settings: with the lengths that were in force.
         resumed: prompts (the same ones count once) that an earlier run had answered. cut: prompts that lost tokens.
+        said: as `EncodedPrompts.said`.
     """
 
     answers: list[Answer]
     settings: GenerationSettings
     resumed: int
     cut: int
+    said: str = ""
 
     @property
     def empty(self) -> int:
@@ -143,17 +146,20 @@ def generate_answers(
     rows = list(dict.fromkeys(encoded.prompts))
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    journal = Journal(
-        None if path is None else f"{path}.partial",
-        _identity(records, encoded, settings, backend, batch_size),
-        batches,
-        resume,
-        key="answers",
-        valid=_is_generated,
-        items="prompts",
-        done="answered",
-        part=processes.rank,
-    )
+    try:
+        journal = Journal(
+            None if path is None else f"{path}.partial",
+            _identity(records, encoded, settings, backend, batch_size),
+            batches,
+            resume,
+            key="answers",
+            valid=_is_generated,
+            items="prompts",
+            done="answered",
+            part=processes.rank,
+        )
+    except ValueError as error:
+        raise dated(error, backend.tokenizer) from None
     resumed = len(journal.values)
     try:
         share = processes.share(journal)
@@ -175,7 +181,7 @@ def generate_answers(
         raise GenerationError(f"{path}: could not be written ({error.strerror or error}); {journal.kept()}") from error
     except KeyboardInterrupt:
         raise GenerationInterrupted(f"interrupted; {journal.kept()}") from None
-    return Generation(answers, encoded.settings, resumed, encoded.cut)
+    return Generation(answers, encoded.settings, resumed, encoded.cut, encoded.said)
 
 
 def _answer(
@@ -214,6 +220,8 @@ def _identity(
     for prompt in encoded.prompts:
         tokens.update(f"{prompt.ids} {prompt.stops} {prompt.ends}\n".encode())
     settings = dataclasses.asdict(asked)
+    for name in ("lead", "chat_template_kwargs"):  # the tokens say it: a template's date may be given afterwards
+        del settings[name]
     if not settings["temperature"]:
         del settings["seed"]  # nothing is drawn
     data = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+
+from clha_fast.data.columns import template_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class GenerationSettings:
             together with the prompt.
         answer_prefix: what every answer begins with; not part of the answer that comes back.
         stop: texts that end an answer; None takes those of the prompt's own form (`generation.prompts`).
+        lead: what a prompt of messages ends with, behind the generation prompt of the chat template: what the model
+            was trained behind (`generation.prompts.trained_lead`), "" for nothing, as a server asks. None is as
+            training on the record has it where it has responses, else nothing.
+        chat_template_kwargs: variables of the chat template for all prompts; a record's own win.
 
     Raises:
         ValueError: a value out of range, by name.
@@ -31,6 +37,8 @@ class GenerationSettings:
     seed: int = 0
     answer_prefix: str = ""
     stop: tuple[str, ...] | None = None
+    lead: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_prompt_length"):
@@ -45,6 +53,10 @@ class GenerationSettings:
             raise ValueError(f"top_p: expected 1 with temperature 0, which draws nothing, got {self.top_p!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
+        if not (self.lead is None or isinstance(self.lead, str)):
+            raise ValueError(f"lead: expected a text or None, got {self.lead!r}")
+        given = {"chat_template_kwargs": self.chat_template_kwargs}
+        object.__setattr__(self, "chat_template_kwargs", template_of(given, "settings"))
         if self.stop is None:
             return
         # A text by itself would be a stop for each of its letters.

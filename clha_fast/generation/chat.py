@@ -35,10 +35,10 @@ class Chat:
         system: the first message, "" for none. history: False makes every line a text prompt of its own, as it stands.
 
     Attributes:
-        messages: of both sides, without the system message.
+        messages: of both sides, without the system message. said: as `EncodedPrompts.said`, of the last line.
 
     Raises:
-        ValueError: a system message without history.
+        ValueError: a system message, or variables of the chat template, without history.
     """
 
     def __init__(
@@ -46,8 +46,12 @@ class Chat:
     ) -> None:
         if system and not history:
             raise ValueError(f"system: expected none where every line is a prompt of its own, got {system!r}")
+        if settings.chat_template_kwargs and not history:
+            given = settings.chat_template_kwargs
+            raise ValueError(f"chat_template_kwargs: expected none where every line is a prompt, got {given!r}")
         self.backend, self.settings, self.history = backend, settings, history
         self.messages: list[Message] = []
+        self.said = ""
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._dropped = 0
 
@@ -84,7 +88,7 @@ class Chat:
             record = PromptRecord(whole, "chat")
             found = encode_prompts([record], self.backend.tokenizer, self.settings, self.backend.max_positions)
             if not found.cut or not self.messages:
-                (prompt,) = found.prompts
+                (prompt,), self.said = found.prompts, found.said
                 return prompt, found.settings, len(prompt.ids) if found.cut else 0
             self.messages = self.messages[2:]
             self._dropped += 1

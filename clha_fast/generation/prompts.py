@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.generation.asking import RESPONSE, closing_of, encode_question, question, usual_closing
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
 
 # Turns of either speaker in a text, and as `plain_template` writes messages.
 TEXT_STOPS = ("Human:", "Assistant:")
 PLAIN_STOPS = ("System:", "User:", *TEXT_STOPS)
-# What stands for a response where a file has none.
-_RESPONSE = "response"
 # A prompt keeps this part of the model's positions (one in so many), whatever an answer may need.
 _PROMPT_SHARE = 4
 COH_MARKER = "A helpful answer:"
@@ -30,11 +32,15 @@ COH_MARKER = "A helpful answer:"
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """prompts, in order. cut: how many have lost tokens on the left. settings: with the lengths that are in force."""
+    """prompts, in order. cut: how many have lost tokens on the left. settings: with the lengths that are in force.
+
+    said: where prompts end otherwise than a server's, or than training would have them; "" where neither is.
+    """
 
     prompts: list[EncodedPrompt]
     cut: int
     settings: GenerationSettings
+    said: str = ""
 
 
 def encode_prompts(
@@ -45,36 +51,158 @@ def encode_prompts(
 ) -> EncodedPrompts:
     """Prompts rendered and tokenised as `RankedCollator` does it for training.
 
-    An answer ends with EOS and with whatever special token closes a response of the data. Beside these end it: the
-    text with which a chat template closes a turn, where that is no special token; the names of both speakers for text
-    prompts and for messages without a chat template; or `settings.stop` in their place.
+    What a chat template puts between its generation prompt and a response ("<think>\\n\\n</think>\\n\\n"), training
+    has in the prompt. Here `settings.lead` decides; where it is None, a record with responses is asked as training on
+    it has it, and messages alone with the template's own generation prompt, as a server asks. Messages whose responses
+    the template cannot write behind the prompt are asked so too.
+
+    An answer ends with EOS and with whatever special token closes a response of the data, or a template's turn. Beside
+    these end it: the text with which a chat template closes a turn, where that is no special token; the names of both
+    speakers for text prompts and for messages without a chat template; or `settings.stop` in their place.
 
     Args:
         positions: of the model. Prompts leave room for an answer, but keep a quarter of the positions: what is then
             missing is taken from `max_new_tokens`, for all prompts alike.
 
     Raises:
-        RecordError: as `RankedCollator.tokenize_record`. ValueError: the prefix leaves no position for an answer.
+        RecordError: as `RankedCollator.tokenize_record`; a text prompt with `settings.chat_template_kwargs`.
+        ValueError: the prefix leaves no position for an answer.
     """
-    ranked = [record.ranked(_RESPONSE) if isinstance(record, PromptRecord) else record for record in records]
-    whole = RankedCollator(tokenizer)
-    prefixes: list[list[int]] = [[] for _ in ranked]
+    reader = _Reader(tokenizer, settings)
+    given = [reader.given(record) for record in records]
+    prefixes: list[list[int]] = [[] for _ in given]
     if settings.answer_prefix:
-        prefixes = [whole.tokenize_beginning(record, settings.answer_prefix) for record in ranked]
+        prefixes = [reader.prefix(record) for record in given]
     settings = _lengths(settings, positions, max(map(len, prefixes), default=0))
-    collator = RankedCollator(tokenizer, max_prompt_length=settings.max_prompt_length)
-    counted = [collator.tokenize_counted(record) for record in ranked]
-    ends = tuple(closing_tokens([feature for feature, _, _ in counted], tokenizer))
+    reader.limit(settings.max_prompt_length)
+    read = [reader.read(record) for record in given]
+    ends = tuple(closing_tokens([{"completion_ids": one.closings} for one in read], tokenizer))
     prompts = [
         EncodedPrompt(
-            (*feature["prompt_ids"], *prefix),
-            _stops(record, tokenizer) if settings.stop is None else settings.stop,
+            (*one.ids, *prefix),
+            one.stops if settings.stop is None else settings.stop,
             ends,
             _seed(settings.seed, record),
         )
-        for record, prefix, (feature, _, _) in zip(ranked, prefixes, counted, strict=True)
+        for record, prefix, one in zip(records, prefixes, read, strict=True)
     ]
-    return EncodedPrompts(prompts, sum(cut for _, cut, _ in counted), settings)
+    return EncodedPrompts(prompts, sum(one.cut for one in read), settings, _said(read, settings.lead))
+
+
+class _Read(NamedTuple):
+    """A prompt's tokens, whether some were cut, tokens that may close an answer, stop texts.
+
+    lead: what the template puts in front of a response. behind: whether that, or the lead asked for, is in `ids`
+    and no server's. rendered: by a chat template.
+    """
+
+    ids: Sequence[int]
+    cut: bool
+    closings: Sequence[Sequence[int]]
+    stops: tuple[str, ...]
+    lead: str = ""
+    behind: bool = False
+    rendered: bool = False
+
+
+class _Reader:
+    """Reads records one by one, as `encode_prompts` describes it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.collator = RankedCollator(tokenizer)
+        self.templated = bool(getattr(tokenizer, "chat_template", None))
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def given(self, record: Prompted) -> Prompted:
+        """The record with the settings' variables of the template beside its own."""
+        variables = self.settings.chat_template_kwargs
+        return dataclasses.replace(record, template={**variables, **record.template}) if variables else record
+
+    def prefix(self, record: Prompted) -> list[int]:
+        text, source = self.settings.answer_prefix, record.source
+        if not self._alone(record):
+            try:
+                return self.collator.tokenize_beginning(_ranked(record), text)
+            except RecordError:
+                if not self._rendered(record):
+                    raise
+        before = question(record, self.tokenizer).before
+        as_text = RankedRecord("prompt", (RESPONSE,), source=source)
+        return self.collator.tokenize_beginning(as_text, before + (text.lstrip() if before else text))
+
+    def limit(self, tokens: int | None) -> None:
+        """Of prompts that are read from now on."""
+        self.collator = RankedCollator(self.tokenizer, max_prompt_length=tokens)
+
+    def read(self, record: Prompted) -> _Read:
+        if not self._alone(record):
+            try:
+                return self._as_trained(record)
+            except RecordError:
+                if not self._rendered(record):
+                    raise
+        asked = question(record, self.tokenizer, self.settings.lead)
+        ids, cut = encode_question(asked, self.tokenizer, self.collator.max_prompt_length, record.source)
+        closing = asked.closing.strip()
+        stops = () if asked.closed or not closing else (closing,)
+        lead = (self.settings.lead or asked.lead) if asked.added else asked.lead
+        return _Read(ids, cut, [self._encode(asked.closing)], stops, lead, asked.added, True)
+
+    def _as_trained(self, record: Prompted) -> _Read:
+        ranked = _ranked(record)
+        feature, cut, _ = self.collator.tokenize_counted(ranked)
+        ids, closings = feature["prompt_ids"], list(feature["completion_ids"])
+        if isinstance(ranked.prompt, str):
+            closing, closed = self._usual_closing
+            if closed and not self._special.isdisjoint(ids[1:]):  # rendered beforehand
+                closings.append(self._encode(closing))
+            plain = () if closed or not closing.strip() or closing.strip() not in ranked.prompt else (closing.strip(),)
+            return _Read(ids, bool(cut), closings, (*TEXT_STOPS, *plain))
+        if not self.templated:
+            return _Read(ids, bool(cut), closings, PLAIN_STOPS)
+        chat = render_chat(ranked.prompt, ranked.completions, self.tokenizer, record.source, record.template)
+        closing = "" if chat.closed else closing_of(record, self.tokenizer)[0].strip()
+        return _Read(ids, bool(cut), closings, (closing,) if closing else (), chat.lead, bool(chat.lead), True)
+
+    def _rendered(self, record: Prompted) -> bool:
+        return self.templated and not isinstance(record.prompt, str)
+
+    def _alone(self, record: Prompted) -> bool:
+        """Whether responses of the record's, if it has any, play no part in how it is asked."""
+        return self._rendered(record) and (isinstance(record, PromptRecord) or self.settings.lead is not None)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @functools.cached_property
+    def _usual_closing(self) -> tuple[str, bool]:
+        return usual_closing(self.tokenizer)
+
+
+def _ranked(record: Prompted) -> RankedRecord:
+    return record.ranked(RESPONSE) if isinstance(record, PromptRecord) else record
+
+
+def _said(read: Sequence[_Read], lead: str | None) -> str:
+    behind = [one.lead for one in read if one.behind]
+    without = [one.lead for one in read if one.lead and not one.behind]
+    found = []
+    if behind:
+        found.append(
+            f"{len(behind):,} of {len(read):,} prompts end with {behind[0]!r}, as in training; a server's do not, "
+            "unless its chat_template_kwargs or its request say so"
+        )
+    plain = sum(not one.rendered for one in read)
+    if lead and plain:
+        found.append(f"{plain:,} of {len(read):,} prompts go through no chat template and are asked without {lead!r}")
+    if without and lead is None:
+        found.append(
+            f"{len(without):,} of {len(read):,} prompts are asked as a server asks, without {without[0]!r}, which the "
+            "chat template writes in front of a response; for a model that was trained behind that, give it as lead, "
+            "or chat_template_kwargs that make the template write it"
+        )
+    return "; ".join(found)
 
 
 def _lengths(settings: GenerationSettings, positions: int | None, prefix: int) -> GenerationSettings:
@@ -91,17 +219,7 @@ def _lengths(settings: GenerationSettings, positions: int | None, prefix: int) -
     return dataclasses.replace(settings, max_prompt_length=prompt, max_new_tokens=new)
 
 
-def _stops(record: RankedRecord, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    if isinstance(record.prompt, str):
-        return TEXT_STOPS
-    if not getattr(tokenizer, "chat_template", None):
-        return PLAIN_STOPS
-    chat = render_chat(record.prompt, [_RESPONSE], tokenizer, record.source, record.template)
-    closing = chat.responses[0].partition(_RESPONSE)[2].strip()
-    return () if chat.closed or not closing else (closing,)
-
-
-def _seed(seed: int, record: RankedRecord) -> int:
+def _seed(seed: int, record: Prompted) -> int:
     digest = hashlib.sha256(f"{seed}\n{prompt_hash(record)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: what a torch.Generator takes
 
@@ -135,16 +253,50 @@ def trained_prefix(folder: str | os.PathLike[str]) -> str:
     Chain of Hindsight trains answers behind a marker of their quality, and is measured behind the good one. The
     objective stands in the run's `run.json`, in the folder itself or, for a checkpoint, in the one around it.
     """
+    settings = _run_of(folder).get("settings")
+    objective = settings.get("objective") if isinstance(settings, Mapping) else None
+    given: Mapping[str, Any] = {}
+    if isinstance(objective, Mapping):
+        given, objective = objective, objective.get("name")
+    return str(given.get("good_marker", COH_MARKER)) if objective == "coh" else ""
+
+
+def trained_lead(folder: str | os.PathLike[str]) -> str | None:
+    """What prompts of messages ended with in the run that trained the model in `folder`, for `GenerationSettings.lead`.
+
+    "" where that was the template's generation prompt alone; None where no run is known, or one without messages or
+    with prompts that differ in it. It stands in the run's `run.json`, as for `trained_prefix`.
+    """
+    lead = _run_of(folder).get("lead")
+    return lead if isinstance(lead, str) else None
+
+
+def _run_of(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     path = os.path.abspath(os.fspath(folder))
     for place in (path, os.path.dirname(path)):
         try:
             with open(os.path.join(place, "run.json"), encoding="utf-8") as file:
-                settings = json.load(file)["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+                found = json.load(file)
+        except (OSError, ValueError):
             continue
-        objective = settings.get("objective")
-        given: Mapping[str, Any] = {}
-        if isinstance(objective, Mapping):
-            given, objective = objective, objective.get("name")
-        return str(given.get("good_marker", COH_MARKER)) if objective == "coh" else ""
-    return ""
+        if isinstance(found, Mapping) and "settings" in found:
+            return found
+    return {}
+
+
+def lead_of(records: Sequence[RankedRecord], tokenizer: PreTrainedTokenizerBase, limit: int = 256) -> str | None:
+    """What training on these records has between generation prompt and responses, the same for all of them.
+
+    None where they differ in it, and without messages that go through a chat template. The first `limit` of these are
+    looked at; what the template refuses does not count.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = (record for record in records if not isinstance(record.prompt, str))
+    found = set()
+    for record in itertools.islice(messages, limit):
+        with contextlib.suppress(RecordError):
+            assert not isinstance(record.prompt, str)
+            chat = render_chat(record.prompt, record.completions, tokenizer, record.source, record.template)
+            found.add(chat.lead)
+    return found.pop() if len(found) == 1 else None

@@ -22,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -33,6 +32,7 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
 from clha_fast.messages import check_keys, nearest
 from clha_fast.models.adapters import import_peft
+from clha_fast.models.tokenizer_files import read_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,7 @@ def load_tokenizer(name: str, option: str = "tokenizer") -> PreTrainedTokenizerB
         ValueError: there is none.
     """
     with _one_sentence(option, name):
-        return AutoTokenizer.from_pretrained(name)
+        return read_tokenizer(name)
 
 
 def build_model(

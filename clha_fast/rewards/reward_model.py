@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from clha_fast.batching.segments import check_layout, counted_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
+from clha_fast.models.tokenizer_files import read_tokenizer
 from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
 from clha_fast.rewards.run import Row, families
@@ -158,7 +159,7 @@ def load_reward_model(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print a table about what the error below says in one sentence
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = read_tokenizer(path)
         model, found = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, weights of another shape
         raise ValueError(f"reward_model: {path} could not be loaded ({' '.join(str(error).split())})") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.dates import dated
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity, write_lines
@@ -79,6 +80,7 @@ class ScoringRun:
         self.places: list[tuple[str, int]] = []  # the record and response that a row is from
         self.rows_of: list[list[int]] = []  # positions of the rows of each record
         self.truncated = 0
+        self.collator = collator
         self._tokenise(collator, progress and len(records) > _LARGE)
         lengths = [len(row.tokens) for row in self.rows]
         rows_of = self.rows_of if layout in _SHARING else [[row] for row in range(len(self.rows))]
@@ -133,7 +135,10 @@ class ScoringRun:
     def journal(self, path: str | None, resume: bool = False, part: int = 0) -> Journal:
         """What keeps the scores, in the file `path` where there is one; `part` is the number of the process."""
         words = {"key": self.key, "items": "responses", "done": "scored"}
-        return Journal(path, self.identity(), self.batches, resume, valid=_is_score, part=part, **words)
+        try:
+            return Journal(path, self.identity(), self.batches, resume, valid=_is_score, part=part, **words)
+        except ValueError as error:
+            raise dated(error, self.collator.tokenizer) from None
 
     def score(self, journal: Journal, share: Sequence[int], progress: bool) -> None:
         """Score the batches of these numbers."""

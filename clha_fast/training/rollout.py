@@ -102,6 +102,7 @@ class PromptDataset(torch.utils.data.Dataset[int]):
 
     Attributes:
         records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
+        said: as `EncodedPrompts.said`.
     """
 
     skipped: Sequence[RecordError] = ()
@@ -117,7 +118,7 @@ class PromptDataset(torch.utils.data.Dataset[int]):
             raise RecordError("prompts: expected at least one, got none")
         encoded = encode_prompts(records, tokenizer, settings, positions)
         self.records, self.prompts = list(records), encoded.prompts
-        self.settings, self.cut_prompts = encoded.settings, encoded.cut
+        self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -147,6 +148,7 @@ class RolloutTrainer(CLHATrainer):
     Args:
         model, args, processing_class, peft_config, ref_model, **kwargs: as `CLHATrainer`; `args` a `RolloutConfig`.
         reward: from records and texts of answers, see `rewards.answers.AnswerRewards`; or a function of your own.
+        lead: what prompts of messages end with, as in `GenerationSettings`.
         train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file).
 
     Raises:
@@ -164,6 +166,7 @@ class RolloutTrainer(CLHATrainer):
         train_dataset: Sequence[Prompted] | None = None,
         eval_dataset: Sequence[Prompted] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        lead: str | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, RolloutConfig):
@@ -171,12 +174,12 @@ class RolloutTrainer(CLHATrainer):
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         assert args.max_completion_length is not None
-        settings = GenerationSettings(args.max_completion_length, args.max_prompt_length, seed=args.seed)
+        settings = GenerationSettings(args.max_completion_length, args.max_prompt_length, seed=args.seed, lead=lead)
         train, held_out = (
             PromptDataset(rows, processing_class, settings, positions_of(model)) if rows else None
             for rows in (train_dataset, eval_dataset)
         )
-        self.reward = reward
+        self.reward, self._lead = reward, lead
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
         self._rollouts: list[dict[str, float]] = []
@@ -351,7 +354,7 @@ class RolloutTrainer(CLHATrainer):
         if eval_dataset is not None:
             assert isinstance(self.processing_class, PreTrainedTokenizerBase)
             assert self.args.max_completion_length is not None
-            settings = GenerationSettings(self.args.max_completion_length, self.args.max_prompt_length)
+            settings = GenerationSettings(self.args.max_completion_length, self.args.max_prompt_length, lead=self._lead)
             dataset = PromptDataset(eval_dataset, self.processing_class, settings, positions_of(self.model))
         if not isinstance(dataset, PromptDataset):
             raise ValueError("eval_dataset: expected prompts to answer, got none")

@@ -165,6 +165,8 @@ def test_chat_templates(name: str) -> None:
     record = RankedRecord(MESSAGES, ("Yes.", "no"))
     prompt = RankedCollator(tokenizer).tokenize_record(record)["prompt_ids"]
     for given in (record, PromptRecord(MESSAGES)):
+        if name == "empty thoughts" and given is not record:
+            continue  # a server asks without them: test_asking.py
         encoded = encode_prompts([given], tokenizer, GenerationSettings())
         assert list(encoded.prompts[0].ids) == prompt, "not what training reads"
     model = saying(tokenizer, f"{shape.before}Be kind.{shape.closing}user again", len(prompt), positions=256)

@@ -30,8 +30,8 @@ NAMES = {
     "clha_fast.evaluation": "Comparison Estimate Evaluation compare evaluate",
     "clha_fast.generation": """
         Answer EncodedPrompt Generated Generation GenerationBackend GenerationError GenerationInterrupted
-        GenerationSettings TransformersBackend encode_prompts generate_answers load_backend read_answers trained_prefix
-        write_answers
+        GenerationSettings TransformersBackend encode_prompts generate_answers load_backend read_answers trained_lead
+        trained_prefix write_answers
     """,
     "clha_fast.data": """
         FORMATS ConvertCounts RankedRecord RecordError convert iter_records make_record plain_template read_records
