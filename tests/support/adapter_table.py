@@ -70,7 +70,8 @@ NOTES = """
 ## How to use it
 
 - `get_peft_model` first, then `attach` (then wrap: DDP, `fully_shard`, Trainer). The other order is right where the
-  adapter leaves the head and the token positions alone, and is refused where it does not.
+  adapter leaves the head and the token positions alone, and is refused where it does not. For LLaMA-Adapter
+  (`AdaptionPromptConfig`) it is the only one: peft keeps the forward that it found.
 - After `merge_and_unload` a model attached before remains attached where the head was no adapter's. After switching to
   an adapter with another head, detach and attach again; the call says so.
 - Dropout inside an adapter on the head is drawn for each chunk: as random as over all tokens, not the same draw.

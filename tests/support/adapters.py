@@ -238,6 +238,7 @@ def mixed() -> nn.Module:
     return stir(peft.get_peft_model(base(), lora_config(HEAD), mixed=True)).train()
 
 
+ADAPTION = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
 CPT = {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 2], "cpt_mask": [1, 1, 1]}
 ADDED_BY_TRANSFORMERS = "LoRA on the head, model.add_adapter of transformers"
 CASES: dict[str, Callable[[], Measured]] = {
@@ -255,6 +256,7 @@ CASES: dict[str, Callable[[], Measured]] = {
     "Prefix tuning, attached before get_peft_model": lambda: before(
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
+    "LLaMA-Adapter (AdaptionPrompt), attached before get_peft_model": lambda: before(ADAPTION),
     "LoRA on the head": after(lambda: lora(HEAD)),
     "LoRA on the head, tied embeddings": after(lambda: lora(HEAD, tied=True)),
     "LoRA on the head, rank-stabilised, with a bias": after(lambda: lora(HEAD, use_rslora=True, lora_bias=True)),
@@ -341,6 +343,7 @@ REFUSED: dict[str, Callable[[], None]] = {
     "Prompt tuning, attached before get_peft_model": lambda: attached_too_early(
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
+    "LLaMA-Adapter (AdaptionPrompt), attached after get_peft_model": lambda: attach(adapted(ADAPTION)),
     "modules_to_save=['lm_head'], adapter disabled after attach": switched_off,
     "LoRA on the head, several adapters in a batch (adapter_names)": several_adapters_in_a_batch,
     "LoRA on the head, backend='triton'": named_backend,

@@ -166,8 +166,9 @@ NOTES = """
 ## How to use them
 
 - Attach first, then wrap: DDP, `fully_shard`, `parallelize_module`, `accelerator.prepare`, `Trainer`, `torch.compile`,
-  `deepspeed.initialize`. Attaching a model that is already wrapped is right as well, on all processes, but not under
-  ZeRO-3, whose weights are taken apart by then, nor in the older `FullyShardedDataParallel` class: both say so.
+  `deepspeed.initialize`, `fabric.setup`. Attaching a model that is already wrapped is right as well, on all processes,
+  but not under ZeRO-3, whose weights are taken apart by then, nor in the older `FullyShardedDataParallel` class: both
+  say so. So does a wrapper that hands its attributes on to what it wraps: attach what is inside it.
 - What the loss divides by (kept pairs, prompts) differs from process to process. `counts = attached.counts(batches)`
   takes the global batch's; `model(**batch, **counts)` then gives losses whose mean over processes and micro-batches is
   the loss of the one large batch. Without it every process and micro-batch divides by its own.
