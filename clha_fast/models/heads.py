@@ -31,7 +31,14 @@ from clha_fast.models.embedding import (
     tensor_of,
     why_not_linear,
 )
-from clha_fast.models.probe import Transform, UnsupportedTransform, fit_transform, probe_values
+from clha_fast.models.probe import (
+    Transform,
+    UnsupportedTransform,
+    fit_transform,
+    mixes_tokens,
+    probe_values,
+    zeros_filled,
+)
 from clha_fast.options import HeadOptions
 
 # (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a
@@ -183,9 +190,9 @@ def inspect_head(model: nn.Module, *, own_forward: bool = False) -> HeadInfo:
     reason = why_not_linear(head)
     if reason is not None and not own_forward:
         raise refuse(model, head, reason)
-    probe = _Probe(model, head, reason)
+    probe = _Probe(model, head, reason, own_forward)
     shape, raw, logits = probe.run()
-    virtual = probe.virtual
+    virtual, reason = probe.virtual, probe.reason
     logits = logits[:, virtual:]
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     seen = None
@@ -207,19 +214,22 @@ class _Probe:
 
     Attributes:
         virtual: positions in front of the two tokens. differentiable: whether the head has a gradient for its input
-            (found out for a head that is not linear; a linear one has).
+            (found out for a head that is not linear; a linear one has). reason: why the head's weight is not read; None
+            where it is.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module, reason: str | None) -> None:
-        self._model, self._head, self._linear = model, head, reason is None
+    def __init__(self, model: nn.Module, head: nn.Module, reason: str | None, own_forward: bool) -> None:
+        self._model, self._head, self.reason = model, head, reason
+        # torch's own Linear takes no two dtypes, but for autocast, which casts them for the loss as well.
+        self._casts = own_forward and reason is None and type(head).forward is not nn.Linear.forward
         weight = tensor_of(head, "weight")
         self._rows: int | None = None
         self._width: int | None = None
-        if weight is not None and self._linear:
+        if weight is not None and reason is None:
             self._rows, self._width = weight.shape
         self._shapes: list[tuple[int, ...]] = []
         self._values: list[Tensor] = []
-        self.virtual, self.differentiable = 0, self._linear
+        self.virtual, self.differentiable = 0, reason is None
 
     def run(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """(shape of the hidden states, known values [..., T, rows], logits [1, T, V] that the model made of them)."""
@@ -231,6 +241,8 @@ class _Probe:
             # With gradients, though none is taken: logits that need one show a parameter that acts behind the head.
             try:
                 output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
+            except UnsupportedHeadError:
+                raise
             except (TypeError, ValueError, NotImplementedError) as error:
                 why = " ".join(str(error).split())
                 raise refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
@@ -248,8 +260,13 @@ class _Probe:
         return shape, self._values[0], logits
 
     def _known(self, hidden: Tensor) -> Tensor:
+        if not isinstance(hidden, Tensor):
+            raise refuse(self._model, self._head, f"it is called with a {type(hidden).__name__}, no hidden states")
         self._shapes.append(tuple(hidden.shape))
-        if not self._linear:
+        weight = tensor_of(self._head, "weight")
+        if self._casts and weight is not None and weight.dtype != hidden.dtype:
+            self.reason = f"its forward takes hidden states in {hidden.dtype} to a weight in {weight.dtype}"
+        if self.reason is not None:
             self._try(hidden)
         rows = self._rows
         assert rows is not None
@@ -259,26 +276,35 @@ class _Probe:
     def _try(self, hidden: Tensor) -> None:
         """Calls a head that is not linear: its rows, whether tokens are apart in it, whether it has a gradient."""
         head = self._head
-        x = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_()
+        # For the gradients of a head that is not itself of inference mode.
+        kept = any(t.is_inference() for t in (*head.parameters(), *head.buffers()))
         try:
-            logits = type(head).forward(head, x)
-            alone = type(head).forward(head, x[:, -1:])
+            with torch.inference_mode(kept and torch.is_inference_mode_enabled()):
+                x = hidden.detach().reshape(1, -1, hidden.shape[-1])
+                # Two rows of tokens, for what is mixed may be those of a batch.
+                x = torch.cat([x, x.flip(1)]).requires_grad_()
+                logits = type(head).forward(head, x)
+                alone = type(head).forward(head, x[:1, -1:])
+                mixes = [mixes_tokens(x, logits)]
+                with zeros_filled(head) as filled:
+                    if filled:
+                        mixes.append(mixes_tokens(x, type(head).forward(head, x)))
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             why = " ".join(str(error).split())
             raise refuse(self._model, head, f"its forward does not run on hidden states alone ({why})") from error
         if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape[:2] or logits.dim() != 3:
             raise refuse(self._model, head, "its forward returns no logits of shape [B, T, V]")
-        difference = (alone - logits[:, -1:]).detach().double().norm()
-        # Quantised heads round a token by its neighbours; one that mixes tokens is further off than any rounding.
-        if not difference <= 0.05 * logits[:, -1:].detach().double().norm():
-            raise refuse(self._model, head, "its forward mixes tokens, which cannot be taken apart")
-        self._rows, self._width = logits.shape[-1], hidden.shape[-1]
-        if logits.requires_grad:
-            try:
-                (grad,) = torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
-            except (RuntimeError, NotImplementedError):
-                grad = None
-            self.differentiable = grad is not None
+        whole = logits[:1, -1:].detach().double()
+        # Quantised heads round a token by its neighbours, without a gradient.
+        near = bool((alone.detach().double() - whole).norm() <= 0.05 * whole.norm())
+        if not near or any(mixes):
+            raise refuse(
+                self._model,
+                head,
+                "its forward mixes tokens (the logits of one depend on others of the batch), and the scored tokens go "
+                "through it a chunk at a time; train the head whole, or keep such an adapter off it",
+            )
+        self._rows, self._width, self.differentiable = logits.shape[-1], hidden.shape[-1], mixes[0] is not None
 
 
 def _info(
