@@ -46,6 +46,8 @@ _UNUSED = {
     "labels": "its targets are scored",
     "use_cache": "no cache is kept",
     "logits_to_keep": "its row_index says which rows are scored",
+    "output_hidden_states": "its output is a loss and metrics",
+    "output_attentions": "its output is a loss and metrics",
 }
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
@@ -232,6 +234,10 @@ class Attached:
             if got is not None and (isinstance(got, Tensor) or got):
                 got = "some" if isinstance(got, Tensor) else got
                 raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
+        if kwargs.get("return_dict") is False:
+            raise ValueError(
+                "return_dict: expected True beside a batch of candidates (its output has names), got False"
+            )
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
