@@ -23,6 +23,7 @@ from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import (
     UnsupportedHeadError,
     check_backward_hooks,
+    forward_slot,
     head_name,
     head_of,
     input_embedding_weight,
@@ -119,8 +120,8 @@ class HeadInfo:
 
 
 @contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module.forward` is `forward` inside; hooks still run. On the instance only, and always undone.
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any], slot: str = "forward") -> Iterator[None]:
+    """`module.forward` (or `slot`) is `forward` inside; hooks still run. On the instance only, and always undone.
 
     Where a switch stands, this thread alone is switched, and nobody else sees a change; elsewhere one at a time.
     """
@@ -134,18 +135,18 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             "model: expected one call at a time where its forward or its head's is replaced (CLHATrainer, fused_head, "
             "a tensor-parallel head), got a second one within it; call it from one thread, or attach a copy in each"
         )
-    present = "forward" in vars(module)
-    before: Any = vars(module).get("forward")
-    module.forward = forward
+    present = slot in vars(module)
+    before: Any = vars(module).get(slot)
+    setattr(module, slot, forward)
     try:
         yield
     finally:
         if eager:
             del vars(module)[_TAKEN]
         if present:
-            module.forward = before
+            setattr(module, slot, before)
         else:
-            del module.forward
+            delattr(module, slot)
 
 
 @contextlib.contextmanager
@@ -237,7 +238,7 @@ class _Probe:
         embedding = input_embedding_weight(model)
         device = embedding.device
         ids = torch.arange(2, device=device).clamp(max=embedding.shape[0] - 1).unsqueeze(0)
-        with _quiet(model, device), _replaced_forward(head, self._known), torch.enable_grad():
+        with _quiet(model, device), _replaced_forward(head, self._known, forward_slot(head)), torch.enable_grad():
             # With gradients, though none is taken: logits that need one show a parameter that acts behind the head.
             try:
                 output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
@@ -331,7 +332,7 @@ class FusedHead:
 
     def __init__(self, model: nn.Module, info: HeadInfo, compute: HeadCompute) -> None:
         self._model, self._info, self._compute = model, info, compute
-        self._model_forward, self._head_forward = model.forward, info.module.forward
+        self._model_forward, self._head_forward = model.forward, getattr(info.module, forward_slot(info.module))
         self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.called = self.in_output = False
         self.result: Any = None
@@ -380,7 +381,10 @@ class FusedHead:
             raise refuse(self._model, self._info.module, f"{seen}{more} (has the active adapter changed?)")
         if virtual:
             scored = scored[:, virtual:]
-        self.result = self._compute(scored.reshape(-1, scored.shape[-1]), *self._tensors())
+        weight, bias = self._tensors()
+        if bias is not None and bias.device != scored.device:  # where a device_map has put what stands behind the head
+            bias = bias.to(scored.device)
+        self.result = self._compute(scored.reshape(-1, scored.shape[-1]), weight, bias)
         # What the model still does to "its logits" touches one number a token, and is thrown away.
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
@@ -433,5 +437,5 @@ def fused_head(model: nn.Module, compute: HeadCompute, info: HeadInfo | None = N
 def replaced_head(model: nn.Module, compute: HeadCompute, info: HeadInfo) -> Iterator[FusedHead]:
     """`fused_head` but for the model's output, which is left as it comes: for callers that read `FusedHead.result`."""
     fused = FusedHead(model, info, compute)
-    with _replaced_forward(info.module, fused.head_forward):
+    with _replaced_forward(info.module, fused.head_forward, forward_slot(info.module)):
         yield fused
