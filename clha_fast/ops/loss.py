@@ -208,8 +208,9 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         # A copy for a walk that may come would be another [V, H].
         if ctx.handed_out and "modified by an inplace operation" in str(error):
             raise RuntimeError(
-                "linear_loss: the gradients that an earlier backward pass of this call returned were changed in place, and "
-                "are the ones that a second pass would give; change a copy (g = g / n), or compute the loss again"
+                "linear_loss: expected gradients as an earlier backward pass of this call returned them, for a second "
+                "pass gives the same tensors, got them changed in place; change a copy (g = g / n), or compute the "
+                "loss again"
             ) from error
         raise
     return saved

@@ -181,8 +181,8 @@ NOTES = """
   made then would step those; `attach` hands the shards back. After a forward of your own without a backward, do so
   with `clha_fast.models.sharding.reshard(model)` before you make an optimizer.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
-- A model that a `device_map` has spread over devices (accelerate's hooks), some of its layers on disk or in host memory,
-  is taken, by `attach`, `score` and `CLHATrainer(ref_model=)`, where its embeddings are on a device; the loss is computed
+- A model that a `device_map` has spread over devices (accelerate's hooks), some of its layers on disk or in memory, is
+  taken, by `attach`, `score` and `CLHATrainer(ref_model=)`, where its embeddings are on a device; the loss is computed
   on the head's. A head that is offloaded itself (`cpu_offload`, `disk_offload`) is refused. Seen on one CPU with layers
   on disk, not with GPUs.
 - `nn.DataParallel` is refused: its copies of the model share one head.
