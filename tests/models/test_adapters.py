@@ -61,6 +61,7 @@ SAID = {
     "modules_to_save=['lm_head'], adapter disabled after attach": "or another one active",
     "LoRA on the head, several adapters in a batch (adapter_names)": "it was called with adapter_names as well",
     "LoRA on the head, backend='triton'": "backend 'triton' cannot run on the output embedding peft",
+    "Lily on the head": "its forward mixes tokens (the logits of one depend on others of the batch)",
     "A head without a backward (torch's dynamic int8), in training": "made for inference alone",
 }
 

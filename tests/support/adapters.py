@@ -335,7 +335,7 @@ def several_adapters_in_a_batch() -> None:
 
 
 # Each raises: the sentence is part of the table.
-REFUSED: dict[str, Callable[[], None]] = {
+REFUSED: dict[str, Callable[[], Any]] = {
     "LoRA on the head, attached before get_peft_model": lambda: attached_too_early(lora_config(HEAD)),
     "modules_to_save=['lm_head'], attached before get_peft_model": lambda: attached_too_early(
         lora_config(BODY, modules_to_save=["lm_head"])
@@ -349,6 +349,10 @@ REFUSED: dict[str, Callable[[], None]] = {
     "LoRA on the head, backend='triton'": named_backend,
     "A head without a backward (torch's dynamic int8), in training": head_without_backward,
 }
+if hasattr(peft, "LilyConfig"):
+    REFUSED["Lily on the head"] = lambda: attach(
+        peft.get_peft_model(base(), peft.LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=HEAD))
+    )
 
 
 def sentence(name: str) -> str:
