@@ -221,7 +221,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, head: nn.Module, reason: str | None, own_forward: bool) -> None:
         self._model, self._head, self.reason = model, head, reason
-        # torch's own Linear takes no two dtypes, but for autocast, which casts them for the loss as well.
+        # torch's own Linear takes no two dtypes; autocast casts them, for the loss as well.
         self._casts = own_forward and reason is None and type(head).forward is not nn.Linear.forward
         weight = tensor_of(head, "weight")
         self._rows: int | None = None
@@ -264,8 +264,8 @@ class _Probe:
         if not isinstance(hidden, Tensor):
             raise refuse(self._model, self._head, f"it is called with a {type(hidden).__name__}, no hidden states")
         self._shapes.append(tuple(hidden.shape))
-        weight = tensor_of(self._head, "weight")
-        if self._casts and weight is not None and weight.dtype != hidden.dtype:
+        weight, autocast = tensor_of(self._head, "weight"), torch.is_autocast_enabled(hidden.device.type)
+        if self._casts and weight is not None and weight.dtype != hidden.dtype and not autocast:
             self.reason = f"its forward takes hidden states in {hidden.dtype} to a weight in {weight.dtype}"
         if self.reason is not None:
             self._try(hidden)

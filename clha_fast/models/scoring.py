@@ -333,7 +333,9 @@ def _check_shapes(input_ids: Tensor, **given: Tensor | None) -> None:
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: expected a tensor [B, T], got {got}")
     for name, tensor in given.items():
-        if tensor is None:
+        # Beside shift_labels a mask is the model's matter alone, which may take a dict of them.
+        array = isinstance(tensor, (Tensor, list)) or hasattr(tensor, "__array__")
+        if tensor is None or (name == "attention_mask" and given.get("labels") is None and not array):
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(

@@ -277,6 +277,16 @@ def test_a_head_of_another_class_in_the_models_dtype_is_still_read() -> None:
         assert inspect_head(model, own_forward=True).own_forward is None
 
 
+def test_under_autocast_a_head_of_another_class_is_read_as_before() -> None:
+    model, batch = base().bfloat16(), collate()
+    model.lm_head = Wide(32, model.config.vocab_size, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = eager_loss(model, batch).item()
+        with attach(model) as attached:
+            assert attached.info.own_forward is None
+            assert model(**batch.as_dict()).loss.item() == pytest.approx(wanted, rel=2e-3)
+
+
 def test_what_is_no_hidden_state_is_named() -> None:
     model = base()
     head = model.lm_head

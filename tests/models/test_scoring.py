@@ -373,6 +373,18 @@ def test_masks_and_positions_are_looked_at_too() -> None:
         score(build("llama"), ids, labels, attention_mask=mask[:, 1:])
 
 
+def test_a_dict_of_masks_beside_shift_labels_is_the_models_own() -> None:
+    ids, mask, labels = rows()
+    model, sees = model_of("gemma2"), (mask[:, None, None, :] * torch.ones(T, T).tril()).bool()
+    wide = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, -1e9)
+    shifted = {"shift_labels": labels.roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)}
+    wanted = score(model, ids, **shifted, attention_mask=wide)
+    found = score(model, ids, **shifted, attention_mask={"full_attention": wide, "sliding_attention": wide})
+    torch.testing.assert_close(found.logps, wanted.logps)
+    with pytest.raises(ValueError, match=r"^attention_mask: expected a tensor \[B, T\], got dict"):
+        score(model, ids, labels, attention_mask={"full_attention": wide})
+
+
 @pytest.mark.parametrize("name", ["labels", "shift_labels", "segments"])
 @pytest.mark.parametrize("statistics", [(), ("entropy",)])
 def test_a_graph_is_there_if_asked_for_under_no_grad_too(name: str, statistics: tuple[str, ...]) -> None:
