@@ -32,7 +32,7 @@ from clha_fast.models.measure import measure_head
 from clha_fast.models.positions import RowLimit
 from clha_fast.models.sequence_parallel import SequenceParallel
 from clha_fast.models.tiled import tile_mlps, untile
-from clha_fast.models.wrapped import DATA_PARALLEL, check_whole, unwrap
+from clha_fast.models.wrapped import DATA_PARALLEL, STATE, check_calls_what_it_wraps, check_whole, is_attached, unwrap
 from clha_fast.objectives import Group, Objective, as_objective
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED
@@ -46,6 +46,8 @@ _UNUSED = {
     "labels": "its targets are scored",
     "use_cache": "no cache is kept",
     "logits_to_keep": "its row_index says which rows are scored",
+    "output_hidden_states": "its output is a loss and metrics",
+    "output_attentions": "its output is a loss and metrics",
 }
 _NEEDED = (*MODEL_FIELDS, "targets", "row_index", "candidate_lengths", "candidates_per_prompt")
 # Trainer may add the number of items to what a model with **kwargs gets; the loss does not divide by tokens.
@@ -57,7 +59,6 @@ _OWN_FIELDS = {
 _OF_ROWS = tuple(name for name in SEGMENT_FIELDS if name != "position_ids")
 # What only a batch of candidates has: with it in the call the loss is computed, without it the model is itself.
 _MARK = "candidate_lengths"
-_STATE = "_clha_attached"
 
 
 @dataclass
@@ -126,14 +127,14 @@ class Attached:
             ValueError: something else has replaced the model's forward since.
         """
         model = self.model
-        if vars(model).get(_STATE) is not self:
+        if vars(model).get(STATE) is not self:
             return model
-        if not _is_ours(vars(model).get("forward")):
+        if not is_attached(vars(model).get("forward")):
             raise ValueError(
                 "model: expected the forward that attach put there, got another one over it; undo that first "
                 "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
             )
-        for name in (_STATE, "forward", *_METHODS):
+        for name in (STATE, "forward", *_METHODS):
             delattr(model, name)
         if self._previous is not None:
             model.forward = self._previous
@@ -233,6 +234,10 @@ class Attached:
             if got is not None and (isinstance(got, Tensor) or got):
                 got = "some" if isinstance(got, Tensor) else got
                 raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
+        if kwargs.get("return_dict") is False:
+            raise ValueError(
+                "return_dict: expected True beside a batch of candidates (its output has names), got False"
+            )
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
@@ -283,15 +288,13 @@ def empty_batch(device: torch.device | str = "cpu") -> CandidateBatch:
     return CandidateBatch(rows, rows, none, none, none, none, none.to(torch.float32), none)
 
 
-def _is_ours(forward: Any) -> bool:
-    return getattr(getattr(forward, "__func__", None), _STATE, False)
-
-
 def _attached_forward(model: nn.Module) -> MethodType:
     """The new forward, bound to `model`; it finds its settings by way of `self`, so that a deep copy has its own."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        attached: Attached = getattr(self, _STATE)
+        attached: Attached | None = getattr(self, STATE, None)
+        if attached is None:  # detached, and somebody has kept this method
+            return self.forward(*args, **kwargs)
         if _MARK not in kwargs:
             return attached.ordinary(*args, **kwargs)
         return attached.candidates(args, kwargs)
@@ -301,7 +304,7 @@ def _attached_forward(model: nn.Module) -> MethodType:
     slot = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = own.replace(parameters=[slot, *own.parameters.values()])  # type: ignore[attr-defined]
     forward.__doc__ = model.forward.__doc__
-    setattr(forward, _STATE, True)
+    setattr(forward, STATE, True)
     return MethodType(forward, model)
 
 
@@ -380,9 +383,10 @@ def attach(
     check_layout(layout, "auto")
     objective = check_adds_up(as_objective(options))
     inner = unwrap(model)
-    if _STATE in vars(inner):
+    if STATE in vars(inner):
         raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
     check_whole(inner)
+    check_calls_what_it_wraps(model, inner)
     info = measure_head(inner, backend)
     head = info.options(temperature, ignore_index, workspace_bytes, max_dropped_mass)
     attached = Attached(inner, info, objective, backend, layout, head, sequence_parallel)
@@ -393,7 +397,7 @@ def attach(
 
 def _put_on(model: nn.Module, attached: Attached) -> None:
     forward = _attached_forward(model)
-    setattr(model, _STATE, attached)
+    setattr(model, STATE, attached)
     model.forward = forward
     switch.install(attached.info.module)
     for name, method in _METHODS.items():
@@ -407,13 +411,13 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     make, arguments, state, *_ = reduced
-    attached: Attached = getattr(self, _STATE)
+    attached: Attached = getattr(self, STATE)
     if attached._previous is not None:
         raise ValueError(
             "model: expected a forward of its class's to save an attached model, got one that something else has put "
             "there; save model.state_dict(), or detach first"
         )
-    own = {name: value for name, value in state.items() if name not in (_STATE, "forward", *_METHODS)}
+    own = {name: value for name, value in state.items() if name not in (STATE, "forward", *_METHODS)}
     return make, arguments, (own, vars(attached)), None, None, _load
 
 

@@ -15,6 +15,9 @@ from clha_fast.models.probe import is_linear
 # Whose hooks shard, gather or move what the head reads and returns, and leave its values alone.
 WRAPPERS = ("torch", "deepspeed", "accelerate", "transformers")
 
+# The way out for what accelerate has offloaded.
+ON_A_DEVICE = "load the model with a device_map that keeps its embeddings on a device (cpu, or a GPU)"
+
 
 class UnsupportedHeadError(ValueError):
     """The model's output embedding, or what the model does to its result, is not understood; it is never guessed."""
@@ -95,12 +98,35 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return active_module(head) if isinstance(head, nn.Module) else None
 
 
-def has_own_forward(head: nn.Module) -> bool:
-    """Whether something has replaced the forward on the instance by another than the class's."""
-    forward = vars(head).get("forward")
-    if forward is None or switch.installed(head):
-        return False
-    return getattr(forward, "__func__", None) is not type(head).forward or forward.__self__ is not head
+def _accelerates(head: nn.Module) -> list[Any]:
+    """The hooks that accelerate has put around a head's forward (`device_map`, `cpu_offload`)."""
+    hook = vars(head).get("_hf_hook")
+    if hook is None or "_old_forward" not in vars(head):
+        return []
+    return list(getattr(hook, "hooks", [hook]))
+
+
+def forward_slot(head: nn.Module) -> str:
+    """Where another forward can stand in: accelerate calls `_old_forward` once it has moved the input."""
+    return "_old_forward" if _accelerates(head) else "forward"
+
+
+def why_replaced(head: nn.Module) -> str | None:
+    """What has replaced the forward on the instance by another than the class's; a move of its input is nothing."""
+    hooks, forward = _accelerates(head), vars(head).get(forward_slot(head))
+    weight = tensor_of(head, "weight")
+    if hooks and weight is not None and weight.is_meta:
+        return f"accelerate has offloaded its weight; {ON_A_DEVICE}"
+    more = [type(h).__name__ for h in hooks if type(h).__name__ != "AlignDevicesHook" or h.offload or h.no_grad]
+    if more:
+        return (
+            f"accelerate's {more[0]} stands around its forward, and may do more than move its input; "
+            "accelerate.hooks.remove_hook_from_module(model.get_output_embeddings()) takes it away"
+        )
+    if forward is None or getattr(forward, "__func__", None) is switch.forward:
+        return None
+    own = getattr(forward, "__func__", None) is type(head).forward and forward.__self__ is head
+    return None if own else "its forward has been replaced on the instance"
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -117,8 +143,9 @@ def head_of(model: nn.Module) -> nn.Module:
         raise refuse(model, None, "it returns no logits over a vocabulary")
     if isinstance(head, (nn.ModuleList, nn.ModuleDict)):
         raise refuse(model, head, f"it holds {len(head)} heads, each with a vocabulary of its own")
-    if has_own_forward(head):
-        raise refuse(model, head, "its forward has been replaced on the instance")
+    replaced = why_replaced(head)
+    if replaced is not None:
+        raise refuse(model, head, replaced)
     check_backward_hooks(model, head)
     return head
 

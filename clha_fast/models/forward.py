@@ -202,6 +202,14 @@ class _Forward:
                 )
 
 
+def _beside(hidden: Tensor, tensors: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
+    """`tensors` on the head's device, where a device_map has put it on another than the batch's."""
+    targets = tensors["targets"]
+    if targets is None or targets.device == hidden.device:
+        return tensors
+    return {name: None if t is None else t.to(hidden.device) for name, t in tensors.items()}
+
+
 class CandidateForward(_Forward):
     """A model whose head, as measured, gives place to a loss.
 
@@ -252,7 +260,7 @@ class CandidateForward(_Forward):
                 return self._no_prompts(hidden, weight, bias)
             settings: dict[str, Any] = {"head": self.head, "objective": self.objective, "backend": self.backend}
             if self.sequence is None:
-                loss, metrics = head_loss(hidden, weight, bias, tensors, **settings)
+                loss, metrics = head_loss(hidden, weight, bias, _beside(hidden, tensors), **settings)
             else:
                 shape = inputs["input_ids"].shape
                 loss, metrics = spread_loss(self.sequence, shape, hidden, weight, bias, tensors, **settings)

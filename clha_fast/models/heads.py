@@ -23,6 +23,7 @@ from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import (
     UnsupportedHeadError,
     check_backward_hooks,
+    forward_slot,
     head_name,
     head_of,
     input_embedding_weight,
@@ -31,7 +32,14 @@ from clha_fast.models.embedding import (
     tensor_of,
     why_not_linear,
 )
-from clha_fast.models.probe import Transform, UnsupportedTransform, fit_transform, probe_values
+from clha_fast.models.probe import (
+    Transform,
+    UnsupportedTransform,
+    fit_transform,
+    mixes_tokens,
+    probe_values,
+    zeros_filled,
+)
 from clha_fast.options import HeadOptions
 
 # (hidden [B * T, H], weight [V, H] (or a HeadForward, where `inspect_head` was asked for one), bias [V] or None) -> a
@@ -112,8 +120,8 @@ class HeadInfo:
 
 
 @contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module.forward` is `forward` inside; hooks still run. On the instance only, and always undone.
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any], slot: str = "forward") -> Iterator[None]:
+    """`module.forward` (or `slot`) is `forward` inside; hooks still run. On the instance only, and always undone.
 
     Where a switch stands, this thread alone is switched, and nobody else sees a change; elsewhere one at a time.
     """
@@ -127,18 +135,18 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             "model: expected one call at a time where its forward or its head's is replaced (CLHATrainer, fused_head, "
             "a tensor-parallel head), got a second one within it; call it from one thread, or attach a copy in each"
         )
-    present = "forward" in vars(module)
-    before: Any = vars(module).get("forward")
-    module.forward = forward
+    present = slot in vars(module)
+    before: Any = vars(module).get(slot)
+    setattr(module, slot, forward)
     try:
         yield
     finally:
         if eager:
             del vars(module)[_TAKEN]
         if present:
-            module.forward = before
+            setattr(module, slot, before)
         else:
-            del module.forward
+            delattr(module, slot)
 
 
 @contextlib.contextmanager
@@ -183,9 +191,9 @@ def inspect_head(model: nn.Module, *, own_forward: bool = False) -> HeadInfo:
     reason = why_not_linear(head)
     if reason is not None and not own_forward:
         raise refuse(model, head, reason)
-    probe = _Probe(model, head, reason)
+    probe = _Probe(model, head, reason, own_forward)
     shape, raw, logits = probe.run()
-    virtual = probe.virtual
+    virtual, reason = probe.virtual, probe.reason
     logits = logits[:, virtual:]
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     seen = None
@@ -207,19 +215,22 @@ class _Probe:
 
     Attributes:
         virtual: positions in front of the two tokens. differentiable: whether the head has a gradient for its input
-            (found out for a head that is not linear; a linear one has).
+            (found out for a head that is not linear; a linear one has). reason: why the head's weight is not read; None
+            where it is.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module, reason: str | None) -> None:
-        self._model, self._head, self._linear = model, head, reason is None
+    def __init__(self, model: nn.Module, head: nn.Module, reason: str | None, own_forward: bool) -> None:
+        self._model, self._head, self.reason = model, head, reason
+        # torch's own Linear takes no two dtypes; autocast casts them, for the loss as well.
+        self._casts = own_forward and reason is None and type(head).forward is not nn.Linear.forward
         weight = tensor_of(head, "weight")
         self._rows: int | None = None
         self._width: int | None = None
-        if weight is not None and self._linear:
+        if weight is not None and reason is None:
             self._rows, self._width = weight.shape
         self._shapes: list[tuple[int, ...]] = []
         self._values: list[Tensor] = []
-        self.virtual, self.differentiable = 0, self._linear
+        self.virtual, self.differentiable = 0, reason is None
 
     def run(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """(shape of the hidden states, known values [..., T, rows], logits [1, T, V] that the model made of them)."""
@@ -227,10 +238,12 @@ class _Probe:
         embedding = input_embedding_weight(model)
         device = embedding.device
         ids = torch.arange(2, device=device).clamp(max=embedding.shape[0] - 1).unsqueeze(0)
-        with _quiet(model, device), _replaced_forward(head, self._known), torch.enable_grad():
+        with _quiet(model, device), _replaced_forward(head, self._known, forward_slot(head)), torch.enable_grad():
             # With gradients, though none is taken: logits that need one show a parameter that acts behind the head.
             try:
                 output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **cache_flags(model))
+            except UnsupportedHeadError:
+                raise
             except (TypeError, ValueError, NotImplementedError) as error:
                 why = " ".join(str(error).split())
                 raise refuse(model, head, f"its forward does not run on token ids alone ({why})") from error
@@ -248,8 +261,13 @@ class _Probe:
         return shape, self._values[0], logits
 
     def _known(self, hidden: Tensor) -> Tensor:
+        if not isinstance(hidden, Tensor):
+            raise refuse(self._model, self._head, f"it is called with a {type(hidden).__name__}, no hidden states")
         self._shapes.append(tuple(hidden.shape))
-        if not self._linear:
+        weight, autocast = tensor_of(self._head, "weight"), torch.is_autocast_enabled(hidden.device.type)
+        if self._casts and weight is not None and weight.dtype != hidden.dtype and not autocast:
+            self.reason = f"its forward takes hidden states in {hidden.dtype} to a weight in {weight.dtype}"
+        if self.reason is not None:
             self._try(hidden)
         rows = self._rows
         assert rows is not None
@@ -259,26 +277,35 @@ class _Probe:
     def _try(self, hidden: Tensor) -> None:
         """Calls a head that is not linear: its rows, whether tokens are apart in it, whether it has a gradient."""
         head = self._head
-        x = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_()
+        # For the gradients of a head that is not itself of inference mode.
+        kept = any(t.is_inference() for t in (*head.parameters(), *head.buffers()))
         try:
-            logits = type(head).forward(head, x)
-            alone = type(head).forward(head, x[:, -1:])
+            with torch.inference_mode(kept and torch.is_inference_mode_enabled()):
+                x = hidden.detach().reshape(1, -1, hidden.shape[-1])
+                # Two rows of tokens, for what is mixed may be those of a batch.
+                x = torch.cat([x, x.flip(1)]).requires_grad_()
+                logits = type(head).forward(head, x)
+                alone = type(head).forward(head, x[:1, -1:])
+                mixes = [mixes_tokens(x, logits)]
+                with zeros_filled(head) as filled:
+                    if filled:
+                        mixes.append(mixes_tokens(x, type(head).forward(head, x)))
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             why = " ".join(str(error).split())
             raise refuse(self._model, head, f"its forward does not run on hidden states alone ({why})") from error
         if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape[:2] or logits.dim() != 3:
             raise refuse(self._model, head, "its forward returns no logits of shape [B, T, V]")
-        difference = (alone - logits[:, -1:]).detach().double().norm()
-        # Quantised heads round a token by its neighbours; one that mixes tokens is further off than any rounding.
-        if not difference <= 0.05 * logits[:, -1:].detach().double().norm():
-            raise refuse(self._model, head, "its forward mixes tokens, which cannot be taken apart")
-        self._rows, self._width = logits.shape[-1], hidden.shape[-1]
-        if logits.requires_grad:
-            try:
-                (grad,) = torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
-            except (RuntimeError, NotImplementedError):
-                grad = None
-            self.differentiable = grad is not None
+        whole = logits[:1, -1:].detach().double()
+        # Quantised heads round a token by its neighbours, without a gradient.
+        near = bool((alone.detach().double() - whole).norm() <= 0.05 * whole.norm())
+        if not near or any(mixes):
+            raise refuse(
+                self._model,
+                head,
+                "its forward mixes tokens (the logits of one depend on others of the batch), and the scored tokens go "
+                "through it a chunk at a time; train the head whole, or keep such an adapter off it",
+            )
+        self._rows, self._width, self.differentiable = logits.shape[-1], hidden.shape[-1], mixes[0] is not None
 
 
 def _info(
@@ -305,7 +332,7 @@ class FusedHead:
 
     def __init__(self, model: nn.Module, info: HeadInfo, compute: HeadCompute) -> None:
         self._model, self._info, self._compute = model, info, compute
-        self._model_forward, self._head_forward = model.forward, info.module.forward
+        self._model_forward, self._head_forward = model.forward, getattr(info.module, forward_slot(info.module))
         self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.called = self.in_output = False
         self.result: Any = None
@@ -354,7 +381,10 @@ class FusedHead:
             raise refuse(self._model, self._info.module, f"{seen}{more} (has the active adapter changed?)")
         if virtual:
             scored = scored[:, virtual:]
-        self.result = self._compute(scored.reshape(-1, scored.shape[-1]), *self._tensors())
+        weight, bias = self._tensors()
+        if bias is not None and bias.device != scored.device:  # where a device_map has put what stands behind the head
+            bias = bias.to(scored.device)
+        self.result = self._compute(scored.reshape(-1, scored.shape[-1]), weight, bias)
         # What the model still does to "its logits" touches one number a token, and is thrown away.
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
@@ -407,5 +437,5 @@ def fused_head(model: nn.Module, compute: HeadCompute, info: HeadInfo | None = N
 def replaced_head(model: nn.Module, compute: HeadCompute, info: HeadInfo) -> Iterator[FusedHead]:
     """`fused_head` but for the model's output, which is left as it comes: for callers that read `FusedHead.result`."""
     fused = FusedHead(model, info, compute)
-    with _replaced_forward(info.module, fused.head_forward):
+    with _replaced_forward(info.module, fused.head_forward, forward_slot(info.module)):
         yield fused

@@ -88,7 +88,8 @@ class LayoutProbe:
         features = self._features()
         self.compare(features, layout)
         if gradients:
-            self._check_gradients(pack(features, layout), layout)
+            with torch.inference_mode(False):  # whoever scores in it has no gradients otherwise
+                self._check_gradients(pack(features, layout), layout)
 
     def compare(
         self,

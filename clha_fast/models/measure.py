@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from clha_fast.models.embedding import UnsupportedHeadError, input_embedding_weight, output_embedding
+from clha_fast.models.embedding import ON_A_DEVICE, UnsupportedHeadError, input_embedding_weight, output_embedding
 from clha_fast.models.heads import HeadInfo, inspect_head
 from clha_fast.models.hooks import other_hooks, without_wrappers_hooks
 from clha_fast.models.own_forward import check_backend
@@ -63,6 +63,11 @@ def measure_head(model: nn.Module, backend: str = "auto") -> HeadInfo:
     """
     head = output_embedding(model)
     if head is not None and input_embedding_weight(model).is_meta:
+        if any("_hf_hook" in vars(module) for module in model.modules()):
+            raise UnsupportedHeadError(
+                f"model: expected embeddings with values, got {type(model).__name__} with those that accelerate has "
+                f"offloaded; {ON_A_DEVICE}"
+            )
         raise UnsupportedHeadError(
             f"model: expected weights with values, got {type(model).__name__} on the meta device; load it first "
             "(from_pretrained, or to_empty and load_state_dict), then attach"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,54 @@ def is_linear(head: nn.Module) -> bool:
     finally:
         head.training = training
     return True
+
+
+def mixes_tokens(x: Tensor, logits: Tensor) -> bool | None:
+    """Whether a token's logits have a gradient for another token, of its row or of another.
+
+    It is zero to the last bit where tokens are apart, quantised or not: rounding by a common range has none.
+
+    Args:
+        x: [B, T, H], a leaf. logits: [B, T, V], what a head made of it, plain or a DTensor.
+
+    Returns:
+        None where `x` has no gradient at all.
+    """
+    if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape[:2] or not logits.requires_grad:
+        return None
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    # Not ones: what mixes by shares that add up to one would cancel.
+    upstream = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+    for place in ((0, 0), (-1, -1)):
+        try:
+            (grad,) = torch.autograd.grad(logits[place].float() @ upstream, x, retain_graph=True, allow_unused=True)
+        except (RuntimeError, NotImplementedError):
+            return None
+        if grad is None:
+            return None
+        grad[place] = 0
+        if bool(grad.any()):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def zeros_filled(module: nn.Module) -> Iterator[bool]:
+    """Inside, parameters that are all zero have other values (True for any): a fresh adapter's hide what it reads."""
+    zeros = [
+        p
+        for p in module.parameters()
+        if type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 and not (p.is_meta or bool(p.any()))
+    ]
+    own = [p.data for p in zeros]
+    try:
+        for p in zeros:
+            draw = torch.Generator(p.device).manual_seed(0)
+            p.data = torch.empty_like(p.data).uniform_(-0.1, 0.1, generator=draw)
+        yield bool(zeros)
+    finally:
+        for p, data in zip(zeros, own, strict=True):
+            p.data = data
 
 
 def _values_and_gradients(linear: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:

@@ -29,6 +29,8 @@ _REFUSED = {
     "logits_to_keep": "labels say which tokens are scored",
     "inputs_embeds": "input_ids are needed",
 }
+# Of these False means what is done anyway.
+_NOT_RETURNED = ("output_hidden_states", "output_attentions")
 
 
 class TokenScores(NamedTuple):
@@ -131,7 +133,22 @@ class Scorer:
         for name, why in _REFUSED.items():
             if name in others:
                 raise ValueError(f"{name}: expected nothing of this name ({why}), got {others[name]!r}")
-        _check_shapes(input_ids, labels=labels, shift_labels=shift_labels, position_ids=position_ids)
+        for name in _NOT_RETURNED:
+            if others.get(name):
+                raise ValueError(
+                    f"{name}: expected False (scores of tokens are all that is returned), got {others[name]!r}"
+                )
+        if others.get("return_dict") is False:
+            raise ValueError("return_dict: expected True (the model's output is read by its names), got False")
+        if gradient and torch.is_inference_mode_enabled():
+            raise ValueError("gradient: expected False under torch.inference_mode, which has no graphs, got True")
+        _check_shapes(
+            input_ids,
+            labels=labels,
+            shift_labels=shift_labels,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs["position_ids"] = position_ids
         ignored = self._forward.head.ignore_index
@@ -141,7 +158,7 @@ class Scorer:
             assert labels is not None
             tokens = segments.tokens()
             reads, known = _read_from(segments, tokens.position_ids)
-            targets = torch.where(known.to(labels.device), labels, ignored)
+            targets = self._checked_labels("labels", torch.where(known.to(labels.device), labels, ignored))
             tokens = TokenSegments(*(part.to(input_ids.device) for part in tokens))
             there = (tokens.segment_ids >= 0).to(input_ids.dtype)
             inputs = {"input_ids": input_ids, "attention_mask": there, "segments": segments, **tokens._asdict()}
@@ -149,10 +166,11 @@ class Scorer:
                 self._layouts.check(inputs, others)
         elif labels is not None:
             known = _known(input_ids, position_ids, attention_mask).to(labels.device)
-            targets = F.pad(torch.where(known, labels, ignored), (0, 1), value=ignored)[:, 1:]
+            own = self._checked_labels("labels", torch.where(known, labels, ignored))
+            targets = F.pad(own, (0, 1), value=ignored)[:, 1:]
         else:
             assert shift_labels is not None
-            targets = shift_labels
+            targets = self._checked_labels("shift_labels", shift_labels)
         moved = labels is not None and segments is None
         present = {name: given for name, given in inputs.items() if given is not None}
         names = checks.statistics(statistics, self._forward.head)
@@ -162,9 +180,23 @@ class Scorer:
             settings["temperature"] = F.pad(each, (0, 1), value=1.0)[:, 1:] if moved else each
         with torch.set_grad_enabled(gradient):
             values, scored, _ = score_grid(self._forward, self.model, present, targets, **settings)
-        if moved:
-            values, scored = _behind(values), _behind(scored)
-        return TokenScores(values[0], scored, **dict(zip(names, values[1:], strict=True)))
+            if moved:
+                values, scored = _behind(values), _behind(scored)
+            return TokenScores(values[0], scored, **dict(zip(names, values[1:], strict=True)))
+
+    def _checked_labels(self, name: str, targets: Tensor) -> Tensor:
+        """`targets`; looked at on CPU tensors, for a GPU would have to be waited for."""
+        rows = self.info.vocab_size
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ((targets < 0) | (targets >= rows)) & (targets != self._forward.head.ignore_index)
+            if wrong.any():
+                place = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{name}: expected tokens below the {rows} rows of the model's output embedding, or "
+                    f"{self._forward.head.ignore_index} where nothing is scored, got {int(targets[tuple(place)])} at "
+                    f"{place}; is the tokenizer larger than the model? (model.resize_token_embeddings(len(tokenizer)))"
+                )
+        return targets
 
 
 def score(
@@ -222,8 +254,9 @@ def score(
         `TokenScores`. No scored token gives zeros, with a graph if asked for.
 
     Raises:
-        ValueError: shapes do not fit; packed rows with an attention mask, which lets them look at each other; on CPU
-            tensors also tokens beyond the model's embeddings.
+        ValueError: shapes or dtypes do not fit; packed rows with an attention mask, which lets them look at each other;
+            `gradient` in inference mode; an output of the model's asked for; on CPU tensors also tokens beyond the
+            model's embeddings.
         UnsupportedLayoutError: with `segments`, as `Scorer`; or images and embeddings beside them.
         UnsupportedHeadError, BackendError: as `Scorer`.
 
@@ -300,10 +333,21 @@ def _check_shapes(input_ids: Tensor, **given: Tensor | None) -> None:
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: expected a tensor [B, T], got {got}")
     for name, tensor in given.items():
-        if tensor is not None and tensor.shape != input_ids.shape:
+        # Beside shift_labels a mask is the model's matter alone, which may take a dict of them.
+        array = isinstance(tensor, (Tensor, list)) or hasattr(tensor, "__array__")
+        if tensor is None or (name == "attention_mask" and given.get("labels") is None and not array):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name}: expected a tensor [B, T], got {type(tensor).__name__}; torch.as_tensor makes one"
+            )
+        # A mask may be the model's own, of four dimensions.
+        if tensor.shape != input_ids.shape and (name != "attention_mask" or tensor.dim() == 2):
             raise ValueError(
                 f"{name}: expected the shape of input_ids, {list(input_ids.shape)}, got {list(tensor.shape)}"
             )
+        if name.endswith("labels") and tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64, got {tensor.dtype}; {name}.long() makes it")
 
 
 def _checked(segments: Segments, input_ids: Tensor, others: Mapping[str, Tensor | None]) -> Segments:

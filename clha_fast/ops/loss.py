@@ -187,7 +187,7 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     if type(grad_loss) is Tensor and torch.is_grad_enabled():
         # They are plain results of the forward: as part of a graph they would count as constants, silently.
         refuse_second(f"linear_loss: backend {ctx.backend!r}")
-    saved = ctx.saved_tensors
+    saved = _saved(ctx)
     gradients = [g if need else None for g, need in zip(saved[:_HEAD_GRADIENTS], needs, strict=True)]
     if ctx.vocabulary is None or not needs[1]:
         return _times(ctx, gradients, grad_loss, eager)
@@ -199,6 +199,21 @@ def _scaled(ctx: Any, grad_loss: Tensor, needs: tuple[bool, ...]) -> list[Tensor
     whole = _product(left, right, unit, scale, ctx.vocabulary, batched)
     hidden, weight, bias = _times(ctx, [gradients[0], whole if batched else None, gradients[2]], grad_loss, eager)
     return [hidden, weight if batched else whole, bias]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        # A copy for a walk that may come would be another [V, H].
+        if ctx.handed_out and "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "linear_loss: expected gradients as an earlier backward pass of this call returned them, for a second "
+                "pass gives the same tensors, got them changed in place; change a copy (g = g / n), or compute the "
+                "loss again"
+            ) from error
+        raise
+    return saved
 
 
 def _times(ctx: Any, gradients: list[Tensor | None], grad_loss: Tensor, eager: bool) -> list[Tensor | None]:

@@ -57,9 +57,11 @@ SAID = {
     "LoRA on the head, attached before get_peft_model": "detach, change the head and attach again",
     "modules_to_save=['lm_head'], attached before get_peft_model": "detach, change the head and attach again",
     "Prompt tuning, attached before get_peft_model": "attach the PeftModel itself, after get_peft_model",
+    "LLaMA-Adapter (AdaptionPrompt), attached after get_peft_model": "with peft: attach first, then get_peft_model",
     "modules_to_save=['lm_head'], adapter disabled after attach": "or another one active",
     "LoRA on the head, several adapters in a batch (adapter_names)": "it was called with adapter_names as well",
     "LoRA on the head, backend='triton'": "backend 'triton' cannot run on the output embedding peft",
+    "Lily on the head": "its forward mixes tokens (the logits of one depend on others of the batch)",
     "A head without a backward (torch's dynamic int8), in training": "made for inference alone",
 }
 

@@ -268,8 +268,16 @@ def test_bad_calls() -> None:
         model(**fields, use_cache=True)
     with pytest.raises(ValueError, match=r"logits_to_keep: expected none beside .* got 1$"):
         model(**fields, logits_to_keep=1)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: expected none beside .* \(its output is a loss and metrics\), got"
+        ):
+            model(**fields, **{name: True})
+    with pytest.raises(ValueError, match=r"^return_dict: expected True beside a batch of candidates .* got False$"):
+        model(**fields, return_dict=False)
     plain = model(**fields)
-    same = model(**fields, use_cache=False, logits_to_keep=0, labels=None)
+    nothing = {"logits_to_keep": 0, "labels": None, "output_hidden_states": False, "output_attentions": None}
+    same = model(**fields, use_cache=False, return_dict=True, **nothing)
     torch.testing.assert_close(same.loss, plain.loss, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected a batch of candidates as keyword arguments, got 1 positional"):
         model(fields["input_ids"], candidate_lengths=fields["candidate_lengths"])

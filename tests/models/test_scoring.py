@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import clha_fast
+from clha_fast.batching.segments import SegmentGroup, Segments
 from clha_fast.hf import Scorer, UnsupportedHeadError, score
 from clha_fast.models.heads import inspect_head
 from tests.support.head_models import MODELS, Behind, V, build
@@ -327,8 +328,101 @@ def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
     assert list(vars(model.inner.lm_head)) == before
 
 
-def test_a_token_beyond_the_vocabulary() -> None:
-    ids, _, labels = rows()
-    labels[0, 4] = V
-    with pytest.raises(ValueError, match="targets: expected tokens below the 67 rows"):
-        score(build("llama"), ids, labels)
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("token", [V, V + 300, -1, -99])
+def test_a_token_beyond_the_vocabulary(name: str, token: int) -> None:
+    ids, mask, labels = rows()
+    labels[0, 4] = token
+    said = rf"^{name}: expected tokens below the 67 rows of .* output embedding, or -100 .* got {token} at \[0, 4\]"
+    with pytest.raises(ValueError, match=said):
+        score(build("llama"), ids, **{name: labels}, attention_mask=mask)
+    if name == "labels":  # a row's first token and padding are not scored, whatever stands there
+        labels[0, 4] = -100
+        wanted = score(build("llama"), ids, labels, attention_mask=mask).logps
+        labels[:, 0], labels[1, 9] = token, token
+        assert torch.equal(score(build("llama"), ids, labels, attention_mask=mask).logps, wanted)
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.tolist(), r"expected a tensor \[B, T\], got list"),
+        (lambda t: t.numpy(), r"expected a tensor \[B, T\], got ndarray"),
+        (lambda t: t.int(), r"expected int64, got torch\.int32"),
+        (lambda t: t.float(), r"expected int64, got torch\.float32"),
+        (lambda t: t != -100, r"expected int64, got torch\.bool"),
+        (lambda t: t[0], rf"expected the shape of input_ids, \[{B}, {T}\], got \[{T}\]"),
+    ],
+    ids=["list", "numpy", "int32", "float32", "bool", "one row"],
+)
+def test_labels_are_named_as_they_were_given(name: str, change: Any, message: str) -> None:
+    ids, mask, labels = rows()
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        score(build("llama"), ids, **{name: change(labels)}, attention_mask=mask)
+
+
+def test_masks_and_positions_are_looked_at_too() -> None:
+    ids, mask, labels = rows()
+    for name, given in (("attention_mask", mask.numpy()), ("position_ids", mask.tolist())):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: expected a tensor \[B, T\], got (ndarray|list); torch.as_tensor"
+        ):
+            score(build("llama"), ids, labels, **{name: given})
+    with pytest.raises(ValueError, match=rf"^attention_mask: expected the shape of input_ids, .* got \[{B}, {T - 1}\]"):
+        score(build("llama"), ids, labels, attention_mask=mask[:, 1:])
+
+
+def test_a_dict_of_masks_beside_shift_labels_is_the_models_own() -> None:
+    ids, mask, labels = rows()
+    model, sees = model_of("gemma2"), (mask[:, None, None, :] * torch.ones(T, T).tril()).bool()
+    wide = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, -1e9)
+    shifted = {"shift_labels": labels.roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)}
+    wanted = score(model, ids, **shifted, attention_mask=wide)
+    found = score(model, ids, **shifted, attention_mask={"full_attention": wide, "sliding_attention": wide})
+    torch.testing.assert_close(found.logps, wanted.logps)
+    with pytest.raises(ValueError, match=r"^attention_mask: expected a tensor \[B, T\], got dict"):
+        score(model, ids, labels, attention_mask={"full_attention": wide})
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels", "segments"])
+@pytest.mark.parametrize("statistics", [(), ("entropy",)])
+def test_a_graph_is_there_if_asked_for_under_no_grad_too(name: str, statistics: tuple[str, ...]) -> None:
+    model = model_of("llama")
+    ids, mask, labels = rows()
+    given = {"labels": labels, "attention_mask": mask}
+    if name == "shift_labels":
+        given = {"shift_labels": labels, "attention_mask": mask}
+    elif name == "segments":
+        groups = tuple(SegmentGroup(row, (0, 3), ((3, 4), (7, 4))) for row in range(B))
+        given = {"labels": ids, "segments": Segments(B, T, groups)}
+
+    def gradient() -> Tensor:
+        found = score(model, ids, **given, statistics=statistics, gradient=True)
+        with torch.enable_grad():
+            total = found.logps.sum() if found.entropy is None else found.logps.sum() + found.entropy.sum()
+            (grad,) = torch.autograd.grad(total, [model.lm_head.weight])
+        return grad
+
+    wanted = gradient()
+    assert wanted.any()
+    with torch.no_grad():
+        torch.testing.assert_close(gradient(), wanted, rtol=0, atol=0)
+        assert not score(model, ids, **given).logps.requires_grad
+    with torch.inference_mode():
+        assert not score(model, ids, **given).logps.requires_grad
+        with pytest.raises(ValueError, match=r"gradient: expected False under torch\.inference_mode.* got True$"):
+            score(model, ids, **given, gradient=True)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_the_result_has_no_place_for_is_refused(name: str) -> None:
+    ids, mask, labels = rows()
+    model = build("llama")
+    wanted = score(model, ids, labels, attention_mask=mask).logps
+    for no in (False, None):
+        assert torch.equal(score(model, ids, labels, attention_mask=mask, **{name: no}).logps, wanted)
+    with pytest.raises(ValueError, match=f"^{name}: expected False .* got True"):
+        score(model, ids, labels, attention_mask=mask, **{name: True})
+    with pytest.raises(ValueError, match=r"^return_dict: expected True .* got False"):
+        score(model, ids, labels, attention_mask=mask, return_dict=False)

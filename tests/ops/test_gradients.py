@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -101,4 +103,47 @@ def test_a_scaled_graph_says_that_it_is_spent():
     loss, _ = case.loss()
     torch.autograd.grad(2 * loss, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match=r"linear_loss: .*scaled in place by an earlier backward pass"):
+        torch.autograd.grad(loss, leaves)
+
+
+CHANGES = {
+    "normalised": lambda gradient: gradient.div_(gradient.norm()),
+    "zeroed": lambda gradient: gradient.zero_(),
+    "a row of it": lambda gradient: gradient[0].mul_(2),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["hidden", "weight", "bias"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gradient_that_somebody_changes_is_told_when_it_is_wanted_again(change, which):
+    case = small(bias=True)
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    held = torch.autograd.grad(loss, leaves, retain_graph=True)
+    CHANGES[change](held[which])
+    with pytest.raises(RuntimeError, match=r"^linear_loss: .* got them changed in place; change a copy \(g = g / n\)"):
+        torch.autograd.grad(loss, leaves)
+    loss, _ = case.loss()
+    held = [CHANGES[change](gradient.clone()) for gradient in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    loss.backward()  # copies are nobody's but theirs
+    assert all(leaf.grad.any() for leaf in leaves)
+
+
+def test_a_hook_that_changes_a_gradient_in_place_is_told_too():
+    case = small()
+    leaves = case.leaves()
+    inner = case.hidden * 1.0
+    inner.register_hook(lambda gradient: gradient.mul_(2))
+    loss, _ = dataclasses.replace(case, hidden=inner).loss()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^linear_loss: .* got them changed in place"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_a_graph_that_is_gone_is_torchs_own_word():
+    case = small()
+    leaves = case.leaves()
+    loss, _ = case.loss()
+    torch.autograd.grad(loss, leaves)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, leaves)

@@ -70,12 +70,17 @@ NOTES = """
 ## How to use it
 
 - `get_peft_model` first, then `attach` (then wrap: DDP, `fully_shard`, Trainer). The other order is right where the
-  adapter leaves the head and the token positions alone, and is refused where it does not.
+  adapter leaves the head and the token positions alone, and is refused where it does not. For LLaMA-Adapter
+  (`AdaptionPromptConfig`) it is the only one: peft keeps the forward that it found.
 - After `merge_and_unload` a model attached before remains attached where the head was no adapter's. After switching to
   an adapter with another head, detach and attach again; the call says so.
 - Dropout inside an adapter on the head is drawn for each chunk: as random as over all tokens, not the same draw.
 - A head that quantises its *input* by the range of all tokens it is given (LLM.int8's outlier columns, dynamic
   quantisation) sees a chunk's range instead: the difference is one of its own roundings.
+- An adapter on the head that mixes tokens (Lily's router takes a mean over all of them) is refused, trained or fresh:
+  which tokens it would see depends on the chunk. What tells it is a gradient, which is zero to the last bit otherwise.
+- A head that computes in a dtype of its own (a class whose forward casts hidden states in bfloat16 to a float32 weight)
+  is called as it is, too.
 - A head whose base layer tensor parallelism has spread over processes takes an adapter where the base layer gathers its
   logits (`ColwiseParallel(output_layouts=Replicate())`); peft raises where it does not, and so does attach.
 - AdaLoRA adds its own regulariser to what an attached model returns, as it does to any loss of a model's; trainers,

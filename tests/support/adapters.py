@@ -238,6 +238,7 @@ def mixed() -> nn.Module:
     return stir(peft.get_peft_model(base(), lora_config(HEAD), mixed=True)).train()
 
 
+ADAPTION = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
 CPT = {"cpt_token_ids": [4, 5, 6], "cpt_tokens_type_mask": [1, 2, 2], "cpt_mask": [1, 1, 1]}
 ADDED_BY_TRANSFORMERS = "LoRA on the head, model.add_adapter of transformers"
 CASES: dict[str, Callable[[], Measured]] = {
@@ -255,6 +256,7 @@ CASES: dict[str, Callable[[], Measured]] = {
     "Prefix tuning, attached before get_peft_model": lambda: before(
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
+    "LLaMA-Adapter (AdaptionPrompt), attached before get_peft_model": lambda: before(ADAPTION),
     "LoRA on the head": after(lambda: lora(HEAD)),
     "LoRA on the head, tied embeddings": after(lambda: lora(HEAD, tied=True)),
     "LoRA on the head, rank-stabilised, with a bias": after(lambda: lora(HEAD, use_rslora=True, lora_bias=True)),
@@ -333,7 +335,7 @@ def several_adapters_in_a_batch() -> None:
 
 
 # Each raises: the sentence is part of the table.
-REFUSED: dict[str, Callable[[], None]] = {
+REFUSED: dict[str, Callable[[], Any]] = {
     "LoRA on the head, attached before get_peft_model": lambda: attached_too_early(lora_config(HEAD)),
     "modules_to_save=['lm_head'], attached before get_peft_model": lambda: attached_too_early(
         lora_config(BODY, modules_to_save=["lm_head"])
@@ -341,11 +343,16 @@ REFUSED: dict[str, Callable[[], None]] = {
     "Prompt tuning, attached before get_peft_model": lambda: attached_too_early(
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     ),
+    "LLaMA-Adapter (AdaptionPrompt), attached after get_peft_model": lambda: attach(adapted(ADAPTION)),
     "modules_to_save=['lm_head'], adapter disabled after attach": switched_off,
     "LoRA on the head, several adapters in a batch (adapter_names)": several_adapters_in_a_batch,
     "LoRA on the head, backend='triton'": named_backend,
     "A head without a backward (torch's dynamic int8), in training": head_without_backward,
 }
+if hasattr(peft, "LilyConfig"):
+    REFUSED["Lily on the head"] = lambda: attach(
+        peft.get_peft_model(base(), peft.LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=HEAD))
+    )
 
 
 def sentence(name: str) -> str:

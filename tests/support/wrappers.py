@@ -166,8 +166,9 @@ NOTES = """
 ## How to use them
 
 - Attach first, then wrap: DDP, `fully_shard`, `parallelize_module`, `accelerator.prepare`, `Trainer`, `torch.compile`,
-  `deepspeed.initialize`. Attaching a model that is already wrapped is right as well, on all processes, but not under
-  ZeRO-3, whose weights are taken apart by then, nor in the older `FullyShardedDataParallel` class: both say so.
+  `deepspeed.initialize`, `fabric.setup`. Attaching a model that is already wrapped is right as well, on all processes,
+  but not under ZeRO-3, whose weights are taken apart by then, nor in the older `FullyShardedDataParallel` class: both
+  say so. So does a wrapper that hands its attributes on to what it wraps: attach what is inside it.
 - What the loss divides by (kept pairs, prompts) differs from process to process. `counts = attached.counts(batches)`
   takes the global batch's; `model(**batch, **counts)` then gives losses whose mean over processes and micro-batches is
   the loss of the one large batch. Without it every process and micro-batch divides by its own.
@@ -180,10 +181,17 @@ NOTES = """
   made then would step those; `attach` hands the shards back. After a forward of your own without a backward, do so
   with `clha_fast.models.sharding.reshard(model)` before you make an optimizer.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
+- ZeRO-3 fetches a layer's weights each time it is called, and waits for all processes: an adapter on the head, which is
+  called a chunk of tokens at a time, is refused there, and so is `tiled_mlp`.
+- A model that a `device_map` has spread over devices (accelerate's hooks), some of its layers on disk or in memory, is
+  taken, by `attach`, `score` and `CLHATrainer(ref_model=)`, where its embeddings are on a device; the loss is computed
+  on the head's. A head that is offloaded itself (`cpu_offload`, `disk_offload`) is refused. Seen on one CPU with layers
+  on disk, not with GPUs.
 - `nn.DataParallel` is refused: its copies of the model share one head.
-- What the table does not show: GPUs and NCCL, more than two processes, tensor parallelism together with FSDP2, and
-  sequence parallelism. `torch.compile` ran with its `aot_eager` backend. accelerate takes FSDP2 on GPUs only, so its
-  preparation was called by hand. `CLHATrainer` under the same wrappers: [trainer.md](trainer.md). The autocast row is
+- What the table does not show: GPUs and NCCL, sequence parallelism, and, tried by hand and right in three and four
+  processes, more than two of them and tensor parallelism together with FSDP2. `torch.compile` ran with its `aot_eager`
+  backend. accelerate takes FSDP2 on GPUs only, so its preparation was called by hand. `CLHATrainer` under the same
+  wrappers: [trainer.md](trainer.md). The autocast row is
   compared with an eager loss under autocast. "Head sharded by itself" and ZeRO used the backend `reference`, which
   keeps the weight for the backward as recomputing ones do.
 """
