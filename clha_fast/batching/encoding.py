@@ -32,7 +32,7 @@ class Encoder:
 
     def mark_before(self, text: str, ids: Sequence[int]) -> str:
         """The special token that ends a text of these ids, where what follows depends on it; "" where there is none."""
-        token = self.tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+        token = self._added.get(ids[-1]) if ids else None
         if token is None or not (self._adds_blank or token.rstrip):
             return ""
         # Bytes of SentencePiece are such tokens in some tokenizers; a mark with `rstrip` eats blanks behind it.
@@ -57,6 +57,10 @@ class Encoder:
                 expected = "a response whose first token is its own after any text before it"
                 raise RecordError.of(source, f"completions[{number}]", expected, text)
         return found
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return dict(self.tokenizer.added_tokens_decoder)  # made anew each time that it is asked for
 
     @functools.cached_property
     def _adds_blank(self) -> bool:

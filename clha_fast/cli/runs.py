@@ -50,7 +50,7 @@ def lead_line(run: Run) -> dict[str, str]:
     """What the chat template puts in front of the answers, where all stand behind the same and a server's would not."""
     if not run.lead:
         return {}
-    return {"prompts": f"end with {run.lead!r}, which the template writes before answers, and for servers if told to"}
+    return {"prompts": f"end with {run.lead!r}; a server's do not, unless its chat_template_kwargs say so"}
 
 
 def layout_line(run: Run) -> dict[str, str]:

@@ -108,7 +108,9 @@ def _contents(messages: Any) -> set[str]:
 def _split_texts(chosen: str, rejected: str, source: str) -> tuple[str, str, str]:
     differs = (k for k, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right)
     prefix = chosen[: next(differs, min(len(chosen), len(rejected)))]
-    cut = max((mark.end() for mark in _MARKS.finditer(prefix)), default=0)
+    # A mark at the end of one of them is its own.
+    most = min(len(chosen), len(rejected)) - 1
+    cut = max((end for mark in _MARKS.finditer(prefix) if (end := mark.end()) <= most or mark[0].isspace()), default=0)
     if prefix[:cut].endswith(" "):  # byte-level tokenizers write the space with the word after it
         cut -= 1
     if not prefix[:cut].strip():

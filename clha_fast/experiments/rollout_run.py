@@ -100,7 +100,7 @@ class RolloutRun(Run):
     def lead(self) -> str | None:
         """That of the run which has trained the model; what stands beside the prompts plays no part."""
         assert self.options.model is not None
-        return trained_lead(self.options.model) or ""
+        return trained_lead(self.options.model)
 
     def _evaluate(self) -> dict[str, Any]:
         found = self.trainer.evaluate()

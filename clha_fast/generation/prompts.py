@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
 from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.rendering import render_prompt
 from clha_fast.generation.asking import RESPONSE, closing_of, encode_question, question, usual_closing
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
 
@@ -190,8 +190,8 @@ def _said(read: Sequence[_Read], lead: str | None) -> str:
     found = []
     if behind:
         found.append(
-            f"{len(behind):,} of {len(read):,} prompts end with {behind[0]!r}, as in training; a server's do not, "
-            "unless its chat_template_kwargs or its request say so"
+            f"{len(behind):,} of {len(read):,} prompts end with {behind[0]!r}; a server's do not, unless its "
+            "chat_template_kwargs or its request say so"
         )
     plain = sum(not one.rendered for one in read)
     if lead and plain:
@@ -287,16 +287,21 @@ def _run_of(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
 def lead_of(records: Sequence[RankedRecord], tokenizer: PreTrainedTokenizerBase, limit: int = 256) -> str | None:
     """What training on these records has between generation prompt and responses, the same for all of them.
 
-    None where they differ in it, and without messages that go through a chat template. The first `limit` of these are
-    looked at; what the template refuses does not count.
+    The generation prompt is the one without variables of a record's own, for a prompt alone has none. None where they
+    differ in it, and without messages that go through a chat template. Of these `limit` are looked at, evenly spread;
+    what the template refuses does not count, nor do prompts that end in an answer's beginning.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    messages = (record for record in records if not isinstance(record.prompt, str))
+    messages = [
+        record for record in records if not isinstance(record.prompt, str) and record.prompt[-1]["role"] != "assistant"
+    ]
     found = set()
-    for record in itertools.islice(messages, limit):
+    for record in messages[:: -(-len(messages) // limit) or 1]:
         with contextlib.suppress(RecordError):
             assert not isinstance(record.prompt, str)
             chat = render_chat(record.prompt, record.completions, tokenizer, record.source, record.template)
-            found.add(chat.lead)
+            plain = {name: value for name, value in record.template.items() if name == "tools"}
+            start, _ = render_prompt(record.prompt, tokenizer, record.source, plain)
+            found.add(chat.prompt[len(start) :] if chat.prompt.startswith(start) else chat.lead)
     return found.pop() if len(found) == 1 else None

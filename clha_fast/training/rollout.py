@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, HostSizes, pack_candidates
 from clha_fast.batching.segments import SegmentGroup, Segments
-from clha_fast.data.prompts import Prompted
+from clha_fast.data.prompts import Prompted, PromptRecord
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
 from clha_fast.generation.hf import generate_tokens
@@ -116,7 +116,9 @@ class PromptDataset(torch.utils.data.Dataset[int]):
     ) -> None:
         if not records:
             raise RecordError("prompts: expected at least one, got none")
-        encoded = encode_prompts(records, tokenizer, settings, positions)
+        # Responses that stand beside a prompt play no part.
+        alone = [PromptRecord(record.prompt, record.source, record.template) for record in records]
+        encoded = encode_prompts(alone, tokenizer, settings, positions)
         self.records, self.prompts = list(records), encoded.prompts
         self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
 

@@ -63,10 +63,10 @@ def asked(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_a_model_of_answers_without_thoughts(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = train(tmp_path, base, ("Yes.", "no"), "--peft_config.r", "2", "--peft_config.target_modules", "[q_proj]")
     said = capsys.readouterr().out
-    assert f"prompts   end with {BLOCK!r}, which the template writes before answers" in said
+    assert f"prompts   end with {BLOCK!r}; a server's do not, unless" in said
     assert trained_lead(adapter) == BLOCK
     assert trained_lead(adapter / "checkpoint-1") == BLOCK
-    assert f"1 of 1 prompts end with {BLOCK!r}, as in training; a server's do not" in asked(tmp_path, capsys)
+    assert f"1 of 1 prompts end with {BLOCK!r}; a server's do not" in asked(tmp_path, capsys)
     assert asked(tmp_path, capsys, "--lead", "") == ""
     told = ("--lead", "", "--chat-template-kwargs", '{"enable_thinking": false}')
     assert asked(tmp_path, capsys, *told) == "", "as a server that is told so"
@@ -106,9 +106,10 @@ def test_rollouts_go_on_behind_it(
     own = {**paths, "eval_fraction": 0, "max_steps": 1, "max_completion_length": 3, "per_device_train_batch_size": 2}
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
     assert cli.main(["rlhf", "--use_cpu", *words]) == 0
-    said = f"2 of 2 prompts end with {BLOCK!r}, as in training" in capsys.readouterr().out
-    assert said == (lead is not None)
-    assert trained_lead(tmp_path / "out") == (lead or "")
+    said = capsys.readouterr().out
+    assert (f"2 of 2 prompts end with {BLOCK!r}; a server's do not" in said) == (lead is not None)
+    assert (f"2 of 2 prompts are asked as a server asks, without {BLOCK!r}" in said) == (lead is None)
+    assert trained_lead(tmp_path / "out") == lead
 
 
 def test_a_conversation_says_it_once(tmp_path: Path, base: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +128,7 @@ def test_what_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixtu
     kwargs = "--chat-template-kwargs"
     for words, expected in (
         ((kwargs, "[1]"), "--chat-template-kwargs: expected a JSON object such as"),
+        (("--lead", r"<think>\n\n</think>"), "--lead: expected line breaks as they are, in a shell $'"),
         ((kwargs, "{no"), "--chat-template-kwargs: expected a JSON object such as"),
         ((kwargs, '{"tokenize": true}'), "chat_template_kwargs: expected variables of the chat template's own"),
     ):

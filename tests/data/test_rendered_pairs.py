@@ -45,6 +45,12 @@ def test_a_blank_behind_the_head_is_the_prompt_s_too_but_for_a_space(head: str, 
         ("It is 12:30.", "It is 12:45.", "It is"),
         ("See https://a.org", "See https://b.org", "See"),
         ("The sky is blue.", "The sky is black.", "The sky is"),
+        # One is the beginning of the other, or both are equal: a mark at its end is its own.
+        ("As they say [1] and Gore", "As they say [1]", "As they say"),
+        ("A few tips are:\n- Ask", "A few tips are:", "A few tips"),
+        ("Here: <p>x</p>", "Here: <p>x</p> I hope it helps!", "Here: <p>"),
+        ("See the list [2]", "See the list [2]", "See the list"),
+        ("\u7b54\u6848 \u662f\uff1a", "\u7b54\u6848 \u662f\uff1aB", "\u7b54\u6848"),
         ("x = a[0]b", "x = a[0]c", "x = a[0]"),  # a mark wherever it stands; the rest still holds all that differs
     ],
 )

@@ -143,7 +143,7 @@ def test_where_both_differ_it_is_said() -> None:
     alone = PromptRecord(MESSAGES)
     said = encode(tokenizer, alone, alone).said
     assert said.startswith(f"2 of 2 prompts are asked as a server asks, without {NO_THOUGHTS!r}, which the chat templ")
-    trained = f"1 of 1 prompts end with {NO_THOUGHTS!r}, as in training; a server's do not, unless its chat_template"
+    trained = f"1 of 1 prompts end with {NO_THOUGHTS!r}; a server's do not, unless its chat_template"
     assert encode(tokenizer, alone, lead=NO_THOUGHTS).said.startswith(trained)
     assert encode(tokenizer, PLAIN).said.startswith(trained)
     assert encode(tokenizer, alone, lead="").said == "", "a run that trained so"
@@ -152,7 +152,7 @@ def test_where_both_differ_it_is_said() -> None:
     for name in ("reason", "last", "chatml", "llama 3"):
         assert encode(chat_tokenizer(KINDS[name]), alone, PLAIN).said == ""
     header = encode(chat_tokenizer(SHAPES["no generation prompt"]), alone)
-    assert header.said.startswith("1 of 1 prompts end with '<|im_start|>assistant\\n', as in training")
+    assert header.said.startswith("1 of 1 prompts end with '<|im_start|>assistant\\n'; a server's do not")
 
 
 def test_variables_of_the_template() -> None:
@@ -249,7 +249,13 @@ def test_the_lead_of_a_run() -> None:
     chatml.chat_template = None
     assert lead_of([PLAIN], chatml) is None
     asked = RankedRecord(MESSAGES, ("Yes.", "no"), template={"enable_thinking": False})
-    assert lead_of([asked], think) == "", "the rows' own variables write it"
+    assert lead_of([asked], think) == NO_THOUGHTS, "the row's own variables write it, and a prompt alone has none"
+    assert lead_of([asked, PLAIN], think) == NO_THOUGHTS
+    beginning = ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So"})
+    continued = RankedRecord(beginning, (" it is.", " no"))
+    assert lead_of([continued, PLAIN], think) == NO_THOUGHTS
+    assert lead_of([continued], think) is None
+    assert lead_of([PLAIN] * 300 + [thoughts] * 300, think) is lead_of([thoughts] * 300 + [PLAIN] * 300, think) is None
 
 
 def test_what_a_folder_says_of_its_run(tmp_path: Path) -> None:

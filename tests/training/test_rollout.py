@@ -13,8 +13,10 @@ import torch
 
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.data.prompts import Prompted, PromptRecord
-from clha_fast.generation.backend import EncodedPrompt
-from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from clha_fast.data.records import RankedRecord
+from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
+from clha_fast.training.rollout import PromptDataset, RolloutConfig, RolloutTrainer
+from tests.support.chat_templates import SHAPES, chat_tokenizer
 from tests.support.power_cuts import CutAfter, PowerCut, dropout_model, weights
 from tests.support.tiny import make_model, make_tokenizer
 
@@ -25,6 +27,18 @@ PROMPTS: list[Prompted] = [PromptRecord(f"say {number}") for number in range(10)
 def vowels(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
     """A reward that can be computed: it likes an e."""
     return [[float(text.count("e")) for text in texts] for texts in answers]
+
+
+@pytest.mark.parametrize("name", ["no generation prompt", "empty thoughts", "chatml"])
+def test_responses_beside_a_prompt_play_no_part(name: str) -> None:
+    """Nor where the template has no generation prompt: the header of the answer is there all the same."""
+    tokenizer = chat_tokenizer(SHAPES[name])
+    messages = ({"role": "user", "content": "Why?"},)
+    ranked = RankedRecord(messages, ("<think>\nHm.\n</think>\n\nYes.", "<think>\nSo.\n</think>\n\nno"))
+    settings = GenerationSettings()
+    alone = PromptDataset([PromptRecord(messages)], tokenizer, settings).prompts
+    assert PromptDataset([ranked], tokenizer, settings).prompts == alone
+    assert tokenizer.decode(alone[0].ids).endswith("<|im_start|>assistant\n")
 
 
 def trainer(
