@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from clha_fast.data.rendering import apply_template, content_as, render_messages
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SHOWN = 60  # characters of a rendering in an error
+# Of tokenizers as they were: how many tokens and which special ones by name, and a pattern of all special ones.
+_PATTERNS: weakref.WeakKeyDictionary[Any, tuple[Any, re.Pattern[str]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,15 @@ def _without_system(messages: Sequence[Message], start: str, whole: str) -> str:
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {str(token) for token in tokenizer.all_special_tokens}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    named = tuple(map(str, tokenizer.all_special_tokens))
+    key = (len(tokenizer), named)
+    found = _PATTERNS.get(tokenizer)
+    if found is None or found[0] != key:
+        # Thousands of added tokens (Gemma's) take longer to be listed than a record takes to be tokenised.
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {*named}
+        pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        found = _PATTERNS[tokenizer] = key, pattern
+    return found[1]
 
 
 def _generation_span(

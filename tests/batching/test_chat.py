@@ -227,3 +227,23 @@ def test_a_response_never_changes_the_prompt_s_tokens() -> None:
     alone = tokenizer.apply_chat_template(list(MESSAGES), add_generation_prompt=True)["input_ids"]
     assert feature["prompt_ids"] == alone
     assert decode(tokenizer, feature["completion_ids"][0]) == "\n\nYes<|im_end|>"
+
+
+def test_special_tokens_that_come_later_are_known() -> None:
+    """What a tokenizer's special tokens are is looked up once, and again when it has others."""
+    tokenizer = chat_tokenizer(SHAPES["chatml"])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "[end]")
+
+    def closed() -> bool:
+        return render_chat(MESSAGES, ["Yes."], tokenizer, "record").closed
+
+    assert not closed()
+    tokenizer.add_tokens(["[end]"], special_tokens=True)
+    assert closed()
+    other = chat_tokenizer(SHAPES["chatml"])
+    other.chat_template = tokenizer.chat_template
+    assert not render_chat(MESSAGES, ["Yes."], other, "record").closed
+    other.add_tokens(["[end]"])
+    assert not render_chat(MESSAGES, ["Yes."], other, "record").closed
+    other.eos_token = "[end]"
+    assert render_chat(MESSAGES, ["Yes."], other, "record").closed
