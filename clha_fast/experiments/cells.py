@@ -145,7 +145,7 @@ def check_settings(comparison: Comparison) -> None:
     """Before hours of training: whether the trainer takes every method's settings, as far as no data are needed.
 
     Raises:
-        ValueError, TypeError: it does not; the message names the method.
+        ValueError: it does not; the message names the method.
     """
     for method in comparison.methods:
         config = RolloutConfig if method.rollout else CLHAConfig
@@ -153,8 +153,8 @@ def check_settings(comparison: Comparison) -> None:
         for rate in comparison.learning_rates:
             try:
                 config(**given, learning_rate=rate)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{method.label}: {error}") from None
+            except (TypeError, ValueError, OSError) as error:
+                raise ValueError(f"{method.label}: {error}") from None
 
 
 def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:

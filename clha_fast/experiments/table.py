@@ -92,7 +92,7 @@ class Table:
         self, comparison: Comparison, say: Say = lambda line: None, *, ray: bool = False, address: str | None = None
     ) -> None:
         self.comparison, self.say = comparison, say
-        self._run_all = functools.partial(run_all, ray=ray, address=address)
+        self._run_all, self._elsewhere = functools.partial(run_all, ray=ray, address=address), ray
         self.rows: list[Row] = []
         self._empty: list[str] = []
 
@@ -105,7 +105,8 @@ class Table:
         comparison = self.comparison
         # What is missing, and what there is to say of files, is said before hours of training.
         check_extra()
-        check_settings(comparison)
+        if not (self._elsewhere or os.path.isdir(comparison.output_dir)):  # what is done may be from another machine
+            check_settings(comparison)
         self._overlaps = _overlaps(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():

@@ -24,6 +24,7 @@ from clha_fast.models.forward import (
     CandidateForward,
     LogpForward,
     check_dropped,
+    check_wide,
     checked_scale,
 )
 from clha_fast.models.heads import HeadInfo
@@ -235,9 +236,7 @@ class Attached:
                 got = "some" if isinstance(got, Tensor) else got
                 raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
         if kwargs.get("return_dict") is False:
-            raise ValueError(
-                "return_dict: expected True beside a batch of candidates (its output has names), got False"
-            )
+            raise ValueError("return_dict: expected True beside a batch of candidates (outputs have names), got False")
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "inputs_embeds: expected input_ids (peft's prompt tuning shifts the positions that a batch scores); "
@@ -249,6 +248,7 @@ class Attached:
                 raise ValueError(f"{name}: expected in a batch of candidates, got the keys {', '.join(sorted(kwargs))}")
         if kwargs["candidates_per_prompt"].shape[0]:
             check_chains(kwargs.get("chains", ""), self.options)
+        check_wide(kwargs)
         check_dropped(kwargs, self.options)
         segments = kwargs.get("segments")
         # position_ids alone are somebody's own.

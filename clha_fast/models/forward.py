@@ -34,9 +34,22 @@ from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 from clha_fast.ops.dispatch import Backend
 from clha_fast.options import HeadOptions
+from clha_fast.types import COUNTS, SIGNALS
 
 MODEL_FIELDS = ("input_ids", "attention_mask")
 SEGMENT_FIELDS = ("segments", *TOKEN_SEGMENTS)
+
+
+def check_wide(batch: Mapping[str, Any]) -> None:
+    """ValueError for numbers of a batch that have 16 bits: whoever cast them has rounded them, and made ties."""
+    for name in ("rewards", *SIGNALS, *COUNTS):
+        given = batch.get(name)
+        if isinstance(given, Tensor) and given.is_floating_point() and given.itemsize < 4:
+            raise ValueError(
+                f"{name}: expected float32 or float64, got {given.dtype}; a wrapper that casts its inputs rounds them "
+                "(FSDP2: MixedPrecisionPolicy(..., cast_forward_inputs=False); Lightning Fabric: precision='32-true'), "
+                f"and what comes in 16 bits from the data is {name}.float()"
+            )
 
 
 def check_dropped(batch: Mapping[str, Any], objective: Objective) -> None:

@@ -47,6 +47,8 @@ from clha_fast.options import HeadOptions
 HeadCompute = Callable[[Tensor, Any, "Tensor | None"], Any]
 # On a module whose forward something of ours stands in for.
 _TAKEN = "_clha_taken"
+# What a head raises whose parameters have values that it was not made for.
+_FILLED_FAILS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,8 @@ class _Probe:
                 logits = type(head).forward(head, x)
                 alone = type(head).forward(head, x[:1, -1:])
                 mixes = [mixes_tokens(x, logits)]
-                with zeros_filled(head) as filled:
+                # A head that does not run so has other parameters than an adapter's zeros.
+                with contextlib.suppress(*_FILLED_FAILS), zeros_filled(head) as filled:
                     if filled:
                         mixes.append(mixes_tokens(x, type(head).forward(head, x)))
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:

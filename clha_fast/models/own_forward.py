@@ -105,11 +105,11 @@ def token_statistics(
             "made for inference alone; score with it under torch.no_grad(), or train with a head that has one"
         )
     spread = any(hasattr(parameter, "ds_id") for parameter in forward.module.parameters())
-    if spread and dist.is_initialized() and dist.get_world_size() > 1:
+    if in_chunks and spread and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedHeadError(
             f"model: expected a head whose weights are whole where it runs, got {head_name(forward.module)} under "
             "ZeRO-3, which fetches them call by call while processes have different numbers of chunks; use ZeRO-2 or "
-            "FSDP2, or leave the head without an adapter"
+            "FSDP2, backend='reference' (all logits at once), or leave the head without an adapter"
         )
     rows = hidden if row_index is None else hidden[row_index]
     count = rows.shape[0]

@@ -113,7 +113,8 @@ def is_linear(head: nn.Module) -> bool:
 def mixes_tokens(x: Tensor, logits: Tensor) -> bool | None:
     """Whether a token's logits have a gradient for another token, of its row or of another.
 
-    It is zero to the last bit where tokens are apart, quantised or not: rounding by a common range has none.
+    It is zero to the last bit where tokens are apart, quantised or not, unless a range of all has a gradient, too. What
+    is not finite tells nothing.
 
     Args:
         x: [B, T, H], a leaf. logits: [B, T, V], what a head made of it, plain or a DTensor.
@@ -130,11 +131,11 @@ def mixes_tokens(x: Tensor, logits: Tensor) -> bool | None:
         try:
             (grad,) = torch.autograd.grad(logits[place].float() @ upstream, x, retain_graph=True, allow_unused=True)
         except (RuntimeError, NotImplementedError):
-            return None
+            return None if place == (0, 0) else False  # there is one, which runs once
         if grad is None:
             return None
         grad[place] = 0
-        if bool(grad.any()):
+        if bool((grad.isfinite() & (grad != 0)).any()):
             return True
     return False
 

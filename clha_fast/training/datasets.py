@@ -57,7 +57,8 @@ def check_reach(args: CLHAConfig, collator: Any) -> None:
 def _check_limits(collator: RankedCollator, dataset: Any, name: str) -> None:
     """ValueError where what is tokenised already may be longer than a collator allows.
 
-    A limit as strict holds; else the first `_LOOK` prompts tell, of a stream nothing.
+    A limit as strict holds; else a `RankedDataset`'s lengths tell, of another one's those of the first `_LOOK` prompts,
+    of a stream nothing.
     """
     own: dict[str, Any] = {}
     if isinstance(dataset, RankedStream):
@@ -79,7 +80,8 @@ def _check_limits(collator: RankedCollator, dataset: Any, name: str) -> None:
             )
     if not asked or not is_tokenised(dataset):
         return
-    for features in itertools.islice(feature_chunks(dataset), _LOOK // CHUNK):
+    most = None if isinstance(dataset, RankedDataset) else _LOOK // CHUNK
+    for features in itertools.islice(feature_chunks(dataset), most):
         for feature in features:
             prompt, longest = len(feature["prompt_ids"]), max(map(len, feature["completion_ids"]), default=0)
             for limit, length in zip(LIMITS, (prompt + longest, prompt, longest), strict=True):

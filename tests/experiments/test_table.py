@@ -239,6 +239,25 @@ def test_settings_are_tried_before_anything_is_trained(given, tmp_path, method, 
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_settings_name_are_named(given, tmp_path, capsys):
+    """Not JSON, no text, not there: a sentence, whatever the error."""
+    for name, content in (("broken", b"{no"), ("bytes", b"\xff\xfe\x00"), ("absent", None)):
+        path = tmp_path / f"{name}.json"
+        if content is not None:
+            path.write_bytes(content)
+        config = tmp_path / "table.yaml"
+        config.write_text(yaml.safe_dump(small(given, methods=["sft"], settings={"accelerator_config": str(path)})))
+        assert main(["table2", "--config", str(config)]) == 2
+        assert "clha-fast table2: SFT: " in one_sentence(capsys)
+
+
+def test_a_table_that_is_there_is_made_where_it_could_not_be_trained(given, tmp_path, monkeypatch):
+    made = run(small(given, methods=["sft"], generation={"max_new_tokens": 2}))
+    monkeypatch.setattr("clha_fast.experiments.table.check_settings", lambda comparison: 1 / 0)
+    again = run(small(given, methods=["sft"], generation={"max_new_tokens": 2}))
+    assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in made.rows]
+
+
 def test_what_dev_cannot_choose_is_said(given, tmp_path):
     """One answer a record on dev: no pair is ordered, so no learning rate is better than another."""
     given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2])

@@ -40,6 +40,9 @@ def test_fabric_in_either_order(compiled: bool, first: bool) -> None:
     assert attached.model is model
     loss = wrapped(**batch.as_dict()).loss
     assert measure(wanted, expected, loss, gradients(model, loss), attached).right
+    narrow = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(model)
+    with pytest.raises(ValueError, match=r"^rewards: expected float32 or float64, got torch\.bfloat16"):
+        narrow(**batch.as_dict())
     attached.detach()
     for part in (wrapped, model):
         assert part(**batch.model_inputs()).logits.shape[-1] == model.config.vocab_size

@@ -287,6 +287,21 @@ def test_bad_calls() -> None:
         clha_fast.attach(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["rewards", "reference_logps", "pair_counts", "prompt_count"])
+def test_numbers_that_a_wrapper_has_rounded_are_refused(name: str, dtype: torch.dtype) -> None:
+    """Of 4.001 and 4.0 bfloat16 makes a tie, of 1001 prompts 1000; int64 and what is wide stay."""
+    model = make_model(len(make_tokenizer()))
+    clha_fast.attach(model, OPTIONS)
+    batch = collate(make_rows(2))
+    given = {**batch.as_dict(), name: torch.ones(2, dtype=dtype)}
+    with pytest.raises(ValueError, match=rf"^{name}: expected float32 or float64, got {dtype}; a wrapper that casts"):
+        model(**given)
+    rewards = batch.rewards
+    assert rewards is not None
+    model(**{**batch.as_dict(), "rewards": rewards.double()})
+
+
 def test_a_head_changed_afterwards_is_refused() -> None:
     model = make_model(len(TOKENIZER), tie_word_embeddings=False)
     clha_fast.attach(model)

@@ -287,6 +287,63 @@ def test_under_autocast_a_head_of_another_class_is_read_as_before() -> None:
             assert model(**batch.as_dict()).loss.item() == pytest.approx(wanted, rel=2e-3)
 
 
+class FromZero(nn.Linear):
+    """A head with a parameter that is zero, and for which other values than that are errors, or no numbers."""
+
+    def __init__(self, plain: nn.Linear, how: str) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight, self.how = plain.weight, how
+        self.gate = nn.Parameter(torch.zeros(plain.in_features))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.how == "root":  # of no number where it is filled, with a slope without end where it is zero
+            return nn.functional.linear(hidden + self.gate.sqrt(), self.weight)
+        if self.gate.any():
+            raise {"value": ValueError, "key": KeyError, "runtime": RuntimeError}[self.how]("not these")
+        return nn.functional.linear(hidden + self.gate, self.weight)
+
+
+@pytest.mark.parametrize("how", ["root", "value", "key", "runtime"])
+def test_what_a_head_does_with_other_parameters_tells_nothing(how: str) -> None:
+    model = base()
+    model.lm_head = FromZero(model.lm_head, how)
+    attach(model)
+    assert not model.lm_head.gate.any()
+
+
+class Once(torch.autograd.Function):
+    """A product whose backward runs once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.kept = weight
+        return hidden @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight, ctx.kept = ctx.kept, None
+        if weight is None:
+            raise RuntimeError("its context is gone")
+        return grad @ weight, None
+
+
+class OnceHead(nn.Linear):
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = plain.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Once.apply(hidden, self.weight.detach())  # type: ignore[no-any-return]
+
+
+def test_a_backward_that_runs_once_is_one() -> None:
+    model = base()
+    model.lm_head = OnceHead(model.lm_head)
+    forward = inspect_head(model, own_forward=True).own_forward
+    assert forward is not None
+    assert forward.differentiable
+
+
 def test_what_is_no_hidden_state_is_named() -> None:
     model = base()
     head = model.lm_head

@@ -76,7 +76,8 @@ NOTES = """
   an adapter with another head, detach and attach again; the call says so.
 - Dropout inside an adapter on the head is drawn for each chunk: as random as over all tokens, not the same draw.
 - A head that quantises its *input* by the range of all tokens it is given (LLM.int8's outlier columns, dynamic
-  quantisation) sees a chunk's range instead: the difference is one of its own roundings.
+  quantisation) sees a chunk's range instead: the difference is one of its own roundings. Where that
+  range has a gradient (torchao's float8 quantisation-aware training by tensor), tokens are mixed, and it is refused.
 - An adapter on the head that mixes tokens (Lily's router takes a mean over all of them) is refused, trained or fresh:
   which tokens it would see depends on the chunk. What tells it is a gradient, which is zero to the last bit otherwise.
 - A head that computes in a dtype of its own (a class whose forward casts hidden states in bfloat16 to a float32 weight)

@@ -163,7 +163,7 @@ def fsdp_without_prompts() -> Measured:
 
 
 def fsdp_bfloat16() -> Measured:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     return fsdp(untied, mp_policy=policy, tolerance=ROUNDED)
 
 

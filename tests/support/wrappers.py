@@ -182,7 +182,10 @@ NOTES = """
   with `clha_fast.models.sharding.reshard(model)` before you make an optimizer.
 - A head that is sharded by itself (`fully_shard(model.lm_head)`) is gathered again for the backward.
 - ZeRO-3 fetches a layer's weights each time it is called, and waits for all processes: an adapter on the head, which is
-  called a chunk of tokens at a time, is refused there, and so is `tiled_mlp`.
+  called a chunk of tokens at a time, is refused there (but for `backend="reference"`), and so is `tiled_mlp`.
+- A wrapper that casts a batch to 16 bits would round rewards, counts and what else stands in it: that is refused. FSDP2
+  casts unless told otherwise, `MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)`; Lightning
+  Fabric does in its 16-bit precisions: take `32-true` there.
 - A model that a `device_map` has spread over devices (accelerate's hooks), some of its layers on disk or in memory, is
   taken, by `attach`, `score` and `CLHATrainer(ref_model=)`, where its embeddings are on a device; the loss is computed
   on the head's. A head that is offloaded itself (`cpu_offload`, `disk_offload`) is refused. Seen on one CPU with layers

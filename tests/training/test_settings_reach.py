@@ -129,6 +129,15 @@ def test_rows_that_are_tokenised(tmp_path: Path, name: str, own: int | None) -> 
             given(tmp_path, rows=dataset, **{name: own})
 
 
+def test_every_row_of_a_dataset_is_held_to_a_limit(tmp_path: Path) -> None:
+    rows = [{"prompt": "say: ", "completions": ["a cat", "a dog"]}] * 2100
+    rows += [{"prompt": "say: ", "completions": ["a cat " * 30, "a dog"]}]
+    dataset = RankedDataset(rows, RankedCollator(TOKENIZER), progress=False)
+    with pytest.raises(ValueError, match=r"^max_length: expected at least the \d+ tokens of a row of train_dataset"):
+        given(tmp_path, rows=dataset, max_length=max(dataset.lengths) - 1)
+    given(tmp_path, rows=dataset, max_length=max(dataset.lengths))
+
+
 def test_what_a_trainer_tokenises_has_limits(tmp_path: Path) -> None:
     """In every form that docs/data.md names, to train on and to evaluate."""
     rows = make_rows(4)
