@@ -26,7 +26,7 @@ def check_chat(args: argparse.Namespace, parser: argparse.ArgumentParser, column
             flag = name if name.isupper() else f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: expected none with --chat, which reads lines and writes no file")
         for name in ("system", "lead", "chat_template_kwargs") if args.no_history else ():
-            if getattr(args, name):
+            if getattr(args, name) != parser.get_default(name):
                 raise ValueError(
                     f"--{name.replace('_', '-')}: expected none with --no-history, got {getattr(args, name)!r}"
                 )

@@ -150,7 +150,8 @@ class RolloutTrainer(CLHATrainer):
     Args:
         model, args, processing_class, peft_config, ref_model, **kwargs: as `CLHATrainer`; `args` a `RolloutConfig`.
         reward: from records and texts of answers, see `rewards.answers.AnswerRewards`; or a function of your own.
-        lead: what prompts of messages end with, as in `GenerationSettings`.
+        lead: what prompts of messages end with, as in `GenerationSettings`; None is as a server asks, for responses
+            beside a prompt play no part.
         train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file).
 
     Raises:

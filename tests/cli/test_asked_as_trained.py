@@ -134,6 +134,6 @@ def test_what_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixtu
     ):
         assert cli.main(["generate", str(base), prompts, answers, *words]) == 2
         assert expected in one_sentence(capsys), words
-    for words in (("--lead", "x"), (kwargs, "{}")):
+    for words in (("--lead", "x"), ("--lead", ""), (kwargs, "{}")):
         assert cli.main(["generate", str(base), "--chat", "--no-history", *words]) == 2
         assert f"{words[0]}: expected none with --no-history" in one_sentence(capsys)

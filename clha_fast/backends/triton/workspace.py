@@ -367,7 +367,8 @@ class _Store:
 
     def hold(self, chunk: Chunk) -> None:
         self.loaded = None
-        self._note(chunk.start, chunk.kept, _statistics(self.sweep, chunk.start, chunk.kept))
+        if chunk.start < chunk.kept:
+            self._note(chunk.start, chunk.kept, _statistics(self.sweep, chunk.start, chunk.kept))
         if chunk.kept < chunk.stop:
             self.loaded = self.sweep.load(chunk.kept, chunk.stop)
             self._note(chunk.kept, chunk.stop, self.loaded.statistics())
