@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -129,8 +130,10 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:
     """Medians and spreads over interleaved rounds, and medians of each round's ratio to every method in `bases`.
 
-    The first round is not counted: it compiles, allocates and warms up. A method that fails leaves the loop with its
-    reason. Rounds stop early, after at least one, when the deadline is near; behind it no method but the first begins.
+    The first round is not counted: it compiles, allocates and warms up. Each of the others takes the methods in another
+    order, the same in every run: what comes before a method has left its mark on caches. A method that fails leaves the
+    loop with its reason. Rounds stop early, after at least one, when the deadline is near; behind it no method but the
+    first begins.
     before: called ahead of every step, not timed. first: gets each method's name ahead of its first step. after: gets
     what is known after each round. progress: a line a round.
 
@@ -139,12 +142,15 @@ def interleaved(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
-    slowest = 0.0
+    slowest, shuffled = 0.0, Random(0)
     for index in range(rounds + 1):
         if index > 1 and not deadline.allows(3 * slowest):
             break
         start = time.monotonic()
-        for name, step in steps.items():
+        order = list(steps.items())
+        if index:
+            shuffled.shuffle(order)
+        for name, step in order:
             if name in failed:
                 continue
             if not deadline.allows(0) and (times[name] or (index == 0 and name != next(iter(steps)))):
@@ -185,6 +191,7 @@ def _summary(
         median = statistics.median(own)
         row: dict[str, Any] = {
             "seconds": median,
+            "fastest": min(own),
             "spread": (max(own) - min(own)) / median,
             "rounds": len(own),
         }

@@ -73,30 +73,37 @@ def render(report: dict[str, Any], names: list[str]) -> str:
     parts = []
     for name, workload in ((name, report["workloads"][name]) for name in names):
         methods = workload["methods"]
+        seconds = any("fastest" in row for row in methods.values())
         tokens, entropy = workload["scored_tokens"], workload["softmax_entropy"]
         size = workload["gradient_bytes"] / 1e6
         lines = [
             f"{name}: {workload['shape']}, {tokens} scored tokens; mean softmax entropy {entropy:.2f} nats; the "
             f"gradients alone are {size:.0f} MB.{_routed(methods)}",
             "",
-            "| forward + backward of the loss | time over eager | time over the bound | peak memory above inputs |",
-            "|---|---|---|---|",
+            "| forward + backward of the loss | time over eager | time over the bound | "
+            + ("fastest | " if seconds else "")
+            + "peak memory above inputs |",
+            "|---|---|---|---|" + "---|" * seconds,
         ]
         for method, row in ((method, methods[method]) for method in LABELS if method in methods):
             if "status" in row:
-                lines.append(f"| {LABELS[method]} | {row['status']} | - | - |")
+                lines.append(f"| {LABELS[method]} | {row['status']} | - | - |" + " - |" * seconds)
                 continue
             memory = f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-"
-            lines.append(f"| {LABELS[method]} | {_ratio(row, 'eager')} | {_ratio(row, 'bare_gemms')} | {memory} |")
+            cells = [_ratio(row, "eager"), _ratio(row, "bare_gemms"), memory]
+            if seconds:
+                cells.insert(2, f"{row['fastest']:.2f} s")
+            lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     e = report["environment"]
     rounds = report["workloads"][names[0]]["rounds"]
     clock = ", CPU time of the process (others used the machine)" if e.get("clock") == "cpu" else ""
     quartiles = any("over_eager_quartiles" in row for row in report["workloads"][names[0]]["methods"].values())
+    ordered = any("fastest" in row for row in report["workloads"][names[0]]["methods"].values())
     origin = (
         f"Measured by `make bench-cpu` on {e['date']}: {cpu_kind(e)}, {e['threads']} threads, torch {e['torch']}, "
         f"commit {e['commit']}; medians{' [quartiles]' if quartiles else ''} of the ratios within each of {rounds} "
-        f"interleaved rounds{clock}. GPU: not measured."
+        f"interleaved rounds{', in an order of its own each' if ordered else ''}{clock}. GPU: not measured."
     )
     return "\n\n".join([*parts, origin])
 
