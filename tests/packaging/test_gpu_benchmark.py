@@ -71,6 +71,22 @@ def test_a_method_that_fails_leaves_the_loop_with_its_reason() -> None:
     assert found["absent"]["failed"].startswith("not installed: ")
 
 
+def test_every_round_takes_the_methods_in_an_order_of_its_own() -> None:
+    def orders() -> list[tuple[str, ...]]:
+        seen: list[str] = []
+        steps = {name: lambda name=name: seen.append(name) for name in ("bound", "one", "two", "three")}
+        found = interleaved(steps, Clock("cpu"), 6, Deadline(60))
+        for row in found.values():
+            assert 0 < row["fastest"] <= row["seconds"]
+        return [tuple(seen[at : at + 4]) for at in range(0, len(seen), 4)]
+
+    first = orders()
+    assert first[0] == ("bound", "one", "two", "three")
+    assert all(sorted(order) == sorted(first[0]) for order in first)
+    assert len(set(first)) > 3
+    assert orders() == first
+
+
 def test_rounds_stop_when_the_time_is_over() -> None:
     found = interleaved({"bound": lambda: None}, Clock("cpu"), 50, Deadline(-1))
     assert found["bound"]["rounds"] == 1
