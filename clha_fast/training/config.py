@@ -17,7 +17,13 @@ from clha_fast.options import HeadOptions
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, as_mapping, make, settle
 from clha_fast.training.sequence import check_sequence
 from clha_fast.training.trl_names import TRLNames, settle_names
-from clha_fast.training.validation import check_loading, check_machine, check_numbers, check_schedule
+from clha_fast.training.validation import (
+    check_loading,
+    check_machine,
+    check_numbers,
+    check_schedule,
+    settle_best_metric,
+)
 
 _PRESET = {"help": "Of CLHA. None: as the preset says."}
 
@@ -72,6 +78,8 @@ class CLHAConfig(TRLNames, TrainingArguments):
         truncation_mode: TRL's way to cut, taken where `max_length` is None and nothing is cut.
         disable_dropout: every dropout of the model is 0. pad_token: what the tokenizer pads with.
         model_init_kwargs: for `from_pretrained`, where the trainer is given a model's folder or name.
+        greater_is_better: of `metric_for_best_model`; None is what the metric means (an NLL is better when it is less),
+            and is refused where it means neither, as the entropy.
 
     Raises:
         ValueError: a value outside its choices, fp16 on a CPU, a reporter or DeepSpeed that is not installed, a setting
@@ -127,6 +135,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
         check_numbers(self)
         settle_names(self)
         settle(self)
+        settle_best_metric(self, self.loss_options().metric_names)
         super().__post_init__()
         check_machine(self)
         objective = self.loss_options()

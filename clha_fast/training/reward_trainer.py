@@ -41,6 +41,7 @@ from clha_fast.training.validation import (
     check_schedule,
     sampling_strategy,
     say_what_is_left_out,
+    settle_best_metric,
 )
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins")
@@ -77,6 +78,7 @@ class RewardConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        settle_best_metric(self)
         super().__post_init__()
         check_machine(self)
         check_loading(self)

@@ -28,6 +28,16 @@ logger = logging.get_logger(__name__)
 
 # What `Trainer` itself says of an evaluation.
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+# Of what evaluations log: whether more is better; None where neither is.
+DIRECTIONS: dict[str, bool | None] = {
+    **dict.fromkeys(("loss", "rank_loss", "sft_loss", "good_nll", "target_nll", "runtime"), False),
+    **dict.fromkeys(("old_kl", "reference_kl", "unfinished_share", "empty_share"), False),
+    **dict.fromkeys(("rewards/accuracies", "rewards/margins", "logps/chosen", "kendall_tau", "best_first"), True),
+    **dict.fromkeys(("implicit_rewards/accuracies", "implicit_rewards/margins", "mean_token_accuracy", "reward"), True),
+    **dict.fromkeys(("samples_per_second", "steps_per_second"), True),
+    **dict.fromkeys(("logps/rejected", "kept_pair_share", "active_pair_share", "open_gate_share", "num_tokens"), None),
+    **dict.fromkeys(("inert_candidates", "entropy", "ratio", "clip_share", "answer_tokens"), None),
+}
 # Arguments of `Trainer` that would be given logits.
 NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 _LEAST = {
@@ -37,6 +47,8 @@ _LEAST = {
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), ("a finite number of at least 0", 0)),
 }
+# Schedules that go by `metric_for_best_model`.
+_WATCHING = ("reduce_lr_on_plateau", "greedy")
 # They cast the model in place.
 _CASTS = ("bf16_full_eval", "fp16_full_eval")
 _CHOICES: dict[str, type[enum.Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
@@ -148,6 +160,14 @@ def check_schedule(args: Any) -> None:
             f"lr_scheduler_kwargs: expected what the schedule {name!r} takes, got {args.lr_scheduler_kwargs!r} "
             f"({' '.join(str(error).split())})"
         ) from error
+    mode = dict(args.lr_scheduler_kwargs or {}).get("mode", "min")
+    if name in _WATCHING and mode != ("max" if args.greater_is_better else "min"):
+        better = "more" if args.greater_is_better else "less"
+        raise ValueError(
+            f"lr_scheduler_kwargs: expected a mode by which {better} of {args.metric_for_best_model!r} is better for "
+            f"the schedule {name!r}, as greater_is_better says, got {mode!r}; give "
+            f"{{'mode': {'max' if args.greater_is_better else 'min'!r}}}"
+        )
 
 
 def check_optimizer(args: Any, model: Any) -> None:
@@ -159,6 +179,32 @@ def check_optimizer(args: Any, model: Any) -> None:
         raise ValueError(
             f"optim: expected an optimizer that can be made here, got {name!r} ({' '.join(str(error).split())})"
         ) from error
+
+
+def settle_best_metric(args: Any, own: Iterable[str] = ()) -> None:
+    """Sets `greater_is_better`, where it is None, by `DIRECTIONS`: for transformers all but losses should grow.
+
+    To be called ahead of `TrainingArguments.__post_init__`; `own` are the objective's metrics. Names of several
+    evaluation sets have the set's in front. An unknown name stays for `check_best_metric`.
+
+    Raises:
+        ValueError: the name of a metric of which neither more nor less is known to be better.
+    """
+    name = args.metric_for_best_model
+    if not isinstance(name, str) or args.greater_is_better is not None:
+        return
+    directions = dict.fromkeys(own, None) | DIRECTIONS
+    own_name = name.removeprefix("eval_")
+    known = [metric for metric in directions if own_name == metric or own_name.endswith(f"_{metric}")]
+    if not known:
+        return
+    better = directions[max(known, key=len)]
+    if better is None:
+        raise ValueError(
+            f"greater_is_better: expected True or False beside metric_for_best_model={name!r}, of which neither more "
+            "nor less is better in itself, got None"
+        )
+    args.greater_is_better = better
 
 
 def check_best_metric(name: str | None, metrics: Iterable[str]) -> None:

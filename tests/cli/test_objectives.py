@@ -165,7 +165,7 @@ def test_a_run_goes_on_however_its_objective_is_spelled(tmp_path: Path, capsys: 
 
 def test_the_best_model_by_an_objectives_own_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    given |= {"load_best_model_at_end": True, "greater_is_better": False}
+    given |= {"load_best_model_at_end": True}
     assert cli.main(words(tmp_path, objective="sft", metric_for_best_model="target_nll", **given)) == 0
     capsys.readouterr()
     assert cli.main(words(tmp_path, "--overwrite", objective="pro", metric_for_best_model="target_nll", **given)) == 2

@@ -57,6 +57,7 @@ def test_the_best_model_goes_by_what_is_logged(tmp_path: Path, on: bool) -> None
         assert set(known) == found - {"model_preparation_time"}, "which the first evaluation alone says"
     options = RunOptions(train_file="x", model="y")
     settings = {"output_dir": str(tmp_path / "run"), "metric_for_best_model": "entropy", "use_cpu": True}
+    settings["greater_is_better"] = False
     if on:
         assert Run(options, {**settings, "log_token_statistics": True}).args.metric_for_best_model == "entropy"
         best = trainer(
