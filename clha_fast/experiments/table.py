@@ -16,7 +16,7 @@ from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdow
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
-from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
+from clha_fast.experiments.assess import Assessment, Assessor, device_of, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
 from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_settings, train_cell, trained
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
@@ -92,7 +92,8 @@ class Table:
         self, comparison: Comparison, say: Say = lambda line: None, *, ray: bool = False, address: str | None = None
     ) -> None:
         self.comparison, self.say = comparison, say
-        self._run_all, self._elsewhere = functools.partial(run_all, ray=ray, address=address), ray
+        self._run_all = functools.partial(run_all, ray=ray, address=address, use_cpu=_on_cpu(comparison))
+        self._elsewhere = ray
         self.rows: list[Row] = []
         self._empty: list[str] = []
 
@@ -223,6 +224,13 @@ class Table:
             text += f"\n{line}\n"
         write_text(os.path.join(folder, "table.md"), text)
         return found
+
+
+def _on_cpu(comparison: Comparison) -> bool:
+    """Whether no cell would use a GPU."""
+    if not comparison.methods:
+        return device_of(comparison.settings) == "cpu"
+    return all(device_of({**comparison.settings, **method.settings}) == "cpu" for method in comparison.methods)
 
 
 def _overlaps(comparison: Comparison) -> list[str]:
