@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
@@ -26,6 +25,7 @@ from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
 from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
+from clha_fast.experiments.reading import read_file, reading_of
 from clha_fast.experiments.reward_run import REWARD_FILE, trained_accuracy
 from clha_fast.files import write_json
 from clha_fast.generation import (
@@ -123,7 +123,8 @@ class Assessor:
         checks = {}
         for role, path in models.items():
             split = "dev" if role == "label" else "test"
-            found = [record for files in comparison.data.values() for record in read_records(getattr(files, split))]
+            sources = [getattr(files, split) for files in comparison.data.values()]
+            found = [record for source in sources for record in read_file(source, comparison.run)]
             # A prompt that stands at several ranking lengths is one draw, not several.
             records = list({prompt_key(record): record for record in found}.values())
             with judging(path, device_of(comparison.settings)) as judge:
@@ -250,7 +251,7 @@ class Assessment:
         return str(getattr(self.cell.files, self.split))
 
     def identity(self) -> dict[str, Any]:
-        assessor = self.assessor
+        assessor, read = self.assessor, reading_of(self.comparison.run)
         return {
             "split": self.split,
             "file": data_hash(self.source),
@@ -262,7 +263,9 @@ class Assessment:
             "judge": None if self.judge is None else model_hash(self.judge),
             "dtype": assessor.dtype,
             "batch_size": assessor.batch_size,
+            # What an option brings in is there where it is set: what was found without it stays found.
             **({"attention": assessor.attn_implementation} if assessor.attn_implementation else {}),
+            **({"read": read} if read else {}),
         }
 
     @property
@@ -286,7 +289,7 @@ class Assessment:
         """
         assessor, folder = self.assessor, self.folder
         os.makedirs(folder, exist_ok=True)
-        records = first_of_each(read_records(self.source), assessor.limits[self.split])
+        records = first_of_each(read_file(self.source, self.comparison.run), assessor.limits[self.split])
         path = model_of(self.comparison, self.cell, self.base)
         place = find_device(self.device)
         release(place)  # of the training that may have been before

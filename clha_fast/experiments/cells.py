@@ -17,12 +17,12 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from clha_fast.batching.totals import SCALARS, dataset_counts
-from clha_fast.data.readers import read_records
 from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
+from clha_fast.experiments.reading import READING, read_file
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import DEFAULTS, Run, RunOptions
 from clha_fast.files import CHECKPOINT, write_json
@@ -94,6 +94,7 @@ def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
         "settings": with_contents(comparison.settings),
         "run": with_contents(comparison.run),
         **({"judge": model_hash(str(comparison.label_model))} if method.rollout else {}),
+        **({"ranked": "before it is corrupted"} if cell.corruption and comparison.run.get("rank_by_reward") else {}),
     }
 
 
@@ -158,12 +159,17 @@ def check_settings(comparison: Comparison) -> None:
 
 
 def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:
-    train_file = cell.files.train
-    records = read_records(train_file)
+    train_file, options = cell.files.train, dict(comparison.run)
+    records = read_file(train_file, options)
     if cell.corruption is not None:
         records = cell.corruption.apply(records)
+    # Rollouts read prompts alone, and take neither option.
+    prompts = cell.method.rollout and (options.get("rank_by_reward") or options.get("skip_bad_records"))
+    if cell.corruption is not None or prompts:
         train_file = os.path.join(folder, "train.jsonl")
         write_records(records, train_file)
+        # As they were written: ranked again, flips would be undone.
+        options = {name: value for name, value in options.items() if name not in READING}
     target = os.path.join(folder, MODEL)
     holds = os.path.isdir(target) and bool(os.listdir(target))
     settings = {
@@ -171,7 +177,7 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }
-    given = {"train_file": train_file, "eval_fraction": 0, "model": base, "resume": holds, **comparison.run}
+    given = {"train_file": train_file, "eval_fraction": 0, "model": base, "resume": holds, **options}
     run: Run
     if cell.method.rollout:
         run = RolloutRun(RolloutRunOptions(**given, reward_model=comparison.label_model), settings)

@@ -20,10 +20,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from clha_fast.data.containers import files_of, source_name
-from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
+from clha_fast.experiments.reading import read_file
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.generation.prompts import lead_of
 from clha_fast.messages import nearest
@@ -71,9 +71,6 @@ _NEUTRAL = (
     *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
     *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 )
-
-
-_SKIPS = "where others are good, --skip_bad_records leaves it out"
 
 
 @dataclass
@@ -224,15 +221,8 @@ class Run:
         """The records of the training file, and of the evaluation file where there is one."""
         options = self.options
         assert options.train_file is not None
-        skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        try:
-            train, *held_out = (
-                read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
-                for path in files
-            )
-        except RecordError as error:
-            raise error if skipped is not None else error.advised(_SKIPS) from None
+        train, *held_out = (read_file(path, vars(options), self.skipped) for path in files)
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:

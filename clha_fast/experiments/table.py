@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clha_fast.data.readers import read_records
+from clha_fast.data.records import RecordError
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown
 from clha_fast.evaluation.intervals import check_extra
@@ -22,6 +22,7 @@ from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_setti
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
+from clha_fast.experiments.reading import read_file
 from clha_fast.files import write_json, write_text
 
 BASE = Method(BASE_NAME, "base model", {}, "")
@@ -108,7 +109,7 @@ class Table:
         check_extra()
         if not (self._elsewhere or os.path.isdir(comparison.output_dir)):  # what is done may be from another machine
             check_settings(comparison)
-        self._overlaps = _overlaps(comparison)
+        self._of_files = _of_files(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():
             self.base = ready_base(comparison, self.say)
@@ -202,7 +203,7 @@ class Table:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
-        below = [*self._overlaps, *self.assessor.notes(), *notes]
+        below = [*self._of_files, *self.assessor.notes(), *notes]
         if self._empty:
             below.append(
                 "Learning rates were chosen by rewards of which some are of empty answers, whose reward is 0: "
@@ -226,6 +227,9 @@ class Table:
         return found
 
 
+_SKIPS = "where others are good, skip_bad_records: true in run leaves it out"
+
+
 def _on_cpu(comparison: Comparison) -> bool:
     """Whether no cell would use a GPU."""
     if not comparison.methods:
@@ -233,18 +237,21 @@ def _on_cpu(comparison: Comparison) -> bool:
     return all(device_of({**comparison.settings, **method.settings}) == "cpu" for method in comparison.methods)
 
 
-def _overlaps(comparison: Comparison) -> list[str]:
-    """A sentence for each pair of files that share prompts.
+def _of_files(comparison: Comparison) -> list[str]:
+    """A sentence for each pair of files that share prompts, and for each of which records are left out.
 
     Raises:
         ValueError: nothing is left to test on: all prompts of a test file are in the file that is trained or chosen on.
     """
     prompts: dict[str, set[str]] = {}
-    for files in comparison.data.values():
-        for path in vars(files).values():
-            if path not in prompts:
-                prompts[path] = {prompt_key(record) for record in read_records(path)}
     found = []
+    for length, files in comparison.data.items():
+        for name, path in vars(files).items():
+            if path not in prompts:
+                bad: list[RecordError] = []
+                prompts[path] = {prompt_key(record) for record in read_file(path, comparison.run, bad, _SKIPS)}
+                if bad:
+                    found.append(f"Malformed records of {name} (n = {length}) that are left out: {len(bad):,}.")
     for length, files in comparison.data.items():
         test = prompts[files.test]
         for name in ("train", "dev"):

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clha_fast.evaluation import spread
 from clha_fast.experiments import assess
+from clha_fast.experiments.cells import Cell, model_of, train_cell
 from clha_fast.experiments.comparison import parse_comparison
+from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.execution import gpus_a_task
 from clha_fast.experiments.table import Table
 from tests.support.reward_models import llama
@@ -53,18 +56,22 @@ def write(path: Path, rows: list[dict[str, Any]], *more: str) -> str:
     return str(path)
 
 
-@pytest.fixture
-def given(tmp_path: Path, models: dict[str, str]) -> dict[str, Any]:
+def configuration(folder: Path, models: dict[str, str]) -> dict[str, Any]:
     """One ranking length and seed, one step of training."""
     parts = {"train": (0, 8), "dev": (100, 4), "test": (200, 5)}
     return {
-        "output_dir": str(tmp_path / "out"),
-        "data": {2: {name: write(tmp_path / f"{name}.jsonl", records(*part)) for name, part in parts.items()}},
+        "output_dir": str(folder / "out"),
+        "data": {2: {name: write(folder / f"{name}.jsonl", records(*part)) for name, part in parts.items()}},
         "base": models["base"],
         "learning_rates": [1e-2],
         "settings": {"per_device_train_batch_size": 4, "max_steps": 1},
         "generation": {"max_new_tokens": 2, "max_prompt_length": 32},
     }
+
+
+@pytest.fixture
+def given(tmp_path: Path, models: dict[str, str]) -> dict[str, Any]:
+    return configuration(tmp_path, models)
 
 
 def run(given: dict[str, Any]) -> Table:
@@ -117,3 +124,100 @@ def test_models_and_judges_are_measured_where_models_train(given, models, monkey
 )
 def test_a_ray_task_asks_for_a_gpu_where_there_is_one(cluster, use_cpu, expected):
     assert gpus_a_task(cluster, use_cpu) == expected
+
+
+def weights(table: Table, row: int = -1) -> dict[str, torch.Tensor]:
+    """Of a trained row."""
+    cell = table.rows[row].outcomes[0].cell
+    return load_file(Path(model_of(table.comparison, cell, table.base), "model.safetensors"))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def worst_first(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: row[name][::-1] for name in ("completions", "rewards")}}
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {"question": row["prompt"], "completions": row["completions"], "rewards": row["rewards"]}
+
+
+OTHERWISE = {
+    "worst first": (worst_first, (), {"rank_by_reward": True}),
+    "other columns, bad lines": (
+        renamed,
+        ('{"question": "x"}', "[]"),
+        {"columns": {"prompt": "question"}, "skip_bad_records": True},
+    ),
+}
+PRETRAIN = {
+    **{"model_config": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}},
+    **{"build_tokenizer": {"vocab_size": 280}, "max_length": 64, "max_steps": 1, "eval_fraction": 0.2},
+}
+PRETRAIN["model_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96}
+JUDGE = {"train": {"max_steps": 1, "max_length": 64, "eval_fraction": 0.2, "learning_rate": 1e-3}}
+
+
+def of_everything(given: dict[str, Any]) -> tuple[dict[str, float], dict[str, float], list[dict[str, torch.Tensor]]]:
+    """Figures of two rows, weights of a table's reward model and of what it trained from a base of its own."""
+    table = run({**given, "methods": ["sft"], "base": {"pretrain": PRETRAIN}, "reward_models": {"evaluation": JUDGE}})
+    judge = load_file(Path(table.reward_models["evaluation"], "model.safetensors"))
+    return total(table), total(table, 1), [judge, weights(table)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spread, "RESAMPLES", 50)
+        given = configuration(tmp_path_factory.mktemp("plain"), models)
+        return of_everything(given)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_files_are_read_alike_by_all_that_reads_them(given, plain, name):
+    change, bad, options = OTHERWISE[name]
+    for path in given["data"][2].values():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        write(Path(path), [change(row) for row in rows], *bad)
+    base, trained, models = of_everything({**given, "run": options})
+    assert (base, trained) == plain[:2]
+    assert all(same(one, other) for one, other in zip(models, plain[2], strict=True))
+    text = Path(given["output_dir"], "table.md").read_text()
+    assert text.count(" that are left out: ") == (3 if bad else 0)
+    if bad:
+        assert f"Malformed records of dev (n = 2) that are left out: {len(bad)}." in text
+
+
+def test_a_bad_record_names_the_way_out_of_a_table(given):
+    write(Path(given["data"][2]["dev"]), records(100, 4), '{"prompt": "x", "completions": 3}')
+    with pytest.raises(ValueError, match="skip_bad_records: true in run leaves it out"):
+        run(given)
+
+
+@pytest.mark.parametrize("kind", ["flips", "rewards"])
+def test_what_is_ranked_and_then_corrupted_is_trained_on_as_it_was_corrupted(given, kind):
+    """A file that stands the other way round is, ranked by reward, the same as the ranked one: clean and corrupted."""
+    found = []
+    for options in ({}, {"rank_by_reward": True}):
+        comparison = parse_comparison({**given, "methods": ["sft"], "run": options})
+        cell = Cell(comparison.methods[0], "2", comparison.data["2"], 1, 1e-2)
+        for corruption in (None, Corruption(kind, 1.0)):
+            one = dataclasses.replace(cell, corruption=corruption)
+            train_cell(comparison, one, given["base"])
+            found.append(load_file(Path(model_of(comparison, one, given["base"]), "model.safetensors")))
+        rows = [json.loads(line) for line in Path(cell.files.train).read_text().splitlines()]
+        write(Path(cell.files.train), [worst_first(row) for row in rows])
+    clean, corrupted, clean_again, corrupted_again = found
+    assert same(clean, clean_again)
+    assert same(corrupted, corrupted_again)
+    assert same(clean, corrupted) == (kind == "rewards")  # noise that exchanges no two answers of this file
+
+
+def test_rollouts_take_the_good_prompts_of_a_ranked_file(given, models):
+    write(Path(given["data"][2]["train"]), records(0, 8), "[]")
+    given["settings"] |= {"max_prompt_length": 32, "max_completion_length": 2}
+    options = {"rank_by_reward": True, "skip_bad_records": True}
+    table = run({**given, "methods": ["rlhf"], "reward_models": {"label": models["judge"]}, "run": options})
+    assert table.rows[1].outcomes[0].trained["steps"] == 1
