@@ -39,6 +39,7 @@ from clha_fast.generation import (
 from clha_fast.messages import check_keys
 from clha_fast.models.loading import find_device
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.version import __version__
 
 METRICS = "metrics.json"
 ANSWERS = "answers.jsonl"
@@ -322,7 +323,7 @@ class Assessment:
             max_prompt_length=assessor.generation.max_prompt_length,
             answer_prefix=prefix,
             batch_size=assessor.batch_size,
-            about={**self.identity(), "answer_prefix": prefix},
+            about={**self.identity(), "answer_prefix": prefix, "version": __version__},
         )
         del backend
         release(place)

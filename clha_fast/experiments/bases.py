@@ -16,6 +16,7 @@ from clha_fast.data.writing import write_records
 from clha_fast.experiments.cells import MODEL
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, with_contents
+from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.reading import read_file, reading_of
 from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
 from clha_fast.experiments.run import Run, RunOptions
@@ -50,13 +51,10 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     write_texts(trains, given.pop("eval_fraction", 0.02), parts[0], parts[1], read)
     fields = ("model_config", "build_tokenizer", "tokenizer", "model", "dtype", "attn_implementation")
     options = RunOptions(
-        train_file=parts[0],
-        eval_file=parts[1],
-        resume=os.path.isdir(model) and bool(os.listdir(model)),
-        **{name: given.pop(name) for name in fields if name in given},
+        train_file=parts[0], eval_file=parts[1], **{name: given.pop(name) for name in fields if name in given}
     )
     settings: dict[str, Any] = {"objective": {"name": "sft", "form": "token_mean"}, **given, "output_dir": model}
-    run = Run(options, settings)
+    run = prepared(lambda **how: Run(dataclasses.replace(options, **how), settings), model)
     finish(run)
     nll = {name: found.get("eval_sft_loss") for name, found in (("before", run.before), ("after", run.after))}
     write_json(os.path.join(folder, _DONE), {**identity, "held_out_nll": nll, "steps": run.trainer.state.global_step})
@@ -116,25 +114,23 @@ def _trained_reward_model(
     say(f"{role} reward model: pairs of {os.path.basename(given['train_file'])}")
     os.makedirs(folder, exist_ok=True)
     fields = {f.name for f in dataclasses.fields(RewardRunOptions)} - {"resume", "overwrite"}
-    options = RewardRunOptions(
-        **{name: entry for name, entry in given.items() if name in fields},
-        resume=os.path.isdir(model) and bool(os.listdir(model)),
-    )
+    options = RewardRunOptions(**{name: entry for name, entry in given.items() if name in fields})
     settings = {name: entry for name, entry in given.items() if name not in fields}
     check_keys(f"reward_models.{role}.train", settings, [f.name for f in dataclasses.fields(RewardConfig) if f.init])
-    run = RewardRun(options, {**settings, "output_dir": model})
+    settings["output_dir"] = model
+    run = prepared(lambda **how: RewardRun(dataclasses.replace(options, **how), settings), model)
+    assert isinstance(run, RewardRun)
     finish(run)
-    write_json(os.path.join(folder, _DONE), {**identity, "found": run.description()})
+    write_json(os.path.join(folder, _DONE), {"given": given, **identity, "found": run.description()})
     return model
 
 
 def finish(run: Run) -> None:
-    """All stages of a run.
+    """All stages of a prepared run.
 
     Raises:
         KeyboardInterrupt: it was interrupted; what was saved goes on from there.
     """
-    run.prepare()
     run.trainer.remove_callback(PrinterCallback)
     run.evaluate_before()
     run.train()

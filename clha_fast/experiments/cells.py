@@ -21,6 +21,7 @@ from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
+from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
 from clha_fast.experiments.reading import READING, read_file
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
@@ -29,6 +30,7 @@ from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
+from clha_fast.version import __version__
 
 TRAINED_FILE = "trained.json"
 MODEL = "model"
@@ -120,6 +122,7 @@ def train_cell(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
     else:
         found = _train(comparison, cell, base, folder)
     write_json(os.path.join(folder, "cell.json"), {"title": cell.title, **identity(comparison, cell, base)})
+    found["version"] = __version__
     write_json(done, found)
     return found
 
@@ -171,19 +174,19 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
         # As they were written: ranked again, flips would be undone.
         options = {name: value for name, value in options.items() if name not in READING}
     target = os.path.join(folder, MODEL)
-    holds = os.path.isdir(target) and bool(os.listdir(target))
     settings = {
         **_settings(comparison, with_quantiles(cell.method.settings, records), target),
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }
-    given = {"train_file": train_file, "eval_fraction": 0, "model": base, "resume": holds, **options}
-    run: Run
-    if cell.method.rollout:
-        run = RolloutRun(RolloutRunOptions(**given, reward_model=comparison.label_model), settings)
-    else:
-        run = Run(RunOptions(**given), settings)
-    run.prepare()
+    given = {"train_file": train_file, "eval_fraction": 0, "model": base, **options}
+
+    def make(**how: Any) -> Run:
+        if cell.method.rollout:
+            return RolloutRun(RolloutRunOptions(**given, **how, reward_model=comparison.label_model), settings)
+        return Run(RunOptions(**given, **how), settings)
+
+    run = prepared(make, target)
     run.trainer.remove_callback(PrinterCallback)
     run.trainer.add_callback(_LastLine())
     if comparison.budget_tokens is not None:

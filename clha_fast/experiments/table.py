@@ -24,6 +24,7 @@ from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
 from clha_fast.experiments.reading import read_file
 from clha_fast.files import write_json, write_text
+from clha_fast.version import __version__
 
 BASE = Method(BASE_NAME, "base model", {}, "")
 
@@ -199,11 +200,25 @@ class Table:
                 found.update(dict.fromkeys(outcome.assessment.parts()))
         return [name for name in found if name != TOTAL]
 
+    def _other_versions(self) -> list[str]:
+        """A sentence where cells that were found are of another release."""
+        outcomes = [outcome for row in self.rows for outcome in row.outcomes]
+        made = [{of.trained.get("version"), of.assessment.about.get("version")} - {__version__} for of in outcomes]
+        count = sum(map(bool, made))
+        if not count:
+            return []
+        names = sorted({"one that did not say which" if name is None else str(name) for own in made for name in own})
+        return [
+            f"{count:,} of {len(outcomes):,} cells were made by another clha-fast ({', '.join(names)}) than this, "
+            f"{__version__}, and stand as they were found; another output_dir makes all of them with this one."
+        ]
+
     def write(self, notes: Sequence[str] = ()) -> dict[str, Any]:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
         below = [*self._of_files, *self.assessor.notes(), *notes]
+        below += self._other_versions()
         if self._empty:
             below.append(
                 "Learning rates were chosen by rewards of which some are of empty answers, whose reward is 0: "

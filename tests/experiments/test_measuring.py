@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from clha_fast.evaluation import spread
-from clha_fast.experiments import assess
+from clha_fast.experiments import assess, cells
 from clha_fast.experiments.cells import Cell, model_of, train_cell
 from clha_fast.experiments.comparison import parse_comparison
+from clha_fast.experiments.contents import with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.execution import gpus_a_task
+from clha_fast.experiments.run import Run
 from clha_fast.experiments.table import Table
 from tests.support.reward_models import llama
 from tests.support.tiny import make_model, make_tokenizer
@@ -221,3 +224,86 @@ def test_rollouts_take_the_good_prompts_of_a_ranked_file(given, models):
     options = {"rank_by_reward": True, "skip_bad_records": True}
     table = run({**given, "methods": ["rlhf"], "reward_models": {"label": models["judge"]}, "run": options})
     assert table.rows[1].outcomes[0].trained["steps"] == 1
+
+
+class Killed(BaseException):
+    """Ends a training as a kill does: nothing is caught, nothing is saved."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str]) -> dict[str, Any]:
+    """The configuration of a table whose training was killed at its second step, behind a checkpoint of the first."""
+    given = configuration(tmp_path_factory.mktemp("killed"), models)
+    given["settings"] |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    given |= {"methods": ["sft"], "base": {"pretrain": PRETRAIN}, "reward_models": {"evaluation": JUDGE}}
+
+    def kill(self: Any, args: Any, state: Any, *more: Any, **others: Any) -> None:
+        if state.global_step == 1:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spread, "RESAMPLES", 50)
+        patch.setattr(cells._LastLine, "on_step_begin", kill, raising=False)
+        with pytest.raises(Killed):
+            run(given)
+    (checkpoint,) = Path(given["output_dir"]).glob("cells/*/model/checkpoint-*")
+    assert checkpoint.name == "checkpoint-1"
+    return given
+
+
+@pytest.mark.parametrize("how", ["moved", "relative", "another base's name", "older identity", "not claimed"])
+def test_a_killed_cell_goes_on_wherever_its_folder_is(killed, tmp_path, monkeypatch, how):
+    """What an older release called otherwise, or was killed before it was claimed, begins anew; the rest is resumed."""
+    seen: list[str | None] = []
+    train = Run.train
+    monkeypatch.setattr(Run, "train", lambda self: seen.append(self.checkpoint) or train(self))
+    out = Path(shutil.copytree(killed["output_dir"], tmp_path / "elsewhere"))
+    given = {**killed, "output_dir": str(out)}
+    (model,) = out.glob("cells/sft*/model")
+    if how == "relative":
+        monkeypatch.chdir(tmp_path)
+        given["output_dir"] = "./elsewhere"
+    if how == "another base's name":
+        given["base"] = str(next(out.glob("base/*/model")).rename(tmp_path / "base"))
+    if how == "older identity":
+        said = json.loads((model / "run.json").read_text())
+        (model / "run.json").write_text(json.dumps({**said, "settings": {**said["settings"], "model": "old/base"}}))
+    if how == "not claimed":
+        (model / "run.json").unlink()
+    table = run(given)
+    assert len(seen) == 1  # neither the base model nor the reward model is trained again
+    anew = how in ("older identity", "not claimed")
+    assert (seen[0] is None) == anew
+    assert table.rows[1].outcomes[0].trained["steps"] == 2
+
+
+def test_a_cell_of_another_release_is_said(given):
+    given = {**given, "methods": ["sft"]}
+    table = run(given)
+    assert not [note for note in table.write()["notes"] if "another clha-fast" in note]
+    found = sorted(Path(given["output_dir"]).glob("cells/*/trained.json"))
+    for path, version in zip(found, ("0.1.7", None), strict=True):
+        said = {**json.loads(path.read_text()), "version": version}
+        path.write_text(json.dumps({name: value for name, value in said.items() if value is not None}))
+    (note,) = [note for note in run(given).write()["notes"] if "another clha-fast" in note]
+    assert note.startswith("2 of 2 cells were made by another clha-fast (0.1.7, one that did not say which) than")
+    assert note in Path(given["output_dir"], "table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["train_file", "eval_file"])
+def test_data_count_under_every_name_in_settings(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in "ab":
+        (folder / f"{part}.jsonl").write_text(part)
+    sources = [str(folder / "*.jsonl"), str(folder), "~/parts/[ab].jsonl", str(folder / "b.jsonl")]
+    before = [with_contents({"train": {name: source}}) for source in sources]
+    (folder / "b.jsonl").write_text("other")
+    assert all(with_contents({"train": {name: s}}) != old for s, old in zip(sources, before, strict=True))
+    moved = folder.rename(tmp_path / "moved")
+    assert with_contents({"train": {name: str(moved / "b.jsonl")}}) == with_contents(
+        {"train": {name: "~/moved/b.jsonl"}}
+    )
+    with pytest.raises(OSError, match="nothing"):
+        with_contents({name: str(tmp_path / "nothing*.jsonl")})
