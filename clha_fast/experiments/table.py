@@ -12,7 +12,7 @@ from typing import Any
 
 from clha_fast.data.records import RecordError
 from clha_fast.data.split import prompt_key
-from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown
+from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown, row_label
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
@@ -234,7 +234,7 @@ class Table:
         folder = self.comparison.output_dir
         write_json(os.path.join(folder, "table.json"), found)
         write_text(os.path.join(folder, "table.csv"), as_csv(rows))
-        failed = [f"{row['label']}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
+        failed = [f"{row_label(row)}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
         text = markdown(rows, subsets)
         for line in (*below, *failed):
             text += f"\n{line}\n"

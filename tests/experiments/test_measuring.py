@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from clha_fast.evaluation import spread
 from clha_fast.experiments import assess, cells
 from clha_fast.experiments.cells import Cell, model_of, train_cell
+from clha_fast.experiments.claims import noise
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.contents import with_contents
 from clha_fast.experiments.corruption import Corruption
@@ -288,6 +289,18 @@ def test_a_cell_of_another_release_is_said(given):
     (note,) = [note for note in run(given).write()["notes"] if "another clha-fast" in note]
     assert note.startswith("2 of 2 cells were made by another clha-fast (0.1.7, one that did not say which) than")
     assert note in Path(given["output_dir"], "table.md").read_text()
+
+
+def test_a_row_that_failed_says_which_corruption_it_is(given):
+    """Records without rewards can be trained on and not be corrupted."""
+    rows = [{name: row[name] for name in ("prompt", "completions")} for row in records(0, 8)]
+    write(Path(given["data"][2]["train"]), rows)
+    table = Table(noise({**given, "methods": ["sft"], "kinds": ["flips"], "rates": [0.1, 0.5]}).comparison)
+    table.run()
+    table.write()
+    lines = Path(given["output_dir"], "table.md").read_text().splitlines()
+    failed = [line.partition(", n = 2: seed 1: ") for line in lines if "rewards: expected some" in line]
+    assert [name for name, cut, _ in failed if cut] == ["SFT, flips 0.1", "SFT, flips 0.5"]
 
 
 @pytest.mark.parametrize("name", ["train_file", "eval_file"])
