@@ -165,12 +165,14 @@ def draw(table: Table, rows: Sequence[Mapping[str, Any]], folder: str) -> list[s
     comparison_plots.figure_bars(rows, SHOWN, os.path.join(folder, "figures.png"))
     names = ["figures.png"]
     for length in table.comparison.data:
-        logs = {
-            row.method.label: row.outcomes[0].trained["log"]
+        trained = {
+            row.method.label: row.outcomes[0].trained
             for row in table.rows
             if row.cell.length == length and row.cell.corruption is None and row.method.trains and row.outcomes
         }
+        logs = {label: found["log"] for label, found in trained.items()}
+        ranking = [label for label, found in trained.items() if found.get("kept_share") is not None]
         if logs:
             names.append(f"curves-n{length}.png")
-            comparison_plots.training_curves(logs, os.path.join(folder, names[-1]))
+            comparison_plots.training_curves(logs, os.path.join(folder, names[-1]), ranking)
     return names

@@ -52,8 +52,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], subsets: Sequence[str]) -> str:
 def _cells(row: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> list[str]:
     figures = row.get("figures", {})
     cells = [shown(figures.get(name, {}).get(measure), figure_named(measure).digits) for name, measure in places]
-    noise = f", {noise_text(row['corruption'])}" if row.get("corruption") else ""
-    return [str(row["length"]), f"{row['label']}{noise}", *cells]
+    return [str(row["length"]), row_label(row), *cells]
 
 
 def _setup(row: Mapping[str, Any]) -> list[str]:
@@ -74,6 +73,12 @@ def _setup(row: Mapping[str, Any]) -> list[str]:
 def _pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def row_label(row: Mapping[str, Any]) -> str:
+    """How a row is called among those of its ranking length: its method, and what was done to the training data."""
+    noise = f", {noise_text(row['corruption'])}" if row.get("corruption") else ""
+    return f"{row['label']}{noise}"
 
 
 def noise_text(corruption: Mapping[str, Any] | None) -> str:
@@ -108,14 +113,20 @@ def differences_markdown(found: Sequence[Mapping[str, Any]], against: str, names
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a (row, subset, figure): mean, low, high, and the seeds' own values."""
+    """One line a (row, subset, figure): mean, low, high, and the seeds' own values.
+
+    `corruption` and `rate` say what was done to the training data; "" and 0.0 are clean ones.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["length", "method", "label", "subset", "figure", "value", "low", "high", "seeds"])
+    of_row, of_figure = ("length", "method", "label", "corruption", "rate"), ("value", "low", "high", "seeds")
+    writer.writerow([*of_row, "subset", "figure", *of_figure])
     for row in rows:
+        corruption = row.get("corruption") or {"kind": "", "rate": 0.0}
+        which = [row["length"], row["method"], row["label"], corruption["kind"], repr(float(corruption["rate"]))]
         for subset, figures in row.get("figures", {}).items():
             for name, found in figures.items():
                 values = ["" if found[key] is None else repr(found[key]) for key in ("value", "low", "high")]
                 seeds = " ".join("" if value is None else repr(value) for value in found["seeds"])
-                writer.writerow([row["length"], row["method"], row["label"], subset, name, *values, seeds])
+                writer.writerow([*which, subset, name, *values, seeds])
     return out.getvalue()

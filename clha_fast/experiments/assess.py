@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
@@ -23,20 +25,21 @@ from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
 from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
+from clha_fast.experiments.reading import read_file, reading_of
 from clha_fast.experiments.reward_run import REWARD_FILE, trained_accuracy
-from clha_fast.experiments.run import DTYPES
 from clha_fast.files import write_json
 from clha_fast.generation import (
     GenerationSettings,
-    TransformersBackend,
     generate_answers,
+    load_backend,
     read_answers,
     trained_lead,
     trained_prefix,
 )
 from clha_fast.messages import check_keys
-from clha_fast.models.loading import load_model, load_tokenizer
+from clha_fast.models.loading import find_device
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.version import __version__
 
 METRICS = "metrics.json"
 ANSWERS = "answers.jsonl"
@@ -46,7 +49,42 @@ _SIGNS = {"reward": 1, "accuracy": 1, "nll": -1}
 
 @functools.lru_cache(maxsize=2)
 def _reward_model(path: str, content: str) -> RewardModel:
-    return load_reward_model(path)
+    return load_reward_model(path, device="cpu")
+
+
+@contextlib.contextmanager
+def judging(path: str, device: str) -> Iterator[RewardModel]:
+    """The reward model of a folder or name on `device`, as `find_device` takes it, while it judges.
+
+    It is read once, and waits in host memory: what trains in between has the accelerator for itself.
+
+    Raises:
+        ValueError: as `load_reward_model`; it does not fit in the device's memory.
+    """
+    place = find_device(device)
+    found = _reward_model(path, model_hash(path))
+    try:
+        try:
+            found.model.to(place)
+        except torch.OutOfMemoryError as error:
+            room = f"one that fits in the memory of {place} as {found.model.dtype}"
+            raise ValueError(f"reward_models: expected {room}, got {path}; give a smaller one") from error
+        yield found
+    finally:
+        found.model.to("cpu")
+        release(place)
+
+
+def release(place: torch.device) -> None:
+    """Give back the accelerator's memory of what is no longer referred to; nothing on a CPU."""
+    if place.type != "cpu":
+        gc.collect()
+        torch.get_device_module(place).empty_cache()
+
+
+def device_of(settings: Mapping[str, Any]) -> str:
+    """Where a trainer with these settings trains, as `find_device` takes it: what was trained is measured there."""
+    return "cpu" if settings.get("use_cpu") else "auto"
 
 
 @dataclass(frozen=True)
@@ -57,6 +95,7 @@ class Assessor:
         models: "label" and "evaluation" -> a reward model's path. checks: the same -> its held-out pair accuracy;
             `refused`, why it is not used, or ""; `trained`, as `trained_accuracy`.
         generation: settings of answers. reward_margin, noise_rule: which test pairs are kept.
+        dtype, attn_implementation: of the models that are evaluated, as they were trained.
     """
 
     criterion: str
@@ -68,6 +107,7 @@ class Assessor:
     noise_rule: str = "abs"
     reward_margin: float = 3.0
     dtype: str = "float32"
+    attn_implementation: str | None = None
 
     @classmethod
     def of(cls, comparison: Comparison, models: Mapping[str, str]) -> Assessor:
@@ -84,10 +124,12 @@ class Assessor:
         checks = {}
         for role, path in models.items():
             split = "dev" if role == "label" else "test"
-            found = [record for files in comparison.data.values() for record in read_records(getattr(files, split))]
+            sources = [getattr(files, split) for files in comparison.data.values()]
+            found = [record for source in sources for record in read_file(source, comparison.run)]
             # A prompt that stands at several ranking lengths is one draw, not several.
             records = list({prompt_key(record): record for record in found}.values())
-            check = check_reward_model(f"the {role} model", records, _reward_model(path, model_hash(path)))
+            with judging(path, device_of(comparison.settings)) as judge:
+                check = check_reward_model(f"the {role} model", records, judge)
             checks[role] = {
                 **{"accuracy": check.accuracy.as_dict(), "refused": check.refused},
                 "trained": trained_accuracy(path),
@@ -107,6 +149,7 @@ class Assessor:
             limits=limits,
             **comparison.evaluation,
             dtype=comparison.run.get("dtype", "float32"),
+            attn_implementation=comparison.run.get("attn_implementation"),
         )
 
     @property
@@ -201,11 +244,15 @@ class Assessment:
         return trained_prefix(str(self.cell.method.checkpoint)) or ""
 
     @property
+    def device(self) -> str:
+        return device_of({**self.comparison.settings, **self.cell.method.settings})
+
+    @property
     def source(self) -> str:
         return str(getattr(self.cell.files, self.split))
 
     def identity(self) -> dict[str, Any]:
-        assessor = self.assessor
+        assessor, read = self.assessor, reading_of(self.comparison.run)
         return {
             "split": self.split,
             "file": data_hash(self.source),
@@ -217,6 +264,9 @@ class Assessment:
             "judge": None if self.judge is None else model_hash(self.judge),
             "dtype": assessor.dtype,
             "batch_size": assessor.batch_size,
+            # What an option brings in is there where it is set: what was found without it stays found.
+            **({"attention": assessor.attn_implementation} if assessor.attn_implementation else {}),
+            **({"read": read} if read else {}),
         }
 
     @property
@@ -233,16 +283,20 @@ class Assessment:
             return Evaluation.from_dict(json.load(file), path)
 
     def run(self) -> Evaluation:
-        """Load the cell's model and measure it.
+        """Load the cell's model, on the device that it trains on, and measure it.
 
         Raises:
             ValueError, OSError, RuntimeError: as `generate_answers`, `evaluate` and `answer_rewards`.
         """
         assessor, folder = self.assessor, self.folder
         os.makedirs(folder, exist_ok=True)
-        records = first_of_each(read_records(self.source), assessor.limits[self.split])
+        records = first_of_each(read_file(self.source, self.comparison.run), assessor.limits[self.split])
         path = model_of(self.comparison, self.cell, self.base)
-        model, tokenizer = load_model(path, DTYPES[assessor.dtype]), load_tokenizer(path)
+        place = find_device(self.device)
+        release(place)  # of the training that may have been before
+        backend = load_backend(
+            path, device=str(place), dtype=assessor.dtype, attn_implementation=assessor.attn_implementation
+        )
         prefix = assessor.generation.answer_prefix or trained_prefix(path) or ""
         lead = trained_lead(path) if assessor.generation.lead is None else assessor.generation.lead
         written = None
@@ -251,7 +305,7 @@ class Assessment:
             if not os.path.isfile(target):
                 generate_answers(
                     records,
-                    TransformersBackend(model, tokenizer),
+                    backend,
                     target,
                     dataclasses.replace(assessor.generation, answer_prefix=prefix, lead=lead),
                     batch_size=assessor.batch_size,
@@ -262,18 +316,21 @@ class Assessment:
         found = evaluate(
             records,
             written,
-            model=model,
-            tokenizer=tokenizer,
+            model=backend.model,
+            tokenizer=backend.tokenizer,
             noise_rule=assessor.noise_rule,
             reward_margin=assessor.reward_margin,
             max_prompt_length=assessor.generation.max_prompt_length,
             answer_prefix=prefix,
             batch_size=assessor.batch_size,
-            about={**self.identity(), "answer_prefix": prefix},
+            about={**self.identity(), "answer_prefix": prefix, "version": __version__},
         )
+        del backend
+        release(place)
         if self.judge is not None and written is not None:
             texts = [answer.answer for answer in written]
-            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, model_hash(self.judge)))
+            with judging(self.judge, str(place)) as judge:
+                rewards, raw = answer_rewards(records, texts, judge)
             found.values[REWARD + self.role] = [*rewards]
             found.values[RAW + self.role] = raw
         write_json(os.path.join(folder, METRICS), vars(found))

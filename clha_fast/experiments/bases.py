@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import plain_template
 from clha_fast.data.split import split_records
@@ -17,6 +16,8 @@ from clha_fast.data.writing import write_records
 from clha_fast.experiments.cells import MODEL
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, with_contents
+from clha_fast.experiments.going_on import prepared
+from clha_fast.experiments.reading import read_file, reading_of
 from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.files import write_json
@@ -37,7 +38,9 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     assert comparison.pretrain is not None
     given = dict(comparison.pretrain)
     trains = sorted({files.train for files in comparison.data.values()})
+    read = reading_of(comparison.run)
     identity = {"pretrain": with_contents(given), "train": [data_hash(path) for path in trains]}
+    identity |= {"read": read} if read else {}
     folder = os.path.join(comparison.output_dir, "base", digest(identity))
     model = os.path.join(folder, MODEL)
     if os.path.isfile(os.path.join(folder, _DONE)):
@@ -45,16 +48,13 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     say(f"base model: a language model of {', '.join(map(os.path.basename, trains))}")
     os.makedirs(folder, exist_ok=True)
     parts = [os.path.join(folder, f"{name}.jsonl") for name in ("texts", "held_out")]
-    write_texts(trains, given.pop("eval_fraction", 0.02), *parts)
+    write_texts(trains, given.pop("eval_fraction", 0.02), parts[0], parts[1], read)
     fields = ("model_config", "build_tokenizer", "tokenizer", "model", "dtype", "attn_implementation")
     options = RunOptions(
-        train_file=parts[0],
-        eval_file=parts[1],
-        resume=os.path.isdir(model) and bool(os.listdir(model)),
-        **{name: given.pop(name) for name in fields if name in given},
+        train_file=parts[0], eval_file=parts[1], **{name: given.pop(name) for name in fields if name in given}
     )
     settings: dict[str, Any] = {"objective": {"name": "sft", "form": "token_mean"}, **given, "output_dir": model}
-    run = Run(options, settings)
+    run = prepared(lambda **how: Run(dataclasses.replace(options, **how), settings), model)
     finish(run)
     nll = {name: found.get("eval_sft_loss") for name, found in (("before", run.before), ("after", run.after))}
     write_json(os.path.join(folder, _DONE), {**identity, "held_out_nll": nll, "steps": run.trainer.state.global_step})
@@ -62,13 +62,13 @@ def ready_base(comparison: Comparison, say: Callable[[str], None]) -> str:
     return model
 
 
-def write_texts(trains: Sequence[str], fraction: float, train: str, held_out: str) -> None:
+def write_texts(trains: Sequence[str], fraction: float, train: str, held_out: str, options: Mapping[str, Any]) -> None:
     """One record a (prompt, response), without a prompt: the whole conversation is the response.
 
     Args:
-        fraction: of the prompts, whose conversations are held out.
+        fraction: of the prompts, whose conversations are held out. options: of `read_file`.
     """
-    records = [record for path in trains for record in read_records(path)]
+    records = [record for path in trains for record in read_file(path, options)]
     for path, part in zip((train, held_out), split_records(records, fraction, seed=0), strict=True):
         texts = dict.fromkeys(text for record in part for text in conversation_texts(record))
         write_records((RankedRecord("", (text,)) for text in texts), path)
@@ -84,7 +84,8 @@ def ready_reward_models(comparison: Comparison, base: str, say: Callable[[str], 
     """ "label" and "evaluation" -> folder or name, for those that the comparison has; `train` trains one first.
 
     Unless the configuration says otherwise, one that is trained starts from the base model, on the first ranking
-    length's training file, and where both are trained, each on its own half of the prompts.
+    length's training file, which it reads as the methods do, and where both are trained, each on its own half of the
+    prompts.
     """
     found = {}
     both = sum(isinstance(value, Mapping) for value in comparison.reward_models.values()) == 2
@@ -101,7 +102,8 @@ def ready_reward_models(comparison: Comparison, base: str, say: Callable[[str], 
 def _trained_reward_model(
     comparison: Comparison, role: str, given: dict[str, Any], base: str, say: Callable[[str], None]
 ) -> str:
-    given.setdefault("train_file", next(iter(comparison.data.values())).train)
+    if "train_file" not in given:
+        given = {**reading_of(comparison.run), **given, "train_file": next(iter(comparison.data.values())).train}
     if not {"model", "model_config"} & set(given):
         given["model"] = base
     identity = {"reward_model": with_contents(given)}
@@ -112,25 +114,23 @@ def _trained_reward_model(
     say(f"{role} reward model: pairs of {os.path.basename(given['train_file'])}")
     os.makedirs(folder, exist_ok=True)
     fields = {f.name for f in dataclasses.fields(RewardRunOptions)} - {"resume", "overwrite"}
-    options = RewardRunOptions(
-        **{name: entry for name, entry in given.items() if name in fields},
-        resume=os.path.isdir(model) and bool(os.listdir(model)),
-    )
+    options = RewardRunOptions(**{name: entry for name, entry in given.items() if name in fields})
     settings = {name: entry for name, entry in given.items() if name not in fields}
     check_keys(f"reward_models.{role}.train", settings, [f.name for f in dataclasses.fields(RewardConfig) if f.init])
-    run = RewardRun(options, {**settings, "output_dir": model})
+    settings["output_dir"] = model
+    run = prepared(lambda **how: RewardRun(dataclasses.replace(options, **how), settings), model)
+    assert isinstance(run, RewardRun)
     finish(run)
-    write_json(os.path.join(folder, _DONE), {**identity, "found": run.description()})
+    write_json(os.path.join(folder, _DONE), {"given": given, **identity, "found": run.description()})
     return model
 
 
 def finish(run: Run) -> None:
-    """All stages of a run.
+    """All stages of a prepared run.
 
     Raises:
         KeyboardInterrupt: it was interrupted; what was saved goes on from there.
     """
-    run.prepare()
     run.trainer.remove_callback(PrinterCallback)
     run.evaluate_before()
     run.train()

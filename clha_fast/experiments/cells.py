@@ -17,18 +17,20 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from clha_fast.batching.totals import SCALARS, dataset_counts
-from clha_fast.data.readers import read_records
 from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
+from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
+from clha_fast.experiments.reading import READING, read_file
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import DEFAULTS, Run, RunOptions
 from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
+from clha_fast.version import __version__
 
 TRAINED_FILE = "trained.json"
 MODEL = "model"
@@ -94,6 +96,7 @@ def identity(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
         "settings": with_contents(comparison.settings),
         "run": with_contents(comparison.run),
         **({"judge": model_hash(str(comparison.label_model))} if method.rollout else {}),
+        **({"ranked": "before it is corrupted"} if cell.corruption and comparison.run.get("rank_by_reward") else {}),
     }
 
 
@@ -119,6 +122,7 @@ def train_cell(comparison: Comparison, cell: Cell, base: str) -> dict[str, Any]:
     else:
         found = _train(comparison, cell, base, folder)
     write_json(os.path.join(folder, "cell.json"), {"title": cell.title, **identity(comparison, cell, base)})
+    found["version"] = __version__
     write_json(done, found)
     return found
 
@@ -158,26 +162,31 @@ def check_settings(comparison: Comparison) -> None:
 
 
 def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:
-    train_file = cell.files.train
-    records = read_records(train_file)
+    train_file, options = cell.files.train, dict(comparison.run)
+    records = read_file(train_file, options)
     if cell.corruption is not None:
         records = cell.corruption.apply(records)
+    # Rollouts read prompts alone, and take neither option.
+    prompts = cell.method.rollout and (options.get("rank_by_reward") or options.get("skip_bad_records"))
+    if cell.corruption is not None or prompts:
         train_file = os.path.join(folder, "train.jsonl")
         write_records(records, train_file)
+        # As they were written: ranked again, flips would be undone.
+        options = {name: value for name, value in options.items() if name not in READING}
     target = os.path.join(folder, MODEL)
-    holds = os.path.isdir(target) and bool(os.listdir(target))
     settings = {
         **_settings(comparison, with_quantiles(cell.method.settings, records), target),
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
     }
-    given = {"train_file": train_file, "eval_fraction": 0, "model": base, "resume": holds, **comparison.run}
-    run: Run
-    if cell.method.rollout:
-        run = RolloutRun(RolloutRunOptions(**given, reward_model=comparison.label_model), settings)
-    else:
-        run = Run(RunOptions(**given), settings)
-    run.prepare()
+    given = {"train_file": train_file, "eval_fraction": 0, "model": base, **options}
+
+    def make(**how: Any) -> Run:
+        if cell.method.rollout:
+            return RolloutRun(RolloutRunOptions(**given, **how, reward_model=comparison.label_model), settings)
+        return Run(RunOptions(**given, **how), settings)
+
+    run = prepared(make, target)
     run.trainer.remove_callback(PrinterCallback)
     run.trainer.add_callback(_LastLine())
     if comparison.budget_tokens is not None:

@@ -13,8 +13,9 @@ from clha_fast.data.containers import files_of
 from clha_fast.experiments.folder import RUN_FILE
 from clha_fast.files import CHECKPOINT, file_hash
 
-# Settings whose text may be a file or folder.
-_PATHS = ("model", "tokenizer", "reference", "train_file", "eval_file", "reward_model", "deepspeed", "fsdp_config")
+# Settings whose text may be a file or folder, and those that name data, which may be a glob or a name on the Hub.
+_PATHS = ("model", "tokenizer", "reference", "reward_model", "deepspeed", "fsdp_config")
+_DATA = ("train_file", "eval_file")
 # A run's own reports, and where it lay, say nothing of the weights.
 _REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json", "README.md")
 _REPORT_ENDS = (".png", ".log", ".lock", ".partial")
@@ -73,14 +74,19 @@ def model_hash(path: str) -> str:
 
 
 def with_contents(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a JSON value in which those that name a file or folder that is here also have its hash."""
+    """Settings as a JSON value in which a hash stands for what is here: files, folders, data under any name.
+
+    Raises:
+        OSError: data that are not there.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
             found[name] = with_contents(value)
-        elif name in _PATHS and isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
-            place = os.path.expanduser(value)
-            found[name] = [value, model_hash(place) if os.path.isdir(place) else _file(place)]
+        elif name in _DATA and isinstance(value, str):
+            found[name] = data_hash(value)
+        elif name in _PATHS and isinstance(value, str):
+            found[name] = model_hash(value)
         else:
             found[name] = value
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,13 +19,19 @@ class Failure:
 
 
 def run_all(
-    tasks: Sequence[_T], work: Callable[[_T], Any], *, ray: bool = False, address: str | None = None
+    tasks: Sequence[_T],
+    work: Callable[[_T], Any],
+    *,
+    ray: bool = False,
+    address: str | None = None,
+    use_cpu: bool = False,
 ) -> Iterator[tuple[_T, Any]]:
     """(task, its result or a `Failure`) of every task; with Ray in the order in which they end.
 
     Args:
         work: what is done for a task; with `ray` it and the tasks must pickle, and every node must see the same
-            folders. address: of a Ray cluster; None is the one of the environment, or one on this machine.
+            folders. address: of a Ray cluster; None is the one of the environment, or one on this machine. Where the
+            cluster has GPUs, each task has one for itself, unless `use_cpu`: Ray hides those that nobody asked for.
 
     Raises:
         ImportError: `ray` without Ray. KeyboardInterrupt: at once; what is done is done.
@@ -34,7 +40,7 @@ def run_all(
         for task in tasks:
             yield task, guarded(work, task)
         return
-    yield from _with_ray(tasks, work, address)
+    yield from _with_ray(tasks, work, address, use_cpu)
 
 
 def guarded(work: Callable[[_T], Any], task: _T) -> Any:
@@ -48,7 +54,14 @@ def guarded(work: Callable[[_T], Any], task: _T) -> Any:
         return Failure(text, traceback.format_exc())
 
 
-def _with_ray(tasks: Sequence[_T], work: Callable[[_T], Any], address: str | None) -> Iterator[tuple[_T, Any]]:
+def gpus_a_task(cluster: Mapping[str, float], use_cpu: bool) -> int:
+    """How many GPUs a task asks for, of a cluster's resources (as `ray.cluster_resources` gives them)."""
+    return 1 if cluster.get("GPU", 0) >= 1 and not use_cpu else 0
+
+
+def _with_ray(
+    tasks: Sequence[_T], work: Callable[[_T], Any], address: str | None, use_cpu: bool
+) -> Iterator[tuple[_T, Any]]:
     try:
         import ray
     except ImportError as error:
@@ -57,7 +70,8 @@ def _with_ray(tasks: Sequence[_T], work: Callable[[_T], Any], address: str | Non
     if started:
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     try:
-        run = ray.remote(max_retries=0)(guarded)
+        gpus = gpus_a_task(ray.cluster_resources(), use_cpu)
+        run = ray.remote(max_retries=0, num_gpus=gpus)(guarded)
         waiting = {run.remote(work, task): task for task in tasks}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)

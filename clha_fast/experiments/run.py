@@ -20,10 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from clha_fast.data.containers import files_of, source_name
-from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
+from clha_fast.experiments.contents import with_contents
 from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
+from clha_fast.experiments.reading import read_file
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.generation.prompts import lead_of
 from clha_fast.messages import nearest
@@ -71,9 +72,6 @@ _NEUTRAL = (
     *("eval_samples", "eval_sample_tokens", "eval_sample_temperature"),
     *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
 )
-
-
-_SKIPS = "where others are good, --skip_bad_records leaves it out"
 
 
 @dataclass
@@ -156,6 +154,8 @@ class Run:
     Attributes:
         train_records, held_out: the records, once split. skipped: the errors of those left out (`skip_bad_records`).
         trainer: the `CLHATrainer`, once built. before, after: evaluation metrics, {} until known.
+        by_content: set before `prepare`, files and folders that options and settings name are told by their content,
+            wherever they lie, where the run is told from others.
         checkpoint: what will be resumed from, None for a new run. interrupted: whether training was asked to stop.
 
     Raises:
@@ -192,7 +192,7 @@ class Run:
         self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
-        self.interrupted = False
+        self.interrupted = self.by_content = False
         self.skipped: list[RecordError] = []
         self.train_records: list[RankedRecord] = []
         self.held_out: list[RankedRecord] = []
@@ -224,15 +224,8 @@ class Run:
         """The records of the training file, and of the evaluation file where there is one."""
         options = self.options
         assert options.train_file is not None
-        skipped = self.skipped if options.skip_bad_records else None
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        try:
-            train, *held_out = (
-                read_records(path, options.format, options.rank_by_reward, skipped, columns=options.columns)
-                for path in files
-            )
-        except RecordError as error:
-            raise error if skipped is not None else error.advised(_SKIPS) from None
+        train, *held_out = (read_file(path, vars(options), self.skipped) for path in files)
         return train, held_out[0] if held_out else None
 
     def split(self, records: list[RankedRecord], held_out: list[RankedRecord] | None) -> None:
@@ -313,6 +306,7 @@ class Run:
         files = {"train_file": self.options.train_file, "eval_file": self.options.eval_file}
         skip = {*files, "resume", "overwrite", *_NEUTRAL}
         settings = {name: value for name, value in self.changed.items() if name not in skip}
+        settings = with_contents(settings) if self.by_content else settings
         return RunIdentity(settings, {name: _data_hash(path) for name, path in files.items() if path is not None})
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clha_fast.data.readers import read_records
+from clha_fast.data.records import RecordError
 from clha_fast.data.split import prompt_key
-from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown
+from clha_fast.evaluation.comparison_tables import as_csv, figure_named, markdown, row_label
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
-from clha_fast.experiments.assess import Assessment, Assessor, drop_weights, figure_of
+from clha_fast.experiments.assess import Assessment, Assessor, device_of, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
 from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_settings, train_cell, trained
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
+from clha_fast.experiments.reading import read_file
 from clha_fast.files import write_json, write_text
+from clha_fast.version import __version__
 
 BASE = Method(BASE_NAME, "base model", {}, "")
 
@@ -92,7 +94,8 @@ class Table:
         self, comparison: Comparison, say: Say = lambda line: None, *, ray: bool = False, address: str | None = None
     ) -> None:
         self.comparison, self.say = comparison, say
-        self._run_all, self._elsewhere = functools.partial(run_all, ray=ray, address=address), ray
+        self._run_all = functools.partial(run_all, ray=ray, address=address, use_cpu=_on_cpu(comparison))
+        self._elsewhere = ray
         self.rows: list[Row] = []
         self._empty: list[str] = []
 
@@ -107,7 +110,7 @@ class Table:
         check_extra()
         if not (self._elsewhere or os.path.isdir(comparison.output_dir)):  # what is done may be from another machine
             check_settings(comparison)
-        self._overlaps = _overlaps(comparison)
+        self._of_files = _of_files(comparison)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():
             self.base = ready_base(comparison, self.say)
@@ -197,11 +200,25 @@ class Table:
                 found.update(dict.fromkeys(outcome.assessment.parts()))
         return [name for name in found if name != TOTAL]
 
+    def _other_versions(self) -> list[str]:
+        """A sentence where cells that were found are of another release."""
+        outcomes = [outcome for row in self.rows for outcome in row.outcomes]
+        made = [{of.trained.get("version"), of.assessment.about.get("version")} - {__version__} for of in outcomes]
+        count = sum(map(bool, made))
+        if not count:
+            return []
+        names = sorted({"one that did not say which" if name is None else str(name) for own in made for name in own})
+        return [
+            f"{count:,} of {len(outcomes):,} cells were made by another clha-fast ({', '.join(names)}) than this, "
+            f"{__version__}, and stand as they were found; another output_dir makes all of them with this one."
+        ]
+
     def write(self, notes: Sequence[str] = ()) -> dict[str, Any]:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
-        below = [*self._overlaps, *self.assessor.notes(), *notes]
+        below = [*self._of_files, *self.assessor.notes(), *notes]
+        below += self._other_versions()
         if self._empty:
             below.append(
                 "Learning rates were chosen by rewards of which some are of empty answers, whose reward is 0: "
@@ -217,7 +234,7 @@ class Table:
         folder = self.comparison.output_dir
         write_json(os.path.join(folder, "table.json"), found)
         write_text(os.path.join(folder, "table.csv"), as_csv(rows))
-        failed = [f"{row['label']}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
+        failed = [f"{row_label(row)}, n = {row['length']}: {row['error']}" for row in rows if "error" in row]
         text = markdown(rows, subsets)
         for line in (*below, *failed):
             text += f"\n{line}\n"
@@ -225,18 +242,31 @@ class Table:
         return found
 
 
-def _overlaps(comparison: Comparison) -> list[str]:
-    """A sentence for each pair of files that share prompts.
+_SKIPS = "where others are good, skip_bad_records: true in run leaves it out"
+
+
+def _on_cpu(comparison: Comparison) -> bool:
+    """Whether no cell would use a GPU."""
+    if not comparison.methods:
+        return device_of(comparison.settings) == "cpu"
+    return all(device_of({**comparison.settings, **method.settings}) == "cpu" for method in comparison.methods)
+
+
+def _of_files(comparison: Comparison) -> list[str]:
+    """A sentence for each pair of files that share prompts, and for each of which records are left out.
 
     Raises:
         ValueError: nothing is left to test on: all prompts of a test file are in the file that is trained or chosen on.
     """
     prompts: dict[str, set[str]] = {}
-    for files in comparison.data.values():
-        for path in vars(files).values():
-            if path not in prompts:
-                prompts[path] = {prompt_key(record) for record in read_records(path)}
     found = []
+    for length, files in comparison.data.items():
+        for name, path in vars(files).items():
+            if path not in prompts:
+                bad: list[RecordError] = []
+                prompts[path] = {prompt_key(record) for record in read_file(path, comparison.run, bad, _SKIPS)}
+                if bad:
+                    found.append(f"Malformed records of {name} (n = {length}) that are left out: {len(bad):,}.")
     for length, files in comparison.data.items():
         test = prompts[files.test]
         for name in ("train", "dev"):

@@ -128,12 +128,15 @@ class TransformersBackend:
         return torch.as_tensor(found.logits[0]).double()
 
 
-def load_backend(path: str, *, device: str = "auto", dtype: str = "auto") -> TransformersBackend:
+def load_backend(
+    path: str, *, device: str = "auto", dtype: str = "auto", attn_implementation: str | None = None
+) -> TransformersBackend:
     """The causal language model, or the adapter, and the tokenizer of a local folder or of a name on the Hub.
 
     Args:
         device: "auto" takes the accelerator that torch sees, else the CPU; or a torch device such as "cuda:1".
         dtype: "auto" is that of the checkpoint, or one of float32, bfloat16, float16.
+        attn_implementation: as transformers' `from_pretrained`.
 
     Raises:
         ValueError: nothing there to load, as `load_model`; an unknown device or dtype; too little memory.
@@ -142,7 +145,7 @@ def load_backend(path: str, *, device: str = "auto", dtype: str = "auto") -> Tra
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = find_device(device)
     tokenizer = load_tokenizer(path, "model")
-    model: Any = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype))
+    model: Any = load_model(path, "auto" if dtype == "auto" else getattr(torch, dtype), attn_implementation)
     try:
         model.to(place)
     except torch.OutOfMemoryError as error:

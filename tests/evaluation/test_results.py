@@ -246,6 +246,19 @@ def test_csv_has_a_line_a_figure():
     assert not [line for line in lines if line["method"] == "pro"]
 
 
+def test_rows_of_one_method_are_told_by_their_corruption():
+    """In the CSV and in Markdown: no two lines have the same key."""
+    kinds = [None, {"kind": "flips", "rate": 0.1}, {"kind": "flips", "rate": 0.3}, {"kind": "rewards", "rate": 0.3}]
+    rows = [{**ROWS[1], "corruption": kind} for kind in kinds]
+    lines = list(csv.DictReader(io.StringIO(as_csv([*rows, ROWS[0]]))))
+    keys = [(line["method"], line["corruption"], line["rate"], line["subset"], line["figure"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    found = dict.fromkeys((line["corruption"], float(line["rate"])) for line in lines)
+    assert list(found) == [("", 0.0), ("flips", 0.1), ("flips", 0.3), ("rewards", 0.3)]
+    names = [line[1] for line in cells_of(markdown(rows, []))[0][2:]]
+    assert names == ["CLHA", "CLHA, flips 0.1", "CLHA, flips 0.3", "CLHA, reward noise, sd 0.3"]
+
+
 def test_differences_are_bold_where_0_lies_outside():
     clear = {"value": 0.2, "low": 0.1, "high": 0.3, "seeds": [0.2]}
     vague = {"value": 0.2, "low": -0.1, "high": 0.3, "seeds": [0.2]}

@@ -1,0 +1,38 @@
+"""Files of ranked records, read alike by all that a run's options reach: training, reward models, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clha_fast.data.readers import read_records
+from clha_fast.data.records import RankedRecord, RecordError
+
+# Fields of RunOptions that say how its files are read, and what they are by default.
+READING: dict[str, Any] = {"format": "auto", "columns": None, "rank_by_reward": False, "skip_bad_records": False}
+_SKIPS = "where others are good, --skip_bad_records leaves it out"
+
+
+def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's options that say how files are read, and are not the defaults."""
+    return {name: options[name] for name, none in READING.items() if options.get(name, none) != none}
+
+
+def read_file(
+    path: str, options: Mapping[str, Any], skipped: list[RecordError] | None = None, advice: str = _SKIPS
+) -> list[RankedRecord]:
+    """All records of a file, as the options of a run (`READING`; others play no part) have it.
+
+    Args:
+        skipped: gets the errors of records that `skip_bad_records` leaves out.
+        advice: what the error of a record says of leaving it out.
+
+    Raises:
+        RecordError, ValueError, OSError: as `read_records`.
+    """
+    given = {**READING, **reading_of(options)}
+    errors = ([] if skipped is None else skipped) if given.pop("skip_bad_records") else None
+    try:
+        return read_records(path, errors=errors, **given)
+    except RecordError as error:
+        raise error if errors is not None else error.advised(advice) from None
