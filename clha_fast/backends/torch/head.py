@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clha_fast.backends.products import why_not_wide
 from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
 from clha_fast.backends.torch.scans import Scan, by_block, exp_, keep, pick_target, runs_of, scale_by_, subtract_target
@@ -80,8 +81,8 @@ class TorchHead:
         self.mixes = False
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         self.device = self.hidden.device
-        # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
-        self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
+        # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; without those, as on CPUs, blocks widen.
+        self.narrow = self.weight.dtype != self.dtype and why_not_wide(self.device, self.weight.dtype) is None
         # A route forms logits anew for as many tokens as a block has: only aligned ones come out as they did before.
         few = self.targets.numel() < _FEWEST_ALIGNED and head.max_dropped_mass is None
         self._multiple = 1 if few else ALIGNED
