@@ -144,11 +144,11 @@ def _processes_text(args: CLHAConfig) -> str:
     return count if args.sequence_parallel_size == 1 else f"{count}, {args.sequence_parallel_size} to each row"
 
 
-def memory_report(run: Run) -> dict[str, int]:
-    """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`.
+def memory_report(run: Run) -> dict[str, int | None]:
+    """Peaks of the loss variants at the largest training batch, by `memory.VARIANTS`; None of one that does not fit.
 
     Raises:
-        MemoryReportError: a measuring process failed, or the head is one that is not fused.
+        MemoryReportError: a measurement failed otherwise, or the head is one that is not fused.
     """
     batch = run.trainer.largest_batch
     if batch is None:
@@ -171,7 +171,26 @@ def memory_report(run: Run) -> dict[str, int]:
         head=trainer.head_options.encoded,
         options=trainer.loss_options.encoded,
     )
-    return {variant: memory.measure(variant, shapes) for variant in memory.VARIANTS}
+    return measured(shapes)
+
+
+def measured(shapes: memory.LossShapes) -> dict[str, int | None]:
+    """`memory.measure` of every variant, None where there is not so much memory."""
+    peaks: dict[str, int | None] = {}
+    for variant in memory.VARIANTS:
+        try:
+            peaks[variant] = memory.measure(variant, shapes)
+        except memory.DoesNotFitError:
+            peaks[variant] = None
+    return peaks
+
+
+def memory_text(peaks: Mapping[str, int | None]) -> str:
+    """The table of what was measured, and a line for each variant that does not fit."""
+    fitting = {variant: peak for variant, peak in peaks.items() if peak is not None}
+    lines = [report.memory_table(fitting, memory.VARIANTS)] if fitting else []
+    lines += [f"{memory.VARIANTS[name]}: does not fit the memory" for name, peak in peaks.items() if peak is None]
+    return "\n".join(lines)
 
 
 def _print_answers(run: Run) -> None:
@@ -211,7 +230,7 @@ def _finish(run: Run, command: Mapping[str, Any]) -> None:
         else:
             run.write_metrics(memory=peaks)
             if peaks:
-                print(f"\n{report.memory_table(peaks, memory.VARIANTS)}")
+                print(f"\n{memory_text(peaks)}")
 
 
 def _before(run: Run) -> str:

@@ -36,8 +36,16 @@ VARIANTS = {
 }
 
 
+# What torch says on a CPU, which has no class of its own for it.
+_NO_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory")
+
+
 class MemoryReportError(RuntimeError):
-    """A measuring process failed; the message carries its last line."""
+    """A measurement failed; the message carries its last line."""
+
+
+class DoesNotFitError(MemoryReportError):
+    """What was to be measured needs more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,9 @@ def _inputs(shapes: LossShapes) -> dict[str, Any]:
         "bias": normal(shapes.vocab_size) if shapes.bias else None,
         "targets": targets.to(shapes.device),
         "row_index": rows.to(shapes.device),
-        "candidate_lengths": torch.tensor(shapes.candidate_lengths, device=shapes.device),
-        "candidates_per_prompt": torch.tensor(shapes.candidates_per_prompt, device=shapes.device),
+        # On the CPU, as in training: on a GPU they would change what is run.
+        "candidate_lengths": torch.tensor(shapes.candidate_lengths),
+        "candidates_per_prompt": torch.tensor(shapes.candidates_per_prompt),
         "rewards": None if rewards is None else rewards.to(shapes.device),
     }
 
@@ -150,12 +159,12 @@ def peak_in_this_process(variant: str, shapes: LossShapes) -> int:
     _run(variant, _inputs(shapes.tiny()), shapes)
     inputs = _inputs(shapes)
     if shapes.device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(shapes.device)
+        torch.cuda.reset_peak_memory_stats(shapes.device)
+        before = torch.cuda.memory_allocated(shapes.device)
         _run(variant, inputs, shapes)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(shapes.device)
+        return torch.cuda.max_memory_allocated(shapes.device) - before
     current = _status("VmRSS")
     if current is None:  # no /proc: the peak so far may lie above what is used now, so this is a lower bound
         current = _highest()
@@ -170,10 +179,10 @@ def measure(variant: str, shapes: LossShapes) -> int:
     """`peak_in_this_process`, for a CPU in a child process of its own.
 
     Raises:
-        MemoryReportError: the child failed (it may have run out of the memory that is measured).
+        DoesNotFitError: there is not so much memory. MemoryReportError: the measurement failed otherwise.
     """
     if shapes.device.startswith("cuda"):
-        return peak_in_this_process(variant, shapes)
+        return _peak_on_gpu(variant, shapes)
     environment = {
         **os.environ,
         # The package of this process, from wherever it was imported.
@@ -187,8 +196,22 @@ def measure(variant: str, shapes: LossShapes) -> int:
     done = subprocess.run(command, input=shapes_text, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise MemoryReportError(f"measuring {VARIANTS[variant]} failed: {last}")
+        # Killed: by the kernel, for want of memory, as a rule.
+        does_not_fit = done.returncode == -9 or any(words in last for words in _NO_MEMORY)
+        kind = DoesNotFitError if does_not_fit else MemoryReportError
+        raise kind(f"measuring {VARIANTS[variant]} failed: {last}")
     return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def _peak_on_gpu(variant: str, shapes: LossShapes) -> int:
+    try:
+        return peak_in_this_process(variant, shapes)
+    except (RuntimeError, ValueError) as error:
+        kind = DoesNotFitError if isinstance(error, torch.OutOfMemoryError) else MemoryReportError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # Not in the handler, whose error holds on to what the frames had.
+    torch.cuda.empty_cache()
+    raise kind(f"measuring {VARIANTS[variant]} failed: {reason}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from clha_fast.backends import ROUTING
 from clha_fast.backends.memory import Workspace
+from clha_fast.backends.products import why_not_wide
 from clha_fast.errors import BackendError
 
 Backend = Literal["auto", "triton", "workspace", "torch", "reference"]
@@ -98,6 +99,15 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs compute capability 8.0 or newer, got {major}.{minor}" if major < 8 else None
 
 
+def _why_not_workspace(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the workspace backend cannot take such tensors, None when it can."""
+    reason = _why_not_kernels(device, dtype)
+    # Products of the interpreter's tensors are a CPU's, and widen.
+    if reason is None and device.type == "cuda" and dtype.itemsize == 2:
+        return why_not_wide(device, dtype)
+    return reason
+
+
 def _limit(memory: int, workspace: Workspace) -> int:
     """The most tokens for which the workspace takes at most `ROOM` of a device's memory; `ANY_NUMBER` for all."""
     tokens = workspace.fitting(int(ROOM * memory))
@@ -130,7 +140,7 @@ def token_limit(
         0 where it is never taken, `ANY_NUMBER` where always.
     """
     place = torch.device(device)
-    if place.type != "cuda" or torch.version.hip is not None or _why_not_kernels(place, dtype) is not None:
+    if place.type != "cuda" or torch.version.hip is not None or _why_not_workspace(place, dtype) is not None:
         return 0  # its wide products were not tried on ROCm
     memory = torch.cuda.get_device_properties(place).total_memory
     return _limit(memory, Workspace(vocabulary, width, dtype.itemsize, workspace_bytes, trains))
@@ -186,7 +196,7 @@ def resolve(
         _say_once(f"backend auto: {name} ({said.why or reason}; {said.origin})")
         return taken.backend
     if backend in ("triton", "workspace"):
-        reason = _why_not_kernels(place, dtype)
+        reason = (_why_not_kernels if backend == "triton" else _why_not_workspace)(place, dtype)
         if reason is not None:
             hint = "; backend 'torch' is that path without kernels" if backend == "workspace" else ""
             raise BackendError(f"backend {backend!r} cannot run: {reason}{hint}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clha_fast import HeadOptions, reference, token_logps
+from clha_fast.backends import products
 from clha_fast.objectives.clha import PUBLISHED
 from tests.support.helpers import Case, make_case
 from tests.support.value_gpu import OnGPU, ValueGPU
@@ -44,6 +45,15 @@ EVERY = [
 ]
 # Norm of the error over norm of the exact value: a few roundings of float32, one of 16 bits.
 LIMITS = {dtype: torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1) for dtype in KINDS.values()}
+
+
+class OldROCm(ValueGPU):
+    """A release without products of 16 bits with a float32 result."""
+
+    def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if torch.float32 in args and "dtype" in func._overloadname:
+            raise RuntimeError("gemm input type at::Half and output type float is not supported for ROCm")
+        return super()._compute(func, args, kwargs)
 
 
 def build(dtype: torch.dtype, rows: int | None) -> Case:
@@ -84,11 +94,13 @@ def check(value: Any, found: tuple[Any, ...], wanted: tuple[Tensor, tuple[Tensor
     assert all(got.dtype == dtype for got in found)
 
 
-def run(entry: str, backend: str, kind: str, name: str, capability: int, sizes: str) -> None:
+def run(
+    entry: str, backend: str, kind: str, name: str, capability: int, sizes: str, device: type[ValueGPU] = ValueGPU
+) -> None:
     dtype, head = KINDS[kind], HEADS[name]
     case = build(dtype, rows=9 if sizes == "cpu" else None)
     upstream = torch.tensor(0.5) if entry == "loss" else torch.linspace(-1, 1, case.targets.numel())
-    gpu = ValueGPU()
+    gpu = device()
     with gpu.here(capability):
         there = moved(case, sizes)
         there.leaves()
@@ -112,6 +124,27 @@ def run(entry: str, backend: str, kind: str, name: str, capability: int, sizes: 
 @pytest.mark.parametrize(("backend", "kind", "name", "capability", "sizes"), QUICK)
 def test_values_and_gradients(entry: str, backend: str, kind: str, name: str, capability: int, sizes: str) -> None:
     run(entry, backend, kind, name, capability, sizes)
+
+
+@pytest.mark.parametrize("entry", ["loss", "logps"])
+@pytest.mark.parametrize(("name", "sizes"), [("chunks", "cpu"), ("rich", "cuda"), ("routed", "cpu")])
+@pytest.mark.parametrize(("kind", "capability", "device"), [("bf16", 75, ValueGPU), ("fp16", 942, OldROCm)])
+def test_blocks_widen_where_no_product_does(
+    entry: str, name: str, sizes: str, kind: str, capability: int, device: type[ValueGPU]
+) -> None:
+    products._tried.cache_clear()
+    run(entry, "torch", kind, name, capability, sizes, device)
+    products._tried.cache_clear()
+
+
+@pytest.mark.parametrize("entry", ["loss", "logps"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_float16_while_its_sums_are_allowed(entry: str, backend: str) -> None:
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        run(entry, backend, "fp16", "rich", 90, "cpu")
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
 
 
 @pytest.mark.slow

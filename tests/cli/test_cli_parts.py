@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import options as cli_options
 from clha_fast.cli.options import OptionError, coerce, read_flags
 from clha_fast.cli.text import size_text
+from clha_fast.cli.train import measured, memory_text
 from clha_fast.data import make_record
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.evaluation import memory
@@ -24,6 +27,7 @@ from clha_fast.reports.data_summary import summarise
 from tests.support.command_line import SETTINGS
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.value_gpu import ValueGPU
 
 
 def test_values_become_what_options_are() -> None:
@@ -139,6 +143,53 @@ def test_failed_measurement_is_named() -> None:
     shapes = memory.LossShapes(8, 8, 32, [2, 2], [2], backend="none")
     with pytest.raises(memory.MemoryReportError, match=r"measuring clha-fast failed: ValueError: backend: expected"):
         memory.measure("fused", shapes)
+
+
+class SmallGPU(ValueGPU):
+    """A device that holds no tensor of more numbers than `most`."""
+
+    most = 2**12
+
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        made = super()._compute(func, args, kwargs)
+        if isinstance(made, torch.Tensor) and made.numel() > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 15.66 GiB.\nSee the documentation.")
+        return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "lengths", "fitting"),
+    [
+        (8, 32, (2, 2), ["fused", "eager_scored", "eager_all"]),
+        (64, 128, (4, 4), ["fused", "eager_scored"]),
+        (2048, 4, (9, 3), []),  # the hidden states alone
+    ],
+)
+def test_what_does_not_fit_a_gpu_is_said(
+    rows: int, vocabulary: int, lengths: tuple[int, ...], fitting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operators are real; a backward on a device that is not there is the engine's to refuse, and left out."""
+    devices = []
+    numbers = {"reset_peak_memory_stats": None, "synchronize": None, "memory_allocated": 7, "max_memory_allocated": 18}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: (devices.append(device), number)[1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    shapes = memory.LossShapes(rows, 8, vocabulary, lengths, [2], backend="torch", device="cuda:0")
+    with SmallGPU().here(90):
+        peaks = measured(shapes)
+        with pytest.raises(memory.MemoryReportError, match=r"^measuring clha-fast failed: backend: expected one of"):
+            memory.measure("fused", dataclasses.replace(shapes, rows=8, backend="none"))
+    assert peaks == {name: 11 if name in fitting else None for name in memory.VARIANTS}
+    assert set(devices) <= {"cuda:0"}
+    said = memory_text(peaks).splitlines()
+    missing = [f"{text}: does not fit the memory" for name, text in memory.VARIANTS.items() if name not in fitting]
+    assert [line for line in said if "does not fit" in line] == missing
+    assert len(said) == len(missing) + (2 + len(fitting) if fitting else 0)
+
+
+def test_what_does_not_fit_a_cpu_is_told_apart() -> None:
+    with pytest.raises(memory.DoesNotFitError, match=r"^measuring eager, logits of scored tokens failed: "):
+        memory.measure("eager_scored", memory.LossShapes(8, 8, 2**42, [2, 2], [2]))
 
 
 def test_example_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:

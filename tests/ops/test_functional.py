@@ -284,6 +284,7 @@ ALL = dispatch.ANY_NUMBER
 def test_auto_takes_the_workspace_where_it_is_a_small_share_of_the_memory(memory, weight, budget, limit, monkeypatch):
     monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     half = torch.bfloat16
     assert dispatch.token_limit("cuda", half, *weight, True, budget) == limit
     for tokens in (1, limit, limit + 1):

@@ -64,6 +64,14 @@ def launches(a: Any, h: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+def absent(h: Any, b: Any) -> dict[str, Callable[[], Any]]:
+    """Products that a T4 has not, while sums in float16 are allowed."""
+    return {
+        "bfloat16 to float32": lambda: torch.mm(b, b, out_dtype=torch.float32),
+        "float16 to float32": lambda: torch.mm(h, h, out_dtype=torch.float32),
+    }
+
+
 def refuses(name: str, call: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
     try:
         call()
@@ -82,6 +90,12 @@ def main() -> None:
             refuses(name, call, (AssertionError, RuntimeError))
         for name, call in launches(a, h).items():
             refuses(name, call, (LaunchError,))
+    with FakeGPU(75, compiles=False).here():
+        h, b = (torch.empty(8, 8, device="cuda", dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
+        torch.mm(h, h, out_dtype=torch.float32)
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+        for name, call in absent(h, b).items():
+            refuses(name, call, (RuntimeError,))
 
 
 if __name__ == "__main__":

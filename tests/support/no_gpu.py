@@ -23,9 +23,24 @@ def _set_device_guard() -> None:
         guards[_CUDA] = guards[_META]
 
 
+def refuse_wide_product(dtype: torch.dtype) -> None:
+    """Says of a product of 16 bits with a float32 result what torch's ATen/cuda/CUDABlas.cpp says of it."""
+    if torch.version.hip is not None:
+        return
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] < 8:
+        raise RuntimeError(
+            "gemm input type at::BFloat16 and output type float is only supported for CUDA devices with compute "
+            "capability 8.0 or higher"
+        )
+    if dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise RuntimeError(
+            "gemm input type at::Half and output type float is not supported with allowFP16AccumulationCuBLAS"
+        )
+
+
 @contextlib.contextmanager
 def told(capability: int, multiprocessors: int, memory: int = 80 * 2**30) -> Iterator[None]:
-    """Inside, torch.cuda answers for one device of that compute capability (80, 90, 100), or AMD's gfx942 (942)."""
+    """Inside, torch.cuda answers for one device of that compute capability (75, 80, 90, 100), or AMD's gfx942 (942)."""
     _set_device_guard()
     known = {"multi_processor_count": multiprocessors, "total_memory": memory}
     is_amd = capability == 942

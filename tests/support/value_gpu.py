@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast import ops
-from tests.support.no_gpu import told
+from tests.support.no_gpu import refuse_wide_product, told
 from tests.support.powers import powers
 
 GPU = torch.device("cuda", 0)
@@ -118,6 +118,7 @@ class ValueGPU(TorchDispatchMode):
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func.overloadpacket.__name__ in ("mm", "addmm") and "dtype" in func._overloadname:
             *tensors, wide = [a for a in args if isinstance(a, (Tensor, torch.dtype))]
+            refuse_wide_product(tensors[-1].dtype)
             product = torch.mm if len(tensors) == 2 else torch.addmm
             assert all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors[-2:])
             return product(*(t.to(wide) for t in tensors), **kwargs)

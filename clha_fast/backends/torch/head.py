@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clha_fast.backends.products import why_not_wide
 from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
-from clha_fast.backends.torch.scans import Scan, by_block, exp_, keep, pick_target, runs_of, subtract_target
+from clha_fast.backends.torch.scans import Scan, by_block, exp_, keep, pick_target, runs_of, scale_by_, subtract_target
 from clha_fast.layout import accumulate
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import STATISTICS, Gradients, HeadInputs, Needs
@@ -80,8 +81,8 @@ class TorchHead:
         self.mixes = False
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         self.device = self.hidden.device
-        # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; CPUs widen, for BLAS has no such GEMM.
-        self.narrow = self.weight.dtype != self.dtype and self.hidden.is_cuda
+        # On a GPU 16-bit GEMMs run on tensor cores with a float32 result; without those, as on CPUs, blocks widen.
+        self.narrow = self.weight.dtype != self.dtype and why_not_wide(self.device, self.weight.dtype) is None
         # A route forms logits anew for as many tokens as a block has: only aligned ones come out as they did before.
         few = self.targets.numel() < _FEWEST_ALIGNED and head.max_dropped_mass is None
         self._multiple = 1 if few else ALIGNED
@@ -374,6 +375,8 @@ class TorchHead:
         columns = [self.aligned(part.tokens.numel()) for part in parts]
         wide, width = sum(columns), self.weight.shape[1]
         factors = torch.cat([self._factor(part) for part in parts])
+        # Softmaxes of tokens without a gradient may be NaN. On a CPU those have been left out.
+        inert = None if self.device.type == "cpu" else factors == 0
         scaled, unit = self._scaled_rows(parts, factors)
         dhidden = None if self.dhidden is None else torch.zeros(wide, width, dtype=self.dtype, device=self.device)
         scratch = self.scratch(wide)
@@ -383,6 +386,8 @@ class TorchHead:
             # Every part is out of the store before its memory becomes the weight's gradient.
             for part, out in zip(parts, p.split(columns, dim=1), strict=True):
                 part.fill(a, b, words, out)
+            if inert is not None:
+                p.masked_fill_(inert, 0)
             if self.dbias is not None:
                 # Products in pieces, sums in float64: a GEMV is twice as far off as the eager loss's own sum.
                 for piece in self._pieces(p):
@@ -398,7 +403,7 @@ class TorchHead:
         if self.dweight is not None:
             self.weight_is_fresh = False
         if dhidden is not None:
-            for part, rows in zip(parts, dhidden.mul_(factors.unsqueeze(1)).split(columns), strict=True):
+            for part, rows in zip(parts, scale_by_(dhidden, factors).split(columns), strict=True):
                 self.add_hidden(part.tokens, rows[: part.tokens.numel()])
 
     def _factor(self, part: Part) -> Tensor:
@@ -412,7 +417,7 @@ class TorchHead:
         """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""
         if self.dweight is None:
             return None, None
-        scaled = self.token_rows(*(part.tokens for part in parts)).to(self.dtype).mul_(factors.unsqueeze(1))
+        scaled = scale_by_(self.token_rows(*(part.tokens for part in parts)).to(self.dtype), factors)
         if not self.narrow:
             return scaled, None
         # Else float16 underflows.

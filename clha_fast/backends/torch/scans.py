@@ -91,6 +91,15 @@ def exp_(x: Tensor) -> Tensor:
     return x.mul_(_LOG2_E).exp2_()
 
 
+def scale_by_(rows: Tensor, factors: Tensor) -> Tensor:
+    """rows [n, H] times factors [n], in place; on a GPU a factor of 0 gives 0 whatever the row, be it NaN.
+
+    On a CPU rows without a factor have been left out.
+    """
+    rows *= factors.unsqueeze(1)
+    return rows if rows.device.type == "cpu" else rows.masked_fill_((factors == 0).unsqueeze(1), 0)
+
+
 def pick_target(z: Tensor, at: Tensor, own: Tensor, otherwise: Tensor) -> Tensor:
     """z[at_t, t] of targets within z [words, n], else `otherwise` [n]."""
     here = own & (at >= 0) & (at < z.shape[0])

@@ -23,7 +23,8 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
 * A batch of 16 bits that fits one chunk has no float32 dweight: z stays, and GEMM 3 runs in the backward, some words at
   a time, each multiplied by the upstream gradient and rounded once. Between forward and backward z stands for dweight.
 
-16-bit products with a float32 result need torch's `mm(out_dtype=...)`, which is CUDA's; on ROCm it was not tried.
+16-bit products with a float32 result need torch's `mm(out_dtype=...)`: where it is missing (`backends.products`), the
+backend is refused by name and `auto` does not take it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.memory import PART_BYTES, Workspace, padded_width
+from clha_fast.backends.products import why_not_wide
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
@@ -73,7 +75,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, unit: Tensor 
 
 def _library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """out (+)= a . b by the vendor's library. With `out=`, which autocast leaves alone."""
-    if out.dtype != a.dtype and not out.is_cuda:  # the interpreter: a CPU's library has no 16-bit product in float32
+    # In the interpreter; on a GPU only where the device's switches have changed since the backend was chosen.
+    if out.dtype != a.dtype and why_not_wide(out.device, a.dtype) is not None:
         a, b = a.to(out.dtype), b.to(out.dtype)
     kind: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if add:
