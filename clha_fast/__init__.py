@@ -24,16 +24,17 @@ from clha_fast.objectives import (
 from clha_fast.objectives.clha import PRESETS, PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
 from clha_fast.options import HeadOptions
-from clha_fast.types import RankingInputs
+from clha_fast.types import RankingInputs, VocabShard
 from clha_fast.version import __version__
 
 if TYPE_CHECKING:
-    from clha_fast.models.attach import attach
+    from clha_fast.models.attach import Attached, attach
 
 __all__ = [
     "METRIC_NAMES",
     "PRESETS",
     "PUBLISHED",
+    "Attached",
     "BackendError",
     "CLHALoss",
     "CLHAMetrics",
@@ -53,6 +54,7 @@ __all__ = [
     "RankingInputs",
     "SFTOptions",
     "SimPOOptions",
+    "VocabShard",
     "__version__",
     "attach",
     "linear_clha_loss",
@@ -63,11 +65,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only this one needs transformers, whose import takes seconds.
-    if name == "attach":
-        from clha_fast.models.attach import attach
+    # Only these need transformers, whose import takes seconds.
+    if name in ("Attached", "attach"):
+        from clha_fast.models import attach
 
-        return attach
+        return getattr(attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

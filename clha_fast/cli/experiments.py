@@ -72,11 +72,14 @@ def read(path: str, changes: Sequence[str], output_dir: str | None) -> dict[str,
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], once: str | None = None) -> dict[str, Any]:
-    """As `options.merge`, however deep; what both have is refused behind `once`, where that is given."""
+    """As `options.merge`, however deep; what both have is refused behind `once`, where that is given.
+
+    An empty mapping has no entries to merge: it takes the other's place.
+    """
     merged = dict(base)
     for name, value in over.items():
         before = merged.get(name)
-        if isinstance(before, dict) and isinstance(value, dict):
+        if isinstance(before, dict) and isinstance(value, dict) and value and (before or once is None):
             merged[name] = _merge(before, value, once if once is None else f"{once}{name}.")
             continue
         if name in merged and once is not None:

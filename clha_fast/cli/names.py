@@ -25,6 +25,27 @@ ELSEWHERE = {
     **{name: f"--peft_config.{name}" for name in ("lora_alpha", "lora_dropout")},
     "lora_target_modules": "--peft_config.target_modules '[q_proj, v_proj]'",
     "lora_modules_to_save": "--peft_config.modules_to_save '[lm_head]'",
+    **{name: f"--peft_config.{name.removeprefix('lora_')}" for name in ("lora_task_type", "use_rslora", "use_dora")},
+    # Weights in 4 or 8 bits train behind an adapter alone.
+    **{
+        name: f"--model_init_kwargs.quantization_config '{{{name}: true}}', beside --peft_config.r 16"
+        for name in ("load_in_4bit", "load_in_8bit")
+    },
+    "quantization_config": "--model_init_kwargs.quantization_config '{load_in_4bit: true}'",
+    **{
+        name: f"--model_init_kwargs.quantization_config '{{load_in_4bit: true, {entry}}}'"
+        for name, entry in (
+            ("bnb_4bit_quant_type", "bnb_4bit_quant_type: nf4"),
+            ("bnb_4bit_compute_dtype", "bnb_4bit_compute_dtype: bfloat16"),
+            ("bnb_4bit_use_double_quant", "bnb_4bit_use_double_quant: true"),
+            ("use_bnb_nested_quant", "bnb_4bit_use_double_quant: true"),
+            ("bnb_4bit_quant_storage", "bnb_4bit_quant_storage: uint8"),
+        )
+    },
+    **{name: f"--model_init_kwargs.{name}" for name in ("trust_remote_code", "device_map")},
+    **dict.fromkeys(
+        ("revision", "model_revision"), "--model DIR, of `hf download NAME --revision REVISION --local-dir DIR`"
+    ),
     "max_seq_length": "--max_length",
     "max_target_length": "--max_completion_length",
     "evaluation_strategy": "--eval_strategy",
@@ -35,7 +56,7 @@ ELSEWHERE = {
     **dict.fromkeys(("ref_model", "ref_model_name_or_path", "reference_model"), "--reference"),
     **dict.fromkeys(
         ("precompute_ref_log_probs", "precompute_ref_logps"),
-        "clha-fast score --policy MODEL SRC DST, whose DST is the --train_file",
+        "--reference file, of a --train_file that `clha-fast score --policy MODEL SRC DST` has written",
     ),
     "overwrite_output_dir": "--overwrite",
     "resume_from_checkpoint": "--resume",

@@ -179,7 +179,10 @@ def _named(name: str, value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings are merged entry by entry. Another objective leaves the settings of the first behind."""
+    """`over` wins; mappings are merged entry by entry, an empty one replaces.
+
+    Another objective leaves the settings of the first behind.
+    """
     merged = dict(base)
     before, after = (_named("objective", options.get("objective")) for options in (base, over))
     if isinstance(after, dict) and after.get("name", _name_of(before)) != _name_of(before):
@@ -187,7 +190,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             merged.pop(name, None)
     for name, value in over.items():
         before, value = _named(name, merged.get(name)), _named(name, value)
-        both = isinstance(before, dict) and isinstance(value, dict)
+        both = isinstance(before, dict) and isinstance(value, dict) and value
         merged[name] = {**before, **value} if both else value
     return merged
 

@@ -47,6 +47,7 @@ folder    --output_dir DIR  --resume | --overwrite
 model     --model PATH_OR_NAME, or --model_config.model_type llama --model_config.hidden_size 128 ...
           --dtype float32  --attn_implementation NAME
           --peft_config.r 8 --peft_config.target_modules '[q_proj, v_proj]' ... (LoRA, or peft_config.peft_type)
+          --model_init_kwargs.quantization_config '{load_in_4bit: true}' (QLoRA) and whatever else from_pretrained takes
 tokenizer --tokenizer PATH_OR_NAME, or --build_tokenizer.vocab_size 4096
 loss      --objective NAME and its settings as --objective.SETTING VALUE (in YAML objective: {name: NAME, ...}):
           OBJECTIVES

@@ -28,12 +28,12 @@ from clha_fast.experiments.reading import read_file
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.generation.prompts import lead_of
 from clha_fast.messages import nearest
+from clha_fast.models.init_kwargs import check_init_kwargs, load_with
 from clha_fast.models.loading import (
     adapter_config,
     build_model,
     build_tokenizer,
     check_vocabulary,
-    load_model,
     load_tokenizer,
     texts_of,
 )
@@ -188,6 +188,7 @@ class Run:
         self.folder: str = self.args.output_dir
         if options.eval_file is not None or options.eval_fraction != 0:
             check_casts(self.args, DTYPES[options.dtype])
+        self._init_kwargs = check_init_kwargs(getattr(self.args, "model_init_kwargs", None), options.model is not None)
         self._check_settings()
         self._adapter = None if options.peft_config is None else self._adapter_config(options.peft_config)
         self.before: dict[str, Any] = {}
@@ -250,6 +251,8 @@ class Run:
         self.model = self._model()
         check_vocabulary(self.model, self.tokenizer)
         check_optimizer(self.args, self.model)
+        if self._init_kwargs:  # the trainer is given a model that has been made with them
+            self.args.model_init_kwargs = None
         try:
             self.trainer = self._trainer(
                 train_dataset=self.train_records,
@@ -324,7 +327,7 @@ class Run:
         if options.model_config is not None:
             return build_model(options.model_config, self.tokenizer, self.args.seed, dtype)
         assert options.model is not None
-        return load_model(options.model, dtype, options.attn_implementation)
+        return load_with(self._init_kwargs, options.model, dtype, options.attn_implementation)
 
     @functools.cached_property
     def lead(self) -> str | None:

@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clha_fast.batching.batch import CandidateBatch
     from clha_fast.batching.collator import RankedCollator, RankedDataset
     from clha_fast.batching.sampling import TokenBudgetSampler
     from clha_fast.batching.stream import RankedStream
     from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
     from clha_fast.models.scoring import Scorer, TokenScores, score
+    from clha_fast.models.segment_masks import UnsupportedLayoutError
     from clha_fast.rewards.ranking import Ranking, rank
     from clha_fast.training.config import CLHAConfig
     from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "CLHAConfig": "clha_fast.training.config",
     "CLHATrainer": "clha_fast.training.trainer",
+    "CandidateBatch": "clha_fast.batching.batch",
     "HeadInfo": "clha_fast.models.heads",
     "RankedCollator": "clha_fast.batching.collator",
     "RankedDataset": "clha_fast.batching.collator",
@@ -36,6 +39,7 @@ _WHERE = {
     "TokenBudgetSampler": "clha_fast.batching.sampling",
     "TokenScores": "clha_fast.models.scoring",
     "UnsupportedHeadError": "clha_fast.models.heads",
+    "UnsupportedLayoutError": "clha_fast.models.segment_masks",
     "fused_head": "clha_fast.models.heads",
     "inspect_head": "clha_fast.models.heads",
     "rank": "clha_fast.rewards.ranking",
@@ -45,6 +49,7 @@ _WHERE = {
 __all__ = [
     "CLHAConfig",
     "CLHATrainer",
+    "CandidateBatch",
     "HeadInfo",
     "RankedCollator",
     "RankedDataset",
@@ -58,6 +63,7 @@ __all__ = [
     "TokenBudgetSampler",
     "TokenScores",
     "UnsupportedHeadError",
+    "UnsupportedLayoutError",
     "fused_head",
     "inspect_head",
     "rank",

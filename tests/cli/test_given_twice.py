@@ -10,7 +10,7 @@ import pytest
 from clha_fast.cli import experiments, prepare
 from clha_fast.cli import main as cli
 from clha_fast.cli.columns import take_columns
-from clha_fast.cli.options import read_flags
+from clha_fast.cli.options import merge, read_flags
 from clha_fast.cli.values import OptionError, read_mapping, read_value
 from tests.support.command_line import one_sentence
 
@@ -103,6 +103,39 @@ def test_changes_of_a_configuration(tmp_path: Path) -> None:
             experiments.read(path, [*changes, more], None)
     with pytest.raises(OptionError, match="--output-dir: expected once, got x and y"):
         experiments.read(path, ["output_dir=x"], "y")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["reward_models={}"], {"reward_models": {}}),
+        (["run.peft_config={}"], {"run": {"peft_config": {}, "dtype": "float32"}}),
+        (["settings={}"], {"settings": {}}),
+        (["run={dtype: bfloat16}"], {"run": {"peft_config": {"r": 8}, "dtype": "bfloat16"}}),
+        (["run.peft_config.r=4"], {"run": {"peft_config": {"r": 4}, "dtype": "float32"}}),
+        (["generation={}"], {"generation": {}}),
+    ],
+)
+def test_an_empty_mapping_takes_the_files_place(tmp_path: Path, changes: list[str], expected: dict[str, Any]) -> None:
+    file = "reward_models: {label: a}\nrun: {peft_config: {r: 8}, dtype: float32}\nsettings: {margin: 1}\n"
+    (tmp_path / "table.yaml").write_text(file)
+    path = str(tmp_path / "table.yaml")
+    before = experiments.read(path, [], None)
+    assert experiments.read(path, changes, None) == {**before, **expected}
+
+
+@pytest.mark.parametrize("changes", [["settings={}", "settings.margin=2"], ["settings.margin=2", "settings={}"]])
+def test_an_empty_mapping_beside_an_entry(tmp_path: Path, changes: list[str]) -> None:
+    (tmp_path / "table.yaml").write_text("seeds: [0]\n")
+    with pytest.raises(OptionError, match="--set settings: expected once, got"):
+        experiments.read(str(tmp_path / "table.yaml"), changes, None)
+
+
+@pytest.mark.parametrize("name", ["columns", "model_init_kwargs", "peft_config", "lr_scheduler_kwargs"])
+def test_an_empty_mapping_of_a_flag_takes_the_files_place(name: str) -> None:
+    flags = read_flags([f"--{name}", "{}"])
+    assert merge({name: {"a": 1}, "seed": 3}, flags) == {name: {}, "seed": 3}
+    assert merge({name: {"a": 1}}, {name: {"b": 2}}) == {name: {"a": 1, "b": 2}}
 
 
 @pytest.mark.parametrize("text", ["2024-13-45", "2024-02-30", "2001-01-01 25:00:00", "!!int abc"])

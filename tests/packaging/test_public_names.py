@@ -10,14 +10,15 @@ import clha_fast
 
 NAMES = {
     "clha_fast": """
-        METRIC_NAMES PRESETS PUBLISHED BackendError CLHALoss CLHAMetrics CLHAOptions CPOOptions CoHOptions DPOOptions
-        HeadOptions HingeOptions IPOOptions LinearLoss ORPOOptions Objective PROOptions PolicyOptions RRHFOptions
-        RankingInputs SFTOptions SimPOOptions __version__ attach linear_clha_loss linear_loss ranking_loss token_logps
+        METRIC_NAMES PRESETS PUBLISHED Attached BackendError CLHALoss CLHAMetrics CLHAOptions CPOOptions CoHOptions
+        DPOOptions HeadOptions HingeOptions IPOOptions LinearLoss ORPOOptions Objective PROOptions PolicyOptions
+        RRHFOptions RankingInputs SFTOptions SimPOOptions VocabShard __version__ attach linear_clha_loss linear_loss
+        ranking_loss token_logps
     """,
     "clha_fast.hf": """
-        CLHAConfig CLHATrainer HeadInfo RankedCollator RankedDataset RankedStream Ranking RewardConfig RewardTrainer
-        RolloutConfig RolloutTrainer Scorer TokenBudgetSampler TokenScores UnsupportedHeadError fused_head inspect_head
-        rank score
+        CLHAConfig CLHATrainer CandidateBatch HeadInfo RankedCollator RankedDataset RankedStream Ranking RewardConfig
+        RewardTrainer RolloutConfig RolloutTrainer Scorer TokenBudgetSampler TokenScores UnsupportedHeadError
+        UnsupportedLayoutError fused_head inspect_head rank score
     """,
     "clha_fast.reference": """
         LOSSES clha_loss coh_loss cpo_loss dpo_loss hinge_loss ipo_loss logits loss orpo_loss policy_loss pro_loss
