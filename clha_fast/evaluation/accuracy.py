@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from clha_fast.evaluation.intervals import estimate, ratio
 @dataclass(frozen=True)
 class PairAccuracy:
     """Attributes:
-    accuracy: the share of right pairs. interval: its 95% bootstrap interval over prompts, None of one prompt.
+    accuracy: the share of right pairs, of `pairs` that belong to `prompts` different prompts. interval: its 95%
+        bootstrap interval over prompts, None of one prompt.
     """
 
     accuracy: float
@@ -31,21 +32,28 @@ class PairAccuracy:
         return {"accuracy": self.accuracy, "interval": None if self.interval is None else list(self.interval)}
 
 
-def pair_accuracy(correct: Sequence[float], pairs: Sequence[int]) -> PairAccuracy:
+def pair_accuracy(
+    correct: Sequence[float], pairs: Sequence[int], prompts: Sequence[Hashable] | None = None
+) -> PairAccuracy:
     """The accuracy over all pairs; prompts are resampled, for the pairs of one are not independent.
 
     Args:
-        correct: right pairs of each prompt, a pair of equal rewards counts half. pairs: of each prompt, at least one.
+        correct: right pairs of each record, a pair of equal rewards counts half. pairs: of each record, at least one.
+        prompts: of each record; the records of one are drawn together. None where no two have the same.
 
     Raises:
-        ImportError: scipy is not installed.
+        ValueError: as `intervals.by_prompt`. ImportError: scipy is not installed.
     """
-    found = estimate(ratio, np.column_stack([correct, pairs]))
+    found = estimate(ratio, np.column_stack([correct, pairs]), prompts=prompts)
     interval = None if found.low is None or found.high is None else (found.low, found.high)
-    return PairAccuracy(sum(correct) / sum(pairs), interval, len(pairs), sum(pairs))
+    return PairAccuracy(sum(correct) / sum(pairs), interval, found.prompts, sum(pairs))
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% bootstrap interval of a mean over prompts, None of one prompt; ImportError without scipy."""
-    found = estimate(ratio, np.column_stack([values, np.ones(len(values))]))
+def mean_interval(values: Sequence[float], prompts: Sequence[Hashable] | None = None) -> tuple[float, float] | None:
+    """The 95% bootstrap interval of a mean over prompts, None of one prompt; `prompts` as `pair_accuracy`.
+
+    Raises:
+        ValueError: as `intervals.by_prompt`. ImportError: scipy is not installed.
+    """
+    found = estimate(ratio, np.column_stack([values, np.ones(len(values))]), prompts=prompts)
     return None if found.low is None or found.high is None else (found.low, found.high)

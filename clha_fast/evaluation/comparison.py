@@ -32,10 +32,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Wins:
-    """Prompts on which A's answer has the higher raw reward, the same (two empty answers too), the lower one.
+    """Pairs of answers of which A's has the higher raw reward, the same (two empty answers too), the lower one.
 
     Attributes:
-        rate: wins and half of the ties over prompts, with its interval; 0.5 is no difference.
+        rate: wins and half of the ties over pairs of answers, with its interval; 0.5 is no difference.
     """
 
     wins: int
@@ -47,11 +47,13 @@ class Wins:
 @dataclass(frozen=True)
 class Comparison:
     """Attributes:
-    prompts: that both have. only_a, only_b: that one has alone.
+    prompts: that both have. records: as which they have them; more than prompts where one was given twice. only_a,
+        only_b: records that one has alone.
     differences: subset -> figure -> `Difference`. wins: subset -> reward model -> `Wins`. notes: sentences.
     """
 
     prompts: int
+    records: int
     only_a: int
     only_b: int
     differences: dict[str, dict[str, Difference]]
@@ -93,13 +95,17 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     subsets = [left.subsets[k] for k in ours]
     for part, chosen in Evaluation([a.prompts[k] for k in ours], subsets, [], {}).parts().items():
         here = [ours[k] for k in chosen], [theirs[k] for k in chosen]
-        differences[part] = {name: _difference(f, left.values, b.values, *here) for name, f in shared.items()}
-        wins[part] = {
-            name.removeprefix(RAW): _wins([left.values[name][k] for k in here[0]], [b.values[name][k] for k in here[1]])
-            for name in shared
-            if name.startswith(RAW)
+        prompts = [a.prompts[k] for k in here[0]]
+        differences[part] = {
+            name: _difference(figure, left.values, b.values, *here, prompts) for name, figure in shared.items()
         }
-    return Comparison(len(ours), len(a.prompts) - len(ours), len(b.prompts) - len(ours), differences, wins, notes)
+        wins[part] = {}
+        for name in shared:
+            if name.startswith(RAW):
+                both = [left.values[name][k] for k in here[0]], [b.values[name][k] for k in here[1]]
+                wins[part][name.removeprefix(RAW)] = _wins(*both, prompts)
+    alone = len(a.prompts) - len(ours), len(b.prompts) - len(ours)
+    return Comparison(len({a.prompts[k] for k in ours}), len(ours), *alone, differences, wins, notes)
 
 
 def _aligned(a: Evaluation, b: Evaluation) -> tuple[list[int], list[int]]:
@@ -166,32 +172,38 @@ def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[in
 
 
 def _difference(
-    figure: Figure, a: Mapping[str, Column], b: Mapping[str, Column], ours: list[int], theirs: list[int]
+    figure: Figure,
+    a: Mapping[str, Column],
+    b: Mapping[str, Column],
+    ours: list[int],
+    theirs: list[int],
+    prompts: Sequence[str],
 ) -> Difference:
     left, right = figure.rows(a, ours), figure.rows(b, theirs)
-    nothing = np.isnan(left).any(1) | np.isnan(right).any(1)
-    left, right = left[~nothing], right[~nothing]
+    valued = np.flatnonzero(~(np.isnan(left).any(1) | np.isnan(right).any(1))).tolist()
+    left, right, whose = left[valued], right[valued], [prompts[k] for k in valued]
     return Difference(
         figure.title,
-        estimate(figure.of, left),
-        estimate(figure.of, right),
-        difference(figure.of, left, right),
+        estimate(figure.of, left, prompts=whose),
+        estimate(figure.of, right, prompts=whose),
+        difference(figure.of, left, right, prompts=whose),
         figure.digits,
     )
 
 
-def _wins(a: Column, b: Column) -> Wins:
+def _wins(a: Column, b: Column, prompts: Sequence[str]) -> Wins:
     """By raw score, which does not saturate; an empty answer has none and loses to any other."""
     scores = [tuple(-math.inf if value is None else value for value in both) for both in zip(a, b, strict=True)]
     points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in scores]
     counts = (points.count(1.0), points.count(0.5), points.count(0.0))
-    return Wins(*counts, estimate(ratio, np.column_stack([points, np.ones(len(points))])))
+    return Wins(*counts, estimate(ratio, np.column_stack([points, np.ones(len(points))]), prompts=prompts))
 
 
 def comparison_table(found: Comparison) -> str:
     """Win rates and differences, subset after subset, and the sentences that belong to them."""
-    alone = f"{found.only_a:,} prompts stand in A alone, {found.only_b:,} in B alone"
-    lines = [f"{found.prompts:,} prompts in common; {alone}"]
+    common = f" in {found.records:,} records" if found.records > found.prompts else ""
+    alone = f"{found.only_a:,} records stand in A alone, {found.only_b:,} in B alone"
+    lines = [f"{found.prompts:,} prompts in common{common}; {alone}"]
     for part, here in found.differences.items():
         lines.append(f"\n{part or NO_SUBSET}")
         for name, wins in found.wins[part].items():

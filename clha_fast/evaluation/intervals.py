@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ class Estimate:
 
     Attributes:
         value: None where there is nothing to compute it from. low, high: the 95 % interval, None where there is none.
-        prompts: how many have a value. note: why there is no interval, or what is odd about it; "".
+        prompts: how many have a value, each once however many rows it has. note: why there is no interval, or what is
+            odd about it; "".
     """
 
     value: float | None
@@ -43,6 +44,7 @@ def estimate(
     statistic: Callable[[Array], Array],
     rows: Array,
     *,
+    prompts: Sequence[Hashable] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     method: Method = "percentile",
@@ -51,14 +53,20 @@ def estimate(
 
     Args:
         statistic: maps sums over prompts [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
-        rows: [P, K], what each prompt adds; prompts with a NaN, and those that add nothing (no pair, say), have no
-            value and are left out.
+        rows: [R, K], what each row adds; those with a NaN, and those that add nothing (no pair, say), have no value and
+            are left out.
+        prompts: the prompt of each row. The rows of one are drawn together, as what they are: one draw of a prompt.
+            None where no two rows have the same.
 
     Raises:
-        ImportError: scipy is not installed.
+        ValueError: as `by_prompt`. ImportError: scipy is not installed.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    rows = rows[~np.isnan(rows).any(1) & rows.any(1)]
+    valued = np.flatnonzero(~np.isnan(rows).any(1) & rows.any(1)).tolist()
+    if prompts is not None:
+        _check_prompts(rows, prompts)
+        prompts = [prompts[k] for k in valued]
+    rows = by_prompt(rows[valued], prompts)
     count = len(rows)
     value = float(statistic(rows.sum(0))) if count else math.nan
     if math.isnan(value):
@@ -87,11 +95,37 @@ def estimate(
 
 
 def difference(statistic: Callable[[Array], Array], ours: Array, theirs: Array, **settings: Any) -> Estimate:
-    """The figure of `ours` less that of `theirs`, rows [P, K] of the same prompts: both are resampled together."""
+    """The figure of `ours` less that of `theirs`, rows [R, K] of the same prompts: both are resampled together."""
     size = ours.shape[1]
     return estimate(
         lambda sums: statistic(sums[..., :size]) - statistic(sums[..., size:]), np.hstack([ours, theirs]), **settings
     )
+
+
+def by_prompt(rows: Array, prompts: Sequence[Hashable] | None) -> Array:
+    """[..., P, K], the sums of the rows [..., R, K] of each prompt, in the order in which prompts first appear.
+
+    Args:
+        prompts: of each row; None where each row has its own.
+
+    Raises:
+        ValueError: not one prompt a row.
+    """
+    if prompts is None:
+        return rows
+    _check_prompts(rows, prompts)
+    places: dict[Hashable, int] = {}
+    place = [places.setdefault(prompt, len(places)) for prompt in prompts]
+    if len(places) == len(place):
+        return rows
+    found = np.zeros((*rows.shape[:-2], len(places), rows.shape[-1]))
+    np.add.at(np.moveaxis(found, -2, 0), place, np.moveaxis(rows, -2, 0))
+    return found
+
+
+def _check_prompts(rows: Array, prompts: Sequence[Hashable]) -> None:
+    if len(prompts) != rows.shape[-2]:
+        raise ValueError(f"prompts: expected one for each of {rows.shape[-2]:,} rows, got {len(prompts):,}")
 
 
 def ratio(sums: Array) -> Array:

@@ -47,7 +47,7 @@ class Figure:
     most: float = math.inf
 
     def rows(self, values: Mapping[str, Column], chosen: Sequence[int]) -> Array:
-        """[P, K] for `estimate`; NaN where a prompt has no value."""
+        """[R, K] for `estimate`, a row for each of `chosen`; NaN where it has no value."""
         columns = [[values[name][k] for k in chosen] for name in self.columns]
         found = np.array(columns, dtype=np.float64).T.reshape(len(chosen), len(columns))
         found[:, 0] *= self.scale
@@ -87,12 +87,12 @@ def figures_of(values: Mapping[str, Column]) -> dict[str, Figure]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, prompt by prompt.
+    """What was measured, answer by answer; a prompt that was given twice has two rows, and is one draw of an interval.
 
     Attributes:
-        prompts: hash of each prompt. subsets: its part of the data, "" without parts. references: hash of the record
-            that it was measured against.
-        values: column -> one number a prompt, None where it has none; `FIGURES` says what is made of them.
+        prompts: hash of each row's prompt. subsets: its part of the data, "" without parts. references: hash of the
+            record that it was measured against.
+        values: column -> one number a row, None where it has none; `FIGURES` says what is made of them.
         corpus: subset -> figures of all its answers together, which no prompt adds to and which have no interval.
         checks: reward model -> its `fingerprint`, its held-out pair `accuracy` and `refused`, why it is not reported.
         notes: sentences to be shown. about: where it came from, and the settings.
@@ -124,10 +124,14 @@ class Evaluation:
     def figures(self) -> dict[str, dict[str, Estimate]]:
         """Subset -> figure -> its estimate."""
         made = figures_of(self.values)
-        return {
-            part: {name: estimate(figure.of, figure.rows(self.values, chosen)) for name, figure in made.items()}
-            for part, chosen in self.parts().items()
-        }
+        found = {}
+        for part, chosen in self.parts().items():
+            prompts = [self.prompts[k] for k in chosen]
+            found[part] = {
+                name: estimate(figure.of, figure.rows(self.values, chosen), prompts=prompts)
+                for name, figure in made.items()
+            }
+        return found
 
     def as_dict(self, figures: Mapping[str, Mapping[str, Estimate]] | None = None) -> dict[str, Any]:
         """For `metrics.json`: the fields, and the figures made of them."""
@@ -333,8 +337,11 @@ def evaluation_table(evaluation: Evaluation, figures: Mapping[str, Mapping[str, 
         [figure.title, *(shown(figures[part][name], figure.digits) for part in figures)]
         for name, figure in made.items()
     ]
-    counts = ["prompts", *(f"{len(chosen):,}" for chosen in evaluation.parts().values())]
-    lines = [table(["", *(part or NO_SUBSET for part in figures)], [counts, *rows])]
+    parts = evaluation.parts().values()
+    counts = [["prompts", *(f"{len({evaluation.prompts[k] for k in chosen}):,}" for chosen in parts)]]
+    if len(set(evaluation.prompts)) < len(evaluation.prompts):
+        counts.append(["records (a prompt may have several)", *(f"{len(chosen):,}" for chosen in parts)])
+    lines = [table(["", *(part or NO_SUBSET for part in figures)], [*counts, *rows])]
     lines += _sentences(evaluation, figures[TOTAL])
     return "\n".join(lines)
 

@@ -13,13 +13,18 @@ from clha_fast.evaluation.spread import Spread, over_seeds_and_prompts, paired_d
 
 
 def rows_of(assessments: Sequence[Evaluation], figure: Figure, subset: str = TOTAL) -> Array:
-    """[seeds, prompts, K], what each prompt of a subset adds to a figure.
+    """[seeds, rows, K], what each row of a subset adds to a figure; `prompts_of` says whose rows they are.
 
     Args:
         assessments: of one method, a seed each, over the same prompts.
     """
     chosen = assessments[0].parts().get(subset, [])
     return np.stack([figure.rows(found.values, chosen) for found in assessments])
+
+
+def prompts_of(assessments: Sequence[Evaluation], subset: str = TOTAL) -> list[str]:
+    """The prompt of each row of `rows_of`."""
+    return [assessments[0].prompts[k] for k in assessments[0].parts().get(subset, [])]
 
 
 def shared_figures(assessments: Sequence[Evaluation]) -> dict[str, Figure]:
@@ -33,7 +38,11 @@ def spreads(assessments: Sequence[Evaluation]) -> dict[str, dict[str, dict[str, 
     return {
         subset: {
             name: over_seeds_and_prompts(
-                figure.of, rows_of(assessments, figure, subset), least=figure.least, most=figure.most
+                figure.of,
+                rows_of(assessments, figure, subset),
+                prompts=prompts_of(assessments, subset),
+                least=figure.least,
+                most=figure.most,
             ).as_dict()
             for name, figure in shared_figures(assessments).items()
         }
@@ -52,7 +61,12 @@ def difference(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict
     both = shared_figures([*ours, *theirs])
     return {
         name: paired_difference(
-            figure.of, rows_of(ours, figure), rows_of(theirs, figure), least=figure.least, most=figure.most
+            figure.of,
+            rows_of(ours, figure),
+            rows_of(theirs, figure),
+            prompts=prompts_of(ours),
+            least=figure.least,
+            most=figure.most,
         )
         for name, figure in both.items()
     }

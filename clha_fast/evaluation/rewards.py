@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clha_fast.data.prompts import answered
+from clha_fast.data.prompts import answered, prompt_hash
 from clha_fast.data.records import RankedRecord
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
@@ -51,7 +51,8 @@ class RewardCheck:
     """How often a reward model prefers the better-ranked response of held-out pairs.
 
     Attributes:
-        accuracy: over all pairs i < j of the records, with its interval over prompts; a tie counts half. Pairs whose
+        accuracy: over all pairs i < j of the records, with its interval over prompts (records of one prompt are one
+            draw); a tie counts half. Pairs whose
             own rewards are equal have no order and do not count.
         refused: why the rewards of this model are not reported, in one sentence; "" where they are.
     """
@@ -76,7 +77,7 @@ def check_reward_model(
     ranked = [record for record in records if len(record.completions) > 1]
     scored = score_records(ranked, reward_model, batch_size=batch_size, progress=progress) if ranked else []
     rows = [_better(old, new) for old, new in zip(ranked, scored, strict=True)]
-    accuracy = estimate(ratio, np.array(rows).reshape(-1, 2))
+    accuracy = estimate(ratio, np.array(rows).reshape(-1, 2), prompts=[prompt_hash(record) for record in ranked])
     if accuracy.value is None:
         why = "there is no ranked pair to measure it on; give other records to check it with"
     elif accuracy.low is None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from clha_fast.evaluation.intervals import LEVEL, RESAMPLES, Array, import_scipy
+from clha_fast.evaluation.intervals import LEVEL, RESAMPLES, Array, by_prompt, import_scipy
 
 _SEED = 0
 
@@ -33,7 +33,12 @@ class Spread:
 
 
 def over_seeds_and_prompts(
-    statistic: Callable[[Array], Array], rows: Array, *, least: float = -math.inf, most: float = math.inf
+    statistic: Callable[[Array], Array],
+    rows: Array,
+    *,
+    prompts: Sequence[Hashable] | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
 ) -> Spread:
     """A figure of sums over seeds and prompts, with its 95% interval.
 
@@ -44,11 +49,15 @@ def over_seeds_and_prompts(
 
     Args:
         statistic: maps sums [..., K] to the figure [...]; NaN where it is undefined (0 / 0).
-        rows: [S, P, K], what each prompt adds under each seed. A prompt with a NaN adds nothing.
+        rows: [S, R, K], what each row adds under each seed. A row with a NaN adds nothing.
+        prompts: the prompt of each row; the rows of one are drawn together. None where no two rows have the same.
         least, most: the figure's range; an end that was moved beyond it is put there.
+
+    Raises:
+        ValueError: as `intervals.by_prompt`. ImportError: scipy is not installed.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    rows = np.where(np.isnan(rows).any(-1, keepdims=True), 0.0, rows)
+    rows = by_prompt(np.where(np.isnan(rows).any(-1, keepdims=True), 0.0, rows), prompts)
     seeds = tuple(_number(statistic(own.sum(0))) for own in rows)
     value = _number(statistic(rows.sum((0, 1))))
     if value is None or rows.shape[1] < 2:
@@ -63,12 +72,14 @@ def paired_difference(
     ours: Array,
     theirs: Array,
     *,
+    prompts: Sequence[Hashable] | None = None,
     least: float = -math.inf,
     most: float = math.inf,
 ) -> Spread:
-    """The figure of `ours` less that of `theirs`, rows [S, P, K] of the same seeds and prompts, drawn together.
+    """The figure of `ours` less that of `theirs`, rows [S, R, K] of the same seeds and prompts, drawn together.
 
-    Where one side has no value (NaN), neither counts. The difference lies between least - most and most - least.
+    `prompts` are as in `over_seeds_and_prompts`. Where one side has no value (NaN), neither counts. The difference lies
+    between least - most and most - least.
 
     Raises:
         ValueError: the shapes differ.
@@ -81,7 +92,7 @@ def paired_difference(
         return np.asarray(statistic(sums[..., :size]) - statistic(sums[..., size:]))
 
     both = np.concatenate([ours, theirs], -1)
-    return over_seeds_and_prompts(difference, both, least=least - most, most=most - least)
+    return over_seeds_and_prompts(difference, both, prompts=prompts, least=least - most, most=most - least)
 
 
 def _number(value: Any) -> float | None:

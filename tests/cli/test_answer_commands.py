@@ -82,7 +82,7 @@ def test_from_prompts_to_a_comparison(
     both = str(tmp_path / "both.json")
     assert run("compare", metrics, drawn, *measured, "--out", both) == 0
     out = capsys.readouterr().out
-    assert "10 prompts in common; 0 prompts stand in A alone, 0 in B alone" in out
+    assert "10 prompts in common; 0 records stand in A alone, 0 in B alone" in out
     assert f"win rate of A by {name}: " in out
     assert "only one side has NLL" in out
     assert json.loads(Path(both).read_text())["prompts"] == 10

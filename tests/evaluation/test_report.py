@@ -213,7 +213,7 @@ def test_wins_and_paired_differences_by_hand() -> None:
     assert found.differences[TOTAL]["reward: length"].difference.value == pytest.approx(difference)
     assert found.differences[TOTAL]["raw reward: length"].difference.prompts == 3, "both have answered"
     text = comparison_table(found)
-    assert "5 prompts in common; 0 prompts stand in A alone, 1 in B alone" in text
+    assert "5 prompts in common; 0 records stand in A alone, 1 in B alone" in text
     assert "win rate of A by length: 0.400" in text
     assert json.dumps(found.as_dict(), allow_nan=False)
 
