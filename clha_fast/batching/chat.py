@@ -45,6 +45,7 @@ class _Turn:
         closing: directly after the response, scored. end_of_turn: the special token in it, "" where there is none.
         rest: all that follows the response, scored or not.
         before: all before the lead: the prompt, or what the template leaves of it before a response.
+        opening: all between `before` and the response: the lead, and blanks.
     """
 
     lead: str
@@ -52,6 +53,7 @@ class _Turn:
     end_of_turn: str
     rest: str
     before: str
+    opening: str
 
 
 def render_chat(
@@ -61,6 +63,7 @@ def render_chat(
     source: str,
     template: Mapping[str, Any] | None = None,
     field: str = "completions",
+    sampled: bool = False,
 ) -> ChatTexts:
     r"""Where the responses begin and end is learnt from the template itself, with a text that stands for any response.
 
@@ -70,7 +73,8 @@ def render_chat(
     it ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"), and what the template writes after that is left out.
     Where the template marks `{% generation %}`, the mark decides, only never without the end of turn. A final
     assistant message is continued by the responses. `template` is `RankedRecord.template`; `field` names the responses
-    in errors.
+    in errors. `sampled` responses are a model's own words, no data to find fault with: one that the template refuses,
+    or does not write as it is, stands as it is where the template writes any other, and may be empty.
 
     Raises:
         RecordError: as `render_messages`; the template's rendering of prompt and response does not begin with the
@@ -81,26 +85,44 @@ def render_chat(
     turn = _learn_turn(messages, start, tokenizer, source, given)
     bodies = []
     for number, completion in enumerate(completions):
-        name = f"{field}[{number}]"
-        whole = apply_template(with_response(messages, completion), tokenizer, source, name, given)
-        if not whole.startswith(turn.before):
-            raise _broken(source, name, start, whole)
-        if len(whole) < len(turn.before) + len(turn.rest) or not whole.endswith(turn.rest):
-            expected = f"a chat template that ends this response as any other, with {turn.rest!r}"
-            raise RecordError.of(source, name, expected, whole[-_SHOWN:])
-        body = whole[len(turn.before) : len(whole) - len(turn.rest)]
-        if _squeezed(completion) not in _squeezed(body):
-            raise RecordError.of(source, name, "a chat template that keeps the whole text of a response", body)
-        bodies.append(body)
+        try:
+            bodies.append(_body(messages, completion, turn, start, tokenizer, source, f"{field}[{number}]", given))
+        except RecordError:
+            if not sampled:
+                raise
+            bodies.append(turn.opening + completion)
     lead = turn.lead if all(body.startswith(turn.lead) for body in bodies) else ""
     responses = []
     for number, body in enumerate(bodies):
         own = _unclosed(body[len(lead) :], turn)
-        if not own:
+        if not own and not sampled:
             expected = "a response with at least one token"
             raise RecordError.of(source, f"{field}[{number}]", expected, completions[number])
         responses.append(own + turn.closing)
     return ChatTexts(start + lead, tuple(responses), bool(turn.end_of_turn), lead)
+
+
+def _body(
+    messages: Sequence[Message],
+    completion: str,
+    turn: _Turn,
+    start: str,
+    tokenizer: Any,
+    source: str,
+    name: str,
+    given: Mapping[str, Any],
+) -> str:
+    """What the template writes of a response between `turn.before` and `turn.rest`."""
+    whole = apply_template(with_response(messages, completion), tokenizer, source, name, given)
+    if not whole.startswith(turn.before):
+        raise _broken(source, name, start, whole)
+    if len(whole) < len(turn.before) + len(turn.rest) or not whole.endswith(turn.rest):
+        expected = f"a chat template that ends this response as any other, with {turn.rest!r}"
+        raise RecordError.of(source, name, expected, whole[-_SHOWN:])
+    body = whole[len(turn.before) : len(whole) - len(turn.rest)]
+    if _squeezed(completion) not in _squeezed(body):
+        raise RecordError.of(source, name, "a chat template that keeps the whole text of a response", body)
+    return body
 
 
 def _learn_turn(
@@ -126,7 +148,7 @@ def _learn_turn(
     if span is not None:
         lead = before[: max(span[0] - len(start), 0)]
         end = max(end, span[1] - at - len(stand_in))
-    return _Turn(lead, rest[:end], "" if found is None else found[0], rest, start)
+    return _Turn(lead, rest[:end], "" if found is None else found[0], rest, start, before)
 
 
 def with_response(messages: Sequence[Message], text: str) -> list[Message]:

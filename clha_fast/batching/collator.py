@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -77,6 +77,9 @@ class RankedCollator:
         ValueError: the tokenizer has no EOS token, or is mistral-common's; a limit is not a positive integer; an
             unknown signal or layout.
     """
+
+    # Whether responses are a model's own words: none is refused for what it says, as `render_chat` has it.
+    _sampled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -190,10 +193,11 @@ class RankedCollator:
         whole_lengths, completions, masks = [], [], []
         for number, parts in enumerate(found):
             ids = parts[-1]
-            if not ids or ids == [eos]:
+            if not self._sampled and (not ids or ids == [eos]):
                 expected = "a response with at least one token"
                 raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-            parts[-1] = ids if closed or ids[-1] == eos or ids[-1] in self._endings.special else [*ids, eos]
+            ended = closed or (ids and (ids[-1] == eos or ids[-1] in self._endings.special))
+            parts[-1] = ids if ended else [*ids, eos]
             whole_lengths.append(sum(map(len, parts)))
             # Answers and markers take turns, an answer is the last: each answer has the limit to itself.
             scored = [(len(parts) - place) % 2 for place in range(len(parts))]
@@ -286,8 +290,15 @@ class RankedCollator:
             responses: Sequence[str] = [self._endings.closed(completion) for completion in completions]
             closed = False
         else:
-            names = {} if chains is None else {"field": "chains"}
-            chat = render_chat(record.prompt, completions, self.tokenizer, record.source, record.template, **names)
+            chat = render_chat(
+                record.prompt,
+                completions,
+                self.tokenizer,
+                record.source,
+                record.template,
+                "completions" if chains is None else "chains",
+                self._sampled,
+            )
             text, responses, closed = chat.prompt, chat.responses, chat.closed
             own = self._encoder.encode([text])[0]
             prefix = own[:1] if own[:1] == [self.tokenizer.bos_token_id] else []

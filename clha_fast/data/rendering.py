@@ -170,6 +170,24 @@ def _check_variables(given: Mapping[str, Any], tokenizer: Any, source: str) -> N
         raise RecordError(message, source=source, field="chat_template_kwargs")
 
 
+def read_variables(given: Mapping[str, Any], tokenizer: Any, source: str = "record") -> Mapping[str, Any]:
+    """`RankedRecord.template` for a model that it was not written for: the variables that this chat template reads.
+
+    What is left out is said once. Tools stay, for they are part of what is asked: `render_prompt` refuses them.
+
+    Raises:
+        RecordError: several templates and none is the default.
+    """
+    template = _template_text(given, tokenizer, source) if getattr(tokenizer, "chat_template", None) else ""
+    unread = [name for name in given if name != "tools" and not re.search(rf"\b{re.escape(name)}\b", template)]
+    if held := [name for name in unread if holds(given[name])]:
+        _say(
+            f"chat_template_kwargs: the reward model's chat template does not read {', '.join(sorted(held))}; it is "
+            "asked without"
+        )
+    return {name: value for name, value in given.items() if name not in unread}
+
+
 def _template_text(given: Mapping[str, Any], tokenizer: Any, source: str) -> str:
     try:
         return str(tokenizer.get_chat_template(tools=given.get("tools")))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,10 @@ from clha_fast.data.prompts import answered, prompt_hash
 from clha_fast.data.records import RankedRecord
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.rows import AnswerCollator
 from clha_fast.rewards.scoring import score_records
+
+logger = logging.getLogger("clha_fast.evaluation")
 
 
 def answer_rewards(
@@ -26,18 +31,25 @@ def answer_rewards(
 ) -> tuple[list[float], list[float | None]]:
     """(reward, raw score) of each answer to the prompt of its record.
 
-    The reward is 100 sigmoid(raw), as it is published; an empty answer has the reward 0 and no raw score. Behind a
-    text prompt an answer is read with the blank that responses begin with (`data.prompts.answered`).
+    The reward is 100 sigmoid(raw), as it is published; an empty answer, and one in which the reward model's tokenizer
+    finds no token, has the reward 0 and no raw score. Behind a text prompt an answer is read with the blank that
+    responses begin with (`data.prompts.answered`). Nothing that an answer says is an error.
 
     Args:
         batch_size, max_length: as `clha_fast.rewards.scoring.score_file`, whose errors these are.
     """
-    given = [answered(record, [answer]) for record, answer in zip(records, answers, strict=True) if answer]
-    settings = {"batch_size": batch_size, "max_length": max_length}
-    scored = iter(score_records(given, reward_model, progress=progress, **settings) if given else [])  # type: ignore[arg-type]
+    collator = AnswerCollator(reward_model.tokenizer, None)
+    read = [bool(answer.strip()) and collator.reads(answer) for answer in answers]
+    given = [answered(record, [answer]) for record, answer, own in zip(records, answers, read, strict=True) if own]
+    if unread := sum(bool(answer) for answer, own in zip(answers, read, strict=True) if not own):
+        logger.warning(
+            f"reward_model: {unread:,} of {len(answers):,} answers have no token that it reads, and count as empty"
+        )
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "sampled": True}
+    scored = iter(score_records(given, reward_model, progress=progress, **settings) if given else [])
     raw: list[float | None] = []
-    for answer in answers:
-        rewards = next(scored).rewards if answer else None
+    for own in read:
+        rewards = next(scored).rewards if own else None
         raw.append(None if rewards is None else rewards[0])
     return [0.0 if value is None else 100 * sigmoid(value) for value in raw], raw
 

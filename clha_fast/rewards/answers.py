@@ -4,45 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from clha_fast.data.prompts import Prompted, answered
+from clha_fast.data.records import RecordError, shorten
 from clha_fast.rewards.reward_model import RewardModel
-from clha_fast.rewards.rows import read_as_text, reward_collator, token_rows
+from clha_fast.rewards.rows import AnswerCollator, read_as_text, token_rows
 
-# Stands for an empty answer until its tokens are taken off.
+# Stands for an empty answer, which no record may have, until the record is made.
 _SOME = "."
 
 
 class AnswerRewards:
     """A reward model as a function of prompts and answers.
 
-    Each answer is read as `score_file` reads the response that it is in a record (`data.prompts.answered`).
+    Each answer is read as `score_file` reads the response that it is in a record (`data.prompts.answered`). What the
+    policy says is no error of data: an answer that the reward model's chat template refuses, or does not write as it
+    is, stands as it is where the template writes any other.
 
     Args:
         batch_size: answers in a forward pass.
         max_length: as `score_file`.
+
+    Attributes:
+        metrics: of the last call, shares of its answers: `judge_cut_share`, of which something was cut to
+            `max_length`; `judge_empty_share`, in which the reward model's tokenizer found no token.
     """
 
     def __init__(self, reward_model: RewardModel, batch_size: int = 16, max_length: int | None = None) -> None:
         self.reward_model, self.batch_size = reward_model, batch_size
-        length = reward_model.default_max_length if max_length is None else max_length
-        self._collator = reward_collator(reward_model.tokenizer, length)
+        self.max_length = reward_model.default_max_length if max_length is None else max_length
+        self.metrics: dict[str, float] = {}
+        self._collator = AnswerCollator(reward_model.tokenizer, self.max_length)
         self._checked = False
 
     def __call__(self, records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
-        """A raw reward for each answer to each record's prompt; an empty one is a response that ends at once.
+        """A raw reward for each answer to each record's prompt; one without tokens is a response that ends at once.
 
         Raises:
             ValueError: a reward that is not finite; a model that reads padding as text.
-            RecordError: as `RankedCollator.tokenize_record`.
+            RecordError: a prompt that the reward model's chat template refuses, or that `max_length` leaves no token.
         """
         rows: list[list[int]] = []
+        cut = empty = 0
         for record, texts in zip(records, answers, strict=True):
-            feature = self._collator.tokenize_record(answered(record, [text or _SOME for text in texts]))
-            end = self.reward_model.tokenizer.eos_token_id
-            for text, row in zip(texts, token_rows(feature), strict=True):
-                rows.append(row if text else [*feature["prompt_ids"], end])
+            read = [bool(text.strip()) and self._collator.reads(text) for text in texts]
+            empty += read.count(False)
+            own, own_cut = self._rows(record, [text if some else "" for text, some in zip(texts, read, strict=True)])
+            rows += own
+            cut += own_cut
+        self.metrics = {"judge_cut_share": cut / len(rows), "judge_empty_share": empty / len(rows)} if rows else {}
         rewards = self._score(rows)
         wrong = [number for number, reward in enumerate(rewards) if not abs(reward) < float("inf")]
         if wrong:
@@ -50,14 +59,30 @@ class AnswerRewards:
         found = iter(rewards)
         return [[next(found) for _ in texts] for texts in answers]
 
+    def _rows(self, record: Prompted, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """(the tokens of each answer behind the prompt, how many of them were cut)."""
+        given = answered(record, [text or _SOME for text in texts])
+        own = tuple(whole if text else "" for whole, text in zip(given.completions, texts, strict=True))
+        object.__setattr__(given, "completions", own)
+        try:
+            feature, prompt_cut, cut = self._collator.tokenize_counted(given)
+        except RecordError as error:
+            said = f"reward_model: it cannot read the answers {shorten(list(texts))} to this prompt ({error})"
+            raise RecordError(said, source=error.source, field=error.field) from error
+        return token_rows(feature), len(texts) if prompt_cut else cut
+
     def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-        self._check_padding(rows[order[0]], rows[order[-1]])
-        rewards = torch.zeros(len(rows))
+        """The same row is scored once: apart, padding could part its rewards by a last bit, and advantages by more."""
+        whole = list(map(tuple, rows))
+        order = sorted(dict.fromkeys(whole), key=lambda row: -len(row))
+        if not order:
+            return []
+        self._check_padding(order[0], order[-1])
+        rewards: dict[tuple[int, ...], float] = {}
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            rewards[batch] = self.reward_model.score_tokens([rows[number] for number in batch])
-        return rewards.tolist()
+            rewards.update(zip(batch, self.reward_model.score_tokens(batch).tolist(), strict=True))
+        return [rewards[row] for row in whole]
 
     def _check_padding(self, longer: Sequence[int], shorter: Sequence[int]) -> None:
         if self._checked or len(longer) == len(shorter):

@@ -68,12 +68,18 @@ class _TokenScores:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         named = dict(model.named_children())
-        head = next((named[name] for name in _HEADS if name in named), None)
-        if head is None:
+        found = next((name for name in _HEADS if name in named), None)
+        if found is None:
             raise self.refusal(f"no module named {' or '.join(_HEADS)}")
-        self.last: nn.Module = head
+        self._head = found
         self.vocabulary = (input_embedding_weight(model).shape[0],)
         self._first = first_position(model)
+
+    @property
+    def last(self) -> nn.Module:
+        """The head as it is now: one that is trained beside an adapter is another module once they are merged."""
+        head: nn.Module = getattr(self.model, self._head)
+        return head
 
     def refusal(self, got: str) -> UnsupportedLayoutError:
         """The error of a model without scores of single tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.data.records import RankedRecord
+from clha_fast.data.rendering import read_variables
 
 # How far a response's reward may move when a longer one is batched with it, relative to the larger of the two.
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -26,6 +29,36 @@ def reward_collator(tokenizer: PreTrainedTokenizerBase, max_length: int | None) 
         max_length: tokens of prompt and response together; None is no limit.
     """
     return RankedCollator(tokenizer, max_length=max_length)
+
+
+class JudgeCollator(RankedCollator):
+    """`reward_collator` for a reward model that judges what was written for another model.
+
+    Variables that only the other model's chat template reads are left out, as `data.rendering.read_variables` says.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+
+    def tokenize_counted(self, record: RankedRecord) -> tuple[CandidateFeature, int, int]:
+        """As `RankedCollator`."""
+        if record.template:
+            read = read_variables(record.template, self.tokenizer, record.source)
+            record = dataclasses.replace(record, template=read)
+        return super().tokenize_counted(record)
+
+
+class AnswerCollator(JudgeCollator):
+    """`JudgeCollator` for answers that were sampled: no error of data, whatever they say (`batching.chat.render_chat`).
+
+    One without tokens is a response that ends at once.
+    """
+
+    _sampled = True
+
+    def reads(self, text: str) -> bool:
+        """Whether the reward model's tokenizer has a token for anything in the text."""
+        return bool(self._encoder.encode([self._endings.opened(text).strip()])[0])
 
 
 def token_rows(feature: CandidateFeature) -> list[list[int]]:

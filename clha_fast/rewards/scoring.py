@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from clha_fast.data.records import RankedRecord
 from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
-from clha_fast.rewards.rows import reward_collator
+from clha_fast.rewards.rows import AnswerCollator, JudgeCollator
 from clha_fast.rewards.run import Row, ScoringError, ScoringInterrupted, ScoringRun, as_records
+
+logger = logging.getLogger("clha_fast.rewards")
 
 __all__ = [
     "RewardModel",
@@ -121,9 +124,18 @@ def score_records(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = True,
+    sampled: bool = False,
 ) -> list[RankedRecord]:
-    """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`."""
-    run = RewardRun(list(records), reward_model, batch_size, max_length, progress)
+    """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`.
+
+    That some were cut is said. `sampled`: the responses are a model's answers (`rewards.rows.AnswerCollator`).
+    """
+    run = RewardRun(list(records), reward_model, batch_size, max_length, progress, sampled)
+    if run.truncated:
+        logger.warning(
+            f"reward_model: {run.truncated:,} of {len(run.records):,} prompts with what is scored behind them are cut "
+            f"to its {run.max_length:,} tokens; their rewards are of what is left"
+        )
     journal = run.journal(None)
     try:
         run.score(journal, range(len(run.batches)), progress)
@@ -152,13 +164,14 @@ class RewardRun(ScoringRun):
         batch_size: int,
         max_length: int | None,
         progress: bool,
+        sampled: bool = False,
     ) -> None:
         limit = reward_model.max_positions
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length: expected at most the reward model's {limit} positions, got {max_length}")
         self.reward_model = reward_model
         self.max_length = reward_model.default_max_length if max_length is None else max_length
-        collator = reward_collator(reward_model.tokenizer, self.max_length)
+        collator = (AnswerCollator if sampled else JudgeCollator)(reward_model.tokenizer, self.max_length)
         super().__init__(records, reward_model.model, collator, batch_size, progress, reward_model.layout)
 
     def settings(self) -> dict[str, Any]:

@@ -272,6 +272,24 @@ def test_an_adapter_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "peft_config.task_type: expected SEQ_CLS for a reward model, got 'CAUSAL_LM'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed", "auto"])
+def test_an_adapter_is_merged_in_joined_rows(tmp_path: Path, layout: str) -> None:
+    """What was found of the adapter beside its model is found of the merged one, in every layout."""
+    pytest.importorskip("peft")
+    language_model(tmp_path / "base")
+    adapter = ["--peft_config.r", "2", "--peft_config.target_modules", "[q_proj]"]
+    flags = ["--model", str(tmp_path / "base"), *adapter, "--layout", layout]
+    assert cli.main(reward_command(tmp_path, *flags, **NO_MODEL, max_steps=2, learning_rate=1e-2)) == 0
+    found = described(tmp_path)
+    assert "model.safetensors" in {path.name for path in (tmp_path / "run").iterdir()}
+    options = RewardRunOptions(
+        train_file=str(tmp_path / "ranked.jsonl"), eval_fraction=0.3, model=str(tmp_path / "run")
+    )
+    again = RewardRun(options, {"output_dir": str(tmp_path / "again"), "use_cpu": True}).prepare()
+    again.evaluate_before()
+    assert again.before["accuracy"] == found["accuracy"]
+
+
 def test_bases_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*flags: str, **changes: Any) -> str:
         assert cli.main(reward_command(tmp_path, *flags, **changes)) == 2

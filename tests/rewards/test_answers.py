@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import XLNetConfig, XLNetForSequenceClassification
 
+from clha_fast.data import rendering
 from clha_fast.data.prompts import PromptRecord
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.rewards import answer_rewards
 from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.scoring import score_file, score_records
+from tests.support.chat_templates import SHAPES, Shape, chat_tokenizer
 from tests.support.reward_models import TOKENIZER, alone, llama, write
 
 
@@ -78,3 +82,117 @@ def test_refused() -> None:
     xlnet = RewardModel(XLNetForSequenceClassification(XLNetConfig(**size)), TOKENIZER)
     with pytest.raises(ValueError, match="reward_model: expected one that leaves padding out, got XLNet"):
         AnswerRewards(xlnet)([PromptRecord("the cat")], [["sat", "sat on a mat and then"]])
+
+
+def judge(shape: str) -> RewardModel:
+    tokenizer = chat_tokenizer(SHAPES[shape])
+    return RewardModel(llama(vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=1), tokenizer)
+
+
+def normalising(dropped: str) -> Any:
+    """A tokenizer that has no token for some characters, as BERT's has none for control and zero-width ones."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(dropped, "")
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufffd", "~", "\x07\x07"])
+def test_answers_without_a_token_count_as_empty(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that a policy says ends its run."""
+    model = RewardModel(llama(pad_token_id=2), normalising(text[0]))
+    reward = AnswerRewards(model)
+    (found,) = reward([PromptRecord("the cat")], [["", text, " " + text, "sat"]])
+    assert found[0] == found[1] == found[2] != found[3]
+    assert reward.metrics == {"judge_cut_share": 0.0, "judge_empty_share": 0.75}
+    records = [RankedRecord("the cat", (" sat",))] * 3
+    rewards, raw = answer_rewards(records, [text, "sat", ""], model)
+    assert (raw[0], raw[2], rewards[0], rewards[2]) == (None, None, 0.0, 0.0)
+    assert raw[1] == pytest.approx(found[3], rel=1e-5)
+    assert "1 of 3 answers have no token that it reads" in caplog.text
+    with pytest.raises(RecordError, match="a response with at least one token"):  # of data it is one
+        score_records([RankedRecord("the cat", (text,))], model, progress=False)
+
+
+THINKING = Shape(
+    "{% for m in messages %}{% set content = m['content'] %}{% if m['role'] == 'assistant' %}"
+    "{% if '!' in content %}{{ raise_exception('no shouting') }}{% endif %}"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ content.split('</think>')[-1].lstrip() }}<|im_end|>\n"
+    "{% else %}<|im_start|>user\n{{ content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "",
+    "<|im_end|>",
+    ("<|im_start|>", "<|im_end|>"),
+    "<|endoftext|>",
+)
+
+
+@pytest.mark.parametrize("text", ["Hm.</think>Yes", "a</think>b</think>c", "I said no!", "<think>Hm</think>"])
+def test_what_the_template_does_not_write_stands_as_it_is(text: str) -> None:
+    tokenizer = chat_tokenizer(THINKING)
+    model = RewardModel(llama(vocab_size=len(tokenizer), pad_token_id=None), tokenizer)
+    record = PromptRecord(({"role": "user", "content": "Why?"},))
+    whole = f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n{text}<|im_end|>"
+    (found,) = AnswerRewards(model)([record], [["Yes", text, "", "<|im_end|>"]])
+    assert found[1] == pytest.approx(alone(model.model, tokenizer(whole)["input_ids"]), rel=1e-4)
+    ended = alone(model.model, tokenizer(whole.replace(text, ""))["input_ids"])
+    assert found[2] == found[3] == pytest.approx(ended, rel=1e-4)
+    assert answer_rewards([record.ranked("Yes")], [text], model)[1] == pytest.approx([found[1]], rel=1e-4)
+    with pytest.raises(RecordError):
+        score_records([RankedRecord(record.prompt, (text,))], model, progress=False)
+
+
+def test_a_prompt_that_the_judge_cannot_read_is_named() -> None:
+    record = PromptRecord(({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}), "in:7")
+    with pytest.raises(RecordError, match=r"reward_model: it cannot read the answers \['Yes'\] to this.*in:7.*Sys"):
+        AnswerRewards(judge("gemma"))([record], [["Yes"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_the_same_answer_has_the_same_reward(dtype: torch.dtype, batch_size: int) -> None:
+    """Whatever it is padded to: what is left of a last bit would be an advantage."""
+    model = RewardModel(llama(pad_token_id=2).to(dtype), TOKENIZER)
+    records = [PromptRecord("the cat " * size) for size in range(1, 9)]
+    for own in AnswerRewards(model, batch_size=batch_size)(records, [["sat on a mat"] * 4] * len(records)):
+        assert len(set(own)) == 1
+
+
+@pytest.mark.parametrize("limit", [9, 14])
+def test_cut_answers_are_counted(limit: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = RewardModel(llama(pad_token_id=2), TOKENIZER)
+    records = [PromptRecord("the cat"), PromptRecord("a dog")]
+    answers = [["ran", "sat on a mat and fell over it with joy"], ["ran", "fell"]]
+    reward = AnswerRewards(model, max_length=limit)
+    reward(records, answers)
+    assert 0.25 <= reward.metrics["judge_cut_share"] <= 0.5
+    whole = AnswerRewards(model)
+    whole(records, answers)
+    assert whole.metrics["judge_cut_share"] == 0
+    ranked = [RankedRecord(record.prompt, (" ran",)) for record in records]
+    answer_rewards(ranked, [texts[1] for texts in answers], model)
+    assert not caplog.text
+    answer_rewards(ranked, [texts[1] for texts in answers], model, max_length=limit)
+    assert f"1 of 2 prompts with what is scored behind them are cut to its {limit} tokens" in caplog.text
+
+
+@pytest.mark.parametrize("variables", [{"enable_thinking": False}, {"documents": ["x"], "thinking": True}])
+def test_variables_of_the_policys_template_are_not_the_judges(
+    variables: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rendering._say.cache_clear()
+    messages = ({"role": "user", "content": "Why?"},)
+    for model in (judge("chatml"), RewardModel(llama(pad_token_id=2), TOKENIZER)):
+        given, plain = (PromptRecord(messages, template=own) for own in (variables, {}))
+        expected = AnswerRewards(model)([plain], [["Yes", "No"]])
+        assert AnswerRewards(model)([given], [["Yes", "No"]]) == expected
+        (scored,) = score_records([RankedRecord(messages, ("Yes", "No"), template=variables)], model, progress=False)
+        assert scored.rewards == pytest.approx(expected[0], rel=1e-5)
+        assert answer_rewards([given.ranked("Yes")], ["No"], model)[1] == pytest.approx(expected[0][1:], rel=1e-5)
+        tools = PromptRecord(messages, template={"tools": [{"type": "function", "function": {"name": "f"}}]})
+        with pytest.raises(RecordError, match="tools: expected a"):
+            AnswerRewards(model)([tools], [["Yes"]])
+    said = [record.getMessage() for record in caplog.records]
+    names = ", ".join(sorted(variables))
+    assert said == [
+        f"chat_template_kwargs: the reward model's chat template does not read {names}; it is asked without"
+    ]
