@@ -10,13 +10,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
 from clha_fast.batching.totals import SCALARS, dataset_counts
+from clha_fast.data.records import RankedRecord
 from clha_fast.data.writing import write_records
 from clha_fast.experiments.comparison import Comparison, Files
 from clha_fast.experiments.contents import data_hash, digest, model_hash, with_contents
@@ -28,6 +29,7 @@ from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import DEFAULTS, Run, RunOptions
 from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.datasets import check_first
 from clha_fast.training.rollout import RolloutConfig
 from clha_fast.types import COUNTS
 from clha_fast.version import __version__
@@ -159,6 +161,24 @@ def check_settings(comparison: Comparison) -> None:
                 config(**given, learning_rate=rate)
             except (TypeError, ValueError, OSError) as error:
                 raise ValueError(f"{method.label}: {error}") from None
+
+
+def check_records(comparison: Comparison, records: Sequence[RankedRecord], place: str) -> None:
+    """Before hours of training: whether the records of a training file hold what every method reads.
+
+    Raises:
+        ValueError: they do not; the message names the method.
+    """
+    for method in comparison.methods:
+        if method.rollout:
+            continue
+        try:
+            own = with_quantiles(method.settings, records)
+            args = CLHAConfig(**{**DEFAULTS, **_settings(comparison, own, comparison.output_dir)})
+            first = {"rewards": records[0].rewards, **records[0].signals}
+            check_first(first, place, args.loss_options(), args.reference)
+        except ValueError as error:
+            raise ValueError(f"{method.label}: {error}") from None
 
 
 def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[str, Any]:

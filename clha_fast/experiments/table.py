@@ -18,7 +18,7 @@ from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
 from clha_fast.experiments.assess import Assessment, Assessor, device_of, drop_weights, figure_of
 from clha_fast.experiments.bases import ready_base, ready_reward_models
-from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_settings, train_cell, trained
+from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_records, check_settings, train_cell, trained
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
@@ -108,9 +108,10 @@ class Table:
         comparison = self.comparison
         # What is missing, and what there is to say of files, is said before hours of training.
         check_extra()
-        if not (self._elsewhere or os.path.isdir(comparison.output_dir)):  # what is done may be from another machine
+        new = not (self._elsewhere or os.path.isdir(comparison.output_dir))  # what is done may be from another machine
+        if new:
             check_settings(comparison)
-        self._of_files = _of_files(comparison)
+        self._of_files = _of_files(comparison, new)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():
             self.base = ready_base(comparison, self.say)
@@ -252,11 +253,15 @@ def _on_cpu(comparison: Comparison) -> bool:
     return all(device_of({**comparison.settings, **method.settings}) == "cpu" for method in comparison.methods)
 
 
-def _of_files(comparison: Comparison) -> list[str]:
+def _of_files(comparison: Comparison, new: bool) -> list[str]:
     """A sentence for each pair of files that share prompts, and for each of which records are left out.
 
+    Args:
+        new: whether nothing is trained yet, and training files are tried on every method.
+
     Raises:
-        ValueError: nothing is left to test on: all prompts of a test file are in the file that is trained or chosen on.
+        ValueError: as `check_records`; or nothing is left to test on: all prompts of a test file are in the file that
+            is trained or chosen on.
     """
     prompts: dict[str, set[str]] = {}
     found = []
@@ -264,7 +269,10 @@ def _of_files(comparison: Comparison) -> list[str]:
         for name, path in vars(files).items():
             if path not in prompts:
                 bad: list[RecordError] = []
-                prompts[path] = {prompt_key(record) for record in read_file(path, comparison.run, bad, _SKIPS)}
+                records = read_file(path, comparison.run, bad, _SKIPS)
+                prompts[path] = {prompt_key(record) for record in records}
+                if new and name == "train":
+                    check_records(comparison, records, path)
                 if bad:
                     found.append(f"Malformed records of {name} (n = {length}) that are left out: {len(bad):,}.")
     for length, files in comparison.data.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -219,12 +219,20 @@ def check_signals(dataset: Any, name: str, objective: Objective, reference: str 
     Raises:
         ValueError: they lack it.
     """
-    if not is_tokenised(dataset):
-        return
+    if is_tokenised(dataset):
+        check_first(dataset[0], name, objective, reference)
+
+
+def check_first(row: Mapping[str, Any], name: str, objective: Objective, reference: str | None) -> None:
+    """`check_signals` of the first record, as a mapping of what it holds.
+
+    Raises:
+        ValueError: it lacks something.
+    """
     needed = {*objective.needs} & {"rewards", *SIGNALS}
     needed = needed - {"reference_logps"} if reference != "file" else needed | {"reference_logps"}
     for signal in sorted(needed):
-        if dataset[0].get(signal) is None:
+        if row.get(signal) is None:
             way = ""
             if signal == "reference_logps":
                 way = "; clha-fast score --policy MODEL SRC DST writes them, or take reference='copy'"

@@ -195,7 +195,7 @@ def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
 @pytest.mark.parametrize("rates", [[1e-3], [1e-3, 1e-2]])
 def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys, rates):
     """Where it is trained, and already where its learning rate is chosen."""
-    bad = {"name": "bad", "label": "no such thing", "objective": "dpo", "reference": "file"}
+    bad = {"name": "bad", "label": "no such thing", "objective": "dpo", "reference": str(tmp_path / "no_such_model")}
     given = small(given, methods=[bad, "sft"])
     given["learning_rates"] = rates
     config = tmp_path / "bad.yaml"
@@ -207,11 +207,34 @@ def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, cap
     assert "1 of 3 rows lack cells" in error
     rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert ["error" in row for row in rows] == [False, True, False]
-    assert "reference_logps" in rows[1]["error"]
+    assert "no_such_model" in rows[1]["error"]
     where = "seed 1" if len(rates) == 1 else "learning rate 0.001"
     assert f"no such thing, n = 2: {where}: " in out
     assert rows[2]["seeds"] == [1]
     assert rows[2]["learning_rate"] in rates
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("rrhf", "expected records with rewards, which the objective 'rrhf' reads, got none in the first one"),
+        ({"name": "clha", "reward_margin": "q0.25"}, "CLHA: reward_margin: expected records with rewards"),
+        (
+            {"name": "dpo", "reference": "file"},
+            "expected records with reference_logps, which the objective 'dpo' reads",
+        ),
+    ],
+)
+def test_records_are_tried_before_anything_is_trained(given, tmp_path, method, said, capsys):
+    given = small(given, methods=["sft", method], reward_models=None)
+    for path in given["data"][2].values():
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        Path(path).write_text("".join(json.dumps({**r, "rewards": None}) + "\n" for r in records))
+    config = tmp_path / "table.yaml"
+    config.write_text(yaml.safe_dump(given))
+    assert main(["table2", "--config", str(config)]) == 2
+    assert said in one_sentence(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
