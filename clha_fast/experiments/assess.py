@@ -19,7 +19,7 @@ from clha_fast.data.readers import read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
-from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, judge_of
 from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
@@ -273,7 +273,10 @@ class Assessment:
         )
         if self.judge is not None and written is not None:
             texts = [answer.answer for answer in written]
-            rewards, raw = answer_rewards(records, texts, _reward_model(self.judge, model_hash(self.judge)))
+            reward_model = _reward_model(self.judge, model_hash(self.judge))
+            rewards, raw = answer_rewards(records, texts, reward_model)
+            known = {name: assessor.checks[self.role][name] for name in ("accuracy", "refused")}
+            found.checks[self.role] = {"fingerprint": judge_of(reward_model), **known}
             found.values[REWARD + self.role] = [*rewards]
             found.values[RAW + self.role] = raw
         write_json(os.path.join(folder, METRICS), vars(found))
