@@ -73,7 +73,8 @@ class Comparison:
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
     """A against B, paired by prompt.
 
-    A reward model is the same on both sides where its weights are, whatever it is called. Figures that one side lacks,
+    A reward model is the same on both sides where its weights are, whatever it is called; where one side does not say
+    which model judged, rewards of that name are not compared. Figures that one side lacks,
     or that were measured against other references or with other settings, are named in the notes and left out.
 
     Raises:
@@ -129,6 +130,7 @@ def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
     """A with B's names for the same reward models; and what is to be said of names that mean two models."""
     theirs = [name.removeprefix(RAW) for name in b.values if name.startswith(RAW)]
     names = {_fingerprint(b, name): name for name in theirs}
+    names.pop(None, None)
     values: dict[str, Column] = {}
     said: dict[str, str] = {}
     for column, numbers in a.values.items():
@@ -137,17 +139,22 @@ def _renamed(a: Evaluation, b: Evaluation) -> tuple[Evaluation, dict[str, str]]:
             values[column] = numbers
             continue
         name = column.removeprefix(prefix)
-        new = names.get(_fingerprint(a, name))
-        if new is None and name in names.values():
+        judge = _fingerprint(a, name)
+        new = names.get(judge)
+        if new is None and name in theirs:
+            unknown = [side for side, own in (("A", judge), ("B", _fingerprint(b, name))) if own is None]
             said[name] = "two reward models of one name are not compared"
+            if unknown:
+                said[name] = f"rewards are not compared, for {' and '.join(unknown)} do not say which model judged"
             new = f"{name} (A's)"
         values[prefix + (new or name)] = numbers
     return Evaluation(a.prompts, a.subsets, a.references, values, a.corpus, a.checks, a.notes, a.about), said
 
 
-def _fingerprint(evaluation: Evaluation, name: str) -> str:
-    """Of a reward model's weights; its name where nothing is known of them."""
-    return str(evaluation.checks.get(name, {}).get("fingerprint", name))
+def _fingerprint(evaluation: Evaluation, name: str) -> str | None:
+    """Of a reward model's weights; None where nothing is known of them."""
+    found = evaluation.checks.get(name, {}).get("fingerprint")
+    return None if found is None else str(found)
 
 
 def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[int], notes: list[str]) -> set[str]:

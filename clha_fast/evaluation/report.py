@@ -17,7 +17,7 @@ from clha_fast.evaluation.bleu import STATISTICS, corpus_bleu, corpus_statistics
 from clha_fast.evaluation.diversity import corpus_distinct_2, distinct_2, words
 from clha_fast.evaluation.intervals import Array, Estimate, estimate, ratio
 from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
-from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, judge_of
 from clha_fast.evaluation.tables import fixed, table
 from clha_fast.generation.answers import Answer, occurrences
 from clha_fast.rewards.reward_model import RewardModel
@@ -290,8 +290,7 @@ def _rewarded(
     reward_model = None if kept.get("refused") else load()
     if reward_model is not None and not kept:
         check = check_reward_model(name, held_out, reward_model, **settings)
-        label = f" {reward_model.label}" if reward_model.label else ""
-        kept["fingerprint"] = reward_model.fingerprint() + label
+        kept["fingerprint"] = judge_of(reward_model)
         kept |= {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
     if reward_model is None or kept["refused"]:
         return kept, {}

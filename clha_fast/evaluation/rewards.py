@@ -54,6 +54,12 @@ def answer_rewards(
     return [0.0 if value is None else 100 * sigmoid(value) for value in raw], raw
 
 
+def judge_of(reward_model: RewardModel) -> str:
+    """What tells a reward model from others in `Evaluation.checks`: its fingerprint, and which logit is the reward."""
+    label = f" {reward_model.label}" if reward_model.label else ""
+    return reward_model.fingerprint() + label
+
+
 def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 

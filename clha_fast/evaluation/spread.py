@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clha_fast.evaluation.intervals import LEVEL, RESAMPLES, Array, by_prompt, import_scipy
 
 _SEED = 0
+_BATCH = 100  # resamples at a time; where seeds are drawn too it decides which draw is whose
+_ELEMENTS = 4_000_000  # of the counts that exist at a time
+_HELD = 25_000_000  # of the counts that are kept for the next figure
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def over_seeds_and_prompts(
 ) -> Spread:
     """A figure of sums over seeds and prompts, with its 95% interval.
 
-    Seeds and prompts are drawn independently, with replacement (`scipy.stats.bootstrap`), and the ends of the
+    Seeds and prompts are drawn independently, with replacement, as by `scipy.stats.bootstrap`, and the ends of the
     percentile interval are moved out for the few seeds there are: a bootstrap over S of them has (S - 1) / S of their
     variance, and normal tails. The factor is sqrt(S / (S - 1)) on the seeds' part of the variance, and Student's t with
     Satterthwaite's degrees of freedom. One seed is kept as it is: the interval is over prompts alone.
@@ -103,40 +107,43 @@ def _draws(
     statistic: Callable[[Array], Array], rows: Array, over_seeds: bool = False, over_prompts: bool = True
 ) -> Array:
     """[RESAMPLES], the figure of drawn seeds, of drawn prompts, or of both."""
-    seeds, prompts, _ = rows.shape
-    path: Any = None
-    sizes = ([seeds] if over_seeds else []) + ([prompts] if over_prompts else [])
+    seeds, prompts, size = rows.shape
+    sizes = ((seeds,) if over_seeds else ()) + ((prompts,) if over_prompts else ())
+    once = rows if over_seeds else rows.sum(0, keepdims=True)  # what is not drawn counts once
+    once = once if over_prompts else once.sum(1, keepdims=True)
+    flat = once.transpose(1, 0, 2).reshape(once.shape[1], -1)
+    found = []
+    for often in _counts(sizes, RESAMPLES):
+        sums = (often[-1] if over_prompts else np.ones((len(often[0]), 1))) @ flat
+        by_seed = sums.reshape(len(sums), -1, size)
+        found.append(np.einsum("bs,bsk->bk", often[0], by_seed) if over_seeds else by_seed[:, 0])
+    with np.errstate(all="ignore"):  # a figure that some resamples lack: None says it
+        return np.asarray(statistic(np.concatenate(found)))
 
-    def counts(index: Any, size: int) -> Array:
-        """[..., size], how often each was drawn."""
-        return np.asarray((index[..., None] == np.arange(size)).sum(-2), dtype=np.float64)
 
-    def drawn(*indices: Any, axis: int) -> Array:
-        nonlocal path
-        lead = indices[0].shape[:-1]
-        often = counts(indices[-1], prompts) if over_prompts else np.ones((*lead, prompts))
-        runs = counts(indices[0], seeds) if over_seeds else np.ones((*lead, seeds))
-        product = ("...s,...p,spk->...k", runs, often, rows)
-        if path is None:  # of all batches, whose sizes are the same
-            path, _ = np.einsum_path(*product, optimize=True)
-        return statistic(np.einsum(*product, optimize=path))
+def _counts(sizes: tuple[int, ...], resamples: int) -> Iterable[list[NDArray[Any]]]:
+    """For each size [batch, size], how often each was drawn: batch after batch, all figures' the same."""
+    return (_held if resamples * sum(sizes) <= _HELD else _drawn)(sizes, resamples)
 
-    scipy_stats = import_scipy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # None says it
-        found = scipy_stats.bootstrap(
-            tuple(np.arange(size) for size in sizes),
-            drawn,
-            n_resamples=RESAMPLES,
-            batch=100,
-            vectorized=True,
-            axis=-1,
-            confidence_level=LEVEL,
-            # BCa's jackknife leaves out one seed or one prompt, as if they were values of one sample each.
-            method="percentile",
-            rng=np.random.default_rng(_SEED),
-        )
-    return np.asarray(found.bootstrap_distribution)
+
+def _drawn(sizes: tuple[int, ...], resamples: int) -> Iterator[list[NDArray[Any]]]:
+    """The draws of `scipy.stats.bootstrap`, of which only counts are kept: memory and time go with the sizes."""
+    draws = np.random.default_rng(_SEED)
+    batch = max(1, min(_BATCH, _ELEMENTS // sum(sizes)))
+    for start in range(0, resamples, batch):
+        number = min(batch, resamples - start)
+        offsets = np.arange(number)[:, None]
+        yield [
+            np.bincount((draws.integers(0, size, (number, size)) + size * offsets).ravel(), minlength=number * size)
+            .reshape(number, size)
+            .astype(np.float32)
+            for size in sizes
+        ]
+
+
+@functools.lru_cache(maxsize=4)
+def _held(sizes: tuple[int, ...], resamples: int) -> list[list[NDArray[Any]]]:
+    return list(_drawn(sizes, resamples))
 
 
 def _interval(

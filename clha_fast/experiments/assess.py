@@ -21,7 +21,7 @@ import torch
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.report import RAW, REWARD, Evaluation, evaluate, figures_of
-from clha_fast.evaluation.rewards import answer_rewards, check_reward_model
+from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, judge_of
 from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
@@ -331,6 +331,9 @@ class Assessment:
             texts = [answer.answer for answer in written]
             with judging(self.judge, str(place)) as judge:
                 rewards, raw = answer_rewards(records, texts, judge)
+                fingerprint = judge_of(judge)
+            known = {name: assessor.checks[self.role][name] for name in ("accuracy", "refused")}
+            found.checks[self.role] = {"fingerprint": fingerprint, **known}
             found.values[REWARD + self.role] = [*rewards]
             found.values[RAW + self.role] = raw
         write_json(os.path.join(folder, METRICS), vars(found))
