@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--output DIR] [--limit 520] [--resume] [stages] [--cpu-dry-run]
 
-Stages, all of them in this order where none is named: --first-look (versions, one loss, memory; 60 s), --warm (compiles
-everything, in parallel processes), --correct (every path against float64, then the tests marked `gpu`), --shapes
-(`inputs.SHAPES` on scored rows, then what `extras` measures, memory, padded batches and pairs); --profile (ncu and
-compute-sanitizer, where they are) only when named. Speed needs correctness: it is checked first where the folder has
-none, and a path that is wrong is not timed.
+Stages, all of them in this order where none is named: --first-look (versions, one loss, memory; 120 s), --warm
+(compiles everything, in parallel processes), --correct (every path against float64, then the tests marked `gpu`),
+--shapes (`inputs.SHAPES` on scored rows, then what `extras` measures, memory, padded batches and pairs); --profile
+(ncu and compute-sanitizer, where they are) only when named. Speed needs correctness: it is checked first where the
+folder has none, and a path that is wrong is not timed.
 
 Every piece runs in a process of its own with a deadline, and is saved as it comes, in DIR/gpu.json; what those said on
 stderr is in DIR/gpu.log. A piece that hangs is ended, named and left out. Everything stops in time for `--limit`
@@ -50,7 +50,7 @@ RUNS = {"workspace": "workspace", "fused": "triton", "fused_forward": "triton", 
 # A rerun within one shape and mode begins without the method that broke the GPU's context or hung; so many may.
 MOST_BROKEN = 3
 # Seconds of one piece, and how many times that a dry run has: Triton's interpreter is slow.
-FIRST_LOOK, WARM, CHECK, PEERS, EXTRA, MEMORY = 60, 200, 150, 60, 90, 60
+FIRST_LOOK, WARM, CHECK, PEERS, EXTRA, MEMORY = 120, 200, 150, 60, 90, 60
 DRY_FACTOR = 4
 ADVICE = 'docs/gpu-first-run.md, "If something fails"'
 INCORRECT, NOT_CHECKED = "incorrect: ", "not checked: "

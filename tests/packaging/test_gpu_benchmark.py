@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correct
+from benchmarks import correct, gpu
 from benchmarks import report as report_files
 from benchmarks.correct import OWN_TESTS, PATHS, IncorrectError, _Bar, check_paths
 from benchmarks.gpu import Run, find_shapes
@@ -26,6 +27,16 @@ from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.processes import OUT_OF_TIME, output_within, run_piece
 from clha_fast import PUBLISHED, HeadOptions, reference
 from tests.support.helpers import ROOT
+
+
+def test_what_is_said_of_the_first_look_is_its_limit() -> None:
+    """Compiling alone took 39 s of it on two cores, importing 8 s; the call that has all stages has time left."""
+    page = (ROOT / "docs" / "gpu-first-run.md").read_text()
+    (minutes,) = re.findall(r"--first-look +# (\d+) minutes", page)
+    (seconds,) = re.findall(r"--first-look \(versions, one loss, memory; (\d+) s\)", str(gpu.__doc__))
+    assert gpu.FIRST_LOOK == 60 * int(minutes) == int(seconds)
+    (limit,) = re.findall(r"`--limit` is the seconds\s+of a call \((\d+)\)", page)
+    assert 2 * 47 <= gpu.FIRST_LOOK <= int(limit) - gpu.WARM
 
 
 @pytest.mark.parametrize("padded", [False, True])
