@@ -16,7 +16,8 @@ from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import METRICS_FILE
-from clha_fast.training.rollout import PromptDataset, RolloutConfig
+from clha_fast.training.prompt_data import PromptDataset
+from clha_fast.training.rollout import RolloutConfig
 
 HELP = """\
 usage: clha-fast rlhf [--config RUN.yaml] [--OPTION VALUE ...]
@@ -49,6 +50,7 @@ class _Progress(Progress):
         "reward": "reward",
         "answer_tokens": "tokens",
         "clip_share": "clipped",
+        "equal_rewards_share": "equal",
     }
 
 
@@ -93,10 +95,12 @@ def header(run: RolloutRun) -> dict[str, str]:
     kl = f", divergence x {options.kl_weight:g} from {trainer.reference.text}" if options.kl_weight else ""
     clip = f"policy: clipped at {1 - options.clip_low:g} and {1 + options.clip_high:g}"
     bonus = f", entropy x {options.entropy_weight:g}" if options.entropy_weight else ""
-    judge = type(run.reward_model.model).__name__
+    judge, limit = type(run.reward_model.model).__name__, run.reward_model.default_max_length
+    reads = "" if limit is None else f", which reads {limit:,} tokens of a prompt and an answer"
+    prefix = {"answers": f"begin with {run.answer_prefix!r}, as in training"} if run.answer_prefix else {}
     lines = {
         "model": model_text(run),
-        "reward": f"{run.options.reward_model}: {judge}",
+        "reward": f"{run.options.reward_model}: {judge}{reads}",
         "device": device_text(args.device),
         "backend": backend_text(args.backend, args.device, loss_dtype(run), **head_of_run(run)),
         "loss": f"{clip}, {options.reduction}{kl}{bonus}",
@@ -107,6 +111,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         "held out": _data_text(trainer.eval_dataset) + few_text(len(trainer.eval_dataset))
         if run.held_out
         else "no held-out set",
+        **prefix,
         **({"template": trainer.train_dataset.said} if trainer.train_dataset.said else {}),
         **layout_line(run),
         "folder": folder_text(run),
@@ -144,6 +149,12 @@ def results(run: RolloutRun) -> report.Result:
         f"{len(run.after['rewards']):,} prompts; intervals: bootstrap over prompts",
         "These rewards are of the model that the policy was trained to please: let another one judge it.",
     ]
+    for share, what in (
+        ("judge_cut_share", "were cut to what the reward model reads: these rewards are of a part"),
+        ("judge_empty_share", "are empty to the reward model"),
+    ):
+        if found := max(side.get(f"eval_{share}", 0) for side in sides):
+            notes.append(f"Up to {found:.0%} of the answers {what}.")
     if interval is None:
         notes.append("One prompt gives no interval: hold out more.")
     elif interval[0] <= 0 <= interval[1]:

@@ -93,10 +93,12 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        kind = "eval_" if "eval_loss" in logs else ""
-        if f"{kind}loss" not in logs:
+        kind = "" if "loss" in logs else "eval_"
+        if not any(kind + key in logs for key in self.names):
             return
-        values = {short: report.number(logs.get(kind + key)) for key, short in self.names.items()}
+        # Not every metric is measured on held-out prompts.
+        shown = {key: short for key, short in self.names.items() if not kind or kind + key in logs}
+        values = {short: report.number(logs.get(kind + key)) for key, short in shown.items()}
         if self.bar is not None and not kind:
             self.bar.set_postfix(values)
         elif state.global_step:

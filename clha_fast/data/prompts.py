@@ -77,7 +77,7 @@ def read_prompts(source: Source, format: str = "auto", *, columns: Mapping[str, 
     rows = source if isinstance(source, (str, os.PathLike)) else list(source)
     if format != "auto" or not _alone(rows, columns):
         return list(read_records(rows, format, columns=columns))
-    return list(_prompts(rows, (columns or {}).get("prompt", "prompt")))
+    return list(_prompts(rows, None if columns is None else columns["prompt"]))
 
 
 def _alone(source: Source, columns: Mapping[str, Any] | None) -> bool:
@@ -90,14 +90,15 @@ def _alone(source: Source, columns: Mapping[str, Any] | None) -> bool:
     return "prompt" in names and names <= {"prompt", *_BESIDE}
 
 
-def _prompts(source: Source, column: str) -> Iterator[PromptRecord]:
+def _prompts(source: Source, mapped: str | None) -> Iterator[PromptRecord]:
+    column = "prompt" if mapped is None else mapped
     for place, row in rows_of(source):
         if isinstance(row, RecordError):
             raise row
         if not isinstance(row, Mapping):
             raise RecordError.of(place, "", "a JSON object", row)
         others = [name for name, value in row.items() if value is not None and name not in (column, *_BESIDE)]
-        if column == "prompt" and others:
+        if mapped is None and others:
             raise RecordError.of(place, others[0], "a prompt alone, as in the first row", row[others[0]])
         if row.get(column) is None:
             raise RecordError.of(place, column, "a prompt", row.get(column))

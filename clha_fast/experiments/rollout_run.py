@@ -13,7 +13,7 @@ from clha_fast.evaluation.accuracy import mean_interval
 from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.experiments.run import METRICS_FILE, Run, RunOptions
 from clha_fast.files import RunIdentity
-from clha_fast.generation.prompts import trained_lead
+from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -94,13 +94,24 @@ class RolloutRun(Run):
 
     def _trainer(self, **given: Any) -> RolloutTrainer:
         reward = AnswerRewards(self.reward_model, self.args.per_device_eval_batch_size)
-        return RolloutTrainer(self.model, self.args, reward, lead=self.lead, **given)
+        return RolloutTrainer(self.model, self.args, reward, lead=self.lead, answer_prefix=self.answer_prefix, **given)
 
     @functools.cached_property
     def lead(self) -> str | None:
         """That of the run which has trained the model; what stands beside the prompts plays no part."""
         assert self.options.model is not None
         return trained_lead(self.options.model)
+
+    @functools.cached_property
+    def answer_prefix(self) -> str:
+        """The marker of a run of `coh` that has trained the model."""
+        assert self.options.model is not None
+        return trained_prefix(self.options.model)
+
+    @property
+    def notes(self) -> dict[str, str | None]:
+        """As `Run`, with the prefix: what is trained here must be asked with it, too."""
+        return {**super().notes, "answer_prefix": self.answer_prefix or None}
 
     def _evaluate(self) -> dict[str, Any]:
         found = self.trainer.evaluate()

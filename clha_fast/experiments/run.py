@@ -334,6 +334,11 @@ class Run:
         """What the model is trained behind, as `clha_fast.generation.prompts.trained_lead` gives it of the folder."""
         return lead_of(self.train_records, self.tokenizer)
 
+    @property
+    def notes(self) -> dict[str, str | None]:
+        """What stands in the folder's `run.json` beside the run's identity; None is left out."""
+        return {"lead": self.lead}
+
     def summary(self) -> tuple[DataSummary, DataSummary | None, int]:
         """(training, evaluation, evaluation prompts that training has too); None without a held-out set."""
         loss = self.trainer.loss_options
@@ -353,7 +358,7 @@ class Run:
             return
         wait_for_everyone()  # until every process has seen the folder as it was
         if self.args.process_index == 0:
-            claim_folder(self.folder, self.identity, owned=self.files, lead=self.lead)
+            claim_folder(self.folder, self.identity, owned=self.files, **self.notes)
         wait_for_everyone()
         if not self.held_out:
             self.write_metrics()

@@ -19,6 +19,7 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
+from clha_fast.files import CHECKPOINT
 from clha_fast.generation.asking import RESPONSE, closing_of, encode_question, question, usual_closing
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
 
@@ -251,9 +252,13 @@ def trained_prefix(folder: str | os.PathLike[str]) -> str:
     """What answers of the model in `folder` must begin with; "" for a model that was not trained behind markers.
 
     Chain of Hindsight trains answers behind a marker of their quality, and is measured behind the good one. The
-    objective stands in the run's `run.json`, in the folder itself or, for a checkpoint, in the one around it.
+    objective stands in the run's `run.json`, in the folder itself or, for a checkpoint, in the one around it; a run of
+    rollouts, which goes on with such a model, has the marker there as `answer_prefix`.
     """
-    settings = _run_of(folder).get("settings")
+    run = _run_of(folder)
+    settings, noted = run.get("settings"), run.get("answer_prefix")
+    if isinstance(noted, str):
+        return noted
     objective = settings.get("objective") if isinstance(settings, Mapping) else None
     given: Mapping[str, Any] = {}
     if isinstance(objective, Mapping):
@@ -272,8 +277,11 @@ def trained_lead(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _run_of(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
-    path = os.path.abspath(os.fspath(folder))
-    for place in (path, os.path.dirname(path)):
+    if not os.path.isdir(folder):  # a name on the Hub
+        return {}
+    path = os.path.realpath(folder)
+    above = [os.path.dirname(path)] if CHECKPOINT.fullmatch(os.path.basename(path)) else []
+    for place in (path, *above):
         try:
             with open(os.path.join(place, "run.json"), encoding="utf-8") as file:
                 found = json.load(file)

@@ -26,6 +26,21 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def _positions(model: nn.Module) -> int | None:
+    rows = _named_positions(model)
+    return None if rows is None else max(rows - _first_row(model, rows), 1)
+
+
+def _first_row(model: nn.Module, rows: int) -> int:
+    """The row of a table of `rows` positions that a first token has: RoBERTa and its kin begin behind padding's."""
+    for name, module in model.named_modules():
+        padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        named = _TABLE.search(name.rpartition(".")[2]) is not None
+        if padding is not None and named and isinstance(table, torch.Tensor) and table.shape[:1] == (rows,):
+            return int(padding) + 1
+    return 0
+
+
+def _named_positions(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
@@ -46,7 +61,7 @@ class RowLimit:
     """
 
     def __init__(self, model: nn.Module, multiple: int = _ANY_PADDING) -> None:
-        positions = _positions(model)
+        positions = _named_positions(model)
         self.limit = positions_of(model)
         self.name = type(model).__name__
         tensors = [] if positions is None else [*model.named_parameters(), *model.named_buffers()]

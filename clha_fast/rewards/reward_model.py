@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.segments import check_layout, counted_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
+from clha_fast.models.positions import positions_of
 from clha_fast.models.tokenizer_files import read_tokenizer
 from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
@@ -70,8 +71,7 @@ class RewardModel:
     @property
     def max_positions(self) -> int | None:
         """Tokens that the model has positions for, None when its configuration names no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return positions_of(self.model)
 
     @property
     def default_max_length(self) -> int | None:

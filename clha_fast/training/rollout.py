@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,23 +17,25 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, HostSizes, pack_candidates
 from clha_fast.batching.segments import SegmentGroup, Segments
-from clha_fast.data.prompts import Prompted, PromptRecord
+from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
 from clha_fast.generation.hf import generate_tokens
-from clha_fast.generation.prompts import encode_prompts, own_ends
+from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
 from clha_fast.models.dropout import without_dropout
 from clha_fast.models.forward import LogpForward
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.prompt_data import PromptDataset, collate_numbers
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import sampling_strategy
 
 # Rewards of the answers to each prompt, from the prompts' records and the answers' texts.
 Reward = Callable[[Sequence[Prompted], Sequence[Sequence[str]]], list[list[float]]]
 METRICS = ("reward", "answer_tokens", "unfinished_share", "empty_share")
+GROUP_METRICS = ("reward_std", "equal_rewards_share")  # of several answers to a prompt
 _WAITING_FILE = "rollout.pt"
 
 
@@ -94,44 +98,8 @@ _NOTHING: dict[str, Any] = {
     "batch_eval_metrics": False,
     "bf16_full_eval": False,
     "fp16_full_eval": False,
+    "neftune_noise_alpha": None,  # a ratio of policies would measure the noise
 }
-
-
-class PromptDataset(torch.utils.data.Dataset[int]):
-    """Prompts, tokenised once; an item is its own number.
-
-    Attributes:
-        records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
-        said: as `EncodedPrompts.said`.
-    """
-
-    skipped: Sequence[RecordError] = ()
-
-    def __init__(
-        self,
-        records: Sequence[Prompted],
-        tokenizer: PreTrainedTokenizerBase,
-        settings: GenerationSettings,
-        positions: int | None = None,
-    ) -> None:
-        if not records:
-            raise RecordError("prompts: expected at least one, got none")
-        # Responses that stand beside a prompt play no part.
-        alone = [PromptRecord(record.prompt, record.source, record.template) for record in records]
-        encoded = encode_prompts(alone, tokenizer, settings, positions)
-        self.records, self.prompts = list(records), encoded.prompts
-        self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-def collate_numbers(numbers: Sequence[int]) -> dict[str, Tensor]:
-    """The batch of a `PromptDataset`."""
-    return {"prompts": torch.tensor(list(numbers))}
 
 
 class RolloutTrainer(CLHATrainer):
@@ -143,7 +111,10 @@ class RolloutTrainer(CLHATrainer):
     Dropout is switched off, for the ratio of both would measure it.
 
     Logs carry `reward` (the mean over answers), `answer_tokens`, `unfinished_share` (answers that reached
-    `max_completion_length`) and `empty_share`; evaluation the same under `eval_`, of one greedy answer a prompt.
+    `max_completion_length`), `empty_share`, and what `reward` has in an attribute `metrics` after a call, a mapping of
+    numbers; evaluation the same under `eval_`, of one greedy answer a prompt. Of the several answers to a prompt in
+    training there is also `reward_std`, the mean over prompts of their rewards' standard deviation, and
+    `equal_rewards_share`, prompts whose answers all have one reward: these train nothing.
     A resumed run gives the very weights of an uninterrupted one: draws depend on `seed`, step and place alone, and a
     checkpoint holds the answers that still wait.
 
@@ -152,10 +123,13 @@ class RolloutTrainer(CLHATrainer):
         reward: from records and texts of answers, see `rewards.answers.AnswerRewards`; or a function of your own.
         lead: what prompts of messages end with, as in `GenerationSettings`; None is as a server asks, for responses
             beside a prompt play no part.
-        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file).
+        answer_prefix: what every answer begins with, no part of it (`generation.prompts.trained_prefix`).
+        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file);
+            evaluation sets may have names, in a mapping.
 
     Raises:
-        ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite.
+        ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite; a model whose forward
+            draws something in training (a router's jitter), which a ratio of policies would measure.
     """
 
     _collates = True
@@ -166,10 +140,11 @@ class RolloutTrainer(CLHATrainer):
         model: nn.Module,
         args: RolloutConfig,
         reward: Reward,
-        train_dataset: Sequence[Prompted] | None = None,
-        eval_dataset: Sequence[Prompted] | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         lead: str | None = None,
+        answer_prefix: str = "",
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, RolloutConfig):
@@ -177,12 +152,24 @@ class RolloutTrainer(CLHATrainer):
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         assert args.max_completion_length is not None
-        settings = GenerationSettings(args.max_completion_length, args.max_prompt_length, seed=args.seed, lead=lead)
-        train, held_out = (
-            PromptDataset(rows, processing_class, settings, positions_of(model)) if rows else None
-            for rows in (train_dataset, eval_dataset)
+        settings = GenerationSettings(
+            args.max_completion_length,
+            args.max_prompt_length,
+            seed=args.seed,
+            lead=lead,
+            answer_prefix=answer_prefix,
         )
-        self.reward, self._lead = reward, lead
+        self._read = functools.partial(
+            PromptDataset, tokenizer=processing_class, settings=settings, positions=positions_of(model)
+        )
+        train = self._read(train_dataset) if train_dataset else None
+        held_out: Any = None
+        if isinstance(eval_dataset, Mapping):
+            held_out = {name: self._read(rows) for name, rows in eval_dataset.items()}
+        elif eval_dataset:
+            held_out = self._read(eval_dataset)
+        self.reward = reward
+        self._draws: bool | None = None
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
         self._rollouts: list[dict[str, float]] = []
@@ -247,9 +234,28 @@ class RolloutTrainer(CLHATrainer):
             layout=self.layout,
         )
         here = CandidateBatch.from_dict(self._prepare_inputs(batch.as_dict()))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logps = self._logps(self.model, here.model_inputs(), here.targets, here.row_index)
+        before = self._random_state()
+        logps = self._old_logps(here)
+        if self.model.training and self._draws is None:
+            # Some draw and do nothing with it.
+            drew = not torch.equal(before, self._random_state())
+            self._draws = drew and not torch.equal(logps, self._old_logps(here))
+            if self._draws:
+                raise ValueError(
+                    "model: expected one whose forward draws nothing in training, for the ratio of policies would "
+                    f"measure it, got {type(base_model(self.model)).__name__}, which does; set what draws to 0 in its "
+                    "configuration before it is loaded (router_jitter_noise, say)"
+                )
         return dataclasses.replace(batch, old_logps=logps.float().cpu()).as_dict()
+
+    def _old_logps(self, batch: CandidateBatch) -> Tensor:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self._logps(self.model, batch.model_inputs(), batch.targets, batch.row_index)
+
+    def _random_state(self) -> Tensor:
+        device: Any = self.args.device
+        own = torch.get_rng_state()
+        return torch.cat([own, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else own
 
     @property
     def _pad(self) -> int:
@@ -291,7 +297,11 @@ class RolloutTrainer(CLHATrainer):
             [float(not text) for text in texts],
         )
         means = {name: sum(value) / len(tokens) for name, value in zip(METRICS, values, strict=True)}
-        return Answered(features, means)
+        if count > 1:
+            spreads = [statistics.stdev(own) for own in rewards]
+            equal = sum(len(set(own)) == 1 for own in rewards)
+            means |= zip(GROUP_METRICS, (sum(spreads) / len(rewards), equal / len(rewards)), strict=True)
+        return Answered(features, {**means, **getattr(self.reward, "metrics", {})})
 
     def _sample(
         self, model: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int], length: int, temperature: float
@@ -327,7 +337,11 @@ class RolloutTrainer(CLHATrainer):
         return text, ended or stop
 
     def _judge(self, records: Sequence[Prompted], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        given = self.reward(records, texts)
+        try:
+            given = self.reward(records, texts)
+        except RecordError as error:
+            place = f"step {self.state.global_step}: {error}"
+            raise RecordError(place, source=error.source, field=error.field) from error
         try:
             rewards = [[float(value) for value in own] for own in given]
         except (TypeError, ValueError) as error:
@@ -351,26 +365,33 @@ class RolloutTrainer(CLHATrainer):
         """The rewards of one greedy answer a held-out prompt; also `rewards`, those of each prompt, not logged.
 
         Args:
-            eval_dataset: None is the trainer's own; or records.
+            eval_dataset: None is the trainer's own; the name of one of these; or records or rows. Of several sets in a
+                mapping each has its metrics under its name, and so has `rewards`.
         """
-        dataset = self.eval_dataset
-        if eval_dataset is not None:
-            assert isinstance(self.processing_class, PreTrainedTokenizerBase)
-            assert self.args.max_completion_length is not None
-            settings = GenerationSettings(self.args.max_completion_length, self.args.max_prompt_length, lead=self._lead)
-            dataset = PromptDataset(eval_dataset, self.processing_class, settings, positions_of(self.model))
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, Mapping):
+            found = {
+                name: self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in dataset.items()
+            }
+            rewards = {name: own.pop("rewards") for name, own in found.items()}
+            return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
+        if dataset is not None and not isinstance(dataset, PromptDataset):
+            dataset = self._read(dataset)
         if not isinstance(dataset, PromptDataset):
             raise ValueError("eval_dataset: expected prompts to answer, got none")
-        found = self._answer(dataset, range(len(dataset)), 1, 0.0)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
+        answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in answered.metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return {**metrics, "rewards": [own for feature in found.features for own in feature["rewards"] or ()]}
+        return {**metrics, "rewards": [own for feature in answered.features for own in feature["rewards"] or ()]}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `CLHATrainer`; a training line also gets the means over the rollouts since the last one."""
         if "loss" in logs and self._rollouts:
-            logs.update({name: sum(part[name] for part in self._rollouts) / len(self._rollouts) for name in METRICS})
+            names = dict.fromkeys(name for part in self._rollouts for name in part)
+            logs.update({name: sum(part[name] for part in self._rollouts) / len(self._rollouts) for name in names})
             self._rollouts = []
         super().log(logs, start_time)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -18,8 +19,9 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import reward_model as cli_reward_model
 from clha_fast.cli import rlhf as cli_rlhf
 from clha_fast.evaluation.plots import ROLLOUT_PANELS, can_plot
-from clha_fast.experiments.rollout_run import RolloutRunOptions
+from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import RunOptions
+from clha_fast.generation import trained_prefix
 from tests.support.command_line import one_sentence
 from tests.support.reward_models import TOKENIZER, save_llama, write
 from tests.support.tiny import make_model
@@ -87,6 +89,46 @@ def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert cli.main(command(tmp_path, "--resume")) == 2
     assert "reward_model changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("marker", ["A helpful answer:", "Good:"])
+def test_a_model_of_coh_goes_on_behind_its_marker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], marker: str
+) -> None:
+    words = command(tmp_path, "--max_steps", "2", "--eval_fraction", "0")
+    trained = {"objective": {"name": "coh", "good_marker": marker}}
+    (tmp_path / "policy" / "run.json").write_text(json.dumps({"settings": trained, "data": {}}))
+    assert cli.main(words) == 0
+    assert f"answers   begin with {marker!r}, as in training\n" in capsys.readouterr().out
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        assert trained_prefix(folder) == marker
+    options = RolloutRunOptions(
+        train_file=str(tmp_path / "prompts.jsonl"),
+        model=str(tmp_path / "run"),  # once more
+        reward_model=str(tmp_path / "judge"),
+        eval_fraction=0,
+    )
+    run = RolloutRun(options, {"output_dir": str(tmp_path / "again"), "use_cpu": True, "max_completion_length": 5})
+    asked = run.prepare().trainer.train_dataset.prompts
+    assert all(TOKENIZER.decode(prompt.ids).endswith(marker) for prompt in asked)
+
+
+def test_what_is_measured_on_the_way_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out rewards at each evaluation, and that the judge reads a part of the answers only."""
+    words = command(tmp_path, "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "1")
+    judge = copy.deepcopy(TOKENIZER)
+    judge.model_max_length = 6
+    judge.save_pretrained(tmp_path / "judge")
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    held_out = [line for line in out.splitlines() if line.endswith("(held out)")]
+    assert [line.split("  ")[0] for line in held_out] == ["step 2/4", "step 4/4"]
+    assert all(re.search(r"  reward -?[\d.]+  tokens [\d.]+  \(held out\)", line) for line in held_out)
+    assert ", which reads 6 tokens of a prompt and an answer\n" in out
+    assert "of the answers were cut to what the reward model reads" in out
+    lines = [line for line in figures(tmp_path)["log"] if "reward" in line]
+    assert all(0 < line["judge_cut_share"] <= 1 for line in lines)
+    assert {"reward_std", "equal_rewards_share", "judge_empty_share"} <= {*lines[0]}
 
 
 def test_settings_of_the_objective(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

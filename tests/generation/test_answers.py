@@ -26,6 +26,7 @@ from clha_fast.generation import (
     generate_answers,
     load_backend,
     read_answers,
+    trained_lead,
     trained_prefix,
     write_answers,
 )
@@ -252,6 +253,23 @@ def test_a_run_of_coh_has_its_marker_in_front(tmp_path: Path) -> None:
         assert trained_prefix(tmp_path) == trained_prefix(checkpoint) == prefix
     (tmp_path / "run.json").write_text("{")
     assert trained_prefix(tmp_path) == ""
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoint-x", "my-checkpoint-3", "gpt2"])
+def test_a_run_around_another_model_says_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    note = {"settings": {"objective": "coh"}, "data": {}, "lead": "<think>"}
+    (tmp_path / "run.json").write_text(json.dumps(note))
+    monkeypatch.chdir(tmp_path)
+    assert (trained_prefix(name), trained_lead(name)) == ("", None)  # a name on the Hub
+    (tmp_path / name).mkdir()
+    assert (trained_prefix(tmp_path / name), trained_lead(name)) == ("", None)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert (trained_prefix("checkpoint-12"), trained_lead(tmp_path / "checkpoint-12")) == (
+        "A helpful answer:",
+        "<think>",
+    )
 
 
 def test_answers_that_are_not_kept(tmp_path: Path, folder: str) -> None:

@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
     FNetConfig,
     FNetForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MPNetConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
     XLNetConfig,
     XLNetForSequenceClassification,
 )
@@ -26,7 +32,7 @@ from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.reports.data_summary import summarise
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
-from clha_fast.rewards.scoring import ScoringError, score_file
+from clha_fast.rewards.scoring import ScoringError, score_file, score_records
 from tests.support.reward_models import SIZES, TOKENIZER, alone, bert, gpt2, llama, plain_ids, save_llama, spread, write
 from tests.support.tiny import WORDS, make_rows, make_tokenizer
 
@@ -324,3 +330,21 @@ def test_a_bad_record_is_found_before_scoring(tmp_path: Path, reward_model: Rewa
     with pytest.raises(RecordError, match=r"in\.jsonl:3: completions\[1\]"):
         score_file(source, tmp_path / "out.jsonl", reward_model, progress=False)
     assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("kind", [RobertaConfig, XLMRobertaConfig, MPNetConfig, CamembertConfig, BertConfig])
+@pytest.mark.parametrize("padding", [1, 2])
+def test_positions_that_begin_behind_the_padding_tokens(kind: type[Any], padding: int) -> None:
+    """The longest row that a model is said to have positions for is one that it runs, and one more is not."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = kind(vocab_size=len(TOKENIZER), max_position_embeddings=20, pad_token_id=padding, num_labels=1, **small)
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config), TOKENIZER)
+    limit = model.max_positions
+    # MPNet's padding is always 1.
+    assert limit == (20 if kind is BertConfig else 18 if kind is MPNetConfig else 20 - padding - 1)
+    assert model.default_max_length == limit
+    assert model.score_tokens([[7] * limit]).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model.score_tokens([[7] * (limit + 1)])
+    records = [RankedRecord("the cat " * 20, (" ran", " sat"))]
+    assert score_records(records, model, progress=False)[0].rewards is not None

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MiniMaxConfig, MixtralConfig
 
 from clha_fast.batching.batch import CandidateBatch
-from clha_fast.data.prompts import Prompted, PromptRecord
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.prompts import Prompted, PromptRecord, read_prompts
+from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
-from clha_fast.training.rollout import PromptDataset, RolloutConfig, RolloutTrainer
+from clha_fast.training.prompt_data import PromptDataset
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
 from tests.support.chat_templates import SHAPES, chat_tokenizer
 from tests.support.power_cuts import CutAfter, PowerCut, dropout_model, weights
 from tests.support.tiny import make_model, make_tokenizer
@@ -276,3 +279,107 @@ def test_rewards_that_are_refused(tmp_path: Path, reward: Any, message: str) -> 
 def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **changes)
+
+
+def rows_trainer(folder: Path, train: Any, held_out: Any, **given: Any) -> RolloutTrainer:
+    settings: dict[str, Any] = {"use_cpu": True, "max_steps": 1, "max_completion_length": 3, "report_to": "none"}
+    settings |= {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "dataloader_pin_memory": False}
+    args = RolloutConfig(output_dir=str(folder), **settings)
+    return RolloutTrainer(make_model(len(TOKENIZER)), args, vowels, train, held_out, TOKENIZER, **given)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, datasets.Dataset.from_list])
+def test_rows_are_prompts_too(tmp_path: Path, kind: Any) -> None:
+    rows = [{"prompt": f"say {number}"} for number in range(6)]
+    chats = [{"prompt": [{"role": "user", "content": "say 3"}]}, {"prompt": [{"role": "user", "content": "say 4"}]}]
+    ours = rows_trainer(tmp_path, kind(rows), {"text": kind(rows[:2]), "chat": kind(chats)})
+    ours.train()
+    assert ours.state.global_step == 1
+    found = ours.evaluate()
+    assert {name: len(own) for name, own in found["rewards"].items()} == {"text": 2, "chat": 2}
+    assert {"eval_text_reward", "eval_chat_reward", "eval_chat_empty_share"} <= {*found}
+    assert len(ours.evaluate(kind(rows[1:4]))["rewards"]) == 3
+    assert ours.evaluate("chat")["rewards"] == found["rewards"]["chat"]
+    with pytest.raises(ValueError, match=r"prompts: expected records or rows, .* got the path 'prompts.jsonl'"):
+        rows_trainer(tmp_path, "prompts.jsonl", None)
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "prompt"}, {"prompt": "question"}])
+def test_columns_beside_a_mapped_prompt_are_left_out(columns: dict[str, str]) -> None:
+    rows = [{columns["prompt"]: f"{number} and 1", "answer": "2"} for number in range(3)]
+    assert [record.prompt for record in read_prompts(rows, columns=columns)] == ["0 and 1", "1 and 1", "2 and 1"]
+
+
+@pytest.mark.parametrize("prefix", ["A good one:", "Yes. "])
+def test_answers_begin_with_the_prefix(tmp_path: Path, prefix: str) -> None:
+    judged: list[str] = []
+
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        judged.extend(text for texts in answers for text in texts)
+        return vowels(records, answers)
+
+    ours = rows_trainer(tmp_path, PROMPTS, PROMPTS[:2], answer_prefix=prefix)
+    ours.reward = reward
+    (batch,) = rollout(ours, [1, 2])
+    assert all(TOKENIZER.decode(ids).endswith(prefix) for ids in (p.ids for p in ours.train_dataset.prompts))
+    ours.evaluate([{"prompt": "another"}])
+    assert judged
+    assert not any(prefix.strip() in text for text in judged)
+    assert batch.targets.numel() <= 8 * 3  # the prefix is no part of what is trained
+
+
+@pytest.mark.parametrize("noise", [0.1, 5.0])
+def test_noise_in_embeddings_is_refused(tmp_path: Path, noise: float) -> None:
+    with pytest.raises(ValueError, match="neftune_noise_alpha: expected None where answers are sampled, got"):
+        trainer(tmp_path, neftune_noise_alpha=noise)
+
+
+def mixture(kind: type[Any], **changes: Any) -> Any:
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**{**sizes, **heads, "pad_token_id": 2, **changes}))
+
+
+@pytest.mark.parametrize("kind", [MixtralConfig, MiniMaxConfig])
+@pytest.mark.parametrize("noise", [0.5, 0.0])
+def test_a_forward_that_draws_is_refused(tmp_path: Path, kind: type[Any], noise: float) -> None:
+    """Whatever it is that draws: the ratio of a policy with itself would not be 1."""
+    ours = trainer(tmp_path, mixture(kind, router_jitter_noise=noise), max_steps=1)
+    if noise:
+        with pytest.raises(ValueError, match="model: expected one whose forward draws nothing in training"):
+            ours.train()
+    else:
+        ours.train()
+        assert ours.state.log_history[0]["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_the_rewards_of_a_prompt_say(tmp_path: Path) -> None:
+    """Their spread, prompts that train nothing, and what the reward itself has counted."""
+
+    class Counted:
+        def __init__(self) -> None:
+            self.metrics: dict[str, float] = {}
+
+        def __call__(self, records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+            self.metrics = {"judge_cut_share": 0.25}
+            return [[1.0] * 5 if record.prompt == "say 1" else [0.0, 0.0, 0.0, 0.0, 5.0] for record in records]
+
+    ours = trainer(tmp_path, reward=Counted(), max_steps=1)
+    found = ours._answer(ours.train_dataset, [1, 2, 1, 1], 5, 1.0).metrics
+    assert found["equal_rewards_share"] == 0.75
+    assert found["reward_std"] == pytest.approx(5**0.5 / 4)
+    assert found["judge_cut_share"] == 0.25
+    ours.reward = lambda records, answers: [[1.0] * len(texts) for texts in answers]
+    ours.train()
+    (line,) = [line for line in ours.state.log_history if "loss" in line]
+    assert (line["equal_rewards_share"], line["reward_std"]) == (1.0, 0.0)
+    assert "eval_reward_std" not in ours.evaluate()
+
+
+def test_a_prompt_that_cannot_be_judged_says_when(tmp_path: Path) -> None:
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        raise RecordError("in:7: prompt: expected another", source="in:7", field="prompt")
+
+    with pytest.raises(RecordError, match="step 0: in:7: prompt: expected another"):
+        trainer(tmp_path, reward=reward).train()

@@ -1,0 +1,64 @@
+"""Prompts that a policy answers, as a data set of the Trainer's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clha_fast.data.prompts import PromptRecord, read_prompts
+from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.generation.backend import GenerationSettings
+from clha_fast.generation.prompts import encode_prompts
+
+
+class PromptDataset(torch.utils.data.Dataset[int]):
+    """Prompts, tokenised once; an item is its own number.
+
+    Args:
+        records: prompts, or rows as `data.prompts.read_prompts` takes them.
+
+    Attributes:
+        records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
+        said: as `EncodedPrompts.said`.
+    """
+
+    skipped: Sequence[RecordError] = ()
+
+    def __init__(
+        self,
+        records: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        positions: int | None = None,
+    ) -> None:
+        if isinstance(records, (str, os.PathLike)):
+            raise ValueError(
+                "prompts: expected records or rows, such as clha_fast.data.prompts.read_prompts gives for a file, got "
+                f"the path {os.fspath(records)!r}"
+            )
+        records = list(records)
+        if not all(isinstance(record, (RankedRecord, PromptRecord)) for record in records):
+            records = read_prompts(records)
+        if not records:
+            raise RecordError("prompts: expected at least one, got none")
+        # Responses that stand beside a prompt play no part.
+        alone = [PromptRecord(record.prompt, record.source, record.template) for record in records]
+        encoded = encode_prompts(alone, tokenizer, settings, positions)
+        self.records, self.prompts = list(records), encoded.prompts
+        self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def collate_numbers(numbers: Sequence[int]) -> dict[str, Tensor]:
+    """The batch of a `PromptDataset`."""
+    return {"prompts": torch.tensor(list(numbers))}
