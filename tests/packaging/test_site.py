@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -52,11 +53,9 @@ def test_every_public_name_is_in_the_reference() -> None:
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 def test_every_name_of_the_reference_is_imported_as_it_says(section: str) -> None:
     """Each section's import lines give the names that it shows, all of them and nothing else."""
-    given = {
-        name: (module, name)
-        for module, names in re.findall(r"^from (\S+) import (.+)$", section, re.M)
-        for name in names.split(", ")
-    }
+    code = "".join(re.findall(r"^```python\n(.*?)^```", section, re.M | re.S))
+    lines = [node for node in ast.parse(code).body if isinstance(node, ast.ImportFrom)]
+    given = {alias.name: (str(line.module), alias.name) for line in lines for alias in line.names}
     shown = {path.rpartition(".")[2]: path.rpartition(".")[::2] for path in re.findall(r"^::: (\S+)$", section, re.M)}
     assert set(given) == set(shown)
     for name in given:
