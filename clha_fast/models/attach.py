@@ -356,7 +356,7 @@ def attach(
             see `HeadOptions`.
         layout: `packed` or `shared` take batches of such rows (`RankedCollator(layout=)`), once a probe has seen that
             the model computes them as it computes each candidate alone; the first batch is compared as well, and one
-            that is twice as long. `auto` is `padded` where the probe fails; else it stays, and `RankedCollator` counts
+            that is twice as long or passes a number of the configuration. `auto` is `padded` where the probe fails; else it stays, and `RankedCollator` counts
             the tokens of each batch and makes it shared where that pays, else padded.
         tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
             `models.tiled`.

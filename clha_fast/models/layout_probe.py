@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, pack_candidates
 from clha_fast.models import segment_masks
 from clha_fast.models.embedding import UnsupportedHeadError
+from clha_fast.models.lengths import numbers_of, rope_by_length
+from clha_fast.models.positions import positions_of
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 
 # A candidate's mean difference, nats, is rounding up to so many times that of a row with padding behind it, plus a
@@ -29,9 +30,8 @@ _NOISE, _FLOOR, _MOVED = 20.0, 1e-4, 0.02
 # tokens are about -14, shows 0.02 to 0.07 in rows that are right, 0.4 with positions that are wrong, and 0.7 to 1 where
 # candidates see each other. There rounding is what it is, or three times what padding makes of it.
 _LIMIT, _HALF_NOISE, _HALF_MOVED = 0.1, 3.0, 0.15
-# Windows and chunks of attention up to so many tokens are filled.
+# Windows, chunks and blocks of attention, or whatever a configuration's numbers are, up to so many tokens are filled.
 _FILLED = 512
-_WINDOW = re.compile(r"window|chunk|local_attention|attention_span|block_length")
 _Steps = list[tuple[str, str, Tensor | None, Tensor]]
 
 
@@ -76,7 +76,8 @@ class LayoutProbe:
         self.compare(self._features(), layout, spread=spread)
 
     def check(self, layout: str, gradients: bool = True) -> None:
-        """A prompt with three candidates beside one with one, longer than any window that is cheap to fill.
+        """A prompt with three candidates beside one with one, longer than any number of its configuration that is cheap
+        to fill, be it a window, a block or something else.
 
         Args:
             gradients: False for weights that are spread over processes.
@@ -86,7 +87,14 @@ class LayoutProbe:
                 and the error are named.
         """
         features = self._features()
-        self.compare(features, layout)
+        try:
+            self.compare(features, layout)
+        except UnsupportedLayoutError as error:
+            # One of the numbers may be what a row ends at.
+            if error.__cause__ is None:
+                raise
+            features = self._features(filled=False)
+            self.compare(features, layout)
         if gradients:
             with torch.inference_mode(False):  # whoever scores in it has no gradients otherwise
                 self._check_gradients(pack(features, layout), layout)
@@ -117,19 +125,18 @@ class LayoutProbe:
             self.together = True
             if segment_masks.asked() == 0:
                 raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
+            longest = joined.segments.longest if joined.segments is not None and rope_by_length(self.model) else 0
             parts = together.double().split(joined.candidate_lengths.tolist())
             error, noise, first = torch.zeros(()), torch.zeros(()), 0
             for place, feature in enumerate(features):
-                count = len(feature["completion_ids"])
-                chosen = {*range(min(count, 2)), count - 1} if looked_at is None or place in looked_at else ()
+                sizes = [len(own) for own in feature["completion_ids"]]
+                count = len(sizes)
+                some = {*range(min(count, 2)), sizes.index(max(sizes, default=0)), count - 1} if sizes else set()
+                chosen = some if looked_at is None or place in looked_at else set()
                 for number in sorted(chosen):
                     own = feature["completion_ids"][number]
                     alone = candidates_of(feature["prompt_ids"], [own])
-                    length = len(feature["prompt_ids"]) + len(own)
-                    kind = "padded" if masks else "packed"
-                    rows = [pack([alone], kind, multiple) for multiple in (None, length + 3)]
-                    with self._running(layout, rows[1]):
-                        plain, behind = (self._logps(row).double() for row in rows)
+                    plain, behind = self._alone(alone, longest, layout, "padded" if masks else "packed")
                     # The worst candidate: a window's end may be felt by one of them alone. NaN stays.
                     error = torch.maximum(error, (parts[first + number] - plain).abs().mean())
                     noise = torch.maximum(noise, (behind - plain).abs().mean())
@@ -151,17 +158,18 @@ class LayoutProbe:
                 f"{float(noise):.2g} with padding behind a row)",
             )
 
-    def _features(self) -> list[CandidateFeature]:
+    def _features(self, filled: bool = True) -> list[CandidateFeature]:
+        """filled: whether the first prompt goes beyond the numbers of the model's configuration."""
         config: Any = getattr(self.model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         told = vars(text) if text is not None else {}
-        windows = [v for name, v in told.items() if isinstance(v, int) and _WINDOW.search(name) and 0 < v <= _FILLED]
-        positions = getattr(text, "max_position_embeddings", None)
-        prompt = max([16, *(window + 8 for window in windows)])
-        if isinstance(positions, int) and positions > 0:
-            prompt = max(1, min(prompt, positions - 20))
-        size = min(self.forward.vocabulary)
+        size, positions = min(self.forward.vocabulary), positions_of(self.model)
         special = {v for name, v in told.items() if name.endswith(("token_id", "token_index")) and isinstance(v, int)}
+        # No text is as long as a vocabulary is wide.
+        numbers = [v for v in numbers_of(self.model) if v <= _FILLED and v not in self.forward.vocabulary]
+        prompt = max([16, *(number + 8 for number in numbers if filled and number not in special)])
+        if positions is not None:
+            prompt = max(1, min(prompt, positions - 24))
         usual = torch.tensor([k for k in range(size) if k not in special])
         draw = torch.Generator().manual_seed(0)
 
@@ -174,10 +182,30 @@ class LayoutProbe:
             candidates_of(some(max(1, min(6, prompt))), [some(4)]),
         ]
 
-    def _logps(self, batch: CandidateBatch, forward: ProbedForward | None = None) -> Tensor:
+    def _alone(self, feature: CandidateFeature, longest: int, layout: str, kind: str) -> tuple[Tensor, Tensor]:
+        """float64, (values of a candidate in a row of `kind`, those with padding behind the same row).
+
+        Args:
+            longest: the longest text beside it, where rotary positions of them all go by that one, as in the padded
+                rows of the same batch; 0 where they do not.
+        """
+        length = len(feature["prompt_ids"]) + len(feature["completion_ids"][0])
+        width, positions = max(length, longest), positions_of(self.model)
+        # Padding has no place behind a table's end.
+        wider = width + 3 if longest or positions is None else max(width, min(width + 3, positions))
+        rows = [pack([feature], kind, multiple) for multiple in (longest or None, wider)]
+        with self._running(layout, rows[1]):
+            plain, behind = (self._logps(row, last=longest - 1 if longest else None).double() for row in rows)
+        return plain, behind
+
+    def _logps(self, batch: CandidateBatch, forward: ProbedForward | None = None, last: int | None = None) -> Tensor:
+        """last: the position that padding has at most."""
         batch = batch.to(self._device)
-        call = forward or self.forward
-        return call(self.run, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False).cpu()
+        call, inputs = forward or self.forward, batch.model_inputs()
+        if last is not None:
+            places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+            inputs = {**inputs, "position_ids": places.clamp(max=last).expand_as(batch.input_ids)}
+        return call(self.run, inputs, batch.targets, batch.row_index, wrapped=False).cpu()
 
     @property
     def _device(self) -> torch.device:

@@ -17,6 +17,7 @@ from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
 from clha_fast.models.forward import LogpForward, first_position
 from clha_fast.models.layout_probe import LayoutProbe, ProbedForward, candidates_of
+from clha_fast.models.lengths import numbers_of, tells_more
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.models.sequence_parallel import WAY
 from clha_fast.models.sharding import reshard
@@ -58,6 +59,7 @@ class RowLayouts:
         self._around = around
         # Texts of up to so many tokens, in rows of so many, have been compared.
         self._seen = (0, 0)
+        self._numbers = numbers_of(model)
 
     def settle(self, layout: str) -> str:
         """Probes the model for `layout`, and returns the one it is to have.
@@ -161,7 +163,8 @@ class RowLayouts:
 
         Raises:
             UnsupportedLayoutError: rows of a layout that the model was not probed for; images or embeddings in rows of
-                several candidates; the first batch, or one of twice the length, is not computed as rows alone.
+                several candidates; the first batch, or one so long that earlier ones say nothing of it, is not computed
+                as rows alone.
         """
         segments: Segments | None = batch.get("segments")
         if self._spread is not None:
@@ -198,12 +201,12 @@ class RowLayouts:
             self._note(segments.longest, segments.width)
 
     def _is_longer(self, longest: int, width: int) -> bool:
-        """Whether texts or rows are twice as long as what has been compared.
+        """Whether texts or rows are so long that what has been compared says nothing of them: `tells_more`.
 
         Never where weights are spread over processes: all would have to come here at the same batch.
         """
-        twice = longest >= 2 * max(self._seen[0], 1) or width >= 2 * max(self._seen[1], 1)
-        return twice and not _spread(self._model)
+        pairs = zip(self._seen, (longest, width), strict=True)
+        return any(tells_more(*pair, self._numbers) for pair in pairs) and not _spread(self._model)
 
     def _note(self, longest: int, width: int) -> None:
         self._seen = max(longest, self._seen[0]), max(width, self._seen[1])

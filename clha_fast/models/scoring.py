@@ -62,7 +62,7 @@ class Scorer:
             quantised one, is computed by its own forward in chunks of tokens. Under sharding all processes must call.
         temperature: divisor of the logits. ignore_index: label that is not scored.
         layout: of the rows that the model is probed for, and may then be given with `segments`: `packed`, `shared`, or
-            `auto` (either). The first of them, and one of twice the length, is compared with rows alone.
+            `auto` (either). The first of them, and longer ones (`models.layouts`), are compared with rows alone.
         backend, workspace_bytes: as `clha_fast.attach`.
 
     Attributes:

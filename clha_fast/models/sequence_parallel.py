@@ -28,6 +28,7 @@ from clha_fast.batching.segments import SegmentGroup, Segments, TokenSegments
 from clha_fast.functional import ranking_loss
 from clha_fast.models.head_loss import head_values
 from clha_fast.models.heads import HeadForward
+from clha_fast.models.lengths import rope_by_length
 from clha_fast.models.segment_attention import UnsupportedAttentionError
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.objectives import Objective
@@ -38,8 +39,6 @@ from clha_fast.options import HeadOptions
 from clha_fast.types import RankingInputs
 
 WAY = "leave sequence_parallel (a trainer's sequence_parallel_size) out to run whole rows in every process"
-# Rotary tables that depend on the longest position that a forward sees, which is another one in each process.
-_BY_LENGTH = ("dynamic", "longrope")
 # By the bytes of a number.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -96,14 +95,12 @@ class SequenceParallel:
 
     def check_model(self, model: nn.Module) -> None:
         """UnsupportedLayoutError for what a slice of a row's tokens does not show a model."""
-        for module in model.modules():
-            kinds = getattr(module, "rope_type", None)
-            for kind in kinds.values() if isinstance(kinds, Mapping) else (kinds,):
-                if isinstance(kind, str) and any(name in kind for name in _BY_LENGTH):
-                    raise UnsupportedLayoutError(
-                        "sequence_parallel: expected rotary positions that do not depend on a row's length, got "
-                        f"rope_type {kind!r} in {type(model).__name__}; {WAY}"
-                    )
+        kind = rope_by_length(model)  # another one in each process
+        if kind is not None:
+            raise UnsupportedLayoutError(
+                "sequence_parallel: expected rotary positions that do not depend on a row's length, got "
+                f"rope_type {kind!r} in {type(model).__name__}; {WAY}"
+            )
         config: Any = getattr(model, "config", None)
         if getattr(config, "output_router_logits", False):
             raise UnsupportedLayoutError(_ROUTER)

@@ -96,6 +96,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4, "n_mamba_heads": 4},
     "dots3_note": {"vision_config.mlp_layer_types": ["dense", "sparse"]},
     "flint": {"mlp_only_layers": [0]},
+    # All layers are full by default.
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2},
     "deepseek_v4": {
         "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
         "mlp_layer_types": ["hash_moe", "moe"],

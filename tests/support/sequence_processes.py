@@ -270,7 +270,7 @@ def longer() -> None:
     ids = torch.randint(3, 250, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     for layout in ("padded", "packed", "shared"):
         model = llama(max_position_embeddings=1024)
-        misplace(model, 100)
+        misplace(model, 150)
         attached = clha_fast.attach(model, SFTOptions(), layout=layout, sequence_parallel=dist.group.WORLD)
         short = pack([candidates_of(ids[:30], [ids[30:50], ids[50:60]])], layout).as_dict()
         model(**short).loss.backward()
