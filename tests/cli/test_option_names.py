@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,15 @@ def test_schedules_that_can_be_made(tmp_path: Path, name: str) -> None:
     CLHAConfig(
         str(tmp_path), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6}, use_cpu=True
     )
+
+
+def test_commands_that_take_columns_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "data.md").read_text("utf-8")
+    found = re.search(r"says the same to\n(.*?) of its references", page, re.S)
+    assert found is not None
+    named = re.findall(r"`([a-z -]+)`", found[1])
+    assert len(named) > 8
+    for words in (name.split() for name in named):
+        with contextlib.suppress(SystemExit):
+            cli.main([*words, "--help"])
+        assert "--columns" in capsys.readouterr().out, words
