@@ -253,8 +253,8 @@ def is_classifier(name: str, option: str = "model") -> bool:
     Raises:
         ValueError: there is none.
     """
-    if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        return False
+    with contextlib.suppress(OSError), open(os.path.join(name, "adapter_config.json"), encoding="utf-8") as file:
+        return bool(json.load(file).get("task_type") == "SEQ_CLS")
     with _one_sentence(option, name):
         config = AutoConfig.from_pretrained(name)
     return any("ForSequenceClassification" in kind for kind in config.architectures or ())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -160,12 +160,16 @@ def load_reward_model(
     logging.set_verbosity_error()  # it would print a table about what the error below says in one sentence
     try:
         tokenizer = read_tokenizer(path)
-        model, found = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        heads = _adapter_heads(path)
+        labels = {"num_labels": min(heads.values())} if heads else {}
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **labels
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, weights of another shape
         raise ValueError(f"reward_model: {path} could not be loaded ({' '.join(str(error).split())})") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(found["missing_keys"])
+    missing = sorted(name for name in found["missing_keys"] if not any(head.endswith(f".{name}") for head in heads))
     if missing:
         raise ValueError(
             f"reward_model: expected a trained sequence classifier, got {path} without weights for "
@@ -177,3 +181,14 @@ def load_reward_model(
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
     return RewardModel(model, tokenizer, label, layout)
+
+
+def _adapter_heads(path: str) -> dict[str, int]:
+    """Matrices of the head that an adapter's folder brings along, and their rows: a language model below has none."""
+    weights = os.path.join(path, "adapter_model.safetensors")
+    if not os.path.isfile(weights):
+        return {}
+    with safe_open(weights, framework="pt") as file:
+        names = [name for name in file.keys() if not {"score", "classifier"}.isdisjoint(name.split("."))]  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in names if "lora_" not in name}
+    return {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
