@@ -86,10 +86,12 @@ def _why_not_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if _interpreting() and dtype not in INTERPRETED:
+        if device.type == "cuda":
+            return "Triton's interpreter, which TRITON_INTERPRET=1 asks for, computes bfloat16 wrongly"
+        return "Triton's interpreter computes bfloat16 wrongly: it needs a GPU, or float32 or float16"
     if device.type != "cuda":
         if _interpreting():
-            if dtype not in INTERPRETED:
-                return "Triton's interpreter computes bfloat16 wrongly: it needs a GPU, or float32 or float16"
             return None
         return f"the tensors are on {device.type!r}: it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"
     if torch.version.hip is not None:

@@ -50,7 +50,8 @@ def test_the_rules_of_cuda(capability: int, dtype: torch.dtype, allowed: bool, r
     assert (found is None) if reason is None else (found is not None and re.search(reason, found))
 
 
-def test_workspace_is_not_chosen_without_them_and_says_why_by_name() -> None:
+def test_workspace_is_not_chosen_without_them_and_says_why_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     head = (32000, 2048)
     with told(90, 3):
         for allowed, limit, name in (
@@ -69,6 +70,18 @@ def test_workspace_is_not_chosen_without_them_and_says_why_by_name() -> None:
         for name in ("triton", "torch", "reference"):
             assert resolve(name, "cuda", HALF) == name
         assert resolve("workspace", "cuda", FLOAT) == resolve("workspace", "cuda", BFLOAT) == "workspace"
+
+
+@pytest.mark.parametrize("backend", ["triton", "workspace"])
+def test_the_interpreter_is_refused_bfloat16_on_a_gpu_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with told(90, 3):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(BackendError, match=r"cannot run: .*TRITON_INTERPRET=1 asks for, computes bfloat16 wrongly"):
+            resolve(backend, "cuda", BFLOAT)
+        assert resolve("auto", "cuda", BFLOAT) == "torch"
+        assert resolve(backend, "cuda", HALF) == backend
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        assert resolve(backend, "cuda", BFLOAT) == backend
 
 
 def test_on_rocm_one_product_is_tried() -> None:

@@ -47,6 +47,14 @@ EVERY = [
 LIMITS = {dtype: torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1) for dtype in KINDS.values()}
 
 
+class Interpreted(ValueGPU):
+    """Triton's own interpreter, which has no PTX, asked for by a user on a machine with a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled = False
+
+
 class OldROCm(ValueGPU):
     """A release without products of 16 bits with a float32 result."""
 
@@ -135,6 +143,15 @@ def test_blocks_widen_where_no_product_does(
     products._tried.cache_clear()
     run(entry, "torch", kind, name, capability, sizes, device)
     products._tried.cache_clear()
+
+
+@pytest.mark.parametrize("entry", ["loss", "logps"])
+@pytest.mark.parametrize(
+    ("backend", "kind", "name", "capability"),
+    [("auto", "fp16", "rich", 90), ("triton", "fp32", "routed", 80), ("workspace", "fp16", "chunks", 100)],
+)
+def test_the_interpreter_has_no_ptx(entry: str, backend: str, kind: str, name: str, capability: int) -> None:
+    run(entry, backend, kind, name, capability, "cpu", Interpreted)
 
 
 @pytest.mark.parametrize("entry", ["loss", "logps"])

@@ -321,6 +321,7 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_env_of_a_model_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head decides: V 151936 and H 2048 on 16 GiB; a classifier's loss has no backend."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     config = LlamaConfig(hidden_size=2048, num_hidden_layers=1, vocab_size=151936, num_attention_heads=8)
     config.save_pretrained(tmp_path)
     head = cli_env._head(str(tmp_path))

@@ -124,6 +124,7 @@ def test_the_limit_of_auto_is_one_guard(monkeypatch: pytest.MonkeyPatch) -> None
     memory, limit = 16 * 40 * 168, 40
     monkeypatch.setattr(dispatch, "_why_not_kernels", lambda device, dtype: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     weight = torch.zeros(11, 5, requires_grad=True)
     head = HeadOptions()
     there: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, requires_grad=True)

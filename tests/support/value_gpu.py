@@ -73,6 +73,8 @@ class ValueGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[str] = []
+        # Whether the kernels take the path that a GPU takes; otherwise the interpreter's, as with TRITON_INTERPRET=1.
+        self.compiled = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -149,7 +151,9 @@ class ValueGPU(TorchDispatchMode):
 
         with told(capability, 3), contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", interpret))
-            stack.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_inline_asm", powers))
+            if self.compiled:
+                stack.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_inline_asm", powers))
+                stack.enter_context(mock.patch("clha_fast.backends.triton.head.is_interpreted", return_value=False))
             for make in (torch.tensor, torch.as_tensor):
                 made = functools.partial(self._tensor, make)
                 stack.enter_context(mock.patch.object(torch, make.__name__, made))

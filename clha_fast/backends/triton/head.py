@@ -26,10 +26,15 @@ def round_up(size: int, block: int) -> int:
     return tiles(size, block) * block
 
 
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on whatever device the tensors are."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def architecture(device: torch.device) -> str:
     """The row of the table that serves a device."""
     if device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        if is_interpreted():
             return "interpreter"
         raise BackendError(f"backend 'triton' needs a CUDA or ROCm device or TRITON_INTERPRET=1, got {device}")
     if torch.version.hip:
@@ -135,7 +140,7 @@ class Head:
                 "HAS_SOFTCAP": head.softcap is not None,
                 "PRECISION": matmul_precision(hidden.device),
                 "POSITIVE": head.scale > 0,
-                "PTX": architecture(hidden.device).startswith("sm_"),
+                "PTX": architecture(hidden.device).startswith("sm_") and not is_interpreted(),
             },
         )
 
