@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from clha_fast.cli.evaluate import add_reward_arguments, check_out, evaluation_of
 from clha_fast.cli.guard import guarded
-from clha_fast.cli.text import Parser, with_dashes
+from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import read_records
 from clha_fast.evaluation.comparison import compare as compare_evaluations
 from clha_fast.evaluation.comparison import comparison_table
@@ -45,6 +46,7 @@ def compare(words: Sequence[str]) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     check_out(args)
+    check_positive(args, ("batch_size",))
     measured = {path: _read(path) for path in (args.a, args.b)}
     answers = [path for path, found in measured.items() if found is None]
     if answers and args.references is None:
@@ -58,8 +60,9 @@ def _run(args: argparse.Namespace) -> int:
         check_extra()
         records = read_records(args.references, args.format)
         checks: dict[str, Any] = {}  # one check of a reward model does for both
+        given = {path: read_answers(path) for path in answers}  # what is wrong is said before a model is loaded
         for path in answers:
-            measured[path] = found = evaluation_of(read_answers(path), records, args, checks)
+            measured[path] = found = evaluation_of(given[path], records, args, checks)
             checks = found.checks
     both = compare_evaluations(*(measured[path] for path in (args.a, args.b)))  # type: ignore[arg-type]
     print(f"A             {args.a}\nB             {args.b}\n{comparison_table(both)}")
@@ -70,9 +73,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _read(path: str) -> Evaluation | None:
-    """The metrics in a file; None for a file of another kind, which must be answers."""
-    with open(path, encoding="utf-8") as file:
-        if file.read(1) != "{":
+    """The metrics in a file; None for anything else, which must be answers in some form that `read_answers` takes."""
+    if not os.path.isfile(path):  # a glob, a folder, a data set's name
+        return None
+    with open(path, "rb") as file:
+        if file.read(1) != b"{":
             return None
         file.seek(0)
         try:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
-from clha_fast.cli.text import Parser, with_dashes
+from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import FORMATS, RankedRecord, read_records
 from clha_fast.evaluation import report
 from clha_fast.evaluation.intervals import check_extra
@@ -20,7 +20,7 @@ from clha_fast.generation.answers import Answer, read_answers
 from clha_fast.generation.hf import load_backend
 from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
-from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model, probe_reward_model
 
 # Options that say how answers are made, how the model is asked, and where models run.
 _ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume", "lead", "chat_template_kwargs")
@@ -53,7 +53,11 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reward_loaders(args: argparse.Namespace) -> dict[str, Callable[[], RewardModel]]:
-    """Reward models by name: the last part of their path, or all of it where two would be called the same."""
+    """Reward models by name: the last part of their path, or all of it where two would be called the same.
+
+    Raises:
+        ValueError: one that is given twice, or that cannot be used: all are probed before anything is answered.
+    """
     paths = args.reward_model
     for path in paths:
         if paths.count(path) > 1:
@@ -61,6 +65,8 @@ def reward_loaders(args: argparse.Namespace) -> dict[str, Callable[[], RewardMod
     short = [os.path.basename(path.rstrip("/")) or path for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     settings = {"label": args.label, "device": args.device, "dtype": args.dtype}
+    for path in paths:
+        probe_reward_model(path, **settings)
     return {
         name: functools.partial(load_reward_model, path, **settings) for name, path in zip(names, paths, strict=True)
     }
@@ -112,6 +118,7 @@ def evaluate(words: Sequence[str]) -> int:
 def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     # What is missing or wrong is said before a model is loaded.
     check_extra()
+    check_positive(args, ("limit", "batch_size"))
     CLHAOptions(reward_margin=args.reward_margin)
     if args.references is None:
         raise ValueError("--references: expected a file of ranked responses to measure against, got none")

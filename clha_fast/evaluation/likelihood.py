@@ -19,7 +19,7 @@ from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.layout import Layout, accumulate
 from clha_fast.models.attach import attach
 from clha_fast.models.positions import positions_of
-from clha_fast.objectives.pairs import Pairs, wins
+from clha_fast.objectives.pairs import COMPARED, Pairs, wins
 from clha_fast.objectives.sft import SFTOptions
 
 COLUMNS = (
@@ -177,7 +177,9 @@ def likelihood_values(
     for number, (record, own) in enumerate(zip(records, scores, strict=True)):
         found["nll"][number] = -own[0] * tokens[number][0]
         found["nll_tokens"][number] = float(tokens[number][0])
-        order = record.rewards if record.rewards is not None else [-rank for rank in range(len(own))]
+        order = [-float(rank) for rank in range(len(own))]
+        if record.rewards is not None:  # what only float64 keeps apart is a tie, as in the counts of pairs
+            order = torch.tensor(record.rewards, dtype=COMPARED).tolist()
         if len(set(order)) > 1 and len(set(own)) > 1:
             tau = float(kendall(order, own).statistic)
             found["tau"][number] = None if math.isnan(tau) else tau

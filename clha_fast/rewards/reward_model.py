@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from clha_fast.batching.segments import check_layout, counted_layout
@@ -147,15 +147,52 @@ def load_reward_model(
             language model, whose scores would be random; an unknown device or dtype; as `RewardModel`.
     """
     check_layout(layout, "auto")
+    place = _check_place(device, dtype)
+    model, tokenizer = _read(os.fspath(path), dtype=dtype)
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
+    return RewardModel(model, tokenizer, label, layout)
+
+
+def probe_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> None:
+    """Before hours of other work: what `load_reward_model` refuses, found out without its weights being read.
+
+    Only the weights' own damage, and whether they fit into memory, are left to loading; of a quantised model and of an
+    adapter, head and labels too.
+
+    Raises:
+        ValueError: as `load_reward_model`.
+    """
+    _check_place(device, dtype)
+    path = os.fspath(path)
+    _check_folder(path)
+    try:
+        quantised = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+    except (OSError, ValueError, KeyError):  # reading the model says it better
+        quantised = False
+    if not (quantised or os.path.isfile(os.path.join(path, "adapter_config.json"))):
+        RewardModel(*_read(path, dtype=dtype, device_map="meta"), label)
+
+
+def _check_place(device: str, dtype: str) -> torch.device:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    place = find_device(device)
-    path = os.fspath(path)
+    return find_device(device)
+
+
+def _check_folder(path: str) -> None:
     if not os.path.isdir(path) and (os.path.lexists(path) or path.startswith((".", "~", os.sep))):
         raise ValueError(f"reward_model: expected a folder with a model, or a name on the Hub, got {path!r}")
     check_reachable("reward_model", path)
     if os.path.isdir(path) and not any(name.endswith("config.json") for name in os.listdir(path)):
         raise ValueError(f"reward_model: expected a folder with a model, got {path!r} without a configuration")
+
+
+def _read(path: str, **settings: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(model, tokenizer), or in one sentence why there is none; `settings` are of `from_pretrained`."""
+    _check_folder(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print a table about what the error below says in one sentence
     try:
@@ -163,7 +200,7 @@ def load_reward_model(
         heads = _adapter_heads(path)
         labels = {"num_labels": min(heads.values())} if heads else {}
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **labels
+            path, output_loading_info=True, **labels, **settings
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # damaged weights, weights of another shape
         raise ValueError(f"reward_model: {path} could not be loaded ({' '.join(str(error).split())})") from error
@@ -176,11 +213,7 @@ def load_reward_model(
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its scores would be random "
             "(clha-fast reward-model train makes one of it)"
         )
-    try:
-        model.to(place)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
-    return RewardModel(model, tokenizer, label, layout)
+    return model, tokenizer
 
 
 def _adapter_heads(path: str) -> dict[str, int]:

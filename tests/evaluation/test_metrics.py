@@ -288,6 +288,14 @@ def test_tau_of_a_prompt_is_scipy_s() -> None:
         assert tau == (None if wanted is None else pytest.approx(wanted))
 
 
+@pytest.mark.parametrize("rewards", [(16777216.0, 16777217.0), (1.0, 1.0 + 1e-12)])
+def test_rewards_that_only_float64_tells_apart_are_a_tie(rewards: tuple[float, float]) -> None:
+    records = [RankedRecord("p", ("x", "y"), rewards), RankedRecord("q", ("x", "y", "z"), (*rewards, -1.0))]
+    found = likelihood_values(records, [[-1.0, -2.0], [-1.0, -2.0, -3.0]], [[1] * 2, [1] * 3])
+    assert (found["ordered"], found["tau"][0]) == ([0.0, 2.0], None)
+    assert found["tau"][1] == pytest.approx(kendalltau([1, 1, 0], [3, 2, 1]).statistic)
+
+
 def test_figures_are_the_trainer_s(tmp_path: Any) -> None:
     """Ranking accuracy and pooled tau of an evaluation by `CLHATrainer`, on the same rows."""
     model = spread(make_model(len(TOKENIZER)))
