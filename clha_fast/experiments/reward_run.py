@@ -107,7 +107,8 @@ class RewardRun(Run):
 
     def longer_wins(self) -> PairAccuracy:
         """How often the longer response of a held-out pair is the better one."""
-        return pair_accuracy(*self._held_out_pairs().longer_wins())
+        pairs = self._held_out_pairs()
+        return pair_accuracy(*pairs.longer_wins(), pairs.prompts)
 
     def _held_out_pairs(self) -> PairedDataset:
         found = self.trainer.eval_dataset
@@ -115,8 +116,9 @@ class RewardRun(Run):
         return found
 
     def _evaluate(self) -> dict[str, Any]:
-        found = self.trainer.predict(self._held_out_pairs(), metric_key_prefix="eval")
-        accuracy = pair_accuracy(*prompt_results(found.predictions))
+        pairs = self._held_out_pairs()
+        found = self.trainer.predict(pairs, metric_key_prefix="eval")
+        accuracy = pair_accuracy(*prompt_results(found.predictions), pairs.prompts)
         return {**(found.metrics or {}), **accuracy.as_dict()}
 
     def _evaluated(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clha_fast.data.prompts import Prompted, read_prompts
+from clha_fast.data.prompts import Prompted, prompt_hash, read_prompts
 from clha_fast.evaluation.accuracy import mean_interval
 from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.experiments.run import METRICS_FILE, Run, RunOptions
@@ -115,7 +115,7 @@ class RolloutRun(Run):
 
     def _evaluate(self) -> dict[str, Any]:
         found = self.trainer.evaluate()
-        interval = mean_interval(found["rewards"])
+        interval = mean_interval(found["rewards"], self._prompts())
         return {**found, "interval": None if interval is None else list(interval)}
 
     def _evaluated(self) -> None:
@@ -124,4 +124,8 @@ class RolloutRun(Run):
     def gain(self) -> tuple[float, tuple[float, float] | None]:
         """How much the rewards of held-out prompts have risen on average, with the interval of paired differences."""
         gains = np.subtract(self.after["rewards"], self.before["rewards"]).tolist()
-        return sum(gains) / len(gains), mean_interval(gains)
+        return sum(gains) / len(gains), mean_interval(gains, self._prompts())
+
+    def _prompts(self) -> list[str]:
+        """Of each held-out answer what stands for its prompt, which a file may repeat."""
+        return [prompt_hash(record) for record in self.held_out]

@@ -122,6 +122,11 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         prompts = [self[index] for index in range(min(len(self), most))]
         return RowTokens.of((len(prompt.texts[0][0]), prompt.response_lengths) for prompt in prompts)
 
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The tokens of each prompt, in order: a file may repeat one."""
+        return [tuple(feature["prompt_ids"]) for feature in self._features]
+
     def longer_wins(self) -> tuple[list[float], list[int]]:
         """Of each prompt, how many of its pairs the longer response wins (equal lengths: half), and its pairs."""
         prompts = [self[index] for index in range(len(self))]

@@ -170,6 +170,24 @@ def test_pairs_by_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert described(tmp_path)["pairs_by"] == "reward"
 
 
+def test_a_prompt_that_is_repeated_makes_nothing_surer(tmp_path: Path) -> None:
+    """Held-out records that stand there once, or five times: the same figures, of as many prompts."""
+    rows, found = keyword_rows(12, seed=3), []
+    for times in (1, 5):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        write(folder / "held.jsonl", [row for row in rows for _ in range(times)])
+        changes = {"max_steps": 1, "eval_file": str(folder / "held.jsonl"), "eval_fraction": 0}
+        assert cli.main(reward_command(folder, rows=keyword_rows(8), **changes)) == 0
+        found.append(described(folder))
+    once, often = found
+    assert often["pairs"] == 5 * once["pairs"]
+    assert often["prompts"] == once["prompts"] == 12
+    for pick in (lambda side: side, lambda side: side["longer_wins"], lambda side: side["before"]):
+        assert pick(often)["accuracy"] == pytest.approx(pick(once)["accuracy"])
+        assert pick(often)["interval"] == pytest.approx(pick(once)["interval"])
+
+
 def test_no_held_out_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(reward_command(tmp_path, eval_fraction=0, max_steps=2)) == 0
     assert "no held-out set: not evaluated" in capsys.readouterr().out

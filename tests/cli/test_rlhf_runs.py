@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from clha_fast.cli import main as cli
 from clha_fast.cli import reward_model as cli_reward_model
 from clha_fast.cli import rlhf as cli_rlhf
+from clha_fast.data.prompts import PromptRecord
+from clha_fast.evaluation.accuracy import mean_interval
 from clha_fast.evaluation.plots import ROLLOUT_PANELS, can_plot
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import RunOptions
@@ -151,6 +153,17 @@ def test_settings_of_the_objective(tmp_path: Path, capsys: pytest.CaptureFixture
     (line,) = [line for line in figures(tmp_path)["log"] if "loss" in line]
     assert 0 < line["entropy"] < math.log(len(TOKENIZER))
     assert "no held-out set: not evaluated" in out
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_prompt_that_is_repeated_makes_nothing_surer(times: int) -> None:
+    """Five prompts are five draws, each written once or four times."""
+    records = [PromptRecord(f"say {number}", "a file") for number in range(5) for _ in range(times)]
+    values = [float(number) for number in range(5) for _ in range(times)]
+    run = RolloutRun.__new__(RolloutRun)
+    run.held_out = records
+    run.before, run.after = {"rewards": [0.0] * len(values)}, {"rewards": values}
+    assert run.gain() == (2.0, mean_interval([0.0, 1.0, 2.0, 3.0, 4.0]))
 
 
 def test_one_prompt_has_no_interval() -> None:
