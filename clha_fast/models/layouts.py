@@ -190,8 +190,8 @@ class RowLayouts:
         return True
 
     def fitted(
-        self, inputs: Mapping[str, Any], tensors: Mapping[str, Any], others: Mapping[str, Any]
-    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        self, inputs: dict[str, Any], tensors: dict[str, Any], others: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what the model is given of a batch, what the loss is), as they are or as padded rows; errors as `takes`."""
         if self.takes(inputs, others):
             return inputs, tensors
