@@ -89,8 +89,7 @@ class Attached:
     """The settings that `attach` put on a model; a context manager that detaches at its end.
 
     Attributes:
-        model: the unwrapped model. info: its head as measured. options, backend: as given. tiled: MLPs that run in
-            tiles.
+        model: the unwrapped one. info: its head as measured. options, backend: as given. tiled: MLPs that run in tiles.
         layout: `padded`, `packed`, `shared` or `auto`, for `RankedCollator`: rows that the model was seen to compute.
     """
 
@@ -112,8 +111,12 @@ class Attached:
         # A forward that something else has put on the instance; None is the class's own.
         self._previous: Callable[..., Any] | None = vars(model).get("forward")
         self._layouts = RowLayouts(model, self._logps, self.ordinary)
-        self.layout = self._layouts.settle(layout)
+        self._layouts.settle(layout)
         self.tiled: list[nn.Module] = []
+
+    @property
+    def layout(self) -> str:
+        return self._layouts.layout
 
     def __enter__(self) -> Attached:
         return self
@@ -216,7 +219,7 @@ class Attached:
         """
         if not isinstance(batch, CandidateBatch):
             batch = CandidateBatch.from_dict(batch)
-        self._layouts.check(vars(batch))
+        batch = self._layouts.taken(batch)
         return self._logps(self.ordinary, batch.model_inputs(), batch.targets, batch.row_index, wrapped=False)
 
     def ordinary(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,9 +234,8 @@ class Attached:
         if args:
             raise ValueError(f"model: expected a batch of candidates as keyword arguments, got {len(args)} positional")
         for name, why in _UNUSED.items():
-            got = kwargs.get(name)
-            if got is not None and (isinstance(got, Tensor) or got):
-                got = "some" if isinstance(got, Tensor) else got
+            got = "some" if isinstance(kwargs.get(name), Tensor) else kwargs.get(name)
+            if got:
                 raise ValueError(f"{name}: expected none beside a batch of candidates ({why}), got {got}")
         if kwargs.get("return_dict") is False:
             raise ValueError("return_dict: expected True beside a batch of candidates (outputs have names), got False")
@@ -253,7 +255,6 @@ class Attached:
         segments = kwargs.get("segments")
         # position_ids alone are somebody's own.
         more = SEGMENT_FIELDS if any(kwargs.get(name) is not None for name in _OF_ROWS) else ()
-        fields = (*MODEL_FIELDS, *more)
         for name in more:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected, as all of {', '.join(more)}, of packed or shared rows, got none")
@@ -261,18 +262,17 @@ class Attached:
             self._row_limit.check_width(segments.longest)
         elif kwargs.get("position_ids") is None:
             self._row_limit.check_width(kwargs["input_ids"].shape[1])
-        inputs = {name: kwargs[name] for name in fields}
+        inputs = {name: kwargs[name] for name in (*MODEL_FIELDS, *more)}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         if kwargs.get("host_sizes") is not None and not torch.compiler.is_compiling():
             lengths, per_prompt = kwargs["candidate_lengths"], kwargs["candidates_per_prompt"]
             sizes = HostSizes.of(kwargs["host_sizes"], lengths, per_prompt)
             tensors |= {} if sizes is None else vars(sizes)
         others = {name: value for name, value in kwargs.items() if name not in (*_OWN_FIELDS, *more, *_UNUSED)}
-        self._layouts.check(inputs, others)
+        inputs, tensors = self._layouts.fitted(inputs, tensors, others)
         scale = checked_scale(kwargs.get("loss_scale"))
-        found = self._forward(
-            self.ordinary, inputs, tensors, scale=1 if scale is None else scale, others=others, wrapped=False
-        )
+        times = 1 if scale is None else scale
+        found = self._forward(self.ordinary, inputs, tensors, scale=times, others=others, wrapped=False)
         metrics = found.metrics
         if scale is not None:
             factor = scale.to(metrics.values) if isinstance(scale, Tensor) else scale
@@ -355,9 +355,9 @@ def attach(
         temperature: divisor of the logits. ignore_index: target that is not scored. workspace_bytes, max_dropped_mass:
             see `HeadOptions`.
         layout: `packed` or `shared` take batches of such rows (`RankedCollator(layout=)`), once a probe has seen that
-            the model computes them as it computes each candidate alone; the first batch is compared as well, and one
-            that is twice as long or passes a number of the configuration. `auto` is `padded` where the probe fails; else it stays, and `RankedCollator` counts
-            the tokens of each batch and makes it shared where that pays, else padded.
+            the model computes them as it computes each candidate alone; the first batch and longer ones are compared.
+            `auto` is `padded` where the probe fails, and from the batch on that is not computed so; else it stays, and
+            `RankedCollator` counts the tokens of each batch and makes it shared where that pays, else padded.
         tiled_mlp: MLPs run this many tokens at a time (True chooses): the same outputs and gradients, less memory, see
             `models.tiled`.
         sequence_parallel: processes that are given the same batches and each hold a part of every row's tokens, see

@@ -61,7 +61,7 @@ class FrozenModel:
         """[N] nats, float32 or better, of the batch's scored tokens; errors as `forward.LogpForward`."""
         if not batch.targets.numel():
             return torch.zeros(0, dtype=torch.float32, device=batch.targets.device)
-        self.layouts.check(vars(batch))
+        batch = self.layouts.taken(batch)
         with self._as_it_runs() as inner:
             run = inner if self._adapter_off else self.model
             return self._forward(run, batch.model_inputs(), batch.targets, batch.row_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clha_fast.batching.batch import CandidateFeature
+from clha_fast.batching.batch import CandidateBatch, CandidateFeature
 from clha_fast.batching.segments import LAYOUTS, PAYS, Segments, check_layout
 from clha_fast.models import segment_attention, segment_masks
 from clha_fast.models.adapters import virtual_tokens
 from clha_fast.models.embedding import input_embedding_weight, is_dtensor
-from clha_fast.models.forward import LogpForward, first_position
+from clha_fast.models.forward import MODEL_FIELDS, LogpForward, first_position
 from clha_fast.models.layout_probe import LayoutProbe, ProbedForward, candidates_of
 from clha_fast.models.lengths import numbers_of, tells_more
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.models.sequence_parallel import WAY
 from clha_fast.models.sharding import reshard
+from clha_fast.models.unpacking import padded_batch
 
 logger = logging.getLogger("clha_fast")
 
@@ -28,6 +30,10 @@ LAYOUT_CHOICES = (*LAYOUTS, "auto")
 # What layers raise that do more with a mask than hand it on, or whose attention two calls do not compute.
 _NOT_WITHOUT = (UnsupportedLayoutError, segment_attention.UnsupportedAttentionError, AttributeError, TypeError)
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "inputs_embeds")
+
+
+class DifferentRowsError(UnsupportedLayoutError):
+    """A batch's rows of several candidates were compared, and are not computed as rows alone."""
 
 
 class RowLayouts:
@@ -41,6 +47,7 @@ class RowLayouts:
 
     Attributes:
         layout: `padded`, `packed`, `shared`; or `auto`, of batches that are shared where their count pays, else padded.
+            `auto` becomes `padded` where a batch is met that the model does not compute as rows alone.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class RowLayouts:
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.layout = "padded"
+        self._given_up = False
         self._model = model
         self._spread: LogpForward | None = None
         if isinstance(forward, LogpForward) and forward.sequence is not None:
@@ -85,7 +93,7 @@ class RowLayouts:
                 if self._why_masks(layout):
                     self._probe.check(layout, gradients=not _spread(self._model))
             reshard(self._model)  # or an optimizer would take FSDP2's gathered weights for its own
-        self.layout = layout
+        self.layout, self._given_up = layout, False
         return layout
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
@@ -155,6 +163,47 @@ class RowLayouts:
             return f"{type(error).__name__}: {error}"
         return ""
 
+    def takes(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> bool:
+        """`check`, but False for rows of several candidates that `auto` has found to be computed otherwise.
+
+        They are to run as padded ones (`models.unpacking`) from then on, which is said.
+
+        Raises:
+            UnsupportedLayoutError: as `check`, of any other layout, or where tokens are spread over processes.
+        """
+        if batch.get("segments") is not None and self._given_up and not torch.compiler.is_compiling():
+            self._check_media(others)
+            return False
+        may = self.layout == "auto" and self._spread is None
+        try:
+            self.check(batch, others)
+        except DifferentRowsError as error:
+            if not may:
+                raise
+            self.layout, self._given_up = "padded", True
+            logger.warning(
+                "layout auto: padded from here on, also the shared rows that a collator still makes, whose prompts are "
+                "then repeated; RankedCollator(layout='padded') makes none (%s)",
+                error,
+            )
+            return False
+        return True
+
+    def fitted(
+        self, inputs: dict[str, Any], tensors: dict[str, Any], others: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what the model is given of a batch, what the loss is), as they are or as padded rows; errors as `takes`."""
+        if self.takes(inputs, others):
+            return inputs, tensors
+        padded = padded_batch({**inputs, **tensors})
+        return {name: padded[name] for name in MODEL_FIELDS}, {name: padded[name] for name in tensors}
+
+    def taken(self, batch: CandidateBatch) -> CandidateBatch:
+        """The batch as it is to run: itself, or as padded rows; errors as `takes`."""
+        if self.takes(vars(batch)):
+            return batch
+        return dataclasses.replace(batch, **padded_batch(vars(batch)))
+
     def check(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
         """One batch before it runs.
 
@@ -183,12 +232,7 @@ class RowLayouts:
                 f"layout: expected {self.layout} rows, got {got} ones; attach(model, layout={got!r}), Scorer(model, "
                 f"layout={got!r}) or CLHAConfig's layout probes whether the model computes them"
             )
-        for name, value in (others or {}).items():
-            if value is not None and any(part in name for part in _MEDIA):
-                raise UnsupportedLayoutError(
-                    f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
-                    "RankedCollator(layout='padded') takes it"
-                )
+        self._check_media(others)
         # What follows reads the batch on the host.
         if torch.compiler.is_compiling() or not any(group.candidates for group in segments.groups):
             return
@@ -196,9 +240,21 @@ class RowLayouts:
             self._compare_slices(batch, got)
         elif self._is_longer(segments.longest, segments.width):
             features, looked_at = _features(batch["input_ids"], segments)
-            with self._around():
-                self._probe.compare(features, got, looked_at)
+            try:
+                with self._around():
+                    self._probe.compare(features, got, looked_at)
+            except UnsupportedLayoutError as error:
+                raise DifferentRowsError(str(error)) from error
             self._note(segments.longest, segments.width)
+
+    @staticmethod
+    def _check_media(others: Mapping[str, Any] | None) -> None:
+        for name, value in (others or {}).items():
+            if value is not None and any(part in name for part in _MEDIA):
+                raise UnsupportedLayoutError(
+                    f"{name}: expected tokens alone in rows of several candidates, got {name} as well; "
+                    "RankedCollator(layout='padded') takes it"
+                )
 
     def _is_longer(self, longest: int, width: int) -> bool:
         """Whether texts or rows are so long that what has been compared says nothing of them: `tells_more`.

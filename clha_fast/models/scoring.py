@@ -18,6 +18,7 @@ from clha_fast.models.forward import LogpForward
 from clha_fast.models.heads import HeadInfo
 from clha_fast.models.layouts import RowLayouts
 from clha_fast.models.measure import measure_head
+from clha_fast.models.unpacking import padded_rows_of
 from clha_fast.models.wrapped import check_whole, unwrap
 from clha_fast.ops import checks
 from clha_fast.ops.dispatch import Backend, check_name
@@ -96,9 +97,13 @@ class Scorer:
         self._forward = LogpForward(inner, self.info, head, backend)
         self._layouts = RowLayouts(inner, self._forward, inner)
         with _MEASURING:
-            self.layout = self._layouts.settle(layout)
+            self._layouts.settle(layout)
         self._switched = not switch.installed(self.info.module)
         switch.install(self.info.module)
+
+    @property
+    def layout(self) -> str:
+        return self._layouts.layout
 
     def __enter__(self) -> Scorer:
         return self
@@ -163,7 +168,10 @@ class Scorer:
             there = (tokens.segment_ids >= 0).to(input_ids.dtype)
             inputs = {"input_ids": input_ids, "attention_mask": there, "segments": segments, **tokens._asdict()}
             with _MEASURING:
-                self._layouts.check(inputs, others)
+                taken = self._layouts.takes(inputs, others)
+            if not taken:
+                padded, reads = padded_rows_of(input_ids, segments)
+                inputs = {**padded}
         elif labels is not None:
             known = _known(input_ids, position_ids, attention_mask).to(labels.device)
             own = self._checked_labels("labels", torch.where(known, labels, ignored))
