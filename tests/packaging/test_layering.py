@@ -194,8 +194,8 @@ print(sorted(name for name in sys.modules if name.startswith("clha_fast.backends
 """,
         cwd=tmp_path,
     )
-    # Of the backends nothing but a count of bytes, by which one is chosen.
-    assert out.split("\n")[:2] == ["[]", "['clha_fast.backends.memory']"]
+    # Of the backends nothing but what one is chosen by: a count of bytes, and which products there are.
+    assert out.split("\n")[:2] == ["[]", "['clha_fast.backends.memory', 'clha_fast.backends.products']"]
 
 
 def test_it_works_without_triton_and_transformers(tmp_path: Path):
