@@ -10,6 +10,9 @@ from torch import Tensor
 
 from clha_fast.batching.segments import Segments, Span
 
+# What a batch of padded rows does without.
+_OF_ROWS = ("segments", "position_ids", "segment_ids", "group_ids")
+
 
 class PaddedRows(NamedTuple):
     """A row a candidate, behind its prompt, and one of a prompt without candidates.
@@ -55,9 +58,6 @@ def padded_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     own = _own_places(segments, row_index.tolist(), [n for n in batch["candidate_lengths"].tolist() if n])
     index = reads.flatten()[torch.tensor(own, dtype=torch.int64)].to(row_index.device)
     return {**batch, **inputs, "row_index": index, **dict.fromkeys(_OF_ROWS)}
-
-
-_OF_ROWS = ("segments", "position_ids", "segment_ids", "group_ids")
 
 
 def _own_places(segments: Segments, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
