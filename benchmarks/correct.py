@@ -247,7 +247,7 @@ def run_tests(seconds: float, collect: bool = False) -> dict[str, Any]:
     if collect:
         command += ["--collect-only"]
     elif importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(4, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]  # they compile most of the time
     out, _, status = output_within([*command, *OWN_TESTS], seconds, merge=True)
     lines = out.strip().splitlines() or [""]
     if status is None:

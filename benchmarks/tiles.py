@@ -1,0 +1,296 @@
+"""Times the kernels by name on a GPU, with the table's tiles and with others: what `csrc_triton.configs` goes by.
+
+    python -m benchmarks.tiles --output DIR [--limit 240] [--shape 8192x4096x128256]
+
+Every run gives each kernel the next of its `TILES`, and times a step of each path under torch's profiler: kernels are
+timed one by one, so one run tries a tile of every kernel. Run 0 is the table as it is. What the others compute is
+compared with it. All runs are compiled first, in parallel processes; then one process times them. DIR/tiles.json has
+microseconds by kernel, saved after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import find_shapes
+from benchmarks.inputs import Batch, Shape, make_batch
+from benchmarks.measure import FAILURES, Deadline, clean, describe, gpu_environment, is_broken
+from benchmarks.methods import GPU_METHODS
+from benchmarks.pieces import PEAK_NATS
+from benchmarks.processes import output_within
+from csrc_triton import configs
+
+STEPS = 3
+# Of a tile that is tried, what differs from the table's.
+_PLAIN = {"FLATTEN": False}
+_FREE = {"maxnreg": None}
+_TALL = {"BLOCK_N": 256, "BLOCK_V": 128}
+TILES: dict[str, list[dict[str, Any]]] = {
+    "persistent_forward": [
+        _PLAIN,
+        _PLAIN | _FREE,
+        _FREE,
+        {"num_stages": 3},
+        {"GROUP": 8},
+        {"GROUP": 32},
+        {"BLOCK_H": 128, "num_stages": 2},
+        _TALL,
+        {"BLOCK_V": 128},
+        {"BLOCK_V": 128, "BLOCK_H": 128, "num_stages": 3},
+    ],
+    "persistent_logit_grad": [
+        _PLAIN,
+        _PLAIN | {"num_stages": 4},
+        {"num_stages": 2},
+        {"maxnreg": 208},
+        {"GROUP": 8},
+        {"GROUP": 32},
+        _PLAIN | {"BLOCK_H": 128, "num_stages": 2},
+        _TALL,
+        {"BLOCK_V": 128, "num_stages": 4},
+        {"BLOCK_V": 128, "BLOCK_H": 128, "num_stages": 3},
+    ],
+    "persistent_hidden_grad": [
+        {"FLATTEN": True, "num_stages": 2},
+        {"num_stages": 3},
+        {"GROUP": 8},
+        {"GROUP": 64},
+        {"BLOCK_N": 256, "BLOCK_H": 128},
+        {"BLOCK_V": 128, "num_stages": 2},
+        {"BLOCK_H": 128},
+        {"BLOCK_H": 128, "BLOCK_V": 128, "num_stages": 3},
+        {"GROUP": 4},
+    ],
+    "persistent_weight_grad": [
+        {"FLATTEN": True, "num_stages": 3},
+        {"num_stages": 3},
+        {"GROUP": 8},
+        {"GROUP": 32},
+        {"BLOCK_V": 256, "BLOCK_H": 128},
+        {"BLOCK_N": 128, "num_stages": 2},
+        {"BLOCK_H": 128},
+        {"BLOCK_H": 128, "BLOCK_N": 128, "num_stages": 3},
+        {"GROUP": 4},
+        {"FLATTEN": True},
+    ],
+    "statistics": [
+        {"BLOCK_V": 1024},
+        {"BLOCK_V": 1024, "BLOCK_K": 8},
+        {"BLOCK_K": 2},
+        {"BLOCK_V": 4096, "BLOCK_K": 2},
+        {"num_warps": 16},
+        {"num_warps": 4},
+    ],
+    "gradient": [
+        {"BLOCK_V": 2048},
+        {"BLOCK_V": 8192},
+        {"num_warps": 4},
+        {"num_warps": 16},
+        {"BLOCK_V": 2048, "num_warps": 4},
+        {"BLOCK_V": 1024, "num_warps": 4},
+    ],
+    "routed_logit_grad": [
+        {"num_stages": 4},
+        {"num_stages": 2},
+        {"GROUP": 8},
+        {"BLOCK_H": 128, "num_stages": 2},
+        {"num_warps": 4},
+        {"GROUP": 1},
+    ],
+    "routed_weight_grad": [
+        {"num_stages": 4},
+        {"num_stages": 2},
+        {"BLOCK_V": 128, "BLOCK_H": 128},
+        {"BLOCK_H": 128},
+        {"BLOCK_N": 64},
+        {"GROUP": 8},
+    ],
+    "routed_hidden_grad": [
+        {"BLOCK_N": 128},
+        {"num_stages": 2},
+        {"BLOCK_H": 256},
+        {"BLOCK_N": 128, "BLOCK_H": 128, "num_stages": 2},
+        {"BLOCK_V": 64, "num_stages": 3},
+        {"num_warps": 4},
+    ],
+}
+RUNS = 1 + max(map(len, TILES.values()))
+
+
+def tried(run: int) -> dict[str, dict[str, Any]]:
+    """Kernel: what this run tries of it; run 0 is the table."""
+    return {kernel: tiles[run - 1] for kernel, tiles in TILES.items() if 0 < run <= len(tiles)}
+
+
+def take(run: int, base: dict[str, dict[str, Any]], arch: str = "sm_90") -> None:
+    """Puts a run's tiles into the table; `base` has the table's own."""
+    for kernel, own in base.items():
+        tile = own | tried(run).get(kernel, {})
+        tile = {name: value for name, value in tile.items() if value is not None}
+        if kernel in configs.PERSISTENT:
+            configs.PERSISTENT[kernel][arch] = tile
+        elif kernel in configs.GEMMS:
+            configs.GEMMS[kernel][arch, "16-bit"] = tile
+        else:
+            configs.SMALL[kernel] = (tile, configs.SMALL[kernel][1])
+
+
+def table(arch: str = "sm_90") -> dict[str, dict[str, Any]]:
+    """Each kernel's own tile."""
+    return {
+        kernel: dict(
+            configs.PERSISTENT[kernel][arch]
+            if kernel in configs.PERSISTENT
+            else configs.GEMMS[kernel][arch, "16-bit"]
+            if kernel in configs.GEMMS
+            else configs.SMALL[kernel][0]
+        )
+        for kernel in TILES
+    }
+
+
+def paths(batch: Batch, peaked: Batch) -> dict[str, Any]:
+    """The library's paths, each of its own batch."""
+    used = {"fused": batch, "workspace": batch, "routed": peaked}
+    return {name: GPU_METHODS[name].build(batch) for name, batch in used.items()}
+
+
+def by_kernel(step: Any) -> dict[str, float]:
+    """Microseconds of a step by kernel, largest first."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    found = {event.key[:90]: event.self_device_time_total / STEPS for event in profile.key_averages()}
+    return dict(sorted(((k, round(t, 1)) for k, t in found.items() if t >= STEPS), key=lambda item: -item[1]))
+
+
+def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest norm of a difference over the norm of what is wanted."""
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def compile_run(run: int, shape: Shape) -> None:
+    """Few tokens compile what all tokens launch."""
+    take(run, table())
+    small = Shape(1024, shape.width, shape.vocabulary)
+    for name, step in paths(make_batch(small, "cuda"), make_batch(small, "cuda")).items():
+        try:
+            step()
+            torch.cuda.synchronize()
+        except FAILURES as failure:
+            print(f"{name}: {describe(failure)}", flush=True)
+
+
+def time_runs(shape: Shape, deadline: Deadline) -> None:
+    """A line of JSON a run."""
+    base = table()
+    batch, peaked = make_batch(shape, "cuda"), make_batch(shape, "cuda", nats=PEAK_NATS)
+    for name in ("bound", "eager_hf"):
+        step = GPU_METHODS[name].build(batch)
+        print(json.dumps({"run": name, "kernels": by_kernel(step)}), flush=True)
+        batch.clear()
+        batch.scratch.clear()
+        clean()
+    wanted: dict[str, list[torch.Tensor]] = {}
+    for run in range(RUNS):
+        take(run, base)
+        row: dict[str, Any] = {"run": run, "tried": tried(run), "kernels": {}, "off": {}}
+        for name, step in paths(batch, peaked).items():
+            used = peaked if name == "routed" else batch
+            if not deadline.allows(5):
+                return
+            try:
+                row["kernels"][name] = by_kernel(step)
+                gradients = [g.clone() for g in used.gradients()]
+                if run:
+                    row["off"][name] = distance(gradients, wanted[name])
+                else:
+                    wanted[name] = gradients
+            except FAILURES as failure:
+                row["kernels"][name] = {"failed": describe(failure)}
+                if is_broken():
+                    print(json.dumps(row), flush=True)
+                    return
+            used.clear()
+            clean()
+        print(json.dumps(row), flush=True)
+
+
+def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.tiles", "--shape", args.shape, "--output", str(args.output)]
+    report: dict[str, Any] = {"environment": gpu_environment("cuda"), "shape": args.shape, "compile": {}, "runs": []}
+
+    def compiled(run: int) -> tuple[int, str, float]:
+        start = time.monotonic()
+        out, errors, status = output_within([*command, "--compile", str(run)], deadline.left() / 2, merge=False)
+        said = out.strip() + ("" if status == 0 else f" status {status}: {errors.strip()[-300:]}")
+        return run, said, time.monotonic() - start
+
+    with ThreadPoolExecutor(min(RUNS, 14, os.cpu_count() or 1)) as pool:
+        for run, said, seconds in pool.map(compiled, range(RUNS)):
+            report["compile"][run] = {"seconds": round(seconds, 1), "said": said}
+            print(f"compile {run}: {seconds:.0f} s {said[:200]}", flush=True)
+    left = deadline.left() - 5
+    out, errors, _ = output_within([*command, "--time", str(left - 10)], left)
+    report["runs"] = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
+    report["errors"] = errors.strip()[-2000:]
+    (args.output / "tiles.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(summary(report["runs"]))
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of each kernel by run."""
+    lines = []
+    for row in rows:
+        if isinstance(row["run"], str):
+            lines.append(f"{row['run']}: {sum(row['kernels'].values()) / 1e3:.2f} ms")
+    numbered = [row for row in rows if isinstance(row["run"], int)]
+    for kernel in TILES:
+        name = kernel.removesuffix("_statistics") + "_kernel"
+        for row in numbered:
+            times = [(path, kernels[name]) for path, kernels in row["kernels"].items() if kernels.get(name) is not None]
+            if row["run"] == 0 or kernel in row["tried"]:
+                said = ", ".join(f"{path} {t / 1e3:.2f}" for path, t in times)
+                lines.append(f"{kernel} {row['tried'].get(kernel, 'table')}: {said or 'failed'}")
+    for row in numbered[:1]:
+        for path, kernels in row["kernels"].items():
+            times = {k: t for k, t in kernels.items() if not isinstance(t, str)}
+            top = ", ".join(f"{k[:40]} {t / 1e3:.2f}" for k, t in list(times.items())[:12])
+            lines.append(f"{path}: {sum(times.values()) / 1e3:.2f} ms: {top}")
+    lines.append(f"off: {[row['off'] for row in numbered[1:]]}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shape", default="8192x4096x128256")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for everything")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--time", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shape = find_shapes([args.shape])[0]
+    if args.compile is not None:
+        compile_run(args.compile, shape)
+    elif args.time is not None:
+        time_runs(shape, Deadline(args.time))
+    else:
+        _run_all(args, Deadline(args.limit))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
