@@ -24,23 +24,24 @@ import torch
 from benchmarks.gpu import find_shapes
 from benchmarks.inputs import Batch, Shape, make_batch
 from benchmarks.measure import FAILURES, Deadline, clean, describe, gpu_environment, is_broken
-from benchmarks.methods import GPU_METHODS
+from benchmarks.methods import GPU_METHODS, clha
 from benchmarks.pieces import PEAK_NATS
 from benchmarks.processes import output_within
+from clha_fast import HeadOptions
 from csrc_triton import configs
 
 STEPS = 3
 # Of a tile that is tried, what differs from the table's.
-_PLAIN = {"FLATTEN": False}
+_FLAT = {"FLATTEN": True}
 _FREE = {"maxnreg": None}
 _TALL = {"BLOCK_N": 256, "BLOCK_V": 128}
 TILES: dict[str, list[dict[str, Any]]] = {
     "persistent_forward": [
-        _PLAIN,
-        _PLAIN | _FREE,
+        _FLAT,
+        _FLAT | _FREE,
         _FREE,
         {"num_stages": 3},
-        {"GROUP": 8},
+        {"GROUP": 16},
         {"GROUP": 32},
         {"BLOCK_H": 128, "num_stages": 2},
         _TALL,
@@ -48,13 +49,13 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"BLOCK_V": 128, "BLOCK_H": 128, "num_stages": 3},
     ],
     "persistent_logit_grad": [
-        _PLAIN,
-        _PLAIN | {"num_stages": 4},
-        {"num_stages": 2},
+        _FLAT,
+        {"num_stages": 4},
+        _FLAT | {"num_stages": 4},
         {"maxnreg": 208},
-        {"GROUP": 8},
+        {"GROUP": 16},
         {"GROUP": 32},
-        _PLAIN | {"BLOCK_H": 128, "num_stages": 2},
+        {"BLOCK_H": 128, "num_stages": 2},
         _TALL,
         {"BLOCK_V": 128, "num_stages": 4},
         {"BLOCK_V": 128, "BLOCK_H": 128, "num_stages": 3},
@@ -62,7 +63,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
     "persistent_hidden_grad": [
         {"FLATTEN": True, "num_stages": 2},
         {"num_stages": 3},
-        {"GROUP": 8},
+        {"GROUP": 16},
         {"GROUP": 64},
         {"BLOCK_N": 256, "BLOCK_H": 128},
         {"BLOCK_V": 128, "num_stages": 2},
@@ -73,7 +74,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
     "persistent_weight_grad": [
         {"FLATTEN": True, "num_stages": 3},
         {"num_stages": 3},
-        {"GROUP": 8},
+        {"GROUP": 16},
         {"GROUP": 32},
         {"BLOCK_V": 256, "BLOCK_H": 128},
         {"BLOCK_N": 128, "num_stages": 2},
@@ -81,6 +82,18 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"BLOCK_H": 128, "BLOCK_N": 128, "num_stages": 3},
         {"GROUP": 4},
         {"FLATTEN": True},
+    ],
+    "persistent_forward_softcap": [
+        {"FLATTEN": True},
+        {"num_stages": 4},
+        {"BLOCK_V": 256},
+        {"BLOCK_V": 256, "num_stages": 4},
+    ],
+    "persistent_logit_grad_softcap": [
+        {"FLATTEN": True},
+        {"num_stages": 4},
+        {"BLOCK_V": 256},
+        {"BLOCK_V": 256, "num_stages": 4},
     ],
     "statistics": [
         {"BLOCK_V": 1024},
@@ -101,7 +114,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
     "routed_logit_grad": [
         {"num_stages": 4},
         {"num_stages": 2},
-        {"GROUP": 8},
+        {"GROUP": 16},
         {"BLOCK_H": 128, "num_stages": 2},
         {"num_warps": 4},
         {"GROUP": 1},
@@ -112,7 +125,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"BLOCK_V": 128, "BLOCK_H": 128},
         {"BLOCK_H": 128},
         {"BLOCK_N": 64},
-        {"GROUP": 8},
+        {"GROUP": 16},
     ],
     "routed_hidden_grad": [
         {"BLOCK_N": 128},
@@ -123,7 +136,6 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"num_warps": 4},
     ],
 }
-RUNS = 1 + max(map(len, TILES.values()))
 
 
 def tried(run: int) -> dict[str, dict[str, Any]]:
@@ -161,7 +173,8 @@ def table(arch: str = "sm_90") -> dict[str, dict[str, Any]]:
 def paths(batch: Batch, peaked: Batch) -> dict[str, Any]:
     """The library's paths, each of its own batch."""
     used = {"fused": batch, "workspace": batch, "routed": peaked}
-    return {name: GPU_METHODS[name].build(batch) for name, batch in used.items()}
+    steps = {name: GPU_METHODS[name].build(batch) for name, batch in used.items()}
+    return steps | {"softcap": clha(batch, "triton", HeadOptions(softcap=30.0))}
 
 
 def by_kernel(step: Any) -> dict[str, float]:
@@ -204,7 +217,7 @@ def time_runs(shape: Shape, deadline: Deadline) -> None:
         batch.scratch.clear()
         clean()
     wanted: dict[str, list[torch.Tensor]] = {}
-    for run in range(RUNS):
+    for run in range(1 + max(map(len, TILES.values()))):
         take(run, base)
         row: dict[str, Any] = {"run": run, "tried": tried(run), "kernels": {}, "off": {}}
         for name, step in paths(batch, peaked).items():
@@ -231,6 +244,8 @@ def time_runs(shape: Shape, deadline: Deadline) -> None:
 def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.tiles", "--shape", args.shape, "--output", str(args.output)]
+    command += ["--only", *args.only]
+    runs = range(1 + max(map(len, TILES.values())))
     report: dict[str, Any] = {"environment": gpu_environment("cuda"), "shape": args.shape, "compile": {}, "runs": []}
 
     def compiled(run: int) -> tuple[int, str, float]:
@@ -239,8 +254,8 @@ def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
         said = out.strip() + ("" if status == 0 else f" status {status}: {errors.strip()[-300:]}")
         return run, said, time.monotonic() - start
 
-    with ThreadPoolExecutor(min(RUNS, 14, os.cpu_count() or 1)) as pool:
-        for run, said, seconds in pool.map(compiled, range(RUNS)):
+    with ThreadPoolExecutor(min(len(runs), 14, os.cpu_count() or 1)) as pool:
+        for run, said, seconds in pool.map(compiled, runs):
             report["compile"][run] = {"seconds": round(seconds, 1), "said": said}
             print(f"compile {run}: {seconds:.0f} s {said[:200]}", flush=True)
     left = deadline.left() - 5
@@ -259,9 +274,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
             lines.append(f"{row['run']}: {sum(row['kernels'].values()) / 1e3:.2f} ms")
     numbered = [row for row in rows if isinstance(row["run"], int)]
     for kernel in TILES:
-        name = kernel.removesuffix("_statistics") + "_kernel"
+        name, softcap = kernel.removesuffix("_softcap") + "_kernel", kernel.endswith("_softcap")
         for row in numbered:
-            times = [(path, kernels[name]) for path, kernels in row["kernels"].items() if kernels.get(name) is not None]
+            found = {path: kernels.get(name) for path, kernels in row["kernels"].items()}
+            times = [(path, t) for path, t in found.items() if t is not None and (path == "softcap") == softcap]
             if row["run"] == 0 or kernel in row["tried"]:
                 said = ", ".join(f"{path} {t / 1e3:.2f}" for path, t in times)
                 lines.append(f"{kernel} {row['tried'].get(kernel, 'table')}: {said or 'failed'}")
@@ -278,11 +294,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", default="8192x4096x128256")
+    parser.add_argument("--only", nargs="+", choices=list(TILES), default=list(TILES), help="kernels to try tiles of")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for everything")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--time", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     shape = find_shapes([args.shape])[0]
+    for kernel in set(TILES) - set(args.only):
+        del TILES[kernel]
     if args.compile is not None:
         compile_run(args.compile, shape)
     elif args.time is not None:

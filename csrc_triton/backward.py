@@ -9,7 +9,7 @@ loops need no masks on the token side.
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
+from csrc_triton.tiles import add_product, logit_gradient, nothing, raw_logits, tile_of
 
 
 @triton.jit(do_not_specialize=["M", "N", "padded"])
@@ -226,13 +226,14 @@ def hidden_grad_kernel(
     if not EVEN_H:
         has_sum = has_sum & (h < H)[None, :]
     acc = tl.load(out, mask=has_sum, other=0.0)
+    zero = nothing(first_word, BLOCK_N, BLOCK_H)
     for start in range(0, chunk_words, BLOCK_V):
         g = tl.load(dlogits_ptr + dlogits_offsets)
         is_word = (start + word < num_words)[:, None]
         if not EVEN_H:
             is_word = is_word & (h < H)[None, :]
         w = tl.load(weight_ptr + weight_offsets, mask=is_word, other=0.0)
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        acc = add_product(g, w, acc, zero, PRECISION)
         dlogits_ptr += BLOCK_V
         weight_ptr += tl.cast(BLOCK_V, tl.int64) * stride_weight_v
     if EVEN_H:
@@ -288,13 +289,14 @@ def weight_grad_kernel(
         # Compared as a block: a scalar condition widened by `&` is no boolean to the interpreter.
         is_later = first_token + tl.zeros((BLOCK_V, 1), tl.int32) > 0
         acc = tl.load(partial_ptr + partial + local, mask=inside & is_later, other=0.0)
+    zero = nothing(first_word, BLOCK_V, BLOCK_H)
     for _ in range(0, active, BLOCK_N):
         g = tl.load(dlogits_ptr + dlogits_offsets)
         if EVEN_H:
             x = tl.load(rows_ptr + rows_offsets)
         else:
             x = tl.load(rows_ptr + rows_offsets, mask=(h < H)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = add_product(tl.trans(g), x, acc, zero, PRECISION)
         dlogits_ptr += tl.cast(BLOCK_N, tl.int64) * chunk_words
         rows_ptr += tl.cast(BLOCK_N, tl.int64) * H
     if HAS_PARTIAL:

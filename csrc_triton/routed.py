@@ -9,7 +9,7 @@ blocks, capacity, ROUTE_WORDS] holds one row a pair, and zeros to the end of eac
 import triton
 import triton.language as tl
 
-from csrc_triton.tiles import logit_gradient, raw_logits, tile_of
+from csrc_triton.tiles import add_product, logit_gradient, nothing, raw_logits, tile_of
 
 
 @triton.jit(do_not_specialize=["first_block", "chunk_blocks", "num_segments"])
@@ -144,6 +144,7 @@ def routed_weight_grad_kernel(
     dlogits_ptr += first_slot * ROUTE_WORDS + (tile_v % parts) * BLOCK_V
     dlogits_offsets = n[:, None] * ROUTE_WORDS + word[None, :]
     acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
+    zero = nothing(total, BLOCK_V, BLOCK_H)
     for start in range(0, total, BLOCK_N):
         is_pair = start + n < total
         k = tl.load(list_ptr + start + n, mask=is_pair, other=0)
@@ -153,7 +154,7 @@ def routed_weight_grad_kernel(
         if not EVEN_H:
             inside = inside & (h < H)[None, :]
         x = tl.load(rows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], mask=inside, other=0.0)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = add_product(tl.trans(g), x, acc, zero, PRECISION)
         dlogits_ptr += BLOCK_N * ROUTE_WORDS
     inside = (word < V - first_v)[:, None]
     if not EVEN_H:

@@ -376,7 +376,11 @@ class TorchHead:
         wide, width = sum(columns), self.weight.shape[1]
         factors = torch.cat([self._factor(part) for part in parts])
         # Softmaxes of tokens without a gradient may be NaN. On a CPU those have been left out.
-        inert = None if self.device.type == "cpu" else factors == 0
+        inert, digits = None if self.device.type == "cpu" else factors == 0, None
+        if self.narrow:
+            # What is rounded to 16 bits takes the digits, the rows powers of two, which are exact: one rounding.
+            digits, exponents = torch.frexp(factors)
+            factors = torch.ldexp((factors != 0).to(self.dtype), exponents)
         scaled, unit = self._scaled_rows(parts, factors)
         dhidden = None if self.dhidden is None else torch.zeros(wide, width, dtype=self.dtype, device=self.device)
         scratch = self.scratch(wide)
@@ -386,6 +390,8 @@ class TorchHead:
             # Every part is out of the store before its memory becomes the weight's gradient.
             for part, out in zip(parts, p.split(columns, dim=1), strict=True):
                 part.fill(a, b, words, out)
+            if digits is not None:
+                p *= digits
             if inert is not None:
                 p.masked_fill_(inert, 0)
             if self.dbias is not None:
@@ -414,15 +420,14 @@ class TorchHead:
         return F.pad(factor, (0, self.aligned(factor.numel()) - factor.numel()))
 
     def _scaled_rows(self, parts: list[Part], factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The tokens' rows times their coefficients; for narrow products with the largest number at 1, and that."""
+        """The tokens' rows times their factors; for narrow products these over the largest, a power of two, and it."""
         if self.dweight is None:
             return None, None
-        scaled = scale_by_(self.token_rows(*(part.tokens for part in parts)).to(self.dtype), factors)
-        if not self.narrow:
-            return scaled, None
-        # Else float16 underflows.
-        unit = scaled.abs().amax().clamp(min=torch.finfo(self.dtype).tiny)
-        return (scaled / unit).to(self.weight.dtype), unit
+        rows, unit = self.token_rows(*(part.tokens for part in parts)), None
+        if self.narrow:  # else float16 underflows
+            unit = factors.amax().clamp(min=torch.finfo(self.dtype).tiny)
+            factors = (factors / unit).to(rows.dtype)
+        return scale_by_(rows, factors), unit
 
     def _add_weight(self, out: Tensor, p: Tensor, scaled: Tensor, unit: Tensor | None) -> None:
         if unit is not None:

@@ -22,6 +22,7 @@ Decisions, and what they were made on (emulation in bfloat16 and float16 against
   be long. The workspace is as large as dweight itself unless `workspace_bytes` says otherwise: 2 * H tokens.
 * A batch of 16 bits that fits one chunk has no float32 dweight: z stays, and GEMM 3 runs in the backward, some words at
   a time, each multiplied by the upstream gradient and rounded once. Between forward and backward z stands for dweight.
+  Where `persistent.PRODUCTS` says so it is the fused path's kernel, which does both as it stores.
 
 16-bit products with a float32 result need torch's `mm(out_dtype=...)`: where it is missing (`backends.products`), the
 backend is refused by name and `auto` does not take it.
@@ -39,6 +40,7 @@ from torch import Tensor
 from clha_fast.backends.memory import PART_BYTES, Workspace, padded_width
 from clha_fast.backends.products import why_not_wide
 from clha_fast.backends.sweep import sweep_prompts
+from clha_fast.backends.triton import persistent
 from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
 from clha_fast.backends.triton.head import Head, on
@@ -110,6 +112,9 @@ def weight_gradient(factors: Factors, scale: Tensor | None, vocabulary: int, dty
     """scale * unit * left[:, :V]^T . right, [V, H] in `dtype`: summed in float32, rounded once. scale [] float32."""
     left, right, unit = factors
     factor = unit if scale is None else unit * scale
+    if persistent.multiplies(factors):
+        with on(right.device):
+            return persistent.product(factors, factor, vocabulary, dtype)
     out = right.new_empty(vocabulary, right.shape[1], dtype=dtype)
     for rows, part in _parts(left[:, :vocabulary].t(), right, out):
         torch.mul(part, factor, out=rows)

@@ -1,0 +1,94 @@
+"""Gradients of 16 bits on a GPU are no worse than the eager loss's, where every softmax is flat: nothing rounds twice.
+
+With tensors that only say they are on a GPU: the torch backend's products, and the kernel that forms the workspace
+backend's gradient of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clha_fast import HeadOptions, backends, reference
+from clha_fast.backends.triton import persistent
+from clha_fast.backends.triton.workspace import weight_gradient
+from clha_fast.types import Factors, HeadInputs, Needs
+from tests.support.triton_harness import error
+from tests.support.value_gpu import OnGPU, ValueGPU
+
+pytestmark = pytest.mark.usefixtures("bfloat16_kernels")
+
+KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENS, WIDTH, VOCABULARY = 300, 32, 500
+
+
+def drawn(seed: int, dtype: torch.dtype, size: float) -> tuple[dict[str, Tensor], Tensor]:
+    """A nearly flat softmax, and upstream gradients of so many sizes that most are no power of two."""
+    draw = torch.Generator().manual_seed(seed)
+    given = {
+        "hidden": torch.randn(TOKENS, WIDTH, generator=draw).to(dtype),
+        "weight": (0.02 * torch.randn(VOCABULARY, WIDTH, generator=draw)).to(dtype),
+        "bias": (torch.arange(VOCABULARY) % 7 / 10).to(dtype),
+    }
+    upstream = size * torch.randn(TOKENS, generator=draw)
+    upstream[::7] = 0
+    return given | {"targets": torch.randint(VOCABULARY, (TOKENS,), generator=draw)}, upstream
+
+
+def eager(given: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    leaves = [given[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")]
+    value = reference.token_logps(*leaves, given["targets"], None, HeadOptions())
+    return list(torch.autograd.grad(value, leaves, upstream.to(value.dtype)))
+
+
+@pytest.mark.parametrize("size", [1.0, 3e-5, 2000.0])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_torch_backend_rounds_once(kind: str, size: float) -> None:
+    dtype, off = KINDS[kind], [[0.0, 0.0] for _ in range(3)]
+    for seed in range(3):
+        given, upstream = drawn(seed, dtype, size)
+        exact = eager(given, upstream, torch.float64)
+        with ValueGPU().here(90):
+            inputs = HeadInputs(*(OnGPU(given[n]) for n in ("hidden", "weight", "bias", "targets")), None)
+            backend: Any = backends.load("torch")
+            found = backend.token_logps_forward(inputs, HeadOptions())
+            gradients = backend.token_logps_backward(
+                OnGPU(upstream), inputs, found.lse, found.route, HeadOptions(), Needs(True, True, True)
+            )
+        for pair, got, rounded, want in zip(off, gradients, eager(given, upstream, dtype), exact, strict=True):
+            pair[0] += error(got.value.to(dtype), want) ** 2
+            pair[1] += error(rounded, want) ** 2
+    for own, others in off:
+        assert own**0.5 <= 1.05 * others**0.5
+
+
+@pytest.mark.parametrize("count", [1, 40, 129])
+@pytest.mark.parametrize(("vocabulary", "width"), [(150, 32), (300, 64), (64, 16)])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_kernel_rounds_the_weight_s_gradient_once(kind: str, vocabulary: int, width: int, count: int) -> None:
+    """Half a unit in the last place from the exact product, what pads the words being anything; in float32 as well."""
+    dtype, draw = KINDS[kind], torch.Generator().manual_seed(count)
+    padded = -(-vocabulary // 64) * 64
+    left, right = (torch.randn(count, columns, generator=draw).to(dtype) for columns in (padded, width))
+    left[:, vocabulary:] = float("nan")
+    scale, unit = torch.tensor(0.3), torch.tensor(0.5)
+    wanted = 0.5 * float(scale) * (left[:, :vocabulary].double().t() @ right.double())
+    with ValueGPU().here(90):
+        factors = Factors(OnGPU(left), OnGPU(right), OnGPU(unit))
+        assert persistent.multiplies(factors)
+        for kept in (dtype, torch.float32):
+            found = weight_gradient(factors, OnGPU(scale), vocabulary, kept).value
+            assert found.dtype == kept
+            assert found.shape == (vocabulary, width)
+            assert ((found.double() - wanted).abs() <= torch.finfo(kept).eps / 2 * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize(("capability", "width", "count"), [(80, 64, 8), (100, 64, 8), (90, 40, 8), (90, 64, 0)])
+def test_other_products_are_the_library_s(capability: int, width: int, count: int) -> None:
+    left, right, unit = torch.zeros(count, 128), torch.zeros(count, width), torch.ones(())
+    with ValueGPU().here(capability):
+        factors = Factors(*(OnGPU(t.bfloat16()) for t in (left, right)), OnGPU(unit))
+        assert not persistent.multiplies(factors)
