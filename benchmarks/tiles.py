@@ -85,15 +85,15 @@ TILES: dict[str, list[dict[str, Any]]] = {
     ],
     "persistent_forward_softcap": [
         {"FLATTEN": True},
-        {"num_stages": 4},
+        {"num_stages": 3},
+        {"BLOCK_V": 256, "num_stages": 3},
         {"BLOCK_V": 256},
-        {"BLOCK_V": 256, "num_stages": 4},
     ],
     "persistent_logit_grad_softcap": [
         {"FLATTEN": True},
-        {"num_stages": 4},
+        {"num_stages": 3},
+        {"BLOCK_V": 256, "num_stages": 3},
         {"BLOCK_V": 256},
-        {"BLOCK_V": 256, "num_stages": 4},
     ],
     "statistics": [
         {"BLOCK_V": 1024},

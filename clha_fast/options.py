@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import numbers
@@ -80,7 +81,8 @@ class Settings:
     @classmethod
     def decode(cls: type[_T], encoded: str) -> _T:
         """The settings object whose `encoded` string is given (custom operators carry the string)."""
-        return cls(**json.loads(encoded))
+        made: _T = _decoded(cls, encoded)
+        return made
 
     def replace(self: _T, **changes: Any) -> _T:
         """A copy with some fields changed; unknown names raise ValueError."""
@@ -88,6 +90,11 @@ class Settings:
         for name in changes:
             require("option", name, name in known, f"one of {', '.join(sorted(known))}")
         return dataclasses.replace(self, **changes)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(kind: Any, encoded: str) -> Any:
+    return kind(**json.loads(encoded))
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_forward_softcap": {
-        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 3), False, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, True),
         "interpreter": _INTERPRETED,
     },
@@ -186,7 +186,7 @@ PERSISTENT: dict[str, dict[str, Config]] = {
         "interpreter": _INTERPRETED,
     },
     "persistent_logit_grad_softcap": {
-        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 3), False, False),
+        "sm_90": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         # Specialised warps have 168 registers, and spill: the plain pipeline does not.
         "sm_100": _persistent(_tile(128, 128, 64, 16, 8, 4), False, False),
         "interpreter": _INTERPRETED,

@@ -76,9 +76,10 @@ class PersistentBackward(Backward):
 
     def __init__(self, hidden: Tensor, *arguments: Any) -> None:
         super().__init__(hidden, *arguments)
+        self.programs = programs(hidden.device)
         if self.drows is not None and self.num_tokens:
             first = self._chunk(0, 0)
-            self.parts = max(1, 2 * programs(hidden.device) // max(1, self._tiles_of_rows(first)))
+            self.parts = max(1, 2 * self.programs // max(1, self._tiles_of_rows(first)))
             self.parts = self._parts(first)
             if self.parts > 1:
                 padded, width = self.drows.shape
@@ -92,7 +93,7 @@ class PersistentBackward(Backward):
     def _parts(self, chunk: Chunk) -> int:
         """Equal parts of a chunk's words, so that few tokens keep the device busy: at most `parts`."""
         blocks = chunk.dlogits.shape[1] // self.config["hidden_grad"]["BLOCK_V"]
-        return even_parts(blocks, self._tiles_of_rows(chunk), programs(self.hidden.device), self.parts)
+        return even_parts(blocks, self._tiles_of_rows(chunk), self.programs, self.parts)
 
     def new_rows(self, padded: int) -> Tensor:
         # TMA wants rows that start on 16 bytes.
@@ -137,7 +138,7 @@ class PersistentBackward(Backward):
         return getattr(persistent_backward, f"persistent_{name}_kernel")
 
     def _grid(self, most: int) -> tuple[int]:
-        return (min(programs(self.hidden.device), most),)
+        return (min(self.programs, most),)
 
     def _operand(self, matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
         return _operand(matrix, block_rows, block_columns)

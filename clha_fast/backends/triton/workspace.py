@@ -367,6 +367,7 @@ class _Store:
         self.lse = torch.empty(count, dtype=torch.float64, device=sweep.hidden.device)
         self.statistics = {name: torch.empty_like(self.logps) for name in sweep.wanted}
         self.loaded: Loaded | None = None
+        self.held: Chunk | None = None
 
     def _note(self, start: int, stop: int, found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> None:
         self.logps[start:stop], self.lse[start:stop], values = found
@@ -374,7 +375,9 @@ class _Store:
             self.statistics[name][start:stop] = value
 
     def hold(self, chunk: Chunk) -> None:
-        self.loaded = None
+        if chunk is self.held:
+            return
+        self.loaded, self.held = None, chunk
         if chunk.start < chunk.kept:
             self._note(chunk.start, chunk.kept, _statistics(self.sweep, chunk.start, chunk.kept))
         if chunk.kept < chunk.stop:
@@ -423,14 +426,15 @@ def loss_sweep(
     """
     with on(inputs.hidden.device):
         sweep = _Sweep(inputs, head, needs)
-        ranked = launcher(objective, given, sweep.ready)
-        if isinstance(ranked, CLHARanking):
-            ranked.count()
         sweep.wanted = objective.wanted
         store = _Store(sweep, inputs.targets.shape[0])
         chunks = _chunks(given, inputs.targets.shape[0], sweep.size, any(needs))
         sweep.capacity = max(sweep.capacity, *(chunk.stop - chunk.kept for chunk in chunks))
         sweep.reserve(max(chunk.stop - chunk.start for chunk in chunks))
+        store.hold(chunks[0])  # a GPU that waits has its first product before the ranking is prepared
+        ranked = launcher(objective, given, sweep.ready)
+        if isinstance(ranked, CLHARanking):
+            ranked.count()
         slopes = sweep_prompts(store, chunks, ranked, gradients=any(needs))
         loss, metrics, scores = ranked.finish(store.logps, store.statistics)
         slopes = slopes[0] if slopes.dim() == 2 else slopes
