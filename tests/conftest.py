@@ -36,6 +36,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+@pytest.fixture(scope="session")
+def pictures() -> Iterator[pytest.MonkeyPatch]:
+    """What stands for a run's pictures: drawing the two takes several times as long as the training of most tests."""
+    from tests.support import pictures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clha_fast.evaluation.plots.loss_curve", pictures.loss_curve)
+        patch.setattr("clha_fast.evaluation.plots.curves_svg", pictures.curves_svg)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def _drawn_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pictures: object) -> None:
+    if request.node.get_closest_marker("drawn"):
+        from tests.support.pictures import DRAWN
+
+        for name, function in DRAWN.items():
+            monkeypatch.setattr(f"clha_fast.evaluation.plots.{name}", function)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN (integers their largest value), so that an element nobody wrote shows in the result."""
