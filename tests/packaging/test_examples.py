@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -99,32 +100,33 @@ def test_fsdp2_loop_is_the_same_in_two_processes(tmp_path: Path) -> None:
         assert two[part] == pytest.approx(one[part], rel=1e-5), part
 
 
-def test_the_long_run_in_miniature(tmp_path: Path) -> None:
-    """The plan comes first; what does not fit is not loaded."""
+def test_the_long_run_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan comes first; what does not fit is not loaded. In this process, for another would import torch again."""
+    pytest.importorskip("peft")
     make_model(300).save_pretrained(tmp_path / "model")
     sizes = ["--candidates", "4", "--prompt", "24", "--response", "8", "--steps", "6", "--lora-rank", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sizes += ["--device", "cpu"]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "examples/long_131072.py", "--model", str(tmp_path / "model"), *sizes, *words]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    def run(*words: str) -> tuple[str | int | None, str, str]:
+        script = str(ROOT / "examples" / "long_131072.py")
+        monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path / "model"), *sizes, *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script, run_name="__main__")
+        return end.value.code, *capsys.readouterr()
 
-    pytest.importorskip("peft")
-    done = run("--dtype", "float32", "--learning-rate", "0.01")
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan, steps = done.stdout.split("step 0", 1)
+    status, out, _ = run("--dtype", "float32", "--learning-rate", "0.01")
+    assert status == 0
+    plan, steps = out.split("step 0", 1)
     assert "32 scored tokens, 56 run" in plan
     assert re.search(r"^at the most +0\.\d\d GiB$", plan, re.MULTILINE)
     losses = [float(value) for value in re.findall(r"loss (\S+),", steps)]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    refused = run("--memory", "0.00001")
-    assert refused.returncode == 2
-    assert "at the most" in refused.stdout
-    assert "step" not in refused.stdout
-    assert re.search(
-        r"^--memory: expected at least the plan's 0\.\d\d GiB, got 0\.00 GiB", refused.stderr, re.MULTILINE
-    )
+    status, out, error = run("--memory", "0.00001")
+    assert status == 2
+    assert "at the most" in out
+    assert "step" not in out
+    assert re.search(r"^--memory: expected at least the plan's 0\.\d\d GiB, got 0\.00 GiB", error, re.MULTILINE)
