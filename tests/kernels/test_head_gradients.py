@@ -16,7 +16,7 @@ from clha_fast.types import Needs
 from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
-    DTYPES,
+    NAMED_DTYPES,
     PLAIN,
     RICH,
     Problem,
@@ -90,7 +90,7 @@ def test_any_shape(
     ("skipped", "dtype"),
     covered(
         {"one": [3], "half": list(range(0, 37, 2)), "all": list(range(37))},
-        {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
+        NAMED_DTYPES,
     ),
 )
 @pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")

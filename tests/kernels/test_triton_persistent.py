@@ -17,6 +17,7 @@ from csrc_triton import configs
 from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_DTYPES,
     PLAIN,
     RICH,
     Problem,
@@ -43,7 +44,7 @@ def statistics(
 
 
 HEADS = {"plain": PLAIN, "rich": RICH}
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+HALVES = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype != torch.float32}
 
 
 @pytest.mark.parametrize(
