@@ -25,6 +25,24 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
+# Files of few tests that take half a minute or longer each, by themselves or for the processes that they start.
+LONG = (
+    "training/test_trainer_processes.py",
+    "experiments/test_table.py",
+    "models/test_sequence_parallel.py",
+    "cli/test_shared_runs.py",
+    "models/test_spread_weights.py",
+    "models/test_wrappers.py",
+    "models/test_architectures.py",
+    "cli/test_cli_parts.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LONG` first: a worker that began one of them when the others were done would keep them waiting."""
+    items.sort(key=lambda item: not any(item.path.match(name) for name in LONG))
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: accelerate collects garbage after every training, and need not look at all of it."""
     gc.collect()
