@@ -17,7 +17,7 @@ from csrc_triton import configs
 from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
-    NAMED_DTYPES,
+    NAMED_HALVES,
     PLAIN,
     RICH,
     Problem,
@@ -44,12 +44,11 @@ def statistics(
 
 
 HEADS = {"plain": PLAIN, "rich": RICH}
-HALVES = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype != torch.float32}
 
 
 @pytest.mark.parametrize(
     ("bias", "rows", "head", "dtype"),
-    covered({"plain": (False, None), "bias": (True, None), "shared rows": (False, 11)}, HEADS, HALVES),
+    covered({"plain": (False, None), "bias": (True, None), "shared rows": (False, 11)}, HEADS, NAMED_HALVES),
 )
 @pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")
 def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: HeadOptions, dtype: torch.dtype) -> None:
@@ -101,7 +100,7 @@ def test_statistics_narrower_than_a_tile(
             "all skipped": (True, None, 1, 1.1),
         },
         HEADS,
-        HALVES,
+        NAMED_HALVES,
     ),
 )
 @pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")

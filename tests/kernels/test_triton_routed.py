@@ -18,6 +18,7 @@ from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
     NAMED_DTYPES,
+    NAMED_HALVES,
     PLAIN,
     RICH,
     Problem,
@@ -214,8 +215,11 @@ def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: tor
     assert error(value, exact) < error(routed_gradients(p, grad, kept, means=False)[0], exact) / 3
 
 
-@pytest.mark.parametrize(("tokens", "width", "scale"), [(50, 200, 1.0), (2, 2200, 1.0), (20, 5, 600.0)])
-@both_halves
+@pytest.mark.parametrize(
+    ("tokens", "width", "scale", "dtype"),
+    covered({"parts": (50, 200, 1.0), "many parts": (2, 2200, 1.0), "large": (20, 5, 600.0)}, NAMED_HALVES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels")
 def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, scale: float, dtype: torch.dtype) -> None:
     """A workspace that holds masses and products of some tokens, of none, and sums of rows beyond 65504."""
     head = PLAIN.replace(max_dropped_mass=0.9, workspace_bytes=1)
