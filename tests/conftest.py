@@ -31,7 +31,6 @@ LONG = (
     "experiments/test_table.py",
     "models/test_sequence_parallel.py",
     "cli/test_shared_runs.py",
-    "models/test_spread_weights.py",
     "models/test_wrappers.py",
     "models/test_architectures.py",
     "cli/test_cli_parts.py",
