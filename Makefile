@@ -25,11 +25,12 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # A file's tests stay in one worker, for some share what takes minutes to build; ARGS="-n 0" runs all in one process.
+# Files begin in the order that tests/conftest.py has them in, not by how many tests they have.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
 
 # The oldest releases that pyproject.toml allows, and the newest there are, each in an environment of its own.
 test-oldest test-newest: test-%:

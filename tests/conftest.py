@@ -25,6 +25,23 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
+# Files of few tests that take half a minute or longer each, by themselves or for the processes that they start.
+LONG = (
+    "training/test_trainer_processes.py",
+    "experiments/test_table.py",
+    "models/test_sequence_parallel.py",
+    "cli/test_shared_runs.py",
+    "models/test_wrappers.py",
+    "models/test_architectures.py",
+    "cli/test_cli_parts.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LONG` first: a worker that began one of them when the others were done would keep them waiting."""
+    items.sort(key=lambda item: not any(item.path.match(name) for name in LONG))
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: accelerate collects garbage after every training, and need not look at all of it."""
     gc.collect()
@@ -34,6 +51,26 @@ def pytest_collection_finish() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of log(0) and inf - inf, which the kernels form on purpose where a GPU says nothing.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Iterator[pytest.MonkeyPatch]:
+    """What stands for a run's pictures: drawing the two takes several times as long as the training of most tests."""
+    from tests.support import pictures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clha_fast.evaluation.plots.loss_curve", pictures.loss_curve)
+        patch.setattr("clha_fast.evaluation.plots.curves_svg", pictures.curves_svg)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def _drawn_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pictures: object) -> None:
+    if request.node.get_closest_marker("drawn"):
+        from tests.support.pictures import DRAWN
+
+        for name, function in DRAWN.items():
+            monkeypatch.setattr(f"clha_fast.evaluation.plots.{name}", function)
 
 
 @pytest.fixture

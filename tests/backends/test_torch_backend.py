@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from clha_fast import CLHAOptions, HeadOptions, linear_clha_loss, token_logps
 from tests.support.helpers import IGNORE, Case, make_case
+from tests.support.parameters import covered
 
 PUBLISHED = CLHAOptions.preset("published")
 PAPER = CLHAOptions.preset("paper")
@@ -49,9 +50,9 @@ def assert_same_loss(case: Case, rtol=1e-11, atol=1e-12, **settings):
         torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=atol)
 
 
-@head_options
-@pytest.mark.parametrize("rows", [None, 5])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("head", "rows", "bias"), covered(HEADS, {"own rows": None, "shared rows": 5}, {"plain": False, "bias": True})
+)
 def test_token_logps_gradcheck(head, rows, bias):
     case = make_case([7], [1], hidden_size=4, vocab_size=6, rows=rows, bias=bias, ignored=0.2, seed=3)
     assert (case.targets == IGNORE).any()
@@ -64,9 +65,9 @@ def test_token_logps_gradcheck(head, rows, bias):
     torch.autograd.gradcheck(logps, case.leaves())
 
 
-@head_options
 @pytest.mark.parametrize(
-    "options", [PUBLISHED, PAPER, PAPER.replace(reduction="pair_mean")], ids=["published", "paper", "pairs"]
+    ("head", "options"),
+    covered(HEADS, {"published": PUBLISHED, "paper": PAPER, "pairs": PAPER.replace(reduction="pair_mean")}),
 )
 def test_loss_gradcheck(head, options):
     # Margin 0.8 leaves some hinges open and some shut; gradcheck steps 1e-6, no hinge is that near its kink.
@@ -115,10 +116,15 @@ def test_any_workspace_gives_the_same(budget, rows, options):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@head_options
-@pytest.mark.parametrize("words", [127, 128, 129, 300])
-@pytest.mark.parametrize("budget", [1, 2 * 300 * 8, 10**9])
-@pytest.mark.parametrize("rows", [6, 60], ids=["shared rows", "padding"])
+@pytest.mark.parametrize(
+    ("head", "words", "budget", "rows"),
+    covered(
+        HEADS,
+        {str(words): words for words in (127, 128, 129, 300)},
+        {"a token": 1, "two tokens": 2 * 300 * 8, "all tokens": 10**9},
+        {"shared rows": 6, "padding": 60},
+    ),
+)
 def test_many_blocks_of_words(head, words, budget, rows):
     """Stored in the weight's gradient (8 tokens) and in the workspace, and recomputed; the last block is short."""
     case = make_case(*RAGGED, vocab_size=words, rows=rows, bias=True, rewards=True, ignored=0.1)
@@ -310,8 +316,14 @@ def test_an_inert_candidates_nan_goes_nowhere(budget):
     torch.testing.assert_close(poisoned_dweight, dweight, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("width", [1, 3, 8, 16])
-@pytest.mark.parametrize("budget", [None, 1, 400, 10**6])
+@pytest.mark.parametrize(
+    ("width", "budget"),
+    [
+        pytest.param(width, budget, marks=pytest.mark.slow if (i + k) % 2 else ())
+        for i, width in enumerate((1, 3, 8, 16))
+        for k, budget in enumerate((None, 1, 400, 10**6))
+    ],
+)
 def test_gradients_of_any_count_beside_any_store(width, budget):
     """Fewer tokens than the store has rows, as many as the weight's gradient takes, and more; some have none."""
     for count in range(1, 40, 3):

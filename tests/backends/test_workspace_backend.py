@@ -21,8 +21,10 @@ from clha_fast.objectives.clha import PRESETS, PUBLISHED
 from clha_fast.ops.loss import _rounded_product
 from clha_fast.types import Factors, Needs
 from tests.support.helpers import Case, make_case, rank
+from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_DTYPES,
     PLAIN,
     RICH,
     both_halves,
@@ -47,9 +49,11 @@ def on_device(case: Case) -> Case:
     return dataclasses.replace(case, **{n: t.to(DEVICE) for n in names if (t := getattr(case, n)) is not None})
 
 
-@every_dtype
-@pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 20_000), (RICH, None)], ids=["chunks", "rich"])
-@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize(
+    ("spread", "head", "workspace_bytes", "dtype"),
+    covered({"flat": 0.1, "peaked": 3.0}, {"chunks": (PLAIN, 20_000), "rich": (RICH, None)}, NAMED_DTYPES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels")
 def test_no_worse_than_the_eager_path(
     dtype: torch.dtype, head: HeadOptions, workspace_bytes: int | None, spread: float
 ) -> None:

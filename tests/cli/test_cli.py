@@ -50,6 +50,7 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path: Path, capsys: 
     assert "skipped   2 bad records, the first: " in capsys.readouterr().out
 
 
+@pytest.mark.drawn
 def test_train_from_scratch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +359,7 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no.jsonl" in one_sentence(capsys)
 
 
+@pytest.mark.drawn
 def test_curve_without_points_and_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

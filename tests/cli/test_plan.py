@@ -99,9 +99,9 @@ def test_the_loss_s_backend_is_said(model, capsys):
     text = capsys.readouterr().out
     assert "the loss (workspace)" in text
     assert "as auto takes it" not in text
-    few, many = ("--response", "16"), ("--response", "64", "--prompts", "64")
+    few, many = ("--response", "16"), ("--response", "64", "--prompts", "4")
     for size, backend in ((few, "workspace"), (many, "triton")):
-        assert main(["plan", "--model", model, *size, "--memory", "0.02"]) == 0
+        assert main(["plan", "--model", model, *size, "--memory", "0.01"]) == 0
         assert f"the loss ({backend})" in capsys.readouterr().out
 
 

@@ -34,6 +34,7 @@ def described(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.drawn
 def test_a_word_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base knows nothing of it; length and prompt say nothing; the held-out prompts are new."""
     changes = {"max_steps": 100, "per_device_train_batch_size": 8, "logging_steps": 20}

@@ -51,6 +51,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.drawn
 def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(tmp_path)) == 0
     out = capsys.readouterr().out

@@ -65,10 +65,9 @@ def test_two_processes_write_the_bytes_of_one(folder: Path, launcher: list[str])
     assert not (folder / "no").exists()
 
 
-@pytest.mark.parametrize(
-    ("kind", "killed", "again"),
-    [("generate", [1], 1), pytest.param("score", [0, 1], 2, marks=pytest.mark.slow)],
-)
+# By default test_scoring_runs.py kills a process that is alone, and `test_journals_of_several_processes` reads two.
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "killed", "again"), [("generate", [1], 1), ("score", [0, 1], 2)])
 def test_killed_and_resumed(folder: Path, kind: str, killed: list[int], again: int) -> None:
     """By a launcher that leaves the others alone, and in another number of processes."""
     out, whole = folder / "out.jsonl", folder / "whole.jsonl"

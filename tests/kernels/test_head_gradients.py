@@ -13,15 +13,16 @@ from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.backends.triton import workspace as workspace_backend
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
+from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_DTYPES,
     PLAIN,
     RICH,
     Problem,
     check,
     close,
     eager_gradients,
-    every_dtype,
     forward,
     gradients,
     problem,
@@ -45,8 +46,10 @@ def test_two_words_by_hand(backend: ModuleType) -> None:
     torch.testing.assert_close(dbias, torch.tensor([1.5, -1.5]))
 
 
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
+@pytest.mark.parametrize(
+    ("bias", "rows", "head"),
+    covered({"plain": (False, None), "bias": (True, None), "shared rows": (False, 11)}, {"plain": PLAIN, "rich": RICH}),
+)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_agrees_with_float64(backend: ModuleType, bias: bool, head: HeadOptions, rows: int | None) -> None:
     p = problem(bias=bias, head=head, rows=rows, ignored=0.2)
@@ -83,9 +86,14 @@ def test_any_shape(
     check(p, torch.where(skip.to(DEVICE), 0, upstream(p, seed)), backend=backend)
 
 
-@every_dtype
-@pytest.mark.parametrize("skipped", [[3], list(range(0, 37, 2)), list(range(37))], ids=["one", "half", "all"])
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("skipped", "dtype"),
+    covered(
+        {"one": [3], "half": list(range(0, 37, 2)), "all": list(range(37))},
+        NAMED_DTYPES,
+    ),
+)
+@pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")
 def test_tokens_without_a_gradient_spoil_nothing(backend: ModuleType, dtype: torch.dtype, skipped: list[int]) -> None:
     """Not multiplied by 0: their hidden states are NaN, and nothing else becomes so."""
     p = problem(bias=True, dtype=dtype)

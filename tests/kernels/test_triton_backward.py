@@ -18,8 +18,10 @@ from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
 from csrc_triton import backward
+from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_DTYPES,
     PLAIN,
     RICH,
     both_halves,
@@ -34,9 +36,11 @@ from tests.support.triton_harness import (
 )
 
 
-@every_dtype
-@pytest.mark.parametrize(("head", "workspace_bytes"), [(PLAIN, 1), (RICH, None)], ids=["chunks", "rich"])
-@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0], ids=["flat", "plain", "peaked"])
+@pytest.mark.parametrize(
+    ("spread", "head", "workspace_bytes", "dtype"),
+    covered({"flat": 0.1, "plain": 1.0, "peaked": 3.0}, {"chunks": (PLAIN, 1), "rich": (RICH, None)}, NAMED_DTYPES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels")
 def test_no_worse_than_the_eager_path(
     dtype: torch.dtype, head: HeadOptions, workspace_bytes: int | None, spread: float
 ) -> None:

@@ -14,8 +14,10 @@ from clha_fast.backends.triton.persistent import PersistentBackward, even_parts
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
 from csrc_triton import configs
+from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_HALVES,
     PLAIN,
     RICH,
     Problem,
@@ -41,10 +43,14 @@ def statistics(
     return list(triton_forward.launch_head(p.hidden, head, copy, routed)[:3])
 
 
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize(("bias", "rows"), [(False, None), (True, None), (False, 11)])
-@both_halves
-@pytest.mark.usefixtures("poisoned_memory")
+HEADS = {"plain": PLAIN, "rich": RICH}
+
+
+@pytest.mark.parametrize(
+    ("bias", "rows", "head", "dtype"),
+    covered({"plain": (False, None), "bias": (True, None), "shared rows": (False, 11)}, HEADS, NAMED_HALVES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")
 def test_same_bits_as_the_pointer_kernel(bias: bool, rows: int | None, head: HeadOptions, dtype: torch.dtype) -> None:
     p = problem(100, 170, 72, dtype=dtype, head=head, bias=bias, rows=rows, ignored=0.2)
     config = configs.select("persistent_forward", "interpreter", "16-bit")
@@ -84,13 +90,20 @@ def test_statistics_narrower_than_a_tile(
     torch.testing.assert_close((narrow[0] + narrow[1].log()).T.double(), blocks.logsumexp(2), rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize(
-    ("bias", "rows", "workspace_bytes", "skipped"),
-    [(True, None, None, 0.0), (False, 11, 1, 0.5), (True, None, 5000, 0.2), (True, None, 1, 1.1)],
+    ("bias", "rows", "workspace_bytes", "skipped", "head", "dtype"),
+    covered(
+        {
+            "one chunk": (True, None, None, 0.0),
+            "shared rows, half skipped": (False, 11, 1, 0.5),
+            "chunks": (True, None, 5000, 0.2),
+            "all skipped": (True, None, 1, 1.1),
+        },
+        HEADS,
+        NAMED_HALVES,
+    ),
 )
-@both_halves
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")
 def test_gradients_have_the_same_bits(
     bias: bool, rows: int | None, workspace_bytes: int | None, skipped: float, head: HeadOptions, dtype: torch.dtype
 ) -> None:

@@ -14,8 +14,11 @@ from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.metrics import METRIC_NAMES
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Needs, RankingInputs
+from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
+    NAMED_DTYPES,
+    NAMED_HALVES,
     PLAIN,
     RICH,
     Problem,
@@ -150,8 +153,10 @@ def test_the_rule_of_what_is_kept(most: float, head: HeadOptions) -> None:
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", [PLAIN, RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize(("bias", "rows", "workspace_bytes"), [(True, None, None), (True, 11, 1)])
+@pytest.mark.parametrize(
+    ("bias", "rows", "workspace_bytes", "head"),
+    covered({"own rows": (True, None, None), "shared rows": (True, 11, 1)}, {"plain": PLAIN, "rich": RICH}),
+)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gradients_over_the_kept_pairs(
     bias: bool, rows: int | None, head: HeadOptions, workspace_bytes: int | None
@@ -175,9 +180,11 @@ def equal_rows(p: Problem) -> Problem:
     return p
 
 
-@every_dtype
-@pytest.mark.parametrize(("most", "head"), [(0.02, PLAIN), (0.9, PLAIN), (0.1, RICH)], ids=str)
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("most", "head", "dtype"),
+    covered({"little": (0.02, PLAIN), "most": (0.9, PLAIN), "rich": (0.1, RICH)}, NAMED_DTYPES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels", "poisoned_memory")
 def test_blocks_of_equal_rows_lose_nothing(most: float, head: HeadOptions, dtype: torch.dtype) -> None:
     """dhidden is the exact gradient whatever is left out: there is nothing but means."""
     head = head.replace(max_dropped_mass=most)
@@ -191,8 +198,8 @@ def test_blocks_of_equal_rows_lose_nothing(most: float, head: HeadOptions, dtype
     assert error(routed_gradients(p, grad, kept, means=False)[0], exact) > 2e-3
 
 
-@every_dtype
-@pytest.mark.parametrize("most", [1e-2, 1e-1])
+@pytest.mark.parametrize(("dtype", "most"), covered(NAMED_DTYPES, {"little": 1e-2, "more": 1e-1}))
+@pytest.mark.usefixtures("bfloat16_kernels")
 def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: torch.dtype) -> None:
     """Words sorted by frequency, which one coordinate carries: with the means dhidden is three times as close."""
     p = peaked(30, 1100, 24, factor=1.5, dtype=dtype, head=PLAIN.replace(max_dropped_mass=most))
@@ -208,8 +215,11 @@ def test_what_rows_of_a_block_have_in_common_is_not_lost(most: float, dtype: tor
     assert error(value, exact) < error(routed_gradients(p, grad, kept, means=False)[0], exact) / 3
 
 
-@pytest.mark.parametrize(("tokens", "width", "scale"), [(50, 200, 1.0), (2, 2200, 1.0), (20, 5, 600.0)])
-@both_halves
+@pytest.mark.parametrize(
+    ("tokens", "width", "scale", "dtype"),
+    covered({"parts": (50, 200, 1.0), "many parts": (2, 2200, 1.0), "large": (20, 5, 600.0)}, NAMED_HALVES),
+)
+@pytest.mark.usefixtures("bfloat16_kernels")
 def test_means_in_parts_and_out_of_range_of_float16(tokens: int, width: int, scale: float, dtype: torch.dtype) -> None:
     """A workspace that holds masses and products of some tokens, of none, and sums of rows beyond 65504."""
     head = PLAIN.replace(max_dropped_mass=0.9, workspace_bytes=1)

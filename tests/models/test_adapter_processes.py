@@ -37,6 +37,8 @@ def launch(out: Path, what: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=240)
 
 
+# By default test_adapters.py has them in one process, and tests/training/test_trainer_processes.py two processes.
+@pytest.mark.slow
 def test_adapters_in_wrappers(tmp_path: Path) -> None:
     done = launch(tmp_path / "out", "cases")
     assert done.returncode == 0, done.stderr[-3000:]

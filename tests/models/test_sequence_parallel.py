@@ -31,6 +31,7 @@ def test_sample() -> None:
     run(*SAMPLE)
 
 
+@pytest.mark.slow
 def test_memory_of_one_process_within_a_forward_of_both() -> None:
     """It says so; nobody enters a collective that the others are not in."""
     assert "process 0: OutOfMemoryError\n" in run(module="spread_memory")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -100,6 +101,7 @@ def marked(model: nn.Module) -> None:
         parameter.ds_id = place
 
 
+@pytest.mark.slow
 def test_every_process_says_the_same(tmp_path: Path) -> None:
     script = tmp_path / "spread.py"
     script.write_text(SCRIPT)

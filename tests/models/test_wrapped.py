@@ -103,7 +103,9 @@ KEEPING = {
 }
 
 
-@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "compiled" in name else ()) for name in KEEPING]
+)
 def test_a_wrapper_that_keeps_the_forward_before_is_refused_and_right_in_the_other_order(name: str) -> None:
     wrapped = KEEPING[name](base())
     with pytest.raises(ValueError, match=r"which keeps the one from when it was made; attach the model before"):

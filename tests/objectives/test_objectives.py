@@ -40,6 +40,7 @@ from clha_fast.objectives.metrics import metric_names
 from clha_fast.objectives.ranked import RankedBatch, slopes
 from clha_fast.types import COUNTS, SIGNALS
 from tests.support.helpers import IGNORE, make_case, random_signals
+from tests.support.parameters import firsts
 from tests.support.value_gpu import OnGPU, ValueGPU
 
 ROWS: list[Objective] = [
@@ -72,6 +73,13 @@ ROWS: list[Objective] = [
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 every_row = pytest.mark.parametrize("objective", ROWS, ids=NAMES)
+
+
+def signals(row: Objective) -> tuple[Any, ...]:
+    """What it is given beside the log-probabilities."""
+    return frozenset(row.reads), frozenset(row.needs), row.reads_entropy
+
+
 # Ragged, a candidate without tokens, a prompt of one, a prompt of which nothing was run.
 SHAPES = [([3, 5, 0, 4, 7, 2, 6, 1, 9, 3], [3, 1, 4, 2]), ([2, 3], [2]), ([4], [1]), ([0, 0, 5, 2], [2, 2])]
 
@@ -227,9 +235,18 @@ def test_nothing_to_learn_from_is_zero_and_never_nan(objective):
         assert (slope == 0).all()
 
 
-@every_row
+# Chunks of a few tokens are the same for all settings of an objective that read the same.
+@pytest.mark.parametrize(
+    ("objective", "workspace_bytes"),
+    [
+        *(pytest.param(row, None, id=f"{name}-whole") for row, name in zip(ROWS, NAMES, strict=True)),
+        *(
+            pytest.param(*row.values, 9 * 64 * 4, id=f"{row.id}-chunks", marks=row.marks)
+            for row in firsts(ROWS, lambda row: (row.name, row.reads_entropy), NAMES)
+        ),
+    ],
+)
 @pytest.mark.parametrize("backend", ["torch", "workspace", "triton"])
-@pytest.mark.parametrize("workspace_bytes", [None, 9 * 64 * 4])
 def test_every_backend_and_chunk_gives_the_eager_gradients(objective, backend, workspace_bytes):
     case = make_case(*SHAPES[0], rows=25, rewards=True, sft_index=True, ignored=0.1, dtype=torch.float32, bias=True)
     upstream = torch.tensor(0.37)
@@ -272,7 +289,8 @@ def test_its_terms_stay_on_the_gpu(objective, sizes_there):
     assert torch.equal(found_inert.value if sizes_there else found_inert, inert)
 
 
-@every_row
+# An operator's graph depends on what the objective is given; its settings are one string.
+@pytest.mark.parametrize("objective", firsts(ROWS, signals, NAMES))
 def test_it_compiles_without_a_graph_break(objective):
     torch._dynamo.reset()
     case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)

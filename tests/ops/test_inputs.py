@@ -35,6 +35,7 @@ from clha_fast.models.heads import UnsupportedHeadError
 from clha_fast.objectives import Group, Terms
 from clha_fast.types import COUNTS
 from tests.support.helpers import IGNORE, Case, make_case
+from tests.support.parameters import covered
 from tests.support.tiny import make_model
 
 BACKENDS = ["torch", "reference", "triton", "workspace"]
@@ -288,8 +289,13 @@ class Model(nn.Module):
         return {"loss": loss, "more": [metrics]}
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("loss", [CLHALoss(backend="torch"), LinearLoss(PROOptions(), backend="torch")])
+@pytest.mark.parametrize(
+    ("strict", "loss"),
+    covered(
+        {"traced": False, "strict": True},
+        {"clha": CLHALoss(backend="torch"), "linear": LinearLoss(PROOptions(), backend="torch")},
+    ),
+)
 def test_a_module_that_returns_metrics_is_exported(loss: nn.Module, strict: bool) -> None:
     case = small()
     model = Model(case, loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,8 @@ def test_example(command: list[str], epoch: int, tmp_path: Path) -> None:
     assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "bare_loop",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("trainer", "own_objective", "accelerate_loop")),
-    ],
-)
-def test_example_takes_a_model_and_data(script: str, tmp_path: Path) -> None:
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
     """Conversations, for which the prompt is no text, and a model with its tokenizer from a folder."""
     rows = make_rows(8)
     for row in rows:
@@ -65,8 +60,28 @@ def test_example_takes_a_model_and_data(script: str, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
-    command = [sys.executable, f"examples/{script}.py", "--model", str(tmp_path / "model")]
-    command += ["--data", str(tmp_path / "data.jsonl"), "--steps", "1"]
+    return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--steps", "1"]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, script: str, *words: str) -> None:
+    """An example as a program in this process, for another one would import torch again; without the interpreter."""
+    path = str(ROOT / "examples" / script)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    runpy.run_path(path, run_name="__main__")
+
+
+def test_the_bare_loop_takes_a_model_and_data(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(monkeypatch, "bare_loop.py", *given)
+    assert re.search(r"^step \d+ loss ", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["bare_loop", "trainer", "own_objective", "accelerate_loop"])
+def test_example_takes_a_model_and_data(script: str, given: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, f"examples/{script}.py", *given]
     command += {"trainer": ["--output-dir", str(tmp_path / "run")], "accelerate_loop": ["--cpu"]}.get(script, [])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -99,32 +114,30 @@ def test_fsdp2_loop_is_the_same_in_two_processes(tmp_path: Path) -> None:
         assert two[part] == pytest.approx(one[part], rel=1e-5), part
 
 
-def test_the_long_run_in_miniature(tmp_path: Path) -> None:
+def test_the_long_run_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The plan comes first; what does not fit is not loaded."""
+    pytest.importorskip("peft")
     make_model(300).save_pretrained(tmp_path / "model")
     sizes = ["--candidates", "4", "--prompt", "24", "--response", "8", "--steps", "6", "--lora-rank", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sizes += ["--device", "cpu"]
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "examples/long_131072.py", "--model", str(tmp_path / "model"), *sizes, *words]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    def run(*words: str) -> tuple[str | int | None, str, str]:
+        with pytest.raises(SystemExit) as end:
+            run_here(monkeypatch, "long_131072.py", "--model", str(tmp_path / "model"), *sizes, *words)
+        return end.value.code, *capsys.readouterr()
 
-    pytest.importorskip("peft")
-    done = run("--dtype", "float32", "--learning-rate", "0.01")
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan, steps = done.stdout.split("step 0", 1)
+    status, out, _ = run("--dtype", "float32", "--learning-rate", "0.01")
+    assert status == 0
+    plan, steps = out.split("step 0", 1)
     assert "32 scored tokens, 56 run" in plan
     assert re.search(r"^at the most +0\.\d\d GiB$", plan, re.MULTILINE)
     losses = [float(value) for value in re.findall(r"loss (\S+),", steps)]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    refused = run("--memory", "0.00001")
-    assert refused.returncode == 2
-    assert "at the most" in refused.stdout
-    assert "step" not in refused.stdout
-    assert re.search(
-        r"^--memory: expected at least the plan's 0\.\d\d GiB, got 0\.00 GiB", refused.stderr, re.MULTILINE
-    )
+    status, out, error = run("--memory", "0.00001")
+    assert status == 2
+    assert "at the most" in out
+    assert "step" not in out
+    assert re.search(r"^--memory: expected at least the plan's 0\.\d\d GiB, got 0\.00 GiB", error, re.MULTILINE)

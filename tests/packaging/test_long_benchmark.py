@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from benchmarks import long_trl
-from benchmarks.long import RESULT, peak_alive, seconds, small_llama, table, texts
-from tests.support.helpers import ROOT
+from benchmarks.long import RESULT, main, peak_alive, seconds, small_llama, table, texts
 
 
 def row(prompt: int, way: str, time: float, memory: float) -> dict[str, object]:
@@ -47,8 +45,10 @@ def test_the_same_loss() -> None:
 
 
 @pytest.mark.skipif(long_trl.installed(), reason="trl is installed")
-def test_without_trl() -> None:
-    command = [sys.executable, "-m", "benchmarks.long", "--trl"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "--trl: expected trl and datasets, not installed (pip install trl==1.16.0)" in done.stderr
+def test_without_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.long", "--trl"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = "--trl: expected trl and datasets, not installed (pip install trl==1.16.0)"
+    assert said in capsys.readouterr().err

@@ -14,6 +14,8 @@ from clha_fast.reports.run_page import run_page
 from tests.support.browser import opened
 from tests.support.command_line import command
 
+pytestmark = pytest.mark.drawn
+
 ROW = r'<th scope="row">{}</th><td>([^<]*)</td><td>([^<]*)</td>'
 
 

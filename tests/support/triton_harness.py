@@ -19,6 +19,8 @@ from clha_fast.types import HeadInputs, HeadResult, LossResult, Needs, RankingIn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}  # for `parameters.covered`
+NAMED_HALVES = {name: dtype for name, dtype in NAMED_DTYPES.items() if dtype != torch.float32}
 PLAIN = HeadOptions()
 RICH = HeadOptions(scale=2.0, softcap=5.0, temperature=0.7)
 
