@@ -26,11 +26,12 @@ docs: $(VENV)/.docs
 
 # A file's tests stay in one worker, for some share what takes minutes to build; ARGS="-n 0" runs all in one process.
 # Files begin in the order that tests/conftest.py has them in, not by how many tests they have.
+# What is compiled is kept, whatever the shell says: every worker and every process of a test would compile it anew.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
 
 # The oldest releases that pyproject.toml allows, and the newest there are, each in an environment of its own.
 test-oldest test-newest: test-%:

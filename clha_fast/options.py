@@ -81,7 +81,8 @@ class Settings:
     @classmethod
     def decode(cls: type[_T], encoded: str) -> _T:
         """The settings object whose `encoded` string is given (custom operators carry the string)."""
-        made: _T = _decoded(cls, encoded)
+        kind: Any = cls
+        made: _T = _decoded(kind, encoded)
         return made
 
     def replace(self: _T, **changes: Any) -> _T:
