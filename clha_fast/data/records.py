@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -164,11 +165,19 @@ def make_record(
     if rank_by_reward:
         if record.rewards is None:
             raise RecordError.of(source, "rewards", "rewards to rank by", None)
-        order.sort(key=record.rewards.__getitem__, reverse=True)  # a stable sort, reverse included
+        order.sort(key=as_compared(record.rewards).__getitem__, reverse=True)  # a stable sort, reverse included
     if order == list(range(size)):
         return record
     ordered = record.in_order(order)
     return dataclasses.replace(ordered, sft_index=0) if sft_index is None else ordered
+
+
+def as_compared(rewards: Iterable[float]) -> list[float]:
+    """Rewards as losses compare them, rounded to float32: what only float64 keeps apart is a tie, wherever it is seen.
+
+    What they are sorted, counted and paired by; `objectives.pairs.COMPARED` is the same of tensors.
+    """
+    return array("f", rewards).tolist()
 
 
 def repeats_prompt(prompt: Prompt) -> Callable[[str], bool]:

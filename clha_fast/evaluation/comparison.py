@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clha_fast.data.records import as_compared
 from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
 from clha_fast.evaluation.report import (
     CUT,
@@ -247,7 +248,8 @@ def _difference(
 
 def _wins(a: Column, b: Column, prompts: Sequence[str]) -> Wins:
     """By raw score, which does not saturate; an empty answer has none and loses to any other."""
-    scores = [tuple(-math.inf if value is None else value for value in both) for both in zip(a, b, strict=True)]
+    sides = [as_compared(-math.inf if value is None else value for value in side) for side in (a, b)]
+    scores = list(zip(*sides, strict=True))
     points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in scores]
     counts = (points.count(1.0), points.count(0.5), points.count(0.0))
     return Wins(*counts, estimate(ratio, np.column_stack([points, np.ones(len(points))]), prompts=prompts))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from clha_fast.data.readers import Source
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -145,7 +145,7 @@ def score_records(
 
 
 def _best_first(record: RankedRecord) -> RankedRecord:
-    rewards = record.rewards or ()
+    rewards = as_compared(record.rewards or ())
     order = sorted(range(len(rewards)), key=lambda k: -rewards[k])  # stable: equal ones in the order given
     ordered = record.in_order(order)
     return ordered if record.sft_index else dataclasses.replace(ordered, sft_index=0)
