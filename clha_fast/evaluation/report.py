@@ -98,7 +98,8 @@ class Evaluation:
         values: column -> one number a row, None where it has none; `FIGURES` says what is made of them. `CUT`: 1 where
             the limits of likelihood and ranking, which `about` has, cut something of the row's record.
         corpus: subset -> figures of all its answers together, which no prompt adds to and which have no interval.
-        checks: reward model -> its `fingerprint`, its held-out pair `accuracy` and `refused`, why it is not reported.
+        checks: reward model -> its `fingerprint`, its held-out pair `accuracy`, `refused`, why it is not reported, and
+            `notes`, where something of those pairs was cut.
         notes: sentences to be shown. about: where it came from, and the settings.
     """
 
@@ -247,8 +248,10 @@ def evaluate(
         for name, load in (reward_models or {}).items():
             held_out = references if reward_check is None else reward_check
             known = (checks or {}).get(name)
-            checked[name], columns = _rewarded(name, load, records, texts, held_out, known, batch_size, progress)
+            own: list[str] = []
+            checked[name], columns = _rewarded(name, load, records, texts, held_out, known, batch_size, progress, own)
             values |= columns
+            notes += [*checked[name].get("notes", ()), *(f"{name}: {text}" for text in own)]
         notes += [check["refused"] for check in checked.values() if check["refused"]]
     limits: dict[str, int | None] = {}
     if model is not None:
@@ -292,8 +295,12 @@ def _rewarded(
     known: Mapping[str, Any] | None,
     batch_size: int,
     progress: bool,
+    notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Column]]:
-    """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed."""
+    """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed.
+
+    `notes` gets sentences about the answers.
+    """
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     kept = dict(known or {})
     reward_model = None if kept.get("refused") else load()
@@ -301,9 +308,10 @@ def _rewarded(
         check = check_reward_model(name, held_out, reward_model, **settings)
         kept["fingerprint"] = judge_of(reward_model)
         kept |= {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
+        kept |= {"notes": list(check.notes)} if check.notes else {}
     if reward_model is None or kept["refused"]:
         return kept, {}
-    rewards, raw = answer_rewards(records, texts, reward_model, **settings)
+    rewards, raw = answer_rewards(records, texts, reward_model, **settings, notes=notes)
     return kept, {REWARD + name: [*rewards], RAW + name: raw}
 
 

@@ -125,16 +125,19 @@ def score_records(
     max_length: int | None = None,
     progress: bool = True,
     sampled: bool = False,
+    notes: list[str] | None = None,
 ) -> list[RankedRecord]:
     """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`.
 
-    That some were cut is said. `sampled`: the responses are a model's answers (`rewards.rows.AnswerCollator`).
+    That some were cut is said, to `notes` too where these are given. `sampled`: the responses are a model's answers
+    (`rewards.rows.AnswerCollator`).
     """
     run = RewardRun(list(records), reward_model, batch_size, max_length, progress, sampled)
     if run.truncated:
-        logger.warning(
-            f"reward_model: {run.truncated:,} of {len(run.records):,} prompts with what is scored behind them are cut "
-            f"to its {run.max_length:,} tokens; their rewards are of what is left"
+        say(
+            f"{run.truncated:,} of {len(run.records):,} prompts with what is scored behind them are cut to its "
+            f"{run.max_length:,} tokens; their rewards are of what is left",
+            notes,
         )
     journal = run.journal(None)
     try:
@@ -142,6 +145,13 @@ def score_records(
     except KeyboardInterrupt:
         raise ScoringInterrupted("interrupted while scoring; nothing of it is kept") from None
     return run.with_rewards(journal.values)
+
+
+def say(text: str, notes: list[str] | None) -> None:
+    """A warning about what a reward model reads, which goes to `notes` as well."""
+    logger.warning(f"reward_model: {text}")
+    if notes is not None:
+        notes.append(text)
 
 
 def _best_first(record: RankedRecord) -> RankedRecord:
