@@ -257,10 +257,24 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
 
 
 def _is_of_table(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a message that is no assistant's has the calls that another one makes, as None."""
+    """Whether a message that is no assistant's has the calls that another one makes, as None, and all have like keys.
+
+    Whoever writes such a null into JSON says no more than by leaving it out, and seldom gives every message, and every
+    call's arguments, the keys of all others.
+    """
     others = (message for message in messages if message["role"] != "assistant")
     filled = {key for message in others for key in SAID[:2] if key in message and message[key] is None}
-    return any(message.get(key) for message in messages for key in filled)
+    return any(message.get(key) for message in messages for key in filled) and _alike(messages)
+
+
+def _alike(values: Iterable[Any]) -> bool:
+    """Whether the mappings that stand at one place among `values`, however deep, have the same keys."""
+    given = [value for value in values if value is not None]
+    mappings = [value for value in given if isinstance(value, Mapping)]
+    items = [item for value in given if is_sequence(value) for item in value]
+    if len({frozenset(value) for value in mappings}) > 1 or (items and not _alike(items)):
+        return False
+    return all(_alike([value[key] for value in mappings]) for key in (mappings[0] if mappings else ()))
 
 
 def without_none(value: Any, kept: Sequence[str] = ()) -> Any:
