@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         else:
             found = answer(args, backend, records, settings, made)
             given = found.answers
-            about |= {"answers": made, "generation": vars(found.settings)}
+            about |= {"answers": made, "generation": vars(found.settings), "prompts_cut": found.cut}
     evaluation = report.evaluate(
         records,
         given,

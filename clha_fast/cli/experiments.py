@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -164,9 +165,13 @@ def _finish(table: Table, comparison: Comparison, claim: Claim | None) -> int:
 
 
 def draw(table: Table, rows: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
-    """The pictures' names: figures with intervals, and the training curves of each ranking length."""
-    comparison_plots.figure_bars(rows, SHOWN, os.path.join(folder, "figures.png"))
+    """The names of the pictures written: figures with intervals, and the training curves of each ranking length.
+
+    One of an earlier call that there is nothing to draw for any more is removed, for it would show other rows.
+    """
     names = ["figures.png"]
+    if not comparison_plots.figure_bars(rows, SHOWN, os.path.join(folder, names[0])):
+        _remove(folder, names.pop())
     for length in table.comparison.data:
         trained = {
             row.method.label: row.outcomes[0].trained
@@ -175,7 +180,15 @@ def draw(table: Table, rows: Sequence[Mapping[str, Any]], folder: str) -> list[s
         }
         logs = {label: found["log"] for label, found in trained.items()}
         ranking = [label for label, found in trained.items() if found.get("kept_share") is not None]
-        if logs:
-            names.append(f"curves-n{length}.png")
-            comparison_plots.training_curves(logs, os.path.join(folder, names[-1]), ranking)
+        name = f"curves-n{length}.png"
+        if not logs:
+            _remove(folder, name)
+            continue
+        comparison_plots.training_curves(logs, os.path.join(folder, name), ranking)
+        names.append(name)
     return names
+
+
+def _remove(folder: str, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
 from clha_fast.data.names import near
-from clha_fast.data.records import SIGNALS, RecordError, is_number, is_sequence
+from clha_fast.data.records import SIGNALS, RecordError, check_messages, is_number, is_sequence
 
 # Fields that hold several values, one a response; each may be given as a list of columns.
 _NUMBERS = ("rewards", "ranks", *SIGNALS)
@@ -249,7 +249,8 @@ def _with_system(system: Any, prompt: Any, source: str) -> Any:
         prompt = [{"role": "user", "content": prompt}]
     if not is_sequence(prompt):
         raise RecordError.of(source, "prompt", "a text or a list of messages, for a system text before it", prompt)
-    return [{"role": "system", "content": system}, *prompt]
+    # Looked at as they stand in the column: a table gives them like keys, which this message has not.
+    return [{"role": "system", "content": system}, *(check_messages(prompt, source, "prompt") if prompt else ())]
 
 
 def _as_list(value: Any) -> list[Any]:

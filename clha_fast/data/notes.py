@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clha_fast.data.records import RankedRecord, repeats_prompt
+from clha_fast.data.records import RankedRecord, as_compared, repeats_prompt
 
 logger = logging.getLogger("clha_fast.data")
 
@@ -49,7 +49,7 @@ class Notes:
         self.single += len(record.completions) == 1
         self.equal += len(set(record.completions)) < len(record.completions)
         self.unread.update(unread)
-        rewards = record.rewards or ()
+        rewards = as_compared(record.rewards or ())
         for better in range(len(rewards)):
             for worse in rewards[better + 1 :]:
                 self.pairs += rewards[better] != worse

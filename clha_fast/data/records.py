@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -164,11 +165,19 @@ def make_record(
     if rank_by_reward:
         if record.rewards is None:
             raise RecordError.of(source, "rewards", "rewards to rank by", None)
-        order.sort(key=record.rewards.__getitem__, reverse=True)  # a stable sort, reverse included
+        order.sort(key=as_compared(record.rewards).__getitem__, reverse=True)  # a stable sort, reverse included
     if order == list(range(size)):
         return record
     ordered = record.in_order(order)
     return dataclasses.replace(ordered, sft_index=0) if sft_index is None else ordered
+
+
+def as_compared(rewards: Iterable[float]) -> list[float]:
+    """Rewards as losses compare them, rounded to float32: what only float64 keeps apart is a tie, wherever it is seen.
+
+    What they are sorted, counted and paired by; `objectives.pairs.COMPARED` is the same of tensors.
+    """
+    return array("f", rewards).tolist()
 
 
 def repeats_prompt(prompt: Prompt) -> Callable[[str], bool]:
@@ -248,10 +257,24 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
 
 
 def _is_of_table(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a message that is no assistant's has the calls that another one makes, as None."""
+    """Whether a message that is no assistant's has the calls that another one makes, as None, and all have like keys.
+
+    Whoever writes such a null into JSON says no more than by leaving it out, and seldom gives every message, and every
+    call's arguments, the keys of all others.
+    """
     others = (message for message in messages if message["role"] != "assistant")
     filled = {key for message in others for key in SAID[:2] if key in message and message[key] is None}
-    return any(message.get(key) for message in messages for key in filled)
+    return any(message.get(key) for message in messages for key in filled) and _alike(messages)
+
+
+def _alike(values: Iterable[Any]) -> bool:
+    """Whether the mappings that stand at one place among `values`, however deep, have the same keys."""
+    given = [value for value in values if value is not None]
+    mappings = [value for value in given if isinstance(value, Mapping)]
+    items = [item for value in given if is_sequence(value) for item in value]
+    if len({frozenset(value) for value in mappings}) > 1 or (items and not _alike(items)):
+        return False
+    return all(_alike([value[key] for value in mappings]) for key in (mappings[0] if mappings else ()))
 
 
 def without_none(value: Any, kept: Sequence[str] = ()) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,8 +78,9 @@ def render_messages(
     """The messages in the form that the tokenizer's chat template reads, and their text.
 
     Contents are texts, or one part `{"type": "text", "text": ...}` each for a template that writes parts alone, as
-    those of vision models do. That a template leaves out thoughts, or what an assistant said beside a call, is its way
-    of writing earlier turns: it is said once where it never writes them.
+    those of vision models do. Arguments of a call that are JSON text, as OpenAI has them, become objects for a template
+    that refuses the text, quotes it once more or does not write it. That a template leaves out thoughts, or what an
+    assistant said beside a call, is its way of writing earlier turns: it is said once where it never writes them.
 
     Raises:
         RecordError: the template refuses the messages (many demand strictly alternating roles), leaves one of them or a
@@ -98,6 +100,30 @@ def render_messages(
         how = {"add_generation_prompt": not continues, "continue_final_message": continues}
         return apply_template(turns, tokenizer, source, "prompt", {**given, **how})
 
+    texts: list[str] = []
+    objects = [
+        {key: _parsed(item, texts) if key in _CALLS else item for key, item in turn.items()} for turn in messages
+    ]
+    refused: RecordError | None = None
+    try:
+        found = _written(messages, render)
+    except RecordError as error:
+        if not texts:
+            raise
+        refused = error
+    if refused is not None or any(_is_misread(own, found[1]) for own in texts):
+        try:
+            found = _written(objects, render)
+        except RecordError:
+            if refused is not None:
+                raise refused from None
+    turns, text, lost = found
+    _check_written(messages, lost, tokenizer, source, given)
+    return turns, text
+
+
+def _written(messages: Sequence[Message], render: _Render) -> tuple[list[Message], str, set[tuple[int, str]]]:
+    """The messages in the form that the template reads, but for arguments of calls; their text; what it leaves out."""
     turns = list(messages)
     try:
         text = render(turns)
@@ -111,8 +137,33 @@ def render_messages(
     if told and told <= lost and (found := _in_parts(turns, render)) is not None:
         turns, text = found
         lost = _lost(turns, text, render)
-    _check_written(messages, lost, tokenizer, source, given)
-    return turns, text
+    return turns, text, lost
+
+
+def _parsed(calls: Any, texts: list[str]) -> Any:
+    """A call, or a list of them, whose arguments are objects; `texts` gets those that were one as JSON."""
+    if is_sequence(calls):
+        return [_parsed(call, texts) for call in calls]
+    if not isinstance(calls, Mapping):
+        return calls
+    if isinstance(calls.get("function"), Mapping):
+        return {**calls, "function": _parsed(calls["function"], texts)}
+    text = calls.get("arguments")
+    if not isinstance(text, str):
+        return calls
+    try:
+        found = json.loads(text) if text.strip() else {}
+    except ValueError:
+        return calls
+    if not isinstance(found, dict):
+        return calls
+    texts.append(text)
+    return {**calls, "arguments": found}
+
+
+def _is_misread(arguments: str, text: str) -> bool:
+    """Whether a template has not written the JSON text of a call's arguments, or as a JSON text of that text."""
+    return _squeezed(arguments) not in _squeezed(text) or json.dumps(arguments, ensure_ascii=False) in text
 
 
 def _in_parts(messages: Sequence[Message], render: _Render) -> tuple[list[Message], str] | None:

@@ -9,14 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from clha_fast.data.records import as_compared
 from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
-from clha_fast.evaluation.report import NO_SUBSET, RAW, REWARD, TOTAL, Column, Evaluation, Figure, figures_of, shown
+from clha_fast.evaluation.report import (
+    CUT,
+    LIMITS,
+    NO_SUBSET,
+    RAW,
+    REWARD,
+    TOTAL,
+    Column,
+    Evaluation,
+    Figure,
+    figures_of,
+    shown,
+)
 from clha_fast.evaluation.tables import table
 from clha_fast.generation.answers import occurrences
 
 # Figures that are measured against the reference answers.
 _AGAINST_REFERENCES = {"bleu", "corpus_bleu", "nll", "accuracy", "kept_accuracy", "kept_share", "tau", "prompt_tau"}
 _KEPT = {"kept_accuracy", "kept_share"}
+_BY_LIKELIHOOD = {"nll", "accuracy", "kept_accuracy", "tau", "prompt_tau"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,8 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
 
     A reward model is the same on both sides where its weights are, whatever it is called; where one side does not say
     which model judged, rewards of that name are not compared. Figures that one side lacks,
-    or that were measured against other references or with other settings, are named in the notes and left out.
+    or that were measured against other references or with other settings, are named in the notes and left out; so are
+    likelihood and ranking where the two sides had other limits of length and something was cut.
 
     Raises:
         ValueError: no prompt in common.
@@ -170,12 +185,45 @@ def _incomparable(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[in
     if not others and left and right and any(left[i] != right[j] for i, j in zip(ours, theirs, strict=True)):
         dropped.add("nll")
         notes.append("NLL a token is not compared: the best answers are other tokens on the two sides")
+    dropped |= _otherwise_cut(a, b, ours, theirs, notes)
     changed = [name for name in ("noise_rule", "reward_margin") if a.about.get(name) != b.about.get(name)]
     if changed and "kept" in a.values and "kept" in b.values:
         dropped |= _KEPT
         what = ", ".join(f"{name} {a.about.get(name)!r} and {b.about.get(name)!r}" for name in changed)
         notes.append(f"kept pairs are not compared: {what}")
     return dropped
+
+
+def _otherwise_cut(a: Evaluation, b: Evaluation, ours: list[int], theirs: list[int], notes: list[str]) -> set[str]:
+    """Figures of likelihood, where the models have read other parts of the same texts; what is to be said of limits."""
+    given = [found.about.get("generation") or {} for found in (a, b)]
+    prompts = [own.get("max_prompt_length") for own in given]
+    if all(given) and prompts[0] != prompts[1] and any(found.about.get("prompts_cut") != 0 for found in (a, b)):
+        notes.append(
+            f"the answers are to prompts of other lengths: max_prompt_length {prompts[0]} and {prompts[1]}; what is "
+            "measured of them is compared as it is"
+        )
+    if "nll" not in a.values or "nll" not in b.values:
+        return set()
+    silent = [side for side, found in (("A", a), ("B", b)) if any(name not in found.about for name in LIMITS)]
+    if silent:
+        who = "A and B do" if len(silent) == 2 else f"{silent[0]} does"
+        notes.append(f"likelihood and ranking are compared as they are: {who} not say at which lengths texts were cut")
+        return set()
+    other = [name for name in LIMITS if a.about[name] != b.about[name]]
+    none = [0.0] * max(len(a.prompts), len(b.prompts))
+    left, right = (found.values.get(CUT, none) for found in (a, b))
+    cut = sum(bool(left[i] or right[j]) for i, j in zip(ours, theirs, strict=True))
+    if not other or not cut:
+        return set()
+    what = ", ".join(f"{name} {a.about[name]} and {b.about[name]}" for name in other)
+    # max_length is what a model has positions for: no option makes the two alike.
+    same = "with the same --max-prompt-length" if LIMITS[0] in other else "on records that fit both"
+    notes.append(
+        f"likelihood and ranking are not compared: {what}, and {cut:,} of {len(ours):,} records were cut on a side or "
+        f"on both; measure both {same}"
+    )
+    return _BY_LIKELIHOOD
 
 
 def _difference(
@@ -200,7 +248,8 @@ def _difference(
 
 def _wins(a: Column, b: Column, prompts: Sequence[str]) -> Wins:
     """By raw score, which does not saturate; an empty answer has none and loses to any other."""
-    scores = [tuple(-math.inf if value is None else value for value in both) for both in zip(a, b, strict=True)]
+    sides = [as_compared(-math.inf if value is None else value for value in side) for side in (a, b)]
+    scores = list(zip(*sides, strict=True))
     points = [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in scores]
     counts = (points.count(1.0), points.count(0.5), points.count(0.0))
     return Wins(*counts, estimate(ratio, np.column_stack([points, np.ones(len(points))]), prompts=prompts))

@@ -90,15 +90,17 @@ def _draw(axes: Any, lines: Sequence[Mapping[str, Any]], key: str, style: Mappin
         axes.plot(*zip(*points, strict=True), **style, label=label, marker="." if len(points) < 12 else None)
 
 
-def figure_bars(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: str) -> None:
-    """`bars_picture` as a PNG; nothing where no row has one of the figures.
+def figure_bars(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: str) -> bool:
+    """`bars_picture` as a PNG; nothing, and False, where no row has one of the figures.
 
     Raises:
         ImportError: matplotlib is not installed. OSError: the file cannot be written.
     """
     picture = bars_picture(rows, names)
-    if picture is not None:
-        picture.savefig(path, dpi=120, format="png")
+    if picture is None:
+        return False
+    picture.savefig(path, dpi=120, format="png")
+    return True
 
 
 def bars_picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture | None:

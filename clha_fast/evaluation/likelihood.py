@@ -41,6 +41,7 @@ def candidate_scores(
     layout: str = "padded",
     progress: bool = False,
     notes: list[str] | None = None,
+    cut: list[bool] | None = None,
 ) -> tuple[list[list[float]], list[list[int]]]:
     """(s_i of Eq. 3, nats a token; |y_i|, tokens) of every response of every record.
 
@@ -54,6 +55,7 @@ def candidate_scores(
             follows after a blank.
         backend, layout: as `clha_fast.attach`.
         notes: gets sentences about what the limits have cut, and which rows `auto` has taken.
+        cut: gets for each record whether the limits have cut its prompt or a response.
 
     Raises:
         ValueError, UnsupportedHeadError, UnsupportedLayoutError, BackendError: as `RankedCollator.tokenize_record` and
@@ -66,8 +68,10 @@ def candidate_scores(
     prompts = responses = shared = 0
     for record in records:
         counted = _behind(collator, record, answer_prefix) if answer_prefix else collator.tokenize_counted(record)
-        feature, prompt_cut, cut = counted
-        prompts, responses = prompts + prompt_cut, responses + cut
+        feature, prompt_cut, own_cut = counted
+        prompts, responses = prompts + prompt_cut, responses + own_cut
+        if cut is not None:
+            cut.append(bool(prompt_cut or own_cut))
         features.append({**feature, "rewards": None})  # not needed, and not all records may have them
     scores: list[list[float]] = [[] for _ in records]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

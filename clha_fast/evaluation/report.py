@@ -20,9 +20,12 @@ from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, judge_of
 from clha_fast.evaluation.tables import fixed, table
 from clha_fast.generation.answers import Answer, occurrences
+from clha_fast.models.positions import positions_of
 from clha_fast.rewards.reward_model import RewardModel
 
 TOTAL = "Total"
+CUT = "cut"
+LIMITS = ("max_prompt_length", "max_length")
 NO_SUBSET = "(no subset)"
 REWARD, RAW = "reward: ", "raw reward: "
 Column = list[float | None]
@@ -92,9 +95,11 @@ class Evaluation:
     Attributes:
         prompts: hash of each row's prompt. subsets: its part of the data, "" without parts. references: hash of the
             record that it was measured against.
-        values: column -> one number a row, None where it has none; `FIGURES` says what is made of them.
+        values: column -> one number a row, None where it has none; `FIGURES` says what is made of them. `CUT`: 1 where
+            the limits of likelihood and ranking, which `about` has, cut something of the row's record.
         corpus: subset -> figures of all its answers together, which no prompt adds to and which have no interval.
-        checks: reward model -> its `fingerprint`, its held-out pair `accuracy` and `refused`, why it is not reported.
+        checks: reward model -> its `fingerprint`, its held-out pair `accuracy`, `refused`, why it is not reported, and
+            `notes`, where something of those pairs was cut.
         notes: sentences to be shown. about: where it came from, and the settings.
     """
 
@@ -221,7 +226,7 @@ def evaluate(
         model, tokenizer: a causal language model, for likelihood and ranking (`likelihood.candidate_scores`).
         noise_rule, reward_margin: which pairs are kept. max_prompt_length, answer_prefix: of the model's prompts.
         batch_size: rows of a forward pass. layout: of the model's rows, as `clha_fast.attach` has it.
-        about: what is kept beside the figures.
+        about: what is kept beside the figures; with a model also its `LIMITS` in tokens, None for no limit.
 
     Raises:
         ValueError: neither answers nor a model; no prompt in common; as `pair_answers` and `candidate_scores`.
@@ -243,21 +248,28 @@ def evaluate(
         for name, load in (reward_models or {}).items():
             held_out = references if reward_check is None else reward_check
             known = (checks or {}).get(name)
-            checked[name], columns = _rewarded(name, load, records, texts, held_out, known, batch_size, progress)
+            own: list[str] = []
+            checked[name], columns = _rewarded(name, load, records, texts, held_out, known, batch_size, progress, own)
             values |= columns
+            notes += [*checked[name].get("notes", ()), *(f"{name}: {text}" for text in own)]
         notes += [check["refused"] for check in checked.values() if check["refused"]]
+    limits: dict[str, int | None] = {}
     if model is not None:
+        limits = {"max_prompt_length": max_prompt_length, "max_length": positions_of(model)}
+        cut: list[bool] = []
         scores, tokens = candidate_scores(
             model,
             tokenizer,
             records,
             batch_size=batch_size,
             layout=layout,
-            max_prompt_length=max_prompt_length,
             answer_prefix=answer_prefix,
             progress=progress,
             notes=notes,
+            cut=cut,
+            **limits,
         )
+        values[CUT] = [*map(float, cut)]
         values |= likelihood_values(records, scores, tokens, noise_rule=noise_rule, reward_margin=reward_margin)
     found = Evaluation(
         [prompt_hash(record) for record in records],
@@ -266,7 +278,7 @@ def evaluate(
         values,
         checks=checked,
         notes=notes,
-        about={**(about or {}), "noise_rule": noise_rule, "reward_margin": reward_margin},
+        about={**(about or {}), **limits, "noise_rule": noise_rule, "reward_margin": reward_margin},
     )
     if texts:
         for part, chosen in found.parts().items():
@@ -283,8 +295,12 @@ def _rewarded(
     known: Mapping[str, Any] | None,
     batch_size: int,
     progress: bool,
+    notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Column]]:
-    """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed."""
+    """(what is kept of the check, the columns of the answers' rewards); {} for a model that cannot be believed.
+
+    `notes` gets sentences about the answers.
+    """
     settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     kept = dict(known or {})
     reward_model = None if kept.get("refused") else load()
@@ -292,9 +308,10 @@ def _rewarded(
         check = check_reward_model(name, held_out, reward_model, **settings)
         kept["fingerprint"] = judge_of(reward_model)
         kept |= {"accuracy": check.accuracy.as_dict(), "refused": check.refused}
+        kept |= {"notes": list(check.notes)} if check.notes else {}
     if reward_model is None or kept["refused"]:
         return kept, {}
-    rewards, raw = answer_rewards(records, texts, reward_model, **settings)
+    rewards, raw = answer_rewards(records, texts, reward_model, **settings, notes=notes)
     return kept, {REWARD + name: [*rewards], RAW + name: raw}
 
 

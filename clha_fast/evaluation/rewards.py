@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from clha_fast.data.prompts import answered, prompt_hash
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import AnswerCollator
-from clha_fast.rewards.scoring import score_records
-
-logger = logging.getLogger("clha_fast.evaluation")
+from clha_fast.rewards.scoring import say, score_records
 
 
 def answer_rewards(
@@ -28,6 +25,7 @@ def answer_rewards(
     batch_size: int = 16,
     max_length: int | None = None,
     progress: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[list[float], list[float | None]]:
     """(reward, raw score) of each answer to the prompt of its record.
 
@@ -37,15 +35,14 @@ def answer_rewards(
 
     Args:
         batch_size, max_length: as `clha_fast.rewards.scoring.score_file`, whose errors these are.
+        notes: gets sentences about answers that were cut, or in which nothing is read; they are logged in any case.
     """
     collator = AnswerCollator(reward_model.tokenizer, None)
     read = [bool(answer.strip()) and collator.reads(answer) for answer in answers]
     given = [answered(record, [answer]) for record, answer, own in zip(records, answers, read, strict=True) if own]
     if unread := sum(bool(answer) for answer, own in zip(answers, read, strict=True) if not own):
-        logger.warning(
-            f"reward_model: {unread:,} of {len(answers):,} answers have no token that it reads, and count as empty"
-        )
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "sampled": True}
+        say(f"{unread:,} of {len(answers):,} answers have no token that it reads, and count as empty", notes)
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "sampled": True, "notes": notes}
     scored = iter(score_records(given, reward_model, progress=progress, **settings) if given else [])
     raw: list[float | None] = []
     for own in read:
@@ -73,10 +70,12 @@ class RewardCheck:
             draw); a tie counts half. Pairs whose
             own rewards are equal have no order and do not count.
         refused: why the rewards of this model are not reported, in one sentence; "" where they are.
+        notes: sentences about records that were cut.
     """
 
     accuracy: Estimate
     refused: str
+    notes: tuple[str, ...] = ()
 
 
 def check_reward_model(
@@ -93,7 +92,9 @@ def check_reward_model(
         name: of the reward model, for the sentence.
     """
     ranked = [record for record in records if len(record.completions) > 1]
-    scored = score_records(ranked, reward_model, batch_size=batch_size, progress=progress) if ranked else []
+    said: list[str] = []
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "notes": said}
+    scored = score_records(ranked, reward_model, **settings) if ranked else []
     rows = [_better(old, new) for old, new in zip(ranked, scored, strict=True)]
     accuracy = estimate(ratio, np.array(rows).reshape(-1, 2), prompts=[prompt_hash(record) for record in ranked])
     if accuracy.value is None:
@@ -107,17 +108,19 @@ def check_reward_model(
         )
     else:
         why = ""
-    return RewardCheck(accuracy, f"no rewards of {name} are reported: {why}" if why else "")
+    refused = f"no rewards of {name} are reported: {why}" if why else ""
+    return RewardCheck(accuracy, refused, tuple(f"{name}, held-out pairs: {text}" for text in said))
 
 
 def _better(record: RankedRecord, scored: RankedRecord) -> tuple[float, float]:
     """(pairs in which the better-ranked response has the higher score, ties half; pairs)."""
-    values = scored.rewards
-    assert values is not None
+    assert scored.rewards is not None
+    values = as_compared(scored.rewards)
+    given = None if record.rewards is None else as_compared(record.rewards)
     right = count = 0.0
     for i in range(len(values)):
         for j in range(i + 1, len(values)):
-            if record.rewards is None or record.rewards[i] != record.rewards[j]:
+            if given is None or given[i] != given[j]:
                 right += 1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0
                 count += 1
     return right, count

@@ -93,7 +93,7 @@ class Assessor:
 
     Attributes:
         models: "label" and "evaluation" -> a reward model's path. checks: the same -> its held-out pair accuracy;
-            `refused`, why it is not used, or ""; `trained`, as `trained_accuracy`.
+            `refused`, why it is not used, or ""; `trained`, as `trained_accuracy`; `notes`, where pairs were cut.
         generation: settings of answers. reward_margin, noise_rule: which test pairs are kept.
         dtype, attn_implementation: of the models that are evaluated, as they were trained.
     """
@@ -133,6 +133,7 @@ class Assessor:
             checks[role] = {
                 **{"accuracy": check.accuracy.as_dict(), "refused": check.refused},
                 "trained": trained_accuracy(path),
+                **({"notes": list(check.notes)} if check.notes else {}),
             }
         criterion = comparison.criterion
         if criterion is None:
@@ -175,6 +176,7 @@ class Assessor:
                     f"The {role} model prefers the better answer in {accuracy['value']:.3f} {interval} of the held-out "
                     f"pairs of {accuracy['prompts']:,} prompts."
                 )
+            found += check.get("notes", ())
             own = check["trained"]
             if own is not None:
                 interval = "" if own["interval"] is None else " [{:.3f}, {:.3f}]".format(*own["interval"])
@@ -329,10 +331,12 @@ class Assessment:
         release(place)
         if self.judge is not None and written is not None:
             texts = [answer.answer for answer in written]
+            said: list[str] = []
             with judging(self.judge, str(place)) as judge:
-                rewards, raw = answer_rewards(records, texts, judge)
+                rewards, raw = answer_rewards(records, texts, judge, notes=said)
                 fingerprint = judge_of(judge)
             known = {name: assessor.checks[self.role][name] for name in ("accuracy", "refused")}
+            found.notes.extend(f"{self.role}: {text}" for text in said)
             found.checks[self.role] = {"fingerprint": fingerprint, **known}
             found.values[REWARD + self.role] = [*rewards]
             found.values[RAW + self.role] = raw

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.data.split import prompt_key
 
 Kind = Literal["rewards", "flips"]
@@ -78,7 +78,8 @@ class Corruption:
         assert record.rewards is not None
         noise = self._draws(record).standard_normal(len(record.rewards))
         rewards = [reward + spread * float(e) for reward, e in zip(record.rewards, noise, strict=True)]
-        order = sorted(range(len(rewards)), key=lambda k: -rewards[k])
+        compared = as_compared(rewards)
+        order = sorted(range(len(rewards)), key=lambda k: -compared[k])
         return reordered(dataclasses.replace(record, rewards=tuple(rewards)), order)
 
 

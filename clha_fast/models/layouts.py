@@ -47,7 +47,7 @@ class RowLayouts:
 
     Attributes:
         layout: `padded`, `packed`, `shared`; or `auto`, of batches that are shared where their count pays, else padded.
-            `auto` becomes `padded` where a batch is met that the model does not compute as rows alone.
+            Where it may, it becomes `padded` at a batch that the model does not compute as rows alone.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RowLayouts:
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.layout = "padded"
-        self._given_up = False
+        self._or_padded = self._given_up = False
         self._model = model
         self._spread: LogpForward | None = None
         if isinstance(forward, LogpForward) and forward.sequence is not None:
@@ -69,18 +69,21 @@ class RowLayouts:
         self._seen = (0, 0)
         self._numbers = numbers_of(model)
 
-    def settle(self, layout: str) -> str:
+    def settle(self, layout: str, or_padded: bool = False) -> str:
         """Probes the model for `layout`, and returns the one it is to have.
 
         Args:
             layout: `auto` stays where the probe passes for `shared` rows, for batches that are counted one by one
                 (`pack_candidates`); else it becomes `padded`. Which is said.
+            or_padded: whether rows of `layout` that a later batch shows to be computed otherwise run as padded ones
+                (`takes`), as those of `auto` do.
 
         Raises:
             ValueError: an unknown layout. UnsupportedLayoutError: the model does not compute it.
         """
         check_layout(layout, "auto")
         if layout == "auto":
+            or_padded = True
             layout = settle_auto(self._model, self.settle)
             if layout == "padded" and self._spread is not None:
                 self.settle(layout)
@@ -93,7 +96,7 @@ class RowLayouts:
                 if self._why_masks(layout):
                     self._probe.check(layout, gradients=not _spread(self._model))
             reshard(self._model)  # or an optimizer would take FSDP2's gathered weights for its own
-        self.layout, self._given_up = layout, False
+        self.layout, self._or_padded, self._given_up = layout, or_padded, False
         return layout
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
@@ -169,21 +172,24 @@ class RowLayouts:
         They are to run as padded ones (`models.unpacking`) from then on, which is said.
 
         Raises:
-            UnsupportedLayoutError: as `check`, of any other layout, or where tokens are spread over processes.
+            UnsupportedLayoutError: as `check`, of any layout but `auto` (or one that `settle` took with `or_padded`);
+                padded rows whose tokens are spread over processes are not computed, either.
         """
         if batch.get("segments") is not None and self._given_up and not torch.compiler.is_compiling():
             self._check_media(others)
             return False
-        may = self.layout == "auto" and self._spread is None
         try:
             self.check(batch, others)
         except DifferentRowsError as error:
-            if not may:
+            if not self._or_padded:
                 raise
+            if self._spread is not None:  # all processes are here: they have agreed on the error
+                self.settle("padded")
+                self._seen = (0, 0)  # slices of padded rows are other slices
             self.layout, self._given_up = "padded", True
             logger.warning(
                 "layout auto: padded from here on, also the shared rows that a collator still makes, whose prompts are "
-                "then repeated; RankedCollator(layout='padded') makes none (%s)",
+                "then repeated; layout='padded' makes none (%s)",
                 error,
             )
             return False
@@ -195,14 +201,20 @@ class RowLayouts:
         """(what the model is given of a batch, what the loss is), as they are or as padded rows; errors as `takes`."""
         if self.takes(inputs, others):
             return inputs, tensors
-        padded = padded_batch({**inputs, **tensors})
+        padded = self._padded({**inputs, **tensors})
         return {name: padded[name] for name in MODEL_FIELDS}, {name: padded[name] for name in tensors}
 
     def taken(self, batch: CandidateBatch) -> CandidateBatch:
         """The batch as it is to run: itself, or as padded rows; errors as `takes`."""
         if self.takes(vars(batch)):
             return batch
-        return dataclasses.replace(batch, **padded_batch(vars(batch)))
+        return dataclasses.replace(batch, **self._padded(vars(batch)))
+
+    def _padded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        padded = padded_batch(batch)
+        if self._spread is not None:  # padded rows are compared there, too
+            self.check(padded)
+        return padded
 
     def check(self, batch: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
         """One batch before it runs.
@@ -303,7 +315,7 @@ class RowLayouts:
             problem = error
         if sequence.anywhere(problem is not None, ids.device):
             told = "another of its processes has refused it" if problem is None else _bare(problem)
-            raise UnsupportedLayoutError(f"sequence_parallel: {told}; {WAY}") from problem
+            raise DifferentRowsError(f"sequence_parallel: {told}; {WAY}") from problem
         self._note(longest, width)
         if sequence.anywhere(short, ids.device):
             logger.warning(

@@ -15,6 +15,7 @@ from clha_fast.models.embedding import input_embedding_weight
 from clha_fast.models.forward import MODEL_FIELDS, SEGMENT_FIELDS, first_position, split_segments
 from clha_fast.models.layouts import RowLayouts, check_no_virtual_tokens, settle_auto
 from clha_fast.models.segment_masks import IN_TWO_CALLS, UnsupportedLayoutError, segmented
+from clha_fast.models.unpacking import padded_rows_of
 from clha_fast.rewards.rows import configured, drift_of, pad_rows, padded_rewards
 
 Text = tuple[Sequence[int], Sequence[int]]  # tokens of a prompt, and of one response
@@ -131,7 +132,8 @@ class JoinedRewards:
             with. label: which logit is the reward.
 
     Attributes:
-        layout: what `settle` came to, until then `padded`.
+        layout: what `settle` came to, until then `padded`; and `padded` again where `auto` has met rows that the model
+            does not compute as texts alone.
     """
 
     def __init__(self, model: nn.Module, pad: int, label: int = 0) -> None:
@@ -141,7 +143,7 @@ class JoinedRewards:
         self._scores: _TokenScores | None = None
         self._layouts: RowLayouts | None = None
 
-    def settle(self, layout: str) -> str:
+    def settle(self, layout: str, or_padded: bool = False) -> str:
         """Probes the model as `models.layouts.RowLayouts.settle` does, and how it takes a text's score.
 
         Raises:
@@ -149,28 +151,44 @@ class JoinedRewards:
         """
         check_layout(layout, "auto")
         if layout == "auto":
-            self.layout = settle_auto(self._model, self.settle)
+            self.layout = settle_auto(self._model, lambda shared: self.settle(shared, or_padded=True))
         elif layout != "padded":
             check_no_virtual_tokens(self._model, layout)
             self._scores = _TokenScores(self._model)
             self._layouts = RowLayouts(self._model, self._scores, self._model)
-            self._layouts.settle(layout)
+            self._layouts.settle(layout, or_padded)
             self._check_pooling(layout)
             self.layout = layout
         return self.layout
 
-    def __call__(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether rows of `join_texts` run as they are; False where `auto` gives them up, from then on.
+
+        Raises:
+            UnsupportedLayoutError: as a call.
+        """
+        assert self._layouts is not None
+        taken = self._layouts.takes(inputs)
+        if not taken:
+            self.layout = "padded"
+        return taken
+
+    def __call__(self, run: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """float32 [C] (float64 of a float64 model), with a graph where gradients are on.
 
         Args:
             run: the model or a wrapper around it. inputs: of `join_texts`, on the model's device.
 
         Raises:
-            UnsupportedLayoutError: rows that the model was not probed for, or does not compute as rows alone.
+            UnsupportedLayoutError: rows that the model was not probed for, or does not compute as rows alone, where the
+                layout is not `auto`'s.
         """
-        assert self._layouts is not None
-        self._layouts.check(inputs)
-        return self._read(run, inputs)
+        if self.takes(inputs):
+            return self._read(run, inputs)
+        rows, _ = padded_rows_of(inputs["input_ids"], inputs["segments"])
+        mask = rows["attention_mask"]
+        input_ids = rows["input_ids"].masked_fill(mask == 0, self._pad)
+        return padded_rewards(run, self._model.config, input_ids, mask, self._pad, self._label)
 
     def _read(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
         assert self._scores is not None

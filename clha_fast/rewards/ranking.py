@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.data.readers import Source
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.policy import Policy, PolicyRun
@@ -25,7 +25,7 @@ class Ranking(NamedTuple):
     """The order of a prompt's answers.
 
     Attributes:
-        order: positions of the answers, best first; equal scores stay in the order given.
+        order: positions of the answers, best first; equal scores (rewards: in float32) stay in the order given.
         scores: of each answer, in the order given: s_i = S_i / |y_i|, nats a token (a reward model's: its rewards).
     """
 
@@ -40,7 +40,7 @@ class RankResult:
     Attributes:
         records: the source's records, in its order. rankings: one a record.
         candidates: answers in all. resumed: answers (the same ones of a record count once) that an earlier run had
-            scored. truncated: records of which something was cut.
+            scored. truncated: records of which something was cut. rewarded: whether the scores are rewards.
     """
 
     records: list[RankedRecord]
@@ -48,9 +48,12 @@ class RankResult:
     candidates: int
     resumed: int
     truncated: int
+    rewarded: bool = False
 
     def agreement(self, by_reward: bool = False) -> tuple[float, int]:
         """(pairs that the scores order as the file does, pairs that the file orders); equal scores are half right.
+
+        Rewards, the file's and a reward model's, are compared in float32, as everywhere.
 
         Args:
             by_reward: as the file's rewards do instead.
@@ -59,10 +62,11 @@ class RankResult:
         for record, ranking in zip(self.records, self.rankings, strict=True):
             given = [-float(k) for k in range(len(record.completions))]
             if by_reward:
-                given = list(record.rewards or [0.0] * len(given))
+                given = as_compared(record.rewards or [0.0] * len(given))
+            scores = as_compared(ranking.scores) if self.rewarded else ranking.scores
             for i, j in _pairs(len(given)):
                 if given[i] != given[j]:
-                    sign = (given[i] - given[j]) * (ranking.scores[i] - ranking.scores[j])
+                    sign = (given[i] - given[j]) * (scores[i] - scores[j])
                     same += 1.0 if sign > 0 else 0.5 if sign == 0 else 0.0
                     pairs += 1
         return same, pairs
@@ -125,7 +129,8 @@ def rank_file(
 
     options = {"resume": resume, "overwrite": overwrite, "progress": progress}
     resumed = run.write(os.fspath(destination), finish, processes=processes, **options)
-    return RankResult(records, rankings, sum(map(len, run.rows_of)), resumed, run.truncated)
+    rewarded = isinstance(run, RewardRun)
+    return RankResult(records, rankings, sum(map(len, run.rows_of)), resumed, run.truncated, rewarded)
 
 
 def rank(
@@ -203,11 +208,14 @@ def _run(
 
 
 def _rankings(run: PolicyRun | RewardRun, scores: Mapping[int, float]) -> list[Ranking]:
-    return [_ranking([scores[index] for index in indices]) for indices in run.rows_of]
+    return [_ranking([scores[index] for index in indices], isinstance(run, RewardRun)) for indices in run.rows_of]
 
 
-def _ranking(scores: list[float]) -> Ranking:
-    return Ranking(sorted(range(len(scores)), key=scores.__getitem__, reverse=True), scores)  # stable, reverse included
+def _ranking(scores: list[float], rewarded: bool) -> Ranking:
+    compared = as_compared(scores) if rewarded else scores
+    return Ranking(
+        sorted(range(len(scores)), key=compared.__getitem__, reverse=True), scores
+    )  # stable, reverse included
 
 
 def _line(record: RankedRecord, ranking: Ranking, key: str) -> dict[str, Any]:

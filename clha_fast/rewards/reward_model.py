@@ -31,7 +31,8 @@ class RewardModel:
         tokenizer: the model's own.
         label: which logit; may be None when there is only one.
         layout: of the rows that `score_rows` runs, `padded`, `packed`, `shared` (the responses of a record behind one
-            prompt) or `auto`, as `clha_fast.attach` has it; afterwards, what that came to.
+            prompt) or `auto`, as `clha_fast.attach` has it; afterwards, what that came to, and `padded` from where
+            `auto` has met rows that the model does not compute as texts alone.
 
     Raises:
         UnsupportedLayoutError: the model does not compute such rows as it computes each response alone.
@@ -115,6 +116,9 @@ class RewardModel:
         own = self._own_padding()
         batch = join_texts(texts, layout, -1 if own is None else own)
         inputs = {name: v.to(self.model.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        if not self._joined.takes(inputs):  # padded with a token that the rows leave free
+            object.__setattr__(self, "layout", self._joined.layout)
+            return self.score_tokens([row.tokens for row in rows])
         return self._joined(self.model, inputs).float().cpu()
 
     def _own_padding(self) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from clha_fast.data.readers import Source
-from clha_fast.data.records import RankedRecord
+from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
@@ -125,16 +125,19 @@ def score_records(
     max_length: int | None = None,
     progress: bool = True,
     sampled: bool = False,
+    notes: list[str] | None = None,
 ) -> list[RankedRecord]:
     """The records with the rewards of `reward_model`, nothing written; arguments and errors as `score_file`.
 
-    That some were cut is said. `sampled`: the responses are a model's answers (`rewards.rows.AnswerCollator`).
+    That some were cut is said, to `notes` too where these are given. `sampled`: the responses are a model's answers
+    (`rewards.rows.AnswerCollator`).
     """
     run = RewardRun(list(records), reward_model, batch_size, max_length, progress, sampled)
     if run.truncated:
-        logger.warning(
-            f"reward_model: {run.truncated:,} of {len(run.records):,} prompts with what is scored behind them are cut "
-            f"to its {run.max_length:,} tokens; their rewards are of what is left"
+        say(
+            f"{run.truncated:,} of {len(run.records):,} prompts with what is scored behind them are cut to its "
+            f"{run.max_length:,} tokens; their rewards are of what is left",
+            notes,
         )
     journal = run.journal(None)
     try:
@@ -144,8 +147,15 @@ def score_records(
     return run.with_rewards(journal.values)
 
 
+def say(text: str, notes: list[str] | None) -> None:
+    """A warning about what a reward model reads, which goes to `notes` as well."""
+    logger.warning(f"reward_model: {text}")
+    if notes is not None:
+        notes.append(text)
+
+
 def _best_first(record: RankedRecord) -> RankedRecord:
-    rewards = record.rewards or ()
+    rewards = as_compared(record.rewards or ())
     order = sorted(range(len(rewards)), key=lambda k: -rewards[k])  # stable: equal ones in the order given
     ordered = record.in_order(order)
     return ordered if record.sft_index else dataclasses.replace(ordered, sft_index=0)

@@ -57,7 +57,7 @@ def settle_layout(
     """The layout that the model, and the frozen one beside it, are seen to compute; collators are given it.
 
     `auto` is `shared` where probes pass and the count says that it pays (`segments.RowTokens`), else `padded`; which,
-    and why, is said once.
+    and why, is said once. A later batch that a model does not compute so is given to that model as padded rows.
 
     Args:
         models: what is probed. accelerator: the trainer's. dataset: what is trained on; counted where it is tokenised.
@@ -77,8 +77,8 @@ def settle_layout(
 class Settles(Protocol):
     """A model with what probes it: `models.layouts.RowLayouts`, or `rewards.joined.JoinedRewards`."""
 
-    def settle(self, layout: str) -> str:
-        """The layout that it is to have."""
+    def settle(self, layout: str, or_padded: bool = False) -> str:
+        """The layout that it is to have; `or_padded`: rows that are later seen to be wrong run as padded ones."""
 
 
 def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens: RowTokens | None) -> str:
@@ -91,7 +91,7 @@ def probe_layout(asked: str, models: Sequence[Settles], accelerator: Any, tokens
     if layout != "padded":
         try:
             for rows in models:
-                rows.settle("shared" if layout == "auto" else layout)
+                rows.settle("shared" if layout == "auto" else layout, or_padded=layout == "auto")
         except UnsupportedLayoutError as error:
             if layout != "auto":
                 raise

@@ -14,7 +14,7 @@ from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedDataset
 from clha_fast.batching.segments import RowTokens
 from clha_fast.batching.workers import Example
-from clha_fast.data.records import RecordError
+from clha_fast.data.records import RecordError, as_compared
 from clha_fast.rewards.joined import Text, join_texts
 from clha_fast.rewards.rows import pad_rows, reward_collator, token_rows
 
@@ -97,7 +97,7 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
 
     def _pairs_of(self, feature: CandidateFeature) -> list[tuple[int, int]]:
         completions = [tuple(ids) for ids in feature["completion_ids"]]
-        rewards = feature["rewards"]
+        rewards = None if feature["rewards"] is None else as_compared(feature["rewards"])
         found = []
         for i, j in itertools.combinations(range(len(completions)), 2):
             if rewards is not None and rewards[i] == rewards[j]:

@@ -21,7 +21,7 @@ from clha_fast.batching.segments import check_layout
 from clha_fast.data.records import RecordError
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
-from clha_fast.objectives.pairs import wins
+from clha_fast.objectives.pairs import COMPARED, wins
 from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
@@ -116,6 +116,12 @@ def bradley_terry(rewards: Tensor, better: Tensor, worse: Tensor, pairs_per_prom
         [P], in the dtype of `rewards`, with a graph.
     """
     return _prompt_means(-F.logsigmoid(rewards[better] - rewards[worse]), pairs_per_prompt)
+
+
+def _wins(rewards: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+    """As `pairs.wins` [pairs], in the dtype of the rewards, which are compared as all are."""
+    compared = rewards.to(COMPARED)
+    return wins(compared[better] - compared[worse]).to(rewards.dtype)
 
 
 def _prompt_means(values: Tensor, pairs_per_prompt: Tensor) -> Tensor:
@@ -273,7 +279,7 @@ class RewardTrainer(CheckpointingTrainer):
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         if model.training:
             lead = (rewards[better] - rewards[worse]).detach()
-            seen = torch.stack([wins(lead).sum(), lead.sum(), lead.new_tensor(len(lead))])
+            seen = torch.stack([_wins(rewards.detach(), better, worse).sum(), lead.sum(), lead.new_tensor(len(lead))])
             self._seen = seen if self._seen is None else self._seen + seen
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
@@ -291,7 +297,7 @@ class RewardTrainer(CheckpointingTrainer):
             rewards = self._rewards(model, inputs)
         lead = rewards[inputs["better"]] - rewards[inputs["worse"]]
         columns = [
-            _prompt_sums(wins(lead), counts),
+            _prompt_sums(_wins(rewards, inputs["better"], inputs["worse"]), counts),
             _prompt_sums(lead, counts),
             _prompt_means(-F.logsigmoid(lead), counts),
             counts.to(lead.dtype),

@@ -231,9 +231,9 @@ class RolloutTrainer(CLHATrainer):
             objective=self.loss_options,
             drop_inert=self.args.drop_inert,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
-            layout=self.layout,
+            layout="padded" if self._layouts.layout == "padded" else self.layout,
         )
-        here = CandidateBatch.from_dict(self._prepare_inputs(batch.as_dict()))
+        here = self._layouts.taken(CandidateBatch.from_dict(self._prepare_inputs(batch.as_dict())))
         before = self._random_state()
         logps = self._old_logps(here)
         if self.model.training and self._draws is None:

@@ -280,7 +280,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         if batch.candidates_per_prompt.shape[0]:
             check_chains(batch.chains, self.loss_options)
         check_dropped(vars(batch), self.loss_options)
-        self._layouts.check(vars(batch))
+        batch = self._layouts.taken(batch)
         tensors = {**batch.loss_inputs(), **(counts or {})}
         if self.reference.frozen is not None:
             if batch.reference_logps is not None:

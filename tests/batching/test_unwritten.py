@@ -187,7 +187,7 @@ ITEMS = "{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments | 
 BROKEN: dict[str, tuple[str | dict[str, str], Any, str]] = {
     "TypeError": (
         template(turn(ITEMS + "{{ c.function.name }}{% endfor %}{{ m.content }}")),
-        (user("Hi"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]), user("Why?")),
+        (user("Hi"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "[]"}}]), user("Why?")),
         r"prompt: the tokenizer's chat template refuses these messages: Can only get item pairs .*JSON text"),
     "TypeError of an object": (
         template(turn("{% for c in m.tool_calls or [] %}{{ 'f' + c.function.arguments }}{% endfor %}{{ m.content }}")),

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast import ops
-from tests.support.no_gpu import refuse_wide_product, told
+from tests.support.no_gpu import refuse_nondeterministic, refuse_wide_product, told
 
 # Multiprocessors and shared memory a program (bytes) of a T4, an A100, an H200, a B200 and an MI300X, AMD's gfx942.
 DEVICES = {
@@ -141,6 +141,7 @@ class FakeGPU(TorchDispatchMode):
             return self._operator(func, args, kwargs)
         self._refuse_waits(func, tensors, args, kwargs)
         _check_product(func, args, kwargs)
+        refuse_nondeterministic(func, args, kwargs)
         # A number on the CPU travels by value; anything larger that is left here is a mistake, and stays on the CPU.
         args, kwargs = tree_map(self._fake_of, (args, kwargs))
         with self.fake:

@@ -48,6 +48,17 @@ def mistakes(a: Any, h: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+def varying(a: Any, i: Any) -> dict[str, Callable[[], Any]]:
+    """Sums whose order a GPU does not promise."""
+    return {
+        "a running sum": lambda: a.cumsum(0),
+        "in a dtype": lambda: i.cumsum(0, dtype=torch.float64),
+        "into a tensor": lambda: torch.cumsum(i, 0, out=torch.empty(8, device="cuda", dtype=torch.float64)),
+        "in place": lambda: a.cumsum_(0),
+        "kthvalue": lambda: a.kthvalue(1),
+    }
+
+
 def launches(a: Any, h: Any) -> dict[str, Callable[[], Any]]:
     def finish(grid: tuple[int, ...], partials: Any) -> Any:
         return ranking.finish_kernel[grid](partials, a, a, 4, BLOCK_P=64, num_warps=4)
@@ -90,6 +101,14 @@ def main() -> None:
             refuses(name, call, (AssertionError, RuntimeError))
         for name, call in launches(a, h).items():
             refuses(name, call, (LaunchError,))
+        i.cumsum(0)
+        a.cumsum(0)
+        torch.use_deterministic_algorithms(True)
+        i.cumsum(0)
+        (i > 0).cumsum(0, dtype=torch.int32)
+        for name, call in varying(a, i).items():
+            refuses(name, call, (RuntimeError,))
+        torch.use_deterministic_algorithms(False)
     with FakeGPU(75, compiles=False).here():
         h, b = (torch.empty(8, 8, device="cuda", dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
         torch.mm(h, h, out_dtype=torch.float32)

@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,6 +36,28 @@ def refuse_wide_product(dtype: torch.dtype) -> None:
     if dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
         raise RuntimeError(
             "gemm input type at::Half and output type float is not supported with allowFP16AccumulationCuBLAS"
+        )
+
+
+def refuse_nondeterministic(func: Any, args: Any, kwargs: Any) -> None:
+    """Says of an operator on a GPU what torch says under `torch.use_deterministic_algorithms(True)`.
+
+    Of its documented list those that losses might take; a sum of whole numbers is the same in any order.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    name = func.overloadpacket.__name__.removesuffix("_")
+    kernel = {"kthvalue": "kthvalue CUDA", "histc": "_histc_cuda", "put": "put_"}.get(name)
+    if name == "cumsum":
+        out = kwargs.get("out")
+        made = kwargs.get("dtype") or (args[0] if out is None else out).dtype
+        kernel = "cumsum_cuda_kernel" if made.is_floating_point or made.is_complex else None
+    elif name == "bincount" and ((len(args) > 1 and args[1] is not None) or kwargs.get("weights") is not None):
+        kernel = "_bincount_cuda"
+    if kernel is not None:
+        raise RuntimeError(
+            f"{kernel} does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'"
         )
 
 

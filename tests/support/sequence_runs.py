@@ -7,6 +7,7 @@ prompts in each optimiser step.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -131,19 +132,40 @@ def refusals() -> None:
     eager.set_attn_implementation("eager")  # type: ignore[operator]
     refused("attn_implementation is 'eager'", lambda: spread(eager))
     # The first rows that show it are met in training.
-    long = [{"prompt": " ".join(WORDS * 6), "completions": ["a cat", "a dog", "on a mat"]} for _ in range(4)]
+    long = [{"prompt": " ".join(WORDS * 12), "completions": ["a cat", "a dog", "on a mat"]} for _ in range(4)]
     for layout in ("padded", "shared"):
         model = llama(max_position_embeddings=1024)
-        misplace(model, 100)
+        misplace(model, 160)  # the rows that every model is tried on are shorter
         made = spread(model, long, layout=layout)
         refused("sequence_parallel: layout: expected a model that computes", made.train)
 
 
-def misplace(model: Any, length: int) -> None:
+def given_up() -> None:
+    """`auto`, where slices of the shared rows are wrong: padded ones from there on, of a frozen copy too; said once."""
+    rows = [{"prompt": " ".join(WORDS[k:] * 5), "completions": ["a cat", "a dog", "on a mat"]} for k in range(12)]
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("clha_fast").addHandler(handler)
+
+    def make(sharing: int, **changes: Any) -> CLHATrainer:
+        model = make_model(len(TOKENIZER), max_position_embeddings=1024)
+        misplace(model, 160, 2)
+        layout = "auto" if sharing == 2 else "padded"
+        return trainer(sharing, model, rows, rows[:3], layout=layout, **changes)
+
+    for changes in ({}, {"objective": "dpo"}):
+        said.clear()
+        same(lambda sharing, changes=changes: make(sharing, **changes))  # type: ignore[misc]
+        assert sum(text.startswith("layout auto: padded from here on") for text in said) == 1, said
+    logging.getLogger("clha_fast").removeHandler(handler)
+
+
+def misplace(model: Any, length: int, times: float = 20) -> None:
     """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them."""
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight.data *= 20
+            projection.weight.data *= times
 
     def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         given = kwargs["position_ids"]
@@ -159,6 +181,7 @@ CASES: dict[str, Callable[[], None]] = {
     "streams": streams,
     "unequal": unequal,
     "refusals": refusals,
+    "given up": given_up,
 }
 
 

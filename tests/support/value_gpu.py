@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast import ops
-from tests.support.no_gpu import refuse_wide_product, told
+from tests.support.no_gpu import refuse_nondeterministic, refuse_wide_product, told
 from tests.support.powers import powers
 
 GPU = torch.device("cuda", 0)
@@ -105,6 +105,8 @@ class ValueGPU(TorchDispatchMode):
         masked = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
         if here and (name in READS or masked or not to_gpu):
             self.reads.append(name)
+        if here:
+            refuse_nondeterministic(func, args, kwargs)
         result = self._compute(func, *tree_map(_value, (args, kwargs)))
         if not to_gpu:
             return result

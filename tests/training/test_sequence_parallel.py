@@ -84,8 +84,13 @@ def test_under_a_budget_of_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_runs() -> None:
-    """Adapters, streams and refusals, in two processes beside each other and in one group."""
+    """Adapters, streams, refusals and layouts given up, in two processes beside each other and in one group."""
     run()
+
+
+def test_auto_goes_on_with_padded_rows() -> None:
+    """Not slow, for it is the only run of its kind that is no refusal."""
+    run("given up")
 
 
 def run(*names: str) -> None:

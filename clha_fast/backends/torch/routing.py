@@ -41,10 +41,25 @@ def kept_blocks(masses: Tensor, max_dropped_mass: float) -> Tensor:
     A token whose masses are NaN keeps everything.
     """
     lightest = masses.t().sort(dim=1).values
-    fits = lightest.cumsum(1, dtype=torch.float64) <= max_dropped_mass
+    fits = _running_sums(lightest) <= max_dropped_mass
     dropped = fits.sum(1, keepdim=True).clamp(max=masses.shape[0] - 1)
     threshold = lightest.gather(1, dropped).squeeze(1)
     return ~(masses < threshold)
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """float64 [n, blocks], `values.cumsum(1)`.
+
+    On a GPU by doubling: torch promises no order there for a running sum of floating numbers, and refuses it under
+    `torch.use_deterministic_algorithms(True)`.
+    """
+    if values.device.type == "cpu":
+        return values.cumsum(1, dtype=torch.float64)
+    sums, reach = values.double(), 1
+    while reach < sums.shape[1]:
+        sums = torch.cat([sums[:, :reach], sums[:, reach:] + sums[:, :-reach]], dim=1)
+        reach *= 2
+    return sums
 
 
 def block_means(head: TorchHead) -> Tensor:
