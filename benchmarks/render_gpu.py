@@ -93,9 +93,7 @@ def kernels(runs: dict[str, dict[str, Any]]) -> str:
         columns += [(f"{path}, {title}", rows[0][path], bound) for path in ("workspace", "fused", "routed")]
     lines = [f"| ms | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, label in (OWN | {"nvjet": LIBRARY}).items():
-        cells = [
-            sum(t for kernel, t in times.items() if kernel.startswith(name)) / 1e3 for _, times, _ in columns
-        ]
+        cells = [sum(t for kernel, t in times.items() if kernel.startswith(name)) / 1e3 for _, times, _ in columns]
         lines.append(f"| {label} | {' | '.join(f'{t:.2f}' if t else '-' for t in cells)} |")
     sums = [sum(times.values()) / 1e3 for _, times, _ in columns]
     known = [
