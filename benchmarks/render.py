@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks import render_gpu
 from benchmarks.measure import cpu_kind
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,12 @@ START, END = "<!-- cpu-table: rendered by benchmarks/render.py -->", "<!-- /cpu-
 SCALING = ("<!-- cpu-scaling: rendered by benchmarks/render.py -->", "<!-- /cpu-scaling -->")
 HELD_OUT = ("<!-- held-out: rendered by benchmarks/render.py -->", "<!-- /held-out -->")
 CHOOSING = ("<!-- choosing: rendered by benchmarks/render.py -->", "<!-- /choosing -->")
+GPU = {
+    name: (f"<!-- gpu-{name}: rendered by benchmarks/render.py -->", f"<!-- /gpu-{name} -->")
+    for name in ("shapes", "kernels", "step")
+}
+# The shape that README shows.
+FIRST_SHAPE = "8192 x 4096 x 128256"
 PLOTS = RESULTS.parent
 LABELS = {
     "clha_fast_torch": "**clha-fast, torch backend**",
@@ -103,7 +110,7 @@ def render(report: dict[str, Any], names: list[str]) -> str:
     origin = (
         f"Measured by `make bench-cpu` on {e['date']}: {cpu_kind(e)}, {e['threads']} threads, torch {e['torch']}, "
         f"commit {e['commit']}; medians{' [quartiles]' if quartiles else ''} of the ratios within each of {rounds} "
-        f"interleaved rounds{', in an order of its own each' if ordered else ''}{clock}. GPU: not measured."
+        f"interleaved rounds{', in an order of its own each' if ordered else ''}{clock}."
     )
     return "\n\n".join([*parts, origin])
 
@@ -218,6 +225,19 @@ def _fill(text: str, marks: tuple[str, str], content: str) -> str:
     return f"{before}{marks[0]}\n{content}\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
+def gpu_tables(readme: bool) -> dict[str, str]:
+    """Markdown of what was measured on a GPU, by the marks it stands between."""
+    reports = {
+        name: json.loads(RESULTS.with_name(f"{name}.json").read_text()) for name in ("gpu", "gpu-tiles", "gpu-step")
+    }
+    found = {
+        "shapes": render_gpu.shapes(reports["gpu"], [FIRST_SHAPE] if readme else None),
+        "kernels": render_gpu.kernels(reports["gpu-tiles"]),
+        "step": render_gpu.step(reports["gpu-step"]),
+    }
+    return {name: wrapped(text) if readme else text for name, text in found.items()}
+
+
 def plot(scaling: dict[str, Any], folder: Path) -> None:
     """Time and memory over the sizes, time over the kept share: one PNG each."""
     import matplotlib as mpl
@@ -271,6 +291,9 @@ def main() -> None:
             new = _fill(new, HELD_OUT, brief(trained) if readme else held_out(trained, against_length=True))
         if CHOOSING[0] in text:
             new = _fill(new, CHOOSING, choosing(trained))
+        for name, content in gpu_tables(readme).items():
+            if GPU[name][0] in text:
+                new = _fill(new, GPU[name], content)
         if args.check and new != text:
             raise SystemExit(f"{page}: a table is not the one that the figures in benchmarks/results render to")
         path.write_text(new)
