@@ -1,0 +1,85 @@
+"""What was measured on a GPU as tables, and the two benchmarks beside the main one, where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import render, render_gpu, step, tiles
+from csrc_triton import configs
+
+RESULTS = render.RESULTS.parent
+
+
+def table_of(kernel: str) -> dict[str, Any]:
+    return tiles.table()[kernel]
+
+
+def test_every_tile_that_is_tried_differs_from_the_table_s_and_from_the_others() -> None:
+    for kernel, tried in tiles.TILES.items():
+        own = table_of(kernel)
+        found = [own, *({name: v for name, v in (own | tile).items() if v is not None} for tile in tried)]
+        assert all(one not in found[:place] for place, one in enumerate(found)), kernel
+
+
+def test_a_run_puts_its_tiles_into_the_table_and_run_0_takes_them_out() -> None:
+    base = tiles.table()
+    before = json.dumps([configs.select(kernel, "sm_90", "16-bit") for kernel in base])
+    for run in (1, 3):
+        tiles.take(run, base)
+        for kernel, tile in tiles.tried(run).items():
+            chosen = configs.select(kernel, "sm_90", "16-bit")
+            assert {name: chosen.get(name) for name in tile} == tile
+    tiles.take(0, base)
+    assert json.dumps([configs.select(kernel, "sm_90", "16-bit") for kernel in base]) == before
+
+
+def test_sums_of_kernels_by_hand() -> None:
+    """Microseconds: 3,000 and 1,500 of the library's own, 2,000 of the vendor's, 500 of others; bare products 4,000."""
+    times = {"persistent_forward_kernel": 3000.0, "gradient_kernel": 1500.0, "nvjet_a": 1200.0, "nvjet_b": 800.0}
+    times["void at::native::add"] = 500.0
+    run = {
+        "shape": "1x2x3",
+        "environment": json.loads((RESULTS / "gpu.json").read_text())["environment"],
+        "runs": [
+            {"run": "bound", "kernels": {"nvjet_c": 4000.0}},
+            {"run": 0, "kernels": {"workspace": times, "fused": {"gather_kernel": 1000.0}, "routed": {}}},
+        ],
+    }
+    cells = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
+        for line in render_gpu.kernels({"now": run}).splitlines()
+        if line.startswith("|")
+    }
+    assert cells["forward"] == ["3.00", "-", "-"]
+    assert cells[render_gpu.LIBRARY] == ["2.00", "-", "-"]
+    assert cells["all others"] == ["0.50", "1.00", "0.00"]
+    assert cells["sum"] == ["7.00", "1.00", "0.00"]
+    assert cells["sum over them"] == ["1.75 x", "0.25 x", "0.00 x"]
+
+
+def test_methods_without_a_time_have_no_number() -> None:
+    report = json.loads((RESULTS / "gpu.json").read_text())
+    text = render_gpu.shapes(report)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len({len(row) for row in rows}) == 1
+    assert "TRL" in text
+    for entry in report["shapes"]:
+        entry["methods"]["cce"] = {"failed": "not installed"}
+    assert "CCE, gradients filtered" not in render_gpu.shapes(report)
+    assert "CCE, exact" in render_gpu.shapes(report)
+
+
+def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways run, what they wrote is marked as a dry run, and the table has a row for each."""
+    monkeypatch.setattr(sys, "argv", ["step", "--output", str(tmp_path), "--tiny", "--rounds", "1"])
+    assert step.main() == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert report["dry_run"]
+    assert report["shared_tokens"] < report["padded_tokens"]
+    assert set(report["ways"]) == set(step.WAYS) == set(render_gpu.WAYS)
+    assert all("seconds" in row for row in report["ways"].values())
