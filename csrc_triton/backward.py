@@ -307,6 +307,21 @@ def weight_grad_kernel(
         tl.store(out + local, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(values_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """out [size] = factor * values, float32 and rounded as it is stored."""
+    factor = tl.load(factor_ptr)
+    # Up to a multiple of 16, which the compiler sees: masked by any other number, loads would be one by one.
+    whole = size // 16 * 16
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(values_ptr + at, mask=at < whole, other=0.0)
+    tl.store(out_ptr + at, (x * factor).to(out_ptr.dtype.element_ty), mask=at < whole)
+    if tl.program_id(0) == 0:
+        rest = whole + tl.arange(0, 16)
+        few = tl.load(values_ptr + rest, mask=rest < size, other=0.0)
+        tl.store(out_ptr + rest, (few * factor).to(out_ptr.dtype.element_ty), mask=rest < size)
+
+
 @triton.jit(do_not_specialize=["M"])
 def row_sum_kernel(
     drows_ptr,

@@ -250,6 +250,7 @@ SMALL: dict[str, tuple[Config, Config]] = {
         {"BLOCK_K": 2, "BLOCK_V": 32, "num_warps": 4},
     ),
     "gradient": ({"BLOCK_V": 4096, "num_warps": 8}, {"BLOCK_V": 64, "num_warps": 4}),
+    "scale": ({"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 256, "num_warps": 4}),
     "row_sum": ({"BLOCK_N": 4, "BLOCK_H": 512, "num_warps": 4}, {"BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}),
     "route": ({"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     # A program of `routed_hidden_grad` adds to one such segment of tokens, or to several.

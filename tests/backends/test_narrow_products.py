@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clha_fast import HeadOptions, backends, reference
 from clha_fast.backends.triton import persistent
+from clha_fast.backends.triton.head import scaled
 from clha_fast.backends.triton.workspace import weight_gradient
 from clha_fast.types import Factors, HeadInputs, Needs
 from tests.support.triton_harness import error
@@ -92,3 +93,19 @@ def test_other_products_are_the_library_s(capability: int, width: int, count: in
     with ValueGPU().here(capability):
         factors = Factors(*(OnGPU(t.bfloat16()) for t in (left, right)), OnGPU(unit))
         assert not persistent.multiplies(factors)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 3), (300, 16), (4097,), (0, 4)])
+@pytest.mark.parametrize("kind", [*KINDS, "fp32"])
+def test_what_is_scaled_is_rounded_once(kind: str, shape: tuple[int, ...]) -> None:
+    """As torch multiplies and rounds, bit for bit, infinities and NaN as well; nothing beside it is written."""
+    dtype = (KINDS | {"fp32": torch.float32})[kind]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values.view(-1)[3:5] = torch.tensor([float("inf"), float("nan")])[: max(0, values.numel() - 3)]
+    factor, room = torch.tensor(0.3), torch.full((values.numel() + 8,), 7.0).to(dtype)
+    with ValueGPU().here(90):
+        scaled(OnGPU(values), OnGPU(factor), OnGPU(room[: values.numel()].view(shape)))
+    torch.testing.assert_close(
+        room[: values.numel()].view(shape), (values * 0.3).to(dtype), rtol=0, atol=0, equal_nan=True
+    )
+    assert (room[values.numel() :] == 7).all()

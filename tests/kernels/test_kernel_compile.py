@@ -202,7 +202,9 @@ def test_the_table_is_whole() -> None:
 
 def test_passes_over_the_workspace_load_whole_vectors(rows: list[Row]) -> None:
     """At most 80 registers without a softcap: three programs of eight warps an SM, loads enough in flight."""
-    passes = [row for row in rows if row["kernel"] in ("statistics", "gradient") and row["arch"].startswith("sm_")]
-    assert len(passes) >= 12
+    names = ("statistics", "gradient", "scale")
+    passes = [row for row in rows if row["kernel"] in names and row["arch"].startswith("sm_")]
+    passes = [row for row in passes if (row["kernel"], row["variant"]) != ("scale", "ones")]
+    assert len(passes) >= 15
     none_of([row for row in passes if row["vectors"] == 0], "no 16-byte access")
     none_of([row for row in passes if "softcap" not in row["variant"] and row["registers"] > 80], "too many registers")

@@ -100,7 +100,7 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
     # The second block on: it is 1, too.
     sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4}
-    sizes |= {"part_words": 1024}
+    sizes |= {"part_words": 1024, "size": 1 if ones else CHUNK_V * h}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
         operands = {"rows_desc": "NH", "weight_desc": "VH", "dlogits_desc": "NV"}
@@ -165,6 +165,7 @@ KERNELS = {
     "bias_grad": backward.bias_grad_kernel,
     "gather": backward.gather_kernel,
     "row_sum": backward.row_sum_kernel,
+    "scale": backward.scale_kernel,
     "combine": combine.combine_kernel,
     "token_statistics": combine.token_statistics_kernel,
     "prompts": ranking.prompts_kernel,

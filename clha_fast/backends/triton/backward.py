@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clha_fast.backends.triton.head import Head, gather, round_up, tiles
+from clha_fast.backends.triton.head import Head, gather, round_up, scaled, tiles
 from clha_fast.types import EntropySlopes, Needs
 from csrc_triton import backward
 
@@ -177,7 +177,7 @@ class Backward:
                     self._bias_grad(chunk)
             if self.dweight is not None and self.partial is not None:
                 rows = self.dweight[first_word : first_word + self.chunks.words]
-                torch.mul(self.partial[: rows.shape[0]], self.active.peak * self.factor, out=rows)
+                scaled(self.partial[: rows.shape[0]], self.active.peak * self.factor, rows)
 
     def _chunk(self, first_token: int, first_word: int) -> Chunk:
         words = min(self.chunks.words, self.vocabulary - first_word)

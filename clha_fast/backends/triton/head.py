@@ -175,6 +175,21 @@ class Head:
         return configs.select(kernel, self.arch, self.tile_class)
 
 
+def scaled(values: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out = factor * values, both contiguous and of one size, values in float32, rounded once; factor [].
+
+    `torch.mul` of a tensor by a number on the device, into another dtype, took three times what its bytes need on an
+    H200 (2.5 ms for 525 M numbers).
+    """
+    if values.numel():
+        config = configs.select("scale", architecture(values.device), "16-bit")
+        with on(values.device):
+            backward.scale_kernel[(tiles(values.numel(), config["BLOCK"]),)](
+                values, factor, out, values.numel(), **config
+            )
+    return out
+
+
 def gather(
     hidden: Tensor,
     head: Head,

@@ -43,7 +43,7 @@ from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.triton import persistent
 from clha_fast.backends.triton.backward import usable
 from clha_fast.backends.triton.clha import CLHARanking
-from clha_fast.backends.triton.head import Head, on
+from clha_fast.backends.triton.head import Head, on, scaled
 from clha_fast.backends.triton.launchers import launcher
 from clha_fast.backends.triton.softmax import gradient, statistics
 from clha_fast.layout import Chunk, accumulate, even_capacity, even_share, prompt_chunks, prompt_edges
@@ -117,7 +117,7 @@ def weight_gradient(factors: Factors, scale: Tensor | None, vocabulary: int, dty
             return persistent.product(factors, factor, vocabulary, dtype)
     out = right.new_empty(vocabulary, right.shape[1], dtype=dtype)
     for rows, part in _parts(left[:, :vocabulary].t(), right, out):
-        torch.mul(part, factor, out=rows)
+        scaled(part, factor, rows)
     return out
 
 
