@@ -91,6 +91,7 @@ def kernels(runs: dict[str, dict[str, Any]]) -> str:
         rows = {row["run"]: row["kernels"] for row in run["runs"]}
         bound = sum(rows["bound"].values()) / 1e3
         columns += [(f"{path}, {title}", rows[0][path], bound) for path in ("workspace", "fused", "routed")]
+    columns.append((f"eager, {title}", rows["eager_hf"], bound))
     lines = [f"| ms | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, label in (OWN | {"nvjet": LIBRARY}).items():
         cells = [sum(t for kernel, t in times.items() if kernel.startswith(name)) / 1e3 for _, times, _ in columns]
@@ -109,8 +110,8 @@ def kernels(runs: dict[str, dict[str, Any]]) -> str:
     commits = ", ".join(f"{title} {run['environment']['commit']}" for title, run in runs.items())
     text = (
         f"{last['shape']}, bfloat16; routed: a softmax of about 2 nats, `max_dropped_mass=0.01`. Time on the device by "
-        f"torch's profiler, the mean of three steps. `python -m benchmarks.tiles`, {origin(last['environment'])} "
-        f"({commits})."
+        f"torch's profiler, the mean of three steps, kernels of 3 microseconds and more. `python -m benchmarks.tiles`, "
+        f"{origin(last['environment'])} ({commits})."
     )
     return "\n".join([*lines, "", text])
 
@@ -129,7 +130,8 @@ def step(report: dict[str, Any]) -> str:
         f"A Llama of {report['parameters'] / 1e9:.1f} B parameters (16 layers, H 2048, V 128256), bfloat16, random "
         f"weights, no checkpointing: 4 prompts of 256 tokens with 4 responses of 256 to 512, "
         f"{report['padded_tokens']:,} tokens padded, {report['shared_tokens']:,} with prompts shared, "
-        f"{report['scored_tokens']:,} scored. Medians over {report['ways']['logits']['rounds']} interleaved rounds. "
+        f"{report['scored_tokens']:,} scored (the logits' way forms all). Medians over "
+        f"{report['ways']['logits']['rounds']} interleaved rounds. "
         f"`python -m benchmarks.step`, {origin(report['environment'])}."
     )
     return "\n".join([*lines, "", text])

@@ -24,7 +24,7 @@ from clha_fast.backends.memory import Workspace
 ROOT = Path(__file__).resolve().parent
 NOT_MEASURED = "not measured"
 MIB = 2**20
-# Share of the vendor's rate that a persistent Triton product reaches, without its epilogue: 0.96 the forward, 0.97
+# Share of the vendor's rate that a persistent Triton product reaches, without its epilogue: 0.95 the forward, 0.97
 # dweight, on an H200 (`benchmarks.tiles`, results/gpu-tiles.json). Published for hand-written CuTe: 0.90.
 TRITON_EFFICIENCY = 0.95
 # The fused backward's workspace, in elements.

@@ -15,7 +15,7 @@ from clha_fast.types import Factors
 from csrc_triton import configs, persistent_backward
 
 # Where the kernel's product was measured to be faster than the library's: 10.7 ms for 11.1, and 2.5 more to multiply
-# and round what that leaves in float32 (NVIDIA H200, 8192 x 4096 x 128256, benchmarks/results/tiles.json).
+# and round what that leaves in float32 (NVIDIA H200, 8192 x 4096 x 128256, results/gpu-tiles.json).
 PRODUCTS = ("sm_90",)
 
 
