@@ -1,10 +1,14 @@
-"""Whether a device's library multiplies 16 bits into float32, torch's `mm(..., out_dtype=torch.float32)`."""
+"""Products of 16 bits with a float32 result: where a device's library has them, and operands that keep their digits.
+
+They are torch's `mm(..., out_dtype=torch.float32)`.
+"""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+from torch import Tensor
 
 
 def why_not_wide(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,6 +35,16 @@ def why_not_wide(device: torch.device, dtype: torch.dtype) -> str | None:
             f"and the device's is {major}.{minor}"
         )
     return None
+
+
+def lift(rows: Tensor) -> Tensor:
+    """A power of two [] in float32, from 1 to 2^15, that brings the largest number of `rows` towards 1.
+
+    float16's numbers below 2^-14 have fewer digits, and lose them to any factor below 1: what is to be multiplied by
+    one comes lifted.
+    """
+    largest = torch.linalg.vector_norm(rows, torch.inf).to(torch.float32)
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent).clamp(1.0, 2.0**15)
 
 
 @functools.lru_cache(maxsize=64)

@@ -181,7 +181,7 @@ class RowLayouts:
         try:
             self.check(batch, others)
         except DifferentRowsError as error:
-            if not self._or_padded:
+            if not self._or_padded or batch.get("segments") is None:
                 raise
             if self._spread is not None:  # all processes are here: they have agreed on the error
                 self.settle("padded")

@@ -26,11 +26,11 @@ KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENS, WIDTH, VOCABULARY = 300, 32, 500
 
 
-def drawn(seed: int, dtype: torch.dtype, size: float) -> tuple[dict[str, Tensor], Tensor]:
+def drawn(seed: int, dtype: torch.dtype, size: float, hidden: float) -> tuple[dict[str, Tensor], Tensor]:
     """A nearly flat softmax, and upstream gradients of so many sizes that most are no power of two."""
     draw = torch.Generator().manual_seed(seed)
     given = {
-        "hidden": torch.randn(TOKENS, WIDTH, generator=draw).to(dtype),
+        "hidden": (hidden * torch.randn(TOKENS, WIDTH, generator=draw)).to(dtype),
         "weight": (0.02 * torch.randn(VOCABULARY, WIDTH, generator=draw)).to(dtype),
         "bias": (torch.arange(VOCABULARY) % 7 / 10).to(dtype),
     }
@@ -45,16 +45,18 @@ def eager(given: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> lis
     return list(torch.autograd.grad(value, leaves, upstream.to(value.dtype)))
 
 
-@pytest.mark.parametrize("size", [1.0, 3e-5, 2000.0])
+@pytest.mark.parametrize(("size", "hidden"), [(1.0, 1.0), (3e-5, 1.0), (2000.0, 1.0), (1.0, 1e-3), (3.0, 1e-4)])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_torch_backend_rounds_once(kind: str, size: float) -> None:
+@pytest.mark.parametrize("name", ["torch", "workspace"])
+def test_no_gradient_is_rounded_twice(name: str, kind: str, size: float, hidden: float) -> None:
+    """Of hidden states of any size: float16 has few digits below 6e-5."""
     dtype, off = KINDS[kind], [[0.0, 0.0] for _ in range(3)]
     for seed in range(3):
-        given, upstream = drawn(seed, dtype, size)
+        given, upstream = drawn(seed, dtype, size, hidden)
         exact = eager(given, upstream, torch.float64)
         with ValueGPU().here(90):
             inputs = HeadInputs(*(OnGPU(given[n]) for n in ("hidden", "weight", "bias", "targets")), None)
-            backend: Any = backends.load("torch")
+            backend: Any = backends.load(name)
             found = backend.token_logps_forward(inputs, HeadOptions())
             gradients = backend.token_logps_backward(
                 OnGPU(upstream), inputs, found.lse, found.route, HeadOptions(), Needs(True, True, True)
@@ -93,6 +95,16 @@ def test_other_products_are_the_library_s(capability: int, width: int, count: in
     with ValueGPU().here(capability):
         factors = Factors(*(OnGPU(t.bfloat16()) for t in (left, right)), OnGPU(unit))
         assert not persistent.multiplies(factors)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (1, 40)])
+def test_a_single_token_of_any_strides(strides: tuple[int, int]) -> None:
+    """Torch calls [1, H] contiguous whatever its first stride is; TMA does not."""
+    right = torch.arange(64.0).bfloat16().as_strided((1, 32), (strides[0], 1))
+    left, unit = torch.ones(1, 192).bfloat16(), torch.ones(())
+    with ValueGPU().here(90):
+        found = weight_gradient(Factors(OnGPU(left), OnGPU(right), OnGPU(unit)), None, 150, torch.float32).value
+    assert torch.equal(found, right.float().expand(150, 32))
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (300, 16), (4097,), (0, 4)])

@@ -33,7 +33,7 @@ def put(monkeypatch):
         install(monkeypatch, module)
         monkeypatch.setattr(two_calls, "choose", choose)
         # A torch that was built with its own, on a machine with a GPU, has it for GPUs' tensors alone.
-        monkeypatch.setattr(varlen, "torch_has", lambda: False)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
         return module
 
     yield found

@@ -14,6 +14,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.frozen import FrozenModel
 from clha_fast.models.layout_probe import pack
+from clha_fast.models.layouts import DifferentRowsError, RowLayouts
 from clha_fast.models.scoring import Scorer
 from clha_fast.models.segment_masks import UnsupportedLayoutError
 from clha_fast.models.unpacking import padded_batch
@@ -66,6 +67,24 @@ def test_attached(make, caplog) -> None:
     assert "log-probabilities differ" in said[0]
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("taken", ["model", "token_logps"])
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_padded_rows_that_are_not_computed_are_refused(
+    layout: str, taken: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As spread over processes they may be: there is no other way for them to go, and nothing is said of one."""
+    attached = clha_fast.attach(model := make_model(len(TOKENIZER)), layout=layout)
+
+    def check(*_: Any) -> None:
+        raise DifferentRowsError("log-probabilities differ")
+
+    monkeypatch.setattr(RowLayouts, "check", check)
+    batch = pack(texts(prompts=(5,), sizes=(4, 3)), "padded")
+    with pytest.raises(UnsupportedLayoutError, match="log-probabilities differ"):
+        attached.token_logps(batch) if taken == "token_logps" else model(**batch.as_dict())
+    assert "padded from here on" not in caplog.text
 
 
 def test_a_frozen_model_and_a_scorer(caplog) -> None:

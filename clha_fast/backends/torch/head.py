@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clha_fast.backends.products import why_not_wide
+from clha_fast.backends.products import lift, why_not_wide
 from clha_fast.backends.torch.caches import caches
 from clha_fast.backends.torch.moments import LEAST, Mix
 from clha_fast.backends.torch.scans import Scan, by_block, exp_, keep, pick_target, runs_of, scale_by_, subtract_target
@@ -35,7 +35,7 @@ ALIGNED = 16
 # For fewer a product has kernels of its own, whose sums are half as far off: calls of so few tokens stay as they are.
 _FEWEST_ALIGNED = 4
 
-# Stored columns are multiplied run by run, unless there are more runs: then copied together first.
+# Stored columns are multiplied run by run; where there are more runs, copied together first.
 _MOST_RUNS = 8
 
 # (first word, last word, the words' rows, out [words, aligned(n)]): writes softmax - target, or what `Mix` says, and
@@ -385,8 +385,7 @@ class TorchHead:
         dhidden = None if self.dhidden is None else torch.zeros(wide, width, dtype=self.dtype, device=self.device)
         scratch = self.scratch(wide)
         for a, b in self.blocks(wide):
-            words = self.word_rows(a, b)
-            p = scratch[: b - a]
+            words, p = self.word_rows(a, b), scratch[: b - a]
             # Every part is out of the store before its memory becomes the weight's gradient.
             for part, out in zip(parts, p.split(columns, dim=1), strict=True):
                 part.fill(a, b, words, out)
@@ -423,10 +422,11 @@ class TorchHead:
         """The tokens' rows times their factors; for narrow products these over the largest, a power of two, and it."""
         if self.dweight is None:
             return None, None
-        rows, unit = self.token_rows(*(part.tokens for part in parts)), None
-        if self.narrow:  # else float16 underflows
+        rows, unit = self.token_rows(*(p.tokens for p in parts)), None
+        if self.narrow:
             unit = factors.amax().clamp(min=torch.finfo(self.dtype).tiny)
-            factors = (factors / unit).to(rows.dtype)
+            up = lift(rows.masked_fill_((factors == 0).unsqueeze(1), 0))
+            rows, factors, unit = rows.mul_(up), (factors / unit).to(rows.dtype), unit / up
         return scale_by_(rows, factors), unit
 
     def _add_weight(self, out: Tensor, p: Tensor, scaled: Tensor, unit: Tensor | None) -> None:

@@ -69,7 +69,7 @@ def programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _has_descriptor(matrix: Tensor) -> bool:
+def has_descriptor(matrix: Tensor) -> bool:
     """Whether TMA can address a matrix: 16-bit, contiguous rows that start on 16 bytes, apart, not empty."""
     return (
         matrix.itemsize == 2
@@ -133,8 +133,8 @@ class Head:
             arch=architecture(hidden.device),
             tile_class="16-bit" if fast and _is_aligned(hidden) and _is_aligned(weight) else "fp32",
             is_wide=is_wide,
-            hidden_descriptor=row_index is None and _has_descriptor(hidden),
-            weight_descriptor=_has_descriptor(weight),
+            hidden_descriptor=row_index is None and has_descriptor(hidden),
+            weight_descriptor=has_descriptor(weight),
             flags={
                 "HAS_BIAS": bias is not None,
                 "HAS_SOFTCAP": head.softcap is not None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.backends.triton.backward import Backward, Chunk
-from clha_fast.backends.triton.head import architecture, programs, round_up, tiles
+from clha_fast.backends.triton.head import architecture, has_descriptor, programs, round_up, tiles
 from clha_fast.types import Factors
 from csrc_triton import configs, persistent_backward
 
@@ -32,7 +32,8 @@ def multiplies(factors: Factors) -> bool:
     """Whether `product` is the way to such factors' product: on a device of `PRODUCTS`, rows of whole vectors."""
     left, right, _ = factors
     # The width is `Head.is_persistent_backward`'s.
-    return right.shape[0] > 0 and right.shape[1] % 16 == 0 and architecture(left.device) in PRODUCTS
+    known = right.shape[0] > 0 and right.shape[1] % 16 == 0 and architecture(left.device) in PRODUCTS
+    return known and has_descriptor(left) and has_descriptor(right)
 
 
 def product(factors: Factors, factor: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:

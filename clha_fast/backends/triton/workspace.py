@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from clha_fast.backends.memory import PART_BYTES, Workspace, padded_width
-from clha_fast.backends.products import why_not_wide
+from clha_fast.backends.products import lift, why_not_wide
 from clha_fast.backends.sweep import sweep_prompts
 from clha_fast.backends.triton import persistent
 from clha_fast.backends.triton.backward import usable
@@ -238,13 +238,14 @@ class Loaded:
             self._add_hidden(sweep.dhidden, z, power)
         if sweep.keeps_factors or sweep.dweight is not None:
             # What has no gradient is not multiplied by 0: its hidden state may be NaN.
-            rows = torch.where((size == 0).unsqueeze(1), 0, self.rows)
-            if share is not None:
-                rows = rows * share
+            rows, whole = torch.where((size == 0).unsqueeze(1), 0, self.rows), unit
+            if share is not None and unit is not None:
+                up = lift(rows)
+                rows, whole = rows.mul_(up).mul_(share), unit / up
             if sweep.dweight is None:
-                sweep.factors = Factors(self.z, rows.contiguous(), grad.new_ones(()) if unit is None else unit)
+                sweep.factors = Factors(self.z, rows.contiguous(), grad.new_ones(()) if whole is None else whole)
             else:
-                self._add_weight(sweep.dweight, z, rows, unit)
+                self._add_weight(sweep.dweight, z, rows, whole)
         if sweep.dbias is not None:
             self._add_bias(sweep.dbias, z, share, unit)
 
