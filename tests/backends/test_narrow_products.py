@@ -51,7 +51,7 @@ def eager(given: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> lis
 def test_no_gradient_is_rounded_twice(name: str, kind: str, size: float, hidden: float) -> None:
     """Of hidden states of any size: float16 has few digits below 6e-5."""
     dtype, off = KINDS[kind], [[0.0, 0.0] for _ in range(3)]
-    for seed in range(3):
+    for seed in range(3 if name == "torch" else 1):  # whose kernels are interpreted
         given, upstream = drawn(seed, dtype, size, hidden)
         exact = eager(given, upstream, torch.float64)
         with ValueGPU().here(90):

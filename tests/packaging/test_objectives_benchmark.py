@@ -11,7 +11,7 @@ from benchmarks.inputs import shrink
 
 
 def test_a_line_for_each_objective(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"small-vocabulary": shrink(objectives.WORKLOADS["small-vocabulary"], 8)}
+    small = {"small-vocabulary": shrink(objectives.WORKLOADS["small-vocabulary"], 64)}
     monkeypatch.setattr(objectives, "WORKLOADS", small)
     monkeypatch.setattr(sys, "argv", ["objectives", "--rounds", "5"])
     objectives.main()
