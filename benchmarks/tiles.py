@@ -5,7 +5,7 @@
 Every run gives each kernel the next of its `TILES`, and times a step of each path under torch's profiler: kernels are
 timed one by one, so one run tries a tile of every kernel. Run 0 is the table as it is. What the others compute is
 compared with it. All runs are compiled first, in parallel processes; then one process times them. DIR/tiles.json has
-microseconds by kernel, saved after every run.
+microseconds by kernel, DIR/tiles.log what the processes said.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
     left = deadline.left() - 5
     out, errors, _ = output_within([*command, "--time", str(left - 10)], left)
     report["runs"] = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
-    report["errors"] = errors.strip()[-2000:]
+    (args.output / "tiles.log").write_text(errors)
     (args.output / "tiles.json").write_text(json.dumps(report, indent=1) + "\n")
     print(summary(report["runs"]))
 
