@@ -241,6 +241,15 @@ def time_runs(shape: Shape, deadline: Deadline) -> None:
         print(json.dumps(row), flush=True)
 
 
+def why_not() -> str | None:
+    """Why nothing can be timed here: the rows of the table that are tried are those of one architecture."""
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    if torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 9:
+        return f"expected compute capability 9.x, whose tiles are tried, got {torch.cuda.get_device_name()}"
+    return None
+
+
 def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.tiles", "--shape", args.shape, "--output", str(args.output)]
@@ -300,6 +309,9 @@ def main() -> int:
     parser.add_argument("--time", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     shape = find_shapes([args.shape])[0]
+    if (why := why_not()) is not None:
+        print(f"benchmarks.tiles: {why}", file=sys.stderr)
+        return 2
     for kernel in set(TILES) - set(args.only):
         del TILES[kernel]
     if args.compile is not None:

@@ -77,7 +77,8 @@ class SweepingBackend(HeadBackend, Protocol):
     ) -> tuple[LossResult, SweptGradients]:
         """`loss_forward` and the gradients; float32 or wider, for the upstream gradient is still to come.
 
-        A weight's gradient may be left as its `Factors`: the backend then has `weight_gradient`.
+        A weight's gradient may be left as its `Factors`: the backend then has `weight_gradient`, and `scaled`, which
+        multiplies the upstream gradient into the others and rounds them in one pass.
         """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import render, render_gpu, step, tiles
 from csrc_triton import configs
@@ -36,6 +37,24 @@ def test_a_run_puts_its_tiles_into_the_table_and_run_0_takes_them_out() -> None:
             assert {name: chosen.get(name) for name in tile} == tile
     tiles.take(0, base)
     assert json.dumps([configs.select(kernel, "sm_90", "16-bit") for kernel in base]) == before
+
+
+@pytest.mark.parametrize(("capability", "said"), [(None, "no GPU here"), ((8, 0), "expected compute capability 9.x")])
+def test_tiles_of_another_device_are_not_tried(
+    capability: tuple[int, int] | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is tried would be put into a row that such a device does not read, and timed as if it were."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(sys, "argv", ["tiles", "--output", str(tmp_path / "out")])
+    assert tiles.main() == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sums_of_kernels_by_hand() -> None:

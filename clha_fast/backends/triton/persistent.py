@@ -14,8 +14,8 @@ from clha_fast.backends.triton.head import architecture, has_descriptor, program
 from clha_fast.types import Factors
 from csrc_triton import configs, persistent_backward
 
-# Where the kernel's product was measured to be faster than the library's: 10.7 ms for 11.1, and 2.5 more to multiply
-# and round what that leaves in float32 (NVIDIA H200, 8192 x 4096 x 128256, results/gpu-tiles.json).
+# Where the kernel's product was measured to be faster than the library's: 11.5 ms for 11.1, and 2.5 more to multiply
+# and round what that leaves in float32 (NVIDIA H200, 8192 x 4096 x 128256, benchmarks/results/gpu-tiles.json).
 PRODUCTS = ("sm_90",)
 
 
