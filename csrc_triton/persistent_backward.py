@@ -190,15 +190,16 @@ def persistent_weight_grad_kernel(
         inside = (word < num_words)[:, None] & (h < H)[None, :]
         local = tile_v.to(tl.int64) * BLOCK_V * H + (tl.arange(0, BLOCK_V)[:, None] * H + h[None, :])
         acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
-        if HAS_PARTIAL:
-            is_later = first_token + tl.zeros((BLOCK_V, 1), tl.int32) > 0
-            acc = tl.load(partial_ptr + local, mask=inside & is_later, other=0.0)
         for start in range(0, active, BLOCK_N):
             g = dlogits_desc.load([start, tile_v * BLOCK_V])
             x = rows_desc.load([first_token + start, tile_h * BLOCK_H])
             acc = tl.dot(g.T, x, acc)
         if HAS_PARTIAL:
-            tl.store(partial_ptr + local, acc, mask=inside)
+            # As in dhidden: L2 adds, and no sum of earlier tokens takes registers beside this one.
+            if first_token > 0:
+                tl.atomic_add(partial_ptr + local, acc, mask=inside, sem="relaxed")
+            else:
+                tl.store(partial_ptr + local, acc, mask=inside)
         else:
             acc = acc * (tl.load(peak_ptr) * factor)
             out = dweight_ptr + tl.cast(first_word, tl.int64) * H + local

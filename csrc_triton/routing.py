@@ -134,34 +134,132 @@ def route_count_kernel(
     tl.store(counts_ptr + block * num_segments + segment, tl.sum(kept.to(tl.int32), axis=1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_block", "N", "num_segments"])
+@triton.jit(do_not_specialize=["num_blocks", "num_segments", "num_chunks", "rows", "most_blocks"])
+def route_chunks_kernel(
+    ends_ptr,
+    firsts_ptr,
+    used_ptr,
+    first_row_ptr,
+    num_blocks,
+    num_segments,
+    num_chunks,
+    rows,
+    most_blocks,
+    TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Which blocks are worked on together: as many as have their pairs, in whole tiles, in the workspace's `rows`.
+
+    Chunk c has blocks firsts[c] to firsts[c + 1] - 1, at most `most_blocks`, and used[c] rows, block b's from
+    first_row[b] on; all int32. Chunks behind the last block are empty. One program, BLOCK_B >= num_blocks.
+    """
+    block = tl.arange(0, BLOCK_B)
+    is_block = block < num_blocks
+    last = block.to(tl.int64) * num_segments + num_segments - 1
+    total = tl.load(ends_ptr + last, mask=is_block, other=0)
+    size = (tl.cdiv(total, TILE) * TILE).to(tl.int64)
+    end = tl.cumsum(size, axis=0)
+    first = tl.cast(0, tl.int32)
+    base = tl.cast(0, tl.int64)
+    tl.store(firsts_ptr, 0)
+    for chunk in range(0, num_chunks):
+        fits = is_block & (end <= base + rows)
+        after = tl.minimum(tl.sum(fits.to(tl.int32), axis=0), first + most_blocks)
+        is_here = (block >= first) & (block < after)
+        tl.store(first_row_ptr + block, (end - size - base).to(tl.int32), mask=is_here)
+        here = tl.sum(tl.where(is_here, size, 0), axis=0)
+        tl.store(firsts_ptr + chunk + 1, after)
+        tl.store(used_ptr + chunk, here.to(tl.int32))
+        first = after
+        base += here
+
+
+@triton.jit(do_not_specialize=["chunk", "N", "num_segments"])
 def route_list_kernel(
     route_ptr,
     order_ptr,
     count_ptr,
     ends_ptr,
+    firsts_ptr,
+    first_row_ptr,
     list_ptr,
-    first_block,
+    owner_ptr,
+    chunk,
     N,
     num_segments,
-    capacity,
     SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """list [chunk of blocks, capacity] int32: the sorted positions of each block's tokens, ascending.
+    """list [rows] int32: the sorted positions of the tokens of the chunk's blocks, ascending within each.
 
-    ends [num_blocks, num_segments]: prefix sums of `route_count_kernel`'s counts within each block.
+    owner [rows / TILE] int32: whose a tile of rows is. ends [num_blocks, num_segments]: prefix sums of
+    `route_count_kernel`'s counts within each block.
     """
     pid = tl.program_id(0)
     segment = pid % num_segments
-    local = pid // num_segments
-    block = first_block + local
-    end = tl.load(ends_ptr + block * num_segments + segment)
+    block = tl.load(firsts_ptr + chunk) + pid // num_segments
+    if block >= tl.load(firsts_ptr + chunk + 1):
+        return
+    ends = ends_ptr + block.to(tl.int64) * num_segments
+    end = tl.load(ends + segment)
+    row = tl.load(first_row_ptr + block)
     k = segment * SEGMENT + tl.arange(0, SEGMENT)
     kept = keeps(route_ptr, order_ptr, count_ptr, block + tl.zeros((1,), tl.int32), k, N)
     kept = tl.reshape(kept, (SEGMENT,)).to(tl.int32)
     # From the segment's end backwards: the prefix sum includes the element itself.
     place = end - tl.sum(kept, axis=0) + tl.cumsum(kept, axis=0) - 1
-    tl.store(list_ptr + local.to(tl.int64) * capacity + place, k, mask=kept > 0)
+    tl.store(list_ptr + row + place, k, mask=kept > 0)
+    if segment == 0:
+        tile = tl.arange(0, 16)
+        tiles = tl.cdiv(tl.load(ends + num_segments - 1), TILE)
+        for first in range(0, tiles, 16):
+            tl.store(owner_ptr + row // TILE + first + tile, block + tl.zeros_like(tile), mask=first + tile < tiles)
+
+
+@triton.jit(do_not_specialize=["chunk", "num_segments", "span", "most"])
+def route_pieces_kernel(
+    ends_ptr,
+    firsts_ptr,
+    first_row_ptr,
+    pieces_ptr,
+    totals_ptr,
+    chunk,
+    num_segments,
+    span,
+    most,
+    PIECE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """pieces [groups, most, 3], totals [groups] int32: what `routed_hidden_grad_kernel` goes through.
+
+    A group is `span` segments of the sorted tokens, a piece (block, first of its rows, how many: at most PIECE) of the
+    chunk. Blocks ascend, and a block without a pair has no piece. Behind the last stands one of size 0.
+    """
+    group = tl.program_id(0)
+    first_segment = group * span
+    last_segment = tl.minimum(first_segment + span, num_segments) - 1
+    first_block, after = tl.load(firsts_ptr + chunk), tl.load(firsts_ptr + chunk + 1)
+    pieces_ptr += group.to(tl.int64) * most * 3
+    total = tl.cast(0, tl.int32)
+    for b0 in range(first_block, after, BLOCK_B):
+        block = b0 + tl.arange(0, BLOCK_B)
+        inside = block < after
+        ends = ends_ptr + block.to(tl.int64) * num_segments
+        end = tl.load(ends + last_segment, mask=inside, other=0)
+        start = tl.load(ends + first_segment - 1, mask=inside & (first_segment > 0), other=0)
+        row = tl.load(first_row_ptr + block, mask=inside, other=0)
+        count = tl.cdiv(end - start, PIECE)
+        at = pieces_ptr + (total + tl.cumsum(count, axis=0) - count) * 3
+        for index in range(0, tl.max(count, axis=0)):
+            is_piece = index < count
+            first = start + index * PIECE
+            tl.store(at + index * 3, block, mask=is_piece)
+            tl.store(at + index * 3 + 1, row + first, mask=is_piece)
+            tl.store(at + index * 3 + 2, tl.minimum(end - first, PIECE), mask=is_piece)
+        total += tl.sum(count, axis=0)
+    part = tl.arange(0, 4)
+    tl.store(pieces_ptr + total * 3 + part, tl.zeros((4,), tl.int32), mask=part < 3)
+    tl.store(totals_ptr + group, total)
 
 
 @triton.jit(do_not_specialize=["first_position", "num_rows", "N"])

@@ -1,4 +1,5 @@
-"""dhidden's sums are added to by reducing stores: who adds to what, in which launch, and behind which barrier.
+"""dhidden's sums, and dweight's of several chunks of tokens, are added to by reducing stores: who adds to what, in
+which launch, and behind which barrier.
 
 Between two launches of a stream the order is the device's; within one nothing orders two programs, and nothing but a
 barrier orders two threads of one. So a launch may add to an address twice in one program alone, with a barrier between.
@@ -19,6 +20,7 @@ from clha_fast.backends.triton.head import Head
 from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.types import Needs
+from tests.support.powers import as_on_nvidia
 from tests.support.triton_harness import DEVICE, PLAIN, close, eager_gradients, forward, gradients, problem, upstream
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="recorded in the interpreter")
@@ -34,12 +36,12 @@ class Add(NamedTuple):
 
 
 class Recorder:
-    """What the interpreter's programs add, from `patch` on; what lies outside `bounds`, if set, is not written."""
+    """What the interpreter's programs add, from `patch` on; outside all of `bounds`, if there are any, nothing is."""
 
     def __init__(self) -> None:
         self.adds: list[Add] = []
         self.launches = self.barriers = 0
-        self.bounds: tuple[int, int] | None = None
+        self.bounds: list[tuple[int, int]] = []
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime.interpreter import InterpreterBuilder
@@ -48,9 +50,9 @@ class Recorder:
 
         def add(builder: Any, operator: Any, pointer: Any, value: Any, mask: Any, *order: Any) -> Any:
             addresses = pointer.data[mask.data]
-            if self.bounds is not None:
-                first, end = self.bounds
-                assert ((addresses >= first) & (addresses < end)).all(), "beside the sums"
+            if self.bounds:
+                inside = [(addresses >= first) & (addresses < end) for first, end in self.bounds]
+                assert np.logical_or.reduce(inside).all(), "beside the sums"
             self.adds.append(Add(self.launches, builder.grid_idx, self.barriers, addresses))
             return old["create_atomic_rmw"](builder, operator, pointer, value, mask, *order)
 
@@ -120,7 +122,8 @@ def test_dense(recorder: Recorder, tokens: int, vocabulary: int, width: int, wor
         sweep = kind(p.hidden, ready, Active.of(grad, ready, tokens), lse, workspace_bytes, Needs(True, True, False))
         rows = sweep.drows
         assert rows is not None
-        recorder.bounds = rows.data_ptr(), rows.data_ptr() + rows.nbytes
+        sums = [rows] if sweep.partial is None else [rows, sweep.partial]
+        recorder.bounds = [(each.data_ptr(), each.data_ptr() + each.nbytes) for each in sums]
         sweep.run()
         sweeps.append(sweep)
         if kind is PersistentBackward:
@@ -151,9 +154,15 @@ def test_no_chunk_has_more_parts_than_rows_for_them(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("resident", "workspace_bytes", "dtype"),
-    [(1, None, torch.float32), (1, 1, torch.float16), (99, None, torch.float16)],
-    ids=["several segments a program", "a block a launch", "a segment a program"],
+    ("resident", "workspace_bytes", "dtype", "ptx"),
+    [
+        (1, None, torch.float32, False),
+        (1, 1, torch.float16, False),
+        (99, None, torch.float16, False),
+        (1, None, torch.float32, True),
+        (99, None, torch.float16, True),
+    ],
+    ids=["several segments a program", "a block a launch", "a segment a program", "several, PTX", "one, PTX"],
 )
 def test_routed(
     recorder: Recorder,
@@ -161,8 +170,11 @@ def test_routed(
     resident: int,
     workspace_bytes: int | None,
     dtype: torch.dtype,
+    ptx: bool,
 ) -> None:
     monkeypatch.setattr(routed, "_RESIDENT", resident)
+    if ptx:
+        as_on_nvidia(monkeypatch)
     head = PLAIN.replace(max_dropped_mass=0.0, workspace_bytes=workspace_bytes)
     p = problem(70, 2 * ROUTE_WORDS + 9, 40, dtype=dtype, head=head, rows=60)
     value = gradients(p, upstream(p), (True, False, False))[0]

@@ -13,11 +13,13 @@ from torch import Tensor
 from clha_fast import functional
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.backends.triton import backward as triton_backward
-from clha_fast.backends.triton.backward import Chunks
+from clha_fast.backends.triton.backward import Active, Backward, Chunks
+from clha_fast.backends.triton.head import Head
+from clha_fast.backends.triton.persistent import PersistentBackward, even_words
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.options import HeadOptions
 from clha_fast.types import Needs
-from csrc_triton import backward
+from csrc_triton import backward, configs
 from tests.support.parameters import covered
 from tests.support.triton_harness import (
     DEVICE,
@@ -77,6 +79,39 @@ def test_the_workspace_keeps_to_its_budget() -> None:
         assert 128 <= chunks.tokens < tokens + 128
         assert 256 <= chunks.words < words + 256
         assert chunks.tokens * chunks.words <= max(budget // 2, 128 * 256)
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "words"),
+    [
+        (2304, 4096, 3584),  # dweight: 288 tiles are three turns of 132 programs, 252 are two
+        (3584, 4096, 3584),  # 448 are four, 392 three
+        (4096, 4096, 4096),  # 512 of 528
+        (2304, 3000, 2816),  # 12.5 and 11 tiles of words: 10 are not three quarters
+        (2304, 512, 512),  # two tiles of words: fewer would be half
+        (2304, 200, 200),  # less than one
+    ],
+)
+def test_a_chunk_has_words_that_keep_the_device_busy(width: int, most: int, words: int) -> None:
+    table = configs.PERSISTENT["persistent_logit_grad"]["sm_90"], configs.PERSISTENT["persistent_weight_grad"]["sm_90"]
+    assert even_words(8192, most, width, 132, *table) == words
+
+
+def test_chunks_of_words_keep_to_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched: on devices of several sizes a chunk is no longer than its budget, and not much shorter."""
+    for count, width, tokens in itertools.product((1, 3, 20, 132), (16, 80), (1, 70, 330)):
+        monkeypatch.setattr("clha_fast.backends.triton.persistent.programs", lambda device, count=count: count)
+        for budget in (1, 16384, 65536, None):
+            p = problem(tokens, 700, width, dtype=torch.float16)
+            ready, needs = Head.of(p.inputs, p.head), Needs(True, True, False)
+            active = Active.of(torch.ones(tokens), ready, tokens)
+            own, plain = (
+                kind(p.hidden, ready, active, torch.zeros(tokens), budget, needs).chunks
+                for kind in (PersistentBackward, Backward)
+            )
+            assert own.tokens == plain.tokens
+            assert own.words % 32 == 0
+            assert plain.words * 3 // 4 <= own.words <= plain.words
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -93,13 +93,20 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
         "lse_ptr": "*fp64",
         "list_ptr": "*i32",
         "ends_ptr": "*i32",
+        "pieces_ptr": "*i32",
+        "totals_ptr": "*i32",
+        "firsts_ptr": "*i32",
+        "used_ptr": "*i32",
+        "first_row_ptr": "*i32",
+        "owner_ptr": "*i32",
         "counts_ptr": "*i32",
     }
     sizes = {"M": n, "padded": n, "N": n, "stride_hidden_n": h, "stride_hidden_h": 1, "stride_rows_n": h}
     blocks = -(-v // ROUTE_WORDS)
-    sizes |= {"capacity": N, "num_blocks": blocks, "num_statistics": blocks, "chunk_blocks": 1 if v == 1 else 32}
-    # The second block on: it is 1, too.
-    sizes |= {"first_block": 1 if v == 1 else 32, "num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4}
+    sizes |= {"num_blocks": blocks, "num_statistics": blocks, "most_blocks": 1 if v == 1 else 256}
+    sizes |= {"num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4, "groups": 1 if n == 1 else 8}
+    sizes |= {"chunk": 1, "num_chunks": 1 if n == 1 else 32, "rows": 1 if n == 1 else 2**18}
+    sizes |= {"most": 1 if n == 1 else 2049, "PIECE": 128, "TILE": 128}
     sizes |= {"part_words": 1024, "size": 1 if ones else CHUNK_V * h}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
@@ -113,6 +120,8 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     flags |= {"STATISTIC": statistic, "ROUTE_WORDS": ROUTE_WORDS, "RATIO": 1, "HAS_ORDER": True}
     scales["max_dropped_mass"] = 0.01
     variants = {"HAS_ROW_INDEX": True, "HAS_PARTIAL": partial}
+    if kernel == "route_chunks":
+        variants["BLOCK_B"] = 2048
     variants |= {"EVEN_H": h % launch["BLOCK_H"] == 0 if "BLOCK_H" in launch else True, "WIDE": variant == "wide"}
     own = extras("moments" if kernel == "token_statistics" else variant)
     return common | chunk | scales | flags | pointers | sizes | variants | own
@@ -152,6 +161,8 @@ KERNELS = {
     "routed_bias_grad": routed.routed_bias_grad_kernel,
     "route": routing.route_kernel,
     "route_count": routing.route_count_kernel,
+    "route_chunks": routing.route_chunks_kernel,
+    "route_pieces": routing.route_pieces_kernel,
     "route_list": routing.route_list_kernel,
     "dropped_mass": routing.dropped_mass_kernel,
     "head_forward": forward.head_forward_kernel,

@@ -69,8 +69,7 @@ class Chunk(NamedTuple):
     dlogits: Tensor
 
 
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(NamedTuple):
     """How the workspace is cut: [tokens, words] elements, both whole tiles."""
 
     tokens: int
@@ -133,6 +132,8 @@ class Backward:
             self.block_n,
             self.config["logit_grad"]["BLOCK_V"],
         )
+        if self.chunks.words < self.vocabulary:
+            self.chunks = self.chunks._replace(words=self._words(self.chunks))
         chunks, padded, device = self.chunks, round_up(self.num_tokens, self.block_n), hidden.device
         self.rows = self.new_rows(padded)
         self.dlogits = hidden.new_empty(chunks.tokens, chunks.words)
@@ -152,6 +153,10 @@ class Backward:
 
     def new_rows(self, padded: int) -> Tensor:
         return self.hidden.new_empty(padded, self.width)
+
+    def _words(self, most: Chunks) -> int:
+        """Words of a chunk, of at most `most`."""
+        return most.words
 
     def run(self) -> None:
         gather(self.hidden, self.head, self.rows, order=self.active.order, count=self.active.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clha_fast.backends.triton.backward import Backward, Chunk
+from clha_fast.backends.triton.backward import Backward, Chunk, Chunks
 from clha_fast.backends.triton.head import architecture, has_descriptor, programs, round_up, tiles
 from clha_fast.types import Factors
 from csrc_triton import configs, persistent_backward
+from csrc_triton.configs import Config
 
 # Where the kernel's product was measured to be faster than the library's: 11.5 ms for 11.1, and 2.5 more to multiply
 # and round what that leaves in float32 (NVIDIA H200, 8192 x 4096 x 128256, benchmarks/results/gpu-tiles.json).
@@ -26,6 +28,24 @@ def even_parts(blocks: int, tiles_of_rows: int, programs: int, most: int) -> int
     """
     found = [parts for parts in range(1, min(most, blocks) + 1) if blocks % parts == 0] or [1]
     return min(found, key=lambda parts: (Fraction(tiles(tiles_of_rows * parts, programs), parts), parts))
+
+
+def even_words(tokens: int, most: int, width: int, programs: int, logits: Config, weight: Config) -> int:
+    """Words of a chunk: those of `most` and three quarters of it with which logits and dweight take least time a word.
+
+    Programs that find a tile left keep the others waiting to its end. At H 2304 dweight has 288 tiles for 4096 words,
+    2.2 turns of 132 programs, and takes three; 252 for 3584, and takes two. (dhidden's turns do not depend on words.)
+    """
+    block = math.lcm(logits["BLOCK_V"], weight["BLOCK_V"])
+
+    def a_word(words: int) -> Fraction:
+        """Turns, each in products of one element of a tile."""
+        found = tiles(tokens, logits["BLOCK_N"]) * tiles(words, logits["BLOCK_V"])
+        turns = tiles(found, programs) * logits["BLOCK_N"] * logits["BLOCK_V"] * width
+        found = tiles(words, weight["BLOCK_V"]) * tiles(width, weight["BLOCK_H"])
+        return Fraction(turns + tiles(found, programs) * weight["BLOCK_V"] * weight["BLOCK_H"] * tokens, words)
+
+    return min(range(most // block * block, max(block, most * 3 // 4) - 1, -block), key=a_word, default=most)
 
 
 def multiplies(factors: Factors) -> bool:
@@ -86,6 +106,17 @@ class PersistentBackward(Backward):
                 padded, width = self.drows.shape
                 self.drows = self.drows.new_empty(self.parts * padded, width)
             self.drows.zero_()
+
+    def _words(self, most: Chunks) -> int:
+        rows, padded = self.config["hidden_grad"], round_up(self.num_tokens, self.block_n)
+        # Few tokens' dhidden is cut into equal parts of a chunk, which a number of words has or has not.
+        if tiles(most.tokens, rows["BLOCK_N"]) * tiles(self.width, rows["BLOCK_H"]) <= programs(self.hidden.device):
+            return most.words
+        weight = self.config["weight_grad"]
+        if most.tokens < padded:
+            weight = self.head.config("persistent_weight_grad_partial")
+        count = programs(self.hidden.device)
+        return even_words(most.tokens, most.words, self.width, count, self.config["logit_grad"], weight)
 
     def _tiles_of_rows(self, chunk: Chunk) -> int:
         config = self.config["hidden_grad"]

@@ -8,28 +8,40 @@ Every grid and every buffer is that of the worst case, all pairs kept: the host 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from clha_fast.backends.triton.backward import WORKSPACE_BYTES, Active, sum_rows
-from clha_fast.backends.triton.head import Head, gather, programs, round_up, tiles
+from clha_fast.backends.triton.head import Head, cache_bytes, gather, programs, round_up, tiles
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, Needs
 from csrc_triton import routed, routing
 
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
 _MASS_SCALE = 2.0**15
-# Programs of dhidden that run at once on a multiprocessor: the lengths of their segments are chosen for so many.
-_RESIDENT = 2
+# Programs of dhidden that run at once on a multiprocessor, and the share of L2 that the sums they own may fill: the
+# rest is for what passes through.
+_RESIDENT = 1
+_CACHE_SHARE = 0.7
+# How many times as many blocks as all tokens' pairs leave room for a chunk may have: grids are made for so many.
+_MOST_BLOCKS = 8
 
 
-def segments_together(segments: int, tiles_h: int, multiprocessors: int) -> int:
-    """How many segments of tokens one program of dhidden takes, for its tile of H: all programs run at once, if so.
+def segments_together(segments: int, tiles_h: int, multiprocessors: int, owned: float) -> int:
+    """How many segments of tokens one program of dhidden takes, for its tile of H.
 
-    The longer, the more pairs share a load of the weight.
+    The longer, the more pairs share a load of the weight: as many as leave every multiprocessor a program, and at most
+    `owned`, of which L2 holds the sums of all programs that run at once.
     """
-    return max(1, tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)))
+    return max(1, int(min(tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)), owned)))
+
+
+def segments_in_cache(device: torch.device, segment_bytes: int) -> float:
+    """Segments a program of which L2 keeps the float32 sums, `segment_bytes` each, while all programs run at once."""
+    return _CACHE_SHARE * cache_bytes(device) / (_RESIDENT * programs(device) * segment_bytes)
 
 
 def routed_backward(
@@ -49,38 +61,57 @@ def routed_backward(
     """
     sweep = _Routed.of(hidden, head, active, lse, route, options.workspace_bytes)
     vocabulary, width = head.weight.shape
-    drows = None
+    drows = pieces = None
     if needs.hidden:
         empty = torch.empty if options.max_dropped_mass else torch.zeros
         drows = empty(sweep.capacity, width, dtype=torch.float32, device=hidden.device)
         if options.max_dropped_mass:
             sweep.start_from_means(drows)
+        pieces = sweep.new_pieces()
     dweight = head.weight.new_empty(head.weight.shape) if needs.weight else None
     dbias = torch.empty(vocabulary, dtype=torch.float32, device=hidden.device) if needs.bias else None
-    blocks = route.shape[0]
-    for first in range(0, blocks, sweep.chunk):
-        count = min(sweep.chunk, blocks - first)
-        sweep.list_pairs(first, count)
-        sweep.logit_grad(first, count)
-        if drows is not None:
-            sweep.hidden_grad(first, count, drows)
+    for chunk in range(sweep.chunks):
+        sweep.list_pairs(chunk)
+        sweep.logit_grad(chunk)
+        if drows is not None and pieces is not None:
+            sweep.hidden_grad(chunk, pieces, drows)
         if dweight is not None:
-            sweep.weight_grad(first, count, dweight)
+            sweep.weight_grad(chunk, dweight)
         if dbias is not None:
-            sweep.bias_grad(first, count, dbias)
+            sweep.bias_grad(chunk, dbias)
     dhidden = None
     if drows is not None:
         factor = sweep.factor
         # The memory of the sorted rows becomes that of dhidden.
-        del sweep
+        del sweep, pieces
         dhidden = hidden.new_empty(hidden.shape)
         sum_rows(drows, active, head, factor, dhidden)
     return Gradients(dhidden, dweight, None if dbias is None else dbias.to(head.weight.dtype))
 
 
+class _Chunks(NamedTuple):
+    """Which blocks are worked on together, as `route_chunks_kernel` has it: known to the device alone."""
+
+    firsts: Tensor
+    used: Tensor
+    first_row: Tensor
+
+
+class _Pieces(NamedTuple):
+    """A chunk's dhidden by groups of `span` segments of tokens: `route_pieces_kernel`'s list, and its lengths."""
+
+    pieces: Tensor
+    totals: Tensor
+    span: int
+
+
 @dataclass(frozen=True)
 class _Routed:
-    """Buffers of one routed backward: `chunk` blocks of `capacity` pairs each, and the pairs' prefix sums."""
+    """Buffers of one routed backward: a chunk's pairs, one a row, and all pairs' prefix sums and places in chunks.
+
+    `capacity` tokens may all keep a block, and every chunk has room for the pairs of at least one; in few chunks are
+    many blocks' of few tokens each. most_blocks: of a chunk.
+    """
 
     head: Head
     active: Active
@@ -88,37 +119,48 @@ class _Routed:
     route: Tensor
     rows: Tensor
     ends: Tensor
+    places: _Chunks
+    most_blocks: int
     pairs: Tensor
+    owner: Tensor
     dlogits: Tensor
 
     @classmethod
     def of(
         cls, hidden: Tensor, head: Head, active: Active, lse: Tensor, route: Tensor, workspace_bytes: int | None
     ) -> _Routed:
-        block_n = head.config("routed_logit_grad")["BLOCK_N"]
+        block_n, blocks, device = head.config("routed_logit_grad")["BLOCK_N"], route.shape[0], hidden.device
         capacity = round_up(head.targets.shape[0], block_n)
-        block_bytes = capacity * ROUTE_WORDS * hidden.itemsize
-        chunk = min(route.shape[0], max(1, (workspace_bytes or WORKSPACE_BYTES) // block_bytes))
+        room = (workspace_bytes or WORKSPACE_BYTES) // (ROUTE_WORDS * hidden.itemsize)
+        # What all blocks need is enough, and rows are numbered in int32.
+        size = max(capacity, min(room, capacity * blocks, 2**31 - 1) // block_n * block_n)
+        full = size // capacity
         rows = hidden.new_empty(capacity, hidden.shape[1])
         gather(hidden, head, rows, order=active.order, count=active.count)
+        ends = _count_pairs(route.contiguous(), head, active)
+        most_blocks = min(blocks, _MOST_BLOCKS * full)
         return cls(
             head=head,
             active=active,
             lse=lse.contiguous(),
             route=route.contiguous(),
             rows=rows,
-            ends=_count_pairs(route.contiguous(), head, active),
-            pairs=torch.empty(chunk, capacity, dtype=torch.int32, device=hidden.device),
-            dlogits=hidden.new_empty(chunk, capacity, ROUTE_WORDS),
+            ends=ends,
+            places=_cut(ends, tiles(blocks, full), size, most_blocks, block_n, **head.config("route_chunks")),
+            most_blocks=most_blocks,
+            pairs=torch.empty(size, dtype=torch.int32, device=device),
+            owner=torch.empty(size // block_n, dtype=torch.int32, device=device),
+            dlogits=hidden.new_empty(size, ROUTE_WORDS),
         )
 
     @property
-    def chunk(self) -> int:
-        return self.pairs.shape[0]
+    def capacity(self) -> int:
+        return self.rows.shape[0]
 
     @property
-    def capacity(self) -> int:
-        return self.pairs.shape[1]
+    def chunks(self) -> int:
+        """How many there may be; those that the pairs do not need are empty."""
+        return self.places.used.shape[0]
 
     @property
     def factor(self) -> float:
@@ -164,25 +206,28 @@ class _Routed:
             torch.mm(masses, means, out=product)
             torch.mul(product, grad[first : first + rows].unsqueeze(1), out=drows[first : first + rows])
 
-    def list_pairs(self, first: int, count: int) -> None:
+    def list_pairs(self, chunk: int) -> None:
         segments = self.ends.shape[1]
-        routing.route_list_kernel[(count * segments,)](
+        routing.route_list_kernel[(self.most_blocks * segments,)](
             self.route,
             self.active.order,
             self.active.count,
             self.ends,
+            self.places.firsts,
+            self.places.first_row,
             self.pairs,
-            first,
+            self.owner,
+            chunk,
             self.route.shape[1],
             segments,
-            self.capacity,
+            TILE=self.head.config("routed_logit_grad")["BLOCK_N"],
             **self.head.config("route_list"),
         )
 
-    def logit_grad(self, first: int, count: int) -> None:
+    def logit_grad(self, chunk: int) -> None:
         head, config = self.head, self.head.config("routed_logit_grad")
         vocabulary, width = head.weight.shape
-        grid = (self.capacity // config["BLOCK_N"] * count * (ROUTE_WORDS // config["BLOCK_V"]),)
+        grid = (self.owner.shape[0] * (ROUTE_WORDS // config["BLOCK_V"]),)
         routed.routed_logit_grad_kernel[grid](
             self.rows,
             head.weight,
@@ -193,11 +238,12 @@ class _Routed:
             self.active.order,
             self.active.peak,
             self.pairs,
+            self.owner,
+            self.places.used,
+            self.places.first_row,
             self.ends,
             self.dlogits,
-            first,
-            count,
-            self.capacity,
+            chunk,
             self.ends.shape[1],
             vocabulary,
             width,
@@ -211,20 +257,20 @@ class _Routed:
             **config,
         )
 
-    def weight_grad(self, first: int, count: int, dweight: Tensor) -> None:
+    def weight_grad(self, chunk: int, dweight: Tensor) -> None:
         head, config = self.head, self.head.config("routed_weight_grad")
         vocabulary, width = head.weight.shape
-        grid = (count * (ROUTE_WORDS // config["BLOCK_V"]) * tiles(width, config["BLOCK_H"]),)
+        grid = (self.most_blocks * (ROUTE_WORDS // config["BLOCK_V"]) * tiles(width, config["BLOCK_H"]),)
         routed.routed_weight_grad_kernel[grid](
             self.dlogits,
             self.rows,
             dweight,
             self.active.peak,
             self.pairs,
+            self.places.firsts,
+            self.places.first_row,
             self.ends,
-            first,
-            count,
-            self.capacity,
+            chunk,
             self.ends.shape[1],
             vocabulary,
             width,
@@ -235,49 +281,93 @@ class _Routed:
             **config,
         )
 
-    def hidden_grad(self, first: int, count: int, drows: Tensor) -> None:
+    def new_pieces(self) -> _Pieces:
+        config, segment = self.head.config("routed_hidden_grad"), self.head.config("route_count")["SEGMENT"]
+        segments, width, device = self.ends.shape[1], self.head.weight.shape[1], self.ends.device
+        owned = segments_in_cache(device, segment * config["BLOCK_H"] * 4)
+        span = segments_together(segments, tiles(width, config["BLOCK_H"]), programs(device), owned)
+        groups, piece = tiles(segments, span), config["BLOCK_N"]
+        # Of every block as many as a group's tokens need, or what all rows need and one more for each block; and what
+        # stands behind the last.
+        each = tiles(min(span * segment, self.capacity), piece)
+        most = min(self.most_blocks * each, self.most_blocks + self.pairs.shape[0] // piece) + 1
+        pieces = torch.empty(groups, most, 3, dtype=torch.int32, device=device)
+        return _Pieces(pieces, torch.empty(groups, dtype=torch.int32, device=device), span)
+
+    def hidden_grad(self, chunk: int, pieces: _Pieces, drows: Tensor) -> None:
         head, config = self.head, self.head.config("routed_hidden_grad")
         vocabulary, width = head.weight.shape
         del config["GROUP"]
-        segments, tiles_h = self.ends.shape[1], tiles(width, config["BLOCK_H"])
-        span = segments_together(segments, tiles_h, programs(drows.device))
-        routed.routed_hidden_grad_kernel[(tiles(segments, span) * tiles_h,)](
+        groups, most, _ = pieces.pieces.shape
+        routing.route_pieces_kernel[(groups,)](
+            self.ends,
+            self.places.firsts,
+            self.places.first_row,
+            pieces.pieces,
+            pieces.totals,
+            chunk,
+            self.ends.shape[1],
+            pieces.span,
+            most,
+            PIECE=config["BLOCK_N"],
+            **head.config("route_pieces"),
+        )
+        routed.routed_hidden_grad_kernel[(groups * tiles(width, config["BLOCK_H"]),)](
             self.dlogits,
             head.weight,
             drows,
             self.pairs,
-            self.ends,
-            first,
-            count,
-            self.capacity,
-            segments,
-            span,
+            pieces.pieces,
+            pieces.totals,
+            groups,
+            most,
             vocabulary,
             width,
             *head.weight.stride(),
             EVEN_H=width % config["BLOCK_H"] == 0,
             WIDE=head.is_wide,
             PRECISION=head.flags["PRECISION"],
+            PTX=head.flags["PTX"],
             AMD=head.arch.startswith("gfx"),
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
         )
 
-    def bias_grad(self, first: int, count: int, dbias: Tensor) -> None:
+    def bias_grad(self, chunk: int, dbias: Tensor) -> None:
         config = self.head.config("routed_bias_grad")
-        routed.routed_bias_grad_kernel[(count * (ROUTE_WORDS // config["BLOCK_V"]),)](
+        routed.routed_bias_grad_kernel[(self.most_blocks * (ROUTE_WORDS // config["BLOCK_V"]),)](
             self.dlogits,
             dbias,
             self.active.peak,
+            self.places.firsts,
+            self.places.first_row,
             self.ends,
-            first,
-            self.capacity,
+            chunk,
             self.ends.shape[1],
             dbias.shape[0],
             self.factor,
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
         )
+
+
+def _cut(ends: Tensor, chunks: int, rows: int, most_blocks: int, tile: int, **config: int) -> _Chunks:
+    """The places in at most `chunks` chunks of `rows` rows of the pairs that `ends` counts."""
+    blocks, segments = ends.shape
+    found = _Chunks(*(ends.new_empty(size) for size in (chunks + 1, chunks, blocks)))
+    routing.route_chunks_kernel[(1,)](
+        ends,
+        *found,
+        blocks,
+        segments,
+        chunks,
+        rows,
+        most_blocks,
+        TILE=tile,
+        BLOCK_B=triton.next_power_of_2(blocks),
+        **config,
+    )
+    return found
 
 
 def _count_pairs(route: Tensor, head: Head, active: Active) -> Tensor:
