@@ -28,7 +28,6 @@ from benchmarks.methods import GPU_METHODS, clha
 from benchmarks.pieces import PEAK_NATS
 from benchmarks.processes import output_within
 from clha_fast import HeadOptions
-from clha_fast.backends.triton import routed as triton_routed
 from csrc_triton import configs
 
 STEPS = 3
@@ -135,21 +134,17 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"GROUP": 8},
     ],
     "routed_hidden_grad": [
-        {"num_stages": 4},
+        {"BLOCK_N": 128},
         {"num_stages": 2},
-        {"BLOCK_N": 64, "num_warps": 4},
-        {"BLOCK_N": 64, "BLOCK_H": 128},
-        {"BLOCK_H": 128, "num_stages": 2},
-        {"BLOCK_H": 32, "num_stages": 4},
+        {"BLOCK_H": 256},
+        {"BLOCK_N": 128, "BLOCK_H": 128, "num_stages": 2},
+        {"BLOCK_V": 64, "num_stages": 3},
+        {"num_warps": 4},
     ],
-    # Of L2, for dhidden's sums.
-    "routed_cache": [{"share": 0.35}, {"share": 1.4}, {"share": 2.8}, {"share": 5.6}],
-    # The routed backward's workspace: chunks of more blocks, and fewer.
-    "routed_workspace": [{"mebibytes": 256}, {"mebibytes": 16}],
 }
-# What differs from the library's own and is no tile of a kernel.
-SETTINGS = {"routed_cache": {"share": triton_routed._CACHE_SHARE}, "routed_workspace": {"mebibytes": 64}}
-# The path whose kernels they are.
+
+
+# The path whose kernels they are; the others are the fused one's.
 PATHS = {
     "workspace": ("statistics", "gradient"),
     "routed": tuple(kernel for kernel in TILES if kernel.startswith("routed")),
@@ -166,12 +161,6 @@ def take(run: int, base: dict[str, dict[str, Any]], arch: str = "sm_90") -> None
     """Puts a run's tiles into the table; `base` has the table's own."""
     for kernel, own in base.items():
         tile = own | tried(run).get(kernel, {})
-        if kernel == "routed_cache":
-            triton_routed._CACHE_SHARE = tile["share"]
-            continue
-        if kernel == "routed_workspace":
-            triton_routed.WORKSPACE_BYTES = tile["mebibytes"] * 2**20
-            continue
         tile = {name: value for name, value in tile.items() if value is not None}
         if kernel in configs.PERSISTENT:
             configs.PERSISTENT[kernel][arch] = tile
@@ -185,9 +174,7 @@ def table(arch: str = "sm_90") -> dict[str, dict[str, Any]]:
     """Each kernel's own tile."""
     return {
         kernel: dict(
-            SETTINGS[kernel]
-            if kernel in SETTINGS
-            else configs.PERSISTENT[kernel][arch]
+            configs.PERSISTENT[kernel][arch]
             if kernel in configs.PERSISTENT
             else configs.GEMMS[kernel][arch, "16-bit"]
             if kernel in configs.GEMMS
@@ -311,8 +298,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
             lines.append(f"{row['run']}: {sum(row['kernels'].values()) / 1e3:.2f} ms")
     numbered = [row for row in rows if isinstance(row["run"], int)]
     for kernel in TILES:
-        shown = "routed_hidden_grad" if kernel in SETTINGS else kernel.removesuffix("_partial").removesuffix("_softcap")
-        name, softcap = shown + "_kernel", kernel.endswith("_softcap")
+        shown, softcap = kernel.removesuffix("_partial").removesuffix("_softcap"), kernel.endswith("_softcap")
+        name = f"{shown}_kernel"
         for row in numbered:
             found = {path: kernels.get(name) for path, kernels in row["kernels"].items()}
             times = [(path, t) for path, t in found.items() if t is not None and (path == "softcap") == softcap]

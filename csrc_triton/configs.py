@@ -142,11 +142,12 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
     ("interpreter", "16-bit"): _tile(16, 128, 32, 2, 4, 1),
     ("interpreter", "fp32"): _tile(32, 64, 32, 2, 4, 1),
 }
-# With all words of a block in a tile one product makes a piece, and what the next two need comes meanwhile.
+# With all words of a block in a tile its weight is loaded once for all tokens; short tiles of tokens waste less, and
+# small programs, several on a multiprocessor, hide each other's waiting better than stages do.
 GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
-    ("sm_80", "16-bit"): _tile(64, 128, 64, 1, 8, 2),
-    ("sm_90", "16-bit"): _tile(128, 128, 64, 1, 8, 3),
-    ("sm_100", "16-bit"): _tile(128, 128, 64, 1, 8, 3),
+    ("sm_80", "16-bit"): {**_tile(32, 128, 128, 1, 8, 1), **ALL_REGISTERS},
+    ("sm_90", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
+    ("sm_100", "16-bit"): _tile(64, 128, 128, 1, 8, 1),
     # Its registers would hold a whole block's weight, and one program.
     ("gfx942", "16-bit"): _tile(64, 64, 128, 1, 8, 2),
     ("sm_80", "fp32"): _tile(32, 16, 64, 1, 8, 2),
@@ -255,7 +256,6 @@ SMALL: dict[str, tuple[Config, Config]] = {
     # A program of `routed_hidden_grad` adds to one such segment of tokens, or to several.
     "route_count": ({"SEGMENT": 256, "BLOCK_B": 8, "num_warps": 4}, {"SEGMENT": 32, "BLOCK_B": 2, "num_warps": 4}),
     "route_chunks": ({"num_warps": 8}, {"num_warps": 4}),
-    "route_pieces": ({"BLOCK_B": 64, "num_warps": 2}, {"BLOCK_B": 2, "num_warps": 4}),
     "route_list": ({"SEGMENT": 256, "num_warps": 4}, {"SEGMENT": 32, "num_warps": 4}),
     "dropped_mass": ({"BLOCK_N": 64, "BLOCK_B": 64, "num_warps": 8}, {"BLOCK_N": 32, "BLOCK_B": 4, "num_warps": 4}),
     "routed_bias_grad": (

@@ -170,16 +170,18 @@ def routed_weight_grad_kernel(
     tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["groups", "most"])
+@triton.jit(do_not_specialize=["chunk", "num_segments", "span"])
 def routed_hidden_grad_kernel(
     dlogits_ptr,
     weight_ptr,
     drows_ptr,
     list_ptr,
-    pieces_ptr,
-    totals_ptr,
-    groups,
-    most,
+    firsts_ptr,
+    first_row_ptr,
+    ends_ptr,
+    chunk,
+    num_segments,
+    span,
     V,
     H,
     stride_weight_v,
@@ -187,7 +189,6 @@ def routed_hidden_grad_kernel(
     EVEN_H: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PTX: tl.constexpr,
     AMD: tl.constexpr,
     ROUTE_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -196,14 +197,14 @@ def routed_hidden_grad_kernel(
 ):
     """drows [padded N, H] float32 += dlogits . weight[block], for the chunk's blocks one after another.
 
-    A program owns one of `groups` of tokens and one tile of H: nobody else adds to them, and every token's sum runs
-    over its blocks in ascending order, however many tokens a group has. Its work is `route_pieces_kernel`'s list. drows
-    comes with what every sum starts from. Programs that run at once share tiles of H, and together own no more than L2
-    keeps: sums that left it between two blocks would come from memory, and go there, for each.
+    A program owns `span` segments of tokens and one tile of H: nobody else adds to them, and every token's sum runs
+    over its blocks in ascending order, whatever the span. drows comes with what every sum starts from.
     """
+    tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
-    group = pid % groups
-    first_h = (pid // groups) * BLOCK_H
+    first_segment = (pid // tiles_h) * span
+    last_segment = tl.minimum(first_segment + span, num_segments) - 1
+    first_h = (pid % tiles_h) * BLOCK_H
     unit, word, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
     h = first_h + unit
     is_unit = (h < H)[None, :]
@@ -211,54 +212,51 @@ def routed_hidden_grad_kernel(
     weight_ptr += first_h.to(tl.int64) * stride_weight_h
     kind: tl.constexpr = tl.int64 if WIDE else tl.int32
     offsets = (word.to(kind) * stride_weight_v)[:, None] + (unit.to(kind) * stride_weight_h)[None, :]
-    total = tl.load(totals_ptr + group)
-    pieces_ptr += group.to(tl.int64) * most * 3
-    # One piece ahead: operands are fetched two pieces ahead, and their addresses must not wait for this.
-    block, row, size = tl.load(pieces_ptr), tl.load(pieces_ptr + 1), tl.load(pieces_ptr + 2)
-    for _ in range(0, total):
-        pieces_ptr += 3
-        next_block, next_row, next_size = tl.load(pieces_ptr), tl.load(pieces_ptr + 1), tl.load(pieces_ptr + 2)
-        first_v = block.to(tl.int64) * ROUTE_WORDS
-        is_pair = n < size
-        k = tl.load(list_ptr + row + n, mask=is_pair, other=0)
-        pairs = dlogits_ptr + row.to(tl.int64) * ROUTE_WORDS + (n[:, None] * ROUTE_WORDS + word[None, :])
-        if BLOCK_V == ROUTE_WORDS:
-            is_word = (word < V - first_v)[:, None]
-            if not EVEN_H:
-                is_word = is_word & is_unit
-            w = tl.load(weight_ptr + first_v * stride_weight_v + offsets, mask=is_word, other=0.0)
-            g = tl.load(pairs, mask=is_pair[:, None], other=0.0)
-            acc = tl.dot(g, w, input_precision=PRECISION)
-        else:
-            acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-            # To a bound that the compiler does not know: unrolled as a whole it would spill.
-            for first in range(0, tl.minimum(V - first_v, ROUTE_WORDS).to(tl.int32), BLOCK_V):
-                v = first_v + first
-                is_word = (word < V - v)[:, None]
+    for block in range(tl.load(firsts_ptr + chunk), tl.load(firsts_ptr + chunk + 1)):
+        ends = ends_ptr + tl.cast(block, tl.int64) * num_segments
+        end = tl.load(ends + last_segment)
+        start = tl.load(ends + first_segment - 1, mask=first_segment > 0, other=0)
+        if start < end:
+            first_v = tl.cast(block, tl.int64) * ROUTE_WORDS
+            row = tl.load(first_row_ptr + block).to(tl.int64)
+            words = tl.minimum(V - first_v, ROUTE_WORDS).to(tl.int32)
+            if BLOCK_V == ROUTE_WORDS:
+                # Once a block, for all its pairs.
+                is_word = (first_v + word < V)[:, None]
                 if not EVEN_H:
                     is_word = is_word & is_unit
-                w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
-                g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
-                acc = tl.dot(g, w, acc, input_precision=PRECISION)
-        inside = is_pair[:, None]
-        if not EVEN_H:
-            inside = inside & is_unit
-        # The store adds: L2 does, and no thread waits for the sum so far. Nobody else adds to it meanwhile.
-        tl.atomic_add(drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], acc, mask=inside, sem="relaxed")
-        # The next piece may hold the same tokens in other threads' rows, and adds to them after this one.
-        if PTX:
-            # The compiler pipelines no loop that has a barrier of its own.
-            tl.inline_asm_elementwise(
-                "bar.sync 0;\nmov.u32 $0, $1;", "=r,r", [block], dtype=tl.int32, is_pure=False, pack=1
-            )
-        else:
+                whole = tl.load(weight_ptr + first_v * stride_weight_v + offsets, mask=is_word, other=0.0)
+            for place in range(start, end, BLOCK_N):
+                is_pair = place + n < end
+                slot = row + place + n
+                k = tl.load(list_ptr + slot, mask=is_pair, other=0)
+                pairs = dlogits_ptr + (slot * ROUTE_WORDS)[:, None] + word[None, :]
+                acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+                if BLOCK_V == ROUTE_WORDS:
+                    g = tl.load(pairs, mask=is_pair[:, None], other=0.0)
+                    acc = tl.dot(g, whole, acc, input_precision=PRECISION)
+                else:
+                    # To a bound that the compiler does not know: unrolled as a whole it would spill.
+                    for first in range(0, words, BLOCK_V):
+                        v = first_v + first
+                        is_word = (v + word < V)[:, None]
+                        if not EVEN_H:
+                            is_word = is_word & is_unit
+                        w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
+                        g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
+                        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+                inside = is_pair[:, None]
+                if not EVEN_H:
+                    inside = inside & is_unit
+                # The store adds: L2 does, and no thread waits for the sum so far. Nobody else adds to it meanwhile.
+                tl.atomic_add(drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], acc, mask=inside, sem="relaxed")
+            # The next block may hold the same tokens in other threads' rows, and adds to them after this one.
             if AMD:
                 # Its barrier waits for shared memory alone: first, until L2 has what this thread added.
                 tl.inline_asm_elementwise(
                     "s_waitcnt vmcnt(0)\ns_mov_b32 $0, $1", "=s,s", [block], dtype=tl.int32, is_pure=False, pack=1
                 )
             tl.debug_barrier()
-        block, row, size = next_block, next_row, next_size
 
 
 @triton.jit(do_not_specialize=["chunk", "num_segments"])

@@ -216,52 +216,6 @@ def route_list_kernel(
             tl.store(owner_ptr + row // TILE + first + tile, block + tl.zeros_like(tile), mask=first + tile < tiles)
 
 
-@triton.jit(do_not_specialize=["chunk", "num_segments", "span", "most"])
-def route_pieces_kernel(
-    ends_ptr,
-    firsts_ptr,
-    first_row_ptr,
-    pieces_ptr,
-    totals_ptr,
-    chunk,
-    num_segments,
-    span,
-    most,
-    PIECE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """pieces [groups, most, 3], totals [groups] int32: what `routed_hidden_grad_kernel` goes through.
-
-    A group is `span` segments of the sorted tokens, a piece (block, first of its rows, how many: at most PIECE) of the
-    chunk. Blocks ascend, and a block without a pair has no piece. Behind the last stands one of size 0.
-    """
-    group = tl.program_id(0)
-    first_segment = group * span
-    last_segment = tl.minimum(first_segment + span, num_segments) - 1
-    first_block, after = tl.load(firsts_ptr + chunk), tl.load(firsts_ptr + chunk + 1)
-    pieces_ptr += group.to(tl.int64) * most * 3
-    total = tl.cast(0, tl.int32)
-    for b0 in range(first_block, after, BLOCK_B):
-        block = b0 + tl.arange(0, BLOCK_B)
-        inside = block < after
-        ends = ends_ptr + block.to(tl.int64) * num_segments
-        end = tl.load(ends + last_segment, mask=inside, other=0)
-        start = tl.load(ends + first_segment - 1, mask=inside & (first_segment > 0), other=0)
-        row = tl.load(first_row_ptr + block, mask=inside, other=0)
-        count = tl.cdiv(end - start, PIECE)
-        at = pieces_ptr + (total + tl.cumsum(count, axis=0) - count) * 3
-        for index in range(0, tl.max(count, axis=0)):
-            is_piece = index < count
-            first = start + index * PIECE
-            tl.store(at + index * 3, block, mask=is_piece)
-            tl.store(at + index * 3 + 1, row + first, mask=is_piece)
-            tl.store(at + index * 3 + 2, tl.minimum(end - first, PIECE), mask=is_piece)
-        total += tl.sum(count, axis=0)
-    part = tl.arange(0, 4)
-    tl.store(pieces_ptr + total * 3 + part, tl.zeros((4,), tl.int32), mask=part < 3)
-    tl.store(totals_ptr + group, total)
-
-
 @triton.jit(do_not_specialize=["first_position", "num_rows", "N"])
 def dropped_mass_kernel(
     route_ptr,

@@ -20,7 +20,6 @@ from clha_fast.backends.triton.head import Head
 from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.types import Needs
-from tests.support.powers import as_on_nvidia
 from tests.support.triton_harness import DEVICE, PLAIN, close, eager_gradients, forward, gradients, problem, upstream
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="recorded in the interpreter")
@@ -154,15 +153,9 @@ def test_no_chunk_has_more_parts_than_rows_for_them(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("resident", "workspace_bytes", "dtype", "ptx"),
-    [
-        (1, None, torch.float32, False),
-        (1, 1, torch.float16, False),
-        (99, None, torch.float16, False),
-        (1, None, torch.float32, True),
-        (99, None, torch.float16, True),
-    ],
-    ids=["several segments a program", "a block a launch", "a segment a program", "several, PTX", "one, PTX"],
+    ("resident", "workspace_bytes", "dtype"),
+    [(1, None, torch.float32), (1, 1, torch.float16), (99, None, torch.float16)],
+    ids=["several segments a program", "a block a launch", "a segment a program"],
 )
 def test_routed(
     recorder: Recorder,
@@ -170,11 +163,8 @@ def test_routed(
     resident: int,
     workspace_bytes: int | None,
     dtype: torch.dtype,
-    ptx: bool,
 ) -> None:
     monkeypatch.setattr(routed, "_RESIDENT", resident)
-    if ptx:
-        as_on_nvidia(monkeypatch)
     head = PLAIN.replace(max_dropped_mass=0.0, workspace_bytes=workspace_bytes)
     p = problem(70, 2 * ROUTE_WORDS + 9, 40, dtype=dtype, head=head, rows=60)
     value = gradients(p, upstream(p), (True, False, False))[0]

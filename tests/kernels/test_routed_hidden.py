@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 
 from clha_fast.backends.triton import routed
 from clha_fast.options import ROUTE_WORDS
-from csrc_triton import configs, routing
+from csrc_triton import configs
 from tests.support import routed_bytes
 from tests.support.triton_harness import (
     PLAIN,
@@ -26,27 +26,12 @@ ALL = PLAIN.replace(max_dropped_mass=0.0)
 
 
 def test_segments_together_by_hand() -> None:
-    none = float("inf")
-    # 8192 x 4096 on 132 multiprocessors: 64 tiles of H, 2 rows of programs for 32 segments.
-    assert routed.segments_together(32, 64, 132, none) == 16
-    # L2 keeps 4.5 segments a program: 8 rows of programs, of which two run at once.
-    assert routed.segments_together(32, 64, 132, 4.5) == 4
-    # Not even one: one it must be.
-    assert routed.segments_together(32, 64, 132, 0.3) == 1
+    # 8192 x 4096 on 132 multiprocessors: 264 programs at once, 32 tiles of H, 8 rows of programs for 32 segments.
+    assert routed.segments_together(32, 32, 132) == 4
     # Fewer segments than programs: one each. More tiles of H than programs: all segments to one row of programs.
-    assert routed.segments_together(2, 32, 132, none) == 1
-    assert routed.segments_together(9, 400, 132, none) == 9
-    assert routed.segments_together(0, 1, 132, none) == 1
-
-
-@pytest.mark.parametrize(("mebibytes", "segments"), [(40, 3), (50, 4), (60, 5), (126, 10)])
-def test_the_sums_that_are_worked_on_fit_l2(monkeypatch: pytest.MonkeyPatch, mebibytes: int, segments: int) -> None:
-    """132 programs of 256 tokens x 64 of H in float32, in seven tenths of it."""
-    monkeypatch.setattr(routed, "cache_bytes", lambda device: mebibytes * 2**20)
-    monkeypatch.setattr(routed, "programs", lambda device: 132)
-    owned = routed.segments_in_cache(torch.device("cuda"), 256 * 64 * 4)
-    assert routed.segments_together(32, 64, 132, owned) == segments
-    assert segments * 132 * 256 * 64 * 4 <= 0.7 * mebibytes * 2**20 < (segments + 1) * 132 * 256 * 64 * 4
+    assert routed.segments_together(8, 32, 132) == 1
+    assert routed.segments_together(9, 400, 132) == 9
+    assert routed.segments_together(0, 1, 132) == 1
 
 
 COUNTS = [[3, 0, 16, 5], [0, 0, 0, 0], [16, 16, 16, 2], [0, 1, 0, 0], [4, 0, 0, 9]]
@@ -71,36 +56,6 @@ def test_chunks_by_hand(rows: int, most_blocks: int, firsts: list[int], used: li
 
 def cut(ends: torch.Tensor, chunks: int, rows: int, most_blocks: int, tile: int) -> routed._Chunks:
     return routed._cut(ends, chunks, rows, most_blocks, tile, **configs.select("route_chunks", "interpreter", "fp32"))
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("most_blocks", [1, 3, 5])
-@pytest.mark.parametrize("span", [1, 2, 9])
-@pytest.mark.parametrize("piece", [4, 16])
-def test_pieces_by_hand(most_blocks: int, span: int, piece: int) -> None:
-    """All pairs of a group once, block after block, at most `piece` at a time, and one of size 0 behind them."""
-    ends = torch.tensor(COUNTS, dtype=torch.int32).cumsum(1, dtype=torch.int32)
-    blocks, segments = ends.shape
-    groups, chunks, rows, tile = -(-segments // span), -(-blocks // most_blocks), 1000, 8
-    places = cut(ends, chunks, rows, most_blocks, tile)
-    most = min(most_blocks * -(-min(span, segments) * 16 // piece), most_blocks + rows // piece) + 1
-    pieces = torch.empty(groups, most, 3, dtype=torch.int32)
-    totals = torch.empty(groups, dtype=torch.int32)
-    for chunk in range(chunks):
-        config = configs.select("route_pieces", "interpreter", "fp32")
-        routing.route_pieces_kernel[(groups,)](
-            ends, places.firsts, places.first_row, pieces, totals, chunk, segments, span, most, PIECE=piece, **config
-        )
-        first_block, after = places.firsts[chunk : chunk + 2].tolist()
-        for group in range(groups):
-            wanted = []
-            for block in range(first_block, after):
-                end = int(ends[block, min((group + 1) * span, segments) - 1])
-                start = int(ends[block, group * span - 1]) if group else 0
-                row = int(places.first_row[block])
-                wanted += [[block, row + first, min(piece, end - first)] for first in range(start, end, piece)]
-            assert totals[group] == len(wanted)
-            assert pieces[group, : len(wanted) + 1].tolist() == [*wanted, [0, 0, 0]]
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks import render, render_gpu, step, tiles
-from clha_fast.backends.triton import routed
 from csrc_triton import configs
 
 RESULTS = render.RESULTS.parent
@@ -30,21 +29,14 @@ def test_every_tile_that_is_tried_differs_from_the_table_s_and_from_the_others()
 
 def test_a_run_puts_its_tiles_into_the_table_and_run_0_takes_them_out() -> None:
     base = tiles.table()
-
-    def chosen(kernel: str) -> dict[str, Any]:
-        if kernel == "routed_cache":
-            return {"share": routed._CACHE_SHARE}
-        if kernel == "routed_workspace":
-            return {"mebibytes": routed.WORKSPACE_BYTES / 2**20}
-        return configs.select(kernel, "sm_90", "16-bit")
-
-    before = json.dumps([chosen(kernel) for kernel in base])
+    before = json.dumps([configs.select(kernel, "sm_90", "16-bit") for kernel in base])
     for run in (1, 3):
         tiles.take(run, base)
         for kernel, tile in tiles.tried(run).items():
-            assert {name: chosen(kernel).get(name) for name in tile} == tile
+            chosen = configs.select(kernel, "sm_90", "16-bit")
+            assert {name: chosen.get(name) for name in tile} == tile
     tiles.take(0, base)
-    assert json.dumps([chosen(kernel) for kernel in base]) == before
+    assert json.dumps([configs.select(kernel, "sm_90", "16-bit") for kernel in base]) == before
 
 
 @pytest.mark.parametrize(("capability", "said"), [(None, "no GPU here"), ((8, 0), "expected compute capability 9.x")])

@@ -93,8 +93,6 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
         "lse_ptr": "*fp64",
         "list_ptr": "*i32",
         "ends_ptr": "*i32",
-        "pieces_ptr": "*i32",
-        "totals_ptr": "*i32",
         "firsts_ptr": "*i32",
         "used_ptr": "*i32",
         "first_row_ptr": "*i32",
@@ -104,9 +102,8 @@ def head_arguments(kernel: str, arch: str, dtype: str, variant: str, launch: dic
     sizes = {"M": n, "padded": n, "N": n, "stride_hidden_n": h, "stride_hidden_h": 1, "stride_rows_n": h}
     blocks = -(-v // ROUTE_WORDS)
     sizes |= {"num_blocks": blocks, "num_statistics": blocks, "most_blocks": 1 if v == 1 else 256}
-    sizes |= {"num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4, "groups": 1 if n == 1 else 8}
-    sizes |= {"chunk": 1, "num_chunks": 1 if n == 1 else 32, "rows": 1 if n == 1 else 2**18}
-    sizes |= {"most": 1 if n == 1 else 2049, "PIECE": 128, "TILE": 128}
+    sizes |= {"num_segments": 1 if n == 1 else n // 256, "span": 1 if n == 1 else 4}
+    sizes |= {"chunk": 1, "num_chunks": 1 if n == 1 else 32, "rows": 1 if n == 1 else 2**18, "TILE": 128}
     sizes |= {"part_words": 1024, "size": 1 if ones else CHUNK_V * h}
     sizes |= {"first_position": 0, "num_rows": n, "num_columns": -(-blocks // 8) * 8}
     if kernel.startswith("persistent"):
@@ -162,7 +159,6 @@ KERNELS = {
     "route": routing.route_kernel,
     "route_count": routing.route_count_kernel,
     "route_chunks": routing.route_chunks_kernel,
-    "route_pieces": routing.route_pieces_kernel,
     "route_list": routing.route_list_kernel,
     "dropped_mass": routing.dropped_mass_kernel,
     "head_forward": forward.head_forward_kernel,

@@ -1,4 +1,4 @@
-"""What the kernels write in PTX for NVIDIA's GPUs, in the interpreter: powers of two, and a barrier."""
+"""The powers of two that the kernels write in PTX for NVIDIA's GPUs, computed in the interpreter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ class _Result(NamedTuple):
 
 
 def powers(builder: Any, asm: str, constraints: str, values: list[TensorHandle], *others: Any) -> _Result:
-    """`tiles.power` and `tiles.power_near`: a product and a sum rounded once, 2 to the power of it, no subnormals.
-
-    And the barrier that `routed_hidden_grad_kernel` writes itself, which gives back what it is given.
-    """
-    if asm.startswith("bar.sync 0;"):
-        builder.create_barrier()
-        return _Result(values[0])
+    """`tiles.power` and `tiles.power_near`: a product and a sum rounded once, 2 to the power of it, no subnormals."""
     assert "fma.rn.f32 t, $1, $2, $3;" in asm
     assert "ex2.approx.ftz.f32 $0, t;" in asm
     assert ("add.f32 t, t, $4;" in asm) == (len(values) == 4)

@@ -69,14 +69,6 @@ def programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def cache_bytes(device: torch.device) -> float:
-    """L2's size, where it is what keeps a kernel's sums from memory: AMD's has a far larger cache behind it."""
-    if device.type != "cuda" or torch.version.hip:
-        return float("inf")
-    # The smallest of the GPUs that the table has rows for, if torch is too old to say.
-    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 40 * 2**20)
-
-
 def has_descriptor(matrix: Tensor) -> bool:
     """Whether TMA can address a matrix: 16-bit, contiguous rows that start on 16 bytes, apart, not empty."""
     return (

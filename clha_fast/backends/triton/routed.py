@@ -15,33 +15,25 @@ import triton
 from torch import Tensor
 
 from clha_fast.backends.triton.backward import WORKSPACE_BYTES, Active, sum_rows
-from clha_fast.backends.triton.head import Head, cache_bytes, gather, programs, round_up, tiles
+from clha_fast.backends.triton.head import Head, gather, programs, round_up, tiles
 from clha_fast.options import ROUTE_WORDS, HeadOptions
 from clha_fast.types import Gradients, Needs
 from csrc_triton import routed, routing
 
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
 _MASS_SCALE = 2.0**15
-# Programs of dhidden that run at once on a multiprocessor, and the share of L2 that the sums they own may fill: the
-# rest is for what passes through.
-_RESIDENT = 1
-_CACHE_SHARE = 0.7
+# Programs of dhidden that run at once on a multiprocessor: the lengths of their segments are chosen for so many.
+_RESIDENT = 2
 # How many times as many blocks as all tokens' pairs leave room for a chunk may have: grids are made for so many.
 _MOST_BLOCKS = 8
 
 
-def segments_together(segments: int, tiles_h: int, multiprocessors: int, owned: float) -> int:
-    """How many segments of tokens one program of dhidden takes, for its tile of H.
+def segments_together(segments: int, tiles_h: int, multiprocessors: int) -> int:
+    """How many segments of tokens one program of dhidden takes, for its tile of H: all programs run at once, if so.
 
-    The longer, the more pairs share a load of the weight: as many as leave every multiprocessor a program, and at most
-    `owned`, of which L2 holds the sums of all programs that run at once.
+    The longer, the more pairs share a load of the weight.
     """
-    return max(1, int(min(tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)), owned)))
-
-
-def segments_in_cache(device: torch.device, segment_bytes: int) -> float:
-    """Segments a program of which L2 keeps the float32 sums, `segment_bytes` each, while all programs run at once."""
-    return _CACHE_SHARE * cache_bytes(device) / (_RESIDENT * programs(device) * segment_bytes)
+    return max(1, tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)))
 
 
 def routed_backward(
@@ -61,20 +53,19 @@ def routed_backward(
     """
     sweep = _Routed.of(hidden, head, active, lse, route, options.workspace_bytes)
     vocabulary, width = head.weight.shape
-    drows = pieces = None
+    drows = None
     if needs.hidden:
         empty = torch.empty if options.max_dropped_mass else torch.zeros
         drows = empty(sweep.capacity, width, dtype=torch.float32, device=hidden.device)
         if options.max_dropped_mass:
             sweep.start_from_means(drows)
-        pieces = sweep.new_pieces()
     dweight = head.weight.new_empty(head.weight.shape) if needs.weight else None
     dbias = torch.empty(vocabulary, dtype=torch.float32, device=hidden.device) if needs.bias else None
     for chunk in range(sweep.chunks):
         sweep.list_pairs(chunk)
         sweep.logit_grad(chunk)
-        if drows is not None and pieces is not None:
-            sweep.hidden_grad(chunk, pieces, drows)
+        if drows is not None:
+            sweep.hidden_grad(chunk, drows)
         if dweight is not None:
             sweep.weight_grad(chunk, dweight)
         if dbias is not None:
@@ -83,7 +74,7 @@ def routed_backward(
     if drows is not None:
         factor = sweep.factor
         # The memory of the sorted rows becomes that of dhidden.
-        del sweep, pieces
+        del sweep
         dhidden = hidden.new_empty(hidden.shape)
         sum_rows(drows, active, head, factor, dhidden)
     return Gradients(dhidden, dweight, None if dbias is None else dbias.to(head.weight.dtype))
@@ -95,14 +86,6 @@ class _Chunks(NamedTuple):
     firsts: Tensor
     used: Tensor
     first_row: Tensor
-
-
-class _Pieces(NamedTuple):
-    """A chunk's dhidden by groups of `span` segments of tokens: `route_pieces_kernel`'s list, and its lengths."""
-
-    pieces: Tensor
-    totals: Tensor
-    span: int
 
 
 @dataclass(frozen=True)
@@ -281,53 +264,29 @@ class _Routed:
             **config,
         )
 
-    def new_pieces(self) -> _Pieces:
-        config, segment = self.head.config("routed_hidden_grad"), self.head.config("route_count")["SEGMENT"]
-        segments, width, device = self.ends.shape[1], self.head.weight.shape[1], self.ends.device
-        owned = segments_in_cache(device, segment * config["BLOCK_H"] * 4)
-        span = segments_together(segments, tiles(width, config["BLOCK_H"]), programs(device), owned)
-        groups, piece = tiles(segments, span), config["BLOCK_N"]
-        # Of every block as many as a group's tokens need, or what all rows need and one more for each block; and what
-        # stands behind the last.
-        each = tiles(min(span * segment, self.capacity), piece)
-        most = min(self.most_blocks * each, self.most_blocks + self.pairs.shape[0] // piece) + 1
-        pieces = torch.empty(groups, most, 3, dtype=torch.int32, device=device)
-        return _Pieces(pieces, torch.empty(groups, dtype=torch.int32, device=device), span)
-
-    def hidden_grad(self, chunk: int, pieces: _Pieces, drows: Tensor) -> None:
+    def hidden_grad(self, chunk: int, drows: Tensor) -> None:
         head, config = self.head, self.head.config("routed_hidden_grad")
         vocabulary, width = head.weight.shape
         del config["GROUP"]
-        groups, most, _ = pieces.pieces.shape
-        routing.route_pieces_kernel[(groups,)](
-            self.ends,
-            self.places.firsts,
-            self.places.first_row,
-            pieces.pieces,
-            pieces.totals,
-            chunk,
-            self.ends.shape[1],
-            pieces.span,
-            most,
-            PIECE=config["BLOCK_N"],
-            **head.config("route_pieces"),
-        )
-        routed.routed_hidden_grad_kernel[(groups * tiles(width, config["BLOCK_H"]),)](
+        segments, tiles_h = self.ends.shape[1], tiles(width, config["BLOCK_H"])
+        span = segments_together(segments, tiles_h, programs(drows.device))
+        routed.routed_hidden_grad_kernel[(tiles(segments, span) * tiles_h,)](
             self.dlogits,
             head.weight,
             drows,
             self.pairs,
-            pieces.pieces,
-            pieces.totals,
-            groups,
-            most,
+            self.places.firsts,
+            self.places.first_row,
+            self.ends,
+            chunk,
+            segments,
+            span,
             vocabulary,
             width,
             *head.weight.stride(),
             EVEN_H=width % config["BLOCK_H"] == 0,
             WIDE=head.is_wide,
             PRECISION=head.flags["PRECISION"],
-            PTX=head.flags["PTX"],
             AMD=head.arch.startswith("gfx"),
             ROUTE_WORDS=ROUTE_WORDS,
             **config,
