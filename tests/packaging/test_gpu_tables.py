@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from benchmarks import render, render_gpu, step, tiles
+from benchmarks import report as report_files
+from benchmarks.gpu import Run
+from benchmarks.inputs import SHAPES
+from benchmarks.pieces import EXTRAS
+from benchmarks.processes import OUT_OF_TIME
 from csrc_triton import configs
 
 RESULTS = render.RESULTS.parent
@@ -103,3 +108,54 @@ def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.
     assert report["shared_tokens"] < report["padded_tokens"]
     assert set(report["ways"]) == set(step.WAYS) == set(render_gpu.WAYS)
     assert all("seconds" in row for row in report["ways"].values())
+
+
+def _report() -> dict[str, Any]:
+    methods = {"bound": {"seconds": 0.035}, "fused": {"seconds": 0.05, "over_bound": 1.4}}
+    entry = {"shape": SHAPES[0].name, "mode": "scored", "entropy": 11.7, "methods": methods}
+    return {"dry_run": False, "environment": {"device": "NVIDIA H200"}, "shapes": [entry], "extras": {}}
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, "memory_over_tokens"])
+def test_an_extra_that_failed_is_drawn_as_none(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each alone, whichever pictures come of it: the others are drawn."""
+    drawn: list[str] = []
+    monkeypatch.setattr(report_files, "_draw", lambda path, *_: drawn.append(path.name))
+    methods = {"fused": {"seconds": 0.05}, "workspace": {"failed": OUT_OF_TIME}}
+    report = _report()
+    report["extras"] = {
+        "over_candidates": [{"candidates": 2, "methods": methods}],
+        "over_kept_share": [{"kept_share": 0.1, "methods": methods}],
+        "memory_over_tokens": [{"method": "fused", "tokens": 1024, "peak_bytes": 2**30}, {"failed": OUT_OF_TIME}],
+    }
+    assert (report_files.plots(report, tmp_path), len(drawn)) == (drawn, 4)
+    made_of = {"over_candidates": 1, "over_kept_share": 1, "memory_over_tokens": 1}
+    report["extras"][name] = {"failed": OUT_OF_TIME}
+    assert len(report_files.plots(report, tmp_path)) == 4 - made_of.get(name, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_that_fails_costs_neither_figures_nor_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run("cpu", tmp_path, 60)
+    run.report |= _report() | {"extras": {"over_candidates": [{"methods": {"fused": {"seconds": 1.0}}}]}}
+    for name in ("correct", "speed", "memory", "memory_over_tokens", "extra"):
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
+
+    def broken(path: Path, *_: object) -> None:
+        raise OSError(f"{path.name}: no space\nleft")
+
+    run.report["shapes"][0]["methods"]["eager_hf"] = {"failed": OUT_OF_TIME}
+    monkeypatch.setattr(report_files, "_draw", broken)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert run.stages(("shapes",)) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        "benchmarks.gpu: not drawn: gpu_time.png (OSError: gpu_time.png: no space), gpu_candidates.png (KeyError: "
+        "'candidates'); the figures are saved"
+    )
+    assert said[-1] == "benchmarks.gpu: next: python -m benchmarks.gpu --resume"
+    assert json.loads(run.file.read_text())["plots"] == []
