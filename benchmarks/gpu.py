@@ -373,9 +373,9 @@ class Run:
         if bad:
             print(f"benchmarks.gpu: next: {ADVICE}; {self.log} has what processes said", file=sys.stderr)
         if missing:
-            words = shlex.join(word for word in sys.argv[1:] if word != "--resume")
+            words = shlex.join([*(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
             print(f"benchmarks.gpu: out of time for {'; '.join(missing)}", file=sys.stderr)
-            print(f"benchmarks.gpu: next: python -m benchmarks.gpu {words} --resume", file=sys.stderr)
+            print(f"benchmarks.gpu: next: python -m benchmarks.gpu {words}", file=sys.stderr)
         return 1 if bad else 3 if missing else 0
 
 

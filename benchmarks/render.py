@@ -24,10 +24,10 @@ HELD_OUT = ("<!-- held-out: rendered by benchmarks/render.py -->", "<!-- /held-o
 CHOOSING = ("<!-- choosing: rendered by benchmarks/render.py -->", "<!-- /choosing -->")
 GPU = {
     name: (f"<!-- gpu-{name}: rendered by benchmarks/render.py -->", f"<!-- /gpu-{name} -->")
-    for name in ("shapes", "kernels", "step")
+    for name in ("shapes", "peaked", "kernels", "step")
 }
-# The shape that README shows.
-FIRST_SHAPE = "8192 x 4096 x 128256"
+# The shapes that README shows: one as a table, one in a sentence.
+FIRST_SHAPE, LONG_SHAPE = "8192 x 4096 x 128256", "65536 x 4096 x 128256"
 PLOTS = RESULTS.parent
 LABELS = {
     "clha_fast_torch": "**clha-fast, torch backend**",
@@ -227,13 +227,15 @@ def _fill(text: str, marks: tuple[str, str], content: str) -> str:
 
 def gpu_tables(readme: bool) -> dict[str, str]:
     """Markdown of what was measured on a GPU, by the marks it stands between."""
-    reports = {
-        name: json.loads(RESULTS.with_name(f"{name}.json").read_text()) for name in ("gpu", "gpu-tiles", "gpu-step")
-    }
+    tiles, step = (json.loads(RESULTS.with_name(f"gpu-{name}.json").read_text()) for name in ("tiles", "step"))
+    devices = render_gpu.by_device(RESULTS.parent)
     found = {
-        "shapes": render_gpu.shapes(reports["gpu"], [FIRST_SHAPE] if readme else None),
-        "kernels": render_gpu.kernels(reports["gpu-tiles"]),
-        "step": render_gpu.step(reports["gpu-step"]),
+        "shapes": render_gpu.headline(devices, FIRST_SHAPE, LONG_SHAPE)
+        if readme
+        else "\n\n".join(map(render_gpu.shapes, devices.values())),
+        "peaked": "\n\n".join(filter(None, map(render_gpu.peaked, devices.values()))),
+        "kernels": render_gpu.kernels(tiles),
+        "step": render_gpu.step(step),
     }
     return {name: wrapped(text) if readme else text for name, text in found.items()}
 

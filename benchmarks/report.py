@@ -6,7 +6,9 @@ import csv
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,52 +105,87 @@ def shape_table(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plots(report: dict[str, Any], folder: Path) -> list[str]:
-    """Time over the bound, memory over N, time over n and over the kept share; a dry run is never drawn."""
-    if report["dry_run"] or importlib.util.find_spec("matplotlib") is None:
-        return []
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+Series = dict[str, list[tuple[float, float]]]
 
-    written = []
 
-    def draw(name: str, title: str, across: str, up: str, series: dict[str, list[tuple[float, float]]]) -> None:
-        if not any(series.values()):
-            return
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for label, points in series.items():
-            if points:
-                axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(title=f"{title} ({report['environment']['device']})", xlabel=across, ylabel=up)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        written.append(f"{name}.png")
-
+def _over_bound(report: dict[str, Any]) -> tuple[str, str, str, Series]:
     scored = [e for e in report["shapes"] if e["mode"] == "scored"]
-    over: dict[str, list[tuple[float, float]]] = {}
+    series: Series = {}
     for place, entry in enumerate(scored):
         for method, row in entry["methods"].items():
             if "over_bound" in row and row["over_bound"] < 12:
-                over.setdefault(method, []).append((place, row["over_bound"]))
-    names = "; ".join(f"{place}: {entry['shape']}" for place, entry in enumerate(scored))
-    draw("gpu_time", "Forward and backward on scored tokens", names, "time over three bare GEMMs", over)
-    extras = report["extras"]
-    memory: dict[str, list[tuple[float, float]]] = {}
-    for row in extras.get("memory_over_tokens", []):
+                series.setdefault(method, []).append((place, row["over_bound"]))
+    names = textwrap.fill("; ".join(f"{place}: {entry['shape']}" for place, entry in enumerate(scored)), 80)
+    return "Forward and backward on scored tokens", names, "time over three bare GEMMs", series
+
+
+def _extra(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """An extra's rows: none where it was not reached, or is the reason why there are none."""
+    found = report["extras"].get(name)
+    return found if isinstance(found, list) else []
+
+
+def _memory(report: dict[str, Any]) -> tuple[str, str, str, Series]:
+    series: Series = {}
+    for row in _extra(report, "memory_over_tokens"):
         if row.get("peak_bytes"):
-            memory.setdefault(row["method"], []).append((row["tokens"], row["peak_bytes"] / 2**30))
-    draw("gpu_memory", "Peak memory above the inputs", "scored tokens", "GiB", memory)
-    for key, name, field, label in (
-        ("over_candidates", "gpu_candidates", "candidates", "candidates a prompt"),
-        ("over_kept_share", "gpu_kept_share", "kept_share", "kept share of (token, block) pairs"),
-    ):
-        series: dict[str, list[tuple[float, float]]] = {}
-        for row in extras.get(key, []):
-            for method, found in row["methods"].items():
-                if "seconds" in found:
-                    series.setdefault(method, []).append((row[field], found["seconds"] * 1e3))
-        draw(name, f"Time over {label}", label, "ms", series)
+            series.setdefault(row["method"], []).append((row["tokens"], row["peak_bytes"] / 2**30))
+    return "Peak memory above the inputs", "scored tokens", "GiB", series
+
+
+def _times(report: dict[str, Any], extra: str, field: str, label: str) -> tuple[str, str, str, Series]:
+    series: Series = {}
+    for row in _extra(report, extra):
+        for method, found in row.get("methods", {}).items():
+            if "seconds" in found:
+                series.setdefault(method, []).append((row[field], found["seconds"] * 1e3))
+    return f"Time over {label}", label, "ms", series
+
+
+PICTURES: dict[str, Callable[[dict[str, Any]], tuple[str, str, str, Series]]] = {
+    "gpu_time": _over_bound,
+    "gpu_memory": _memory,
+    "gpu_candidates": lambda report: _times(report, "over_candidates", "candidates", "candidates a prompt"),
+    "gpu_kept_share": lambda report: _times(
+        report, "over_kept_share", "kept_share", "kept share of (token, block) pairs"
+    ),
+}
+
+
+def _draw(path: Path, device: str, title: str, across: str, up: str, series: Series) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label, points in series.items():
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axes.set(title=f"{title} ({device})", xlabel=across, ylabel=up)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def plots(report: dict[str, Any], folder: Path) -> list[str]:
+    """Time over the bound, memory over N, time over n and over the kept share; a dry run is never drawn.
+
+    A picture that fails is left out, whatever the reason, and all that failed are one sentence on stderr: what was
+    measured is saved by then, and what the run says at its end must still come.
+    """
+    if report["dry_run"] or importlib.util.find_spec("matplotlib") is None:
+        return []
+    written, failed = [], []
+    for name, picture in PICTURES.items():
+        try:
+            *words, series = picture(report)
+            if any(series.values()):
+                _draw(folder / f"{name}.png", report["environment"]["device"], *words, series)
+                written.append(f"{name}.png")
+        except Exception as failure:
+            reason = next(iter(str(failure).strip().splitlines()), "")
+            failed.append(f"{name}.png ({type(failure).__name__}: {reason})")
+    if failed:
+        print(f"benchmarks.gpu: not drawn: {', '.join(failed)}; the figures are saved", file=sys.stderr)
     return written

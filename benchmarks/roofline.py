@@ -1,6 +1,6 @@
 """Predicts each path's time from its operations, its bytes and a device's ceilings, beside what was measured.
 
-    python -m benchmarks.roofline [--device "NVIDIA H200"] [--results benchmarks/results]
+    python -m benchmarks.roofline [--device "NVIDIA H100"] [--results benchmarks/results]
 
 A model of three terms: matrix products at the rate that bare ones reach, bytes outside of them at the rate of a copy,
 and for products written in Triton an efficiency. Predictions are predictions: they are printed, never written into a
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import render_gpu
 from benchmarks.inputs import SHAPES, WORKLOADS, Shape
 from clha_fast.backends.memory import Workspace
 
@@ -174,15 +175,17 @@ PATHS = ("bound_forward", "fused_forward", "bound", "workspace", "fused", "route
 MEASURED_AS = {"eager": "eager_hf"}
 
 
+def _entry(report: dict[str, Any], shape: Shape, mode: str) -> dict[str, Any]:
+    """A shape and mode of a GPU report, without a method where there is none; a dry run measures nothing."""
+    entries = [] if report.get("dry_run", True) else report.get("shapes", [])
+    return next((e for e in entries if (e["shape"], e["mode"]) == (shape.name, mode)), {"methods": {}})
+
+
 def measured_seconds(report: dict[str, Any], shape: Shape, path: str) -> float | None:
-    """A path's median in a GPU report, None where there is none; a dry run measures nothing."""
-    if report.get("dry_run", True):
-        return None
-    mode = "peaked" if path == "routed" else "scored"
-    for entry in report.get("shapes", []):
-        if entry["shape"] == shape.name and entry["mode"] == mode:
-            return entry["methods"].get(MEASURED_AS.get(path, path), {}).get("seconds")
-    return None
+    """A path's median in a GPU report, None where there is none."""
+    entry = _entry(report, shape, "peaked" if path == "routed" else "scored")
+    seconds: float | None = entry["methods"].get(MEASURED_AS.get(path, path), {}).get("seconds")
+    return seconds
 
 
 def ceilings_of(report: dict[str, Any] | None, device: str) -> Ceilings:
@@ -211,13 +214,15 @@ def table(report: dict[str, Any] | None, ceilings: Ceilings) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
+        # What the routed backward kept there, where that was recorded.
+        share = _entry(report or {}, shape, "peaked").get("kept_share", KEPT_SHARE)
         for path in PATHS:
-            found = cost(path, shape, ceilings)
+            found = cost(path, shape, ceilings, share)
             bound = cost("bound_forward" if path.endswith("forward") else "bound", shape, ceilings)
             seconds = None if report is None else measured_seconds(report, shape, path)
             cells = (
                 shape.name,
-                path,
+                f"routed, {share:.0%} kept" if path == "routed" else path,
                 f"{found.flops / 1e12:.1f}",
                 f"{found.bytes / 1e9:.1f}",
                 f"{found.seconds * 1e3:.1f}",
@@ -261,18 +266,16 @@ def cpu_table(report: dict[str, Any], bandwidth: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", choices=list(DEVICES), help="ceilings to use; default: the report's, else NVIDIA H200"
-    )
+    parser.add_argument("--device", choices=list(DEVICES), help="one of them; default: all that were measured")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args()
-    gpu = args.results / "gpu.json"
-    report = json.loads(gpu.read_text()) if gpu.exists() else None
-    device = args.device or ("NVIDIA H200" if report is None else report["environment"]["device"])
-    print(table(report, ceilings_of(report, device)))
+    reports = render_gpu.by_device(args.results)
+    wanted = {d: r for d, r in reports.items() if args.device is None or d.startswith(args.device)}
+    for device, report in wanted.items() or [(args.device or "NVIDIA H200", None)]:
+        print(table(report, ceilings_of(report, device)) + "\n")
     cpu = args.results / "cpu.json"
     if cpu.exists():
-        print("\nCPU, float32, copies measured now:\n")
+        print("CPU, float32, copies measured now:\n")
         print(cpu_table(json.loads(cpu.read_text()), copy_bandwidth()))
 
 

@@ -57,8 +57,11 @@ class Rule(NamedTuple):
 
 # Share of a device's memory that the workspace backend may take for "auto" to choose it.
 ROOM = 1 / 16
-_MEASURED = "benchmarks/results/gpu.json, NVIDIA H200: 1.12 to 1.29 times the bare products, triton 1.38 to 1.68"
-_MODEL = "by operations and memory counted; benchmarks/results/gpu.json has its times on an NVIDIA H200"
+_MEASURED = (
+    "benchmarks/results/gpu.json, NVIDIA H200: 1.12 to 1.29 times the bare products, triton 1.38 to 1.68; "
+    "gpu-h100.json, NVIDIA H100: 1.00 to 1.24, triton 1.36 to 1.78"
+)
+_MODEL = "by operations and memory counted; benchmarks/results/gpu.json and gpu-h100.json have its times on Hopper GPUs"
 RULES = (
     Rule("cuda", True, True, True, "workspace", "gradients are wanted and its memory is there", _MEASURED),
     Rule("cuda", True, None, None, "triton", "a GPU and triton are there", _MODEL),

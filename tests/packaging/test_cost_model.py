@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 
+from benchmarks import roofline
 from benchmarks.inputs import Shape
+from benchmarks.render import RESULTS as RENDERED
 from benchmarks.roofline import DEVICES, NOT_MEASURED, Ceilings, ceilings_of, cost, measured_seconds, table
 
+RESULTS = RENDERED.parent
 H200 = DEVICES["NVIDIA H200"]
 BIG = Shape(8192, 4096, 128256)
 
@@ -90,3 +95,29 @@ def test_what_was_not_measured_is_not_shown() -> None:
     assert sum(NOT_MEASURED in line for line in lines) == len(lines) - 2
     with pytest.raises(ValueError, match=r"^device: expected one of NVIDIA H200, NVIDIA H100, got 'x'$"):
         ceilings_of(None, "x")
+
+
+def test_routed_is_predicted_at_the_share_that_a_run_kept() -> None:
+    report = _report(dry_run=False)
+    assert f"| {BIG.name} | routed, 14% kept |" in table(report, H200)
+    peaked = {"shape": BIG.name, "mode": "peaked", "kept_share": 0.111, "methods": {"routed": {"seconds": 0.0315}}}
+    report["shapes"].append(peaked)
+    (line,) = (line for line in table(report, H200).splitlines() if line.startswith(f"| {BIG.name} | routed"))
+    predicted = cost("routed", BIG, H200, 0.111).seconds
+    assert line.split(" | ")[1] == "routed, 11% kept"
+    assert line.split(" | ")[4] == f"{predicted * 1e3:.1f}"
+    assert line.endswith("| 31.5 |")
+
+
+def test_every_device_has_its_own_measurements_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for path in RESULTS.glob("gpu*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    said = {}
+    for device in ([], ["--device", "NVIDIA H200"], ["--device", "NVIDIA H100"]):
+        monkeypatch.setattr(sys, "argv", ["roofline", "--results", str(tmp_path), *device])
+        roofline.main()
+        said["".join(device[1:])] = capsys.readouterr().out
+    assert said[""] == said["NVIDIA H200"] + said["NVIDIA H100"]
+    assert said["NVIDIA H200"] != said["NVIDIA H100"]

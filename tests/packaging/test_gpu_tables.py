@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from benchmarks import render, render_gpu, step, tiles
+from benchmarks import report as report_files
+from benchmarks.gpu import Run
+from benchmarks.inputs import SHAPES
+from benchmarks.pieces import EXTRAS
+from benchmarks.processes import OUT_OF_TIME
 from csrc_triton import configs
 
 RESULTS = render.RESULTS.parent
@@ -84,14 +89,92 @@ def test_sums_of_kernels_by_hand() -> None:
 
 def test_methods_without_a_time_have_no_number() -> None:
     report = json.loads((RESULTS / "gpu.json").read_text())
-    text = render_gpu.shapes(report)
+    text = render_gpu.shapes(render_gpu.merged([report]))
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert len({len(row) for row in rows}) == 1
     assert "TRL" in text
     for entry in report["shapes"]:
         entry["methods"]["cce"] = {"failed": "not installed"}
-    assert "CCE, gradients filtered" not in render_gpu.shapes(report)
-    assert "CCE, exact" in render_gpu.shapes(report)
+    text = render_gpu.shapes(render_gpu.merged([report]))
+    assert "CCE, gradients filtered" not in text
+    assert "CCE, exact" in text
+    assert render_gpu.peaked(render_gpu.merged([report])) == ""
+
+
+def test_every_run_of_the_benchmark_in_the_results_is_rendered() -> None:
+    runs = {path.name for path in RESULTS.glob("gpu*.json") if "shapes" in json.loads(path.read_text())}
+    assert runs == set(render_gpu.FILES)
+    devices = render_gpu.by_device(RESULTS)
+    assert [render_gpu.short(device) for device in devices] == ["H200", "H100"]
+    for report in devices.values():
+        for mode, table in (("scored", render_gpu.shapes), ("peaked", render_gpu.peaked)):
+            head = table(report).splitlines()[0]
+            assert all(f"| {entry['shape']} " in head for entry in render_gpu.measured(report, mode))
+
+
+def _runs(*rows: dict[str, Any], shapes: tuple[str, ...] = ("1 x 2 x 3",), **changes: Any) -> list[dict[str, Any]]:
+    """Reports of one device, each with methods of its own at each shape; commits 0, 1, ..."""
+    environment = json.loads((RESULTS / "gpu.json").read_text())["environment"]
+    return [
+        {
+            "environment": environment | {"commit": str(commit), "date": f"day {commit}"} | (changes if commit else {}),
+            "shapes": [
+                {"shape": shape, "mode": "scored", "entropy": 1.0, "methods": dict(methods)} for shape in shapes
+            ],
+        }
+        for commit, methods in enumerate(rows)
+    ]
+
+
+def _row(seconds: float, **others: Any) -> dict[str, Any]:
+    return {"seconds": seconds, "over_bound": seconds, "rounds": 5, **others}
+
+
+def test_of_a_device_s_runs_the_last_that_says_something_counts() -> None:
+    first = {"bound": _row(1.0), "workspace": _row(2.0, peak_bytes=2**30), "fused": _row(3.0), "cce": _row(4.0)}
+    then = {
+        "bound": _row(1.0),
+        "workspace": _row(1.5),
+        "fused": {"failed": OUT_OF_TIME},
+        "cce": {"failed": "out of memory"},
+    }
+    (entry,) = render_gpu.merged(_runs(first, then))["shapes"]
+    rows = entry["methods"]
+    assert [(name, rows[name].get("seconds"), rows[name]["run"]["commit"]) for name in rows] == [
+        ("bound", 1.0, "1"),
+        ("workspace", 1.5, "1"),
+        ("fused", 3.0, "0"),
+        ("cce", None, "1"),
+    ]
+    assert (rows["workspace"]["peak_bytes"], rows["workspace"]["peak_commit"]) == (2**30, "0")
+
+
+def test_every_figure_of_several_runs_has_its_commit() -> None:
+    shapes = ("1 x 2 x 3", "4 x 5 x 6")
+    first = {name: _row(2.0) for name in ("bound", "workspace", "fused", "eager_hf")}
+    runs = _runs(first, {"workspace": _row(1.5), "fused": {"failed": OUT_OF_TIME}}, shapes=shapes)
+    runs[1]["shapes"][1]["methods"]["fused"] = _row(1.7, rounds=3)
+    text = render_gpu.shapes(render_gpu.merged(runs))
+    assert "| **clha-fast, workspace** | 1500.0 ms, 1.50 x | 1500.0 ms, 1.50 x |" in text
+    assert "day 0, commit 0 (commit 1, day 1: clha-fast, workspace; clha-fast, fused at 4 x 5 x 6);" in text
+    assert "medians over 5 interleaved rounds (3 or 5 at 4 x 5 x 6)," in text
+    # Another driver is said, too.
+    runs = _runs(first, {"workspace": _row(1.5)}, gpu="NVIDIA H200, 1.2.3, 700 W")
+    assert "(NVIDIA H200, driver 1.2.3, torch" in render_gpu.shapes(render_gpu.merged(runs))
+
+
+def test_a_first_screen_has_a_shape_on_every_device_and_a_long_one() -> None:
+    (first,) = _runs({"bound": _row(1.0), "workspace": _row(2.0, peak_bytes=2**30)})
+    (second,) = _runs({"bound": _row(1.0), "eager_hf": {"failed": "out of memory"}}, shapes=("1 x 2 x 3", "9 x 2 x 3"))
+    second["environment"]["device"] = "NVIDIA H100 80GB HBM3"
+    reports = {run["environment"]["device"]: render_gpu.merged([run]) for run in (first, second)}
+    lines = render_gpu.headline(reports, "1 x 2 x 3", "9 x 2 x 3").splitlines()
+    head = (
+        "| forward + backward of the loss | H200, ms | over the bound | peak above inputs | H100, ms | over the bound |"
+    )
+    assert lines[0] == head
+    assert lines[2] == "| **clha-fast, workspace** | 2000.0 | 2.00 x | 1.0 GiB | - | - |"
+    assert lines[-1] == "9 x 2 x 3 on the H100 (5 interleaved rounds, commit 0): eager: out of memory."
 
 
 def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +186,54 @@ def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.
     assert report["shared_tokens"] < report["padded_tokens"]
     assert set(report["ways"]) == set(step.WAYS) == set(render_gpu.WAYS)
     assert all("seconds" in row for row in report["ways"].values())
+
+
+def _report() -> dict[str, Any]:
+    methods = {"bound": {"seconds": 0.035}, "fused": {"seconds": 0.05, "over_bound": 1.4}}
+    entry = {"shape": SHAPES[0].name, "mode": "scored", "entropy": 11.7, "methods": methods}
+    return {"dry_run": False, "environment": {"device": "NVIDIA H200"}, "shapes": [entry], "extras": {}}
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, "memory_over_tokens"])
+def test_an_extra_that_failed_is_drawn_as_none(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each alone, whichever pictures come of it: the others are drawn."""
+    drawn: list[str] = []
+    monkeypatch.setattr(report_files, "_draw", lambda path, *_: drawn.append(path.name))
+    methods = {"fused": {"seconds": 0.05}, "workspace": {"failed": OUT_OF_TIME}}
+    report = _report()
+    report["extras"] = {
+        "over_candidates": [{"candidates": 2, "methods": methods}],
+        "over_kept_share": [{"kept_share": 0.1, "methods": methods}],
+        "memory_over_tokens": [{"method": "fused", "tokens": 1024, "peak_bytes": 2**30}, {"failed": OUT_OF_TIME}],
+    }
+    assert (report_files.plots(report, tmp_path), len(drawn)) == (drawn, 4)
+    made_of = {"over_candidates": 1, "over_kept_share": 1, "memory_over_tokens": 1}
+    report["extras"][name] = {"failed": OUT_OF_TIME}
+    assert len(report_files.plots(report, tmp_path)) == 4 - made_of.get(name, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_that_fails_costs_neither_figures_nor_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run("cpu", tmp_path, 60)
+    run.report |= _report() | {"extras": {"over_candidates": [{"methods": {"fused": {"seconds": 1.0}}}]}}
+    for name in ("correct", "speed", "memory", "memory_over_tokens", "extra"):
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
+
+    def broken(path: Path, *_: object) -> None:
+        raise OSError(f"{path.name}: no space\nleft")
+
+    run.report["shapes"][0]["methods"]["eager_hf"] = {"failed": OUT_OF_TIME}
+    monkeypatch.setattr(report_files, "_draw", broken)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert run.stages(("shapes",)) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        "benchmarks.gpu: not drawn: gpu_time.png (OSError: gpu_time.png: no space), gpu_candidates.png (KeyError: "
+        "'candidates'); the figures are saved"
+    )
+    assert said[-1] == "benchmarks.gpu: next: python -m benchmarks.gpu --resume"
+    assert json.loads(run.file.read_text())["plots"] == []
