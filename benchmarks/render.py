@@ -24,7 +24,7 @@ HELD_OUT = ("<!-- held-out: rendered by benchmarks/render.py -->", "<!-- /held-o
 CHOOSING = ("<!-- choosing: rendered by benchmarks/render.py -->", "<!-- /choosing -->")
 GPU = {
     name: (f"<!-- gpu-{name}: rendered by benchmarks/render.py -->", f"<!-- /gpu-{name} -->")
-    for name in ("shapes", "peaked", "kernels", "step")
+    for name in ("shapes", "peaked", "kernels", "compared", "step")
 }
 # The shapes that README shows: one as a table, one in a sentence.
 FIRST_SHAPE, LONG_SHAPE = "8192 x 4096 x 128256", "65536 x 4096 x 128256"
@@ -227,7 +227,9 @@ def _fill(text: str, marks: tuple[str, str], content: str) -> str:
 
 def gpu_tables(readme: bool) -> dict[str, str]:
     """Markdown of what was measured on a GPU, by the marks it stands between."""
-    tiles, step = (json.loads(RESULTS.with_name(f"gpu-{name}.json").read_text()) for name in ("tiles", "step"))
+    tiles, step, compared = (
+        json.loads(RESULTS.with_name(f"gpu-{name}.json").read_text()) for name in ("tiles", "step", "h100-kernels")
+    )
     devices = render_gpu.by_device(RESULTS.parent)
     found = {
         "shapes": render_gpu.headline(devices, FIRST_SHAPE, LONG_SHAPE)
@@ -235,6 +237,7 @@ def gpu_tables(readme: bool) -> dict[str, str]:
         else "\n\n".join(map(render_gpu.shapes, devices.values())),
         "peaked": "\n\n".join(filter(None, map(render_gpu.peaked, devices.values()))),
         "kernels": render_gpu.kernels(tiles),
+        "compared": render_gpu.compared(compared),
         "step": render_gpu.step(step),
     }
     return {name: wrapped(text) if readme else text for name, text in found.items()}

@@ -53,6 +53,8 @@ OWN = {
     "statistics_kernel": "pass over the logits: statistics",
     "gradient_kernel": "pass over the logits: gradient",
 }
+# The products of a step, of pairs or of all.
+PRODUCTS = {"forward": "forward", "logit_grad": "logits' gradient", "hidden_grad": "dhidden", "weight_grad": "dweight"}
 LIBRARY = "products of the vendor's library"
 
 
@@ -293,6 +295,30 @@ def kernels(runs: dict[str, dict[str, Any]]) -> str:
         f"{last['shape']}, bfloat16; routed: a softmax of about 2 nats, `max_dropped_mass=0.01`. Time on the device by "
         f"torch's profiler, the mean of three steps, kernels of 3 microseconds and more. `python -m benchmarks.tiles`, "
         f"{origin(last['environment'])} ({commits})."
+    )
+    return "\n".join([*lines, "", text])
+
+
+def compared(report: dict[str, Any]) -> str:
+    """Markdown of milliseconds by kernel before and after a commit: a column for each profile."""
+    profiles = sorted(report["profiles"], key=lambda row: (row["path"], len(row["shape"]), row["shape"]))
+    titles = [f"{row['path']}, {row['shape'].replace('x', ' x ')}, {row['commit']}" for row in profiles]
+    lines = [f"| ms | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    parts = {label: (f"persistent_{name}_kernel", f"routed_{name}_kernel") for name, label in PRODUCTS.items()}
+    parts |= {"which pairs are kept": ("route_",)}
+    sums = [0.0] * len(profiles)
+    for label, names in parts.items():
+        cells = [sum(t for kernel, t in row["kernels"].items() if kernel.startswith(names)) / 1e3 for row in profiles]
+        sums = [a + b for a, b in zip(sums, cells, strict=True)]
+        lines.append(f"| {label} | {' | '.join(f'{t:.2f}' if t else '-' for t in cells)} |")
+    rest = [row["sum_ms"] - known for row, known in zip(profiles, sums, strict=True)]
+    lines.append("| all others | " + " | ".join(f"{t:.2f}" for t in rest) + " |")
+    lines.append("| sum | " + " | ".join(f"{row['sum_ms']:.2f}" for row in profiles) + " |")
+    text = (
+        "bfloat16, a softmax of 2.0 nats for routed, `max_dropped_mass=0.01`. Time on the device by torch's profiler, "
+        "the mean of three steps, kernels of 3 microseconds and more: `benchmarks.tiles.by_kernel` of both commits, "
+        "one after the other in one run (`benchmarks/results/gpu-h100-kernels.json`), "
+        f"{_machine(report['environment'])}, {report['environment']['date']}."
     )
     return "\n".join([*lines, "", text])
 
