@@ -58,6 +58,12 @@ INCORRECT, NOT_CHECKED = "incorrect: ", "not checked: "
 AGAIN = (OUT_OF_TIME, INCORRECT, NOT_CHECKED)
 
 
+def wanted(result: dict[str, Any] | None, again: bool) -> bool:
+    """Whether a check is still to be made; again: also what has failed otherwise than for want of time."""
+    failed = (result or {"failed": OUT_OF_TIME}).get("failed")
+    return failed == OUT_OF_TIME or (again and failed is not None)
+
+
 class Run:
     """One call: its device, its deadline and the report that grows."""
 
@@ -172,11 +178,7 @@ class Run:
         found = self.report["correctness"]
         paths = found.setdefault("paths", {})
 
-        def wanted(result: dict[str, Any] | None) -> bool:
-            failed = (result or {"failed": OUT_OF_TIME}).get("failed")
-            return failed == OUT_OF_TIME or (again and failed is not None)
-
-        todo = {name: job for name, job in self.checks().items() if wanted(paths.get(name))}
+        todo = {name: job for name, job in self.checks().items() if wanted(paths.get(name), again)}
         for name, result in self.pieces(CHECK, todo, self.workers()):
             if "broken" in result:
                 result["wrong"] = result.get("wrong", {}) | {result["broken"]: result["why"]}
@@ -184,12 +186,18 @@ class Run:
             self.save()
             said = "; ".join(result.get("wrong", {}).values()) or result.get("failed")
             print(f"correct: {name}: {said or 'right'}", flush=True)
-        if wanted(found.get("tests")):
+        if wanted(found.get("tests"), again):
             found["tests"] = correct.run_tests(min(240.0, self.deadline.left()), collect=self.dry)
             print(f"correct: tests: {json.dumps(found['tests'])}", flush=True)
-        if wanted(found.get("peers")):
-            found["peers"] = self.piece(PEERS, "peers", {"tiny": self.dry})
         self.save()
+
+    def peers(self, again: bool) -> None:
+        """How far the peers' gradients are off: recorded, nothing waits for it. Not where no peer is asked for."""
+        found = self.report["correctness"]
+        own = {"bound", "bound_forward", *RUNS}
+        if wanted(found.get("peers"), again) and not (self.only and own.issuperset(self.only)):
+            found["peers"] = self.piece(PEERS, "peers", {"tiny": self.dry})
+            self.save()
 
     def incorrect(self) -> dict[str, str]:
         """Path: why it is not timed. A path that was not checked to the end is not timed either."""
@@ -356,6 +364,7 @@ class Run:
                 self.correct(again=name == "correct")
                 if name == "shapes":
                     self.all_shapes()
+                self.peers(again=name == "correct")
             self.save()
         return self.verdict(names)
 

@@ -272,6 +272,26 @@ def test_what_the_call_s_own_time_was_too_short_for_comes_again(
     assert f"next: python -m benchmarks.gpu --output {tmp_path} --shapes --resume\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("only", "order"),
+    [
+        ((), ["check", "speed", "peers"]),
+        (("cce", "fused"), ["check", "speed", "peers"]),
+        (("workspace", "fused", "routed"), ["check", "speed"]),
+    ],
+)
+def test_no_time_waits_for_the_peers_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: tuple[str, ...], order: list[str]
+) -> None:
+    run, seen = Run("cpu", tmp_path, 60, only=only), []
+    monkeypatch.setattr(run, "correct", lambda again: seen.append("check"))
+    monkeypatch.setattr(run, "all_shapes", lambda: seen.append("speed"))
+    monkeypatch.setattr(run, "piece", lambda most, name, given: seen.append(name) or {})
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    run.stages(("shapes",))
+    assert seen == order
+
+
 def test_a_first_look_that_fails_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _run(tmp_path)
     assert run.verdict(()) == 0

@@ -220,7 +220,7 @@ def test_a_picture_that_fails_costs_neither_figures_nor_the_verdict(
 ) -> None:
     run = Run("cpu", tmp_path, 60)
     run.report |= _report() | {"extras": {"over_candidates": [{"methods": {"fused": {"seconds": 1.0}}}]}}
-    for name in ("correct", "speed", "memory", "memory_over_tokens", "extra"):
+    for name in ("correct", "peers", "speed", "memory", "memory_over_tokens", "extra"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
 
     def broken(path: Path, *_: object) -> None:
