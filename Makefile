@@ -77,7 +77,7 @@ bench-cpu: $(VENV)/.peers
 	$(BIN)/python -m benchmarks.render
 
 bench-gpu: $(VENV)/.peers
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.gpu --output results $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest $(HOSTS:%=.venv-%) build dist site *.egg-info demo-run demo-run-* demo-smollm-run

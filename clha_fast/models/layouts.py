@@ -189,7 +189,7 @@ class RowLayouts:
             self.layout, self._given_up = "padded", True
             logger.warning(
                 "layout auto: padded from here on, also the shared rows that a collator still makes, whose prompts are "
-                "then repeated; layout='padded' makes none (%s)",
+                "then repeated, beyond what max_tokens_per_batch has counted; layout='padded' makes none (%s)",
                 error,
             )
             return False
