@@ -234,7 +234,7 @@ def gpu_tables(readme: bool) -> dict[str, str]:
     found = {
         "shapes": render_gpu.headline(devices, FIRST_SHAPE, LONG_SHAPE)
         if readme
-        else "\n\n".join(map(render_gpu.shapes, devices.values())),
+        else "\n\n".join(filter(None, map(render_gpu.shapes, devices.values()))),
         "peaked": "\n\n".join(filter(None, map(render_gpu.peaked, devices.values()))),
         "kernels": render_gpu.kernels(tiles),
         "compared": render_gpu.compared(compared),

@@ -169,8 +169,13 @@ def measured(report: dict[str, Any], mode: str, names: list[str] | None = None) 
 
 
 def shapes(report: dict[str, Any]) -> str:
-    """Markdown of forward and backward by method on scored rows: a column for each shape, their origin below."""
+    """Markdown of forward and backward by method on scored rows: a column for each shape, their origin below.
+
+    "" where nothing was timed.
+    """
     entries, e = measured(report, "scored"), report["environment"]
+    if not entries:
+        return ""
     lines = _head(e, "forward + backward of the loss", entries)
     for method, rows in _timed(entries).items():
         lines.append(f"| {LABELS[method]} | {' | '.join(map(_time, rows))} |")

@@ -144,12 +144,19 @@ TILES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Of more tokens the fused backward makes several chunks, and dweight's sums have a row of their own in the table.
+ONE_CHUNK, PARTIAL = 8192, "persistent_weight_grad_partial"
 # The path whose kernels they are; the others are the fused one's.
 PATHS = {
     "workspace": ("statistics", "gradient"),
     "routed": tuple(kernel for kernel in TILES if kernel.startswith("routed")),
     "softcap": tuple(kernel for kernel in TILES if kernel.endswith("softcap")),
 }
+
+
+def other_weight_grad(tokens: int) -> str:
+    """The row of dweight that so many tokens do not read, though its kernel has the same name."""
+    return PARTIAL if tokens <= ONE_CHUNK else "persistent_weight_grad"
 
 
 def tried(run: int) -> dict[str, dict[str, Any]]:
@@ -210,9 +217,9 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 
 def compile_run(run: int, shape: Shape) -> None:
-    """Few tokens compile what all tokens launch."""
+    """Few tokens compile what all tokens launch: of one chunk, or of several."""
     take(run, table())
-    small = Shape(1024, shape.width, shape.vocabulary)
+    small = Shape(ONE_CHUNK + 128 if PARTIAL in TILES else 1024, shape.width, shape.vocabulary)
     for name, step in paths(make_batch(small, "cuda"), make_batch(small, "cuda")).items():
         try:
             step()
@@ -268,7 +275,7 @@ def why_not() -> str | None:
 def _run_all(args: argparse.Namespace, deadline: Deadline) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.tiles", "--shape", args.shape, "--output", str(args.output)]
-    command += ["--only", *args.only]
+    command += ["--only", *TILES]
     runs = range(1 + max(map(len, TILES.values())))
     report: dict[str, Any] = {"environment": gpu_environment("cuda"), "shape": args.shape, "compile": {}, "runs": []}
 
@@ -319,7 +326,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", default="8192x4096x128256")
-    parser.add_argument("--only", nargs="+", choices=list(TILES), default=list(TILES), help="kernels to try tiles of")
+    parser.add_argument("--only", nargs="+", choices=list(TILES), default=[], help="kernels to try tiles of")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for everything")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--time", type=float, help=argparse.SUPPRESS)
@@ -328,7 +335,15 @@ def main() -> int:
     if (why := why_not()) is not None:
         print(f"benchmarks.tiles: {why}", file=sys.stderr)
         return 2
-    for kernel in set(TILES) - set(args.only):
+    only = set(args.only) or set(TILES) - {other_weight_grad(shape.tokens)}
+    if other_weight_grad(shape.tokens) in only:
+        print(
+            f"benchmarks.tiles: --only: expected no {other_weight_grad(shape.tokens)} at {args.shape}, where dweight "
+            f"is summed in {'one chunk' if shape.tokens <= ONE_CHUNK else 'chunks'} of {ONE_CHUNK} tokens",
+            file=sys.stderr,
+        )
+        return 2
+    for kernel in set(TILES) - only:
         del TILES[kernel]
     if args.compile is not None:
         compile_run(args.compile, shape)

@@ -62,6 +62,21 @@ def test_tiles_of_another_device_are_not_tried(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [("8192x4096x128256", "persistent_weight_grad_partial"), ("16384x2304x256000", "persistent_weight_grad")],
+)
+def test_a_row_that_a_shape_does_not_read_is_not_tried(
+    shape: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both kernels have one name: the other's time would stand beside the tiles."""
+    monkeypatch.setattr(tiles, "why_not", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["tiles", "--output", str(tmp_path / "out"), "--shape", shape, "--only", kernel])
+    assert tiles.main() == 2
+    assert f"expected no {kernel} at {shape}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_sums_of_kernels_by_hand() -> None:
     """Microseconds: 3,000 and 1,500 of the library's own, 2,000 of the vendor's, 500 of others; bare products 4,000."""
     times = {"persistent_forward_kernel": 3000.0, "gradient_kernel": 1500.0, "nvjet_a": 1200.0, "nvjet_b": 800.0}
