@@ -44,62 +44,92 @@ class Done:
     stderr: str
 
 
+@dataclass
+class Program:
+    """One that was started, as `subprocess.Popen` has it."""
+
+    server: Server
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit status, once it has ended."""
+        while self.pid not in self.server.ended and self.server.hears(0.0):
+            self.server.hear(0.0)
+        return self.server.ended.get(self.pid)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            self.server.hear(end - time.monotonic())
+        return status
+
+
 class Server:
     """The client's end. Closing its input ends the process; programs that still run are killed before."""
 
     def __init__(self, kind: str) -> None:
-        # Whoever asks whether there is a GPU must not begin CUDA, which does not survive a fork.
-        given = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        self.environment = {**os.environ, **given, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        if kind == "walk":
-            self.environment.pop("TRITON_INTERPRET", None)
+        self.kind = kind
         command = [sys.executable, "-W", "ignore", "-m", "tests.support.forked", *KINDS[kind]]
         # Nothing is buffered here: `select` would not see it.
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.process = subprocess.Popen(command, env=self.environment, cwd=ROOT, **pipes)
+        self.process = subprocess.Popen(command, env=self.environment(), cwd=ROOT, **pipes)
         self.ended: dict[int, int] = {}
         atexit.register(self.close)
+
+    def environment(self) -> dict[str, str]:
+        # Whoever asks whether there is a GPU must not begin CUDA, which does not survive a fork.
+        given = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        found = {**os.environ, **given, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        if self.kind == "walk":
+            found.pop("TRITON_INTERPRET", None)
+        return found
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
-    def _line(self, timeout: float) -> dict[str, int]:
+    def hears(self, timeout: float) -> bool:
         assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], max(0.0, timeout))[0]:
+        return bool(select.select([self.process.stdout], [], [], max(0.0, timeout))[0])
+
+    def hear(self, timeout: float) -> int | None:
+        """Reads what the process says next: that a program ended, which is kept, or the number of one that began."""
+        assert self.process.stdout is not None
+        if not self.hears(timeout):
             raise TimeoutError("a program of the tests has not ended")
         line = self.process.stdout.readline()
         assert line, "the server of the tests' programs has ended"
-        found: dict[str, int] = json.loads(line)
-        return found
+        program, status = json.loads(line)
+        if status is not None:
+            self.ended[program] = status
+            return None
+        return int(program)
 
-    def start(self, module: str, arguments: Sequence[str], environment: dict[str, str], out: Path) -> int:
-        """The new process's id; it writes to `out` and beside it."""
+    def start(self, module: str, arguments: Sequence[str], environment: dict[str, str], out: Path) -> Program:
+        """It writes to `out` with .out and .err behind it."""
         assert self.process.stdin is not None
-        given = [module, list(arguments), {**self.environment, **environment}, str(out)]
+        given = [module, list(arguments), {**self.environment(), **environment}, str(out)]
         self.process.stdin.write(json.dumps(given).encode() + b"\n")
-        while "started" not in (line := self._line(60)):
-            self.ended[line["ended"]] = line["status"]
-        return line["started"]
+        while (program := self.hear(60)) is None:
+            pass
+        self.ended.pop(program, None)  # numbers of processes come back
+        return Program(self, program)
 
-    def wait(self, programs: Sequence[int], timeout: float) -> list[int]:
+    def wait(self, programs: Sequence[Program], timeout: float) -> list[int]:
         """Their exit statuses; the others are killed once one of them has failed."""
         end = time.monotonic() + timeout
         try:
-            while not all(program in self.ended for program in programs):
-                if any(self.ended.get(program) for program in programs):
-                    break
-                line = self._line(end - time.monotonic())
-                self.ended[line["ended"]] = line["status"]
+            while None in (found := [program.poll() for program in programs]) and not any(found):
+                self.hear(end - time.monotonic())
         finally:
             for program in programs:
-                if program not in self.ended:
-                    os.kill(program, signal.SIGKILL)
-        while not all(program in self.ended for program in programs):
-            line = self._line(60)
-            self.ended[line["ended"]] = line["status"]
-        return [self.ended.pop(program) for program in programs]
+                program.kill()
+        return [program.wait() for program in programs]
 
 
 @functools.cache
@@ -117,12 +147,17 @@ def _meeting(processes: int) -> list[dict[str, str]]:
     return [{**all_of_them, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+def start(kind: str, module: str, *arguments: str, out: Path, **environment: str) -> Program:
+    """As `run`, without waiting for its end; what it prints is in `out` with .out and .err behind it."""
+    return server(kind).start(module, arguments, environment, out)
+
+
 def run(
     kind: str, module: str, *arguments: str, processes: int | None = None, timeout: float = 300, **environment: str
 ) -> Done:
-    """`module` as a program; with `processes` that many of it, as a launcher starts them.
+    """`module` as a program, or with "-c" the source that follows; `processes` of it, as a launcher starts them.
 
-    Returns the first status that is no success, or else 0, with all that was printed.
+    Returns the status of one that failed, or else 0, with all that was printed.
     """
     here = server(kind)
     meetings = [{}] if processes is None else _meeting(processes)
@@ -148,8 +183,13 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], out:
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv[1:] = arguments
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module == "-c":
+            source, *arguments = arguments
+            sys.argv = ["-c", *arguments]
+            exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv[1:] = arguments
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -164,7 +204,7 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], out:
 
 
 def serve() -> None:
-    """Forks for each line of the standard input, and says on the standard output who began and who ended."""
+    """Forks for each line of the standard input, and says on the standard output who began, and who ended and how."""
     running: set[int] = set()
     rest = b""
     while True:
@@ -179,12 +219,12 @@ def serve() -> None:
                 if program == 0:
                     _become(*json.loads(line))
                 running.add(program)
-                os.write(1, json.dumps({"started": program}).encode() + b"\n")
+                os.write(1, json.dumps([program, None]).encode() + b"\n")
         for program in list(running):
             ended, status = os.waitpid(program, os.WNOHANG)
             if ended:
                 running.remove(program)
-                os.write(1, json.dumps({"ended": ended, "status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                os.write(1, json.dumps([ended, os.waitstatus_to_exitcode(status)]).encode() + b"\n")
     for program in running:
         os.kill(program, signal.SIGKILL)
 
