@@ -29,7 +29,8 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`LONG` first: a worker that began one of them when the others were done would keep them waiting."""
-    items.sort(key=lambda item: not any(item.path.match(name) for name in LONG))
+    long = {path for path in {item.path for item in items} if any(path.match(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:

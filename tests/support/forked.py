@@ -198,6 +198,7 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], out:
     except BaseException:
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # the program's own, as an interpreter's end has it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
