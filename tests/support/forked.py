@@ -8,6 +8,7 @@ everything but those imports is its own. Programs whose imports or launcher are 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -59,7 +60,8 @@ class Program:
 
     def kill(self) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float = 300) -> int:
         end = time.monotonic() + timeout
@@ -115,7 +117,7 @@ class Server:
         assert self.process.stdin is not None
         given = [module, list(arguments), {**self.environment(), **environment}, str(out)]
         self.process.stdin.write(json.dumps(given).encode() + b"\n")
-        while (program := self.hear(60)) is None:
+        while (program := self.hear(300)) is None:  # the first waits for the imports
             pass
         self.ended.pop(program, None)  # numbers of processes come back
         return Program(self, program)
