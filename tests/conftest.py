@@ -8,17 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-
-if not torch.cuda.is_available():
-    # Triton reads it once, when it is first imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    with contextlib.suppress(ModuleNotFoundError):  # there is no Triton but on Linux
-        from tests.support import interpreter
-
-        interpreter.mend()
-
 
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,7 +29,8 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`LONG` first: a worker that began one of them when the others were done would keep them waiting."""
-    items.sort(key=lambda item: not any(item.path.match(name) for name in LONG))
+    long = {path for path in {item.path for item in items} if any(path.match(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:
@@ -51,6 +42,21 @@ def pytest_collection_finish() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of log(0) and inf - inf, which the kernels form on purpose where a GPU says nothing.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    # Workers wait for the process that only hands them tests, and torch takes seconds to import.
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        _interpret()
+
+
+def _interpret() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton reads it once, when it is first imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        with contextlib.suppress(ModuleNotFoundError):  # there is no Triton but on Linux
+            from tests.support import interpreter
+
+            interpreter.mend()
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +82,8 @@ def _drawn_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN (integers their largest value), so that an element nobody wrote shows in the result."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -96,6 +104,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bfloat16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels take bfloat16 where they are interpreted, too: see `tests.support.bfloat16`."""
+    import torch
+
     if not torch.cuda.is_available():
         from tests.support import bfloat16
 

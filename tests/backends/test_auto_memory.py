@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.support.helpers import ROOT
+from tests.support import forked
 
 GIB = 2**30
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.auto_walk"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run("walk", "tests.support.auto_walk")
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

@@ -16,6 +16,7 @@ import pytest
 
 from csrc_triton import backward, combine, forward, persistent_backward, routed, routing, softmax
 from csrc_triton import clha as ranking
+from tests.support import forked
 from tests.support.helpers import ROOT
 
 Found = dict[str, list[dict[str, Any]]]
@@ -36,17 +37,23 @@ def finish(process: subprocess.Popen[str]) -> Found:
     return found
 
 
+def walk(cache: Path, *arguments: str) -> Found:
+    done = forked.run("walk", "tests.support.cuda_walk", *arguments, TRITON_CACHE_DIR=str(cache))
+    assert done.returncode == 0, done.stderr
+    found: Found = json.loads(done.stdout)
+    return found
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """Three processes at once. Compiling takes longest: of the triton backend's kernels tests/kernels/ compiles anew
-    what has changed, and a slow test those of this walk."""
+    """Compiling takes longest: of the triton backend's kernels tests/kernels/ compiles anew what has changed, and a
+    slow test those of this walk."""
     cache = tmp_path_factory.mktemp("triton")
-    running = {
-        "triton": start(cache, "--backend", "triton", "--no-compile"),
-        "workspace": start(cache, "--backend", "workspace"),
-        "shapes": start(cache, "--cases", "shapes", "--no-compile"),
+    return {
+        "triton": walk(cache, "--backend", "triton", "--no-compile"),
+        "workspace": walk(cache, "--backend", "workspace"),
+        "shapes": walk(cache, "--cases", "shapes", "--no-compile"),
     }
-    return {name: finish(process) for name, process in running.items()}
 
 
 def failures(found: Found) -> str:
@@ -101,19 +108,13 @@ def test_the_workspace_s_memory_beyond_gradients(found: dict[str, Found], tokens
 
 def test_what_a_gpu_would_refuse_is_refused() -> None:
     """The walk's own checks, each against something that breaks it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.fake_gpu_refusals"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run("walk", "tests.support.fake_gpu_refusals")
     assert done.returncode == 0, done.stderr
 
 
 def test_no_objective_makes_the_host_wait() -> None:
     """PRO, SFT and CLHA on either backend, sizes on the CPU: log-probabilities, terms and metrics."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.objective_walk"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run("walk", "tests.support.objective_walk")
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
     assert len(errors) == 6
@@ -123,7 +124,7 @@ def test_no_objective_makes_the_host_wait() -> None:
 @pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.slow), "90"])
 def test_batches_of_other_sizes_compile_nothing_anew(tmp_path: Path, capability: str) -> None:
     """One variant of a kernel for each choice of its own constants, whatever the numbers of tokens and prompts."""
-    result = finish(start(tmp_path, "--cases", "sizes", "--no-compile", "--capability", capability))
+    result = walk(tmp_path, "--cases", "sizes", "--no-compile", "--capability", capability)
     assert len(result["cases"]) == 48
     assert not failures(result)
     assert {"combine_kernel", "gradient_kernel", "route_list_kernel"} <= {row["kernel"] for row in result["variants"]}

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from clha_fast import (
     CLHAOptions,
@@ -25,6 +24,7 @@ from clha_fast import (
     token_logps,
 )
 from clha_fast.types import STATISTICS, VocabShard
+from tests.support import forked
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,7 +185,9 @@ def shard_process(rank: int, folder: str) -> None:
 
 
 def test_a_shard_without_a_word_that_can_be_adds_nothing(tmp_path: Path) -> None:
-    mp.spawn(shard_process, (str(tmp_path),), 2)
+    code = f"import os, sys; from {__name__} import shard_process; shard_process(int(os.environ['RANK']), sys.argv[1])"
+    done = forked.run("train", "-c", code, str(tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for name in RULED_OUT:

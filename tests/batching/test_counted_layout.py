@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +11,7 @@ from clha_fast.batching.batch import pack_candidates
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.segments import RowTokens
 from clha_fast.models.layout_probe import candidates_of
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.tiny import WORDS, make_tokenizer
 
 
@@ -95,8 +92,7 @@ for workers in (2, 0):
 
 def test_a_script_hears_it_but_not_from_every_worker() -> None:
     """Without any setting of logging, as in a script of a user's own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LOADER], env=environment, capture_output=True, text=True)
+    done = forked.run("train", "-c", LOADER)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["12", "12"]
     of_two, of_none = done.stderr.split("the end of 2 workers\n")

@@ -6,22 +6,20 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-import clha_fast
 from clha_fast.cli import main as cli
 from clha_fast.data import read_records
 from clha_fast.rewards.noise import measure_noise
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoringError, score_file
+from tests.support import forked
 from tests.support.reward_models import save_llama, write
 from tests.support.tiny import make_rows
 
@@ -81,16 +79,6 @@ score_file(sys.argv[2], sys.argv[3], reward_model, batch_size=2)
 """
 
 
-def child(script: str, *words: str, **options: Any) -> subprocess.Popen[str]:
-    root = str(Path(clha_fast.__file__).parents[1])
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen([sys.executable, "-c", script, *words], env=env, text=True, **options)
-
-
 def test_killed_and_resumed(tmp_path: Path, folder: str) -> None:
     reward_model = load_reward_model(folder)
     source = write(tmp_path / "in.jsonl", make_rows(40))
@@ -99,7 +87,7 @@ def test_killed_and_resumed(tmp_path: Path, folder: str) -> None:
     assert total == 40
 
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    process = child(SLOW_CHILD, folder, str(source), str(out), stderr=subprocess.DEVNULL)
+    process = forked.start("train", "-c", SLOW_CHILD, folder, str(source), str(out), out=tmp_path / "said")
     try:
         end = time.monotonic() + 120
         while not partial.exists() or partial.read_bytes().count(b"\n") < 6:
@@ -203,14 +191,10 @@ def test_full_disk(tmp_path: Path, reward_model: RewardModel, folder: str) -> No
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     score_file(source, whole, reward_model, batch_size=2, progress=False)
     room = 1 << 20
-    process = child(
-        FULL_DISK_CHILD,
-        *(str(word) for word in (folder, source, out, 700, 6000, room)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    words = (str(word) for word in (folder, source, out, 700, 6000, room))
+    done = forked.run("train", "-c", FULL_DISK_CHILD, *words)
+    output, errors = done.stdout, done.stderr
+    assert done.returncode == 0, errors
     results = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     assert results[0][:3] == [1, -1, 700]  # half a line at its end
     assert results[1][:2] == [1, -1]

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from clha_fast.generation import (
     trained_prefix,
     write_answers,
 )
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.reward_models import spread, write
 from tests.support.scripted import saying
 from tests.support.tiny import make_model, make_rows, make_tokenizer
@@ -104,10 +102,8 @@ def test_killed_and_resumed(tmp_path: Path, folder: str, temperature: float) -> 
     whole, out, partial = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.partial"))
     generate_answers(records, load_backend(folder, device="cpu"), whole, settings, batch_size=2, progress=False)
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [folder, str(source), str(out), str(temperature)]
-    command = [sys.executable, "-c", SLOW_CHILD, *words]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = forked.start("train", "-c", SLOW_CHILD, *words, out=tmp_path / "said")
     try:
         end = time.monotonic() + 120
         while not partial.exists() or partial.read_bytes().count(b"\n") < 4:

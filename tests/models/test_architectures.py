@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.versions import lacks_type, older
 
 # What each of the sample shows, and what has to be found behind its head.
@@ -34,9 +31,7 @@ NOT_BUILDABLE = {"gemma4_assistant", "musicgen", "musicgen_melody"}
 def walk(folder: Path, *arguments: str, timeout: int) -> list[dict[str, Any]]:
     """The harness's results; a process of its own, since it forks."""
     found = folder / "found.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.architectures", "--json", str(found), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    run = forked.run("train", "tests.support.architectures", "--json", str(found), *arguments, timeout=timeout)
     assert found.exists(), run.stdout + run.stderr
     return json.loads(found.read_text())
 

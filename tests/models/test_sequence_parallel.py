@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import clha_fast
 from clha_fast.models.sequence_parallel import SequenceParallel
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.tiny import make_model
 
 SAMPLE = ("padded", "much padding", "longer", "refusals")
 
 
 def run(*names: str, processes: int = 2, module: str = "sequence_processes") -> str:
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*launch, "-m", f"tests.support.{module}", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = forked.run("train", f"tests.support.{module}", *names, processes=processes, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.objectives.test_objectives import NAMES
-from tests.support.helpers import ROOT
+from tests.support import forked
 
 
 @pytest.fixture(scope="module")
 def distances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     out: Path = tmp_path_factory.mktemp("objectives") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, "-m", "tests.support.objective_processes", str(out)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run("train", "tests.support.objective_processes", str(out), processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(NAMES, json.loads(out.read_text()), strict=True))
 

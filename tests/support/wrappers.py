@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import forked
 from tests.support.helpers import ROOT
 
 PROCESSES = 2
@@ -49,10 +50,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(out: Path, names: Sequence[str], rank: int, port: int) -> subprocess.Popen[str]:
+def _start(out: Path, names: Sequence[str], rank: int, port: int) -> forked.Program:
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(PROCESSES),
@@ -64,10 +63,8 @@ def _start(out: Path, names: Sequence[str], rank: int, port: int) -> subprocess.
         "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "tests.support.wrapper_cases", str(out), *names]
-    log = out.with_suffix(f".{rank}.log").open("w", encoding="utf-8")
-    with log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    program = ["tests.support.wrapper_cases", str(out), *names]
+    return forked.start("train", *program, out=out.with_suffix(f".{rank}"), **environment)
 
 
 def _lines(out: Path) -> list[dict[str, object]]:
@@ -105,8 +102,9 @@ def _last_error(out: Path) -> str:
     """The message that a process died with; not that of another one which lost its peer by it."""
     found = []
     for rank in range(PROCESSES):
-        lines = out.with_suffix(f".{rank}.log").read_text("utf-8").splitlines()
-        found += [line for line in lines if "Error" in line]
+        for name in ("out", "err"):
+            lines = out.with_suffix(f".{rank}.{name}").read_text("utf-8").splitlines()
+            found += [line for line in lines if "Error" in line]
     first = [line for line in found if "Connection" not in line and "gloo" not in line]
     return ((first or found or ["died without a message"])[0])[:300]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from clha_fast.experiments.folder import RunFolderError, check_folder, claim_folder
 from clha_fast.files import WRITING, CheckpointError, RunIdentity, publish, rotate, write_json, writing
 from clha_fast.training.trainer import CLHATrainer
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.power_cuts import PowerCut, dropout_model, trainer, weights
 
 
@@ -107,9 +105,7 @@ for what, limit in ("weights", 20_000), ("optimizer", 200_000):
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     size = sum(p.numel() * 4 for p in dropout_model().parameters())
     assert 20_000 < size < 200_000 < 2 * size, "the limits of the script stand between weights and optimizer state"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = forked.run("train", "-c", FULL_DISK, str(tmp_path))
     assert done.returncode == 0, done.stderr
     sentences = [line for line in done.stdout.splitlines() if line.startswith("CheckpointError:")]
     whole = trainer(tmp_path / "whole")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +13,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, IterableDataset
 
 from clha_fast.training.sequence import check_sequence, share_batches
-from tests.support.helpers import ROOT
+from tests.support import forked
 from tests.support.trainers import config
 from tests.support.versions import needs
 from tests.training.test_trainer_processes import check, start
@@ -94,10 +91,7 @@ def test_auto_goes_on_with_padded_rows() -> None:
 
 
 def run(*names: str) -> None:
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*launch, "-m", "tests.support.sequence_runs", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = forked.run("train", "tests.support.sequence_runs", *names, processes=2, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
 
 

@@ -16,6 +16,7 @@ import torch
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.reward_trainer import RewardConfig
 from clha_fast.training.samples import SAMPLES_FILE
+from tests.support import forked
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 from tests.support.trainers import trainer
@@ -27,15 +28,19 @@ LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "-
 CLOSE = 1e-5
 
 
-def start(wrapper: str, folder: Path, processes: int, launcher: list[str] = TORCHRUN, **env: str) -> dict[str, Any]:
+def start(wrapper: str, folder: Path, processes: int, launcher: list[str] | None = None, **env: str) -> dict[str, Any]:
+    """By a launcher, or else with the environment alone that one gives its processes."""
     out = folder / f"{wrapper}-{processes}.pt"
-    count = "--num_processes" if launcher is LAUNCH else "--nproc_per_node"
-    command = [sys.executable, "-W", "ignore", "-m", *launcher, count, str(processes)]
-    command += ["-m", "tests.support.two_processes", wrapper, str(folder / wrapper), str(out)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment = {**os.environ, "PYTHONPATH": path, **cpu, **env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    program = ["tests.support.two_processes", wrapper, str(folder / wrapper), str(out)]
+    cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", **env}
+    if launcher is None:
+        done: Any = forked.run("train", *program, processes=processes, **cpu)
+    else:
+        count = "--num_processes" if launcher is LAUNCH else "--nproc_per_node"
+        command = [sys.executable, "-W", "ignore", "-m", *launcher, count, str(processes), "-m", *program]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, **cpu}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = torch.load(out)
     lines = (folder / wrapper / SAMPLES_FILE).read_text("utf-8").splitlines()
