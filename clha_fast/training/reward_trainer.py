@@ -340,14 +340,20 @@ class RewardTrainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
 
+def _table(predictions: Any) -> np.ndarray:
+    """float64 [P, 4], of all batches: without `eval_do_concat_batches` Trainer has a list, an array for each."""
+    parts = predictions if isinstance(predictions, (list, tuple)) else [predictions]
+    return np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+
+
 def prompt_results(predictions: Any) -> tuple[list[float], list[int]]:
     """(correct pairs, pairs) of each prompt, of what `RewardTrainer.predict` gives as predictions."""
-    table = np.asarray(predictions)
+    table = _table(predictions)
     return table[:, _CORRECT].tolist(), [int(count) for count in table[:, _PAIRS]]
 
 
 def _metrics(found: EvalPrediction) -> dict[str, float]:
-    table = np.asarray(found.predictions, dtype=np.float64)
+    table = _table(found.predictions)
     wrong = int((~np.isfinite(table)).any(axis=1).sum())
     if wrong:
         raise ValueError(f"model: expected finite rewards, got others for {wrong:,} of {len(table):,} held-out prompts")

@@ -109,6 +109,21 @@ def test_evaluation_leaves_no_prompt_out(tmp_path: Path, size: int) -> None:
     assert len(dropping.predict(dropping.eval_dataset).predictions) == len(dropping.eval_dataset)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 20])
+def test_batches_that_are_not_concatenated(tmp_path: Path, size: int) -> None:
+    """Of 8 prompts: full batches alone, a last one that is smaller, one batch."""
+    model, rows = llama(), keyword_rows(8, seed=1)
+    whole, parts = (
+        trainer(tmp_path, model, rows, per_device_eval_batch_size=size, eval_do_concat_batches=joined)
+        for joined in (True, False)
+    )
+    expected, found = (ours.predict(ours.train_dataset) for ours in (whole, parts))
+    assert isinstance(found.predictions, list)
+    assert prompt_results(found.predictions) == prompt_results(expected.predictions)
+    for name in METRICS:
+        assert found.metrics[f"test_{name}"] == expected.metrics[f"test_{name}"]
+
+
 def test_a_second_call_logs_its_own_steps(tmp_path: Path) -> None:
     """Weights stand still, so the second call's line, of the same two steps, is that of the first."""
     ours = trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
