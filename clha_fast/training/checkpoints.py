@@ -91,6 +91,25 @@ class CheckpointingTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        *others: Any,
+        **more: Any,
+    ) -> Any:
+        # Once a call of `train`, and once more, with a smaller batch, where `auto_find_batch_size` ran out of memory.
+        self._begin(resume_from_checkpoint)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **more)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Forget what steps of an earlier call, or of an attempt that failed, have left and no log line has had.
+
+        Args:
+            checkpoint: the folder that training is resumed from.
+        """
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
         if self.state.global_step >= self.state.max_steps:

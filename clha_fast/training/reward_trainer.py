@@ -307,8 +307,11 @@ class RewardTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""
         self._dtypes.check(self.args, self.model)
-        self._seen = None  # of steps of an earlier call that no line of its log has had
         return super().train(*args, **kwargs)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        self._seen = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer`."""

@@ -172,6 +172,7 @@ class RolloutTrainer(CLHATrainer):
         self._draws: bool | None = None
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
+        self._attempted = False  # whether this call of `train` has begun before
         self._rollouts: list[dict[str, float]] = []
         super().__init__(
             model,
@@ -190,8 +191,19 @@ class RolloutTrainer(CLHATrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `CLHATrainer`; what an earlier call sampled and did not train on is forgotten."""
-        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        self._attempted = False
         return super().train(*args, **kwargs)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        if checkpoint is not None:
+            with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # beside a batch's tensors
+                found = torch.load(os.path.join(checkpoint, _WAITING_FILE), weights_only=True)
+            self._rollouts = found["rollouts"]
+            if not self._attempted:  # a second attempt has smaller batches, and samples for them anew
+                self._waiting, self._to_skip = found["waiting"], len(found["waiting"])
+        self._attempted = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -398,13 +410,6 @@ class RolloutTrainer(CLHATrainer):
     def _write_more(self, checkpoint: str) -> None:
         super()._write_more(checkpoint)
         torch.save({"waiting": self._waiting, "rollouts": self._rollouts}, os.path.join(checkpoint, _WAITING_FILE))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # what a batch has beside tensors
-            found = torch.load(os.path.join(resume_from_checkpoint, _WAITING_FILE), weights_only=True)
-        self._waiting, self._rollouts = found["waiting"], found["rollouts"]
-        self._to_skip = len(self._waiting)
 
 
 @dataclass(frozen=True)
