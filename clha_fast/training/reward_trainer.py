@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -184,27 +184,11 @@ class RewardTrainer(CheckpointingTrainer):
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         tokenizer = processing_class
         self._pad = prepare(model, tokenizer, args.max_length)
-
-        def dataset(rows: Any, name: str) -> Any:
-            if isinstance(rows, PairedDataset) and args.max_length is not None and max(rows.lengths) > args.max_length:
-                raise ValueError(
-                    f"max_length: expected at least the {max(rows.lengths)} tokens of the longest row of {name}, which "
-                    f"is tokenised and is not cut any more, got {args.max_length}; give records"
-                )
-            if rows is None or isinstance(rows, PairedDataset):
-                return rows
-            skipped: list[Any] | None = [] if args.skip_bad_records else None
-            limit = reward_limit(tokenizer)
-            try:
-                return PairedDataset(rows, tokenizer, limit, args.dataset_num_proc, skipped, name)
-            except RecordError as error:
-                raise error if skipped is not None else error.advised(SKIPS) from None
-
-        train_dataset = dataset(train_dataset, "train_dataset")
+        train_dataset = as_pairs(train_dataset, tokenizer, args, "train_dataset")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: dataset(rows, name) for name, rows in eval_dataset.items()}
+            eval_dataset = {name: as_pairs(rows, tokenizer, args, name) for name, rows in eval_dataset.items()}
         else:
-            eval_dataset = dataset(eval_dataset, "eval_dataset")
+            eval_dataset = as_pairs(eval_dataset, tokenizer, args, "eval_dataset")
         if peft_config is not None:
             set_seed(args.seed)  # as Trainer does later: the adapter's first weights are drawn here
             model = with_adapter(model, peft_config)
@@ -313,6 +297,24 @@ class RewardTrainer(CheckpointingTrainer):
         super()._begin(checkpoint)
         self._seen = None
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer`; rows in a known format will do."""
+        if not isinstance(eval_dataset, str):  # the name of one of the trainer's own
+            eval_dataset = self._held_out(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `Trainer`; rows in a known format will do."""
+        return super().get_test_dataloader(self._held_out(test_dataset, "test_dataset"))
+
+    def _held_out(self, rows: Any, name: str) -> Any:
+        # A dataset of PyTorch's (a part of one that is tokenised, say) stays.
+        if isinstance(rows, torch.utils.data.Dataset) and not isinstance(rows, PairedDataset):
+            return rows
+        tokenizer: Any = self.processing_class
+        args: Any = self.args
+        return as_pairs(rows, tokenizer, args, name)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer`."""
         with self._unprepared():
@@ -363,6 +365,31 @@ def _metrics(found: EvalPrediction) -> dict[str, float]:
     pairs = table[:, _PAIRS].sum()
     values = (table[:, _LOSS].mean(), table[:, _CORRECT].sum() / pairs, table[:, _MARGIN].sum() / pairs)
     return dict(zip(METRICS, map(float, values), strict=True))
+
+
+def as_pairs(rows: Any, tokenizer: PreTrainedTokenizerBase, args: RewardConfig, name: str) -> Any:
+    """Rows in a known format, called `name`, become a `PairedDataset`, cut to the tokenizer's limit; one stays.
+
+    Raises:
+        ValueError: as `PairedDataset`; one with rows beyond `max_length`; a path. RecordError: as `PairedDataset`.
+    """
+    if isinstance(rows, (str, os.PathLike)):
+        raise ValueError(
+            f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
+            f"{os.fspath(rows)!r}"
+        )
+    if isinstance(rows, PairedDataset) and args.max_length is not None and max(rows.lengths) > args.max_length:
+        raise ValueError(
+            f"max_length: expected at least the {max(rows.lengths)} tokens of the longest row of {name}, which "
+            f"is tokenised and is not cut any more, got {args.max_length}; give records"
+        )
+    if rows is None or isinstance(rows, PairedDataset):
+        return rows
+    skipped: list[Any] | None = [] if args.skip_bad_records else None
+    try:
+        return PairedDataset(rows, tokenizer, reward_limit(tokenizer), args.dataset_num_proc, skipped, name)
+    except RecordError as error:
+        raise error if skipped is not None else error.advised(SKIPS) from None
 
 
 def reward_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -381,8 +381,9 @@ class RolloutTrainer(CLHATrainer):
                 mapping each has its metrics under its name, and so has `rewards`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
-            dataset = self.eval_dataset[dataset]
+        self._check_set(dataset)
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # it is a mapping, and this one of its names
         if isinstance(dataset, Mapping):
             found = {
                 name: self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in dataset.items()

@@ -124,6 +124,23 @@ def test_batches_that_are_not_concatenated(tmp_path: Path, size: int) -> None:
         assert found.metrics[f"test_{name}"] == expected.metrics[f"test_{name}"]
 
 
+def test_rows_will_do_in_evaluation(tmp_path: Path) -> None:
+    """As in the constructor: the tokens are the same, so the figures are."""
+    ours = trainer(tmp_path, max_length=20)
+    cut = llama()
+    for rows in (keyword_rows(5, seed=2), keyword_rows(9, seed=3)):
+        again = trainer(tmp_path, cut, rows, max_length=20)
+        expected = again.evaluate(again.train_dataset)
+        for found in (ours.evaluate(rows), ours.evaluate(iter(rows)), ours.predict(rows).metrics):
+            kind = "test" if "test_loss" in found else "eval"
+            assert [found[f"{kind}_{name}"] for name in METRICS] == [expected[f"eval_{name}"] for name in METRICS]
+        part = torch.utils.data.Subset(again.train_dataset, [0, 1])
+        assert len(ours.predict(part).predictions) == 2, "what is tokenised stays"
+    for path in ("held_out.jsonl", Path("held_out.jsonl")):
+        with pytest.raises(ValueError, match=r"^test_dataset: expected rows, such as .* got the path 'held_out.jsonl'"):
+            ours.predict(path)
+
+
 def test_a_second_call_logs_its_own_steps(tmp_path: Path) -> None:
     """Weights stand still, so the second call's line, of the same two steps, is that of the first."""
     ours = trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
