@@ -92,7 +92,9 @@ class CheckpointingTrainer(Trainer):
         """ValueError for a text that is not the name of one of the trainer's own evaluation sets."""
         known = list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else []
         if isinstance(dataset, str) and dataset not in known:
-            names = f"a name of the trainer's own sets ({', '.join(map(repr, known))})" if known else "None, the own set"
+            names = (
+                f"a name of the trainer's own sets ({', '.join(map(repr, known))})" if known else "None, the own set"
+            )
             raise ValueError(
                 f"eval_dataset: expected {names}, or rows, such as clha_fast.data.read_records gives for a file, got "
                 f"{dataset!r}{nearest(dataset, known)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -162,12 +163,12 @@ class RolloutTrainer(CLHATrainer):
         self._read = functools.partial(
             PromptDataset, tokenizer=processing_class, settings=settings, positions=positions_of(model)
         )
-        train = self._read(train_dataset) if train_dataset else None
+        train = self._read(train_dataset, name="train_dataset") if train_dataset else None
         held_out: Any = None
         if isinstance(eval_dataset, Mapping):
-            held_out = {name: self._read(rows) for name, rows in eval_dataset.items()}
+            held_out = {name: self._read(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset:
-            held_out = self._read(eval_dataset)
+            held_out = self._read(eval_dataset, name="eval_dataset")
         self.reward = reward
         self._draws: bool | None = None
         self._waiting: list[list[dict[str, Any]]] = []
@@ -193,6 +194,15 @@ class RolloutTrainer(CLHATrainer):
         """As `CLHATrainer`; what an earlier call sampled and did not train on is forgotten."""
         self._attempted = False
         return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not os.path.isfile(os.path.join(resume_from_checkpoint, _WAITING_FILE)):
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint of RolloutTrainer, with {_WAITING_FILE} (the answers "
+                f"that wait), got {os.fspath(resume_from_checkpoint)!r} without it; to begin a new run with its weights, load the "
+                "model from there and train without resume_from_checkpoint"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _begin(self, checkpoint: str | None) -> None:
         super()._begin(checkpoint)
@@ -365,8 +375,15 @@ class RolloutTrainer(CLHATrainer):
                 f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "
                 f"{list(map(len, rewards))[:8]}"
             )
-        if not all(abs(value) < float("inf") for own in rewards for value in own):
-            raise ValueError("reward: expected finite numbers, got others")
+        for prompt, (record, own) in enumerate(zip(records, rewards, strict=True)):
+            for answer, value in enumerate(own):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"reward: expected finite numbers, got {value} for answer {answer} of {len(own)}, "
+                        f"{texts[prompt][answer]!r:.60}, to prompt {prompt} of {len(texts)} ({record.source}: "
+                        f"{record.prompt!r:.60}) at step {self.state.global_step}, both counted from 0; give an answer "
+                        "that cannot be judged a low reward"
+                    )
         return rewards
 
     # ---- evaluation, checkpoints, logs ----
@@ -383,7 +400,7 @@ class RolloutTrainer(CLHATrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self._check_set(dataset)
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # it is a mapping, and this one of its names
+            dataset = self.eval_dataset[dataset]
         if isinstance(dataset, Mapping):
             found = {
                 name: self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in dataset.items()
@@ -391,11 +408,13 @@ class RolloutTrainer(CLHATrainer):
             rewards = {name: own.pop("rewards") for name, own in found.items()}
             return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
         if dataset is not None and not isinstance(dataset, PromptDataset):
-            dataset = self._read(dataset)
+            dataset = self._read(dataset, name="eval_dataset")
         if not isinstance(dataset, PromptDataset):
             raise ValueError("eval_dataset: expected prompts to answer, got none")
         answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in answered.metrics.items()}
+        if self.restored_step is not None:
+            metrics[f"{metric_key_prefix}_step"] = self.restored_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return {**metrics, "rewards": [own for feature in answered.features for own in feature["rewards"] or ()]}
