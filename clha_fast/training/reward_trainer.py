@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,7 +28,7 @@ from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.datasets import SKIPS
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
-from clha_fast.training.reward_data import PairCollator, PairedDataset
+from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt
 from clha_fast.training.validation import (
     NO_LOGITS,
     SPEEDS,
@@ -308,8 +308,8 @@ class RewardTrainer(CheckpointingTrainer):
         return super().get_test_dataloader(self._held_out(test_dataset, "test_dataset"))
 
     def _held_out(self, rows: Any, name: str) -> Any:
-        # A dataset of PyTorch's (a part of one that is tokenised, say) stays.
-        if isinstance(rows, torch.utils.data.Dataset) and not isinstance(rows, PairedDataset):
+        other = isinstance(rows, torch.utils.data.Dataset) and not isinstance(rows, (PairedDataset, IterableDataset))
+        if other and len(rows) and isinstance(rows[0], PairedPrompt):  # a part of a tokenised set
             return rows
         tokenizer: Any = self.processing_class
         args: Any = self.args

@@ -199,8 +199,8 @@ class RolloutTrainer(CLHATrainer):
         if not os.path.isfile(os.path.join(resume_from_checkpoint, _WAITING_FILE)):
             raise ValueError(
                 f"resume_from_checkpoint: expected a checkpoint of RolloutTrainer, with {_WAITING_FILE} (the answers "
-                f"that wait), got {os.fspath(resume_from_checkpoint)!r} without it; to begin a new run with its weights, load the "
-                "model from there and train without resume_from_checkpoint"
+                f"that wait), got {os.fspath(resume_from_checkpoint)!r} without it; to begin a new run with its "
+                "weights, load the model from there and train without resume_from_checkpoint"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

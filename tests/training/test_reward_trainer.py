@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from clha_fast.training.validation import SPEEDS
 from tests.support.preferences import keyword_rows
 from tests.support.reward_models import alone, bert, gpt2, llama
 from tests.support.tiny import make_model, make_tokenizer
+from tests.support.trainers import Features
 
 
 def settings(folder: Path, **changes: Any) -> RewardConfig:
@@ -131,7 +133,8 @@ def test_rows_will_do_in_evaluation(tmp_path: Path) -> None:
     for rows in (keyword_rows(5, seed=2), keyword_rows(9, seed=3)):
         again = trainer(tmp_path, cut, rows, max_length=20)
         expected = again.evaluate(again.train_dataset)
-        for found in (ours.evaluate(rows), ours.evaluate(iter(rows)), ours.predict(rows).metrics):
+        kinds = (rows, iter(rows), datasets.Dataset.from_list(rows), Features(rows))
+        for found in (*map(ours.evaluate, kinds), ours.predict(rows).metrics):
             kind = "test" if "test_loss" in found else "eval"
             assert [found[f"{kind}_{name}"] for name in METRICS] == [expected[f"eval_{name}"] for name in METRICS]
         part = torch.utils.data.Subset(again.train_dataset, [0, 1])
