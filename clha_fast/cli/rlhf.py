@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers.utils import logging
@@ -16,6 +17,7 @@ from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import METRICS_FILE
+from clha_fast.training import prompt_data
 from clha_fast.training.prompt_data import PromptDataset
 from clha_fast.training.rollout import RolloutConfig
 
@@ -72,8 +74,21 @@ def rlhf(words: Sequence[str]) -> int:
     run = RolloutRun(
         RolloutRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
         {name: value for name, value in options.items() if name in CONFIG_HINTS},
-    ).prepare()
+    )
+    with _said_in_header():
+        run.prepare()
     return carry_out("rlhf", run, started, header, _before, _finish, _Progress())
+
+
+@contextlib.contextmanager
+def _said_in_header() -> Iterator[None]:
+    """Without the warnings of prompts that are tokenised inside."""
+    level = prompt_data.logger.level
+    prompt_data.logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        prompt_data.logger.setLevel(level)
 
 
 def _before(run: RolloutRun) -> str:
@@ -98,21 +113,23 @@ def header(run: RolloutRun) -> dict[str, str]:
     judge, limit = type(run.reward_model.model).__name__, run.reward_model.default_max_length
     reads = "" if limit is None else f", which reads {limit:,} tokens of a prompt and an answer"
     prefix = {"answers": f"begin with {run.answer_prefix!r}, as in training"} if run.answer_prefix else {}
+    length = trainer.train_dataset.settings.max_new_tokens
+    sets = [trainer.train_dataset, *([trainer.eval_dataset] if run.held_out else [])]
+    template = next((data.said for data in sets if data.said), "")
     lines = {
         "model": model_text(run),
         "reward": f"{run.options.reward_model}: {judge}{reads}",
         "device": device_text(args.device),
         "backend": backend_text(args.backend, args.device, loss_dtype(run), **head_of_run(run)),
         "loss": f"{clip}, {options.reduction}{kl}{bonus}",
-        "rollout": f"{args.answers_per_prompt} answers a prompt, of at most "
-        f"{trainer.train_dataset.settings.max_new_tokens} tokens, for {args.rollout_steps} "
-        f"step{'s' if args.rollout_steps > 1 else ''}",
+        "rollout": f"{args.answers_per_prompt} answers a prompt, of at most {length} tokens, for "
+        f"{args.rollout_steps} step{'s' if args.rollout_steps > 1 else ''}",
         "training": _data_text(trainer.train_dataset),
         "held out": _data_text(trainer.eval_dataset) + few_text(len(trainer.eval_dataset))
         if run.held_out
         else "no held-out set",
         **prefix,
-        **({"template": trainer.train_dataset.said} if trainer.train_dataset.said else {}),
+        **({"template": template} if template else {}),
         **layout_line(run),
         "folder": folder_text(run),
     }
@@ -120,7 +137,7 @@ def header(run: RolloutRun) -> dict[str, str]:
 
 
 def _data_text(data: PromptDataset) -> str:
-    cut = f"; {data.cut_prompts:,} cut to max_prompt_length" if data.cut_prompts else ""
+    cut = f"; {data.cut_prompts:,} cut to {data.settings.max_prompt_length:,} tokens" if data.cut_prompts else ""
     return f"{len(data):,} prompts{cut}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
+from clha_fast.messages import nearest
 
 TRAINER_STATE = "trainer_state.json"
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
@@ -70,7 +71,12 @@ class CheckpointingTrainer(Trainer):
             self._push_from_checkpoint(final)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As `Trainer`, over the whole set, and over the one that is asked for."""
+        """As `Trainer`, over the whole set, and over the one that is asked for.
+
+        Raises:
+            ValueError: a name that no set has.
+        """
+        self._check_set(eval_dataset)
         with self._whole_set():
             if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
                 return super().get_eval_dataloader(eval_dataset)
@@ -82,6 +88,18 @@ class CheckpointingTrainer(Trainer):
         with self._whole_set():
             return super().get_test_dataloader(test_dataset)
 
+    def _check_set(self, dataset: Any) -> None:
+        """ValueError for a text that is not the name of one of the trainer's own evaluation sets."""
+        known = list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else []
+        if isinstance(dataset, str) and dataset not in known:
+            names = (
+                f"a name of the trainer's own sets ({', '.join(map(repr, known))})" if known else "None, the own set"
+            )
+            raise ValueError(
+                f"eval_dataset: expected {names}, or rows, such as clha_fast.data.read_records gives for a file, got "
+                f"{dataset!r}{nearest(dataset, known)}"
+            )
+
     @contextlib.contextmanager
     def _whole_set(self) -> Iterator[None]:
         """Loaders made inside leave no batch out: `dataloader_drop_last` is for steps of training, all of one size."""
@@ -90,6 +108,25 @@ class CheckpointingTrainer(Trainer):
             yield
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        *others: Any,
+        **more: Any,
+    ) -> Any:
+        # Once a call of `train`, and once more, with a smaller batch, where `auto_find_batch_size` ran out of memory.
+        self._begin(resume_from_checkpoint)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **more)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Forget what steps of an earlier call, or of an attempt that failed, have left and no log line has had.
+
+        Args:
+            checkpoint: the folder that training is resumed from.
+        """
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.

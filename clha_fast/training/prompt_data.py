@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from clha_fast.data.prompts import PromptRecord, read_prompts
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.generation.backend import GenerationSettings
 from clha_fast.generation.prompts import encode_prompts
 
+logger = logging.get_logger(__name__)
+
 
 class PromptDataset(torch.utils.data.Dataset[int]):
-    """Prompts, tokenised once; an item is its own number.
+    """Prompts, tokenised once; an item is its own number. What was cut, or is otherwise than asked, is a warning.
 
     Args:
         records: prompts, or rows as `data.prompts.read_prompts` takes them.
+        settings: as they were asked for. positions: of the model. name: of the data, for the warning.
 
     Attributes:
         records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
@@ -35,6 +39,7 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         tokenizer: PreTrainedTokenizerBase,
         settings: GenerationSettings,
         positions: int | None = None,
+        name: str = "prompts",
     ) -> None:
         if isinstance(records, (str, os.PathLike)):
             raise ValueError(
@@ -51,6 +56,21 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         encoded = encode_prompts(alone, tokenizer, settings, positions)
         self.records, self.prompts = list(records), encoded.prompts
         self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
+        notes = [*self._limits(settings, positions), *([self.said] if self.said else [])]
+        if notes:
+            logger.warning(f"{name}: {'; '.join(notes)}")
+
+    def _limits(self, asked: GenerationSettings, positions: int | None) -> Iterator[str]:
+        """What became of the limits, under the names that `RolloutConfig` has for them."""
+        most = self.settings.max_prompt_length
+        if self.cut_prompts:
+            yield f"{self.cut_prompts:,} of {len(self):,} prompts were cut on the left to {most} tokens"
+        for name, given, taken in (
+            ("max_prompt_length", asked.max_prompt_length, most),
+            ("max_completion_length", asked.max_new_tokens, self.settings.max_new_tokens),
+        ):
+            if given is not None and given != taken:
+                yield f"{name} is {taken} and not {given}, for the model has {positions} positions"
 
     def __len__(self) -> int:
         return len(self.prompts)

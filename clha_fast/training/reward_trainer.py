@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,7 +28,7 @@ from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.datasets import SKIPS
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
-from clha_fast.training.reward_data import PairCollator, PairedDataset
+from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt
 from clha_fast.training.validation import (
     NO_LOGITS,
     SPEEDS,
@@ -184,27 +184,11 @@ class RewardTrainer(CheckpointingTrainer):
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         tokenizer = processing_class
         self._pad = prepare(model, tokenizer, args.max_length)
-
-        def dataset(rows: Any, name: str) -> Any:
-            if isinstance(rows, PairedDataset) and args.max_length is not None and max(rows.lengths) > args.max_length:
-                raise ValueError(
-                    f"max_length: expected at least the {max(rows.lengths)} tokens of the longest row of {name}, which "
-                    f"is tokenised and is not cut any more, got {args.max_length}; give records"
-                )
-            if rows is None or isinstance(rows, PairedDataset):
-                return rows
-            skipped: list[Any] | None = [] if args.skip_bad_records else None
-            limit = reward_limit(tokenizer)
-            try:
-                return PairedDataset(rows, tokenizer, limit, args.dataset_num_proc, skipped, name)
-            except RecordError as error:
-                raise error if skipped is not None else error.advised(SKIPS) from None
-
-        train_dataset = dataset(train_dataset, "train_dataset")
+        train_dataset = as_pairs(train_dataset, tokenizer, args, "train_dataset")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: dataset(rows, name) for name, rows in eval_dataset.items()}
+            eval_dataset = {name: as_pairs(rows, tokenizer, args, name) for name, rows in eval_dataset.items()}
         else:
-            eval_dataset = dataset(eval_dataset, "eval_dataset")
+            eval_dataset = as_pairs(eval_dataset, tokenizer, args, "eval_dataset")
         if peft_config is not None:
             set_seed(args.seed)  # as Trainer does later: the adapter's first weights are drawn here
             model = with_adapter(model, peft_config)
@@ -307,8 +291,29 @@ class RewardTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""
         self._dtypes.check(self.args, self.model)
-        self._seen = None  # of steps of an earlier call that no line of its log has had
         return super().train(*args, **kwargs)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        self._seen = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer`; rows in a known format will do."""
+        if not isinstance(eval_dataset, str):  # the name of one of the trainer's own
+            eval_dataset = self._held_out(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `Trainer`; rows in a known format will do."""
+        return super().get_test_dataloader(self._held_out(test_dataset, "test_dataset"))
+
+    def _held_out(self, rows: Any, name: str) -> Any:
+        other = isinstance(rows, torch.utils.data.Dataset) and not isinstance(rows, (PairedDataset, IterableDataset))
+        if other and len(rows) and isinstance(rows[0], PairedPrompt):  # a part of a tokenised set
+            return rows
+        tokenizer: Any = self.processing_class
+        args: Any = self.args
+        return as_pairs(rows, tokenizer, args, name)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer`."""
@@ -340,20 +345,51 @@ class RewardTrainer(CheckpointingTrainer):
         super().log(logs, start_time)
 
 
+def _table(predictions: Any) -> np.ndarray:
+    """float64 [P, 4], of all batches: without `eval_do_concat_batches` Trainer has a list, an array for each."""
+    parts = predictions if isinstance(predictions, (list, tuple)) else [predictions]
+    return np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+
+
 def prompt_results(predictions: Any) -> tuple[list[float], list[int]]:
     """(correct pairs, pairs) of each prompt, of what `RewardTrainer.predict` gives as predictions."""
-    table = np.asarray(predictions)
+    table = _table(predictions)
     return table[:, _CORRECT].tolist(), [int(count) for count in table[:, _PAIRS]]
 
 
 def _metrics(found: EvalPrediction) -> dict[str, float]:
-    table = np.asarray(found.predictions, dtype=np.float64)
+    table = _table(found.predictions)
     wrong = int((~np.isfinite(table)).any(axis=1).sum())
     if wrong:
         raise ValueError(f"model: expected finite rewards, got others for {wrong:,} of {len(table):,} held-out prompts")
     pairs = table[:, _PAIRS].sum()
     values = (table[:, _LOSS].mean(), table[:, _CORRECT].sum() / pairs, table[:, _MARGIN].sum() / pairs)
     return dict(zip(METRICS, map(float, values), strict=True))
+
+
+def as_pairs(rows: Any, tokenizer: PreTrainedTokenizerBase, args: RewardConfig, name: str) -> Any:
+    """Rows in a known format, called `name`, become a `PairedDataset`, cut to the tokenizer's limit; one stays.
+
+    Raises:
+        ValueError: as `PairedDataset`; one with rows beyond `max_length`; a path. RecordError: as `PairedDataset`.
+    """
+    if isinstance(rows, (str, os.PathLike)):
+        raise ValueError(
+            f"{name}: expected rows, such as clha_fast.data.read_records gives for a file, got the path "
+            f"{os.fspath(rows)!r}"
+        )
+    if isinstance(rows, PairedDataset) and args.max_length is not None and max(rows.lengths) > args.max_length:
+        raise ValueError(
+            f"max_length: expected at least the {max(rows.lengths)} tokens of the longest row of {name}, which "
+            f"is tokenised and is not cut any more, got {args.max_length}; give records"
+        )
+    if rows is None or isinstance(rows, PairedDataset):
+        return rows
+    skipped: list[Any] | None = [] if args.skip_bad_records else None
+    try:
+        return PairedDataset(rows, tokenizer, reward_limit(tokenizer), args.dataset_num_proc, skipped, name)
+    except RecordError as error:
+        raise error if skipped is not None else error.advised(SKIPS) from None
 
 
 def reward_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -162,16 +163,17 @@ class RolloutTrainer(CLHATrainer):
         self._read = functools.partial(
             PromptDataset, tokenizer=processing_class, settings=settings, positions=positions_of(model)
         )
-        train = self._read(train_dataset) if train_dataset else None
+        train = self._read(train_dataset, name="train_dataset") if train_dataset else None
         held_out: Any = None
         if isinstance(eval_dataset, Mapping):
-            held_out = {name: self._read(rows) for name, rows in eval_dataset.items()}
+            held_out = {name: self._read(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset:
-            held_out = self._read(eval_dataset)
+            held_out = self._read(eval_dataset, name="eval_dataset")
         self.reward = reward
         self._draws: bool | None = None
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
+        self._attempted = False  # whether this call of `train` has begun before
         self._rollouts: list[dict[str, float]] = []
         super().__init__(
             model,
@@ -190,8 +192,28 @@ class RolloutTrainer(CLHATrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `CLHATrainer`; what an earlier call sampled and did not train on is forgotten."""
-        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        self._attempted = False
         return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not os.path.isfile(os.path.join(resume_from_checkpoint, _WAITING_FILE)):
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint of RolloutTrainer, with {_WAITING_FILE} (the answers "
+                f"that wait), got {os.fspath(resume_from_checkpoint)!r} without it; to begin a new run with its "
+                "weights, load the model from there and train without resume_from_checkpoint"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        self._waiting, self._to_skip, self._rollouts = [], 0, []
+        if checkpoint is not None:
+            with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # beside a batch's tensors
+                found = torch.load(os.path.join(checkpoint, _WAITING_FILE), weights_only=True)
+            self._rollouts = found["rollouts"]
+            if not self._attempted:  # a second attempt has smaller batches, and samples for them anew
+                self._waiting, self._to_skip = found["waiting"], len(found["waiting"])
+        self._attempted = True
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -353,8 +375,15 @@ class RolloutTrainer(CLHATrainer):
                 f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "
                 f"{list(map(len, rewards))[:8]}"
             )
-        if not all(abs(value) < float("inf") for own in rewards for value in own):
-            raise ValueError("reward: expected finite numbers, got others")
+        for prompt, (record, own) in enumerate(zip(records, rewards, strict=True)):
+            for answer, value in enumerate(own):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"reward: expected finite numbers, got {value} for answer {answer} of {len(own)}, "
+                        f"{texts[prompt][answer]!r:.60}, to prompt {prompt} of {len(texts)} ({record.source}: "
+                        f"{record.prompt!r:.60}) at step {self.state.global_step}, both counted from 0; give an answer "
+                        "that cannot be judged a low reward"
+                    )
         return rewards
 
     # ---- evaluation, checkpoints, logs ----
@@ -369,7 +398,8 @@ class RolloutTrainer(CLHATrainer):
                 mapping each has its metrics under its name, and so has `rewards`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str) and isinstance(self.eval_dataset, dict):
+        self._check_set(dataset)
+        if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if isinstance(dataset, Mapping):
             found = {
@@ -378,11 +408,13 @@ class RolloutTrainer(CLHATrainer):
             rewards = {name: own.pop("rewards") for name, own in found.items()}
             return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
         if dataset is not None and not isinstance(dataset, PromptDataset):
-            dataset = self._read(dataset)
+            dataset = self._read(dataset, name="eval_dataset")
         if not isinstance(dataset, PromptDataset):
             raise ValueError("eval_dataset: expected prompts to answer, got none")
         answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in answered.metrics.items()}
+        if self.restored_step is not None:
+            metrics[f"{metric_key_prefix}_step"] = self.restored_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return {**metrics, "rewards": [own for feature in answered.features for own in feature["rewards"] or ()]}
@@ -398,13 +430,6 @@ class RolloutTrainer(CLHATrainer):
     def _write_more(self, checkpoint: str) -> None:
         super()._write_more(checkpoint)
         torch.save({"waiting": self._waiting, "rollouts": self._rollouts}, os.path.join(checkpoint, _WAITING_FILE))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # what a batch has beside tensors
-            found = torch.load(os.path.join(resume_from_checkpoint, _WAITING_FILE), weights_only=True)
-        self._waiting, self._rollouts = found["waiting"], found["rollouts"]
-        self._to_skip = len(self._waiting)
 
 
 @dataclass(frozen=True)

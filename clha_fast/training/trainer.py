@@ -85,7 +85,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     Attributes:
         reference: where reference log-probabilities come from; its `kind` is None where the objective reads none.
         dataset_names: for the model card, set by whoever knows them.
-        largest_batch: the training batch with the most scored tokens so far.
+        largest_batch: the training batch with the most scored tokens so far, of the last call of `train`.
         layout: of the batches' rows, `padded`, `packed` or `shared`: what `CLHAConfig.layout` came to.
 
     Raises:
@@ -332,7 +332,6 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "trains with is_trainable=True"
             )
         self._took_steps = False
-        self._train_metrics.reset()  # steps of an earlier call that no line of its log has had
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if resumed is True:
             resumed = last_checkpoint(self.args.output_dir)
@@ -344,6 +343,12 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"
             logger.warning(f"train: nothing was trained; {why}")
         return found
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        self._took_steps = False
+        self.largest_batch = None
+        self._train_metrics.reset()
 
     def _write_more(self, checkpoint: str) -> None:
         self.reference.write(checkpoint)

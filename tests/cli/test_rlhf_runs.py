@@ -211,3 +211,13 @@ def test_options_named_in_the_help_exist(module: Any) -> None:
     named = set(re.findall(r"--(\w+)", text)) - {"OPTION", "config", "reward"}  # `score --reward-model`
     assert named <= {*module.RUN_HINTS, *module.CONFIG_HINTS}
     assert {"train_file", "output_dir", "resume", "learning_rate"} <= named
+
+
+@pytest.mark.parametrize("flags", [["--max_prompt_length", "2"], ["--max_prompt_length", "3"]])
+def test_cut_prompts_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, flags: list[str]
+) -> None:
+    assert cli.main(command(tmp_path, *flags, "--max_steps", "1")) == 0
+    found = capsys.readouterr()
+    assert found.out.count(f"cut to {flags[1]} tokens") == 2, "of both sets, in the header"
+    assert "were cut" not in found.out + found.err + caplog.text

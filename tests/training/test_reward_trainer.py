@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from clha_fast.training.validation import SPEEDS
 from tests.support.preferences import keyword_rows
 from tests.support.reward_models import alone, bert, gpt2, llama
 from tests.support.tiny import make_model, make_tokenizer
+from tests.support.trainers import Features
 
 
 def settings(folder: Path, **changes: Any) -> RewardConfig:
@@ -107,6 +109,39 @@ def test_evaluation_leaves_no_prompt_out(tmp_path: Path, size: int) -> None:
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
         assert found[name] == expected[name]
     assert len(dropping.predict(dropping.eval_dataset).predictions) == len(dropping.eval_dataset)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 20])
+def test_batches_that_are_not_concatenated(tmp_path: Path, size: int) -> None:
+    """Of 8 prompts: full batches alone, a last one that is smaller, one batch."""
+    model, rows = llama(), keyword_rows(8, seed=1)
+    whole, parts = (
+        trainer(tmp_path, model, rows, per_device_eval_batch_size=size, eval_do_concat_batches=joined)
+        for joined in (True, False)
+    )
+    expected, found = (ours.predict(ours.train_dataset) for ours in (whole, parts))
+    assert isinstance(found.predictions, list)
+    assert prompt_results(found.predictions) == prompt_results(expected.predictions)
+    for name in METRICS:
+        assert found.metrics[f"test_{name}"] == expected.metrics[f"test_{name}"]
+
+
+def test_rows_will_do_in_evaluation(tmp_path: Path) -> None:
+    """As in the constructor: the tokens are the same, so the figures are."""
+    ours = trainer(tmp_path, max_length=20)
+    cut = llama()
+    for rows in (keyword_rows(5, seed=2), keyword_rows(9, seed=3)):
+        again = trainer(tmp_path, cut, rows, max_length=20)
+        expected = again.evaluate(again.train_dataset)
+        kinds = (rows, iter(rows), datasets.Dataset.from_list(rows), Features(rows))
+        for found in (*map(ours.evaluate, kinds), ours.predict(rows).metrics):
+            kind = "test" if "test_loss" in found else "eval"
+            assert [found[f"{kind}_{name}"] for name in METRICS] == [expected[f"eval_{name}"] for name in METRICS]
+        part = torch.utils.data.Subset(again.train_dataset, [0, 1])
+        assert len(ours.predict(part).predictions) == 2, "what is tokenised stays"
+    for path in ("held_out.jsonl", Path("held_out.jsonl")):
+        with pytest.raises(ValueError, match=r"^test_dataset: expected rows, such as .* got the path 'held_out.jsonl'"):
+            ours.predict(path)
 
 
 def test_a_second_call_logs_its_own_steps(tmp_path: Path) -> None:

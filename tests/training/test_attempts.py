@@ -1,0 +1,114 @@
+"""`auto_find_batch_size`: an attempt that ran out of memory leaves nothing in the one that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clha_fast.data.prompts import Prompted, PromptRecord
+from clha_fast.training.config import CLHAConfig
+from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.power_cuts import CutAfter, PowerCut
+from tests.support.preferences import keyword_rows
+from tests.support.reward_models import llama
+from tests.support.tiny import make_model, make_rows, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+KINDS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "ranked": (CLHATrainer, CLHAConfig, {}),
+    "reward": (RewardTrainer, RewardConfig, {}),
+    "rollout": (
+        RolloutTrainer,
+        RolloutConfig,
+        {"rollout_steps": 2, "answers_per_prompt": 2, "max_completion_length": 4, "per_device_eval_batch_size": 64},
+    ),
+}
+
+
+def lengths(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    return [[float(len(text)) for text in texts] for texts in answers]
+
+
+def trainer(folder: Path, kind: str, fails_at: int | None = None, callbacks: Any = (), **changes: Any) -> Any:
+    """One whose call `fails_at` of the loss finds no memory, and which keeps the prompts of every batch."""
+    made, config, more = KINDS[kind]
+
+    class Failing(made):  # type: ignore[misc]
+        calls = 0
+        sizes: list[int]
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+            self.calls += 1
+            if self.calls == fails_at:
+                self.sizes = []
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            self.sizes.append(len(inputs["pairs_per_prompt" if kind == "reward" else "candidates_per_prompt"]))
+            return found
+
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "auto_find_batch_size": fails_at is not None,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,  # weights stand still: both attempts have the same loss
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+    }
+    data: dict[str, Any] = {
+        "ranked": {"train_dataset": make_rows(24)},
+        "reward": {"train_dataset": keyword_rows(24)},
+        "rollout": {"train_dataset": [PromptRecord(f"say {n}") for n in range(24)], "reward": lengths},
+    }
+    ours = Failing(
+        model=llama() if kind == "reward" else make_model(len(TOKENIZER)),
+        args=config(**{**settings, **more, **changes}),
+        processing_class=TOKENIZER,
+        callbacks=list(callbacks),
+        **data[kind],
+    )
+    ours.sizes = []
+    return ours
+
+
+def lines(ours: Any) -> list[dict[str, Any]]:
+    return [line for line in ours.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("fails_at", [2, 3])  # inside the first step; in the second, before a line of the log
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_attempt_leaves_nothing(tmp_path: Path, kind: str, fails_at: int) -> None:
+    found = trainer(tmp_path, kind, fails_at)
+    found.train()
+    size = found._train_batch_size
+    assert size < 4
+    expected = trainer(tmp_path, kind, per_device_train_batch_size=size)
+    expected.train()
+    assert found.sizes == expected.sizes
+    for line, other in zip(lines(found), lines(expected), strict=True):
+        assert line == pytest.approx(other, rel=1e-5, nan_ok=True)
+    if kind == "ranked":
+        assert found.largest_batch.targets.numel() == expected.largest_batch.targets.numel()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])  # answers wait in the first and the last
+def test_a_resumed_rollout_that_runs_out_of_memory_samples_anew(tmp_path: Path, cut: int) -> None:
+    half = trainer(tmp_path, "rollout", callbacks=[CutAfter(cut)], save_strategy="steps", save_steps=1)
+    with pytest.raises(PowerCut):
+        half.train()
+    rest = trainer(tmp_path, "rollout", 1, save_strategy="steps", save_steps=1)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 4
+    assert max(rest.sizes) == rest._train_batch_size < 4

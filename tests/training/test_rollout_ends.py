@@ -1,0 +1,85 @@
+"""Where rollouts end: rewards that are no numbers, checkpoints of somebody else's, weights that are back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clha_fast.data.prompts import Prompted, PromptRecord
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from tests.support.power_cuts import trainer as ranked_trainer
+from tests.support.tiny import make_model, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+PROMPTS: list[Prompted] = [PromptRecord(f"say {number}", f"prompts.jsonl:{number}") for number in range(4)]
+
+
+def zero(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    return [[0.0 for _ in texts] for texts in answers]
+
+
+def trainer(folder: Path, reward: Any = zero, **changes: Any) -> RolloutTrainer:
+    given = {"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, **changes}
+    args = RolloutConfig(
+        str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        answers_per_prompt=3,
+        max_completion_length=3,
+        **given,
+    )
+    return RolloutTrainer(make_model(len(TOKENIZER)), args, reward, PROMPTS, {"near": PROMPTS}, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "value"), [(0, 0, math.nan), (1, 2, math.inf), (3, 1, -math.inf), (2, 0, math.nan)]
+)
+def test_a_reward_that_is_not_finite_is_named(tmp_path: Path, prompt: int, answer: int, value: float) -> None:
+    ours = trainer(tmp_path)
+    answers = [[f"answer {number} {place}" for place in range(3)] for number in range(4)]
+    rewards = zero(PROMPTS, answers)
+    rewards[prompt][answer] = value
+    ours.reward = lambda records, texts: rewards
+    with pytest.raises(ValueError, match=r"^reward: expected finite numbers, got ") as error:
+        ours._judge(PROMPTS, answers)
+    said = f"got {value} for answer {answer} of 3, 'answer {prompt} {answer}', to prompt {prompt} of 4 "
+    assert said + f"(prompts.jsonl:{prompt}: 'say {prompt}') at step 0" in str(error.value)
+
+
+@pytest.mark.parametrize("resumed", [True, "checkpoint-3", Path("checkpoint-3")])
+def test_a_checkpoint_without_the_answers_that_wait(tmp_path: Path, resumed: Any) -> None:
+    ranked_trainer(tmp_path, max_steps=3, eval_strategy="no").train()
+    ours = trainer(tmp_path)
+    before = ours.model.state_dict()["lm_head.weight"].clone()
+    given = resumed if resumed is True else type(resumed)(tmp_path / resumed)
+    with pytest.raises(ValueError, match=rf"without it; .*{re.escape('without resume_from_checkpoint')}$") as error:
+        ours.train(resume_from_checkpoint=given)
+    assert "checkpoint-3" in str(error.value)
+    assert "rollout.pt" in str(error.value)
+    assert ours.model.state_dict()["lm_head.weight"].equal(before), "refused before anything is loaded"
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_an_evaluation_names_the_step_of_its_weights(tmp_path: Path, best: int) -> None:
+    """`best` is the step at which greedy answers, one a prompt, are liked."""
+    ours = trainer(tmp_path)
+
+    def reward(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        liked = len(answers[0]) == 1 and ours.state.global_step == best
+        return [[float(place + 10 * liked) for place in range(len(texts))] for texts in answers]
+
+    more: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "near_reward"}
+    ours = trainer(tmp_path, reward, **more)
+    ours.train()
+    assert ours.state.best_global_step == best
+    alone, several = ours.evaluate("near"), ours.evaluate()
+    expected = None if best == 3 else best
+    assert (alone.get("eval_step"), several.get("eval_near_step")) == (expected, expected)
