@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from clha_fast.data.prompts import PromptRecord, read_prompts
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.generation.backend import GenerationSettings
 from clha_fast.generation.prompts import encode_prompts
 
+logger = logging.get_logger(__name__)
+
 
 class PromptDataset(torch.utils.data.Dataset[int]):
     """Prompts, tokenised once; an item is its own number.
 
     Args:
-        records: prompts, or rows as `data.prompts.read_prompts` takes them.
+        records: prompts, or rows as `data.prompts.read_prompts` takes them; other columns beside a `prompt` are kept as
+            the record's `extra`.
 
     Attributes:
         records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
@@ -43,7 +47,13 @@ class PromptDataset(torch.utils.data.Dataset[int]):
             )
         records = list(records)
         if not all(isinstance(record, (RankedRecord, PromptRecord)) for record in records):
-            records = read_prompts(records)
+            records = read_prompts(records, beside=True)
+            extra = dict.fromkeys(name for record in records for name in getattr(record, "extra", ()))
+            if extra:
+                logger.warning_once(
+                    f"prompts: the columns {', '.join(extra)} are no part of them; a reward function finds them in "
+                    "record.extra"
+                )
         if not records:
             raise RecordError("prompts: expected at least one, got none")
         # Responses that stand beside a prompt play no part.

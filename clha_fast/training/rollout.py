@@ -128,8 +128,9 @@ class RolloutTrainer(CLHATrainer):
         lead: what prompts of messages end with, as in `GenerationSettings`; None is as a server asks, for responses
             beside a prompt play no part.
         answer_prefix: what every answer begins with, no part of it (`generation.prompts.trained_prefix`).
-        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file);
-            evaluation sets may have names, in a mapping.
+        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file), whose
+            other columns (a solution, say) `reward` finds in the record's `extra`; evaluation sets may have names, in a
+            mapping.
 
     Raises:
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite; a model whose forward
