@@ -33,7 +33,7 @@ _EVALUATES = _Switch("eval_strategy", "'steps' (or 'epoch')", lambda value: valu
 _EVALUATES_BY_STEPS = _Switch("eval_strategy", "'steps'", lambda value: value == "steps")
 _LOGS = _Switch("logging_strategy", "'steps'", lambda value: value == "steps")
 _SAVES = _Switch("save_strategy", "'steps'", lambda value: value == "steps")
-_PUSHES = _Switch("push_to_hub", "True", bool)
+_PUSHES = _Switch("push_to_hub", "True (or a call of trainer.push_to_hub)", bool)
 _RECOMPUTES = _Switch("gradient_checkpointing", "True", bool)
 _RECOMPUTES_TOO = _Switch("activation_checkpointing", "True", bool)
 _SHARDS = _Switch(
@@ -87,8 +87,8 @@ def idle_settings(settings: Mapping[str, Any], config_class: type[Any]) -> dict[
         if not (_untouched(values[name], defaults[name]) or _filled_in(name, values)):
             switch = known[0]
             found[name] = (
-                f"{name}: acts with {switch.name}={switch.wanted}, which is {_named(values[switch.name])!r} here, so "
-                f"that it does nothing; give both, or leave {name} out"
+                f"{name}: acts with {switch.name}={switch.wanted}, which is {_named(values[switch.name])!r} here; "
+                f"give both, or leave {name} out"
             )
     return found
 
