@@ -8,7 +8,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from clha_fast.cli.evaluate import add_reward_arguments, check_out, evaluation_of
+from clha_fast.cli.evaluate import (
+    add_reward_arguments,
+    check_out,
+    evaluation_of,
+    refuse_unused,
+    without_judge,
+    without_models,
+)
 from clha_fast.cli.guard import guarded
 from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import read_records
@@ -19,6 +26,8 @@ from clha_fast.evaluation.report import Evaluation
 from clha_fast.files import write_json
 from clha_fast.generation.answers import read_answers
 
+# Options of what is measured; a file of metrics has been.
+_MEASURING = ("references", "format", "reward_model", "label", "reward_check", "batch_size", "device", "dtype")
 DESCRIPTION = (
     "A against B on the prompts that both have: win rate by reward, and every figure's difference, paired. "
     "Needs the eval extra: pip install 'clha-fast[eval]'."
@@ -41,22 +50,20 @@ def compare(words: Sequence[str]) -> int:
     parser.add_argument("--out", metavar="FILE.json", help="write everything here")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.json")
     args = parser.parse_args(with_dashes(words))
-    return guarded("compare", lambda: _run(args))
+    return guarded("compare", lambda: _run(args, parser))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check_out(args)
     check_positive(args, ("batch_size",))
     measured = {path: _read(path) for path in (args.a, args.b)}
     answers = [path for path, found in measured.items() if found is None]
     if answers and args.references is None:
         raise ValueError(f"--references: expected a file to measure the answers in {answers[0]} against, got none")
-    if not answers and (args.references or args.reward_model or args.reward_check):
-        raise ValueError(
-            "--references, --reward-model, --reward-check: expected none beside two files of metrics, which are "
-            "compared as they are, got some"
-        )
-    if answers:
+    if not answers:
+        refuse_unused(args, parser, {"beside two files of metrics, which are compared as they are": _MEASURING})
+    else:
+        refuse_unused(args, parser, {**without_judge(args), **without_models(args)})
         check_extra()
         records = read_records(args.references, args.format)
         checks: dict[str, Any] = {}  # one check of a reward model does for both

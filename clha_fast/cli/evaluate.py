@@ -24,8 +24,9 @@ from clha_fast.rewards.reward_model import RewardModel, load_reward_model, probe
 
 # Options that say how answers are made, how the model is asked, and where models run.
 _ANSWERING = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "resume", "lead", "chat_template_kwargs")
-_OF_THE_MODEL = ("answer_prefix", "max_prompt_length", "layout")
-_RUNNING = ("device", "dtype")
+_OF_THE_MODEL = ("answer_prefix", "max_prompt_length", "layout", "noise_rule", "reward_margin")
+_RUNNING = ("device", "dtype", "batch_size")
+_OF_REWARD_MODELS = ("label",)
 DESCRIPTION = (
     "Measure answers against ranked references: BLEU, length, diversity, rewards; with --model also the model's "
     "likelihood and ranking. Without ANSWERS the model answers the references' prompts first. Needs the eval extra: "
@@ -72,6 +73,26 @@ def reward_loaders(args: argparse.Namespace) -> dict[str, Callable[[], RewardMod
     }
 
 
+def refuse_unused(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, reasons: Mapping[str, Sequence[str]]
+) -> None:
+    """ValueError for an option that is given and would not be used; `reasons`: why not -> options."""
+    for why, names in reasons.items():
+        for name in names:
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')}: expected none {why}, got {getattr(args, name)!r}")
+
+
+def without_judge(args: argparse.Namespace) -> dict[str, Sequence[str]]:
+    """For `refuse_unused`: what is about reward models, where there are none."""
+    return {} if args.reward_model else {"without a --reward-model": _OF_REWARD_MODELS}
+
+
+def without_models(args: argparse.Namespace) -> dict[str, Sequence[str]]:
+    """For `refuse_unused`: how models run, where none does."""
+    return {} if getattr(args, "model", None) or args.reward_model else {"without a model": _RUNNING}
+
+
 def reward_check_of(args: argparse.Namespace) -> list[RankedRecord] | None:
     """The records on which reward models are checked, None for the references."""
     if args.reward_check is None:
@@ -106,19 +127,19 @@ def evaluate(words: Sequence[str]) -> int:
     )
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))
-    unused = [*(_ANSWERING if args.answers is not None else ()), *(() if args.model else _OF_THE_MODEL)]
-    unused += [] if args.model or args.reward_model else _RUNNING
-    for name in unused:
-        if getattr(args, name) != parser.get_default(name):
-            why = "beside ANSWERS, which are measured as they are" if name in _ANSWERING else "without a model"
-            raise ValueError(f"--{name.replace('_', '-')}: expected none {why}, got {getattr(args, name)!r}")
+    check_positive(args, ("limit", "batch_size"))
+    reasons = {**without_judge(args), **without_models(args)}
+    if args.answers is not None:
+        reasons["beside ANSWERS, which are measured as they are"] = _ANSWERING
+    if args.model is None:
+        reasons["without --model"] = _OF_THE_MODEL
+    refuse_unused(args, parser, reasons)
     return guarded("eval", lambda: _run(args, columns))
 
 
 def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     # What is missing or wrong is said before a model is loaded.
     check_extra()
-    check_positive(args, ("limit", "batch_size"))
     CLHAOptions(reward_margin=args.reward_margin)
     if args.references is None:
         raise ValueError("--references: expected a file of ranked responses to measure against, got none")

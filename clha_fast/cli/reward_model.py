@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import carry_out, few_text, folder_text, layout_line, model_text, write_page
+from clha_fast.cli.runs import carry_out, few_text, folder_text, idle_line, layout_line, model_text, write_page
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.evaluation.accuracy import PairAccuracy
@@ -103,6 +103,7 @@ def header(run: RewardRun) -> dict[str, str]:
         else "no held-out set",
         "lengths": f"{length}, padded with {pad}",
         **layout_line(run),
+        **idle_line(run),
         "folder": folder_text(run),
     }
     if run.options.half is not None:

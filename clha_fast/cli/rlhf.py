@@ -12,7 +12,16 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text, head_of_run, loss_dtype
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import Progress, carry_out, few_text, folder_text, layout_line, model_text, write_page
+from clha_fast.cli.runs import (
+    Progress,
+    carry_out,
+    few_text,
+    folder_text,
+    idle_line,
+    layout_line,
+    model_text,
+    write_page,
+)
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
@@ -131,6 +140,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         **prefix,
         **({"template": template} if template else {}),
         **layout_line(run),
+        **idle_line(run),
         "folder": folder_text(run),
     }
     return lines

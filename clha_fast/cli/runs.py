@@ -59,6 +59,11 @@ def layout_line(run: Run) -> dict[str, str]:
     return {} if asked == "padded" else {"layout": f"{layout} rows{', as auto counts' if asked == 'auto' else ''}"}
 
 
+def idle_line(run: Run) -> dict[str, str]:
+    """Settings that were given and do nothing; {} where all have a part."""
+    return {"unused": "; ".join(run.idle.values())} if run.idle else {}
+
+
 def template_line(run: Run) -> dict[str, str]:
     """That texts go without the chat template, or messages without one that there is not; {} where all is as usual."""
     texts = sum(isinstance(record.prompt, str) for record in run.train_records)

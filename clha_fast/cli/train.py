@@ -17,6 +17,7 @@ from clha_fast.cli.runs import (
     carry_out,
     few_text,
     folder_text,
+    idle_line,
     layout_line,
     lead_line,
     model_text,
@@ -127,6 +128,7 @@ def header(run: Run) -> dict[str, str]:
         **template_line(run),
         **lead_line(run),
         **layout_line(run),
+        **idle_line(run),
         "folder": folder_text(run),
     }
     if train.gaps and isinstance(options, CLHAOptions):

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clha_fast.data.answers import is_tree
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import columns_of
+from clha_fast.data.formats import detect_format
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
@@ -23,12 +25,17 @@ _BESIDE = ("subset", "tools", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt without any response: the fields of `RankedRecord`, and its errors."""
+    """A prompt without any response: the fields of `RankedRecord`, and its errors.
+
+    Attributes:
+        extra: what its row has beside, under the columns' names, for a reward function (a solution, say).
+    """
 
     prompt: Prompt
     source: str = field(default="prompt", compare=False)
     template: Mapping[str, Any] = field(default_factory=dict)
     subset: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", self.ranked("response").prompt)
@@ -65,42 +72,65 @@ def prompt_hash(record: Prompted) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def read_prompts(source: Source, format: str = "auto", *, columns: Mapping[str, Any] | None = None) -> list[Prompted]:
+def read_prompts(
+    source: Source, format: str = "auto", *, columns: Mapping[str, Any] | None = None, beside: bool = False
+) -> list[Prompted]:
     """All prompts of a source in order: what `read_records` reads, or rows with a `prompt` and no response.
 
-    Rows of prompts alone may have `subset`, `tools` and `chat_template_kwargs` beside; columns of other names are left
-    out where `columns` maps `prompt`.
+    Rows of prompts alone may have `subset`, `tools` and `chat_template_kwargs` beside; columns of other names become
+    `PromptRecord.extra` where `columns` maps `prompt` alone.
+
+    Args:
+        beside: take any columns beside a `prompt` for `extra`, in rows of no known format.
 
     Raises:
         RecordError, ValueError, OSError: as `read_records`; a row of another kind among prompts alone.
     """
     rows = source if isinstance(source, (str, os.PathLike)) else list(source)
-    if format != "auto" or not _alone(rows, columns):
+    if format != "auto" or not _alone(rows, columns, beside):
         return list(read_records(rows, format, columns=columns))
-    return list(_prompts(rows, None if columns is None else columns["prompt"]))
+    return list(_prompts(rows, None if columns is None else columns["prompt"], beside))
 
 
-def _alone(source: Source, columns: Mapping[str, Any] | None) -> bool:
+def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool) -> bool:
     if columns is not None:
         return set(columns) == {"prompt"} and isinstance(columns["prompt"], str)
-    first = next(itertools.islice(rows_of(source), 1), None)
-    if first is None or not isinstance(first[1], Mapping):
+    place, row = next(itertools.islice(rows_of(source), 1), ("", None))
+    if not isinstance(row, Mapping) or is_tree(row):
         return False
-    names = {name for name, value in columns_of(first[1]).items() if value is not None}
-    return "prompt" in names and names <= {"prompt", *_BESIDE}
+    found = {name: value for name, value in columns_of(row).items() if value is not None}
+    if "prompt" not in found:
+        return False
+    others = [name for name in found if name not in ("prompt", *_BESIDE)]
+    if others:
+        try:
+            detect_format(columns_of(row), place)
+        except RecordError as error:
+            if not beside:
+                raise RecordError(
+                    f"{place}: expected a prompt alone, or responses in a known format, got beside prompt "
+                    f"{', '.join(others)}; columns={{'prompt': 'prompt'}} (--columns.prompt prompt) reads the prompt "
+                    "alone, and docs/data.md shows the formats",
+                    source=place,
+                    field=others[0],
+                ) from error
+        else:
+            return False
+    return True
 
 
-def _prompts(source: Source, mapped: str | None) -> Iterator[PromptRecord]:
+def _prompts(source: Source, mapped: str | None, beside: bool) -> Iterator[PromptRecord]:
     column = "prompt" if mapped is None else mapped
     for place, row in rows_of(source):
         if isinstance(row, RecordError):
             raise row
         if not isinstance(row, Mapping):
             raise RecordError.of(place, "", "a JSON object", row)
-        others = [name for name, value in row.items() if value is not None and name not in (column, *_BESIDE)]
-        if mapped is None and others:
-            raise RecordError.of(place, others[0], "a prompt alone, as in the first row", row[others[0]])
+        others = {name: value for name, value in row.items() if value is not None and name not in (column, *_BESIDE)}
+        if mapped is None and not beside:
+            for name, value in others.items():
+                raise RecordError.of(place, name, "a prompt alone, as in the first row", value)
         if row.get(column) is None:
             raise RecordError.of(place, column, "a prompt", row.get(column))
         subset = check_text(row.get("subset") or "", place, "subset")
-        yield PromptRecord(row[column], place, template_of(row, place), subset)
+        yield PromptRecord(row[column], place, template_of(row, place), subset, others)

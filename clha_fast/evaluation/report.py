@@ -229,11 +229,20 @@ def evaluate(
         about: what is kept beside the figures; with a model also its `LIMITS` in tokens, None for no limit.
 
     Raises:
-        ValueError: neither answers nor a model; no prompt in common; as `pair_answers` and `candidate_scores`.
+        ValueError: neither answers nor a model; an argument about a model or about reward models where none is given;
+            no prompt in common; as `pair_answers` and `candidate_scores`.
         ScoringError: as `clha_fast.rewards.scoring.score_file`. ImportError: a package of the extra `eval` is missing.
     """
     if answers is None and (model is None or reward_models):
         raise ValueError("answers: expected some to measure (a model alone has no rewards), got None")
+    if reward_check is not None and not reward_models:
+        raise ValueError("reward_check: expected reward_models that it is for, got none")
+    if model is None:
+        of_the_model = {"tokenizer": tokenizer, "noise_rule": noise_rule, "reward_margin": reward_margin}
+        of_the_model |= {"max_prompt_length": max_prompt_length, "answer_prefix": answer_prefix, "layout": layout}
+        for name, value in of_the_model.items():
+            if value != (evaluate.__kwdefaults__ or {})[name]:
+                raise ValueError(f"{name}: expected none without a model, which it is about, got {value!r:.100}")
     records, subsets = list(references), [subset_of(record) for record in references]
     values: dict[str, Column] = {}
     notes: list[str] = []

@@ -26,7 +26,7 @@ from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
 from clha_fast.experiments.reading import READING, read_file
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
-from clha_fast.experiments.run import DEFAULTS, Run, RunOptions
+from clha_fast.experiments.run import Run, RunOptions, with_defaults
 from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.datasets import check_first
@@ -155,7 +155,8 @@ def check_settings(comparison: Comparison) -> None:
     """
     for method in comparison.methods:
         config = RolloutConfig if method.rollout else CLHAConfig
-        given = {**DEFAULTS, **_settings(comparison, without_quantiles(method.settings), comparison.output_dir)}
+        own = _settings(comparison, without_quantiles(method.settings), comparison.output_dir)
+        given = with_defaults(own, config)
         for rate in comparison.learning_rates:
             try:
                 config(**given, learning_rate=rate)
@@ -174,7 +175,7 @@ def check_records(comparison: Comparison, records: Sequence[RankedRecord], place
             continue
         try:
             own = with_quantiles(method.settings, records)
-            args = CLHAConfig(**{**DEFAULTS, **_settings(comparison, own, comparison.output_dir)})
+            args = CLHAConfig(**with_defaults(_settings(comparison, own, comparison.output_dir), CLHAConfig))
             first = {"rewards": records[0].rewards, **records[0].signals}
             check_first(first, place, args.loss_options(), args.reference)
         except ValueError as error:

@@ -44,6 +44,7 @@ from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
+from clha_fast.training.switches import idle_settings
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.trl_names import SETTLED
 from clha_fast.training.validation import check_best_metric, check_casts, check_optimizer, evaluation_metrics
@@ -132,6 +133,13 @@ class RunOptions:
                 raise ValueError(f"build_tokenizer: unknown key {name!r}{nearest(name, known)}")
 
 
+def with_defaults(settings: Mapping[str, Any], config_class: type[TrainingArguments]) -> dict[str, Any]:
+    """The settings, with those of `DEFAULTS` that have a part beside them."""
+    made = {**DEFAULTS, **settings}
+    idle = idle_settings(made, config_class).keys() - settings.keys()
+    return {name: value for name, value in made.items() if name not in idle}
+
+
 class _StopAsked(TrainerCallback):
     """Ends training after the current step, with a checkpoint."""
 
@@ -156,6 +164,7 @@ class Run:
         trainer: the `CLHATrainer`, once built. before, after: evaluation metrics, {} until known.
         by_content: set before `prepare`, files and folders that options and settings name are told by their content,
             wherever they lie, where the run is told from others.
+        idle: settings that do nothing as the others are -> a sentence.
         checkpoint: what will be resumed from, None for a new run. interrupted: whether training was asked to stop.
 
     Raises:
@@ -179,12 +188,13 @@ class Run:
     def __init__(self, options: RunOptions, settings: Mapping[str, Any]) -> None:
         options.check()
         self.options = options
-        settings = {**DEFAULTS, **settings}
+        settings = with_defaults(settings, self.config_class)
         if settings.get("output_dir") is None:
             raise ValueError("output_dir: expected a folder for the run, got nothing")
         settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         self.settings = settings
         self.args: Any = self.config_class(**settings)
+        self.idle = idle_settings(settings, self.config_class)
         self.folder: str = self.args.output_dir
         if options.eval_file is not None or options.eval_fraction != 0:
             check_casts(self.args, DTYPES[options.dtype])

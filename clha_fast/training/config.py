@@ -16,6 +16,7 @@ from clha_fast.ops.dispatch import BACKENDS
 from clha_fast.options import HeadOptions
 from clha_fast.training.objective import CLHA_FIELDS, DEFAULT, as_mapping, make, settle
 from clha_fast.training.sequence import check_sequence
+from clha_fast.training.switches import idle_settings, say_idle
 from clha_fast.training.trl_names import TRLNames, settle_names
 from clha_fast.training.validation import (
     check_loading,
@@ -133,6 +134,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        idle = idle_settings(vars(self), type(self))
         settle_names(self)
         settle(self)
         settle_best_metric(self, self.loss_options().metric_names)
@@ -174,6 +176,7 @@ class CLHAConfig(TRLNames, TrainingArguments):
         if self.label_smoothing_factor:
             got = self.label_smoothing_factor
             raise ValueError(f"label_smoothing_factor: expected 0 (the loss has no smoothed form), got {got}")
+        say_idle(self, idle)
 
     def loss_options(self) -> Objective:
         """The objective; CLHA's is the preset with the fields that are not None."""

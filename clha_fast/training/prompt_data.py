@@ -23,7 +23,8 @@ class PromptDataset(torch.utils.data.Dataset[int]):
     """Prompts, tokenised once; an item is its own number. What was cut, or is otherwise than asked, is a warning.
 
     Args:
-        records: prompts, or rows as `data.prompts.read_prompts` takes them.
+        records: prompts, or rows as `data.prompts.read_prompts` takes them; other columns beside a `prompt` are kept as
+            the record's `extra`.
         settings: as they were asked for. positions: of the model. name: of the data, for the warning.
 
     Attributes:
@@ -48,7 +49,13 @@ class PromptDataset(torch.utils.data.Dataset[int]):
             )
         records = list(records)
         if not all(isinstance(record, (RankedRecord, PromptRecord)) for record in records):
-            records = read_prompts(records)
+            records = read_prompts(records, beside=True)
+            extra = dict.fromkeys(name for record in records for name in getattr(record, "extra", ()))
+            if extra:
+                logger.warning_once(
+                    f"prompts: the columns {', '.join(extra)} are no part of them; a reward function finds them in "
+                    "record.extra"
+                )
         if not records:
             raise RecordError("prompts: expected at least one, got none")
         # Responses that stand beside a prompt play no part.

@@ -29,6 +29,7 @@ from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.datasets import SKIPS
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt
+from clha_fast.training.switches import idle_settings, say_idle
 from clha_fast.training.validation import (
     NO_LOGITS,
     SPEEDS,
@@ -78,6 +79,7 @@ class RewardConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        idle = idle_settings(vars(self), type(self))
         settle_best_metric(self)
         super().__post_init__()
         check_machine(self)
@@ -103,6 +105,7 @@ class RewardConfig(TrainingArguments):
             if given:
                 got = getattr(self, name)
                 raise ValueError(f"{name}: expected none in the training of a reward model, got {got!r}")
+        say_idle(self, idle)
 
 
 def bradley_terry(rewards: Tensor, better: Tensor, worse: Tensor, pairs_per_prompt: Tensor) -> Tensor:

@@ -96,6 +96,10 @@ _NOTHING: dict[str, Any] = {
     "dataset_num_proc": None,
     "skip_bad_records": False,
     "eval_samples": 0,
+    "eval_sample_tokens": CLHAConfig.eval_sample_tokens,
+    "eval_sample_temperature": CLHAConfig.eval_sample_temperature,
+    "eval_drop_inert": False,
+    "truncation_mode": None,
     "batch_eval_metrics": False,
     "bf16_full_eval": False,
     "fp16_full_eval": False,
@@ -125,8 +129,9 @@ class RolloutTrainer(CLHATrainer):
         lead: what prompts of messages end with, as in `GenerationSettings`; None is as a server asks, for responses
             beside a prompt play no part.
         answer_prefix: what every answer begins with, no part of it (`generation.prompts.trained_prefix`).
-        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file);
-            evaluation sets may have names, in a mapping.
+        train_dataset, eval_dataset: records, or rows with a prompt (`data.prompts.read_prompts` reads a file), whose
+            other columns (a solution, say) `reward` finds in the record's `extra`; evaluation sets may have names, in a
+            mapping.
 
     Raises:
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite; a model whose forward

@@ -201,7 +201,9 @@ def test_refusals_are_one_sentence(
             *("eval", answers, "--references", references, "--reward-model", "x/", "--reward-model", "x/"),
         ),
         "--references: expected records for the prompts of the answers": ("eval", answers, "--references", references),
-        "--reward-margin: expected": ("eval", answers, "--references", references, "--reward-margin", "-1"),
+        "--reward-margin: expected": (
+            *("eval", answers, "--references", references, "--model", model, "--reward-margin", "-1"),
+        ),
         "--references: expected a file to measure the answers in": ("compare", answers, answers),
     }
     for words, command in cases.items():

@@ -34,8 +34,38 @@ def test_prompts_alone(tmp_path: Path) -> None:
         read_prompts([{"prompt": "a"}, {"prompt": "b", "completions": ["x"]}])
     with pytest.raises(RecordError, match=r"record 1: prompt: expected a prompt, got None"):
         read_prompts([{"prompt": "a"}, {"prompt": None}])
-    with pytest.raises(RecordError, match="unknown format"):
-        read_prompts([{"prompt": "a", "other": 1}])
+
+
+BESIDE: list[dict[str, Any]] = [
+    {"solution": "4"},
+    {"answer": "4", "level": 3},
+    {"ground_truth": ["4", "5"], "data_source": "x", "subset": "s"},
+    {"chosen": "yes"},
+    {"tests": {"in": 1}, "tags": ["a", "b"]},
+]
+
+
+@pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: "+".join(beside))
+def test_columns_beside_a_prompt(beside: dict[str, Any], tmp_path: Path) -> None:
+    """They are refused with the way out, or kept where they are asked for."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"say {k}", **beside, **({} if k else {"none": None})} for k in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    extra = {name: value for name, value in beside.items() if name != "subset"}
+    refused = rf"beside prompt {', '.join(extra)}; .*\(--columns.prompt prompt\) reads"
+    for source in (rows, path):
+        with pytest.raises(RecordError, match=refused):
+            read_prompts(source)
+        for found in (read_prompts(source, beside=True), read_prompts(source, columns={"prompt": "prompt"})):
+            assert [record.prompt for record in found] == [row["prompt"] for row in rows]
+            assert all(isinstance(record, PromptRecord) and record.extra == extra for record in found)
+    assert read_prompts([{"prompt": "say 0"}, *rows[1:]], beside=True)[1].extra == extra, "in later rows alone"
+
+
+def test_responses_are_read_where_columns_beside_are_taken() -> None:
+    assert all(isinstance(record, RankedRecord) for record in read_prompts(make_rows(3), beside=True))
+    with pytest.raises(RecordError, match=r"^record 1: prompt: expected a prompt, got None"):
+        read_prompts([{"prompt": "a", "solution": "4"}, {"solution": "5"}], beside=True)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.data.prompts import Prompted, PromptRecord, read_prompts
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings
+from clha_fast.training import prompt_data
 from clha_fast.training.prompt_data import PromptDataset
 from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
 from tests.support.chat_templates import SHAPES, chat_tokenizer
@@ -383,3 +384,22 @@ def test_a_prompt_that_cannot_be_judged_says_when(tmp_path: Path) -> None:
 
     with pytest.raises(RecordError, match="step 0: in:7: prompt: expected another"):
         trainer(tmp_path, reward=reward).train()
+
+
+@pytest.mark.parametrize("column", ["solution", "answer"])
+def test_a_reward_function_sees_the_columns_beside_a_prompt(
+    tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(prompt_data.logger, "warning_once", said.append)
+    rows = [{"prompt": f"say {k}", column: k} for k in range(3)]
+
+    def solved(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [[float(record.extra[column])] * len(own) for record, own in zip(records, answers, strict=True)]
+
+    args = trainer(tmp_path).args
+    ours = RolloutTrainer(make_model(len(TOKENIZER)), args, solved, rows, {"one": rows[:2]}, TOKENIZER)
+    assert ours.evaluate()["rewards"] == {"one": [0.0, 1.0]}
+    assert len(ours.train_dataset) == 3
+    assert len(set(said)) == 1
+    assert said[0].startswith(f"prompts: the columns {column} are no part of them; a reward function finds them in ")
