@@ -28,8 +28,9 @@ EPILOG = (
     "--activation_checkpointing_kwargs.offload, --optim."
 )
 NOT_COUNTED = (
-    "not counted: what the allocator and the driver keep for themselves, memory inside operators, and attention that "
-    "takes a mask [tokens, tokens] (a byte an element)"
+    "not counted: what the allocator and the driver keep for themselves, memory inside operators, attention that takes "
+    "a mask [tokens, tokens] (a byte an element), and the frozen model of an objective with a reference (a copy's is "
+    "the weights' memory once more)"
 )
 FLAGS = {
     "layout=shared": "--layout shared",
@@ -47,7 +48,7 @@ TRAIN_NAMES = {
     "--offload": "--activation-checkpointing-kwargs.offload",
     "--optimizer": "--optim",
 }
-_ADAPTER = "--peft-config."
+_ADAPTER, _INIT = "--peft-config.", "--model-init-kwargs."
 
 
 class _Parser(Parser):
@@ -120,6 +121,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     left = with_dashes(words)
     while left:
         name, equals, value = left.pop(0).partition("=")
+        if name.startswith(_INIT):
+            raise ValueError(
+                f"--model_init_kwargs: expected none, for weights are counted in --dtype, whole, and the model as its "
+                f"config.json has it, got --{name[2:].replace('-', '_')}; a folder with another "
+                "config.json is enough"
+            )
         if not name.startswith(_ADAPTER):
             rest.append(name + equals + value)
             continue
@@ -153,9 +160,9 @@ def plan(words: Sequence[str]) -> int:
     if args.memory is not None and found.memory.total > args.memory * GIB:
         way = ways_to_fit(config, load, switches, int(args.memory * GIB))
     if args.json:
-        print(json.dumps(_as_dict(args, found, way), indent=2))
+        print(json.dumps({**_as_dict(args, found, way), "quantised": source.quantised}, indent=2))
     else:
-        print("\n".join([_text(args, found, way), *_beyond(config, load)]))
+        print("\n".join([_text(args, found, way), *_beyond(config, load), *_said_of_weights(source, args.dtype)]))
     return 0
 
 
@@ -248,6 +255,17 @@ def _beyond(config: Any, load: Load) -> list[str]:
     if not isinstance(limit, int) or not 0 < limit < longest:
         return []
     return [f"texts of {longest:,} tokens are beyond the model's {limit:,} positions: training cuts, warns or refuses"]
+
+
+def _said_of_weights(source: Source, dtype: str) -> list[str]:
+    """A line for weights that are quantised in their files."""
+    if source.quantised is None:
+        return []
+    whose = "the base model's" if source.adapter is not None else "the model's"
+    return [
+        f"{whose} files hold quantised weights ({source.quantised}), which are counted in {dtype}, as they are once "
+        "dequantised; kept as they are they need less, and only an adapter trains"
+    ]
 
 
 def _kind(found: Plan) -> str:

@@ -78,7 +78,8 @@ class CLHAConfig(TRLNames, TrainingArguments):
         loss_type: TRL's name of an objective, "sigmoid" (dpo), "hinge" or "ipo". beta: of an objective that has one.
         truncation_mode: TRL's way to cut, taken where `max_length` is None and nothing is cut.
         disable_dropout: every dropout of the model is 0. pad_token: what the tokenizer pads with.
-        model_init_kwargs: for `from_pretrained`, where the trainer is given a model's folder or name.
+        model_init_kwargs: for `from_pretrained`, where the trainer is given a model's folder or name; a model that
+            `reference` names is loaded with the same.
         greater_is_better: of `metric_for_best_model`; None is what the metric means (an NLL is better when it is less),
             and is refused where it means neither, as the entropy.
 

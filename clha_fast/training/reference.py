@@ -23,8 +23,9 @@ from clha_fast.data.records import RankedRecord, shorten
 from clha_fast.files import write_json
 from clha_fast.models.adapters import changed_by_adapter, is_adapted, trained_beside_adapter
 from clha_fast.models.frozen import FrozenModel
+from clha_fast.models.init_kwargs import load_like
 from clha_fast.models.layouts import RowLayouts
-from clha_fast.models.loading import fingerprint, load_model, load_tokenizer
+from clha_fast.models.loading import fingerprint, load_tokenizer
 from clha_fast.models.sequence_parallel import SequenceParallel
 from clha_fast.objectives import Objective
 from clha_fast.objectives.ranked import RankedBatch
@@ -167,8 +168,7 @@ class Reference:
             return ref_model
         path: Any = self._args.reference
         _check_tokenizer(path, tokenizer)
-        config: Any = getattr(model, "dtype", None)
-        loaded: nn.Module = load_model(path, config, option="reference")
+        loaded: nn.Module = load_like(model, path, "reference")
         return loaded.requires_grad_(False)
 
     def _check_whole(self, models: Iterable[nn.Module]) -> None:

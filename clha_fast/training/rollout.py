@@ -26,6 +26,7 @@ from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
 from clha_fast.models.dropout import without_dropout
 from clha_fast.models.forward import LogpForward
+from clha_fast.models.loading import config_positions
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training.config import CLHAConfig
@@ -143,7 +144,7 @@ class RolloutTrainer(CLHATrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: RolloutConfig,
         reward: Reward,
         train_dataset: Iterable[Any] | None = None,
@@ -165,8 +166,9 @@ class RolloutTrainer(CLHATrainer):
             lead=lead,
             answer_prefix=answer_prefix,
         )
+        positions = config_positions(model) if isinstance(model, str) else positions_of(model)
         self._read = functools.partial(
-            PromptDataset, tokenizer=processing_class, settings=settings, positions=positions_of(model)
+            PromptDataset, tokenizer=processing_class, settings=settings, positions=positions
         )
         train = self._read(train_dataset, name="train_dataset") if train_dataset else None
         held_out: Any = None

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.data.records import shorten
-from clha_fast.models.loading import DTYPES, load_model, load_tokenizer
+from clha_fast.models.adapters import base_model
+from clha_fast.models.init_kwargs import check_init_kwargs, load_with, take_dtype
+from clha_fast.models.loading import load_tokenizer
 from clha_fast.training.objective import DEFAULT, as_mapping, settings_of
 
 # TRL's losses of pairs that are an objective's for two responses.
@@ -77,23 +79,26 @@ def as_model(
         collates: whether the caller has a collator, and needs no tokenizer.
 
     Raises:
-        ValueError: neither a module nor a name of a model that can be loaded; `model_init_kwargs` for one that is there
-            already, or with an unknown dtype; a `pad_token` that is no token, or without a tokenizer.
+        ValueError: neither a module nor a name of a model that can be loaded; one that `torch.compile` has wrapped;
+            `model_init_kwargs` for one that is there already, or that cannot be given here; a `pad_token` that is no
+            token, or without a tokenizer.
     """
     if isinstance(model, str):
-        settings = dict(args.model_init_kwargs or {})
-        dtype = settings.pop("dtype", "float32")
-        if not isinstance(dtype, torch.dtype):
-            if dtype not in DTYPES:
-                raise ValueError(f"model_init_kwargs: expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
-            dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        settings = check_init_kwargs(args.model_init_kwargs, True, in_python=True)
+        dtype = take_dtype(settings)
         if processing_class is None and not collates:
             processing_class = load_tokenizer(model, "model")
-        model = load_model(model, dtype, **settings)
+        attention = settings.pop("attn_implementation", None)
+        model = load_with(settings, model, dtype, attention)
     elif not isinstance(model, nn.Module):
         raise ValueError(
             "model: expected a causal language model (AutoModelForCausalLM.from_pretrained loads one), or the name of "
             f"one, got {shorten(model)}"
+        )
+    elif isinstance(inner := base_model(model), torch._dynamo.OptimizedModule):
+        raise ValueError(
+            f"model: expected one that torch.compile has not wrapped, got a compiled {type(inner._orig_mod).__name__}; "
+            "torch_compile=True compiles it, and so does model.compile(), which wraps nothing"
         )
     elif args.model_init_kwargs:
         raise ValueError(

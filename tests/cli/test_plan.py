@@ -112,6 +112,50 @@ def test_a_reward_model(model, capsys):
     assert "the loss  " in text
 
 
+QUANTISED = {
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes, 8 bits": {"load_in_8bit": True, "load_in_4bit": False},
+    "gptq, 3 bits": {"quant_method": "gptq", "bits": 3, "group_size": 128},
+    "awq, 4 bits": {"quant_method": "awq", "bits": 4},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {}},
+}
+
+
+def rewrite(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("said", QUANTISED)
+def test_weights_that_are_quantised_in_their_files_are_said(said, tmp_path, capsys):
+    """The counts are those of the dequantised model, of a base model as well."""
+    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=100).save_pretrained(tmp_path)
+    adapter = tmp_path / "adapter"
+    pytest.importorskip("peft").LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=str(tmp_path), target_modules=["q_proj"]
+    ).save_pretrained(adapter)
+    plain, whole = [], []
+    for found in (plain, whole):
+        for model, whose in ((tmp_path, "the model's"), (adapter, "the base model's")):
+            assert main(["plan", "--model", str(model), "--response", "4"]) == 0
+            text = capsys.readouterr().out
+            assert text.count(f"{whose} files hold quantised weights ({said}), ") == (found is whole)
+            assert text.count("quantised weights") == (found is whole)
+            assert main(["plan", "--model", str(model), "--response", "4", "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+            assert found[-1].pop("quantised") == (said if found is whole else None)
+        rewrite(tmp_path, quantization_config=QUANTISED[said])
+    assert plain == whole
+
+
+def test_a_frozen_reference_is_said_not_to_be_counted(model, capsys):
+    assert main(["plan", "--model", model, "--response", "4"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("not counted: ")
+    assert "the frozen model of an objective with a reference" in last
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -126,6 +170,8 @@ def test_a_reward_model(model, capsys):
         (["--response", "4", "--peft_config.r"], "--peft-config.r: expected a value, got none"),
         (["--response", "4", "--peft_config.q", "4"], "peft_config: unknown key 'q'"),
         (["--response", "4", "--peft_config.r", "4", "--lora-rank", "4"], "--lora-rank: expected one of it and"),
+        (["--response=4", "--model_init_kwargs.hidden_act", "relu"], "counted in --dtype, whole, and the model as its"),
+        (["--response=4", "--model-init-kwargs.torch-dtype=auto"], "got --model_init_kwargs.torch_dtype; a folder"),
         (["--response", "4", "--workspace-mb", "0"], "--workspace-mb: expected a positive number of MiB, got 0.0"),
         (["--response", "4", "--reward-model", "--backend", "torch"], "--backend: expected none for a reward model"),
     ],

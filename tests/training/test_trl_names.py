@@ -129,3 +129,22 @@ def test_what_a_trainer_refuses(saved: str, tmp_path: Path) -> None:
         trainer(3)
     with pytest.raises(ValueError, match="model: expected a folder"):
         trainer(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.compile(peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))),
+        lambda model: peft.get_peft_model(
+            torch.compile(model, backend="eager"), peft.LoraConfig(target_modules=["q_proj"])
+        ),
+    ],
+    ids=["a model", "an adapted one", "adapted when it was wrapped"],
+)
+def test_a_wrapped_model_is_refused(wrapped: Any, tmp_path: Path) -> None:
+    model = wrapped(make_model(len(TOKENIZER)))
+    with pytest.raises(
+        ValueError, match=r"got a compiled \w+; torch_compile=True compiles it, and so does model.compile"
+    ):
+        CLHATrainer(model, config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
