@@ -288,7 +288,7 @@ class OnCpus(CLHAConfig):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 if "--fsdp" in sys.argv:
-    run.CLHAConfig = OnCpus
+    run.Run.config_class = OnCpus
 torch.set_num_threads(1)
 status = cli.main(sys.argv[1:])
 torch.distributed.barrier()
