@@ -110,14 +110,13 @@ class PersistentBackward(Backward):
             self.drows.zero_()
 
     def _words(self, most: Chunks) -> int:
-        rows, padded = self.config["hidden_grad"], round_up(self.num_tokens, self.block_n)
+        rows, count = self.config["hidden_grad"], programs(self.hidden.device)
         # Few tokens' dhidden is cut into equal parts of a chunk, which a number of words has or has not.
-        if tiles(most.tokens, rows["BLOCK_N"]) * tiles(self.width, rows["BLOCK_H"]) <= programs(self.hidden.device):
+        if tiles(most.tokens, rows["BLOCK_N"]) * tiles(self.width, rows["BLOCK_H"]) <= count:
             return most.words
         weight = self.config["weight_grad"]
-        if most.tokens < padded:
+        if most.tokens < round_up(self.num_tokens, self.block_n):
             weight = self.head.config("persistent_weight_grad_partial")
-        count = programs(self.hidden.device)
         return even_words(most.tokens, most.words, self.width, count, self.config["logit_grad"], weight)
 
     def _tiles_of_rows(self, chunk: Chunk) -> int:

@@ -92,8 +92,8 @@ class _Chunks(NamedTuple):
 class _Routed:
     """Buffers of one routed backward: a chunk's pairs, one a row, and all pairs' prefix sums and places in chunks.
 
-    `capacity` tokens may all keep a block, and every chunk has room for the pairs of at least one; in few chunks are
-    many blocks' of few tokens each. most_blocks: of a chunk.
+    `capacity` tokens may all keep a block, and every chunk has room for the pairs of at least one such block; where few
+    tokens keep each, it has those of up to `most_blocks`. owner: whose a tile of rows is, by the list of the chunk.
     """
 
     head: Head
