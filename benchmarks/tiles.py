@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import find_shapes
 from benchmarks.inputs import Batch, Shape, make_batch
 from benchmarks.measure import FAILURES, Deadline, clean, describe, gpu_environment, is_broken
 from benchmarks.methods import GPU_METHODS, clha
@@ -134,12 +133,12 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"GROUP": 8},
     ],
     "routed_hidden_grad": [
-        {"BLOCK_N": 128},
-        {"num_stages": 2},
-        {"BLOCK_H": 256},
-        {"BLOCK_N": 128, "BLOCK_H": 128, "num_stages": 2},
-        {"BLOCK_V": 64, "num_stages": 3},
-        {"num_warps": 4},
+        {"REDUCE": False},
+        {"BLOCK_H": 64, "RESIDENT": 4},
+        {"REDUCE": False, "BLOCK_H": 64, "RESIDENT": 4},
+        {"BLOCK_H": 64},
+        {"RESIDENT": 1},
+        {"REDUCE": False, "BLOCK_H": 64},
     ],
 }
 
@@ -263,6 +262,14 @@ def time_runs(shape: Shape, deadline: Deadline) -> None:
         print(json.dumps(row), flush=True)
 
 
+def shape_of(text: str) -> Shape:
+    """ "8192x4096x128256": any, so that one can be taken whose sums L2 holds."""
+    sizes = [int(size) for size in text.replace(" ", "").split("x") if size.isdecimal() and int(size)]
+    if len(sizes) != 3 or "x".join(map(str, sizes)) != text.replace(" ", ""):
+        raise SystemExit(f"--shape: expected NxHxV, such as 8192x4096x128256, got {text!r}")
+    return Shape(*sizes)
+
+
 def why_not() -> str | None:
     """Why nothing can be timed here: the rows of the table that are tried are those of one architecture."""
     if not torch.cuda.is_available():
@@ -331,7 +338,7 @@ def main() -> int:
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--time", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shape = find_shapes([args.shape])[0]
+    shape = shape_of(args.shape)
     if (why := why_not()) is not None:
         print(f"benchmarks.tiles: {why}", file=sys.stderr)
         return 2

@@ -14,13 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from clha_fast.backends.triton import routed
 from clha_fast.backends.triton.backward import Active, Backward
 from clha_fast.backends.triton.head import Head
 from clha_fast.backends.triton.persistent import PersistentBackward
 from clha_fast.options import ROUTE_WORDS
 from clha_fast.types import Needs
-from tests.support.triton_harness import DEVICE, PLAIN, close, eager_gradients, forward, gradients, problem, upstream
+from tests.support.triton_harness import (
+    DEVICE,
+    PLAIN,
+    close,
+    eager_gradients,
+    forward,
+    gradients,
+    problem,
+    set_routed_dhidden,
+    upstream,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="recorded in the interpreter")
 
@@ -164,7 +173,7 @@ def test_routed(
     workspace_bytes: int | None,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(routed, "_RESIDENT", resident)
+    set_routed_dhidden(monkeypatch, RESIDENT=resident, REDUCE=True)
     head = PLAIN.replace(max_dropped_mass=0.0, workspace_bytes=workspace_bytes)
     p = problem(70, 2 * ROUTE_WORDS + 9, 40, dtype=dtype, head=head, rows=60)
     value = gradients(p, upstream(p), (True, False, False))[0]

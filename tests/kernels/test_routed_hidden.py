@@ -19,6 +19,7 @@ from tests.support.triton_harness import (
     gradients,
     over_dtypes,
     problem,
+    set_routed_dhidden,
     upstream,
 )
 
@@ -27,10 +28,10 @@ ALL = PLAIN.replace(max_dropped_mass=0.0)
 
 def test_segments_together_by_hand() -> None:
     # 8192 x 4096 on 132 multiprocessors: 264 programs at once, 32 tiles of H, 8 rows of programs for 32 segments.
-    assert routed.segments_together(32, 32, 132) == 4
+    assert routed.segments_together(32, 32, 264) == 4
     # Fewer segments than programs: one each. More tiles of H than programs: all segments to one row of programs.
-    assert routed.segments_together(8, 32, 132) == 1
-    assert routed.segments_together(9, 400, 132) == 9
+    assert routed.segments_together(8, 32, 264) == 1
+    assert routed.segments_together(9, 400, 264) == 9
     assert routed.segments_together(0, 1, 132) == 1
 
 
@@ -62,7 +63,7 @@ def cut(ends: torch.Tensor, chunks: int, rows: int, most_blocks: int, tile: int)
 @pytest.mark.parametrize("resident", [1, 3, 99], ids=["one program", "three, the last shorter", "a program a segment"])
 def test_programs_of_several_segments(monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
     """Five segments of 32 tokens, three tiles of H: spans of 5, 2 and 1; the last block and the last tile not whole."""
-    monkeypatch.setattr(routed, "_RESIDENT", resident)
+    set_routed_dhidden(monkeypatch, RESIDENT=resident)
     p = problem(150, ROUTE_WORDS + 9, 70, head=ALL)
     wanted = eager_gradients(p, upstream(p), torch.float64)[0]
     value = gradients(p, upstream(p), (True, False, False))[0]
@@ -81,11 +82,25 @@ def test_no_sum_depends_on_how_segments_are_shared_out(monkeypatch: pytest.Monke
     plain = interpreter.np.matmul
     monkeypatch.setattr(interpreter.np, "matmul", lambda a, b, **_: plain(a, b, dtype="float64").astype("float32"))
     for resident in (1, 3, 99):
-        monkeypatch.setattr(routed, "_RESIDENT", resident)
+        set_routed_dhidden(monkeypatch, RESIDENT=resident)
         found.append(gradients(p, upstream(p), (True, False, False))[0])
     first, *others = found
     assert first is not None
     assert all(other is not None and torch.equal(first, other) for other in others)
+
+
+@over_dtypes(torch.float32, torch.bfloat16)
+def test_sums_that_are_read_are_those_that_l2_adds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    head = PLAIN.replace(max_dropped_mass=0.01, workspace_bytes=1)
+    p = problem(70, 2 * ROUTE_WORDS + 9, 70, dtype=dtype, head=head, rows=60)
+    found = []
+    for reduce in (True, False):
+        set_routed_dhidden(monkeypatch, REDUCE=reduce)
+        found.append(gradients(p, upstream(p), (True, False, False))[0])
+    assert found[0] is not None
+    assert found[0].any()
+    assert found[1] is not None
+    assert torch.equal(*found)
 
 
 @every_dtype

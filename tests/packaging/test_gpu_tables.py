@@ -62,6 +62,14 @@ def test_tiles_of_another_device_are_not_tried(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["8192x4096", "ax2x3", "0x1x2", "1x2x3x4", "1x2x", "-1x2x3"])
+def test_a_shape_is_three_sizes(text: str) -> None:
+    found = tiles.shape_of("24 x 16 x 8")
+    assert (found.tokens, found.width, found.vocabulary) == (24, 16, 8)
+    with pytest.raises(SystemExit, match="expected NxHxV"):
+        tiles.shape_of(text)
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel"),
     [("8192x4096x128256", "persistent_weight_grad_partial"), ("16384x2304x256000", "persistent_weight_grad")],

@@ -50,9 +50,10 @@ def gemms(bytes_a_pair: float) -> float:
 def pairs_of(arch: str, tokens: int, width: int, kept_share: float) -> float:
     """Pairs of a block that one program of `routed_hidden_grad` has."""
     segment = configs.select("route_count", arch, "16-bit")["SEGMENT"]
-    block_h = configs.select("routed_hidden_grad", arch, "16-bit")["BLOCK_H"]
-    segments = tiles(tokens, segment)
-    return kept_share * min(tokens, segment * segments_together(segments, tiles(width, block_h), MULTIPROCESSORS[arch]))
+    tile = configs.select("routed_hidden_grad", arch, "16-bit")
+    at_once = tile["RESIDENT"] * MULTIPROCESSORS[arch]
+    together = segments_together(tiles(tokens, segment), tiles(width, tile["BLOCK_H"]), at_once)
+    return kept_share * min(tokens, segment * together)
 
 
 def step(arch: str, tokens: int, width: int, kept_share: float) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.options import HeadOptions
 from clha_fast.types import HeadInputs, HeadResult, LossResult, Needs, RankingInputs
+from csrc_triton import configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -82,6 +83,13 @@ def problem(
         row_index=None if rows is None else torch.randint(0, rows, (tokens,), generator=draw).to(DEVICE),
         head=head,
     )
+
+
+def set_routed_dhidden(monkeypatch: pytest.MonkeyPatch, **tile: int) -> None:
+    """What all entries of the routed dhidden say instead."""
+    entries = configs.GEMMS["routed_hidden_grad"]
+    for key, own in dict(entries).items():
+        monkeypatch.setitem(entries, key, own | tile)
 
 
 def forward(p: Problem, backend: ModuleType = triton_backend) -> HeadResult:

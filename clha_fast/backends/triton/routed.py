@@ -22,18 +22,16 @@ from csrc_triton import routed, routing
 
 # Of dropped masses, which are below 1: float16 has no digits left below 1e-7, and ends at 65504.
 _MASS_SCALE = 2.0**15
-# Programs of dhidden that run at once on a multiprocessor: the lengths of their segments are chosen for so many.
-_RESIDENT = 2
 # How many times as many blocks as all tokens' pairs leave room for a chunk may have: grids are made for so many.
 _MOST_BLOCKS = 8
 
 
-def segments_together(segments: int, tiles_h: int, multiprocessors: int) -> int:
-    """How many segments of tokens one program of dhidden takes, for its tile of H: all programs run at once, if so.
+def segments_together(segments: int, tiles_h: int, at_once: int) -> int:
+    """How many segments of tokens one program of dhidden takes, for its tile of H: all run `at_once`, if so.
 
     The longer, the more pairs share a load of the weight.
     """
-    return max(1, tiles(segments, max(1, _RESIDENT * multiprocessors // tiles_h)))
+    return max(1, tiles(segments, max(1, at_once // tiles_h)))
 
 
 def routed_backward(
@@ -269,7 +267,7 @@ class _Routed:
         vocabulary, width = head.weight.shape
         del config["GROUP"]
         segments, tiles_h = self.ends.shape[1], tiles(width, config["BLOCK_H"])
-        span = segments_together(segments, tiles_h, programs(drows.device))
+        span = segments_together(segments, tiles_h, config.pop("RESIDENT") * programs(drows.device))
         routed.routed_hidden_grad_kernel[(tiles(segments, span) * tiles_h,)](
             self.dlogits,
             head.weight,
