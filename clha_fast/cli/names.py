@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
@@ -148,8 +149,9 @@ def option_names() -> set[str] | None:
     return found - {"resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank", "disable_tqdm"}
 
 
-def _fields(path: str, name: str) -> set[str]:
-    """The fields of a dataclass as its source has them."""
+@functools.cache
+def _fields(path: str, name: str) -> frozenset[str]:
+    """The fields of a dataclass as its source has them: thousands of lines, read once."""
     with open(path, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     owner = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
@@ -160,4 +162,4 @@ def _fields(path: str, name: str) -> set[str]:
             made = [k for k in value.keywords if k.arg == "init"] if isinstance(value, ast.Call) else []
             if not made and "ClassVar" not in ast.dump(node.annotation):
                 found.add(node.target.id)
-    return found
+    return frozenset(found)
