@@ -42,13 +42,24 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Nor at what the files before have imported and kept: by the last file that is several times as much."""
     yield
-    if nextitem is None or nextitem.path != item.path:
+    is_last = nextitem is None or nextitem.path != item.path
+    if is_last and _collections() > _kept_at:
         _keep()
 
 
+# Whole collections when what there was has last been kept.
+_kept_at = 0
+
+
+def _collections() -> int:
+    return gc.get_stats()[2]["collections"]
+
+
 def _keep() -> None:
+    global _kept_at
     gc.collect()
     gc.freeze()
+    _kept_at = _collections()
 
 
 def pytest_configure(config: pytest.Config) -> None:
