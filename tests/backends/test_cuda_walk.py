@@ -1,7 +1,7 @@
 """The CUDA host code, walked without a GPU: nothing is read back, every launch is one that a GPU would take.
 
-`tests.support.cuda_walk` does it, in processes without the interpreter; what it replaces is in `fake_gpu.py`. And `auto`
-on devices of 80 and 16 GiB that are not there: what runs, what it holds, what is said and what is planned.
+`tests.support.cuda_walk` does it, in processes without the interpreter; what it replaces is in `fake_gpu.py`. And
+`auto` on devices of 80 and 16 GiB that are not there: what runs, what it holds, what is said and what is planned.
 """
 
 from __future__ import annotations
