@@ -48,12 +48,16 @@ def test_as_a_file_is_scored(tmp_path: Path) -> None:
         ("POST: a dog\n\nTL;DR:", " it fell over"),
         ("say 3: ", "the cat sat"),
         ("<|assistant|>\n", "the cat sat"),
+        ("How do I boil an egg?", "the cat sat"),
+        ("<|assistant|>", "the cat sat"),
+        ("\u56de\u7b54\uff1a", "\u732b"),
         ([{"role": "user", "content": "say 3"}], "the cat sat"),
     ],
 )
 def test_both_ways_read_an_answer_as_the_response_it_was_trained_on(prompt: Any, response: str) -> None:
     reward_model = RewardModel(llama(pad_token_id=2), TOKENIZER)
-    record = RankedRecord(prompt, (response, " ran"))
+    other = " ran" if response.startswith(" ") else "ran"
+    record = RankedRecord(prompt, (response, other))
     (scored,) = score_records([record], reward_model, progress=False)
     assert scored.rewards is not None
     for answer in (response, response.strip()):
