@@ -61,7 +61,7 @@ def answered(record: Prompted, answers: Sequence[str]) -> RankedRecord:
     responses. Where the record's responses begin without ("What is it?" and "A cat", "<|assistant|>"), and behind
     messages, answers stay as they are.
     """
-    open_end = isinstance(record.prompt, str) and record.prompt[-1:].strip()
+    open_end = isinstance(record.prompt, str) and bool(record.prompt[-1:].strip())
     if isinstance(record, RankedRecord):
         open_end = open_end and all(text[:1].isspace() for text in record.completions)
     texts = tuple(f" {text}" if open_end and text[:1].strip() else text for text in answers)
