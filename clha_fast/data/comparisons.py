@@ -125,7 +125,12 @@ def _arena_winner(row: Row, source: str) -> bool:
         if winner in ("model_a", "model_b"):
             return bool(winner == "model_b")
         raise _tie(source, "winner", winner)
-    won = {side: bool(row.get(f"winner_model_{side}")) for side in "ab"}
+    won = {}
+    for side in "ab":
+        name = f"winner_model_{side}"
+        if row.get(name) not in (None, 0, 1):  # a text would be true, whatever it says
+            raise RecordError.of(source, name, "1 or 0", row[name])
+        won[side] = bool(row.get(name))
     row.get("winner_tie")
     if won["a"] == won["b"]:
         raise _tie(source, "winner_model_a", won["a"])
