@@ -144,9 +144,9 @@ def _one_turn(value: Any, source: str, field: str) -> Any:
         turns = json.loads(value)
     except ValueError:
         return value
-    if not is_sequence(turns) or not all(isinstance(turn, str) for turn in turns):
+    if not is_sequence(turns) or not all(turn is None or isinstance(turn, str) for turn in turns):
         return value
-    if len(turns) != 1:
+    if len(turns) != 1 or turns[0] is None:  # a model that said nothing
         expected = "one turn (what was said between several differs between the two)"
         raise RecordError.of(source, field, expected, turns)
     return turns[0]
