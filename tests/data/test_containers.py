@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ def test_tables(name: str) -> None:
     assert read_records(TABLES[name]()) == RECORDS
     if name != "stream":
         assert len(RankedDataset(TABLES[name](), RankedCollator(make_tokenizer()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        ('{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}', "1", "chosen"),
+        ('{"prompt": "q", "prompt": "q", "completions": ["a", "b"]}', "1", "prompt"),
+        ('{"prompt": [{"role": "user", "content": "a", "content": "b"}], "completions": ["a", "b"]}', "1", "content"),
+        ('{"prompt": "q", "completions": ["a", "b"]}\n{"prompt": "q", "completions": ["a"], "completions": ["b"]}', "2",
+         "completions"),
+    ],
+)  # fmt: skip
+def test_a_name_given_twice_is_refused(tmp_path: Path, text: str, place: str, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text + "\n")
+    said = f'rows.jsonl:{place}: column 1, in field "{name}": the same name twice in one object, of which the last'
+    with pytest.raises(RecordError, match=re.escape(said)):
+        read_records(path)
 
 
 _SIDES = {"response_a": "a", "response_b": "b"}
