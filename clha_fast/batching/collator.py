@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
@@ -328,6 +330,28 @@ class RankedCollator:
         own = self._encoder.encode([before])[0]
         mark = self._encoder.mark_before(before, own or self._encoder.prefix(before, own))
         return self._encoder.continuing([text], record.source, mark)[0]
+
+    def tokenize_behind(self, record: RankedRecord, prefix: str) -> tuple[CandidateFeature, int, int]:
+        """As `tokenize_counted`, with a text between prompt and responses, on the prompt's side: read, not scored.
+
+        A response follows after a blank, its own or one that is put there.
+
+        Raises:
+            RecordError: a response without a token of its own behind it, as `tokenize_counted`.
+        """
+        if not prefix:
+            return self.tokenize_counted(record)
+        begun = tuple(f"{prefix}{'' if text[0].isspace() else ' '}{text}" for text in record.completions)
+        own, longer = self.tokenize_beginning(record, prefix), copy.copy(self)
+        if self.max_completion_length is not None:  # that of the response alone
+            longer.max_completion_length = self.max_completion_length + len(own)
+        feature, prompt_cut, cut = longer.tokenize_counted(dataclasses.replace(record, completions=begun))
+        for number, ids in enumerate(feature["completion_ids"]):
+            if list(ids[: len(own)]) != own or len(ids) == len(own):
+                expected = f"a response with tokens of its own behind {prefix!r}"
+                raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
+        behind = [list(ids[len(own) :]) for ids in feature["completion_ids"]]
+        return {**feature, "prompt_ids": [*feature["prompt_ids"], *own], "completion_ids": behind}, prompt_cut, cut
 
     @functools.cached_property
     def _endings(self) -> Endings:

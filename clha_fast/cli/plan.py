@@ -160,7 +160,8 @@ def plan(words: Sequence[str]) -> int:
     if args.memory is not None and found.memory.total > args.memory * GIB:
         way = ways_to_fit(config, load, switches, int(args.memory * GIB))
     if args.json:
-        print(json.dumps({**_as_dict(args, found, way), "quantised": source.quantised}, indent=2))
+        more = {"train": _train_options(found.switches), "quantised": source.quantised}
+        print(json.dumps({**_as_dict(args, found, way), **more}, indent=2))
     else:
         print("\n".join([_text(args, found, way), *_beyond(config, load), *_said_of_weights(source, args.dtype)]))
     return 0
@@ -249,6 +250,27 @@ def _as_dict(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] 
     return said
 
 
+def _train_options(switches: Switches) -> list[str]:
+    """What training has to be given for what is counted without being asked for: its own defaults are others."""
+    found = []
+    if switches.dtype != torch.float32:
+        found.append(f"--dtype {str(switches.dtype).removeprefix('torch.')}")
+    if switches.offload:
+        found += ["--activation_checkpointing true", "--activation_checkpointing_kwargs.offload true"]
+    elif switches.checkpointing:
+        found.append("--gradient_checkpointing true")
+    return found
+
+
+def _in_train(switches: Switches) -> list[str]:
+    options = _train_options(switches)
+    if not options:
+        return []
+    return [
+        f"counted is training with {' '.join(options)}: its defaults are float32 and no checkpointing, which need more"
+    ]
+
+
 def _beyond(config: Any, load: Load) -> list[str]:
     """A line for texts that are longer than the model has positions for."""
     longest, limit = load.prompt + load.response, getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -299,4 +321,4 @@ def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | N
             lines.append(f"with {options} still {most}: fewer tokens a micro-batch, or more devices")
     if found.switches.backend == "auto" and found.switches.memory is None and found.backend:
         lines.append("the loss: as auto takes it on a GPU with room for it; --memory GIB says which it takes there")
-    return "\n".join([*lines, NOT_COUNTED])
+    return "\n".join([*lines, *_in_train(found.switches), NOT_COUNTED])

@@ -12,6 +12,7 @@ from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
 from clha_fast.cli.text import Parser, check_positive, rows_text
 from clha_fast.data import read_records
 from clha_fast.files import check_destination
+from clha_fast.generation.prompts import trained_prefix
 from clha_fast.models.loading import is_classifier
 from clha_fast.processes import Processes
 from clha_fast.rewards.policy import Policy, load_policy
@@ -42,6 +43,12 @@ def rank(words: Sequence[str]) -> int:
     parser.add_argument("source", metavar="FILE", help="prompts with their answers, in any known format and any order")
     parser.add_argument("destination", metavar="OUT", help="the JSON Lines file to write")
     add_scoring_arguments(parser, "answer", "OUT", "a language model", "default auto: the checkpoint's own")
+    parser.add_argument(
+        "--answer-prefix",
+        metavar="TEXT",
+        help="what a language model's answers begin with, read and not scored (default: the good marker of a run of "
+        "`coh`, else nothing)",
+    )
     with launched() as processes:
         words, columns = take_columns(words)
         parser.set_defaults(columns=columns)
@@ -59,12 +66,19 @@ def _rank(args: argparse.Namespace, processes: Processes) -> int:
     print(f"{kind:<14}{model_text(judge.model, args.model)}{rows_text(args.layout, judge.layout)}")
     answers = sum(len(record.completions) for record in records)
     print(f"source        {args.source}: {len(records):,} prompts, {answers:,} answers", flush=True)
+    prefix = args.answer_prefix or ""
+    if isinstance(judge, Policy) and args.answer_prefix is None:
+        prefix = trained_prefix(args.model)
+    if prefix:
+        why = " (the model was trained behind it)" if args.answer_prefix is None else ""
+        print(f"prefix        every answer begins with {prefix!r}{why}", flush=True)
     result = rank_file(
         records,
         args.destination,
         judge,
         batch_size=args.batch_size,
         **{name: getattr(args, name) for name in LIMITS},
+        answer_prefix=prefix,
         resume=args.resume,
         overwrite=args.overwrite,
         processes=processes,
@@ -76,7 +90,7 @@ def _rank(args: argparse.Namespace, processes: Processes) -> int:
 def _load(args: argparse.Namespace) -> Policy | RewardModel:
     how = {"device": args.device, "dtype": args.dtype or "auto", "layout": args.layout or "padded"}
     if is_classifier(args.model):
-        for name in LIMITS[1:]:
+        for name in (*LIMITS[1:], "answer_prefix"):
             value = getattr(args, name)
             if value is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: expected none with a reward model, got {value}")

@@ -125,7 +125,12 @@ def _arena_winner(row: Row, source: str) -> bool:
         if winner in ("model_a", "model_b"):
             return bool(winner == "model_b")
         raise _tie(source, "winner", winner)
-    won = {side: bool(row.get(f"winner_model_{side}")) for side in "ab"}
+    won = {}
+    for side in "ab":
+        name = f"winner_model_{side}"
+        if row.get(name) not in (None, 0, 1):  # a text would be true, whatever it says
+            raise RecordError.of(source, name, "1 or 0", row[name])
+        won[side] = bool(row.get(name))
     row.get("winner_tie")
     if won["a"] == won["b"]:
         raise _tie(source, "winner_model_a", won["a"])
@@ -139,9 +144,9 @@ def _one_turn(value: Any, source: str, field: str) -> Any:
         turns = json.loads(value)
     except ValueError:
         return value
-    if not is_sequence(turns) or not all(isinstance(turn, str) for turn in turns):
+    if not is_sequence(turns) or not all(turn is None or isinstance(turn, str) for turn in turns):
         return value
-    if len(turns) != 1:
+    if len(turns) != 1 or turns[0] is None:  # a model that said nothing
         expected = "one turn (what was said between several differs between the two)"
         raise RecordError.of(source, field, expected, turns)
     return turns[0]

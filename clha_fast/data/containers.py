@@ -31,6 +31,12 @@ _KINDS = {
 _KNOWN = "JSON Lines, a JSON list, csv, tsv, parquet or arrow (each may be .gz, .bz2, .xz or .zst)"
 # Cells of a csv file that hold lists where they begin with a bracket.
 _LISTS = {"completions", "responses", "answers", "prefix", "suffix", "tools", "chat_template_kwargs", *SIGNALS}
+# Cells of a csv file that hold numbers, or True and False, beside those of columns named as scores: what says which of
+# two responses was preferred.
+_NUMBERS = {
+    *("sft_index", "margin", "label", "labels", "choice", "better_response_id", "overall_preference"),
+    *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
+}
 _ROWS = 256  # of a table, made Python objects at a time
 
 
@@ -239,7 +245,7 @@ def _cell(name: str, cell: Any) -> Any:
         messages = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
         if messages or (value is not None and (name in _LISTS or names_scores(name))):
             return value
-    return as_number(cell) if names_scores(name) or name in ("sft_index", "margin") else cell
+    return as_number(cell) if names_scores(name) or name in _NUMBERS else cell
 
 
 def _folder_rows(path: str) -> Iterator[tuple[str, object]]:

@@ -144,10 +144,12 @@ def literal(text: str) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """A number, or a list of them, that stands in a text cell; anything else as it is."""
+    """A number, True or False, or a list of them, that stands in a text cell; anything else as it is."""
     if is_sequence(value):
         return [as_number(item) for item in value]
     if isinstance(value, str):
+        if value.strip().lower() in ("true", "false"):
+            return value.strip().lower() == "true"
         with contextlib.suppress(ValueError):
             return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
     return value

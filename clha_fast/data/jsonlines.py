@@ -76,7 +76,7 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
     # What follows the value is no place to report: a line's own newline would count as the next line.
     text = text.rstrip()
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         # A string that is never closed is reported at its start; what is missing is at the end.
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
@@ -86,8 +86,24 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
         return _broken(path, line, at - text.rfind("\n", 0, at), _field_at(text[: error.pos]), why)
     except RecursionError:
         return _broken(path, first_line, 1, None, "JSON nested too deeply")
+    except _GivenTwice as error:
+        return _broken(
+            path, first_line, 1, error.args[0], "the same name twice in one object, of which the last would win"
+        )
     except ValueError as error:  # integers of more digits than Python converts
         return _broken(path, first_line, 1, None, f"malformed JSON ({error})")
+
+
+class _GivenTwice(ValueError):
+    """An object has a name twice, which it holds."""
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _GivenTwice(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _broken(path: str, line: int, column: int, field: str | None, why: str) -> RecordError:

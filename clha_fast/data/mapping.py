@@ -79,8 +79,12 @@ class ColumnMap:
         moved = {**reading.row, "sft_index": _moved(reading.row["sft_index"], kept, source)}
         return Reading(TextRow(moved) if isinstance(reading.row, TextRow) else moved, reading.mapped)
 
-    def _read(self, row: Row, source: str) -> tuple[Reading, list[int | None] | None]:
-        """The row, its `sft_index` as it is, and where its responses went, if some are left out."""
+    def _read(self, row: Row, source: str, as_texts: bool = False) -> tuple[Reading, list[int | None] | None]:
+        """The row, its `sft_index` as it is, and where its responses went, if some are left out.
+
+        Args:
+            as_texts: responses in the cells of csv are texts, those that look like a list too.
+        """
         taken = set() if self.group_by is None else {self._head(row, self.group_by)} - set(FIELDS)
         found: dict[str, Any] = {}
         for field, path in self.columns.items():
@@ -96,7 +100,7 @@ class ColumnMap:
                 found[field] = values if isinstance(path, list) else values[0]
         kept = _drop_missing(found, self.columns) if self.canonical else None
         if isinstance(row, TextRow):
-            for field in {*_MANY} & set(found):
+            for field in {*_MANY} & set(found) - ({"completions"} if as_texts else set()):
                 found[field] = as_list(found[field])
             for field in {*_NUMBERS, "sft_index"} & set(found):
                 found[field] = as_number(found[field])
@@ -124,12 +128,25 @@ class ColumnMap:
                 yield place, error
                 continue
             groups.setdefault(repr(key), []).append((place, row))
+        # A response may be a list in JSON; what holds lists of responses holds nothing else.
+        as_texts = any(self._has_text(row) for members in groups.values() for _, row in members)
         for members in groups.values():
-            yield members[0][0], self._merged(members)
+            yield members[0][0], self._merged(members, as_texts)
 
-    def _merged(self, members: list[tuple[str, Row]]) -> Reading | RecordError:
+    def _has_text(self, row: Row) -> bool:
+        """Whether the cell of the responses, of a csv file, holds a text and no list."""
+        path = self.columns["completions"]
+        if not isinstance(row, TextRow) or not isinstance(path, str):
+            return False
         try:
-            read = [(place, *self._read(row, place)) for place, row in members]
+            value = find(row, path)
+        except KeyError:
+            return False
+        return isinstance(value, str) and isinstance(as_list(value), str)
+
+    def _merged(self, members: list[tuple[str, Row]], as_texts: bool) -> Reading | RecordError:
+        try:
+            read = [(place, *self._read(row, place, as_texts)) for place, row in members]
         except RecordError as error:
             return error
         rows = [(place, row) for place, row, _ in read]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clha_fast.data.records import RankedRecord, as_compared, repeats_prompt
+from clha_fast.data.records import Prompt, RankedRecord, as_compared, repeats_prompt
 
 logger = logging.getLogger("clha_fast.data")
+
+_MANY = 100  # pairs, from which an order by chance is told from one that people gave
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Notes:
         records: how many were read. single: those with one response. equal: those with two equal responses.
         repeated: those whose responses all began with the prompt, which was taken off. left: those whose prompt is so
             short that it was left there. partly: those of which some responses begin with it, and others do not.
+        silent: those with several responses to a prompt without any text. blank: those with a response of blanks alone.
         bare: trees without two ranked replies to one message, of which no record came.
         pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
         unread: columns that no reader takes, and in how many records they hold something.
@@ -34,6 +38,8 @@ class Notes:
     repeated: int = 0
     left: int = 0
     partly: int = 0
+    silent: int = 0
+    blank: int = 0
     bare: int = 0
     pairs: int = 0
     reversed: int = 0
@@ -46,6 +52,8 @@ class Notes:
         self.left += left
         self.partly += not repeated and any(map(repeats_prompt(record.prompt), record.completions))
         self.records += 1
+        self.silent += len(record.completions) > 1 and not _says(record.prompt)
+        self.blank += not all(text.strip() for text in record.completions)
         self.single += len(record.completions) == 1
         self.equal += len(set(record.completions)) < len(record.completions)
         self.unread.update(unread)
@@ -57,8 +65,9 @@ class Notes:
 
     def merge(self, other: Notes) -> None:
         """Add the counts of other records of the same source."""
-        for name in ("records", "single", "equal", "repeated", "left", "partly", "bare", "pairs", "reversed"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
         self.unread.update(other.unread)
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,6 +89,10 @@ class Notes:
             found.append(f"{self._share(self.single)} have one response, which ranks nothing")
         if self.equal:
             found.append(f"{self._share(self.equal)} have two equal responses, which are ranked all the same")
+        if self.blank:
+            found.append(f"{self._share(self.blank)} have a response of blanks alone, which is ranked all the same")
+        if self.silent:
+            found.append(f"{self._share(self.silent)} have a prompt without any text, which their responses answer")
         if self.repeated:
             found.append(f"{self._share(self.repeated)} had responses that repeat the prompt, which was taken off them")
         if self.left:
@@ -89,9 +102,13 @@ class Notes:
                 f"{self._share(self.partly)} have responses that begin with the prompt, beside others that do not: it "
                 "was left, and is trained on as part of them"
             )
-        if self.reversed * 2 > self.pairs:
+        most = self.reversed * 2 > self.pairs
+        # Two standard deviations: rewards that stand in no order at all are reversed in about half of the pairs.
+        chance = self.pairs >= _MANY and self.reversed > self.pairs / 2 - math.sqrt(self.pairs)
+        if most or chance:
             found.append(
-                f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards; "
+                f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards"
+                f"{'' if most else ', about as many as in an order by chance'}; "
                 "rank_by_reward=True (--rank_by_reward) orders them by reward"
             )
         return [f"{self.name}: {sentence}" for sentence in found]
@@ -109,6 +126,11 @@ class Notes:
         """Log the sentences, as warnings."""
         for sentence in self.sentences():
             logger.warning(sentence)
+
+
+def _says(prompt: Prompt) -> bool:
+    texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+    return any(text.strip() for text in texts)
 
 
 def _nobody(names: str) -> str:

@@ -56,10 +56,14 @@ def subset_of(record: Prompted) -> str:
 def answered(record: Prompted, answers: Sequence[str]) -> RankedRecord:
     """The prompt with answers as generation gives them, without outer blanks, in the form that responses of data have.
 
-    Behind a text that does not end in a blank ("Assistant:", "TL;DR:") a response begins with one, its own or one that
-    is put there: what reads the record has learnt from such responses. Answers to messages stay as they are.
+    Behind a text that does not end in a blank ("Assistant:", "TL;DR:") an answer begins with one, its own or one that
+    is put there, where the record's responses do, and where it has none: what reads the record has learnt from such
+    responses. Where the record's responses begin without ("What is it?" and "A cat", "<|assistant|>"), and behind
+    messages, answers stay as they are.
     """
-    open_end = isinstance(record.prompt, str) and record.prompt[-1:].strip()
+    open_end = isinstance(record.prompt, str) and bool(record.prompt[-1:].strip())
+    if isinstance(record, RankedRecord):
+        open_end = open_end and all(text[:1].isspace() for text in record.completions)
     texts = tuple(f" {text}" if open_end and text[:1].strip() else text for text in answers)
     return RankedRecord(record.prompt, texts, source=record.source, template=record.template)
 

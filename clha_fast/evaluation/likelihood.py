@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -67,8 +66,7 @@ def candidate_scores(
     features: list[CandidateFeature] = []
     prompts = responses = shared = 0
     for record in records:
-        counted = _behind(collator, record, answer_prefix) if answer_prefix else collator.tokenize_counted(record)
-        feature, prompt_cut, own_cut = counted
+        feature, prompt_cut, own_cut = collator.tokenize_behind(record, answer_prefix)
         prompts, responses = prompts + prompt_cut, responses + own_cut
         if cut is not None:
             cut.append(bool(prompt_cut or own_cut))
@@ -112,20 +110,6 @@ def candidate_scores(
     if notes is not None and layout == "auto":
         notes.append(f"likelihood and ranking: auto took shared rows for {shared:,} of {len(batches):,} batches")
     return scores, [[len(ids) for ids in feature["completion_ids"]] for feature in features]
-
-
-def _behind(collator: RankedCollator, record: RankedRecord, prefix: str) -> tuple[CandidateFeature, int, int]:
-    """As `RankedCollator.tokenize_counted`, with a prefix between prompt and responses, on the prompt's side."""
-    begun = tuple(f"{prefix}{'' if text[0].isspace() else ' '}{text}" for text in record.completions)
-    feature, prompt_cut, cut = collator.tokenize_counted(dataclasses.replace(record, completions=begun))
-    own = collator.tokenize_beginning(record, prefix)
-    for number, ids in enumerate(feature["completion_ids"]):
-        if list(ids[: len(own)]) != own or len(ids) == len(own):
-            expected = f"a response with tokens of its own behind {prefix!r}"
-            raise RecordError.of(record.source, f"completions[{number}]", expected, record.completions[number])
-    behind = [list(ids[len(own) :]) for ids in feature["completion_ids"]]
-    prompt = [*feature["prompt_ids"], *own]
-    return {**feature, "prompt_ids": prompt, "completion_ids": behind}, prompt_cut, cut
 
 
 def _batches(features: Sequence[CandidateFeature], rows: int) -> list[list[int]]:

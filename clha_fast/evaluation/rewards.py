@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clha_fast.data.prompts import answered, prompt_hash
+from clha_fast.data.prompts import prompt_hash
 from clha_fast.data.records import RankedRecord, as_compared
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
@@ -30,8 +30,8 @@ def answer_rewards(
     """(reward, raw score) of each answer to the prompt of its record.
 
     The reward is 100 sigmoid(raw), as it is published; an empty answer, and one in which the reward model's tokenizer
-    finds no token, has the reward 0 and no raw score. Behind a text prompt an answer is read with the blank that
-    responses begin with (`data.prompts.answered`). Nothing that an answer says is an error.
+    finds no token, has the reward 0 and no raw score. An answer is read in the form of the record's own responses
+    (`rewards.rows.AnswerCollator.answered`). Nothing that an answer says is an error.
 
     Args:
         batch_size, max_length: as `clha_fast.rewards.scoring.score_file`, whose errors these are.
@@ -39,7 +39,8 @@ def answer_rewards(
     """
     collator = AnswerCollator(reward_model.tokenizer, None)
     read = [bool(answer.strip()) and collator.reads(answer) for answer in answers]
-    given = [answered(record, [answer]) for record, answer, own in zip(records, answers, read, strict=True) if own]
+    pairs = zip(records, answers, read, strict=True)
+    given = [collator.answered(record, [answer]) for record, answer, own in pairs if own]
     if unread := sum(bool(answer) for answer, own in zip(answers, read, strict=True) if not own):
         say(f"{unread:,} of {len(answers):,} answers have no token that it reads, and count as empty", notes)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "sampled": True, "notes": notes}

@@ -125,9 +125,7 @@ class Assessor:
         for role, path in models.items():
             split = "dev" if role == "label" else "test"
             sources = [getattr(files, split) for files in comparison.data.values()]
-            found = [record for source in sources for record in read_file(source, comparison.run)]
-            # A prompt that stands at several ranking lengths is one draw, not several.
-            records = list({prompt_key(record): record for record in found}.values())
+            records = once_each([read_file(source, comparison.run) for source in sources])
             with judging(path, device_of(comparison.settings)) as judge:
                 check = check_reward_model(f"the {role} model", records, judge)
             checks[role] = {
@@ -197,6 +195,20 @@ def figure_of(found: Evaluation, name: str) -> float | None:
     rows = figure.rows(found.values, range(len(found.prompts)))
     value = float(figure.of(rows[~np.isnan(rows).any(1)].sum(0)))
     return None if math.isnan(value) else value
+
+
+def once_each(files: Sequence[Sequence[RankedRecord]]) -> list[RankedRecord]:
+    """The records of each prompt, all of them, from the last file that has it.
+
+    A prompt that stands at several ranking lengths has the pairs of one of them, not the same pairs again.
+    """
+    found: dict[str, list[RankedRecord]] = {}
+    for records in files:
+        own: dict[str, list[RankedRecord]] = {}
+        for record in records:
+            own.setdefault(prompt_key(record), []).append(record)
+        found |= own
+    return [record for records in found.values() for record in records]
 
 
 def first_of_each(records: Sequence[RankedRecord], limit: int | None) -> list[RankedRecord]:

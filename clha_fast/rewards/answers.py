@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clha_fast.data.prompts import Prompted, answered
+from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError, shorten
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import AnswerCollator, read_as_text, token_rows
-
-# Stands for an empty answer, which no record may have, until the record is made.
-_SOME = "."
 
 
 class AnswerRewards:
     """A reward model as a function of prompts and answers.
 
-    Each answer is read as `score_file` reads the response that it is in a record (`data.prompts.answered`). What the
+    Each answer is read as `score_file` reads the response that it is in a record (`AnswerCollator.answered`). What the
     policy says is no error of data: an answer that the reward model's chat template refuses, or does not write as it
     is, stands as it is where the template writes any other.
 
@@ -61,11 +58,8 @@ class AnswerRewards:
 
     def _rows(self, record: Prompted, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """(the tokens of each answer behind the prompt, how many of them were cut)."""
-        given = answered(record, [text or _SOME for text in texts])
-        own = tuple(whole if text else "" for whole, text in zip(given.completions, texts, strict=True))
-        object.__setattr__(given, "completions", own)
         try:
-            feature, prompt_cut, cut = self._collator.tokenize_counted(given)
+            feature, prompt_cut, cut = self._collator.tokenize_counted(self._collator.answered(record, texts))
         except RecordError as error:
             said = f"reward_model: it cannot read the answers {shorten(list(texts))} to this prompt ({error})"
             raise RecordError(said, source=error.source, field=error.field) from error

@@ -202,8 +202,9 @@ class PolicyRun(ScoringRun):
         batch_size: int,
         limits: dict[str, int | None],
         progress: bool,
+        answer_prefix: str = "",
     ) -> None:
-        self.policy, self.limits = policy, limits
+        self.policy, self.limits, self.answer_prefix = policy, limits, answer_prefix
         # What a record brings of an earlier policy's is replaced, and not held to these tokens.
         collator = RankedCollator(policy.tokenizer, signals=(), **dict[str, Any](limits))
         super().__init__(records, policy.model, collator, batch_size, progress, policy.layout)
@@ -215,7 +216,7 @@ class PolicyRun(ScoringRun):
             )
 
     def settings(self) -> dict[str, Any]:
-        return dict(self.limits)
+        return {**self.limits, **({"answer_prefix": self.answer_prefix} if self.answer_prefix else {})}
 
     def fingerprint(self) -> str:
         return fingerprint(self.policy.model)

@@ -87,6 +87,7 @@ def rank_file(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    answer_prefix: str = "",
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -106,6 +107,8 @@ def rank_file(
         batch_size: answers in a forward pass.
         max_length, max_prompt_length, max_completion_length: tokens, cut as in training; None is no limit, and for
             max_length with a reward model that model's. A reward model has the first alone.
+        answer_prefix: what a language model's answers begin with (Chain of Hindsight's good marker,
+            `generation.trained_prefix`); read, not scored. A reward model has none.
         resume, overwrite, progress, processes: as `scoring.score_file`.
 
     Raises:
@@ -118,7 +121,7 @@ def rank_file(
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
     }
-    run = _run(records, judge, batch_size, limits, progress and not processes.rank)
+    run = _run(records, judge, batch_size, limits, progress and not processes.rank, answer_prefix)
     rankings: list[Ranking] = []
 
     def finish(scores: dict[int, float]) -> list[dict[str, Any]]:
@@ -142,6 +145,7 @@ def rank(
     batch_size: int = 16,
     max_length: int | None = None,
     layout: str = "padded",
+    answer_prefix: str = "",
 ) -> Ranking:
     """The order in which a causal language model puts the answers to a prompt, without forming the logits.
 
@@ -159,6 +163,7 @@ def rank(
         layout: of the rows that run: `shared` computes the prompt once for all answers, `auto` where that pays, as
             `clha_fast.attach`. The model is probed for it in every call; `rewards.policy.Policy` with `rank_file` does
             it once.
+        answer_prefix: what the model's answers begin with, as `rank_file`.
 
     Raises:
         UnsupportedLayoutError: the model does not compute such rows as it computes each answer alone.
@@ -170,7 +175,8 @@ def rank(
     record = RankedRecord(given, answers if isinstance(answers, str) else tuple(answers), source="rank")  # type: ignore[arg-type]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        run = _run([record], Policy(model, tokenizer, layout), batch_size, {"max_length": max_length}, False)
+        limits = {"max_length": max_length}
+        run = _run([record], Policy(model, tokenizer, layout), batch_size, limits, False, answer_prefix)
         journal = run.journal(None)
         run.score(journal, range(len(run.batches)), False)
     except KeyboardInterrupt:
@@ -198,9 +204,12 @@ def _run(
     batch_size: int,
     limits: Mapping[str, int | None],
     progress: bool,
+    answer_prefix: str,
 ) -> _PolicyRanking | _RewardRanking:
     if isinstance(judge, Policy):
-        return _PolicyRanking(records, judge, batch_size, dict(limits), progress)
+        return _PolicyRanking(records, judge, batch_size, dict(limits), progress, answer_prefix)
+    if answer_prefix:
+        raise ValueError(f"answer_prefix: expected none with a reward model, got {answer_prefix!r}")
     for name, value in limits.items():
         if name != "max_length" and value is not None:
             raise ValueError(f"{name}: expected none with a reward model, which has max_length, got {value}")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.data.prompts import Prompted, answered
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import read_variables
 
@@ -20,6 +21,8 @@ from clha_fast.data.rendering import read_variables
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
 _DRIFT_HALF = 5e-2
 _Row = TypeVar("_Row")
+# Stands for an empty answer, which no record may have, until the record is made.
+_SOME = "."
 
 
 def reward_collator(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RankedCollator:
@@ -55,6 +58,29 @@ class AnswerCollator(JudgeCollator):
     """
 
     _sampled = True
+
+    def answered(self, record: Prompted, answers: Sequence[str]) -> RankedRecord:
+        """As `data.prompts.answered`; an empty answer is allowed, and is empty but for what closes it.
+
+        Where the record's own responses were rendered beforehand and all end in one end of turn ("<|im_end|>"), answers
+        do: generation leaves it out, and a reward is read there.
+        """
+        closing = self._closing_of(record)
+        given = answered(record, [answer or _SOME for answer in answers])
+        own = tuple(
+            (whole if answer else "") + ("" if answer.rstrip().endswith(closing) else closing)
+            for whole, answer in zip(given.completions, answers, strict=True)
+        )
+        object.__setattr__(given, "completions", own)  # which no other record may have empty
+        return given
+
+    def _closing_of(self, record: Prompted) -> str:
+        if not isinstance(record, RankedRecord) or not isinstance(record.prompt, str):
+            return ""
+        closings = {
+            self._endings.closed(text)[len(self._endings.opened(text)) :].strip() for text in record.completions
+        }
+        return closings.pop() if len(closings) == 1 else ""
 
     def reads(self, text: str) -> bool:
         """Whether the reward model's tokenizer has a token for anything in the text."""

@@ -61,6 +61,7 @@ class ScoringRun:
 
     key: ClassVar[str]  # what a response's score is called in the journal
     scorer: ClassVar[str]  # what the model is called
+    answer_prefix = ""  # what stands before every response, read and not scored
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class ScoringRun:
 
     def _tokenise(self, collator: RankedCollator, progress: bool) -> None:
         for record in logging.tqdm(self.records, desc="Tokenising", unit=" prompts", disable=not progress):
-            feature, prompt_cut, cut = collator.tokenize_counted(record)
+            feature, prompt_cut, cut = collator.tokenize_behind(record, self.answer_prefix)
             self.truncated += bool(prompt_cut or cut)
             found: dict[tuple[int, ...], int] = {}
             for number, ids in enumerate(feature["completion_ids"]):

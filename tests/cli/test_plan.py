@@ -192,3 +192,26 @@ def test_a_misspelled_option(model, capsys):
 def test_no_such_model(capsys, tmp_path):
     assert main(["plan", "--model", str(tmp_path / "none"), "--response", "4"]) == 2
     assert "model: expected a folder that holds one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ((), ["--dtype bfloat16", "--gradient_checkpointing true"]),
+        (("--dtype", "float16", "--no-checkpointing"), ["--dtype float16"]),
+        (("--dtype", "float32"), ["--gradient_checkpointing true"]),
+        (("--dtype", "float32", "--gradient_checkpointing", "false"), []),
+        (
+            ("--dtype", "float32", "--offload"),
+            ["--activation_checkpointing true", "--activation_checkpointing_kwargs.offload true"],
+        ),
+        (("--reward-model",), ["--dtype bfloat16", "--gradient_checkpointing true"]),
+    ],
+)
+def test_what_train_needs_for_what_is_counted(model, words, options, capsys):
+    """Its defaults are `RunOptions`' float32 and transformers' no checkpointing."""
+    told = ["plan", "--model", model, "--response", "16", *words]
+    assert main([*told, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"] == options
+    assert main(told) == 0
+    assert (f"counted is training with {' '.join(options)}: " in capsys.readouterr().out) == bool(options)

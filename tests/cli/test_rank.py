@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
+import torch
 
 from clha_fast.cli import main as cli
 from clha_fast.data import read_records
@@ -114,6 +117,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ((policy, rows, rows), "in.jsonl: exists already"),
         ((policy, rows, out, "--label", 1), "--label: expected none with a language model"),
         ((reward, rows, out, "--max-prompt-length", 9), "--max-prompt-length: expected none with a reward model"),
+        ((reward, rows, out, "--answer-prefix", "Yes:"), "--answer-prefix: expected none with a reward model"),
         ((policy, rows, out, "--batch-size", 0), "--batch-size: expected a positive whole number"),
         ((tmp_path / "none", rows, out), "rank: MODEL: expected a folder that holds one, or a name on the Hub"),
         ((policy, rows, out, "--format", "moon"), "rank: --format: expected"),
@@ -149,3 +153,41 @@ def test_layouts(
     for one, other in zip(*lines, strict=True):
         assert one["order"] == other["order"]
         assert one[key] == pytest.approx(other[key], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "marker"),
+    [
+        ({"objective": "coh"}, (), "A helpful answer:"),
+        ({"objective": {"name": "coh", "good_marker": " Good:"}}, (), " Good:"),
+        ({"objective": "coh"}, ("--answer-prefix", ""), ""),
+        ({"objective": "clha"}, ("--answer-prefix", " Fine:"), " Fine:"),
+    ],
+)
+def test_a_model_trained_behind_a_marker_is_asked_behind_it(
+    folder: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    words: tuple[str, ...],
+    marker: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(folder / "policy", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings, "data": {}}))
+    rows = [{"prompt": "say", "completions": ["a cat", " a dog ran", "the joy of old green hills"]}]
+    assert (
+        run(tmp_path / "run", write(tmp_path / "in", rows), tmp_path / "out", "--max-completion-length", 9, *words) == 0
+    )
+    said = capsys.readouterr().out
+    assert (f"prefix        every answer begins with {marker!r}" in said) == bool(marker)
+    line = json.loads((tmp_path / "out").read_text())
+    scores = dict(zip(line["order"], line["mean_logps"], strict=True))
+    model = make_model(len(TOKENIZER)).from_pretrained(folder / "policy")
+    for number, text in enumerate(rows[0]["completions"]):
+        blank = " " if marker and not text.startswith(" ") else ""
+        front = [*TOKENIZER("say")["input_ids"], *TOKENIZER(marker, add_special_tokens=False)["input_ids"]]
+        ids = [*TOKENIZER(blank + text, add_special_tokens=False)["input_ids"], 1][:9]
+        with torch.no_grad():
+            logps = model(torch.tensor([[*front, *ids]])).logits[0].double().log_softmax(-1)
+        wanted = sum(float(logps[len(front) - 1 + k, token]) for k, token in enumerate(ids)) / len(ids)
+        assert scores[number] == pytest.approx(wanted, abs=1e-5)

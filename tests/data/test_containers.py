@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,71 @@ def test_tables(name: str) -> None:
     assert read_records(TABLES[name]()) == RECORDS
     if name != "stream":
         assert len(RankedDataset(TABLES[name](), RankedCollator(make_tokenizer()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        ('{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}', "1", "chosen"),
+        ('{"prompt": "q", "prompt": "q", "completions": ["a", "b"]}', "1", "prompt"),
+        ('{"prompt": [{"role": "user", "content": "a", "content": "b"}], "completions": ["a", "b"]}', "1", "content"),
+        ('{"prompt": "q", "completions": ["a", "b"]}\n{"prompt": "q", "completions": ["a"], "completions": ["b"]}', "2",
+         "completions"),
+    ],
+)  # fmt: skip
+def test_a_name_given_twice_is_refused(tmp_path: Path, text: str, place: str, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text + "\n")
+    said = f'rows.jsonl:{place}: column 1, in field "{name}": the same name twice in one object, of which the last'
+    with pytest.raises(RecordError, match=re.escape(said)):
+        read_records(path)
+
+
+_SIDES = {"response_a": "a", "response_b": "b"}
+_LABELLED: list[dict[str, Any]] = [  # of each the second response is the better one
+    {"prompt": "q", **_SIDES, "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+    {"prompt": "q", **_SIDES, "winner_model_a": False, "winner_model_b": True, "winner_tie": False},
+    {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},
+    {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 2},
+    {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": "1.0"},
+    {"context": "q", "response1": "a", "response2": "b", "overall_preference": 3},
+    {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1},
+]
+
+
+@pytest.mark.parametrize("row", _LABELLED, ids=lambda row: str(list(row)[-1]))
+def test_labels_in_csv_cells(tmp_path: Path, row: dict[str, Any]) -> None:
+    pandas.DataFrame([row]).to_csv(tmp_path / "a.csv", index=False)
+    assert read_records(tmp_path / "a.csv") == [RankedRecord("q", ("b", "a"))]
+
+
+def test_a_label_that_is_a_text_is_refused() -> None:
+    with pytest.raises(RecordError, match="winner_model_a: expected 1 or 0, got '0'"):
+        read_records([{"prompt": "q", **_SIDES, "winner_model_a": "0", "winner_model_b": ""}])
+
+
+def test_answers_of_kto_in_csv_cells(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": text, "label": text == "b"} for text in "ab"]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    mapping = {"completions": "completion", "rewards": "label", "group_by": "prompt"}
+    expected = [RankedRecord("q", ("b", "a"), (1.0, 0.0))]
+    assert read_records(tmp_path / "a.csv", rank_by_reward=True, columns=mapping) == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "responses"),
+    [
+        (['["a", "b"]', "none"], ('["a", "b"]', "none")),
+        (["none", "[1, 2]", "[x]"], ("none", "[1, 2]", "[x]")),
+        (['["a", "b"]', '["c"]'], ("a", "b", "c")),
+    ],
+)
+def test_a_response_may_look_like_a_list(tmp_path: Path, answers: list[str], responses: tuple[str, ...]) -> None:
+    """Cells of csv are lists of responses where all of them are."""
+    rows = [{"q": "Two?", "answer": answer} for answer in answers]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": "answer", "group_by": "q"})
+    assert found == [RankedRecord("Two?", responses)]
 
 
 def test_lists_in_csv_cells(tmp_path: Path) -> None:

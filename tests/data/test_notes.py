@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,57 @@ def test_pairs_against_their_rewards(rewards: list[list[float] | None], pairs: i
             f"f: {against} of {pairs} pairs are ranked against their rewards; rank_by_reward=True (--rank_by_reward) "
             "orders them by reward"
         ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "against", "said"),
+    [
+        *((99, 49, False), (99, 50, True), (100, 40, False), (100, 41, True), (100, 50, True)),
+        *((10_000, 4_900, False), (10_000, 4_901, True), (346, 146, False)),
+    ],
+)
+def test_an_order_by_chance(pairs: int, against: int, said: bool) -> None:
+    """Two standard deviations of a fair coin's; people who rank agree with a reward model in more pairs than that."""
+    notes = counted([[2, 1]] * (pairs - against) + [[1, 2]] * against)
+    found = [text for text in notes.sentences() if "ranked against" in text]
+    assert bool(found) == said
+    assert ("about as many as in an order by chance" in "".join(found)) == (said and 2 * against <= pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rewards_of_no_order_are_said(seed: int) -> None:
+    rng = random.Random(seed)
+    drawn = [[rng.gauss(0, 1) for _ in range(rng.randint(2, 5))] for _ in range(50)]
+    notes = counted([*drawn, *(values[::-1] for values in drawn)])  # half of the pairs, to the pair
+    assert any("ranked against their rewards" in text for text in notes.sentences())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "said"),
+    [
+        ("", ["a", "b"], "f: 1 of 1 records have a prompt without any text, which their responses answer"),
+        (" \n", ["a", "b"], "f: 1 of 1 records have a prompt without any text, which their responses answer"),
+        (
+            [{"role": "user", "content": ""}],
+            ["a", "b"],
+            "f: 1 of 1 records have a prompt without any text, which their",
+        ),
+        ("", ["a text alone"], "f: 1 of 1 records have one response, which ranks nothing"),
+        ([{"role": "system", "content": " "}, {"role": "user", "content": "p"}], ["a", "b"], ""),
+        ("p", [" ", "b"], "f: 1 of 1 records have a response of blanks alone, which is ranked all the same"),
+        (
+            "p",
+            ["a", "\n\t", "\u3000"],
+            "f: 1 of 1 records have a response of blanks alone, which is ranked all the same",
+        ),
+        ("p", [" a", "b\n"], ""),
+    ],
+)
+def test_texts_that_say_nothing(prompt: Any, answers: list[str], said: str) -> None:
+    notes = Notes("f")
+    read_records([{"prompt": prompt, "completions": answers}], notes=notes)
+    assert "; ".join(notes.sentences()).startswith(said)
+    assert len(notes.sentences()) == bool(said)
 
 
 def test_single_and_equal_responses() -> None:

@@ -40,7 +40,7 @@ def answers(texts: list[str], subsets: list[str] | None = None, finish: str = "s
 
 
 def raw(text: str, prompt: str = "say 0:") -> float:
-    return alone(LONGER.model, plain_ids(prompt, f" {text}"))  # the prompt ends without a blank
+    return alone(LONGER.model, plain_ids(prompt, text))  # as the references: no blank between prompt and answer
 
 
 def test_rewards_are_100_sigmoid_and_an_empty_answer_has_0() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from clha_fast.data.records import RankedRecord
 from clha_fast.evaluation.comparison import compare
 from clha_fast.evaluation.intervals import Estimate
 from clha_fast.evaluation.report import RAW, TOTAL, Evaluation
-from clha_fast.experiments.assess import Assessment, Assessor
+from clha_fast.experiments.assess import Assessment, Assessor, once_each
 from clha_fast.experiments.cells import Cell
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.generation import GenerationSettings
@@ -75,3 +76,31 @@ def test_a_judge_that_nobody_knows_is_not_taken_for_the_other(cells, unknown: st
     assert found.wins[TOTAL] == {}
     said = f"rewards are not compared, for {unknown} do not say which model judged: evaluation"
     assert [note for note in found.notes if "judged" in note] == [said]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([["ab", "ac", "bd"]], ["ab", "ac", "bd"]),  # several pairs of one prompt, all of them
+        ([["ab", "bd", "ac"]], ["ab", "ac", "bd"]),
+        ([["ab", "bd"], ["axy", "axz", "cd"]], ["axy", "axz", "bd", "cd"]),  # of two lengths the last
+        ([["ab", "ab"]], ["ab", "ab"]),
+        ([], []),
+    ],
+)
+def test_pairs_that_judges_are_measured_on(files: list[list[str]], expected: list[str]) -> None:
+    """The first letter is the prompt, the others are its responses."""
+    made = [[RankedRecord(text[0], tuple(text[1:])) for text in texts] for texts in files]
+    assert once_each(made) == [RankedRecord(text[0], tuple(text[1:])) for text in expected]
+
+
+def test_a_judge_is_measured_on_all_pairs_of_a_prompt(tmp_path: Path) -> None:
+    """Two records of a prompt, of which the judge gets one right."""
+    judge = saved(by_length(), tmp_path / "judge")
+    rows = [
+        {"prompt": f"say {k}", "completions": order} for k in range(3) for order in (["a cat", "a"], ["b", "b dog"])
+    ]
+    paths = {name: str(write(tmp_path / f"{name}.jsonl", rows)) for name in ("train", "dev", "test")}
+    given = {"output_dir": str(tmp_path / "out"), "data": {2: paths}, "base": "x", "settings": {"use_cpu": True}}
+    accuracy = Assessor.of(parse_comparison(given), {"evaluation": judge}).checks["evaluation"]["accuracy"]
+    assert (accuracy["value"], accuracy["prompts"]) == (0.5, 3)

@@ -17,9 +17,10 @@ from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.rewards import answer_rewards
 from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.rows import AnswerCollator
 from clha_fast.rewards.scoring import score_file, score_records
 from tests.support.chat_templates import SHAPES, Shape, chat_tokenizer
-from tests.support.reward_models import TOKENIZER, alone, llama, write
+from tests.support.reward_models import TOKENIZER, alone, llama, spread, write
 
 
 def test_as_a_file_is_scored(tmp_path: Path) -> None:
@@ -48,18 +49,52 @@ def test_as_a_file_is_scored(tmp_path: Path) -> None:
         ("POST: a dog\n\nTL;DR:", " it fell over"),
         ("say 3: ", "the cat sat"),
         ("<|assistant|>\n", "the cat sat"),
+        ("How do I boil an egg?", "the cat sat"),
+        ("<|assistant|>", "the cat sat"),
+        ("\u56de\u7b54\uff1a", "\u732b"),
         ([{"role": "user", "content": "say 3"}], "the cat sat"),
     ],
 )
 def test_both_ways_read_an_answer_as_the_response_it_was_trained_on(prompt: Any, response: str) -> None:
     reward_model = RewardModel(llama(pad_token_id=2), TOKENIZER)
-    record = RankedRecord(prompt, (response, " ran"))
+    other = " ran" if response.startswith(" ") else "ran"
+    record = RankedRecord(prompt, (response, other))
     (scored,) = score_records([record], reward_model, progress=False)
     assert scored.rewards is not None
     for answer in (response, response.strip()):
         found = AnswerRewards(reward_model)([record], [[answer]])
         assert found == [pytest.approx(scored.rewards[:1], rel=1e-5)]
         assert answer_rewards([record], [answer], reward_model)[1] == pytest.approx(scored.rewards[:1], rel=1e-5)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "</s>"])
+@pytest.mark.parametrize("lead", ["<|im_start|>assistant\n", "<|assistant|>"])
+def test_answers_are_closed_as_rendered_responses_are(lead: str, end: str) -> None:
+    """Generation leaves the end of turn out; it may be another token than EOS. Rewards are about 1, some are near 0."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    reward_model = RewardModel(spread(llama(pad_token_id=2, vocab_size=len(tokenizer))), tokenizer)
+    texts = ("the cat sat", "ran")
+    record = RankedRecord(f"<|im_start|>user\nsay 3<|im_end|>\n{lead}", tuple(text + end for text in texts))
+    (scored,) = score_records([record], reward_model, progress=False)
+    (found,) = AnswerRewards(reward_model)([record], [[*texts, texts[0] + end, ""]])
+    assert found[:2] == pytest.approx(scored.rewards, abs=1e-5)
+    assert found[2] == found[0]
+    closed = tokenizer(record.prompt)["input_ids"] + tokenizer(end.strip(), add_special_tokens=False)["input_ids"]
+    assert found[3] == pytest.approx(alone(reward_model.model, closed), abs=1e-5)
+    for text, reward in zip(texts, found, strict=False):
+        assert answer_rewards([record], [text], reward_model)[1] == pytest.approx([reward], abs=1e-5)
+
+
+def test_responses_that_end_otherwise_leave_answers_as_they_are() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+    collator = AnswerCollator(tokenizer, None)
+    for completions in (("x<|a|>", "y"), ("x<|a|>", "y<|b|>"), ("x", "y")):
+        assert collator.answered(RankedRecord("say ", completions), ["z", ""]).completions == ("z", "")
+    assert collator.answered(PromptRecord("say "), ["z"]).completions == ("z",)
+    turns = ({"role": "user", "content": "say"},)
+    assert collator.answered(RankedRecord(turns, ("x<|a|>", "y<|a|>")), ["z"]).completions == ("z",)
 
 
 def test_empty_answers() -> None:
