@@ -186,4 +186,4 @@ def results(run: RolloutRun) -> report.Result:
         notes.append("One prompt gives no interval: hold out more.")
     elif interval[0] <= 0 <= interval[1]:
         notes.append("The interval of the difference includes 0.")
-    return report.Result(["held out, greedy", "before", "after", "difference"], rows, notes)
+    return report.Result(["held out, greedy", "before", report.after_text(run.after), "difference"], rows, notes)

@@ -24,7 +24,6 @@ class ReportingTrainer(CheckpointingTrainer):
 
     Attributes:
         dataset_names: for the card, set by whoever knows them.
-        restored_step: whose weights the model has, where not the last step's (load_best_model_at_end); else None.
         loss_options, reference, eval_collator: of the trainer that is built on it.
     """
 
@@ -34,7 +33,6 @@ class ReportingTrainer(CheckpointingTrainer):
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None
     _sampled_step: int | None = None
-    restored_step: int | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -52,16 +50,6 @@ class ReportingTrainer(CheckpointingTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         check_best_metric(self.args.metric_for_best_model, [name for name in metrics if name.startswith("eval_")])
         return super()._determine_best_metric(metrics, trial)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`."""
-        self.restored_step = None
-        return super().train(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        best = self.state.best_global_step
-        self.restored_step = best if best and best != self.state.global_step else None
 
     def _place_events(self) -> None:
         """TensorBoard's events go below the output folder, also where something is logged before training begins."""

@@ -420,8 +420,7 @@ class RolloutTrainer(CLHATrainer):
             raise ValueError("eval_dataset: expected prompts to answer, got none")
         answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in answered.metrics.items()}
-        if self.restored_step is not None:
-            metrics[f"{metric_key_prefix}_step"] = self.restored_step
+        metrics.update(self._restored(metric_key_prefix))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return {**metrics, "rewards": [own for feature in answered.features for own in feature["rewards"] or ()]}
