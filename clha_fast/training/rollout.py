@@ -370,7 +370,7 @@ class RolloutTrainer(CLHATrainer):
             given = self.reward(records, texts)
         except RecordError as error:
             place = f"step {self.state.global_step}: {error}"
-            raise RecordError(place, source=error.source, field=error.field) from error
+            raise RecordError(place, source=error.source, field=error.field, has_way=error.has_way) from error
         try:
             rewards = [[float(value) for value in own] for own in given]
         except (TypeError, ValueError) as error:
