@@ -9,7 +9,8 @@ import re
 import pytest
 
 from clha_fast.data.records import RankedRecord
-from clha_fast.experiments.cells import Cell, cell_folder
+from clha_fast.experiments.bases import idle_of_bases
+from clha_fast.experiments.cells import Cell, cell_folder, idle_of
 from clha_fast.experiments.claims import ablation, noise
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.contents import data_hash, model_hash, with_contents
@@ -263,3 +264,29 @@ def test_claims_refuse_by_name(make, change, said):
     given = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=re.escape(said)):
         make(given)
+
+
+TRAINS = {"train": {"model": "m", "eval_steps": 5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"settings": {"save_strategy": "steps", "save_steps": 5, "logging_steps": 3}}, []),
+        ({"settings": {"save_steps": 5}}, ["Unused: save_steps: acts with save_strategy='steps', "]),
+        ({"settings": {"hub_model_id": "me/it"}}, ["Unused: hub_model_id: acts with push_to_hub="]),
+        ({"methods": ["sft", {"name": "clha", "eval_steps": 2}]}, ["Unused by CLHA: eval_steps: acts with eval_str"]),
+        ({"methods": ["sft", {"name": "clha", "reward_margin": "q0.5", "save_steps": 2}]}, ["Unused by CLHA: save_"]),
+        (
+            {"reward_models": {"label": TRAINS, "evaluation": "m"}, "methods": ["rlhf"], "settings": {"eval_steps": 2}},
+            ["Unused by reward_models.label.train: eval_steps: ", "Unused: eval_steps: "],
+        ),
+        ({"base": {"pretrain": {"hub_model_id": "me/it"}}}, ["Unused by base.pretrain: hub_model_id: "]),
+    ],
+)
+def test_settings_that_nothing_reads_are_said_once(changes, said):
+    comparison = parse_comparison({**WHOLE, **changes})
+    found = [*idle_of_bases(comparison), *idle_of(comparison)]
+    assert len(found) == len(said), found
+    assert all(line.startswith(start) and line.endswith(" out.") for line, start in zip(found, said, strict=True))
