@@ -6,13 +6,14 @@ import os
 import time
 from typing import Any
 
+from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from clha_fast.models.sharding import reshard
 from clha_fast.objectives import Objective
 from clha_fast.training import card, samples
-from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.checkpoints import TRAINER_STATE, CheckpointingTrainer
 from clha_fast.training.reference import Reference
 from clha_fast.training.validation import check_best_metric
 
@@ -46,6 +47,18 @@ class ReportingTrainer(CheckpointingTrainer):
             given = self.eval_dataset[eval_dataset] if named else eval_dataset
             self._write_samples(self.eval_dataset if given is None else given)
         return metrics
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        if not self.args.eval_samples:
+            return
+        path = None if checkpoint is None else os.path.join(checkpoint, TRAINER_STATE)
+        start = TrainerState.load_from_json(path).global_step if path and os.path.isfile(path) else 0
+        # An attempt with smaller batches has other steps at the ends of its epochs, and would leave some lines there.
+        if self.is_world_process_zero():
+            samples.forget(self.args.output_dir, start)
+        if self._sampled_step is not None and self._sampled_step > start:
+            self._sampled_step = None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         check_best_metric(self.args.metric_for_best_model, [name for name in metrics if name.startswith("eval_")])
