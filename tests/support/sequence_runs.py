@@ -161,15 +161,19 @@ def given_up() -> None:
     logging.getLogger("clha_fast").removeHandler(handler)
 
 
-def misplace(model: Any, length: int, times: float = 20) -> None:
-    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them."""
+def misplace(model: Any, length: int, times: float = 20, only: Callable[[int], bool] = lambda rows: True) -> None:
+    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them.
+
+    Args:
+        only: of batches of how many rows.
+    """
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.data *= times
 
     def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         given = kwargs["position_ids"]
-        if given.shape[1] > length:
+        if given.shape[1] > length and only(len(given)):
             kwargs["position_ids"] = torch.arange(given.shape[1])[None].expand_as(given)
         return args, kwargs
 
