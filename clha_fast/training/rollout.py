@@ -396,10 +396,10 @@ class RolloutTrainer(CLHATrainer):
             }
             rewards = {name: own.pop("rewards") for name, own in found.items()}
             return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
-        metrics, rewards = self._measured(dataset, "eval_dataset", metric_key_prefix)
+        metrics, own = self._measured(dataset, "eval_dataset", metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return {**metrics, "rewards": rewards}
+        return {**metrics, "rewards": own}
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
