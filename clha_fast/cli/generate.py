@@ -79,7 +79,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def _check_lead(lead: str | None) -> None:
+def check_lead(lead: str | None) -> None:
+    """ValueError for line breaks that a shell has left as backslashes."""
     if lead is not None and "\\n" in lead:
         raise ValueError(
             f"--lead: expected line breaks as they are, in a shell $'...\\n...', got a backslash and an n: {lead}"
@@ -95,7 +96,7 @@ def settings_of(args: argparse.Namespace, model: str) -> GenerationSettings:
     check_positive(args, ("batch_size", "limit"))
     if args.seed is not None and not args.temperature:
         raise ValueError(f"--seed: expected none with temperature 0, which draws nothing, got {args.seed}")
-    _check_lead(args.lead)
+    check_lead(args.lead)
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
         max_prompt_length=args.max_prompt_length,

@@ -153,7 +153,7 @@ def results(run: RewardRun) -> report.Result:
     if not run.held_out:
         return report.NO_RESULT
     longer = run.longer_wins()
-    found = {"before": run.before, "after": run.after, "longer response wins": longer.as_dict()}
+    found = {"before": run.before, report.after_text(run.after): run.after, "longer response wins": longer.as_dict()}
     rows = [
         [name, report.number(values.get("accuracy")), _interval(values.get("interval"))]
         for name, values in found.items()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers.utils import logging
 
 from clha_fast.cli.devices import backend_text, device_text, head_of_run, loss_dtype
+from clha_fast.cli.generate import check_lead
 from clha_fast.cli.options import collect, config_hints, field_hints
 from clha_fast.cli.runs import (
     Progress,
@@ -43,6 +44,7 @@ model     --model PATH_OR_NAME  --tokenizer PATH_OR_NAME  --dtype float32  --att
           --peft_config.r 8 ...
 reward    --reward_model PATH (clha-fast reward-model train makes one)  --label N
 rollout   --answers_per_prompt 4  --temperature 1  --max_prompt_length 384  --max_completion_length 128
+          --lead TEXT (what prompts of messages end with; '' is as a server asks; else as the model was trained)
           --rollout_steps 1 (optimiser steps on the answers of one rollout; clipping needs more than 1)
           --per_device_eval_batch_size 8 (answers that are sampled or judged at a time)
 loss      --objective.clip_low 0.2 --objective.clip_high 0.2 --objective.reduction token_mean|sequence_mean
@@ -79,6 +81,7 @@ def rlhf(words: Sequence[str]) -> int:
     objective = options.get("objective")
     if isinstance(objective, Mapping):  # --objective.clip_low alone
         options["objective"] = {"name": "policy", **objective}
+    check_lead(options.get("lead"))
     logging.set_verbosity_error()
     run = RolloutRun(
         RolloutRunOptions(**{name: value for name, value in options.items() if name in RUN_HINTS}),
@@ -186,4 +189,4 @@ def results(run: RolloutRun) -> report.Result:
         notes.append("One prompt gives no interval: hold out more.")
     elif interval[0] <= 0 <= interval[1]:
         notes.append("The interval of the difference includes 0.")
-    return report.Result(["held out, greedy", "before", "after", "difference"], rows, notes)
+    return report.Result(["held out, greedy", "before", report.after_text(run.after), "difference"], rows, notes)

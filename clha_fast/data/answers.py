@@ -137,4 +137,5 @@ def parse_kto(row: Row, source: str, rank_by_reward: bool) -> RankedRecord:
         f"of KTO); rows of the same prompt are grouped by columns={mapping!r} ({ways}), with rank_by_reward",
         source=source,
         field="completion",
+        has_way=True,
     )

@@ -37,7 +37,7 @@ def check_columns(row: Mapping[str, Any], source: str) -> None:
     for name, value in columns_of(row).items():
         expected = _REFUSED.get(words(str(name)))
         if expected is not None and holds(value):
-            raise RecordError.of(source, str(name), expected, value)
+            raise RecordError.of(source, str(name), expected, value, has_way=expected != _TEXT_ONLY)
     if row.get("margin") is not None:
         # The same text for every record, so that Python shows it once.
         warnings.warn(
@@ -89,14 +89,14 @@ def check_unread(reading: Reading, record: RankedRecord, source: str) -> None:
     for name in reading.mapped - reading.read:
         if reading.row[name] is not None:
             expected = f"a field that this format reads (map completions as well, or leave {name} out)"
-            raise RecordError.of(source, f"columns.{name}", expected, reading.row[name])
+            raise RecordError.of(source, f"columns.{name}", expected, reading.row[name], has_way=True)
     if record.rewards is not None:
         return
     for name in reading.unread():
         field = scores_of(name, reading.row.get(name), len(record.completions))
         if field is not None:
             message = f'{source}: {name}: unknown field, expected "{field}", or {mapping_text(field, name)}'
-            raise RecordError(message, source=source, field=name)
+            raise RecordError(message, source=source, field=name, has_way=True)
 
 
 def _nulls(value: Any) -> Iterator[str]:

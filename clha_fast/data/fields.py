@@ -122,7 +122,7 @@ def make_named(names: Mapping[str, str], *args: Any, **kwargs: Any) -> RankedRec
         base, bracket, rest = error.field.partition("[")
         name = (names.get(error.field) or names.get(base, base + "{}")).format(bracket + rest)
         message = str(error).replace(f"{error.source}: {error.field}:", f"{error.source}: {name}:", 1)
-        raise RecordError(message, source=error.source, field=name) from error
+        raise RecordError(message, source=error.source, field=name, has_way=error.has_way) from error
 
 
 class TextRow(dict[str, Any]):

@@ -60,7 +60,7 @@ def parse_canonical(row: Row, source: str, rank_by_reward: bool) -> RankedRecord
     for name, meant in _MISNAMED.items():
         if name in row and meant not in row:
             message = f'{source}: {name}: unknown field, expected "{meant}", or {mapping_text(meant, name)}'
-            raise RecordError(message, source=source, field=name)
+            raise RecordError(message, source=source, field=name, has_way=True)
     completions = [
         response(row, item, source, f"completions[{number}]")
         for number, item in enumerate(items(row, "completions", source))
@@ -232,4 +232,5 @@ def detect_format(row: Row, source: str) -> str:
         "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
         f"'[COLUMN, COLUMN]'). docs/data.md shows the formats that are read as they are: {', '.join(FORMATS)}",
         source=source,
+        has_way=True,
     )

@@ -47,7 +47,7 @@ def _line_rows(lines: Iterable[tuple[int, bytes | RecordError]], path: str, firs
             row = _decode(line, path, line_number)
             if isinstance(row, RecordError) and line_number == first and not line.lstrip().startswith(b"{"):
                 why = "JSON Lines begin with {, and csv and tsv files are known by their names"
-                row = RecordError(f"{row}; {why}", source=row.source, field=row.field)
+                row = RecordError(f"{row}; {why}", source=row.source, field=row.field, has_way=row.has_way)
             yield f"{path}:{line_number}", row
 
 

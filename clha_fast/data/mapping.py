@@ -195,7 +195,8 @@ class ColumnMap:
             names = error.args[1]
             seen = f"there are {', '.join(map(str, names))}" if names else "there is none"
             message = f"{source}: {path}: expected a column for {field}, got none of that name ({seen})"
-            raise RecordError(message + near(str(error.args[0]), names), source=source, field=path) from None
+            message += near(str(error.args[0]), names)
+            raise RecordError(message, source=source, field=path, has_way=True) from None
 
 
 def find(value: Any, path: str) -> Any:

@@ -75,7 +75,7 @@ def _scores(row: Row, source: str) -> tuple[Any, tuple[str, ...]]:
             f"{source}: {names[0]}: expected one pair of columns with scores, got {' and '.join(map(str, found))}; "
             f"name the one to read: {mapping_text('rewards', names)}"
         )
-        raise RecordError(message, source=source, field=names[0])
+        raise RecordError(message, source=source, field=names[0], has_way=True)
     return [row.get(name) for name in names], names
 
 
@@ -98,6 +98,7 @@ def _check_prompt_is_nowhere_else(row: Row, chosen: Any, own: set[str], source: 
             f"with it, {mapping_text('prompt', None)}",
             source=source,
             field="prompt",
+            has_way=True,
         )
 
 
@@ -142,7 +143,7 @@ def split_messages(
         if not any(prompt.strip() in text or text.strip() in prompt for text in texts):
             way = mapping_text("prompt", None)
             expected = f"a text that the messages of {first} repeat (the prompt as messages, or {way})"
-            raise RecordError.of(source, "prompt", expected, prompt)
+            raise RecordError.of(source, "prompt", expected, prompt, has_way=True)
     elif prompt is None:
         messages = check_messages(before, source, f"{first} before its last message")
     else:

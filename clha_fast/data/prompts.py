@@ -117,6 +117,7 @@ def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool) -> b
                     "alone, and docs/data.md shows the formats",
                     source=place,
                     field=others[0],
+                    has_way=True,
                 ) from error
         else:
             return False

@@ -115,7 +115,7 @@ def _read(
         raise RecordError(f"{name}: expected at least one record, found none", source=name)
     if first is not None and bad == found:
         message = f"{name}: expected at least one good record, got {bad:,} bad ones; the first: {first}"
-        raise RecordError(message, source=name, field=first.field)
+        raise RecordError(message, source=name, field=first.field, has_way=first.has_way)
 
 
 def _without_trees(rows: Iterator[tuple[str, object]], notes: Notes) -> Iterator[tuple[str, object]]:

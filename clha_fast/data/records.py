@@ -26,28 +26,28 @@ class RecordError(ValueError):
     Attributes:
         source: where the record is, such as "train.jsonl:17".
         field: name of the field at fault, or "" when the record as a whole is.
+        has_way: whether the message names a way out of its own, such as a mapping of columns: what is wrong is then how
+            all records are read, and to leave one out is none.
     """
 
     # One positional argument: data loader workers rebuild exceptions from their message alone.
-    def __init__(self, message: str, *, source: str = "", field: str = "") -> None:
+    def __init__(self, message: str, *, source: str = "", field: str = "", has_way: bool = False) -> None:
         super().__init__(message)
         self.source = source
         self.field = field
+        self.has_way = has_way
 
     @classmethod
-    def of(cls, source: str, field: str, expected: str, got: object) -> RecordError:
+    def of(cls, source: str, field: str, expected: str, got: object, has_way: bool = False) -> RecordError:
         """The error for `field` of the record at `source`; a text `got` is quoted, as any value is."""
         place = f"{source}: {field}" if field else source
-        return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field)
+        return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field, has_way=has_way)
 
     def advised(self, way: str) -> RecordError:
-        """The same with a way out, where it is one record that is bad.
-
-        Not where a mapping of columns is: such an error says how all are read, and names that way (`mapping_text`).
-        """
-        if not self.field or any(text in str(self) for text in (": expected a column for ", "columns=", "columns.")):
+        """The same with a way out, where it is one record that is bad and the message names none (`has_way`)."""
+        if not self.field or self.has_way:
             return self
-        return RecordError(f"{self}; {way}", source=self.source, field=self.field)
+        return RecordError(f"{self}; {way}", source=self.source, field=self.field, has_way=True)
 
 
 def shorten(value: object) -> str:

@@ -92,8 +92,12 @@ def evaluation_result(before: Mapping[str, float], after: Mapping[str, float], o
     """
     names = {**EVALUATION_ROWS, **{f"eval_{name}": name for name in own}}
     rows = [[name, number(before.get(key)), number(after.get(key))] for key, name in names.items()]
-    best = f" (best, step {int(after['eval_step'])})" if "eval_step" in after else ""
-    return Result(["held out", "before", f"after{best}"], rows, [])
+    return Result(["held out", "before", after_text(after)], rows, [])
+
+
+def after_text(after: Mapping[str, Any]) -> str:
+    """What figures after training are called: `eval_step` is the step of the weights where it is not the last."""
+    return f"after (best, step {int(after['eval_step'])})" if "eval_step" in after else "after"
 
 
 def answers_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -19,10 +19,12 @@ from clha_fast.experiments.contents import data_hash, digest, with_contents
 from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.reading import read_file, reading_of
 from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
-from clha_fast.experiments.run import Run, RunOptions
+from clha_fast.experiments.run import Run, RunOptions, with_defaults
 from clha_fast.files import write_json
 from clha_fast.messages import check_keys
+from clha_fast.training.config import CLHAConfig
 from clha_fast.training.reward_trainer import RewardConfig
+from clha_fast.training.switches import idle_settings
 
 _DONE = "done.json"
 
@@ -78,6 +80,19 @@ def conversation_texts(record: RankedRecord) -> list[str]:
     """The prompt, as the plain template writes it, and each response behind it."""
     prompt = record.prompt if isinstance(record.prompt, str) else plain_template(record.prompt)
     return [prompt + completion for completion in record.completions]
+
+
+def idle_of_bases(comparison: Comparison) -> list[str]:
+    """As `cells.idle_of`, of the trainings that come before the methods'."""
+    whole: dict[str, tuple[type[Any], Mapping[str, Any]]] = {"base.pretrain": (CLHAConfig, comparison.pretrain or {})}
+    for role, value in comparison.reward_models.items():
+        if isinstance(value, Mapping):
+            whole[f"reward_models.{role}.train"] = (RewardConfig, value["train"])
+    return [
+        f"Unused by {name}: {sentence}."
+        for name, (config, given) in whole.items()
+        for sentence in idle_settings(with_defaults(given, config), config).values()
+    ]
 
 
 def ready_reward_models(comparison: Comparison, base: str, say: Callable[[str], None]) -> dict[str, str]:

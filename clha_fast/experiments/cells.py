@@ -31,6 +31,7 @@ from clha_fast.files import CHECKPOINT, write_json
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.datasets import check_first
 from clha_fast.training.rollout import RolloutConfig
+from clha_fast.training.switches import idle_settings
 from clha_fast.types import COUNTS
 from clha_fast.version import __version__
 
@@ -162,6 +163,19 @@ def check_settings(comparison: Comparison) -> None:
                 config(**given, learning_rate=rate)
             except (TypeError, ValueError, OSError) as error:
                 raise ValueError(f"{method.label}: {error}") from None
+
+
+def idle_of(comparison: Comparison) -> list[str]:
+    """A sentence for each setting that does nothing as the others are, and whose it is where not all methods'."""
+    found: dict[str, list[str]] = {}
+    for method in comparison.methods:
+        config = RolloutConfig if method.rollout else CLHAConfig
+        own = _settings(comparison, without_quantiles(method.settings), comparison.output_dir)
+        for sentence in idle_settings(with_defaults(own, config), config).values():
+            found.setdefault(sentence, []).append(method.label)
+    every = len(comparison.methods)
+    whose = {sentence: "" if len(own) == every else f" by {', '.join(own)}" for sentence, own in found.items()}
+    return [f"Unused{of}: {sentence}." for sentence, of in whose.items()]
 
 
 def check_records(comparison: Comparison, records: Sequence[RankedRecord], place: str) -> None:

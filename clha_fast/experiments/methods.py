@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from clha_fast.data.records import RankedRecord
 from clha_fast.messages import check_keys, nearest
 from clha_fast.objectives import OBJECTIVES
+from clha_fast.objectives.pairs import COMPARED
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.rollout import RolloutConfig
 
@@ -150,11 +152,15 @@ def check_quantile(text: str, place: str = "") -> None:
 
 
 def reward_gaps(records: Sequence[RankedRecord]) -> np.ndarray:
-    """float64 [pairs], |r_i - r_j| of all pairs i < j of all prompts that have rewards."""
+    """float64 [pairs], |r_i - r_j| of all pairs i < j of all prompts that have rewards.
+
+    Subtracted in `pairs.COMPARED`, as the loss does, or a margin that is a pair's gap would be a last bit off it, and
+    the pair kept.
+    """
     parts = []
     for record in records:
         if record.rewards is not None:
-            rewards = np.asarray(record.rewards, dtype=np.float64)
+            rewards = torch.tensor(record.rewards, dtype=COMPARED).numpy()
             above = np.triu_indices(len(rewards), 1)
-            parts.append(np.abs(rewards[above[0]] - rewards[above[1]]))
+            parts.append(np.abs(rewards[above[0]] - rewards[above[1]]).astype(np.float64))
     return np.concatenate(parts) if parts else np.zeros(0)

@@ -153,6 +153,8 @@ class RewardRun(Run):
             "train_pairs": train.pairs,
             "max_length": self.max_length,
             "steps": self.trainer.state.global_step,
+            # Of the weights, where they are not those of the last step.
+            **{name: value for name, value in self.after.items() if name == "eval_step"},
         }
 
 

@@ -36,10 +36,13 @@ class RolloutRunOptions(RunOptions):
     Attributes:
         train_file, eval_file: any file that `data.prompts.read_prompts` reads; responses in it are not used.
         reward_model: a sequence classifier, such as `clha-fast reward-model train` makes; label: which logit.
+        lead: what prompts of messages end with, as in `GenerationSettings`; None is that of the run which has trained
+            the model, where one is known.
     """
 
     reward_model: str | None = None
     label: int | None = None
+    lead: str | None = None
 
     def check(self) -> None:
         """As `RunOptions`."""
@@ -98,7 +101,9 @@ class RolloutRun(Run):
 
     @functools.cached_property
     def lead(self) -> str | None:
-        """That of the run which has trained the model; what stands beside the prompts plays no part."""
+        """The one asked for, or that of the run which has trained the model; no answer beside a prompt plays a part."""
+        if self.options.lead is not None:
+            return self.options.lead
         assert self.options.model is not None
         return trained_lead(self.options.model)
 

@@ -17,8 +17,17 @@ from clha_fast.evaluation.intervals import check_extra
 from clha_fast.evaluation.report import REWARD, TOTAL, Evaluation
 from clha_fast.evaluation.results import spreads
 from clha_fast.experiments.assess import Assessment, Assessor, device_of, drop_weights, figure_of
-from clha_fast.experiments.bases import ready_base, ready_reward_models
-from clha_fast.experiments.cells import Cell, cell_folder, cells_of, check_records, check_settings, train_cell, trained
+from clha_fast.experiments.bases import idle_of_bases, ready_base, ready_reward_models
+from clha_fast.experiments.cells import (
+    Cell,
+    cell_folder,
+    cells_of,
+    check_records,
+    check_settings,
+    idle_of,
+    train_cell,
+    trained,
+)
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
@@ -112,6 +121,9 @@ class Table:
         if new:
             check_settings(comparison)
         self._of_files = _of_files(comparison, new)
+        self._idle = [*idle_of_bases(comparison), *idle_of(comparison)]
+        for line in self._idle:
+            self.say(line)
         os.makedirs(comparison.output_dir, exist_ok=True)
         with _quiet():
             self.base = ready_base(comparison, self.say)
@@ -218,7 +230,7 @@ class Table:
         """`table.json`, `table.md` and `table.csv` in the output folder; what stands in the first."""
         subsets = self.subsets()
         rows = [row.as_dict() for row in self.rows]
-        below = [*self._of_files, *self.assessor.notes(), *notes]
+        below = [*self._of_files, *self._idle, *self.assessor.notes(), *notes]
         below += self._other_versions()
         if self._empty:
             below.append(

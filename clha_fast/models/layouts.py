@@ -65,8 +65,9 @@ class RowLayouts:
             self._spread, forward = forward, forward.alone()
         self._probe = LayoutProbe(model, forward, run)
         self._around = around
-        # Texts of up to so many tokens, in rows of so many, have been compared.
-        self._seen = (0, 0)
+        # Texts of up to so many tokens, in rows of so many, have been compared: rows of several candidates, or padded
+        # ones, whose slices are other slices. A frozen model's are met when the policy has given up the former.
+        self._seen = {"joined": (0, 0), "padded": (0, 0)}
         self._numbers = numbers_of(model)
 
     def settle(self, layout: str, or_padded: bool = False) -> str:
@@ -185,7 +186,6 @@ class RowLayouts:
                 raise
             if self._spread is not None:  # all processes are here: they have agreed on the error
                 self.settle("padded")
-                self._seen = (0, 0)  # slices of padded rows are other slices
             self.layout, self._given_up = "padded", True
             logger.warning(
                 "layout auto: padded from here on, also the shared rows that a collator still makes, whose prompts are "
@@ -250,14 +250,14 @@ class RowLayouts:
             return
         if self._spread is not None:
             self._compare_slices(batch, got)
-        elif self._is_longer(segments.longest, segments.width):
+        elif self._is_longer("joined", segments.longest, segments.width):
             features, looked_at = _features(batch["input_ids"], segments)
             try:
                 with self._around():
                     self._probe.compare(features, got, looked_at)
             except UnsupportedLayoutError as error:
                 raise DifferentRowsError(str(error)) from error
-            self._note(segments.longest, segments.width)
+            self._note("joined", segments.longest, segments.width)
 
     @staticmethod
     def _check_media(others: Mapping[str, Any] | None) -> None:
@@ -268,16 +268,18 @@ class RowLayouts:
                     "RankedCollator(layout='padded') takes it"
                 )
 
-    def _is_longer(self, longest: int, width: int) -> bool:
+    def _is_longer(self, rows: str, longest: int, width: int) -> bool:
         """Whether texts or rows are so long that what has been compared says nothing of them: `tells_more`.
 
-        Never where weights are spread over processes: all would have to come here at the same batch.
+        `rows` are `joined` or `padded`. Never where weights are spread over processes: all would have to come here at
+        the same batch.
         """
-        pairs = zip(self._seen, (longest, width), strict=True)
+        pairs = zip(self._seen[rows], (longest, width), strict=True)
         return any(tells_more(*pair, self._numbers) for pair in pairs) and not _spread(self._model)
 
-    def _note(self, longest: int, width: int) -> None:
-        self._seen = max(longest, self._seen[0]), max(width, self._seen[1])
+    def _note(self, rows: str, longest: int, width: int) -> None:
+        before = self._seen[rows]
+        self._seen[rows] = max(longest, before[0]), max(width, before[1])
 
     def _compare_slices(self, batch: Mapping[str, Any], layout: str) -> None:
         """`check` of rows whose tokens are spread: against texts alone in each process, which all come here together.
@@ -289,12 +291,13 @@ class RowLayouts:
         assert self._spread.sequence is not None
         sequence, ids, segments = self._spread.sequence, batch["input_ids"], batch.get("segments")
         sequence.same_batch(ids, mask=batch["attention_mask"])  # or one alone might find its texts long enough
+        rows = "padded" if segments is None else "joined"
         if segments is None:
             lengths = batch["attention_mask"].sum(1).tolist()
             longest, width = max(lengths, default=0), ids.shape[1]
         else:
             longest, width = segments.longest, segments.width
-        if not self._is_longer(longest, width):
+        if not self._is_longer(rows, longest, width):
             return
         if segments is None:
             features, looked_at = _whole_rows(ids, lengths, min(self._spread.vocabulary))
@@ -316,7 +319,7 @@ class RowLayouts:
         if sequence.anywhere(problem is not None, ids.device):
             told = "another of its processes has refused it" if problem is None else _bare(problem)
             raise DifferentRowsError(f"sequence_parallel: {told}; {WAY}") from problem
-        self._note(longest, width)
+        self._note(rows, longest, width)
         if sequence.anywhere(short, ids.device):
             logger.warning(
                 "sequence_parallel: texts of %s tokens are too long for the memory of one process, so slices of such "

@@ -62,7 +62,7 @@ class AnswerRewards:
             feature, prompt_cut, cut = self._collator.tokenize_counted(self._collator.answered(record, texts))
         except RecordError as error:
             said = f"reward_model: it cannot read the answers {shorten(list(texts))} to this prompt ({error})"
-            raise RecordError(said, source=error.source, field=error.field) from error
+            raise RecordError(said, source=error.source, field=error.field, has_way=error.has_way) from error
         return token_rows(feature), len(texts) if prompt_cut else cut
 
     def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:

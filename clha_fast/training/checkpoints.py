@@ -12,6 +12,7 @@ from accelerate import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 from clha_fast.messages import nearest
@@ -27,9 +28,14 @@ def wait_for_everyone() -> None:
 
 
 class CheckpointingTrainer(Trainer):
-    """`Trainer`, writing to a folder beside the final one that is renamed once every process has written its part."""
+    """`Trainer`, writing to a folder beside the final one that is renamed once every process has written its part.
+
+    Attributes:
+        restored_step: whose weights the model has, where not the last step's (load_best_model_at_end); else None.
+    """
 
     _staging: str | None = None
+    restored_step: int | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else self._staging
@@ -108,6 +114,36 @@ class CheckpointingTrainer(Trainer):
             yield
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        self.restored_step = None
+        return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_global_step
+        self.restored_step = best if best and best != self.state.global_step else None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer`; after `load_best_model_at_end` the metrics name the step whose weights are back."""
+        with self._unprepared():
+            found = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        found.metrics.update(self._restored(metric_key_prefix))
+        return found
+
+    def _restored(self, prefix: str) -> dict[str, int]:
+        """What an evaluation's metrics say of `restored_step`; {} of the last step's weights."""
+        return {} if self.restored_step is None else {f"{prefix}_step": self.restored_step}
 
     def _inner_training_loop(
         self,

@@ -6,13 +6,14 @@ import os
 import time
 from typing import Any
 
+from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from clha_fast.models.sharding import reshard
 from clha_fast.objectives import Objective
 from clha_fast.training import card, samples
-from clha_fast.training.checkpoints import CheckpointingTrainer
+from clha_fast.training.checkpoints import TRAINER_STATE, CheckpointingTrainer
 from clha_fast.training.reference import Reference
 from clha_fast.training.validation import check_best_metric
 
@@ -24,7 +25,6 @@ class ReportingTrainer(CheckpointingTrainer):
 
     Attributes:
         dataset_names: for the card, set by whoever knows them.
-        restored_step: whose weights the model has, where not the last step's (load_best_model_at_end); else None.
         loss_options, reference, eval_collator: of the trainer that is built on it.
     """
 
@@ -34,7 +34,6 @@ class ReportingTrainer(CheckpointingTrainer):
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None
     _sampled_step: int | None = None
-    restored_step: int | None = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -49,19 +48,21 @@ class ReportingTrainer(CheckpointingTrainer):
             self._write_samples(self.eval_dataset if given is None else given)
         return metrics
 
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        if not self.args.eval_samples:
+            return
+        path = None if checkpoint is None else os.path.join(checkpoint, TRAINER_STATE)
+        start = TrainerState.load_from_json(path).global_step if path and os.path.isfile(path) else 0
+        # An attempt with smaller batches has other steps at the ends of its epochs, and would leave some lines there.
+        if self.is_world_process_zero():
+            samples.forget(self.args.output_dir, start)
+        if self._sampled_step is not None and self._sampled_step > start:
+            self._sampled_step = None
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         check_best_metric(self.args.metric_for_best_model, [name for name in metrics if name.startswith("eval_")])
         return super()._determine_best_metric(metrics, trial)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`."""
-        self.restored_step = None
-        return super().train(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        best = self.state.best_global_step
-        self.restored_step = best if best and best != self.state.global_step else None
 
     def _place_events(self) -> None:
         """TensorBoard's events go below the output folder, also where something is logged before training begins."""

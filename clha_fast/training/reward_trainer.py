@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.batching.sampling import LengthSampler
 from clha_fast.batching.segments import check_layout
@@ -317,11 +316,6 @@ class RewardTrainer(CheckpointingTrainer):
         tokenizer: Any = self.processing_class
         args: Any = self.args
         return as_pairs(rows, tokenizer, args, name)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As `Trainer`."""
-        with self._unprepared():
-            return super().evaluation_loop(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

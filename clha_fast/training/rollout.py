@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, HostSizes, pack_candidates
 from clha_fast.batching.segments import SegmentGroup, Segments
@@ -30,6 +31,7 @@ from clha_fast.models.loading import config_positions
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.judged import checked_rewards
 from clha_fast.training.prompt_data import PromptDataset, collate_numbers
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import sampling_strategy
@@ -370,28 +372,8 @@ class RolloutTrainer(CLHATrainer):
             given = self.reward(records, texts)
         except RecordError as error:
             place = f"step {self.state.global_step}: {error}"
-            raise RecordError(place, source=error.source, field=error.field) from error
-        try:
-            rewards = [[float(value) for value in own] for own in given]
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got {given!r:.100}"
-            ) from error
-        if list(map(len, rewards)) != list(map(len, texts)):
-            raise ValueError(
-                f"reward: expected {len(texts)} lists of {len(texts[0])} numbers, one an answer, got lists of "
-                f"{list(map(len, rewards))[:8]}"
-            )
-        for prompt, (record, own) in enumerate(zip(records, rewards, strict=True)):
-            for answer, value in enumerate(own):
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"reward: expected finite numbers, got {value} for answer {answer} of {len(own)}, "
-                        f"{texts[prompt][answer]!r:.60}, to prompt {prompt} of {len(texts)} ({record.source}: "
-                        f"{record.prompt!r:.60}) at step {self.state.global_step}, both counted from 0; give an answer "
-                        "that cannot be judged a low reward"
-                    )
-        return rewards
+            raise RecordError(place, source=error.source, field=error.field, has_way=error.has_way) from error
+        return checked_rewards(given, records, texts, self.state.global_step)
 
     # ---- evaluation, checkpoints, logs ----
 
@@ -414,17 +396,29 @@ class RolloutTrainer(CLHATrainer):
             }
             rewards = {name: own.pop("rewards") for name, own in found.items()}
             return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
-        if dataset is not None and not isinstance(dataset, PromptDataset):
-            dataset = self._read(dataset, name="eval_dataset")
-        if not isinstance(dataset, PromptDataset):
-            raise ValueError("eval_dataset: expected prompts to answer, got none")
-        answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in answered.metrics.items()}
-        if self.restored_step is not None:
-            metrics[f"{metric_key_prefix}_step"] = self.restored_step
+        metrics, own = self._measured(dataset, "eval_dataset", metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return {**metrics, "rewards": [own for feature in answered.features for own in feature["rewards"] or ()]}
+        return {**metrics, "rewards": own}
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As `evaluate`, of records or rows, and not logged; `predictions` are the prompts' rewards, float64 [P]."""
+        metrics, rewards = self._measured(test_dataset, "test_dataset", metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(np.array(rewards, dtype=np.float64), None, metrics)
+
+    def _measured(self, dataset: Any, name: str, prefix: str) -> tuple[dict[str, float], list[float]]:
+        """Metrics over one greedy answer a prompt, and the reward of each; `name` is the argument's."""
+        if dataset is not None and not isinstance(dataset, PromptDataset):
+            dataset = self._read(dataset, name=name)
+        if not isinstance(dataset, PromptDataset):
+            raise ValueError(f"{name}: expected prompts to answer, got none")
+        answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
+        metrics = {f"{prefix}_{metric}": value for metric, value in answered.metrics.items()}
+        metrics.update(self._restored(prefix))
+        return metrics, [own for feature in answered.features for own in feature["rewards"] or ()]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `CLHATrainer`; a training line also gets the means over the rollouts since the last one."""

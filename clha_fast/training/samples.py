@@ -16,7 +16,7 @@ from clha_fast.generation.hf import generate_tokens
 from clha_fast.generation.prompts import closing_tokens
 from clha_fast.models.positions import positions_of
 
-__all__ = ["SAMPLES_FILE", "closing_tokens", "describe", "first_prompts", "generate", "write"]
+__all__ = ["SAMPLES_FILE", "closing_tokens", "describe", "first_prompts", "forget", "generate", "write"]
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -128,14 +128,38 @@ def write(folder: str, lines: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OSError: the file cannot be written; what was there is intact.
     """
-    path, step = os.path.join(folder, SAMPLES_FILE), lines[0]["step"]
-    earlier: list[str] = []
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            earlier = [line for line in file if json.loads(line)["step"] < step]
     os.makedirs(folder, exist_ok=True)
+    new = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    _replace(folder, [*_until(folder, lines[0]["step"] - 1), *new])
+
+
+def forget(folder: str, step: int) -> None:
+    """Training begins behind `step`: lines of later ones are of a training that is no part of it, and go.
+
+    Raises:
+        OSError: as `write`.
+    """
+    path = os.path.join(folder, SAMPLES_FILE)
+    if not os.path.isfile(path):
+        return
+    kept = _until(folder, step)
+    if kept:
+        _replace(folder, kept)
+    else:
+        os.unlink(path)
+
+
+def _until(folder: str, step: int) -> list[str]:
+    path = os.path.join(folder, SAMPLES_FILE)
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [line for line in file if json.loads(line)["step"] <= step]
+
+
+def _replace(folder: str, lines: Sequence[str]) -> None:
+    path = os.path.join(folder, SAMPLES_FILE)
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(earlier)
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(lines)
     os.replace(partial, path)

@@ -392,19 +392,16 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
                 "eval_on_start=True evaluates the untrained model"
             )
         self._eval_metrics.reset()
-        with self._unprepared():
-            self._eval_counts = step_counts(self._counts_of(dataloader), self.loss_options)
-            try:
-                output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            finally:
-                self._eval_counts = None
+        self._eval_counts = step_counts(self._counts_of(dataloader), self.loss_options)
+        try:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_counts = None
         reshard(self.model)
         metrics = self._eval_metrics.take(self._sum_over_processes, self.args.device)
         if metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             output.metrics[f"{metric_key_prefix}_loss"] = metrics["rank_loss"] + metrics["sft_loss"]
-        if self.restored_step is not None:
-            output.metrics[f"{metric_key_prefix}_step"] = self.restored_step
         return output
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -90,11 +90,11 @@ def test_a_model_of_answers_with_thoughts(tmp_path: Path, base: Path, capsys: py
     assert f"asked as a server asks, without {BLOCK!r}" in asked(tmp_path, capsys), "it is not known"
 
 
-@pytest.mark.parametrize("lead", [BLOCK, None])
+@pytest.mark.parametrize(("lead", "told"), [(BLOCK, None), (None, None), (None, BLOCK), (BLOCK, "")])
 def test_rollouts_go_on_behind_it(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], lead: str | None
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], lead: str | None, told: str | None
 ) -> None:
-    """Answers that stand beside the prompts play no part: these would have no block."""
+    """Or behind the one asked for. Answers that stand beside the prompts play no part: these would have no block."""
     policy = tmp_path / "policy"
     shutil.copytree(base, policy)
     if lead is not None:
@@ -105,9 +105,11 @@ def test_rollouts_go_on_behind_it(
     paths = {"train_file": rows, "model": policy, "reward_model": tmp_path / "judge", "output_dir": tmp_path / "out"}
     own = {**paths, "eval_fraction": 0, "max_steps": 1, "max_completion_length": 3, "per_device_train_batch_size": 2}
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    words += [] if told is None else ["--lead", told]
     assert cli.main(["rlhf", "--use_cpu", *words]) == 0
     said = capsys.readouterr().out
-    assert (f"2 of 2 prompts end with {BLOCK!r}; a server's do not" in said) == (lead is not None)
+    lead = lead if told is None else told
+    assert (f"2 of 2 prompts end with {BLOCK!r}; a server's do not" in said) == bool(lead)
     assert (f"2 of 2 prompts are asked as a server asks, without {BLOCK!r}" in said) == (lead is None)
     assert trained_lead(tmp_path / "out") == lead
 
@@ -134,6 +136,8 @@ def test_what_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixtu
     ):
         assert cli.main(["generate", str(base), prompts, answers, *words]) == 2
         assert expected in one_sentence(capsys), words
+    assert cli.main(["rlhf", "--train_file", prompts, "--model", str(base), "--lead", r"a\n"]) == 2
+    assert "--lead: expected line breaks as they are" in one_sentence(capsys)
     for words in (("--lead", "x"), ("--lead", ""), (kwargs, "{}")):
         assert cli.main(["generate", str(base), "--chat", "--no-history", *words]) == 2
         assert f"{words[0]}: expected none with --no-history" in one_sentence(capsys)

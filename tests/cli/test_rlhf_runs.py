@@ -199,7 +199,7 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_option_of_a_run_is_used_or_refused() -> None:
     """A new field of `RunOptions` becomes an option here, too: decide what a rollout does with it."""
     own = set(RolloutRunOptions.__dataclass_fields__) - set(RunOptions.__dataclass_fields__)
-    assert own == {"reward_model", "label"}
+    assert own == {"reward_model", "label", "lead"}
     known = """train_file eval_file eval_fraction format columns rank_by_reward skip_bad_records model model_config
     tokenizer build_tokenizer peft_config dtype attn_implementation resume overwrite"""
     assert set(RunOptions.__dataclass_fields__) == set(known.split())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clha_fast.data import RankedRecord, RecordError, make_record
+from clha_fast.data import RankedRecord, RecordError, make_record, read_records
 
 WORST_FIRST = ["worst", "middle", "best"]
 
@@ -135,3 +135,49 @@ def test_errors_survive_the_way_out_of_a_worker():
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.source, copy.field) == (str(error), "f:1", "rewards")
     assert str(RecordError(str(error))) == str(error)  # what torch's data loader does with it
+
+
+WAY = "where others are good, leave it out"
+SCORES = ("reward_chosen", "reward_rejected", "rating_chosen", "rating_rejected")
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "rewards"),
+    [
+        ("train.jsonl:7", "p", "columns={'rewards': 'score'}"),
+        ("train.jsonl:7", "p", [1.0, "columns.rewards"]),
+        ("train.jsonl:7", {": expected a column for ": 1}, None),
+        ("my_columns.jsonl:7", "p", [1.0]),
+    ],
+)
+def test_a_bad_record_is_left_out_whatever_its_words(source, prompt, rewards):
+    with pytest.raises(RecordError) as caught:
+        make_record(prompt, TWO, rewards=rewards, source=source)
+    advised = caught.value.advised(WAY)
+    assert str(advised) == f"{caught.value}; {WAY}"
+    assert (advised.source, advised.field) == (source, caught.value.field)
+    again = pickle.loads(pickle.dumps(advised)).advised(WAY)
+    assert str(again) == str(advised), "once"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "p", "completions": TWO, "scores": [1, 0]}, None),
+        ({"prompt": "p", "completions": TWO, "my_reward": [1, 0]}, None),
+        ({"prompt": "p", "completions": TWO, "system": "s"}, None),
+        ({"prompt": "p", "completion": "a", "label": True}, None),
+        ({"question": "p", "good": "a"}, None),
+        ({"question": "p", "chosen": "a b", "rejected": "a c"}, None),
+        ({"prompt": "other", "chosen": MESSAGES, "rejected": [*MESSAGES[:1], {**MESSAGES[1], "content": "c"}]}, None),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", **dict.fromkeys(SCORES, 1)}, None),
+        ({"q": "p", "chosen": "a", "rejected": "b"}, {"prompt": "question"}),
+        ({"q": "p", "chosen": "a", "rejected": "b", "s": 1}, {"prompt": "q", "sft_index": "s"}),
+    ],
+)
+def test_no_record_is_left_out_where_all_are_read_wrong(row, columns):
+    with pytest.raises(RecordError) as caught:
+        read_records([row], columns=columns)
+    assert caught.value.has_way, str(caught.value)
+    assert str(caught.value.advised(WAY)) == str(caught.value)

@@ -6,15 +6,19 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from clha_fast.data.records import RankedRecord
-from clha_fast.experiments.cells import Cell, cell_folder
+from clha_fast.experiments.bases import idle_of_bases
+from clha_fast.experiments.cells import Cell, cell_folder, idle_of
 from clha_fast.experiments.claims import ablation, noise
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.contents import data_hash, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import parse_methods, with_quantiles
+from clha_fast.objectives.pairs import keeps
 
 FILES = {"train": "train.jsonl", "dev": "dev.jsonl", "test": "test.jsonl"}
 WHOLE = {"output_dir": "out", "data": {2: FILES}, "base": "model", "methods": ["sft", "clha"]}
@@ -100,6 +104,18 @@ def test_a_margin_is_a_quantile_of_all_reward_differences(quantile, value):
     assert with_quantiles({"reward_margin": quantile}, GAPS)["reward_margin"] == pytest.approx(value)
     nested = with_quantiles({"objective": {"name": "clha", "reward_margin": quantile}}, GAPS)
     assert nested["objective"]["reward_margin"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("quantile", "kept"), [("q0", 20), ("q0.5", 10), ("q0.75", 5), ("q1", 0)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 300.0])
+def test_the_pair_at_the_quantile_is_dropped(seed, quantile, kept, scale):
+    """Of 21 pairs with a gap each: the loss compares in float32, in which the gap has another last bit."""
+    draw = np.random.default_rng(seed)
+    records = [RankedRecord("p", ("a", "b"), tuple(scale * draw.standard_normal(2))) for _ in range(21)]
+    margin = with_quantiles({"reward_margin": quantile}, records)["reward_margin"]
+    rewards = torch.tensor([record.rewards for record in records], dtype=torch.float32)
+    assert int(keeps(rewards[:, 0] - rewards[:, 1], "abs", margin).sum()) == kept
 
 
 @pytest.mark.parametrize("text", ["q1.5", "0.5", "median", "q"])
@@ -263,3 +279,29 @@ def test_claims_refuse_by_name(make, change, said):
     given = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=re.escape(said)):
         make(given)
+
+
+TRAINS = {"train": {"model": "m", "eval_steps": 5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"settings": {"save_strategy": "steps", "save_steps": 5, "logging_steps": 3}}, []),
+        ({"settings": {"save_steps": 5}}, ["Unused: save_steps: acts with save_strategy='steps', "]),
+        ({"settings": {"hub_model_id": "me/it"}}, ["Unused: hub_model_id: acts with push_to_hub="]),
+        ({"methods": ["sft", {"name": "clha", "eval_steps": 2}]}, ["Unused by CLHA: eval_steps: acts with eval_str"]),
+        ({"methods": ["sft", {"name": "clha", "reward_margin": "q0.5", "save_steps": 2}]}, ["Unused by CLHA: save_"]),
+        (
+            {"reward_models": {"label": TRAINS, "evaluation": "m"}, "methods": ["rlhf"], "settings": {"eval_steps": 2}},
+            ["Unused by reward_models.label.train: eval_steps: ", "Unused: eval_steps: "],
+        ),
+        ({"base": {"pretrain": {"hub_model_id": "me/it"}}}, ["Unused by base.pretrain: hub_model_id: "]),
+    ],
+)
+def test_settings_that_nothing_reads_are_said_once(changes, said):
+    comparison = parse_comparison({**WHOLE, **changes})
+    found = [*idle_of_bases(comparison), *idle_of(comparison)]
+    assert len(found) == len(said), found
+    assert all(line.startswith(start) and line.endswith(" out.") for line, start in zip(found, said, strict=True))

@@ -299,8 +299,12 @@ def test_the_command_line_changes_single_entries(given, tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(small(given, methods=["sft"])))
     words = ["table2", "--config", str(config), "--output-dir", str(tmp_path / "elsewhere")]
-    assert main([*words, "--set", "settings.per_device_train_batch_size=8", "--set", "test_limit=2"]) == 0
+    changes = ["settings.per_device_train_batch_size=8", "settings.save_steps=5", "test_limit=2"]
+    assert main([*words, *(word for change in changes for word in ("--set", change))]) == 0
     out = capsys.readouterr().out
+    unused = "Unused: save_steps: acts with save_strategy='steps', which is 'no' here; give both, or leave"
+    assert out.startswith(unused), "before hours of training"
+    assert out.count(unused) == 2, "and below the table"
     assert f"in {tmp_path / 'elsewhere'}: table.md" in out
     found = [json.loads(path.read_text()) for path in (tmp_path / "elsewhere").rglob("test-*/metrics.json")]
     assert [len(part["prompts"]) for part in found] == [4, 4]  # two of each subset

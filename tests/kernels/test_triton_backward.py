@@ -14,7 +14,7 @@ from clha_fast import functional
 from clha_fast.backends.triton import backend as triton_backend
 from clha_fast.backends.triton import backward as triton_backward
 from clha_fast.backends.triton.backward import Active, Backward, Chunks
-from clha_fast.backends.triton.head import Head
+from clha_fast.backends.triton.head import Head, tiles
 from clha_fast.backends.triton.persistent import PersistentBackward, even_words
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.options import HeadOptions
@@ -98,21 +98,35 @@ def test_a_chunk_has_words_that_keep_the_device_busy(width: int, most: int, word
     assert even_words(8192, most, width, 132, *table) == words
 
 
+@pytest.mark.parametrize(("tokens", "width", "most"), [(8192, 2304, 4096), (8192, 3584, 4096), (2048, 2304, 4096)])
+def test_a_frozen_head_has_no_turns_of_dweight(tokens: int, width: int, most: int) -> None:
+    """Words that suit dweight alone make chunks, each of which adds to dhidden, for nothing."""
+    logits, weight = (configs.PERSISTENT[f"persistent_{name}_grad"]["sm_90"] for name in ("logit", "weight"))
+    assert even_words(tokens, most, width, 132, logits, weight) < most
+    assert even_words(tokens, most, width, 132, logits, None) == most
+
+
 def test_chunks_of_words_keep_to_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is launched: on devices of several sizes a chunk is no longer than its budget, and not much shorter."""
     for count, width, tokens in itertools.product((1, 3, 20, 132), (16, 80), (1, 70, 330)):
         monkeypatch.setattr("clha_fast.backends.triton.persistent.programs", lambda device, count=count: count)
         for budget in (1, 16384, 65536, None):
             p = problem(tokens, 700, width, dtype=torch.float16)
-            ready, needs = Head.of(p.inputs, p.head), Needs(True, True, False)
+            ready = Head.of(p.inputs, p.head)
             active = Active.of(torch.ones(tokens), ready, tokens)
-            own, plain = (
-                kind(p.hidden, ready, active, torch.zeros(tokens), budget, needs).chunks
-                for kind in (PersistentBackward, Backward)
-            )
-            assert own.tokens == plain.tokens
-            assert own.words % 32 == 0
-            assert plain.words * 3 // 4 <= own.words <= plain.words
+            for needs in (Needs(True, True, False), Needs(True, False, False), Needs(False, True, True)):
+                own, plain = (
+                    kind(p.hidden, ready, active, torch.zeros(tokens), budget, needs).chunks
+                    for kind in (PersistentBackward, Backward)
+                )
+                assert own.tokens == plain.tokens
+                assert own.words % 32 == 0
+                assert plain.words * 3 // 4 <= own.words <= plain.words
+                if plain.words < 700 and not needs.weight:
+                    logits, rows = (ready.config(f"persistent_{name}_grad") for name in ("logit", "hidden"))
+                    few = tiles(own.tokens, rows["BLOCK_N"]) * tiles(width, rows["BLOCK_H"]) <= count
+                    expected = even_words(own.tokens, plain.words, width, count, logits, None)
+                    assert own.words == (plain.words if few else expected)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -21,7 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+import clha_fast
+from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.segment_masks import UnsupportedLayoutError
+from clha_fast.objectives.sft import SFTOptions
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
 from tests.support.tiny import WORDS, make_model, make_rows, make_tokenizer
@@ -161,15 +164,32 @@ def given_up() -> None:
     logging.getLogger("clha_fast").removeHandler(handler)
 
 
-def misplace(model: Any, length: int, times: float = 20) -> None:
-    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them."""
+def other_slices() -> None:
+    """Shared rows that are right say nothing of padded ones as long: a frozen copy meets those once the policy has."""
+    ids = torch.randint(3, 250, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    model = make_model(len(TOKENIZER), max_position_embeddings=1024).double()
+    misplace(model, 150, only=lambda rows: rows > 1)
+    clha_fast.attach(model, SFTOptions(), layout="shared", sequence_parallel=dist.group.WORLD)
+    for count, width in ((300, 400), (500, 650)):
+        prompts = [candidates_of(ids[:count], [ids[count : width - 40], ids[width - 40 : width]])]  # the longest first
+        model(**pack(prompts, "shared").as_dict())
+        padded = pack(prompts, "padded").as_dict()
+        refused("sequence_parallel: layout: expected a model that computes", lambda: model(**padded))  # noqa: B023
+
+
+def misplace(model: Any, length: int, times: float = 20, only: Callable[[int], bool] = lambda rows: True) -> None:
+    """Has a model take positions from 0 on in slices of more than `length` tokens of a longer row, and mind them.
+
+    Args:
+        only: of batches of how many rows.
+    """
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.data *= times
 
     def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         given = kwargs["position_ids"]
-        if given.shape[1] > length:
+        if given.shape[1] > length and only(len(given)):
             kwargs["position_ids"] = torch.arange(given.shape[1])[None].expand_as(given)
         return args, kwargs
 
@@ -182,6 +202,7 @@ CASES: dict[str, Callable[[], None]] = {
     "unequal": unequal,
     "refusals": refusals,
     "given up": given_up,
+    "other slices": other_slices,
 }
 
 

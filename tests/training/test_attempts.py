@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from clha_fast.data.prompts import Prompted, PromptRecord
+from clha_fast.training import samples
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
 from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from clha_fast.training.samples import SAMPLES_FILE
 from clha_fast.training.trainer import CLHATrainer
 from tests.support.power_cuts import CutAfter, PowerCut
 from tests.support.preferences import keyword_rows
@@ -68,7 +71,7 @@ def trainer(folder: Path, kind: str, fails_at: int | None = None, callbacks: Any
         "dataloader_pin_memory": False,
     }
     data: dict[str, Any] = {
-        "ranked": {"train_dataset": make_rows(24)},
+        "ranked": {"train_dataset": make_rows(24), "eval_dataset": make_rows(4, seed=1)},
         "reward": {"train_dataset": keyword_rows(24)},
         "rollout": {"train_dataset": [PromptRecord(f"say {n}") for n in range(24)], "reward": lengths},
     }
@@ -81,6 +84,10 @@ def trainer(folder: Path, kind: str, fails_at: int | None = None, callbacks: Any
     )
     ours.sizes = []
     return ours
+
+
+# What the model writes changes with every step.
+FAST: dict[str, Any] = {"learning_rate": 0.05, "lr_scheduler_type": "constant"}
 
 
 def lines(ours: Any) -> list[dict[str, Any]]:
@@ -112,3 +119,36 @@ def test_a_resumed_rollout_that_runs_out_of_memory_samples_anew(tmp_path: Path, 
     rest.train(resume_from_checkpoint=True)
     assert rest.state.global_step == 4
     assert max(rest.sizes) == rest._train_batch_size < 4
+
+
+@pytest.mark.parametrize(
+    ("fails_at", "changes", "steps"),
+    [
+        (8, {"eval_strategy": "epoch", "max_steps": 6}, [0, 4, 6]),  # epochs of the first attempt have 3 steps
+        (8, {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}, [0, 3]),  # both attempts sample there
+        (4, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "max_steps": 2}, [0, 1, 2]),
+    ],
+)
+def test_samples_are_of_one_attempt(tmp_path: Path, fails_at: int, changes: dict[str, Any], steps: list[int]) -> None:
+    ours = trainer(tmp_path, "ranked", fails_at, eval_samples=1, eval_sample_tokens=6, **{**changes, **FAST})
+    ours.evaluate()  # before training, as a run from files does
+    ours.train()
+    found = (tmp_path / SAMPLES_FILE).read_text("utf-8")
+    assert [json.loads(line)["step"] for line in found.splitlines()] == steps
+    ours._sampled_step = None
+    ours.evaluate()
+    assert (tmp_path / SAMPLES_FILE).read_text("utf-8") == found, "what the model now writes"
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, [0, 0]), (2, [0, 0, 2]), (5, [0, 0, 2, 3])])
+def test_a_training_that_begins_behind_a_step_keeps_samples_until_there(
+    tmp_path: Path, step: int, kept: list[int]
+) -> None:
+    samples.forget(str(tmp_path), step)
+    for part in ([0, 0], [2], [3]):
+        samples.write(str(tmp_path), [{"step": number} for number in part])
+    samples.forget(str(tmp_path), step)
+    lines = (tmp_path / SAMPLES_FILE).read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == kept
+    samples.forget(str(tmp_path), -1)
+    assert list(tmp_path.iterdir()) == []

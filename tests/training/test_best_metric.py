@@ -11,8 +11,13 @@ from clha_fast.hf import CLHAConfig, RewardConfig, RolloutConfig
 from clha_fast.objectives import OBJECTIVES
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training import rollout
+from clha_fast.training.reward_trainer import RewardTrainer
+from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import DIRECTIONS, SPEEDS, evaluation_metrics
-from tests.support.trainers import trainer
+from tests.support.preferences import keyword_rows
+from tests.support.reward_models import llama
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import TOKENIZER, trainer
 
 
 def made(kind: type, tmp_path: Path, **given: Any) -> Any:
@@ -91,3 +96,37 @@ def test_the_best_checkpoint_has_the_least_nll(tmp_path: Path, objective: str, n
     ours.train()
     key = f"eval_{name.removeprefix('eval_')}"
     assert ours.state.best_metric == min(line[key] for line in ours.state.log_history if key in line)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "best"),
+    [("ranked", True, 1), ("reward", False, 1), ("reward", True, 1), ("reward", False, 2)],
+)
+def test_an_evaluation_names_the_step_of_its_weights(tmp_path: Path, kind: str, named: bool, best: int) -> None:
+    """`best` is the step that is said to be it; of one set, and of one among several."""
+    base: Any = RewardTrainer if kind == "reward" else CLHATrainer
+
+    class Judged(base):  # type: ignore[misc]
+        def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+            metrics[self.args.metric_for_best_model] = float(self.state.global_step != best)
+            return bool(super()._determine_best_metric(metrics, trial))
+
+    rows = keyword_rows(4, seed=1) if kind == "reward" else make_rows(4)
+    config = RewardConfig if kind == "reward" else CLHAConfig
+    name = "eval_near_loss" if named else "eval_loss"
+    given: dict[str, Any] = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    given |= {"metric_for_best_model": name, "load_best_model_at_end": True, "max_steps": 2, "disable_tqdm": True}
+    ours = Judged(
+        llama() if kind == "reward" else make_model(len(TOKENIZER)),
+        made(config, tmp_path, dataloader_pin_memory=False, **given),
+        train_dataset=rows,
+        eval_dataset={"near": rows, "far": rows[:2]} if named else rows,
+        processing_class=TOKENIZER,
+    )
+    key = name.replace("loss", "step")
+    before = ours.evaluate()
+    ours.train()
+    assert ours.state.best_global_step == best
+    expected = None if best == 2 else best
+    assert (before.get(key), ours.evaluate().get(key)) == (None, expected)
+    assert ours.predict(rows).metrics.get("test_step") == expected

@@ -83,3 +83,27 @@ def test_an_evaluation_names_the_step_of_its_weights(tmp_path: Path, best: int) 
     alone, several = ours.evaluate("near"), ours.evaluate()
     expected = None if best == 3 else best
     assert (alone.get("eval_step"), several.get("eval_near_step")) == (expected, expected)
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, [{"prompt": "say 7"}], [{"prompt": "say 8", "solution": 2}] * 3])
+@pytest.mark.parametrize("prefix", ["test", "late"])
+def test_predictions_are_the_rewards_of_an_evaluation(tmp_path: Path, rows: Any, prefix: str) -> None:
+    def lengths(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        pairs = zip(records, answers, strict=True)
+        return [[float(len(record.prompt) + len(text)) for text in own] for record, own in pairs]
+
+    ours = trainer(tmp_path, lengths)
+    expected = ours.evaluate(rows)
+    del expected["epoch"]  # which a line of the log has
+    logged = len(ours.state.log_history)
+    found = ours.predict(rows, metric_key_prefix=prefix)
+    assert found.predictions.tolist() == expected.pop("rewards")
+    assert found.label_ids is None
+    assert found.metrics == {name.replace("eval", prefix, 1): value for name, value in expected.items()}
+    assert len(ours.state.log_history) == logged
+
+
+@pytest.mark.parametrize(("rows", "said"), [(None, "^test_dataset: expected prompts"), ("p.jsonl", "got the path 'p")])
+def test_what_cannot_be_predicted_is_named(tmp_path: Path, rows: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path).predict(rows)

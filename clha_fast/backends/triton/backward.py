@@ -133,7 +133,7 @@ class Backward:
             self.config["logit_grad"]["BLOCK_V"],
         )
         if self.chunks.words < self.vocabulary:
-            self.chunks = self.chunks._replace(words=self._words(self.chunks))
+            self.chunks = self.chunks._replace(words=self._words(self.chunks, needs))
         chunks, padded, device = self.chunks, round_up(self.num_tokens, self.block_n), hidden.device
         self.rows = self.new_rows(padded)
         self.dlogits = hidden.new_empty(chunks.tokens, chunks.words)
@@ -154,8 +154,8 @@ class Backward:
     def new_rows(self, padded: int) -> Tensor:
         return self.hidden.new_empty(padded, self.width)
 
-    def _words(self, most: Chunks) -> int:
-        """Words of a chunk, of at most `most`."""
+    def _words(self, most: Chunks, needs: Needs) -> int:
+        """Words of a chunk, of at most `most`, that suits the gradients that are wanted."""
         return most.words
 
     def run(self) -> None:

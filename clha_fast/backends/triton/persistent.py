@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clha_fast.backends.triton.backward import Backward, Chunk, Chunks
 from clha_fast.backends.triton.head import architecture, has_descriptor, programs, round_up, tiles
-from clha_fast.types import Factors
+from clha_fast.types import Factors, Needs
 from csrc_triton import configs, persistent_backward
 from csrc_triton.configs import Config
 
@@ -30,21 +30,25 @@ def even_parts(blocks: int, tiles_of_rows: int, programs: int, most: int) -> int
     return min(found, key=lambda parts: (Fraction(tiles(tiles_of_rows * parts, programs), parts), parts))
 
 
-def even_words(tokens: int, most: int, width: int, programs: int, logits: Config, weight: Config) -> int:
+def even_words(tokens: int, most: int, width: int, programs: int, logits: Config, weight: Config | None) -> int:
     """Words of a chunk: those of `most` and three quarters of it with which logits and dweight take least time a word.
+
+    `weight` is None where nobody wants dweight, which then takes no time.
 
     Programs that find a tile left keep the others waiting to its end. At H 2304 dweight has 288 tiles for 4096 words,
     2.2 turns of 132 programs, and takes three; 252 for 3584, and takes two. (dhidden's turns do not depend on words.)
     Each chunk more adds to all of dhidden's sums once more: for less than a fiftieth of the time it is not made.
     """
-    block = math.lcm(logits["BLOCK_V"], weight["BLOCK_V"])
+    block = logits["BLOCK_V"] if weight is None else math.lcm(logits["BLOCK_V"], weight["BLOCK_V"])
 
     def a_word(words: int) -> Fraction:
         """Turns, each in products of one element of a tile."""
         found = tiles(tokens, logits["BLOCK_N"]) * tiles(words, logits["BLOCK_V"])
         turns = tiles(found, programs) * logits["BLOCK_N"] * logits["BLOCK_V"] * width
-        found = tiles(words, weight["BLOCK_V"]) * tiles(width, weight["BLOCK_H"])
-        return Fraction(turns + tiles(found, programs) * weight["BLOCK_V"] * weight["BLOCK_H"] * tokens, words)
+        if weight is not None:
+            found = tiles(words, weight["BLOCK_V"]) * tiles(width, weight["BLOCK_H"])
+            turns += tiles(found, programs) * weight["BLOCK_V"] * weight["BLOCK_H"] * tokens
+        return Fraction(turns, words)
 
     found = min(range(most // block * block, max(block, most * 3 // 4) - 1, -block), key=a_word, default=most)
     return found if found and 50 * a_word(found) <= 49 * a_word(most) else most
@@ -109,14 +113,15 @@ class PersistentBackward(Backward):
                 self.drows = self.drows.new_empty(self.parts * padded, width)
             self.drows.zero_()
 
-    def _words(self, most: Chunks) -> int:
+    def _words(self, most: Chunks, needs: Needs) -> int:
         rows, count = self.config["hidden_grad"], programs(self.hidden.device)
         # Few tokens' dhidden is cut into equal parts of a chunk, which a number of words has or has not.
-        if tiles(most.tokens, rows["BLOCK_N"]) * tiles(self.width, rows["BLOCK_H"]) <= count:
+        if needs.hidden and tiles(most.tokens, rows["BLOCK_N"]) * tiles(self.width, rows["BLOCK_H"]) <= count:
             return most.words
-        weight = self.config["weight_grad"]
-        if most.tokens < round_up(self.num_tokens, self.block_n):
-            weight = self.head.config("persistent_weight_grad_partial")
+        weight: Config | None = None
+        if needs.weight:
+            summed = most.tokens < round_up(self.num_tokens, self.block_n)
+            weight = self.head.config("persistent_weight_grad_partial") if summed else self.config["weight_grad"]
         return even_words(most.tokens, most.words, self.width, count, self.config["logit_grad"], weight)
 
     def _tiles_of_rows(self, chunk: Chunk) -> int:
