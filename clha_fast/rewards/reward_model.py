@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from clha_fast.batching.segments import check_layout, counted_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
@@ -20,6 +22,11 @@ from clha_fast.models.tokenizer_files import read_tokenizer
 from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
 from clha_fast.rewards.run import Row, families
+
+# What reads an adapter: transformers 5.6 does not say which weights it found, and what it calls is in peft since 0.19.
+ADAPTERS_NEED = {"transformers": "5.7", "peft": "0.19"}
+# What finds the head that an adapter brings, which older ones would begin at random.
+HEADS_NEED = {"transformers": "5.18", "peft": "0.20"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def load_reward_model(
     Raises:
         ValueError: nothing there to load; a checkpoint without weights for the classifier's head, such as a plain
             language model, whose scores would be random; an unknown device or dtype; as `RewardModel`.
+        ImportError: an adapter, and no peft, or a peft or transformers that is too old to read it.
     """
     check_layout(layout, "auto")
     place = _check_place(device, dtype)
@@ -202,6 +210,7 @@ def _read(path: str, **settings: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         tokenizer = read_tokenizer(path)
         heads = _adapter_heads(path)
+        _check_adapter(path, bool(heads))
         labels = {"num_labels": min(heads.values())} if heads else {}
         model, found = AutoModelForSequenceClassification.from_pretrained(
             path, output_loading_info=True, **labels, **settings
@@ -218,6 +227,20 @@ def _read(path: str, **settings: Any) -> tuple[Any, PreTrainedTokenizerBase]:
             "(clha-fast reward-model train makes one of it)"
         )
     return model, tokenizer
+
+
+def _check_adapter(path: str, brings_head: bool) -> None:
+    """Without peft, transformers would pass over an adapter in silence where a whole model lies beside it."""
+    for package, oldest in (HEADS_NEED if brings_head else ADAPTERS_NEED).items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+        if (version == "none" or Version(version) < Version(oldest)) and find_adapter_config_file(path) is not None:
+            raise ImportError(
+                f"reward_model: expected {package} {oldest} or newer for the adapter in {path}, got {version}; "
+                f"pip install '{package}>={oldest}', or merge the adapter (peft's merge_and_unload) and give that"
+            )
 
 
 def _adapter_heads(path: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clha_fast.models.dropout import without_dropout
 from tests.support.architecture_configs import shrink
 from tests.support.architectures import build
+from tests.support.versions import needs
 
 peft = pytest.importorskip("peft")
 # They draw in modules, by numbers beside them (some called dropout alone), by the configuration, of whole layers.
@@ -27,6 +28,8 @@ def outputs(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_draws_are_left(kind: str) -> None:
+    if kind == "dbrx":
+        needs("transformers", "5.20", "refuses settings of every model in the configuration of DBRX's experts")
     config = shrink(kind, False)
     found = [name for name, value in vars(config).items() if "drop" in name and isinstance(value, (int, float))]
     found = [name for name in found if not isinstance(getattr(config, name), bool)]

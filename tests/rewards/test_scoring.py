@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from clha_fast.models.loading import is_classifier
 from clha_fast.objectives.clha import CLHAOptions
 from clha_fast.reports.data_summary import summarise
 from clha_fast.rewards.noise import measure_noise
-from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.reward_model import ADAPTERS_NEED, HEADS_NEED, RewardModel, load_reward_model
 from clha_fast.rewards.scoring import ScoringError, score_file, score_records
 from tests.support.reward_models import SIZES, TOKENIZER, alone, bert, gpt2, llama, plain_ids, save_llama, spread, write
 from tests.support.tiny import WORDS, make_model, make_rows, make_tokenizer
+from tests.support.versions import older
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -351,23 +353,30 @@ def test_positions_that_begin_behind_the_padding_tokens(kind: type[Any], padding
     assert score_records(records, model, progress=False)[0].rewards is not None
 
 
-@pytest.mark.parametrize("base", ["language model", "classifier"])
+@pytest.mark.parametrize("base", ["language model", "classifier", "classifier with its own head"])
 @pytest.mark.parametrize("labels", [1, 3])
 def test_an_adapter_of_peft_brings_its_head(tmp_path: Path, base: str, labels: int) -> None:
-    """As TRL saves a reward model that was trained with LoRA, beside a base that knows of no head."""
+    """As TRL saves a reward model that was trained with LoRA, beside a base that knows of no head; or for the body."""
     peft = pytest.importorskip("peft")
-    place = tmp_path / "base"
-    (llama(pad_token_id=2, num_labels=labels) if base == "classifier" else make_model(len(TOKENIZER))).save_pretrained(
-        place
-    )
+    place, path = tmp_path / "base", str(tmp_path / "adapter")
+    whole = make_model(len(TOKENIZER)) if base == "language model" else llama(pad_token_id=2, num_labels=labels)
+    whole.save_pretrained(place)
     TOKENIZER.save_pretrained(place)
     model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=labels)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    kind = None if base.endswith("head") else "SEQ_CLS"
+    config = peft.LoraConfig(task_type=kind, r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    TOKENIZER.save_pretrained(tmp_path / "adapter")
-    assert is_classifier(str(tmp_path / "adapter"))
-    found = load_reward_model(str(tmp_path / "adapter"), label=labels - 1, device="cpu")
+    adapted.save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    assert kind is None or is_classifier(path)
+    needed = ADAPTERS_NEED if kind is None else HEADS_NEED
+    lacking = [package for package, oldest in needed.items() if older(package, oldest)]
+    if lacking:
+        said = rf"^reward_model: expected {lacking[0]} .* for the adapter in .*, got {version(lacking[0])}; pip install"
+        with pytest.raises(ImportError, match=said):
+            load_reward_model(path, label=labels - 1, device="cpu")
+        return
+    found = load_reward_model(path, label=labels - 1, device="cpu")
     with torch.no_grad():
         expected = adapted(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, labels - 1]
     assert found.score_tokens([[5, 6, 7, 8]]).item() == pytest.approx(float(expected), rel=1e-4)
