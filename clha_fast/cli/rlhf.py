@@ -21,6 +21,7 @@ from clha_fast.cli.runs import (
     idle_line,
     layout_line,
     model_text,
+    print_answers,
     write_page,
 )
 from clha_fast.evaluation import plots
@@ -47,6 +48,7 @@ rollout   --answers_per_prompt 4  --temperature 1  --max_prompt_length 384  --ma
           --lead TEXT (what prompts of messages end with; '' is as a server asks; else as the model was trained)
           --rollout_steps 1 (optimiser steps on the answers of one rollout; clipping needs more than 1)
           --per_device_eval_batch_size 8 (answers that are sampled or judged at a time)
+          --eval_samples 3 (the first answers of each evaluation, with rewards, into samples.jsonl and the page)
 loss      --objective.clip_low 0.2 --objective.clip_high 0.2 --objective.reduction token_mean|sequence_mean
           --objective.kl_weight 0 (above 0: a frozen copy of the model is kept; --reference names another one)
           --objective.entropy_weight 0 (times the mean entropy, off the loss)
@@ -110,6 +112,7 @@ def _before(run: RolloutRun) -> str:
 def _finish(run: RolloutRun) -> None:
     result = results(run)
     print(f"\n{result.text}")
+    print_answers(run)
     print(f"report          {write_page(run, header(run), result, plots.ROLLOUT_PANELS)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")

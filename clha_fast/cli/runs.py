@@ -20,7 +20,8 @@ from clha_fast.experiments.run import Run
 from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
 from clha_fast.reports.data_summary import template_text
-from clha_fast.reports.run_page import REPORT_FILE, run_page
+from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
+from clha_fast.training.samples import SAMPLES_FILE
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 FAILED = 1
@@ -123,15 +124,25 @@ def few_text(prompts: int) -> str:
     return "" if prompts >= _FEW else "; figures on so few prompts are mostly chance (eval_fraction or eval_file: more)"
 
 
+def print_answers(run: Run) -> None:
+    """The first held-out prompt, as it was answered before training and is now, where `eval_samples` asks for it."""
+    if not run.args.eval_samples:
+        return
+    lines = [line for line in read_samples(os.path.join(run.folder, SAMPLES_FILE)) if line["index"] == 0]
+    if lines:
+        print(f"\n{report.answers_text(lines[0], lines[-1])}")
+
+
 def write_page(
     run: Run,
     lines: Mapping[str, str],
     result: report.Result,
     panels: Sequence[plots.Panel],
-    samples: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """`report.html` in the run's folder: its path. `lines` is what the command said first."""
     path = os.path.join(run.folder, REPORT_FILE)
+    answers = hasattr(run.args, "eval_samples")
+    samples = read_samples(os.path.join(run.folder, SAMPLES_FILE)) if answers else None
     name = os.path.basename(os.path.abspath(run.folder))
     log = run.trainer.state.log_history
     write_text(path, run_page(name, lines.items(), run.changed, result, run.before, run.after, log, samples, panels))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from clha_fast.cli.runs import (
     layout_line,
     lead_line,
     model_text,
+    print_answers,
     template_line,
     write_page,
 )
@@ -29,10 +29,8 @@ from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import CURVE_FILE, METRICS_FILE, Run
 from clha_fast.objectives import OBJECTIVES, CLHAOptions, Objective
 from clha_fast.reports.data_summary import DataSummary, data_text, share_text
-from clha_fast.reports.run_page import read_samples
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import DEFAULT, settings_of
-from clha_fast.training.samples import SAMPLES_FILE
 
 TRAIN_HELP = """\
 usage: clha-fast train [--config RUN.yaml] [--OPTION VALUE ...]
@@ -196,22 +194,11 @@ def memory_text(peaks: Mapping[str, int | None]) -> str:
     return "\n".join(lines)
 
 
-def _print_answers(run: Run) -> None:
-    """The first held-out prompt, as it was answered before training and is now, where `eval_samples` asks for it."""
-    path = os.path.join(run.folder, SAMPLES_FILE)
-    if not run.args.eval_samples or not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if line["index"] == 0]
-    if lines:
-        print(f"\n{report.answers_text(lines[0], lines[-1])}")
-
-
 def _finish(run: Run, command: Mapping[str, Any]) -> None:
     own = run.trainer.loss_options.metric_names
     result = report.evaluation_result(run.before, run.after, own) if run.held_out else report.NO_RESULT
     print(f"\n{result.text}")
-    _print_answers(run)
+    print_answers(run)
     log = run.trainer.state.log_history
     if not command.get("plot", True):
         pass
@@ -221,8 +208,7 @@ def _finish(run: Run, command: Mapping[str, Any]) -> None:
         print(f"\nloss curve      {path}")
     else:
         print("\nloss curve      not drawn: the plot extra (matplotlib) is not installed")
-    samples = read_samples(os.path.join(run.folder, SAMPLES_FILE))
-    print(f"report          {write_page(run, header(run), result, plots.PANELS, samples)}")
+    print(f"report          {write_page(run, header(run), result, plots.PANELS)}")
     print(f"all figures     {os.path.join(run.folder, METRICS_FILE)}")
     print(f"model           {run.folder}")
     if command.get("memory_report"):

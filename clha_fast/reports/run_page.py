@@ -110,7 +110,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"<h3>{page.escape(line['prompt'])}</h3>")
             for sample in shown:
                 ended = "" if sample["finished"] else ", cut"
-                parts.append(page.paragraph(f"after step {sample['step']}{ended}", "note"))
+                judged = f", reward {number(sample['reward'])}" if "reward" in sample else ""
+                parts.append(page.paragraph(f"after step {sample['step']}{ended}{judged}", "note"))
                 parts.append(f"<pre>{page.escape(sample['completion']) or '(empty)'}</pre>")
     return "\n".join(parts)
 

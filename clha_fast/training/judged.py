@@ -1,12 +1,15 @@
-"""What a reward has to be before advantages are made of it."""
+"""What a reward has to be before advantages are made of it, and what was judged."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from clha_fast.batching.batch import CandidateFeature
 from clha_fast.data.prompts import Prompted
+from clha_fast.training import samples
 
 
 def checked_rewards(
@@ -39,3 +42,30 @@ def checked_rewards(
                     "a low reward"
                 )
     return rewards
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a rollout gave: the prompts with their answers and rewards, means over the answers, and their texts."""
+
+    features: list[CandidateFeature]
+    metrics: dict[str, float]
+    texts: Sequence[str]
+    finished: Sequence[bool]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of all answers, in order."""
+        return [reward for feature in self.features for reward in feature["rewards"] or ()]
+
+    def lines(self, most: int, step: int, tokenizer: Any) -> list[dict[str, Any]]:
+        """Of `samples.jsonl`, for the first `most` prompts, which have an answer each: as `samples.describe` has them.
+
+        An answer stands there as it was judged, with its reward.
+        """
+        features = self.features[:most]
+        prompts = [feature["prompt_ids"] for feature in features]
+        tokens = [feature["completion_ids"][0] for feature in features]
+        found = samples.describe(step, prompts, tokens, (), tokenizer)
+        judged = zip(found, self.texts, self.finished, self.rewards, strict=False)
+        return [{**line, "completion": text, "finished": end, "reward": reward} for line, text, end, reward in judged]

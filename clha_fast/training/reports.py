@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerState
@@ -85,7 +86,10 @@ class ReportingTrainer(CheckpointingTrainer):
         reshard(self.model)
         if not self.is_world_process_zero():
             return
-        lines = samples.describe(self.state.global_step, prompts, answers, ends, tokenizer)
+        self._keep_samples(samples.describe(self.state.global_step, prompts, answers, ends, tokenizer))
+
+    def _keep_samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Into `samples.jsonl`, the log and TensorBoard."""
         samples.write(self.args.output_dir, lines)
         text = "\n\n".join(f"{line['prompt']}\n> {line['completion']}" for line in lines)
         logger.info(f"step {self.state.global_step}, samples:\n{text}")

@@ -31,7 +31,7 @@ from clha_fast.models.loading import config_positions
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
 from clha_fast.training.config import CLHAConfig
-from clha_fast.training.judged import checked_rewards
+from clha_fast.training.judged import Answered, checked_rewards
 from clha_fast.training.prompt_data import PromptDataset, collate_numbers
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.validation import sampling_strategy
@@ -56,6 +56,7 @@ class RolloutConfig(CLHAConfig):
             sampled, and nothing is clipped.
         max_prompt_length, max_completion_length: tokens of a prompt and of an answer.
         per_device_eval_batch_size: answers that are sampled, or judged, at a time.
+        eval_samples: of an evaluation's answers the first so many are lines of `samples.jsonl`, with their rewards.
 
     Raises:
         ValueError: as `CLHAConfig`; fewer than two answers a prompt; a setting that has no meaning here.
@@ -98,7 +99,6 @@ _NOTHING: dict[str, Any] = {
     "max_tokens_per_batch": None,
     "dataset_num_proc": None,
     "skip_bad_records": False,
-    "eval_samples": 0,
     "eval_sample_tokens": CLHAConfig.eval_sample_tokens,
     "eval_sample_temperature": CLHAConfig.eval_sample_temperature,
     "eval_drop_inert": False,
@@ -332,7 +332,7 @@ class RolloutTrainer(CLHATrainer):
             spreads = [statistics.stdev(own) for own in rewards]
             equal = sum(len(set(own)) == 1 for own in rewards)
             means |= zip(GROUP_METRICS, (sum(spreads) / len(rewards), equal / len(rewards)), strict=True)
-        return Answered(features, {**means, **getattr(self.reward, "metrics", {})})
+        return Answered(features, {**means, **getattr(self.reward, "metrics", {})}, texts, finished)
 
     def _sample(
         self, model: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int], length: int, temperature: float
@@ -396,7 +396,7 @@ class RolloutTrainer(CLHATrainer):
             }
             rewards = {name: own.pop("rewards") for name, own in found.items()}
             return {**{name: value for own in found.values() for name, value in own.items()}, "rewards": rewards}
-        metrics, own = self._measured(dataset, "eval_dataset", metric_key_prefix)
+        metrics, own = self._measured(dataset, "eval_dataset", metric_key_prefix, keep=True)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return {**metrics, "rewards": own}
@@ -409,8 +409,13 @@ class RolloutTrainer(CLHATrainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(np.array(rewards, dtype=np.float64), None, metrics)
 
-    def _measured(self, dataset: Any, name: str, prefix: str) -> tuple[dict[str, float], list[float]]:
-        """Metrics over one greedy answer a prompt, and the reward of each; `name` is the argument's."""
+    def _measured(
+        self, dataset: Any, name: str, prefix: str, keep: bool = False
+    ) -> tuple[dict[str, float], list[float]]:
+        """Metrics over one greedy answer a prompt, and the reward of each; `name` is the argument's.
+
+        With `keep` some of the answers are written, once for a step.
+        """
         if dataset is not None and not isinstance(dataset, PromptDataset):
             dataset = self._read(dataset, name=name)
         if not isinstance(dataset, PromptDataset):
@@ -418,7 +423,10 @@ class RolloutTrainer(CLHATrainer):
         answered = self._answer(dataset, range(len(dataset)), 1, 0.0)
         metrics = {f"{prefix}_{metric}": value for metric, value in answered.metrics.items()}
         metrics.update(self._restored(prefix))
-        return metrics, [own for feature in answered.features for own in feature["rewards"] or ()]
+        if keep and self.args.eval_samples and self._sampled_step != self.state.global_step:
+            self._sampled_step = self.state.global_step
+            self._keep_samples(answered.lines(self.args.eval_samples, self.state.global_step, self.processing_class))
+        return metrics, answered.rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `CLHATrainer`; a training line also gets the means over the rollouts since the last one."""
@@ -431,11 +439,3 @@ class RolloutTrainer(CLHATrainer):
     def _write_more(self, checkpoint: str) -> None:
         super()._write_more(checkpoint)
         torch.save({"waiting": self._waiting, "rollouts": self._rollouts}, os.path.join(checkpoint, _WAITING_FILE))
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a rollout gave: the prompts with their answers and rewards, and means over the answers."""
-
-    features: list[CandidateFeature]
-    metrics: dict[str, float]

@@ -53,7 +53,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.drawn
 def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(command(tmp_path)) == 0
+    assert cli.main(command(tmp_path, "--eval_samples", "2")) == 0
     out = capsys.readouterr().out
     assert "loss      policy: clipped at 0.8 and 1.2, token_mean\n" in out
     assert "rollout   4 answers a prompt, of at most 5 tokens, for 2 steps\n" in out
@@ -72,6 +72,13 @@ def test_a_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"report          {tmp_path / 'run' / 'report.html'}\n" in out
     assert "let another one judge it" in page
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [*before["rewards"][:2], *after["rewards"][:2]]
+    for line in lines:
+        assert (
+            f"after step {line['step']}{'' if line['finished'] else ', cut'}, reward {line['reward']:.4g}</p>" in page
+        )
+    assert f"\nquestion          {lines[0]['prompt']}\nanswer at step 0 " in out
     assert f"<td>{after['eval_reward']:.4g}</td>" in page
     if can_plot():
         for panel in ROLLOUT_PANELS:

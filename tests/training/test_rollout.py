@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -245,6 +246,39 @@ def test_equal_rewards_train_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "train: nothing was trained; no step was asked for" in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_samples_are_the_answers_that_were_judged(tmp_path: Path, count: int) -> None:
+    """Of the first prompts (there are three), at every evaluation; training is the same without."""
+    when: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
+    plain = trainer(tmp_path / "plain", **when)
+    plain.evaluate()
+    plain.train()
+    ours = trainer(tmp_path, eval_samples=count, **when)
+    found = {0: ours.evaluate()["rewards"]}
+    ours.train()
+    found[4] = ours.evaluate()["rewards"]
+    path = tmp_path / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    places = range(min(count, 3))
+    assert [(line["step"], line["index"]) for line in lines] == [(s, place) for s in (0, 2, 4) for place in places]
+    for line in lines:
+        assert line["prompt"] == f"say {line['index']}"
+        assert line["reward"] == vowels([], [[line["completion"]]])[0][0]
+        assert line["reward"] == found.get(line["step"], {line["index"]: line["reward"]})[line["index"]]
+    answered = ours._answer(ours.eval_dataset, places, 1, 0.0)
+    assert [line["completion"] for line in lines if line["step"] == 4] == list(answered.texts)
+    assert [line["finished"] for line in lines if line["step"] == 4] == list(answered.finished)
+    assert [line["tokens"] for line in lines if line["step"] == 4] == [
+        len(f["completion_ids"][0]) for f in answered.features
+    ]
+    for name, tensor in weights(ours.model).items():
+        assert torch.equal(tensor, weights(plain.model)[name]), name
+    before = path.read_bytes()
+    ours.predict(PROMPTS[5:7])
+    assert path.read_bytes() == before
+    assert not (tmp_path / "plain" / "samples.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -271,7 +305,7 @@ def test_rewards_that_are_refused(tmp_path: Path, reward: Any, message: str) -> 
         ({"rollout_steps": 0}, "rollout_steps: expected a whole number of at least 1, got 0"),
         ({"max_completion_length": None}, "max_completion_length: expected a number of tokens"),
         ({"max_length": 10}, "max_length: expected None where answers are sampled, got 10"),
-        ({"eval_samples": 2}, "eval_samples: expected 0 where answers are sampled, got 2"),
+        ({"eval_sample_tokens": 9}, "eval_sample_tokens: expected 64 where answers are sampled, got 9"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
         ({"fsdp": True}, "args: expected one process without FSDP or DeepSpeed"),
         ({"margin": 2.0}, "margin: expected none with objective='policy'"),
