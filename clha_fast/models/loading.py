@@ -290,10 +290,10 @@ def load_classifier(
             the body are missing there, which would begin at random.
     """
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        raise ValueError(
-            f"model: expected a whole model, got {name} with an adapter alone; merge it (clha-fast merge, or "
-            "peft's merge_and_unload) and give that folder"
-        )
+        # `load_adapter`, and so `clha-fast merge`, refuse one of a classifier.
+        by = "peft's merge_and_unload" if is_classifier(name) else "clha-fast merge, or peft's merge_and_unload"
+        expected = f"model: expected a whole model, got {name} with an adapter alone"
+        raise ValueError(f"{expected}; merge it ({by}) and give that folder")
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_sentence("model", name):
         config = AutoConfig.from_pretrained(name)

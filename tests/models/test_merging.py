@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clha_fast.cli import main as cli
+from clha_fast.models.loading import load_classifier
 from clha_fast.models.merging import merge_adapter
 from tests.support.adapters import BODY, lora_config, stir
 from tests.support.reward_models import TOKENIZER, spread, write
@@ -139,3 +140,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter: could not be merged"):
         merge_adapter(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM", None])
+def test_a_classifier_to_train_names_what_merges_its_adapter(tmp_path: Path, task: str | None) -> None:
+    """The command merges those of language models, and refuses the others."""
+    config = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"expected a whole model, .* merge it \(.*peft's merge_and_unload\)") as said:
+        load_classifier(str(tmp_path))
+    with pytest.raises(ValueError, match="model") as refused:
+        merge_adapter(str(tmp_path), str(tmp_path / "whole"))
+    assert ("clha-fast merge" in str(said.value)) == ("of a causal language model" not in str(refused.value))
