@@ -14,6 +14,7 @@ import pytest
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data import RankedRecord, RecordError, read_records
+from clha_fast.data.prompts import read_prompts
 from clha_fast.experiments.run import _data_hash
 from clha_fast.files import file_hash
 from tests.support.tiny import make_tokenizer
@@ -161,12 +162,32 @@ def test_answers_of_kto_in_csv_cells(tmp_path: Path) -> None:
         (['["a", "b"]', '["c"]'], ("a", "b", "c")),
     ],
 )
-def test_a_response_may_look_like_a_list(tmp_path: Path, answers: list[str], responses: tuple[str, ...]) -> None:
-    """Cells of csv are lists of responses where all of them are."""
-    rows = [{"q": "Two?", "answer": answer} for answer in answers]
+@pytest.mark.parametrize("name", ["answer", "answers"])
+def test_a_response_may_look_like_a_list(
+    tmp_path: Path, answers: list[str], responses: tuple[str, ...], name: str
+) -> None:
+    """Cells of csv are lists of responses where all of them are, whatever their column is called."""
+    rows = [{"q": "Two?", name: answer} for answer in answers]
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": "answer", "group_by": "q"})
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": name, "group_by": "q"})
     assert found == [RankedRecord("Two?", responses)]
+
+
+@pytest.mark.parametrize("name", ["label", "choice", "labels"])
+def test_texts_in_columns_named_as_labels(tmp_path: Path, name: str) -> None:
+    """A cell is a number where it says which response is better, and a text where a field of texts is asked of it."""
+    pandas.DataFrame([{name: "4", "a": "x", "b": "y"}]).to_csv(tmp_path / "a.csv", index=False)
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "completions": [name, "b"]})
+    assert found == [RankedRecord("x", ("4", "y"))]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": name, "completions": ["a", "b"], "subset": name})
+    assert found == [RankedRecord("4", ("x", "y"), subset="4")]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "chosen": name, "rejected": "b"})
+    assert found == [RankedRecord("x", ("4", "y"))]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "completions": name, "group_by": "a"})
+    assert found == [RankedRecord("x", ("4",))]
+    assert [record.prompt for record in read_prompts(tmp_path / "a.csv", columns={"prompt": name})] == ["4"]
+    (found,) = read_prompts(tmp_path / "a.csv", columns={"prompt": "a"})
+    assert found.extra[name] == "4"
 
 
 def test_lists_in_csv_cells(tmp_path: Path) -> None:
