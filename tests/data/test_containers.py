@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.data import RankedRecord, RecordError, read_records
+from clha_fast.data import RankedRecord, RecordError, iter_records, read_records
 from clha_fast.data.prompts import read_prompts
 from clha_fast.experiments.run import _data_hash
 from clha_fast.files import file_hash
@@ -118,9 +118,25 @@ def test_tables(name: str) -> None:
 def test_a_name_given_twice_is_refused(tmp_path: Path, text: str, place: str, name: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text + "\n")
-    said = f'rows.jsonl:{place}: column 1, in field "{name}": the same name twice in one object, of which the last'
+    said = f"rows.jsonl:{place}: {name}: the same name twice in one object, of which the last"
     with pytest.raises(RecordError, match=re.escape(said)):
         read_records(path)
+
+
+@pytest.mark.parametrize("around", ["[%s]", '{"data": [%s]}', '{\n"data": [%s]}'])
+def test_a_name_given_twice_is_of_one_row(tmp_path: Path, around: str) -> None:
+    """The other rows of the list can be read, and the error says which one it is."""
+    good = '{"prompt": "q", "completions": ["a", "b"]}'
+    (tmp_path / "rows.json").write_text(around % f'{good},\n{{"prompt": "q", "tools": [{{"x": 1, "x": 2}}]}},\n{good}')
+    errors: list[RecordError] = []
+    assert len(list(iter_records(tmp_path / "rows.json", errors=errors))) == 2
+    assert [str(error).partition("rows.json")[2][:12] for error in errors] == [": item 1: x:"]
+
+
+def test_a_name_given_twice_over_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "row.json").write_text('{"prompt": "q",\n"chosen": "a",\n"chosen": "b",\n"rejected": "c"}\n')
+    with pytest.raises(RecordError, match=re.escape("row.json:1: chosen: the same name twice")):
+        read_records(tmp_path / "row.json")
 
 
 _SIDES = {"response_a": "a", "response_b": "b"}
