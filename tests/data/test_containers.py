@@ -14,7 +14,7 @@ import pytest
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.data import RankedRecord, RecordError, iter_records, read_records
-from clha_fast.data.prompts import read_prompts
+from clha_fast.data.prompts import PromptRecord, read_prompts
 from clha_fast.experiments.run import _data_hash
 from clha_fast.files import file_hash
 from tests.support.tiny import make_tokenizer
@@ -202,8 +202,9 @@ def test_texts_in_columns_named_as_labels(tmp_path: Path, name: str) -> None:
     found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "completions": name, "group_by": "a"})
     assert found == [RankedRecord("x", ("4",))]
     assert [record.prompt for record in read_prompts(tmp_path / "a.csv", columns={"prompt": name})] == ["4"]
-    (found,) = read_prompts(tmp_path / "a.csv", columns={"prompt": "a"})
-    assert found.extra[name] == "4"
+    (prompt,) = read_prompts(tmp_path / "a.csv", columns={"prompt": "a"})
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.extra[name] == "4"
 
 
 def test_lists_in_csv_cells(tmp_path: Path) -> None:
