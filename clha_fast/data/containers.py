@@ -224,7 +224,9 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
                 chunk.columns = names
             start += len(numbers)
             for cells in chunk.itertuples(index=False, name=None):
-                yield TextRow((name, _cell(str(name), cell)) for name, cell in zip(chunk.columns, cells, strict=True))
+                row = dict(zip(chunk.columns, cells, strict=True))
+                read = {name: _cell(str(name), cell) for name, cell in row.items()}
+                yield TextRow(read, {name: row[name] for name, value in read.items() if value not in (None, row[name])})
     except pandas.errors.EmptyDataError:
         return
 

@@ -126,7 +126,22 @@ def make_named(names: Mapping[str, str], *args: Any, **kwargs: Any) -> RankedRec
 
 
 class TextRow(dict[str, Any]):
-    """A row of a table whose cells are texts (csv): numbers and lists are read where a field asks for them."""
+    """A row of a table whose cells are texts (csv): numbers and lists are read where a field asks for them.
+
+    Attributes:
+        texts: cells as they stand, of columns whose names have them read as numbers or lists already.
+    """
+
+    def __init__(self, cells: Mapping[str, Any], texts: Mapping[str, str] | None = None) -> None:
+        super().__init__(cells)
+        self.texts = texts or {}
+
+
+def as_said(row: Row, name: str, value: Any) -> Any:
+    """What a field of texts finds in a column: no number, where the cell of a csv file has been read as one."""
+    if isinstance(row, TextRow) and isinstance(value, (int, float)):
+        return row.texts.get(name, value)
+    return value
 
 
 def as_list(value: Any) -> Any:

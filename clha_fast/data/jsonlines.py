@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import lzma
@@ -76,7 +77,9 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
     # What follows the value is no place to report: a line's own newline would count as the next line.
     text = text.rstrip()
     try:
-        return json.loads(text, object_pairs_hook=_once_each)
+        repeats: dict[int, str] = {}
+        value = json.loads(text, object_pairs_hook=functools.partial(_once_each, repeats))
+        return _refused(value, repeats, f"{path}:{first_line}", path) if repeats else value
     except json.JSONDecodeError as error:
         # A string that is never closed is reported at its start; what is missing is at the end.
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
@@ -86,24 +89,44 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
         return _broken(path, line, at - text.rfind("\n", 0, at), _field_at(text[: error.pos]), why)
     except RecursionError:
         return _broken(path, first_line, 1, None, "JSON nested too deeply")
-    except _GivenTwice as error:
-        return _broken(
-            path, first_line, 1, error.args[0], "the same name twice in one object, of which the last would win"
-        )
     except ValueError as error:  # integers of more digits than Python converts
         return _broken(path, first_line, 1, None, f"malformed JSON ({error})")
 
 
-class _GivenTwice(ValueError):
-    """An object has a name twice, which it holds."""
+class _Repeats(RecordError):
+    """A row that is whole, and has a name twice."""
 
 
-def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _once_each(repeats: dict[int, str], pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object; one that has a name twice is noted in `repeats`, by its identity, with the name."""
     found = dict(pairs)
+    repeats.pop(id(found), None)  # of one that is gone: the value of a name that is given twice
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _GivenTwice(next(name for name in names if names.count(name) > 1))
+        repeats[id(found)] = next(name for name in names if names.count(name) > 1)
     return found
+
+
+def _refused(value: object, repeats: Mapping[int, str], place: str, path: str) -> object:
+    """The value, each of whose rows with a name given twice is an error: the row itself, or one of those it holds."""
+    around = isinstance(value, dict) and id(value) not in repeats
+    rows = value if isinstance(value, list) else _inside(cast("dict[str, object]", value)) if around else None
+    if rows is not None:
+        rows[:] = [_refused_row(row, repeats, f"{path}: item {number}") for number, row in enumerate(rows)]
+        return value
+    return _refused_row(value, repeats, place)
+
+
+def _refused_row(row: object, repeats: Mapping[int, str], place: str) -> object:
+    waiting = [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and id(value) in repeats:
+            name = repeats[id(value)]
+            message = f"{place}: {name}: the same name twice in one object, of which the last would win"
+            return _Repeats(message, source=place, field=name)
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return row
 
 
 def _broken(path: str, line: int, column: int, field: str | None, why: str) -> RecordError:
@@ -165,6 +188,9 @@ def _object_rows(
         held += lines
     damaged = any(isinstance(line, RecordError) for _, line in held)
     value = None if damaged else _whole(held, path, first)
+    if isinstance(value, _Repeats):
+        yield value.source, value
+        return
     if not isinstance(value, dict):
         yield from _line_rows(held, path, first)
         return

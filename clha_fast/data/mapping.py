@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number
+from clha_fast.data.fields import Reading, Row, TextRow, as_list, as_number, as_said
 from clha_fast.data.names import near
 from clha_fast.data.records import SIGNALS, RecordError, check_messages, is_number, is_sequence
 
 # Fields that hold several values, one a response; each may be given as a list of columns.
 _NUMBERS = ("rewards", "ranks", *SIGNALS)
 _MANY = ("completions", *_NUMBERS)
+# Fields that hold texts, whatever the column is called.
+_TEXTS = ("prompt", "completions", "chosen", "rejected", "system", "subset", "group_by")
 # What the rows of a group have in common.
 _OF_GROUP = ("prompt", "tools", "chat_template_kwargs", "subset", "sft_index")
 FIELDS = (
@@ -94,6 +96,8 @@ class ColumnMap:
             paths = path if isinstance(path, list) else [path]
             taken |= {self._head(row, item) for item in paths}
             values = [self._value(row, item, field, source) for item in paths]
+            if as_texts and field == "completions":
+                values = [_as_written(row, *pair) for pair in zip(paths, values, strict=True)]
             if field == "prompt" and isinstance(path, list):
                 found[field] = _joined(values, path, source)
             else:
@@ -139,7 +143,7 @@ class ColumnMap:
         if not isinstance(row, TextRow) or not isinstance(path, str):
             return False
         try:
-            value = find(row, path)
+            value = as_said(row, path, find(row, path))
         except KeyError:
             return False
         return isinstance(value, str) and isinstance(as_list(value), str)
@@ -190,13 +194,20 @@ class ColumnMap:
     @staticmethod
     def _value(row: Row, path: str, field: str, source: str) -> Any:
         try:
-            return find(row, path)
+            value = find(row, path)
+            return as_said(row, path, value) if field in _TEXTS else value
         except KeyError as error:
             names = error.args[1]
             seen = f"there are {', '.join(map(str, names))}" if names else "there is none"
             message = f"{source}: {path}: expected a column for {field}, got none of that name ({seen})"
             message += near(str(error.args[0]), names)
             raise RecordError(message, source=source, field=path, has_way=True) from None
+
+
+def _as_written(row: Row, path: str, value: Any) -> Any:
+    """The text of a cell that has been read as a list, but for one of messages."""
+    listed = isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
+    return row.texts.get(path, value) if listed and isinstance(row, TextRow) else value
 
 
 def find(value: Any, path: str) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 from clha_fast.data.answers import is_tree
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import Source, rows_of
-from clha_fast.data.fields import columns_of
+from clha_fast.data.fields import as_said, columns_of
 from clha_fast.data.formats import detect_format
+from clha_fast.data.names import names_scores
 from clha_fast.data.readers import read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
@@ -131,11 +132,15 @@ def _prompts(source: Source, mapped: str | None, beside: bool) -> Iterator[Promp
             raise row
         if not isinstance(row, Mapping):
             raise RecordError.of(place, "", "a JSON object", row)
-        others = {name: value for name, value in row.items() if value is not None and name not in (column, *_BESIDE)}
+        others = {
+            name: value if names_scores(name) else as_said(row, name, value)
+            for name, value in row.items()
+            if value is not None and name not in (column, *_BESIDE)
+        }
         if mapped is None and not beside:
             for name, value in others.items():
                 raise RecordError.of(place, name, "a prompt alone, as in the first row", value)
         if row.get(column) is None:
             raise RecordError.of(place, column, "a prompt", row.get(column))
         subset = check_text(row.get("subset") or "", place, "subset")
-        yield PromptRecord(row[column], place, template_of(row, place), subset, others)
+        yield PromptRecord(as_said(row, column, row[column]), place, template_of(row, place), subset, others)

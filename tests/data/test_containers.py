@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
-from clha_fast.data import RankedRecord, RecordError, read_records
+from clha_fast.data import RankedRecord, RecordError, iter_records, read_records
+from clha_fast.data.prompts import PromptRecord, read_prompts
 from clha_fast.experiments.run import _data_hash
 from clha_fast.files import file_hash
 from tests.support.tiny import make_tokenizer
@@ -117,9 +118,25 @@ def test_tables(name: str) -> None:
 def test_a_name_given_twice_is_refused(tmp_path: Path, text: str, place: str, name: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text + "\n")
-    said = f'rows.jsonl:{place}: column 1, in field "{name}": the same name twice in one object, of which the last'
+    said = f"rows.jsonl:{place}: {name}: the same name twice in one object, of which the last"
     with pytest.raises(RecordError, match=re.escape(said)):
         read_records(path)
+
+
+@pytest.mark.parametrize("around", ["[%s]", '{"data": [%s]}', '{\n"data": [%s]}'])
+def test_a_name_given_twice_is_of_one_row(tmp_path: Path, around: str) -> None:
+    """The other rows of the list can be read, and the error says which one it is."""
+    good = '{"prompt": "q", "completions": ["a", "b"]}'
+    (tmp_path / "rows.json").write_text(around % f'{good},\n{{"prompt": "q", "tools": [{{"x": 1, "x": 2}}]}},\n{good}')
+    errors: list[RecordError] = []
+    assert len(list(iter_records(tmp_path / "rows.json", errors=errors))) == 2
+    assert [str(error).partition("rows.json")[2][:12] for error in errors] == [": item 1: x:"]
+
+
+def test_a_name_given_twice_over_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "row.json").write_text('{"prompt": "q",\n"chosen": "a",\n"chosen": "b",\n"rejected": "c"}\n')
+    with pytest.raises(RecordError, match=re.escape("row.json:1: chosen: the same name twice")):
+        read_records(tmp_path / "row.json")
 
 
 _SIDES = {"response_a": "a", "response_b": "b"}
@@ -161,12 +178,33 @@ def test_answers_of_kto_in_csv_cells(tmp_path: Path) -> None:
         (['["a", "b"]', '["c"]'], ("a", "b", "c")),
     ],
 )
-def test_a_response_may_look_like_a_list(tmp_path: Path, answers: list[str], responses: tuple[str, ...]) -> None:
-    """Cells of csv are lists of responses where all of them are."""
-    rows = [{"q": "Two?", "answer": answer} for answer in answers]
+@pytest.mark.parametrize("name", ["answer", "answers"])
+def test_a_response_may_look_like_a_list(
+    tmp_path: Path, answers: list[str], responses: tuple[str, ...], name: str
+) -> None:
+    """Cells of csv are lists of responses where all of them are, whatever their column is called."""
+    rows = [{"q": "Two?", name: answer} for answer in answers]
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": "answer", "group_by": "q"})
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": name, "group_by": "q"})
     assert found == [RankedRecord("Two?", responses)]
+
+
+@pytest.mark.parametrize("name", ["label", "choice", "labels"])
+def test_texts_in_columns_named_as_labels(tmp_path: Path, name: str) -> None:
+    """A cell is a number where it says which response is better, and a text where a field of texts is asked of it."""
+    pandas.DataFrame([{name: "4", "a": "x", "b": "y"}]).to_csv(tmp_path / "a.csv", index=False)
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "completions": [name, "b"]})
+    assert found == [RankedRecord("x", ("4", "y"))]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": name, "completions": ["a", "b"], "subset": name})
+    assert found == [RankedRecord("4", ("x", "y"), subset="4")]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "chosen": name, "rejected": "b"})
+    assert found == [RankedRecord("x", ("4", "y"))]
+    found = read_records(tmp_path / "a.csv", columns={"prompt": "a", "completions": name, "group_by": "a"})
+    assert found == [RankedRecord("x", ("4",))]
+    assert [record.prompt for record in read_prompts(tmp_path / "a.csv", columns={"prompt": name})] == ["4"]
+    (prompt,) = read_prompts(tmp_path / "a.csv", columns={"prompt": "a"})
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.extra[name] == "4"
 
 
 def test_lists_in_csv_cells(tmp_path: Path) -> None:
