@@ -39,6 +39,7 @@ FLAGS = {
     "offload": "--offload",
     "lora_rank=16": "--lora-rank 16",
 }
+TRAIN_PROMPTS = 8  # a step of training has so many unless told
 # What `clha-fast train` calls it, beside the name here.
 TRAIN_NAMES = {
     "--prompt": "--max-prompt-length",
@@ -160,7 +161,7 @@ def plan(words: Sequence[str]) -> int:
     if args.memory is not None and found.memory.total > args.memory * GIB:
         way = ways_to_fit(config, load, switches, int(args.memory * GIB))
     if args.json:
-        more = {"train": _train_options(found.switches), "quantised": source.quantised}
+        more = {"train": _train_options(found), "quantised": source.quantised}
         print(json.dumps({**_as_dict(args, found, way), **more}, indent=2))
     else:
         print("\n".join([_text(args, found, way), *_beyond(config, load), *_said_of_weights(source, args.dtype)]))
@@ -246,28 +247,43 @@ def _as_dict(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] 
     if way is not None:
         names, changed = way
         fits = changed.memory.total <= args.memory * GIB
-        said["with"] = {"options": [FLAGS[name] for name in names], "fits": fits, **changed.as_dict()}
+        said["with"] = {
+            "options": [FLAGS[name] for name in names],
+            "train": _train_options(changed),
+            "fits": fits,
+            **changed.as_dict(),
+        }
     return said
 
 
-def _train_options(switches: Switches) -> list[str]:
-    """What training has to be given for what is counted without being asked for: its own defaults are others."""
-    found = []
+def _train_options(found: Plan) -> list[str]:
+    """What training has to be given for what is counted, whose defaults are others; lengths are the data's."""
+    load, switches = found.load, found.switches
+    options = []
     if switches.dtype != torch.float32:
-        found.append(f"--dtype {str(switches.dtype).removeprefix('torch.')}")
+        options.append(f"--dtype {str(switches.dtype).removeprefix('torch.')}")
     if switches.offload:
-        found += ["--activation_checkpointing true", "--activation_checkpointing_kwargs.offload true"]
+        options += ["--activation_checkpointing true", "--activation_checkpointing_kwargs.offload true"]
     elif switches.checkpointing:
-        found.append("--gradient_checkpointing true")
-    return found
+        options.append("--gradient_checkpointing true")
+    if load.prompts != TRAIN_PROMPTS:
+        options.append(f"--per_device_train_batch_size {load.prompts}")
+    if load.layout != "padded":
+        options.append(f"--layout {load.layout}")
+    if switches.tiled_mlp is not False:
+        options.append(f"--tiled_mlp {str(switches.tiled_mlp).lower()}")
+    if switches.lora_rank is not None:
+        options.append(f"--peft_config.r {switches.lora_rank} --peft_config.target_modules all-linear")
+    return options
 
 
-def _in_train(switches: Switches) -> list[str]:
-    options = _train_options(switches)
+def _in_train(found: Plan) -> list[str]:
+    options = _train_options(found)
     if not options:
         return []
     return [
-        f"counted is training with {' '.join(options)}: its defaults are float32 and no checkpointing, which need more"
+        f"counted is training with {' '.join(options)}: its defaults are float32, no checkpointing and "
+        f"{TRAIN_PROMPTS} prompts"
     ]
 
 
@@ -316,9 +332,9 @@ def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | N
         most, host = (f"{size / GIB:.2f} GiB" for size in (changed.memory.total, changed.memory.host))
         most += f", and {host} in host memory" if changed.memory.host else ""
         if changed.memory.total <= args.memory * GIB:
-            lines.append(f"fits with {options}: {most}")
+            lines.append(f"fits with {options}: {most}; in training {' '.join(_train_options(changed))}")
         else:
             lines.append(f"with {options} still {most}: fewer tokens a micro-batch, or more devices")
     if found.switches.backend == "auto" and found.switches.memory is None and found.backend:
         lines.append("the loss: as auto takes it on a GPU with room for it; --memory GIB says which it takes there")
-    return "\n".join([*lines, *_in_train(found.switches), NOT_COUNTED])
+    return "\n".join([*lines, *_in_train(found), NOT_COUNTED])

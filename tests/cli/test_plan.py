@@ -82,6 +82,7 @@ def test_train_s_names(model, capsys):
     first, second = found
     assert (first["switches"].pop("lora_rank"), second["switches"].pop("adapter")) == (4, "LORA")
     assert (second["switches"].pop("lora_rank"), first["switches"].pop("adapter")) == (None, None)
+    assert first["train"].pop() == "--peft_config.r 4 --peft_config.target_modules all-linear"
     assert first == second
     assert main(["plan", "--model", model, "--response", "16", "--no-checkpointing", "--json"]) == 0
     assert main(["plan", "--model", model, "--response", "16", "--gradient_checkpointing", "false", "--json"]) == 0
@@ -198,6 +199,15 @@ def test_no_such_model(capsys, tmp_path):
     ("words", "options"),
     [
         ((), ["--dtype bfloat16", "--gradient_checkpointing true"]),
+        (("--prompts", "2"), ["--dtype bfloat16", "--gradient_checkpointing true", "--per_device_train_batch_size 2"]),
+        (
+            ("--dtype", "float32", "--no-checkpointing", "--layout", "shared", "--tiled-mlp", "--lora-rank", "4"),
+            [
+                "--layout shared",
+                "--tiled_mlp true",
+                "--peft_config.r 4 --peft_config.target_modules all-linear",
+            ],
+        ),
         (("--dtype", "float16", "--no-checkpointing"), ["--dtype float16"]),
         (("--dtype", "float32"), ["--gradient_checkpointing true"]),
         (("--dtype", "float32", "--gradient_checkpointing", "false"), []),
@@ -209,9 +219,22 @@ def test_no_such_model(capsys, tmp_path):
     ],
 )
 def test_what_train_needs_for_what_is_counted(model, words, options, capsys):
-    """Its defaults are `RunOptions`' float32 and transformers' no checkpointing."""
-    told = ["plan", "--model", model, "--response", "16", *words]
+    """Its defaults are `RunOptions`' float32 and transformers' no checkpointing and 8 prompts."""
+    told = ["plan", "--model", model, "--response", "16", *(() if "--prompts" in words else ("--prompts", "8")), *words]
     assert main([*told, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"] == options
     assert main(told) == 0
     assert (f"counted is training with {' '.join(options)}: " in capsys.readouterr().out) == bool(options)
+
+
+def test_what_makes_it_fit_in_the_words_of_train(model, capsys):
+    told = ["plan", "--model", model, "--response", "64", "--candidates", "8", "--prompt", "256", "--memory"]
+    assert main([*told, "1", "--json"]) == 0
+    memory = str((json.loads(capsys.readouterr().out)["bytes"]["total"] - 1) / 2**30)
+    assert main([*told, memory, "--json"]) == 0
+    way = json.loads(capsys.readouterr().out)["with"]
+    assert way["fits"]
+    assert way["options"] == ["--layout shared"]
+    assert way["train"][2:] == ["--per_device_train_batch_size 1", "--layout shared"]
+    assert main([*told, memory]) == 0
+    assert f"; in training {' '.join(way['train'])}" in capsys.readouterr().out
