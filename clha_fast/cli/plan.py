@@ -212,6 +212,8 @@ def _switches(args: argparse.Namespace, source: Source) -> Switches:
             raise ValueError(
                 f"{flag}: expected none for a reward model, whose loss has no vocabulary, got {getattr(args, name)}"
             )
+    if reward and args.tiled_mlp is not False:
+        raise ValueError(f"--tiled-mlp: expected none for a reward model, whose trainer has none, got {args.tiled_mlp}")
     adapter = source.adapter
     if adapter is not None:
         given = [

@@ -127,7 +127,8 @@ _WAYS: dict[str, tuple[Callable[[Load, Switches], bool], _Change]] = {
         lambda load, switches: (load, dataclasses.replace(switches, checkpointing=True)),
     ),
     "tiled_mlp": (
-        lambda load, switches: not switches.tiled_mlp,
+        # The trainer of reward models has no such setting.
+        lambda load, switches: not switches.tiled_mlp and not switches.reward_model,
         lambda load, switches: (load, dataclasses.replace(switches, tiled_mlp=True)),
     ),
     "offload": (

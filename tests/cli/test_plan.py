@@ -175,6 +175,7 @@ def test_a_frozen_reference_is_said_not_to_be_counted(model, capsys):
         (["--response=4", "--model-init-kwargs.torch-dtype=auto"], "got --model_init_kwargs.torch_dtype; a folder"),
         (["--response", "4", "--workspace-mb", "0"], "--workspace-mb: expected a positive number of MiB, got 0.0"),
         (["--response", "4", "--reward-model", "--backend", "torch"], "--backend: expected none for a reward model"),
+        (["--response", "4", "--reward-model", "--tiled-mlp"], "--tiled-mlp: expected none for a reward model"),
     ],
 )
 def test_refused_in_one_sentence(model, words, message, capsys):

@@ -194,3 +194,12 @@ def test_refusals():
 @pytest.mark.slow
 def test_the_page_has_what_is_counted():
     assert f"{long_plan.BEGIN}\n{long_plan.table()}\n" in long_plan.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reward_model", [False, True])
+def test_ways_are_those_that_the_trainer_has(reward_model: bool) -> None:
+    """MLPs a tile at a time are a setting of language models' training alone."""
+    switches = Switches(checkpointing=False, reward_model=reward_model)
+    names, _ = ways_to_fit(small(), Load(1, 2, 64, 64, "padded"), switches, 1)
+    assert ("tiled_mlp" in names) != reward_model
+    assert {"checkpointing", "offload"} <= set(names)
