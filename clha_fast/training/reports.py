@@ -35,6 +35,7 @@ class ReportingTrainer(CheckpointingTrainer):
     dataset_names: list[str]
     _sample_examples: list[Any] | None = None
     _sampled_step: int | None = None
+    _began: bool = False  # an attempt of this call of `train`
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -49,14 +50,21 @@ class ReportingTrainer(CheckpointingTrainer):
             self._write_samples(self.eval_dataset if given is None else given)
         return metrics
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`."""
+        self._began = False
+        return super().train(*args, **kwargs)
+
     def _begin(self, checkpoint: str | None) -> None:
         super()._begin(checkpoint)
+        again, self._began = self._began, True
         if not self.args.eval_samples:
             return
         path = None if checkpoint is None else os.path.join(checkpoint, TRAINER_STATE)
         start = TrainerState.load_from_json(path).global_step if path and os.path.isfile(path) else 0
         # An attempt with smaller batches has other steps at the ends of its epochs, and would leave some lines there.
-        if self.is_world_process_zero():
+        # Those of an earlier call stay until others take their place.
+        if again and self.is_world_process_zero():
             samples.forget(self.args.output_dir, start)
         if self._sampled_step is not None and self._sampled_step > start:
             self._sampled_step = None

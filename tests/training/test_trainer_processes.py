@@ -45,6 +45,7 @@ def start(wrapper: str, folder: Path, processes: int, launcher: list[str] | None
     result: dict[str, Any] = torch.load(out)
     lines = (folder / wrapper / SAMPLES_FILE).read_text("utf-8").splitlines()
     result["samples"] = [line for line in map(json.loads, lines) if line["step"] == 4]
+    assert result["samples"], "of the end of the training that has come before the resumed one"
     return result
 
 
