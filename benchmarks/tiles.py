@@ -263,7 +263,7 @@ def time_runs(shape: Shape, deadline: Deadline) -> None:
 
 
 def shape_of(text: str) -> Shape:
-    """ "8192x4096x128256": any, so that one can be taken whose sums L2 holds."""
+    """Any NxHxV, not those of the benchmark alone: of some, L2 holds all sums."""
     sizes = [int(size) for size in text.replace(" ", "").split("x") if size.isdecimal() and int(size)]
     if len(sizes) != 3 or "x".join(map(str, sizes)) != text.replace(" ", ""):
         raise SystemExit(f"--shape: expected NxHxV, such as 8192x4096x128256, got {text!r}")

@@ -259,7 +259,7 @@ def routed_hidden_grad_kernel(
                         w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
                         g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
                         acc = tl.dot(g, w, acc, input_precision=PRECISION)
-                # Nobody else adds to them meanwhile.
+                # Anew: addresses that were kept over the product would take its registers. Nobody else adds meanwhile.
                 sums, inside = sums_of(drows_ptr, k, h, is_pair, H, EVEN_H)
                 if REDUCE:
                     tl.atomic_add(sums, acc, mask=inside, sem="relaxed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ def plan(words: Sequence[str]) -> int:
     if args.memory is not None and found.memory.total > args.memory * GIB:
         way = ways_to_fit(config, load, switches, int(args.memory * GIB))
     if args.json:
-        more = {"train": _train_options(found), "quantised": source.quantised}
+        more = {"train": _train_options(args, found), "quantised": source.quantised}
         print(json.dumps({**_as_dict(args, found, way), **more}, indent=2))
     else:
         print("\n".join([_text(args, found, way), *_beyond(config, load), *_said_of_weights(source, args.dtype)]))
@@ -251,14 +252,14 @@ def _as_dict(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] 
         fits = changed.memory.total <= args.memory * GIB
         said["with"] = {
             "options": [FLAGS[name] for name in names],
-            "train": _train_options(changed),
+            "train": _train_options(args, changed),
             "fits": fits,
             **changed.as_dict(),
         }
     return said
 
 
-def _train_options(found: Plan) -> list[str]:
+def _train_options(args: argparse.Namespace, found: Plan) -> list[str]:
     """What training has to be given for what is counted, whose defaults are others; lengths are the data's."""
     load, switches = found.load, found.switches
     options = []
@@ -276,11 +277,22 @@ def _train_options(found: Plan) -> list[str]:
         options.append(f"--tiled_mlp {str(switches.tiled_mlp).lower()}")
     if switches.lora_rank is not None:
         options.append(f"--peft_config.r {switches.lora_rank} --peft_config.target_modules all-linear")
+    if args.peft_config:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in args.peft_config.items()}
+        options.append(" ".join(f"--peft_config.{key} {shlex.quote(text)}" for key, text in texts.items()))
+    if switches.optimizer != "adamw":
+        options.append(f"--optim {switches.optimizer}")
+    if switches.backend != "auto":
+        options.append(f"--backend {switches.backend}")
+    if args.workspace_mb is not None:
+        options.append(f"--workspace_mb {args.workspace_mb:g}")
+    if load.sequence_parallel_size > 1:
+        options.append(f"--sequence_parallel_size {load.sequence_parallel_size}")
     return options
 
 
-def _in_train(found: Plan) -> list[str]:
-    options = _train_options(found)
+def _in_train(args: argparse.Namespace, found: Plan) -> list[str]:
+    options = _train_options(args, found)
     if not options:
         return []
     return [
@@ -334,9 +346,9 @@ def _text(args: argparse.Namespace, found: Plan, way: tuple[list[str], Plan] | N
         most, host = (f"{size / GIB:.2f} GiB" for size in (changed.memory.total, changed.memory.host))
         most += f", and {host} in host memory" if changed.memory.host else ""
         if changed.memory.total <= args.memory * GIB:
-            lines.append(f"fits with {options}: {most}; in training {' '.join(_train_options(changed))}")
+            lines.append(f"fits with {options}: {most}; in training {' '.join(_train_options(args, changed))}")
         else:
             lines.append(f"with {options} still {most}: fewer tokens a micro-batch, or more devices")
     if found.switches.backend == "auto" and found.switches.memory is None and found.backend:
         lines.append("the loss: as auto takes it on a GPU with room for it; --memory GIB says which it takes there")
-    return "\n".join([*lines, *_in_train(found), NOT_COUNTED])
+    return "\n".join([*lines, *_in_train(args, found), NOT_COUNTED])

@@ -82,8 +82,9 @@ def test_train_s_names(model, capsys):
     first, second = found
     assert (first["switches"].pop("lora_rank"), second["switches"].pop("adapter")) == (4, "LORA")
     assert (second["switches"].pop("lora_rank"), first["switches"].pop("adapter")) == (None, None)
-    assert first["train"].pop() == "--peft_config.r 4 --peft_config.target_modules all-linear"
     assert first == second
+    adapter = "--peft_config.r 4 --peft_config.target_modules all-linear"
+    assert first["train"][-2:] == [adapter, "--optim adamw_8bit"]
     assert main(["plan", "--model", model, "--response", "16", "--no-checkpointing", "--json"]) == 0
     assert main(["plan", "--model", model, "--response", "16", "--gradient_checkpointing", "false", "--json"]) == 0
     assert (
@@ -217,6 +218,30 @@ def test_no_such_model(capsys, tmp_path):
             ["--activation_checkpointing true", "--activation_checkpointing_kwargs.offload true"],
         ),
         (("--reward-model",), ["--dtype bfloat16", "--gradient_checkpointing true"]),
+        (
+            (
+                "--dtype",
+                "float32",
+                "--no-checkpointing",
+                "--optimizer",
+                "sgd",
+                "--backend",
+                "torch",
+                "--workspace-mb",
+                "8",
+            ),
+            ["--optim sgd", "--backend torch", "--workspace_mb 8"],
+        ),
+        (
+            (
+                *("--dtype", "float32", "--no-checkpointing", "--sequence-parallel-size", "2"),
+                *("--peft_config.r", "4", "--peft_config.target_modules", "[q_proj, v_proj]"),
+            ),
+            [
+                """--peft_config.r 4 --peft_config.target_modules '["q_proj", "v_proj"]'""",
+                "--sequence_parallel_size 2",
+            ],
+        ),
     ],
 )
 def test_what_train_needs_for_what_is_counted(model, words, options, capsys):
