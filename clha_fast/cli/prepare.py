@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--length", type=int, metavar="N", help="candidates of a record (default: 2 and one a FILE; ranked: all)"
     )
+    parser.add_argument(
+        "--rank-by-reward", action="store_true", help="of ranked: order responses by reward, highest first"
+    )
     parser.add_argument("--keep-short", action="store_true", help="keep records that FILE has no candidate for")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in OUT")
     return parser
@@ -68,6 +71,8 @@ def run(words: Sequence[str]) -> int:
         )
     if given.test is not None:
         raise ValueError(f"--test: expected none for {given.data}, whose test files are its own, got {given.test}")
+    if given.rank_by_reward:
+        raise ValueError(f"--rank-by-reward: expected none for {given.data}, whose files have no rewards, got it")
     if given.data != "hh-rlhf" and given.parse is not None:
         raise ValueError(f"--parse: expected none for {given.data}, which is read in one way, got {given.parse}")
     parse = given.parse or "clean"
@@ -108,6 +113,7 @@ def _ranked(given: argparse.Namespace, columns: Mapping[str, Any] | None) -> int
         test=given.test,
         length=given.length,
         columns=columns,
+        rank_by_reward=given.rank_by_reward,
         overwrite=given.overwrite,
         track=_bar,
     )

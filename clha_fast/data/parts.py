@@ -44,6 +44,7 @@ def split_files(
     test: float,
     length: int | None = None,
     columns: Mapping[str, Any] | None = None,
+    rank_by_reward: bool = False,
     overwrite: bool = False,
     track: Track[Any] = lambda rows, name: rows,
 ) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def split_files(
         dev, test: fractions of the prompts; of `dev` at least one prompt, where another is left to train on.
         length: candidates of a record (`of_length`); records with fewer are left out and counted, as bad ones always
             are. None is all.
-        columns: as `iter_records`, for all files alike.
+        columns, rank_by_reward: as `iter_records`, for all files alike.
 
     Raises:
         FileExistsError: `folder` has such files and `overwrite` is not set.
@@ -84,7 +85,8 @@ def split_files(
     for file in files:
         stem = os.path.basename(file).partition(".")[0]
         bad: list[RecordError] = []
-        for record in track(iter_records(file, errors=bad, columns=columns), os.path.basename(file)):
+        records = iter_records(file, rank_by_reward=rank_by_reward, errors=bad, columns=columns)
+        for record in track(records, os.path.basename(file)):
             found.append((prompt_digest(record), dataclasses.replace(record, subset=record.subset or stem)))
         for error in bad:
             count = counts.setdefault(stem, {}).setdefault("bad", {"read": 0, "kept": 0, "dropped": Counter()})
@@ -110,8 +112,8 @@ def split_files(
             continue
         count["kept"] += 1
         parts[split].append(short)
-    for split, records in parts.items():
-        if not records:
+    for split, part in parts.items():
+        if not part:
             total = sum(count["read"] for of_subset in counts.values() for count in of_subset.values())
             raise RecordError(
                 f"{split}: expected at least one record, got none of {total:,}; give more prompts, or other fractions "
@@ -123,18 +125,18 @@ def split_files(
     os.makedirs(staged)
     try:
         written = {}
-        for split, records in parts.items():
+        for split, part in parts.items():
             target = os.path.join(staged, f"{split}.jsonl")
-            write_records(records, target)
-            subsets = Counter(record.subset for record in records)
-            prompts = len({prompt_digest(record) for record in records})
+            write_records(part, target)
+            subsets = Counter(record.subset for record in part)
+            prompts = len({prompt_digest(record) for record in part})
             written[f"{split}.jsonl"] = {
-                **{"records": len(records), "prompts": prompts, "subsets": dict(subsets)},
+                **{"records": len(part), "prompts": prompts, "subsets": dict(subsets)},
                 "sha256": file_hash(target),
             }
         summary = {
             "settings": {
-                **{"data": "ranked", "dev": dev, "test": test, "length": length},
+                **{"data": "ranked", "dev": dev, "test": test, "length": length, "rank_by_reward": rank_by_reward},
                 **({} if columns is None else {"columns": dict(columns)}),
             },
             "files": {os.path.basename(file): file_hash(file) for file in files if os.path.isfile(file)},

@@ -128,6 +128,43 @@ def test_columns_of_other_names(tmp_path):
     assert json.loads((out / "prepare.json").read_text())["settings"]["columns"] == columns
 
 
+@pytest.mark.parametrize(
+    ("flags", "columns", "names"),
+    [
+        ([], {}, ("prompt", "completions", "rewards")),
+        (["--length", "2"], {}, ("prompt", "completions", "rewards")),
+        ([], {"prompt": "q", "completions": "a", "rewards": "s"}, ("q", "a", "s")),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--rank-by-reward", "--rank_by_reward"])
+def test_by_reward(tmp_path, flags, columns, names, flag):
+    """As if `convert --rank-by-reward` had come first: which candidates --length takes depends on it."""
+    prompt, answers, scores = names
+    rows = [
+        {prompt: f"question {k}", answers: [f"a {k}", f"b {k}", f"c {k}"], scores: [1.0, float(k % 4), 2.0 - k % 3]}
+        for k in range(40)
+    ]
+    source, ordered = tmp_path / "rows.jsonl", tmp_path / "ordered" / "rows.jsonl"
+    ordered.parent.mkdir()
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [word for field, column in columns.items() for word in (f"--columns.{field}", column)]
+    assert main(["convert", str(source), str(ordered), flag, *named]) == 0
+    flags = ["--test", "0.2", "--dev", "0.2", *flags]
+    assert main(["prepare", "ranked", str(ordered), str(tmp_path / "two"), *flags]) == 0
+    assert main(["prepare", "ranked", str(source), str(tmp_path / "one"), flag, *named, *flags]) == 0
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert all(list(r.rewards) == sorted(r.rewards, reverse=True) for r in read_records(tmp_path / "one" / name))
+    assert json.loads((tmp_path / "one" / "prepare.json").read_text())["settings"]["rank_by_reward"] is True
+
+
+def test_raw_files_have_no_rewards_to_rank_by(tmp_path, capsys):
+    for data in ("hh-rlhf", "tldr"):
+        assert main(["prepare", data, str(tmp_path), str(tmp_path / "out"), "--rank-by-reward"]) == 2
+        said = f"--rank-by-reward: expected none for {data}, whose files have no rewards, got it"
+        assert said in capsys.readouterr().err
+
+
 def test_development_is_at_least_one_prompt(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", 0, 30)
     assert main(["prepare", "ranked", source, str(tmp_path / "few"), "--test", "0.2", "--dev", "1e-9"]) == 0
