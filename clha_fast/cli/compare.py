@@ -13,12 +13,13 @@ from clha_fast.cli.evaluate import (
     check_out,
     evaluation_of,
     refuse_unused,
+    reward_check_of,
     without_judge,
     without_models,
 )
 from clha_fast.cli.guard import guarded
+from clha_fast.cli.reading import read
 from clha_fast.cli.text import Parser, check_positive, with_dashes
-from clha_fast.data import read_records
 from clha_fast.evaluation.comparison import compare as compare_evaluations
 from clha_fast.evaluation.comparison import comparison_table
 from clha_fast.evaluation.intervals import check_extra
@@ -27,7 +28,10 @@ from clha_fast.files import write_json
 from clha_fast.generation.answers import read_answers
 
 # Options of what is measured; a file of metrics has been.
-_MEASURING = ("references", "format", "reward_model", "label", "reward_check", "batch_size", "device", "dtype")
+_MEASURING = (
+    *("references", "format", "skip_bad_records", "reward_model", "label", "reward_check"),
+    *("batch_size", "device", "dtype"),
+)
 DESCRIPTION = (
     "A against B on the prompts that both have: win rate by reward, and every figure's difference, paired. "
     "Needs the eval extra: pip install 'clha-fast[eval]'."
@@ -65,11 +69,12 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     else:
         refuse_unused(args, parser, {**without_judge(args), **without_models(args)})
         check_extra()
-        records = read_records(args.references, args.format)
+        records = read(args, args.references, args.format)
+        check = reward_check_of(args)
         checks: dict[str, Any] = {}  # one check of a reward model does for both
         given = {path: read_answers(path) for path in answers}  # what is wrong is said before a model is loaded
         for path in answers:
-            measured[path] = found = evaluation_of(given[path], records, args, checks)
+            measured[path] = found = evaluation_of(given[path], records, args, check, checks)
             checks = found.checks
     both = compare_evaluations(*(measured[path] for path in (args.a, args.b)))  # type: ignore[arg-type]
     print(f"A             {args.a}\nB             {args.b}\n{comparison_table(both)}")

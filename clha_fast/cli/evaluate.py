@@ -11,8 +11,9 @@ from typing import Any, get_args
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
+from clha_fast.cli.reading import add_skip_argument, read
 from clha_fast.cli.text import Parser, check_positive, with_dashes
-from clha_fast.data import FORMATS, RankedRecord, read_records
+from clha_fast.data import FORMATS, RankedRecord
 from clha_fast.evaluation import report
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.files import check_destination, write_json
@@ -38,6 +39,7 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of what answers are measured with."""
     parser.add_argument("--references", metavar="FILE", help="ranked responses to the same prompts, best first")
     parser.add_argument("--format", default="auto", help=f"of FILE: auto (default), {', '.join(FORMATS)}")
+    add_skip_argument(parser)
     parser.add_argument(
         "--reward-model",
         action="append",
@@ -99,7 +101,7 @@ def reward_check_of(args: argparse.Namespace) -> list[RankedRecord] | None:
         return None
     if not args.reward_model:
         raise ValueError("--reward-check: expected a --reward-model that it is for, got none")
-    return read_records(args.reward_check)
+    return read(args, args.reward_check)
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -148,7 +150,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     made = _answers_path(args) if args.answers is None and args.out is not None else None
     check_out(args)
     loaders, check = reward_loaders(args), reward_check_of(args)
-    records = read_records(args.references, args.format, columns=columns)[: args.limit]
+    records = read(args, args.references, args.format, columns)[: args.limit]
     given = None if args.answers is None else read_answers(args.answers)
     print(f"references    {args.references}: {len(records):,} prompts", flush=True)
     model: dict[str, Any] = {}
@@ -213,14 +215,15 @@ def evaluation_of(
     answers: Sequence[Answer],
     records: Sequence[RankedRecord],
     args: argparse.Namespace,
+    check: Sequence[RankedRecord] | None,
     checks: Mapping[str, Mapping[str, Any]],
 ) -> report.Evaluation:
-    """Answers measured with `add_reward_arguments`' options; `checks` as `report.evaluate`."""
+    """Answers measured with `add_reward_arguments`' options; `check` as `reward_check_of`, `checks` as `evaluate`."""
     return report.evaluate(
         records,
         answers,
         reward_models=reward_loaders(args),
-        reward_check=reward_check_of(args),
+        reward_check=check,
         checks=checks,
         batch_size=args.batch_size,
         progress=True,

@@ -48,6 +48,9 @@ def inspect(words: Sequence[str]) -> int:
         "--reward-floor", type=float, default=PUBLISHED.reward_floor, metavar="R", help="of the SFT gate (default 0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace PAGE.html")
+    parser.elsewhere["skip-bad-records"] = (
+        "inspect always leaves bad records out, says how many there are and names the first"
+    )
     words, columns = take_columns(words)
     args = parser.parse_args(with_dashes(words))
     check_positive(args, ("limit", *_LENGTHS))

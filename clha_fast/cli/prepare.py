@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--keep-short", action="store_true", help="keep records that FILE has no candidate for")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in OUT")
+    parser.elsewhere["skip-bad-records"] = "prepare always leaves bad records out, and counts them by reason"
     return parser
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
+from clha_fast.cli.reading import read
 from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
 from clha_fast.cli.text import Parser, check_positive, rows_text
-from clha_fast.data import read_records
 from clha_fast.files import check_destination
 from clha_fast.generation.prompts import trained_prefix
 from clha_fast.models.loading import is_classifier
@@ -60,7 +60,7 @@ def _rank(args: argparse.Namespace, processes: Processes) -> int:
     check_positive(args, ("batch_size", *LIMITS))
     check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
     processes.choose_device(args.device)
-    records = read_records(args.source, args.format, columns=args.columns)
+    records = read(args, args.source, args.format, args.columns)
     judge = _load(args)
     kind = "policy" if isinstance(judge, Policy) else "reward model"
     print(f"{kind:<14}{model_text(judge.model, args.model)}{rows_text(args.layout, judge.layout)}")

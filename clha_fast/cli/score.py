@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
+from clha_fast.cli.reading import read
 from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
 from clha_fast.cli.text import Parser, check_positive, rows_text
-from clha_fast.data import RankedRecord, read_records
+from clha_fast.data import RankedRecord
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.files import try_folder_of
@@ -95,7 +96,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
 def _read(args: argparse.Namespace) -> list[RankedRecord]:
     check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
-    return read_records(args.source, args.format, columns=args.columns)
+    return read(args, args.source, args.format, args.columns)
 
 
 def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> None:

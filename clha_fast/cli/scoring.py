@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from clha_fast.cli.reading import add_skip_argument
 from clha_fast.data import FORMATS
 from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.models.loading import DTYPES
@@ -19,6 +20,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser, word: str, written: s
             default is.
     """
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
+    add_skip_argument(parser)
     parser.add_argument("--label", type=int, metavar="N", help="of a reward model with several logits: the reward's")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help=f"{word}s a forward pass (default 16)")
     parser.add_argument(

@@ -63,11 +63,13 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         also: what else the library calls an option or an argument, with the words for it.
+        elsewhere: options of other commands that have no place in this one, with the reason.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.also: dict[str, str] = {}
+        self.elsewhere: dict[str, str] = {}
         self._given: dict[str, str] = {}
         for name, action in {None: _Store, "store": _Store, "store_true": _True, "store_false": _False}.items():
             self.register("action", name, action)
@@ -94,6 +96,8 @@ class Parser(argparse.ArgumentParser):
         """As `argparse.ArgumentParser`, without the usage in front."""
         unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
         name = next((word[2:].partition("=")[0] for word in unknown.split() if word.startswith("--")), "")
+        if name in self.elsewhere:
+            self.exit(2, f"{self.prog}: --{name}: expected none, for {self.elsewhere[name]}; leave it out\n")
         known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         hint = nearest(name, known).replace("'", "'--", 1) if name else ""
         self.exit(2, f"{self.prog}: {message}{hint} ({self.prog} --help says more)\n")

@@ -10,7 +10,7 @@ from clha_fast.data.records import RankedRecord, RecordError
 
 # Fields of RunOptions that say how its files are read, and what they are by default.
 READING: dict[str, Any] = {"format": "auto", "columns": None, "rank_by_reward": False, "skip_bad_records": False}
-_SKIPS = "where others are good, --skip_bad_records leaves it out"
+SKIPS = "where others are good, skip_bad_records=True leaves it out"
 
 
 def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_file(
-    path: str, options: Mapping[str, Any], skipped: list[RecordError] | None = None, advice: str = _SKIPS
+    path: str, options: Mapping[str, Any], skipped: list[RecordError] | None = None, advice: str = SKIPS
 ) -> list[RankedRecord]:
     """All records of a file, as the options of a run (`READING`; others play no part) have it.
 

@@ -55,7 +55,12 @@ def _facts(found: Inspection, objective: Objective) -> Iterator[tuple[str, str]]
     for sentence in found.sentences:
         yield "note", sentence
     if found.bad:
-        yield "bad records", f"{len(found.bad):,}"
+        seen = found.records + len(found.bad)
+        yield (
+            "bad records",
+            f"{_share(len(found.bad), seen)}, left out here; training ends at the first, or leaves them out with "
+            "--skip_bad_records",
+        )
         for error in found.bad[:_MOST_BAD]:
             yield "", " ".join(str(error).split())
 

@@ -87,6 +87,32 @@ def test_compare_reads_the_answers_that_eval_reads(
     assert "6 prompts in common; 0 records stand in A alone, 0 in B alone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"prompt": "say 9:", "completions": ["a cat", ""]}, "completions[1]: expected a response that is not empty"),
+        ({"prompt": "say 9:", "completions": ["a", "b"], "ranks": [1, 1]}, "ranks: expected"),
+    ],
+)
+def test_bad_references_are_left_out_where_asked(
+    folder: Path, tmp_path: Path, bad: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (folder / "ranked.jsonl").read_text().splitlines()]
+    ranked, answers = str(write(tmp_path / "ranked.jsonl", [*rows, bad])), str(folder / "a.jsonl")
+    judged = ("--reward-model", str(folder / "good"), "--reward-check", ranked, "--device", "cpu")
+    for words in (
+        ("eval", answers, "--references", ranked),
+        ("compare", answers, answers, "--references", ranked),
+        ("compare", answers, str(folder / "a.*l"), "--references", str(folder / "ranked.jsonl"), *judged),
+    ):
+        assert cli.main([*words]) == cli.USER_ERROR
+        error = one_sentence(capsys)
+        assert f"{ranked}:7: {said}" in error
+        assert error.endswith("; where others are good, --skip-bad-records leaves it out\n")
+        assert cli.main([*words, "--skip-bad-records"]) == 0
+        assert capsys.readouterr().out.count(f"skipped       {ranked}: 1 bad records, the first: {ranked}:7: ") == 1
+
+
 @pytest.mark.parametrize("words", [("--limit", "-1"), ("--limit", "0"), ("--batch-size", "-2"), ("--batch-size", "0")])
 def test_counts_are_positive(folder: Path, words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     given = (str(folder / "a.jsonl"), "--references", str(folder / "ranked.jsonl"))

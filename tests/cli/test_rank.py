@@ -136,6 +136,52 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not out.exists()
 
 
+def _arena(winner: str) -> dict[str, Any]:
+    sides = {f"conversation_{k}": _turns(text) for k, text in (("a", "a cat"), ("b", "a dog ran"))}
+    return {**sides, "winner": winner}
+
+
+def _turns(answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}]
+
+
+RANKED = {"prompt": "say", "completions": ["a cat", "a dog ran"]}
+BAD_FILES: dict[str, tuple[list[Any], str]] = {
+    "tie": ([_arena("model_a"), _arena("tie"), _arena("model_b")], ":2: winner: expected a preference for one of"),
+    "ties": ([_arena("tie (bothbad)"), _arena("model_b"), _arena("tie")], ":1: winner: expected a preference for"),
+    "empty answer": ([RANKED, RANKED, {**RANKED, "completions": ["a cat", ""]}], ":3: completions[1]: expected a"),
+    "rewards": ([RANKED, {**RANKED, "rewards": [1.0]}], ":2: rewards: expected 2 numbers"),
+    "cut off": ([RANKED, '{"prompt": "say", "completions": ["a cat', RANKED], ':2: column 41, in field "completions"'),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_FILES))
+@pytest.mark.parametrize("command", ["rank", "score", "policy"])
+def test_bad_records_are_left_out_where_asked(
+    folder: Path, tmp_path: Path, kind: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, said = BAD_FILES[kind]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    words = {
+        "rank": ("rank", folder / "policy", source, out),
+        "score": ("score", source, out, "--reward-model", folder / "reward"),
+        "policy": ("score", source, out, "--policy", folder / "policy"),
+    }[command]
+    command_line = [*map(str, words), "--device", "cpu"]
+    assert cli.main(command_line) == 2
+    message = one_sentence(capsys)
+    assert f"{source}{said}" in message
+    assert message.endswith("; where others are good, --skip-bad-records leaves it out\n")
+    bad = sum(row not in (RANKED, _arena("model_a"), _arena("model_b")) for row in rows)
+    for flag in ("--skip-bad-records", "--skip_bad_records"):
+        assert cli.main([*command_line, flag, "--overwrite"]) == 0
+        printed = capsys.readouterr().out
+        assert f"skipped       {source}: {bad} bad records, the first: {source}{said}" in printed
+        assert f"source        {source}: {len(rows) - bad} prompts" in printed
+        assert len(out.read_text().splitlines()) == len(rows) - bad
+
+
 @pytest.mark.parametrize(
     ("layout", "said"), [("shared", ", shared rows"), ("auto", ", shared or padded rows, as counted")]
 )

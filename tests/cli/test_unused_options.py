@@ -60,6 +60,14 @@ def test_an_option_that_nothing_reads_is_refused(
     assert one_sentence(capsys).startswith(f"clha-fast {words[0]}: {option}: expected ")
 
 
+def test_bad_records_need_a_file_that_holds_some(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert cli.main(["compare", "A.json", "A.json", "--skip-bad-records"]) == cli.USER_ERROR
+    assert one_sentence(capsys).startswith("clha-fast compare: --skip-bad-records: expected none beside two files")
+
+
 def test_without_them_the_same_commands_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
+from clha_fast.cli import main as cli
 from clha_fast.cli.data import convert as convert_command
 from clha_fast.data import RankedRecord, RecordError, convert, make_record, read_records
 from clha_fast.data.notes import Notes
 from clha_fast.data.split import split_records
+from tests.support.command_line import one_sentence
 from tests.support.tiny import make_tokenizer
 
 
@@ -131,8 +133,20 @@ def test_convert_leaves_bad_records_out_where_asked(
         {"prompt": "r", "completions": ["c"], "rewards": [2]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RecordError, match=r":2: completions\[1\]: expected a response that is not empty"):
+    said = (
+        r":2: completions\[1\]: expected a response that is not empty.*; where others are good, skip_bad_records=True "
+    )
+    with pytest.raises(RecordError, match=said):
         convert_command([str(path), str(out)])
+    for words, why in (
+        (["inspect", str(path)], "inspect always leaves bad records out, says how many there are and names the first"),
+        (["prepare", "ranked", str(path), str(out), "--test", "0.2"], "prepare always leaves bad records out, and"),
+    ):
+        for flag in ("--skip-bad-records", "--skip_bad_records"):
+            with pytest.raises(SystemExit):
+                cli.main([*words, flag])
+            error = one_sentence(capsys)
+            assert error.startswith(f"clha-fast {words[0]}: --skip-bad-records: expected none, for {why}"), error
     for flag in ("--skip-bad-records", "--skip_bad_records"):
         assert convert_command([str(path), str(out), flag, "--overwrite"]) == 0
     printed = capsys.readouterr().out.splitlines()[-3:]

@@ -148,6 +148,8 @@ def test_degenerate_files(tmp_path: Path) -> None:
     found = inspect_file(str(bad), PUBLISHED, progress=False)
     assert (found.records, len(found.bad)) == (3, 1)
     assert "bad.jsonl:4: completions[0]: expected a response that is not empty" in inspection_text(found, PUBLISHED)
+    said = "bad records   1 (25.0%), left out here; training ends at the first, or leaves them out with "
+    assert said in inspection_text(found, PUBLISHED)
     first = inspect_file(str(bad), PUBLISHED, most=2, progress=False)
     assert (first.records, first.more) == (2, True)
     assert "2 records, the first ones; the source has more" in inspection_text(first, PUBLISHED)
