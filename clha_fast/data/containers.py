@@ -37,6 +37,7 @@ _NUMBERS = {
     *("sft_index", "margin", "label", "labels", "choice", "better_response_id", "overall_preference"),
     *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
 }
+_QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
 _ROWS = 256  # of a table, made Python objects at a time
 
 
@@ -215,6 +216,10 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
         )
         start = 0
         for chunk in table:
+            if not isinstance(chunk.index, pandas.RangeIndex):  # pandas takes the first cells of longer rows for one
+                width, more = len(chunk.columns), chunk.index.nlevels
+                message = f"{path}: row {start}: expected {width} cells, one a name of the header, got {width + more}"
+                raise RecordError(f"{message}; {_QUOTES}", source=path)
             index = [name for name in chunk.columns if str(name).startswith("Unnamed: ")]
             numbers = [str(number) for number in range(start, start + len(chunk))]
             # What `to_csv` writes in front when it is not told otherwise.
@@ -229,6 +234,10 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
                 yield TextRow(read, {name: row[name] for name, value in read.items() if value not in (None, row[name])})
     except pandas.errors.EmptyDataError:
         return
+    except pandas.errors.ParserError as error:
+        why = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        way = f"; {_QUOTES}" if "fields in line" in why else ""
+        raise RecordError(f"{path}: damaged {kind} file ({why}){way}", source=path) from error
 
 
 def _separator(file: IO[bytes]) -> str:

@@ -36,7 +36,8 @@ class ColumnMap:
             - `prompt` takes a list of paths, too: their texts joined by newlines, empty ones left out; and None, for
               rows whose answers begin with the prompt and whose other columns do not hold it.
             - `system` becomes the first message of the prompt.
-            - `group_by`: rows with the same value there are one prompt, their responses in the order of the rows.
+            - `group_by`: rows with the same value there are one prompt, their responses in the order of the rows; a
+              cell of csv is one response, whatever its text looks like, and a list anywhere else is several.
 
     Raises:
         ValueError: an unknown field; a value that is no path; `group_by` without `completions`.
@@ -81,13 +82,11 @@ class ColumnMap:
         moved = {**reading.row, "sft_index": _moved(reading.row["sft_index"], kept, source)}
         return Reading(TextRow(moved) if isinstance(reading.row, TextRow) else moved, reading.mapped)
 
-    def _read(self, row: Row, source: str, as_texts: bool = False) -> tuple[Reading, list[int | None] | None]:
-        """The row, its `sft_index` as it is, and where its responses went, if some are left out.
-
-        Args:
-            as_texts: responses in the cells of csv are texts, those that look like a list too.
-        """
-        taken = set() if self.group_by is None else {self._head(row, self.group_by)} - set(FIELDS)
+    def _read(self, row: Row, source: str) -> tuple[Reading, list[int | None] | None]:
+        """The row, its `sft_index` as it is, and where its responses went, if some are left out."""
+        # A row of a group is one response: in a cell of csv a text, one that looks like a list too.
+        as_texts = self.group_by is not None
+        taken = {self._head(row, self.group_by)} - set(FIELDS) if self.group_by is not None else set()
         found: dict[str, Any] = {}
         for field, path in self.columns.items():
             if path is None:
@@ -132,25 +131,12 @@ class ColumnMap:
                 yield place, error
                 continue
             groups.setdefault(repr(key), []).append((place, row))
-        # A response may be a list in JSON; what holds lists of responses holds nothing else.
-        as_texts = any(self._has_text(row) for members in groups.values() for _, row in members)
         for members in groups.values():
-            yield members[0][0], self._merged(members, as_texts)
+            yield members[0][0], self._merged(members)
 
-    def _has_text(self, row: Row) -> bool:
-        """Whether the cell of the responses, of a csv file, holds a text and no list."""
-        path = self.columns["completions"]
-        if not isinstance(row, TextRow) or not isinstance(path, str):
-            return False
+    def _merged(self, members: list[tuple[str, Row]]) -> Reading | RecordError:
         try:
-            value = as_said(row, path, find(row, path))
-        except KeyError:
-            return False
-        return isinstance(value, str) and isinstance(as_list(value), str)
-
-    def _merged(self, members: list[tuple[str, Row]], as_texts: bool) -> Reading | RecordError:
-        try:
-            read = [(place, *self._read(row, place, as_texts)) for place, row in members]
+            read = [(place, *self._read(row, place)) for place, row in members]
         except RecordError as error:
             return error
         rows = [(place, row) for place, row, _ in read]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ SIGNALS = ("reference_logps", "reference_tokens", "advantages")
 # Numbers travel as float32; a larger one would silently become infinite.
 _LARGEST = 3.4028234663852886e38
 _LONGEST_GOT = 100
+# A number as it is written in half of the world; which of comma and point stand for thousands is not guessed.
+_WITH_COMMA = re.compile(r"\s*[+-]?(?=[.,]*\d)[\d.]*,[\d.]*([eE][+-]?\d+)?\s*")
 _WORDS_OF_A_PROMPT = 3
 
 
@@ -41,7 +44,11 @@ class RecordError(ValueError):
     def of(cls, source: str, field: str, expected: str, got: object, has_way: bool = False) -> RecordError:
         """The error for `field` of the record at `source`; a text `got` is quoted, as any value is."""
         place = f"{source}: {field}" if field else source
-        return cls(f"{place}: expected {expected}, got {shorten(got)}", source=source, field=field, has_way=has_way)
+        message = f"{place}: expected {expected}, got {shorten(got)}"
+        if "number" in expected and isinstance(got, str) and _WITH_COMMA.fullmatch(got):
+            message += "; a number is written with a decimal point and no comma (0.5)"
+            has_way = True
+        return cls(message, source=source, field=field, has_way=has_way)
 
     def advised(self, way: str) -> RecordError:
         """The same with a way out, where it is one record that is bad and the message names none (`has_way`)."""

@@ -171,22 +171,97 @@ def test_answers_of_kto_in_csv_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "responses"),
+    "answers",
     [
-        (['["a", "b"]', "none"], ('["a", "b"]', "none")),
-        (["none", "[1, 2]", "[x]"], ("none", "[1, 2]", "[x]")),
-        (['["a", "b"]', '["c"]'], ("a", "b", "c")),
+        ['["a", "b"]', "none"],
+        ["none", "[1, 2]", "[x]"],
+        ['["a", "b"]', '["c"]'],
+        ["[1, 2, 3]", "[3, 2, 1]", "[]"],
+        ["['a', 'b']"],
     ],
 )
-@pytest.mark.parametrize("name", ["answer", "answers"])
-def test_a_response_may_look_like_a_list(
-    tmp_path: Path, answers: list[str], responses: tuple[str, ...], name: str
-) -> None:
-    """Cells of csv are lists of responses where all of them are, whatever their column is called."""
-    rows = [{"q": "Two?", name: answer} for answer in answers]
+@pytest.mark.parametrize("name", ["answer", "answers", "completions", "scores"])
+def test_a_response_may_look_like_a_list(tmp_path: Path, answers: list[str], name: str) -> None:
+    """A row of a group is one response, whatever its column is called; elsewhere a list of texts is what it is."""
+    rows = [{"q": "Two?", name: answer, "r": number} for number, answer in enumerate(answers)]
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    found = read_records(tmp_path / "a.csv", columns={"prompt": "q", "completions": name, "group_by": "q"})
-    assert found == [RankedRecord("Two?", responses)]
+    mapping = {"prompt": "q", "completions": name, "rewards": "r", "group_by": "q"}
+    rewards = tuple(map(float, range(len(answers))))
+    assert read_records(tmp_path / "a.csv", columns=mapping) == [RankedRecord("Two?", tuple(answers), rewards)]
+    for number, row in enumerate(rows):
+        row["other"] = f"[{number}]"
+    pandas.DataFrame(rows).to_csv(tmp_path / "b.csv", index=False)
+    mapping = {"prompt": "q", "completions": [name, "other"], "group_by": "q"}
+    texts = tuple(text for number, answer in enumerate(answers) for text in (answer, f"[{number}]"))
+    assert read_records(tmp_path / "b.csv", columns=mapping) == [RankedRecord("Two?", texts)]
+
+
+def test_messages_and_lists_of_rows_that_are_grouped(tmp_path: Path) -> None:
+    rows = [{"q": "Two?", "a": json.dumps([{"role": "assistant", "content": text}])} for text in "xy"]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    mapping = {"prompt": "q", "completions": "a", "group_by": "q"}
+    assert read_records(tmp_path / "a.csv", columns=mapping) == [RankedRecord("Two?", ("x", "y"))]
+    lists = [{"q": "Two?", "a": ["x", "y"]}, {"q": "Two?", "a": ["z"]}]
+    assert read_records(lists, columns=mapping) == [RankedRecord("Two?", ("x", "y", "z"))]
+
+
+_COMMA = "; a number is written with a decimal point and no comma (0.5)"
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "said"),
+    [
+        ("prompt;chosen;rejected;score_chosen;score_rejected\nq;a;b;0,5;0,3\n", None, "score_chosen"),
+        ("prompt;chosen;rejected;score_chosen;score_rejected\nq;a;b;1;-0,3\n", None, "score_rejected"),
+        ("prompt;chosen;rejected;score_chosen;score_rejected\nq;a;b;1.234,5;7\n", None, "score_chosen"),
+        ("question;answer_0;answer_1;score_0;score_1\nq;a;b;1;1,5e-3\n", None, "score_1"),
+        (
+            'prompt,r,s\nq,a,"0,5"\nq,b,"0,3"\n',
+            {"completions": "r", "rewards": "s", "group_by": "prompt"},
+            "rewards[0]",
+        ),
+        ('prompt,a,b,x,y\nq,a,b,"1,234.5",2\n', {"completions": ["a", "b"], "rewards": ["x", "y"]}, "rewards[0]"),
+        ('prompt;completions;rewards\nq;["a", "b"];"[""0,5"", ""0,3""]"\n', None, "rewards[0]"),
+        ('prompt;completions;advantages\nq;["a", "b"];0,5\n', None, "advantages"),
+        ("prompt;response_1;response_2;preference_strength\nq;a;b;1,0\n", None, "preference_strength"),
+    ],
+)
+def test_a_decimal_comma_is_said(tmp_path: Path, text: str, columns: dict[str, Any] | None, said: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(RecordError) as caught:
+        read_records(path, columns=columns)
+    assert str(caught.value).startswith(f"{path}: row 0: {said}: expected a")
+    assert str(caught.value).endswith(_COMMA)
+    assert str(caught.value.advised("leave it out")).endswith(_COMMA), "all records are written so"
+
+
+@pytest.mark.parametrize("cell", ["high", "", "0,5 of 1", ",", "1,2,3", "1, 2 and 3"])
+def test_another_text_is_no_number_with_a_comma(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt;chosen;rejected;score_chosen;score_rejected\nq;a;b;{cell};1\n")
+    with pytest.raises(RecordError) as caught:
+        read_records(tmp_path / "a.csv")
+    assert _COMMA not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        ("a.csv", ["q,a,b,0,5,0,3", "q,c,d,0,7,0,1"], "row 0: expected 5 cells, one a name of the header, got 7"),
+        ("a.csv", ["q,a,b,1,0,5"] * 3, "row 0: expected 5 cells, one a name of the header, got 6"),
+        ("a.tsv", ["q,a\tb\tc\t1\t2\t3"], "row 0: expected 5 cells, one a name of the header, got 6"),
+        ("a.csv", ["q,a,b,1,2", "q,c,d,0,7,0,1"], "damaged csv file (Expected 5 fields in line 3, saw 7)"),
+    ],
+)
+def test_rows_with_more_cells_than_the_header_has_names(tmp_path: Path, name: str, rows: list[str], said: str) -> None:
+    """Their first cells were taken for no column's, and what stands behind for prompt and responses."""
+    separator = "\t" if name.endswith("tsv") else ","
+    header = separator.join(["prompt", "chosen", "rejected", "score_chosen", "score_rejected"])
+    (tmp_path / name).write_text("\n".join([header, *rows, ""]))
+    with pytest.raises(RecordError) as caught:
+        read_records(tmp_path / name)
+    quotes = "; a cell that holds a comma, or whatever else parts the cells, stands in quotes"
+    assert str(caught.value) == f"{tmp_path / name}: {said}{quotes}"
 
 
 @pytest.mark.parametrize("name", ["label", "choice", "labels"])
