@@ -110,7 +110,7 @@ def parser() -> _Parser:
     option("--offload", default=False, **switch, help="layer checkpoints in host memory")
     option("--optimizer", type=_optimizer, choices=tuple(OPTIMIZERS), default="adamw", help="(default adamw)")
     option("--backend", choices=BACKENDS, help="of the loss (default auto: what training takes on a GPU of --memory)")
-    option("--workspace-mb", type=float, metavar="MIB", help="of the loss's logits, as in training (default: chosen)")
+    option("--workspace-mb", type=int, metavar="MIB", help="of the loss's logits, as in training (default: chosen)")
     option("--memory", type=float, metavar="GIB", help="of the device, e.g. 80")
     option("--json", action="store_true", help="print JSON, memory in bytes")
     return made
@@ -202,7 +202,7 @@ def _switches(args: argparse.Namespace, source: Source) -> Switches:
         raise ValueError(
             "--offload: expected gradient checkpointing, whose checkpoints it offloads, got --no-checkpointing"
         )
-    if args.workspace_mb is not None and not args.workspace_mb > 0:
+    if args.workspace_mb is not None and args.workspace_mb < 1:
         raise ValueError(f"--workspace-mb: expected a positive number of MiB, got {args.workspace_mb}")
     reward = source.is_classifier if args.reward_model is None else args.reward_model
     if source.is_classifier and not reward:
@@ -239,7 +239,7 @@ def _switches(args: argparse.Namespace, source: Source) -> Switches:
         optimizer=args.optimizer,
         backend=args.backend or "auto",
         memory=None if args.memory is None else int(args.memory * GIB),
-        workspace_bytes=None if args.workspace_mb is None else int(args.workspace_mb * 2**20),
+        workspace_bytes=None if args.workspace_mb is None else args.workspace_mb << 20,
     )
 
 
@@ -285,7 +285,7 @@ def _train_options(args: argparse.Namespace, found: Plan) -> list[str]:
     if switches.backend != "auto":
         options.append(f"--backend {switches.backend}")
     if args.workspace_mb is not None:
-        options.append(f"--workspace_mb {args.workspace_mb:g}")
+        options.append(f"--workspace_mb {args.workspace_mb}")
     if load.sequence_parallel_size > 1:
         options.append(f"--sequence_parallel_size {load.sequence_parallel_size}")
     return options

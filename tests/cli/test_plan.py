@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from transformers import LlamaConfig
 
 from clha_fast.cli.main import main
+from clha_fast.cli.options import collect
+from clha_fast.cli.values import OptionError
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,7 @@ def test_a_frozen_reference_is_said_not_to_be_counted(model, capsys):
         (["--response", "4", "--peft_config.r", "4", "--lora-rank", "4"], "--lora-rank: expected one of it and"),
         (["--response=4", "--model_init_kwargs.hidden_act", "relu"], "counted in --dtype, whole, and the model as its"),
         (["--response=4", "--model-init-kwargs.torch-dtype=auto"], "got --model_init_kwargs.torch_dtype; a folder"),
-        (["--response", "4", "--workspace-mb", "0"], "--workspace-mb: expected a positive number of MiB, got 0.0"),
+        (["--response", "4", "--workspace-mb", "0"], "--workspace-mb: expected a positive number of MiB, got 0"),
         (["--response", "4", "--reward-model", "--backend", "torch"], "--backend: expected none for a reward model"),
         (["--response", "4", "--reward-model", "--tiled-mlp"], "--tiled-mlp: expected none for a reward model"),
     ],
@@ -184,6 +187,16 @@ def test_refused_in_one_sentence(model, words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["12.5", "1e3", "many"])
+def test_the_workspace_is_what_train_takes_for_one(model, size, capsys):
+    words = ["--workspace_mb", size]
+    with pytest.raises(OptionError, match="--workspace_mb: expected a whole number"):
+        collect(words)
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", model, "--response", "4", *words])
+    assert f"--workspace-mb: invalid int value: '{size}'" in capsys.readouterr().err
 
 
 def test_a_misspelled_option(model, capsys):
@@ -232,6 +245,7 @@ def test_no_such_model(capsys, tmp_path):
             ),
             ["--optim sgd", "--backend torch", "--workspace_mb 8"],
         ),
+        (("--dtype", "float32", "--no-checkpointing", "--workspace_mb", "2000000"), ["--workspace_mb 2000000"]),
         (
             (
                 *("--dtype", "float32", "--no-checkpointing", "--sequence-parallel-size", "2"),
@@ -249,6 +263,7 @@ def test_what_train_needs_for_what_is_counted(model, words, options, capsys):
     told = ["plan", "--model", model, "--response", "16", *(() if "--prompts" in words else ("--prompts", "8")), *words]
     assert main([*told, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"] == options
+    collect(shlex.split(" ".join(options)))  # as train reads them
     assert main(told) == 0
     assert (f"counted is training with {' '.join(options)}: " in capsys.readouterr().out) == bool(options)
 
