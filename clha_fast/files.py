@@ -95,15 +95,16 @@ def publish(staged: str, final: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def rotate(folder: str, limit: int | None, best: str | None, written: str | None = None) -> None:
-    """Delete the oldest checkpoints in `folder` until `limit` are left; the newest, `best` and `written` always are.
+def rotate(folder: str, limit: int | None, *kept: str | None) -> None:
+    """Delete the oldest checkpoints in `folder` until `limit` are left; the newest and those of `kept` always are.
 
     Args:
-        written: the checkpoint that has just appeared. In a run resumed from an earlier step it is not the newest.
+        kept: the best one; the one that has just appeared, which is not the newest in a run resumed from an earlier
+            step; the one that the run was resumed from, where it may have to begin there once more.
     """
     found = [(int(match[1]), match[0]) for name in os.listdir(folder) if (match := CHECKPOINT.fullmatch(name))]
     names = [name for _, name in sorted(found)]
-    keep = {names[-1] if names else "", os.path.basename(best or ""), os.path.basename(written or "")}
+    keep = {names[-1] if names else "", *(os.path.basename(name) for name in kept if name)}
     for name in names:
         if limit is None or limit <= 0 or len(names) <= max(limit, len(keep & set(names))):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,9 @@ class CheckpointingTrainer(Trainer):
 
     _staging: str | None = None
     restored_step: int | None = None
+    _began_at: str | None = None  # the checkpoint that each attempt of `auto_find_batch_size` begins with
+    _written: tuple[str, ...] = ()  # checkpoints of this attempt
+    _failed: tuple[str, ...] = ()  # those of attempts before, until this one has a checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else self._staging
@@ -72,9 +76,21 @@ class CheckpointingTrainer(Trainer):
                 publish(os.path.join(staging, name), final)
         wait_for_everyone()
         if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, final)
+            self._forget_failed(final)
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, final, self._began_at)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
+
+    def _forget_failed(self, written: str) -> None:
+        """A checkpoint has appeared: those of attempts that ran out of memory go.
+
+        Their steps are of other batches. Resuming would take the one of most steps for the last one, rotation would
+        keep it in the place of this attempt's, and a step at which this attempt only evaluates could be found there.
+        """
+        for path in self._failed:
+            if path != written:
+                shutil.rmtree(path, ignore_errors=True)
+        self._failed, self._written = (), (*self._written, written)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer`, over the whole set, and over the one that is asked for.
@@ -118,6 +134,7 @@ class CheckpointingTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`."""
         self.restored_step = None
+        self._written = self._failed = ()
         return super().train(*args, **kwargs)
 
     def _load_best_model(self) -> None:
@@ -154,6 +171,8 @@ class CheckpointingTrainer(Trainer):
         **more: Any,
     ) -> Any:
         # Once a call of `train`, and once more, with a smaller batch, where `auto_find_batch_size` ran out of memory.
+        self._failed, self._written = (*self._failed, *self._written), ()
+        self._began_at = resume_from_checkpoint if self.args.auto_find_batch_size else None
         self._begin(resume_from_checkpoint)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **more)
 
@@ -207,7 +226,7 @@ class CheckpointingTrainer(Trainer):
         best = self.state.best_global_step
         if best:
             path = os.path.join(folder, f"checkpoint-{best}")
-            if best == self.state.global_step or os.path.isdir(path):
+            if best == self.state.global_step or (os.path.isdir(path) and path not in self._failed):
                 self.state.best_model_checkpoint = path
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -140,6 +140,70 @@ def test_samples_are_of_one_attempt(tmp_path: Path, fails_at: int, changes: dict
     assert (tmp_path / SAMPLES_FILE).read_text("utf-8") == found, "what the model now writes"
 
 
+STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "kept"), [("ranked", None, [1, 2]), ("reward", 2, [1, 2]), ("rollout", 1, [2])]
+)
+def test_checkpoints_of_a_failed_attempt_are_not_those_of_the_next(
+    tmp_path: Path, kind: str, limit: int | None, kept: list[int]
+) -> None:
+    """It had come to step 4, and is cut behind step 2: what is resumed is the second attempt, with its own batches."""
+    settings = {**STEPS, "max_steps": 6, "save_total_limit": limit}
+    if kind == "rollout":
+        settings["rollout_steps"] = 1
+    ours = trainer(tmp_path, kind, 5, **settings)
+
+    class Cut(CutAfter):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if ours._train_batch_size < 4:
+                super().on_step_begin(args, state, control, **kwargs)
+
+    seen: list[list[int]] = []
+    ours.add_callback(Cut(2))
+    real = ours._begin
+    ours._begin = lambda checkpoint: (seen.append(checkpoints(tmp_path)), real(checkpoint))[1]
+    with pytest.raises(PowerCut):
+        ours.train()
+    assert seen[-1][-1] == 4, "until the next one has a checkpoint, the last one of the first is there"
+    assert checkpoints(tmp_path) == kept
+    rest = trainer(tmp_path, kind, 10**9, **settings)
+    rest.train(resume_from_checkpoint=True)
+    assert (rest.state.global_step, rest._train_batch_size) == (6, ours._train_batch_size)
+    assert checkpoints(tmp_path)[-1] == 6
+
+
+def test_the_best_checkpoint_is_one_of_the_attempt_that_found_it(tmp_path: Path) -> None:
+    """The first attempt ended an epoch with step 3; the second one evaluates there, and saves at other steps."""
+    changes = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "epoch", "max_steps": 6}
+    settings = {**changes, "metric_for_best_model": "eval_loss", "greater_is_better": True, "num_train_epochs": 2}
+    ours = trainer(tmp_path, "ranked", 8, **settings)
+    ours.train()
+    assert ours._train_batch_size < 4
+    assert ours.state.best_global_step == 3
+    assert ours.state.best_model_checkpoint is None
+    assert checkpoints(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_an_attempt_begins_again_where_the_run_was_resumed(tmp_path: Path, limit: int) -> None:
+    """The first attempt has saved since, and rotation would have taken the checkpoint that both begin with."""
+    settings = {**STEPS, "save_total_limit": limit, "max_steps": 8}
+    half = trainer(tmp_path, "ranked", callbacks=[CutAfter(2)], **settings)
+    with pytest.raises(PowerCut):
+        half.train()
+    assert checkpoints(tmp_path)[-1] == 2
+    rest = trainer(tmp_path, "ranked", 4, **settings)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.calls == 4 + 6, "steps 3 to 8 once more"
+    assert checkpoints(tmp_path)[-1] == 8
+
+
 @pytest.mark.parametrize(("step", "kept"), [(0, [0, 0]), (2, [0, 0, 2]), (5, [0, 0, 2, 3])])
 def test_a_training_that_begins_behind_a_step_keeps_samples_until_there(
     tmp_path: Path, step: int, kept: list[int]
