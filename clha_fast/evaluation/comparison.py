@@ -35,13 +35,14 @@ _BY_LIKELIHOOD = {"nll", "accuracy", "kept_accuracy", "tau", "prompt_tau"}
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of A, of B, and A less B with the interval of both resampled together."""
+    """A figure of A, of B, and A less B with the interval of both resampled together; `better` as `Figure` has it."""
 
     title: str
     a: Estimate
     b: Estimate
     difference: Estimate
     digits: int = 3
+    better: int = 0
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ def _difference(
         estimate(figure.of, right, prompts=whose),
         difference(figure.of, left, right, prompts=whose),
         figure.digits,
+        figure.better,
     )
 
 
@@ -274,4 +276,26 @@ def comparison_table(found: Comparison) -> str:
         lines.append(table(["", "A", "B", "A - B, paired", "prompts"], rows))
     lines.append("\n95% bootstrap intervals over prompts; a difference whose interval holds 0 may be chance")
     notes = {row.difference.note for row in found.differences[TOTAL].values() if row.difference.note}
-    return "\n".join([*lines, *sorted(notes), *found.notes])
+    return "\n".join([*lines, *sorted(notes), *found.notes, *_verdict(found)])
+
+
+def _verdict(found: Comparison) -> list[str]:
+    """Which side is first by which figure of all prompts, and by which the intervals do not tell."""
+    named = [(f"win rate of A by {name} (", wins.rate, 0.5, 3, 1) for name, wins in found.wins[TOTAL].items()]
+    for row in found.differences[TOTAL].values():
+        if row.better:
+            named.append((f"{row.title} (A - B ", row.difference, 0.0, row.digits, row.better))
+    first: dict[str, list[str]] = {"A": [], "B": [], "": []}
+    for title, result, middle, digits, better in named:
+        if result.value is None:
+            continue
+        low, high = (None if end is None else round(end, digits) for end in (result.low, result.high))  # as shown
+        side = ""
+        if low is not None and high is not None and not low <= middle <= high:
+            side = "A" if (low > middle) == (better > 0) else "B"
+        first[side].append(f"{title}{shown(result, digits)})")
+    lines = [f"{side} is first by {'; '.join(titles)}" for side, titles in first.items() if side and titles]
+    if first[""]:
+        none = "" if lines else "neither is first: "
+        lines.append(f"{none}the intervals do not tell A from B by {'; '.join(first[''])}")
+    return lines

@@ -38,7 +38,8 @@ class Figure:
     Attributes:
         columns: of `Evaluation.values`; one column alone is averaged over the prompts that have it.
         of: sums [..., K] to the figure [...]. scale: factor on the first column. digits: behind the point, in tables.
-        least, most: what the figure cannot be below or above.
+        least, most: what the figure cannot be below or above. better: 1 where more of it is better, -1 where less is,
+            0 where neither goes without saying.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Figure:
     digits: int = 3
     least: float = -math.inf
     most: float = math.inf
+    better: int = 0
 
     def rows(self, values: Mapping[str, Column], chosen: Sequence[int]) -> Array:
         """[R, K] for `estimate`, a row for each of `chosen`; NaN where it has no value."""
@@ -60,20 +62,22 @@ class Figure:
 _SHARE: dict[str, Any] = {"least": 0, "most": 1}
 _PERCENT: dict[str, Any] = {"least": 0, "most": 100}
 FIGURES = {
-    "bleu": Figure("BLEU over characters (published)", ("bleu",), digits=2, **_PERCENT),
+    "bleu": Figure("BLEU over characters (published)", ("bleu",), digits=2, **_PERCENT, better=1),
     "corpus_bleu": Figure(
-        "BLEU, corpus (sacrebleu)", tuple(f"bleu_{n}" for n in STATISTICS), corpus_bleu, digits=2, **_PERCENT
+        "BLEU, corpus (sacrebleu)", tuple(f"bleu_{n}" for n in STATISTICS), corpus_bleu, digits=2, **_PERCENT, better=1
     ),
     "words": Figure("words an answer", ("words",), digits=1, least=0),
     "distinct_2": Figure("distinct-2 within an answer", ("distinct_2",), **_SHARE),
-    "empty": Figure("empty answers, %", ("empty",), scale=100.0, digits=1, **_PERCENT),
-    "unfinished": Figure("answers that nothing ended, %", ("unfinished",), scale=100.0, digits=1, **_PERCENT),
-    "nll": Figure("NLL of the best answer, nats a token", ("nll", "nll_tokens"), least=0),
-    "accuracy": Figure("ranking accuracy, all ordered pairs (by reward)", ("correct", "ordered"), **_SHARE),
-    "kept_accuracy": Figure("ranking accuracy, kept pairs (by rank)", ("kept_correct", "kept"), **_SHARE),
+    "empty": Figure("empty answers, %", ("empty",), scale=100.0, digits=1, **_PERCENT, better=-1),
+    "unfinished": Figure(
+        "answers that nothing ended, %", ("unfinished",), scale=100.0, digits=1, **_PERCENT, better=-1
+    ),
+    "nll": Figure("NLL of the best answer, nats a token", ("nll", "nll_tokens"), least=0, better=-1),
+    "accuracy": Figure("ranking accuracy, all ordered pairs (by reward)", ("correct", "ordered"), **_SHARE, better=1),
+    "kept_accuracy": Figure("ranking accuracy, kept pairs (by rank)", ("kept_correct", "kept"), **_SHARE, better=1),
     "kept_share": Figure("kept pairs", ("kept", "pairs"), **_SHARE),
-    "tau": Figure("Kendall's tau, pooled over pairs", ("concordance", "ordered"), least=-1, most=1),
-    "prompt_tau": Figure("Kendall's tau, mean over prompts", ("tau",), least=-1, most=1),
+    "tau": Figure("Kendall's tau, pooled over pairs", ("concordance", "ordered"), least=-1, most=1, better=1),
+    "prompt_tau": Figure("Kendall's tau, mean over prompts", ("tau",), least=-1, most=1, better=1),
 }
 
 
@@ -82,9 +86,9 @@ def figures_of(values: Mapping[str, Column]) -> dict[str, Figure]:
     found = {}
     for name in values:
         if name.startswith(REWARD):
-            found[name] = Figure(f"{name}, 100 sigmoid", (name,), digits=2, **_PERCENT)
+            found[name] = Figure(f"{name}, 100 sigmoid", (name,), digits=2, **_PERCENT, better=1)
         elif name.startswith(RAW):
-            found[name] = Figure(name, (name,))
+            found[name] = Figure(name, (name,), better=1)
     return found | {name: figure for name, figure in FIGURES.items() if set(figure.columns) <= set(values)}
 
 

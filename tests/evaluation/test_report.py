@@ -15,7 +15,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data import RankedRecord
 from clha_fast.evaluation.comparison import compare, comparison_table
-from clha_fast.evaluation.report import NO_SUBSET, TOTAL, Evaluation, evaluate, evaluation_table, pair_answers
+from clha_fast.evaluation.report import (
+    FIGURES,
+    LIMITS,
+    NO_SUBSET,
+    TOTAL,
+    Evaluation,
+    Figure,
+    evaluate,
+    evaluation_table,
+    figures_of,
+    pair_answers,
+    shown,
+)
 from clha_fast.evaluation.rewards import answer_rewards, check_reward_model, sigmoid
 from clha_fast.evaluation.tables import fixed
 from clha_fast.generation import Answer
@@ -242,6 +254,76 @@ def test_what_rounds_to_zero_has_no_sign() -> None:
     values = (-0.004, -0.006, 0.004, 0.0, -0.0, -12.375)
     assert [fixed(value, 2) for value in values] == ["0.00", "-0.01", "0.00", "0.00", "0.00", "-12.38"]
     assert fixed(math.nan, 3) == "nan"
+
+
+BETTER = {
+    **dict.fromkeys(("reward: rm", "raw reward: rm", "bleu", "corpus_bleu"), 1),
+    **dict.fromkeys(("accuracy", "kept_accuracy", "tau", "prompt_tau"), 1),
+    **dict.fromkeys(("empty", "unfinished", "nll"), -1),
+    **dict.fromkeys(("words", "distinct_2", "kept_share"), 0),
+}
+
+
+def measured(figure: Figure, numbers: list[float]) -> Evaluation:
+    """24 prompts with these numbers in a figure's first column, over and over, and 50 in its others."""
+    values = {name: [50.0] * 24 for name in figure.columns}
+    values[figure.columns[0]] = numbers * (24 // len(numbers))
+    prompts = [f"p{k}" for k in range(24)]
+    checks = {"rm": {"fingerprint": "f", "refused": ""}}
+    return Evaluation(prompts, [""] * 24, prompts, values, checks=checks, about=dict.fromkeys(LIMITS))
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "reward: rm", "raw reward: rm"])
+def test_the_last_lines_say_who_is_first(name: str) -> None:
+    """More of a figure may be better, worse, or neither."""
+    figure = figures_of(dict.fromkeys([name, *(FIGURES[name].columns if name in FIGURES else ())]))[name]
+    assert figure.better == BETTER[name]
+    if name == "corpus_bleu":
+        return  # no mean of what a prompt adds
+    high, low = measured(figure, [3.0, 4.0, 6.0]), measured(figure, [1.0, 2.5, 3.0])
+    for a, b, sign in ((high, low, 1), (low, high, -1)):
+        found = compare(a, b)
+        row = found.differences[TOTAL][name]
+        first = "A" if sign * figure.better > 0 else "B"
+        said = f"{figure.title} (A - B {shown(row.difference, figure.digits)})"
+        text = comparison_table(found)
+        assert (f"\n{first} is first by " in text) == (said in text.splitlines()[-1]) == bool(figure.better)
+        assert text.count(" is first by ") == bool(figure.better)
+    found = compare(measured(figure, [3.0, 1.0, 2.0]), measured(figure, [1.0, 2.5, 3.0]))
+    said = f"{figure.title} (A - B {shown(found.differences[TOTAL][name].difference, figure.digits)})"
+    last = comparison_table(found).splitlines()[-1]
+    assert last.startswith("neither is first: the intervals do not tell A from B by ") == bool(figure.better)
+    assert (said in last) == bool(figure.better)
+
+
+def test_the_last_lines_name_both_sides_and_what_is_open() -> None:
+    bleu, nll, tau = FIGURES["bleu"], FIGURES["nll"], FIGURES["prompt_tau"]
+    a, b = measured(bleu, [3.0, 4.0]), measured(bleu, [1.0, 2.5])
+    for side, losses, order in ((a, [9.0, 8.0], [0.5, 0.1]), (b, [2.0, 3.0], [0.1, 0.5])):
+        side.values.update(measured(nll, losses).values | measured(tau, order).values)
+    *_, first, second, last = comparison_table(compare(a, b)).splitlines()
+    assert first.startswith("A is first by BLEU over characters (published) (A - B 1.7")
+    assert second.startswith("B is first by NLL of the best answer, nats a token (A - B 0.1")
+    assert last.startswith("the intervals do not tell A from B by Kendall's tau, mean over prompts (A - B 0.000 [")
+    one, other = (
+        Evaluation(["p"], [""], ["r"], {"bleu": [value]}) for value in (2.0, 1.0)
+    )  # of one prompt there is no interval
+    last = comparison_table(compare(one, other)).splitlines()[-1]
+    assert last == (
+        "neither is first: the intervals do not tell A from B by BLEU over characters (published) (A - B 1.00)"
+    )
+
+
+def test_wins_alone_may_say_who_is_first() -> None:
+    longer, shorter = (
+        answers(["a cat sat"] * 5, list("sssst")),
+        answers(["x", "x", "x", "x", "a cat sat"], list("sssst")),
+    )
+    ours, theirs = (evaluate(references(), given, reward_models=LENGTH) for given in (longer, shorter))
+    for pair, side in (((ours, theirs), "A"), ((theirs, ours), "B")):
+        found = compare(*pair)
+        said = f"\n{side} is first by win rate of A by length ({shown(found.wins[TOTAL]['length'].rate, 3)})"
+        assert said in comparison_table(found)
 
 
 def test_what_was_said_of_either_side_is_said_of_both() -> None:
