@@ -15,7 +15,8 @@ from clha_fast.cli.runs import carry_out, few_text, folder_text, idle_line, layo
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.evaluation.accuracy import PairAccuracy
-from clha_fast.experiments.reward_run import CHANCE, REWARD_FILE, RewardRun, RewardRunOptions
+from clha_fast.experiments.reward_run import CHANCE, RewardRun, RewardRunOptions
+from clha_fast.rewards.reward_model import REWARD_FILE
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import RewardConfig
 

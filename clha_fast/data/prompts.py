@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,18 +54,31 @@ def subset_of(record: Prompted) -> str:
     return str(getattr(record, "subset", ""))
 
 
-def answered(record: Prompted, answers: Sequence[str]) -> RankedRecord:
+def _is_open(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) and bool(prompt[-1:].strip())
+
+
+def begin_with_blank(records: Iterable[RankedRecord]) -> bool | None:
+    """Whether most responses behind texts that do not end in a blank begin with one; None without such a text."""
+    begun = [text[:1].isspace() for record in records if _is_open(record.prompt) for text in record.completions]
+    return 2 * sum(begun) > len(begun) if begun else None
+
+
+def answered(record: Prompted, answers: Sequence[str], blank: bool = True) -> RankedRecord:
     """The prompt with answers as generation gives them, without outer blanks, in the form that responses of data have.
 
     Behind a text that does not end in a blank ("Assistant:", "TL;DR:") an answer begins with one, its own or one that
-    is put there, where the record's responses do, and where it has none: what reads the record has learnt from such
-    responses. Where the record's responses begin without ("What is it?" and "A cat", "<|assistant|>"), and behind
-    messages, answers stay as they are.
+    is put there, where the record's responses do: what reads the record has learnt from such responses. Where the
+    record's responses begin without ("What is it?" and "A cat", "<|assistant|>"), and behind messages, answers stay as
+    they are.
+
+    Args:
+        blank: whether they begin with one behind such a prompt alone, which has no response to show it.
     """
-    open_end = isinstance(record.prompt, str) and bool(record.prompt[-1:].strip())
     if isinstance(record, RankedRecord):
-        open_end = open_end and all(text[:1].isspace() for text in record.completions)
-    texts = tuple(f" {text}" if open_end and text[:1].strip() else text for text in answers)
+        blank = all(text[:1].isspace() for text in record.completions)
+    blank = blank and _is_open(record.prompt)
+    texts = tuple(f" {text}" if blank and text[:1].strip() else text for text in answers)
     return RankedRecord(record.prompt, texts, source=record.source, template=record.template)
 
 

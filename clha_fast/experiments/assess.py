@@ -26,7 +26,7 @@ from clha_fast.experiments.cells import Cell, cell_folder, model_of
 from clha_fast.experiments.comparison import Comparison
 from clha_fast.experiments.contents import data_hash, digest, model_hash
 from clha_fast.experiments.reading import read_file, reading_of
-from clha_fast.experiments.reward_run import REWARD_FILE, trained_accuracy
+from clha_fast.experiments.reward_run import trained_accuracy
 from clha_fast.files import write_json
 from clha_fast.generation import (
     GenerationSettings,
@@ -38,7 +38,7 @@ from clha_fast.generation import (
 )
 from clha_fast.messages import check_keys
 from clha_fast.models.loading import find_device
-from clha_fast.rewards.reward_model import RewardModel, load_reward_model
+from clha_fast.rewards.reward_model import REWARD_FILE, RewardModel, load_reward_model
 from clha_fast.version import __version__
 
 METRICS = "metrics.json"

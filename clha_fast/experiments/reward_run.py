@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from clha_fast.data.prompts import begin_with_blank
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import half_of, shared_prompts
 from clha_fast.evaluation.accuracy import PairAccuracy, pair_accuracy
@@ -19,11 +20,11 @@ from clha_fast.experiments.run import DTYPES, METRICS_FILE, Run, RunOptions
 from clha_fast.files import write_json
 from clha_fast.models.loading import adapter_config, build_model, load_classifier
 from clha_fast.reports.run_page import REPORT_FILE
+from clha_fast.rewards.reward_model import BLANK, REWARD_FILE
 from clha_fast.training.reward_data import PairedDataset
 from clha_fast.training.reward_trainer import METRICS, RewardConfig, RewardTrainer, prompt_results, reward_limit
 from clha_fast.training.validation import SPEEDS, check_best_metric
 
-REWARD_FILE = "reward_model.json"
 CHANCE = 0.5
 
 
@@ -152,6 +153,7 @@ class RewardRun(Run):
             "train_prompts": len(train),
             "train_pairs": train.pairs,
             "max_length": self.max_length,
+            BLANK: begin_with_blank(self.train_records),
             "steps": self.trainer.state.global_step,
             # Of the weights, where they are not those of the last step.
             **{name: value for name, value in self.after.items() if name == "eval_step"},

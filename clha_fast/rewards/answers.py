@@ -13,7 +13,8 @@ from clha_fast.rewards.rows import AnswerCollator, read_as_text, token_rows
 class AnswerRewards:
     """A reward model as a function of prompts and answers.
 
-    Each answer is read as `score_file` reads the response that it is in a record (`AnswerCollator.answered`). What the
+    Each answer is read as `score_file` reads the response that it is in a record (`AnswerCollator.answered`); behind a
+    prompt alone, in the form of the responses that the reward model was trained on (`RewardModel.blank`). What the
     policy says is no error of data: an answer that the reward model's chat template refuses, or does not write as it
     is, stands as it is where the template writes any other.
 
@@ -30,7 +31,7 @@ class AnswerRewards:
         self.reward_model, self.batch_size = reward_model, batch_size
         self.max_length = reward_model.default_max_length if max_length is None else max_length
         self.metrics: dict[str, float] = {}
-        self._collator = AnswerCollator(reward_model.tokenizer, self.max_length)
+        self._collator = AnswerCollator(reward_model.tokenizer, self.max_length, reward_model.blank)
         self._checked = False
 
     def __call__(self, records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:

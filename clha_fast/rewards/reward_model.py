@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
 from clha_fast.rewards.run import Row, families
 
+REWARD_FILE = "reward_model.json"  # what training says of the model in its folder
+BLANK = "responses_begin_with_blank"
 # What reads an adapter: transformers 5.6 does not say which weights it found, and what it calls is in peft since 0.19.
 ADAPTERS_NEED = {"transformers": "5.7", "peft": "0.19"}
 # What finds the head that an adapter brings, which older ones would begin at random.
@@ -40,6 +43,8 @@ class RewardModel:
         layout: of the rows that `score_rows` runs, `padded`, `packed`, `shared` (the responses of a record behind one
             prompt) or `auto`, as `clha_fast.attach` has it; afterwards, what that came to, and `padded` from where
             `auto` has met rows that the model does not compute as texts alone.
+        blank: whether the responses that it was trained on begin with a blank behind texts that do not end in one
+            (`data.prompts.begin_with_blank`); None where that is not known.
 
     Raises:
         UnsupportedLayoutError: the model does not compute such rows as it computes each response alone.
@@ -51,6 +56,7 @@ class RewardModel:
     tokenizer: PreTrainedTokenizerBase
     label: int | None = None
     layout: str = "padded"
+    blank: bool | None = None
     _joined: JoinedRewards | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +171,7 @@ def load_reward_model(
         model.to(place)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
-    return RewardModel(model, tokenizer, label, layout)
+    return RewardModel(model, tokenizer, label, layout, _trained_with_blank(os.fspath(path)))
 
 
 def probe_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> None:
@@ -186,6 +192,16 @@ def probe_reward_model(path: str, *, label: int | None = None, device: str = "au
         quantised = False
     if not (quantised or os.path.isfile(os.path.join(path, "adapter_config.json"))):
         RewardModel(*_read(path, dtype=dtype, device_map="meta"), label)
+
+
+def _trained_with_blank(path: str) -> bool | None:
+    """What `reward_model.json` in its folder says of `RewardModel.blank`; None of a model from elsewhere."""
+    file_name = os.path.join(path, REWARD_FILE)
+    if not os.path.isfile(file_name):
+        return None
+    with open(file_name, encoding="utf-8") as file:
+        found = json.load(file).get(BLANK)
+    return found if isinstance(found, bool) else None
 
 
 def _check_place(device: str, dtype: str) -> torch.device:

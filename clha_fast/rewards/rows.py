@@ -55,9 +55,17 @@ class AnswerCollator(JudgeCollator):
     """`JudgeCollator` for answers that were sampled: no error of data, whatever they say (`batching.chat.render_chat`).
 
     One without tokens is a response that ends at once.
+
+    Args:
+        blank: as `data.prompts.answered`; None, where the reward model does not say what it was trained on, is a blank,
+            which keeps the words of prompt and answer apart.
     """
 
     _sampled = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, blank: bool | None = None) -> None:
+        super().__init__(tokenizer, max_length)
+        self._blank = blank is not False
 
     def answered(self, record: Prompted, answers: Sequence[str]) -> RankedRecord:
         """As `data.prompts.answered`; an empty answer is allowed, and is empty but for what closes it.
@@ -66,7 +74,7 @@ class AnswerCollator(JudgeCollator):
         do: generation leaves it out, and a reward is read there.
         """
         closing = self._closing_of(record)
-        given = answered(record, [answer or _SOME for answer in answers])
+        given = answered(record, [answer or _SOME for answer in answers], self._blank)
         own = tuple(
             (whole if answer else "") + ("" if answer.rstrip().endswith(closing) else closing)
             for whole, answer in zip(given.completions, answers, strict=True)

@@ -15,10 +15,10 @@ from clha_fast.cli import main as cli
 from clha_fast.data import read_records
 from clha_fast.data.split import half_of, prompt_key
 from clha_fast.evaluation.plots import can_plot
-from clha_fast.experiments.reward_run import REWARD_FILE, RewardRun, RewardRunOptions
+from clha_fast.experiments.reward_run import RewardRun, RewardRunOptions
 from clha_fast.experiments.run import RunOptions
 from clha_fast.files import file_hash
-from clha_fast.rewards.reward_model import load_reward_model
+from clha_fast.rewards.reward_model import REWARD_FILE, load_reward_model
 from clha_fast.rewards.scoring import score_file
 from tests.support.command_line import one_sentence
 from tests.support.preferences import SETTINGS, keyword_rows, reward_command
@@ -101,6 +101,7 @@ def test_the_folder_is_a_reward_model(tmp_path: Path, capsys: pytest.CaptureFixt
     reward_model = load_reward_model(str(tmp_path / "run"))
     assert reward_model.model.config.pad_token_id == reward_model.tokenizer.pad_token_id == 2
     assert reward_model.default_max_length == 20
+    assert reward_model.blank is described(tmp_path)["responses_begin_with_blank"] is False
     source = write(tmp_path / "new.jsonl", [{"prompt": "the cat", "completions": ["joy", "rain fell on a mat"]}])
     batched = score_file(source, tmp_path / "a.jsonl", reward_model, progress=False).records[0].rewards
     single = score_file(source, tmp_path / "b.jsonl", reward_model, batch_size=1, progress=False).records[0].rewards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from tokenizers import normalizers
 from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from clha_fast.data import rendering
-from clha_fast.data.prompts import PromptRecord
+from clha_fast.data.prompts import PromptRecord, begin_with_blank
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.evaluation.rewards import answer_rewards
 from clha_fast.rewards.answers import AnswerRewards
-from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import AnswerCollator
 from clha_fast.rewards.scoring import score_file, score_records
 from tests.support.chat_templates import SHAPES, Shape, chat_tokenizer
-from tests.support.reward_models import TOKENIZER, alone, llama, spread, write
+from tests.support.reward_models import TOKENIZER, alone, llama, plain_ids, spread, write
 
 
 def test_as_a_file_is_scored(tmp_path: Path) -> None:
@@ -65,6 +66,52 @@ def test_both_ways_read_an_answer_as_the_response_it_was_trained_on(prompt: Any,
         found = AnswerRewards(reward_model)([record], [[answer]])
         assert found == [pytest.approx(scored.rewards[:1], rel=1e-5)]
         assert answer_rewards([record], [answer], reward_model)[1] == pytest.approx(scored.rewards[:1], rel=1e-5)
+
+
+MESSAGES = ({"role": "user", "content": "say 3"},)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "expected"),
+    [
+        (["Assistant:", "TL;DR:"], (" a", " b"), True),
+        (["What is it?", "Assistant:"], ("a", "b"), False),
+        (["Assistant: ", "say\n"], ("a", "b"), None),  # the prompt has it
+        ([MESSAGES], (" a", " b"), None),
+        (["", MESSAGES, "Assistant:"], ("\na", " b"), True),
+        (["Assistant:"], (" a", "b", " c"), True),
+        (["Assistant:"], (" a", "b"), False),
+        ([], (), None),
+    ],
+)
+def test_which_form_the_responses_of_records_have(prompts: list[Any], responses: Any, expected: bool | None) -> None:
+    assert begin_with_blank(RankedRecord(prompt, responses) for prompt in prompts) is expected
+
+
+@pytest.mark.parametrize("prompt", ["say 3:", "How do I boil an egg?", "<|assistant|>"])
+@pytest.mark.parametrize("form", [" {}", "{}"])
+def test_behind_a_prompt_alone_an_answer_has_the_form_that_the_judge_was_trained_on(
+    tmp_path: Path, prompt: str, form: str
+) -> None:
+    """Whatever the policy writes in front; a folder that says nothing is asked with a blank."""
+    llama(pad_token_id=2).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    responses = tuple(form.format(text) for text in ("the cat sat", "ran"))
+    blank = begin_with_blank([RankedRecord(prompt, responses)])
+    for name, given in (("none", {}), ("said", {"responses_begin_with_blank": blank})):
+        if name == "said":
+            (tmp_path / "reward_model.json").write_text(json.dumps({"accuracy": 0.7, **given}))
+        judge = load_reward_model(str(tmp_path), device="cpu")
+        assert judge.blank is given.get("responses_begin_with_blank")
+        (found,) = AnswerRewards(judge)([PromptRecord(prompt)], [["the cat sat", "ran"]])
+        expected = [text if name == "said" else f" {text.strip()}" for text in responses]
+        own = [alone(judge.model, plain_ids(prompt, text)) for text in expected]
+        assert found == pytest.approx(own, rel=1e-5)
+    (record,) = score_records([RankedRecord(prompt, responses)], judge, progress=False)
+    assert found == pytest.approx(record.rewards, rel=1e-5)
+    (messages,) = AnswerRewards(judge)([PromptRecord(MESSAGES)], [["ran"]])
+    (record,) = score_records([RankedRecord(MESSAGES, ("ran",))], judge, progress=False)
+    assert messages == pytest.approx(record.rewards, rel=1e-5)
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "</s>"])
