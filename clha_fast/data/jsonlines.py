@@ -77,9 +77,7 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
     # What follows the value is no place to report: a line's own newline would count as the next line.
     text = text.rstrip()
     try:
-        repeats: dict[int, str] = {}
-        value = json.loads(text, object_pairs_hook=functools.partial(_once_each, repeats))
-        return _refused(value, repeats, f"{path}:{first_line}", path) if repeats else value
+        return _parsed(text, f"{path}:{first_line}", path)
     except json.JSONDecodeError as error:
         # A string that is never closed is reported at its start; what is missing is at the end.
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
@@ -93,11 +91,36 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
         return _broken(path, first_line, 1, None, f"malformed JSON ({error})")
 
 
+def _parsed(text: str, place: str, path: str) -> object:
+    """The JSON value; rows in it that have a name twice are errors, each of its own (`_refused`)."""
+    try:
+        return _ONCE.decode(text)
+    except _Twice:
+        repeats: dict[int, str] = {}
+    value = json.loads(text, object_pairs_hook=functools.partial(_noted, repeats))
+    return _refused(value, repeats, place, path) if repeats else value
+
+
 class _Repeats(RecordError):
     """A row that is whole, and has a name twice."""
 
 
-def _once_each(repeats: dict[int, str], pairs: list[tuple[str, object]]) -> dict[str, object]:
+class _Twice(Exception):
+    """An object has a name twice."""
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice
+    return found
+
+
+# One for all lines: `json.loads` would make a decoder for each, which takes up to half as long as decoding it.
+_ONCE = json.JSONDecoder(object_pairs_hook=_once_each)
+
+
+def _noted(repeats: dict[int, str], pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object; one that has a name twice is noted in `repeats`, by its identity, with the name."""
     found = dict(pairs)
     repeats.pop(id(found), None)  # of one that is gone: the value of a name that is given twice

@@ -216,6 +216,8 @@ BROKEN = [
     ('{"prompt": [{"role": "user", "content": x}]}', 41, "prompt", "malformed JSON"),
     ('{"prompt": "Why?"} {"prompt": "Why?"}', 20, None, "malformed JSON (Extra data)"),
     ('{"prompt": "a, b: {", "compl', 29, None, "the JSON ends too early"),
+    ('{"prompt": "a", "prompt": "b", "completions": ["a", ', 52, "completions", "the JSON ends too early"),
+    ('{"prompt": [{"role": "user", "role": "a"}], "completions": x}', 60, "completions", "malformed JSON"),
     ('{"prompt": "Why?", completions: ["a"]}', 20, None, "malformed JSON (Expecting property name"),
     ("not json", 1, None, "malformed JSON"),
     ('{"a": ' + "[" * 100_000, 1, None, "JSON nested too deeply"),
