@@ -214,7 +214,8 @@ def without_repeated_prompt(record: RankedRecord) -> tuple[RankedRecord, bool]:
 
 def is_sequence(value: object) -> bool:
     """A list-like value: what JSON arrays and table columns come as; texts and mappings are not."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    # Concrete types first, here and below: an abstract class is slow to ask, and every text and message is asked of.
+    return not isinstance(value, (str, bytes)) and isinstance(value, (list, Sequence))
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -245,7 +246,7 @@ def check_messages(value: object, source: str, field: str) -> tuple[Message, ...
     messages = []
     for number, message in enumerate(value):
         name = f"{field}[{number}]"
-        if not isinstance(message, Mapping):
+        if not isinstance(message, (dict, Mapping)):
             raise RecordError.of(source, name, 'a message {"role": ..., "content": ...}', message)
         for key in ("role", "content"):
             if key not in message:
@@ -307,7 +308,7 @@ def check_only_content(message: Message, source: str, field: str) -> str:
 
 
 def _joined_parts(content: object, source: str, field: str) -> object:
-    if not isinstance(content, Iterable) or not is_sequence(content):
+    if isinstance(content, str) or not isinstance(content, Iterable) or not is_sequence(content):
         return content
     texts = []
     for number, part in enumerate(content):
