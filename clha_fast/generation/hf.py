@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationSettings, cut_answer
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
+from clha_fast.models.forward import first_position
 from clha_fast.models.loading import (
     DTYPES,
     check_vocabulary,
@@ -35,6 +37,7 @@ from clha_fast.models.positions import positions_of
 # How far the logits of a prompt may move when a longer one is batched with it, relative to the largest.
 _DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
 _DRIFT_HALF = 5e-2
+_ROUTERS = "output_router_logits"
 
 
 class TransformersBackend:
@@ -108,24 +111,40 @@ class TransformersBackend:
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     def _check_padding(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """Some models read padding as text whatever the mask says: their answers would depend on their company."""
-        rows = sorted((prompt.ids for prompt in prompts), key=len)
-        if self._padding_checked or len(rows[0]) == len(rows[-1]):
-            return
-        together = self._first_logits([rows[-1], rows[0]])[1]
-        alone = self._first_logits([rows[0]])[0]
-        drift = float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
-        if drift > _DRIFT.get(self.model.dtype, _DRIFT_HALF):
-            raise ValueError(
-                f"batch_size: expected 1 for {type(base_model(self.model)).__name__}, which reads padding as text (a "
-                f"prompt's logits move by {drift:.2g} of their size beside a longer one), got {len(rows)}"
-            )
-        self._padding_checked = True
+        if not self._padding_checked:
+            self._padding_checked = check_padding(self.model, [prompt.ids for prompt in prompts], self._pad)
 
-    def _first_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """float64 [rows, V]: what the first new token is drawn from."""
-        found = _generate(self.model, rows, self._pad, max_new_tokens=1, output_logits=True)
-        return torch.as_tensor(found.logits[0]).double()
+
+def check_padding(model: Any, prompts: Sequence[Sequence[int]], pad: int, setting: str = "batch_size") -> bool:
+    """Some models read padding as text whatever the mask says: their answers would depend on their company.
+
+    Args:
+        setting: what the number of prompts in a batch is called.
+
+    Returns:
+        whether it was tried: prompts of one length have no padding.
+
+    Raises:
+        ValueError: the model reads it.
+    """
+    rows = sorted(prompts, key=len)
+    if len(rows[0]) == len(rows[-1]):
+        return False
+    together = _first_logits(model, [rows[-1], rows[0]], pad)[1]
+    alone = _first_logits(model, [rows[0]], pad)[0]
+    drift = float((together - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
+    mixed = torch.is_autocast_enabled(model.device.type)
+    if drift > (_DRIFT_HALF if mixed else _DRIFT.get(model.dtype, _DRIFT_HALF)):
+        raise ValueError(
+            f"{setting}: expected 1 for {type(base_model(model)).__name__}, which reads padding as text (a prompt's "
+            f"logits move by {drift:.2g} of their size beside a longer one), got {len(rows)}"
+        )
+    return True
+
+
+def _first_logits(model: Any, rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """float64 [rows, V]: what the first new token is drawn from."""
+    return torch.as_tensor(_generate(model, rows, pad, max_new_tokens=1, output_logits=True).logits[0]).double()
 
 
 def load_backend(
@@ -223,10 +242,14 @@ def _generate(
         do_sample=False, use_cache=True, pad_token_id=pad, return_dict_in_generate=True, **settings
     )
     place = model.device if device is None else device
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inner = base_model(model)
+    first = first_position(inner) if "position_ids" in inspect.signature(inner.forward).parameters else None
+    if first:  # transformers counts from 0, where the model does not
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + first
     with torch.no_grad(), _without_own_settings(model):
         return model.generate(
-            input_ids=ids.to(place),
-            attention_mask=mask.to(place),
+            **{name: tensor.to(place) for name, tensor in inputs.items()},
             generation_config=config,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -235,16 +258,25 @@ def _generate(
 
 @contextlib.contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """transformers fills what a configuration leaves open (a repetition penalty) from the model's own."""
+    """transformers fills what a configuration leaves open (a repetition penalty) from the model's own.
+
+    A mixture of experts that is trained with its routers' loss would compute that of a token and a mask of all.
+    """
     owners = {id(owner): owner for owner in (model, base_model(model))}.values()
     before = [(owner, owner.generation_config) for owner in owners]
+    config: Any = base_model(model).config
+    routers = [place for place in (config, config.get_text_config()) if getattr(place, _ROUTERS, False)]
     try:
         for owner in owners:
             owner.generation_config = GenerationConfig()
+        for place in routers:
+            place.output_router_logits = False
         yield
     finally:
-        for owner, config in before:
-            owner.generation_config = config
+        for owner, own in before:
+            owner.generation_config = own
+        for place in routers:
+            place.output_router_logits = True
 
 
 class _Stop(StoppingCriteria):

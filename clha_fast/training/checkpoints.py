@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch import nn
@@ -150,8 +151,12 @@ class CheckpointingTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As `Trainer`; after `load_best_model_at_end` the metrics name the step whose weights are back."""
-        with self._unprepared():
+        """As `Trainer`; after `load_best_model_at_end` the metrics name the step whose weights are back.
+
+        Training draws afterwards what it draws without: a pass of a loader takes a seed, and a run that is resumed from
+        before an evaluation does not make it again.
+        """
+        with self._unprepared(), torch.random.fork_rng(devices=[]):
             found = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -33,7 +33,7 @@ class ReportingTrainer(CheckpointingTrainer):
     reference: Reference
     eval_collator: Any
     dataset_names: list[str]
-    _sample_examples: list[Any] | None = None
+    _sample_examples: tuple[Any, list[Any]] | None = None  # the set that was evaluated last, and its first prompts
     _sampled_step: int | None = None
     _began: bool = False  # an attempt of this call of `train`
 
@@ -84,10 +84,12 @@ class ReportingTrainer(CheckpointingTrainer):
         tokenizer = self.processing_class or getattr(self.eval_collator, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("processing_class: expected a tokenizer, which eval_samples needs, got None")
-        if self._sample_examples is None:
-            self._sample_examples = samples.first_prompts(dataset, self.args.eval_samples, self.eval_collator)
-        prompts = [list(example["prompt_ids"]) for example in self._sample_examples]
-        ends = samples.closing_tokens(self._sample_examples, tokenizer, self.accelerator.unwrap_model(self.model))
+        if self._sample_examples is None or self._sample_examples[0] is not dataset:
+            found = samples.first_prompts(dataset, self.args.eval_samples, self.eval_collator)
+            self._sample_examples = dataset, found
+        _, examples = self._sample_examples
+        prompts = [list(example["prompt_ids"]) for example in examples]
+        ends = samples.closing_tokens(examples, tokenizer, self.accelerator.unwrap_model(self.model))
         length, temperature = self.args.eval_sample_tokens, self.args.eval_sample_temperature
         with self.compute_loss_context_manager():
             answers = samples.generate(self.model, prompts, tokenizer, ends, self.args.device, length, temperature)

@@ -22,7 +22,7 @@ from clha_fast.batching.segments import SegmentGroup, Segments
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
-from clha_fast.generation.hf import generate_tokens
+from clha_fast.generation.hf import check_padding, generate_tokens
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
 from clha_fast.models.dropout import without_dropout
@@ -138,7 +138,8 @@ class RolloutTrainer(CLHATrainer):
 
     Raises:
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite; a model whose forward
-            draws something in training (a router's jitter), which a ratio of policies would measure.
+            draws something in training (a router's jitter), which a ratio of policies would measure; one that reads
+            padding as text, with `per_device_eval_batch_size` above 1.
     """
 
     _collates = True
@@ -180,6 +181,7 @@ class RolloutTrainer(CLHATrainer):
             held_out = self._read(eval_dataset, name="eval_dataset")
         self.reward = reward
         self._draws: bool | None = None
+        self._padding_checked = False
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
         self._attempted = False  # whether this call of `train` has begun before
@@ -337,7 +339,9 @@ class RolloutTrainer(CLHATrainer):
     def _sample(
         self, model: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int], length: int, temperature: float
     ) -> list[list[int]]:
-        stopped = None
+        rows, stopped = [prompt.ids for prompt in prompts], None
+        if not self._padding_checked:
+            self._padding_checked = check_padding(model, rows, self._pad, "per_device_eval_batch_size")
         if any(prompt.stops for prompt in prompts):
 
             def stopped(row: int, new: list[int]) -> bool:
@@ -345,7 +349,7 @@ class RolloutTrainer(CLHATrainer):
 
         return generate_tokens(
             model,
-            [prompt.ids for prompt in prompts],
+            rows,
             ends=self._ends(prompts[0]),
             pad=self._pad,
             max_new_tokens=length,

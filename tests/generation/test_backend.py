@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import (
+    CamembertConfig,
+    CamembertForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord
@@ -238,6 +248,42 @@ def test_padding_that_is_read_as_text_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size: expected 1 for Deaf, which reads padding as text .*, got 4"):
         ask(model, records, 4, max_new_tokens=2)
     assert len(ask(model, records, 1, max_new_tokens=2)) == 4
+
+
+_SMALL = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": TOKENIZER.bos_token_id,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+_EXPERTS = {**_SMALL, "num_experts_per_tok": 2, "num_key_value_heads": 2, "output_router_logits": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        # Positions that do not begin at 0.
+        (RobertaForCausalLM, RobertaConfig(**_SMALL, is_decoder=True)),
+        (CamembertForCausalLM, CamembertConfig(**_SMALL, is_decoder=True)),
+        # Trained with the routers' loss, which has no meaning here.
+        (MixtralForCausalLM, MixtralConfig(**_EXPERTS, num_local_experts=4)),
+        (Qwen3MoeForCausalLM, Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=24, head_dim=8)),
+    ],
+)
+def test_answers_are_those_of_the_model_s_own_forward(kind: Any, config: Any) -> None:
+    torch.manual_seed(1)
+    model, routers = spread(kind(config)), getattr(config, "output_router_logits", None)
+    prompts = [[0, *range(3, 3 + count)] for count in (9, 2, 5)]
+    expected = [by_hand(model, prompt, 4) for prompt in prompts]
+    assert len({tuple(row) for row in expected}) > 1
+    settings: dict[str, Any] = {"ends": [EOS], "pad": PAD, "max_new_tokens": 4}
+    assert generate_tokens(model, prompts, **settings) == expected
+    assert [generate_tokens(model, [prompt], **settings)[0] for prompt in prompts] == expected
+    assert getattr(model.config, "output_router_logits", None) == routers
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from clha_fast.experiments.folder import RunFolderError, check_folder, claim_folder
 from clha_fast.files import WRITING, CheckpointError, RunIdentity, publish, rotate, write_json, writing
+from clha_fast.training.reward_trainer import RewardConfig, RewardTrainer
 from clha_fast.training.trainer import CLHATrainer
 from tests.support import forked
 from tests.support.power_cuts import PowerCut, dropout_model, trainer, weights
+from tests.support.preferences import keyword_rows
+from tests.support.reward_models import gpt2
+from tests.support.tiny import make_tokenizer
 
 
 # 9 prompts, 2 a batch: 5 batches an epoch. A cut at 6 is inside an epoch; with 5 steps a save, at 5, between two.
@@ -49,6 +53,53 @@ def test_resume_is_bitwise(tmp_path: Path, cut: int, changes: dict[str, Any]) ->
         return {line["step"]: [line[k] for k in keep] for line in run.state.log_history if "eval_loss" in line}
 
     assert losses(rest) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"eval_steps": 1}, {"eval_strategy": "epoch", "eval_samples": 1, "eval_sample_temperature": 1.0}],
+    ids=["steps", "epochs"],
+)
+def test_training_is_what_it_is_without_evaluation(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A checkpoint of a step comes before the evaluation of its epoch, which a resumed run does not make again."""
+    settings = {"max_steps": 6, "save_steps": 5, "eval_sample_tokens": 2}
+    without = trainer(tmp_path / "without", **{**settings, "eval_strategy": "no"})
+    without.train()
+    with_it = trainer(tmp_path / "with", **settings, **changes)
+    with_it.train()
+    rest = trainer(tmp_path / "with", **settings, **changes)
+    rest.train(resume_from_checkpoint=str(tmp_path / "with" / "checkpoint-5"))
+    expected = weights(without.model)
+    for run in (with_it, rest):
+        assert run.state.global_step == 6
+        for name, tensor in weights(run.model).items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_reward_model_trains_as_it_does_without_evaluation(tmp_path: Path) -> None:
+    found = []
+    for strategy in ("no", "epoch"):
+        torch.manual_seed(0)
+        run = RewardTrainer(
+            gpt2(),
+            RewardConfig(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                max_steps=5,
+                per_device_train_batch_size=2,
+                eval_strategy=strategy,
+                save_strategy="no",
+                disable_tqdm=True,
+                report_to="none",
+            ),
+            train_dataset=keyword_rows(4),
+            eval_dataset=keyword_rows(3, seed=1),
+            processing_class=make_tokenizer(),
+        )
+        run.train()
+        found.append(weights(run.model))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
 
 
 def test_checkpoints_are_safetensors_and_rotated(tmp_path: Path) -> None:

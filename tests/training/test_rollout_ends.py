@@ -1,4 +1,4 @@
-"""Where rollouts end: rewards that are no numbers, checkpoints of somebody else's, weights that are back."""
+"""Where rollouts end: rewards that are no numbers, answers that are not the policy's, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from clha_fast.data.prompts import Prompted, PromptRecord
 from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
 from tests.support.power_cuts import trainer as ranked_trainer
+from tests.support.reward_models import spread
 from tests.support.tiny import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -21,6 +24,52 @@ PROMPTS: list[Prompted] = [PromptRecord(f"say {number}", f"prompts.jsonl:{number
 
 def zero(records: Sequence[Prompted], answers: Sequence[Sequence[str]]) -> list[list[float]]:
     return [[0.0 for _ in texts] for texts in answers]
+
+
+class Deaf(LlamaForCausalLM):
+    """Reads padding as text, whatever the mask says."""
+
+    def forward(self, *args: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def rwkv() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    return RwkvForCausalLM(RwkvConfig(vocab_size=len(TOKENIZER), **sizes))
+
+
+def deaf() -> Any:
+    return Deaf(make_model(len(TOKENIZER)).config)
+
+
+@pytest.mark.parametrize("make", [rwkv, deaf])
+@pytest.mark.parametrize("size", [1, 4])
+def test_answers_that_depend_on_their_company_are_refused(tmp_path: Path, make: Any, size: int) -> None:
+    """Sampled beside a longer prompt, they would not be the policy's that trains on them."""
+    args = RolloutConfig(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=1,
+        save_strategy="no",
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=size,
+        answers_per_prompt=2,
+        max_completion_length=2,
+    )
+    prompts = [PromptRecord("a cat"), PromptRecord("the cat sat on a mat and then a dog ran over it with some joy")]
+    ours = RolloutTrainer(spread(make()), args, zero, prompts, prompts, TOKENIZER)
+    if size == 1:
+        ours.train()
+        assert ours.state.global_step == 1
+        return
+    told = "^per_device_eval_batch_size: expected 1 for (Deaf|RwkvForCausalLM), which reads padding as text .*, got"
+    with pytest.raises(ValueError, match=f"{told} 4$"):
+        ours.train()
+    with pytest.raises(ValueError, match=f"{told} 2$"):
+        ours.evaluate()
 
 
 def trainer(folder: Path, reward: Any = zero, **changes: Any) -> RolloutTrainer:

@@ -72,6 +72,17 @@ def test_samples_of_several_sets(tmp_path: Path) -> None:
     assert [line["prompt"] for line in lines_of(tmp_path)] == [row["prompt"] for row in sets["near"][:2]]
 
 
+@pytest.mark.parametrize("order", [("own", "other", "own"), ("other", "own", "own"), ("other", "third", "own")])
+def test_samples_are_of_the_set_that_is_evaluated(tmp_path: Path, order: tuple[str, ...]) -> None:
+    ours = trainer(tmp_path, eval_samples=2, eval_sample_tokens=1)
+    sets = {"own": make_rows(2, seed=EVAL_SEED), "other": make_rows(3, seed=20), "third": make_rows(1, seed=21)}
+    for step, name in enumerate(order):
+        ours.state.global_step = step
+        ours.evaluate(None if name == "own" else sets[name])
+    expected = [(step, row["prompt"]) for step, name in enumerate(order) for row in sets[name][:2]]
+    assert [(line["step"], line["prompt"]) for line in lines_of(tmp_path)] == expected
+
+
 def test_samples_are_what_the_model_writes(tmp_path: Path) -> None:
     ours = trainer(tmp_path, eval_samples=2, eval_sample_tokens=5)
     ours.model.train()
