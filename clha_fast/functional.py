@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clha_fast import ops, reference
 from clha_fast.backends import SWEEPING
-from clha_fast.objectives import OBJECTIVES, Group, Objective, as_objective, encode
+from clha_fast.objectives import BUILT_IN, Group, Objective, as_objective, encode
 from clha_fast.objectives.additive import check_adds_up
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.objectives.metrics import CLHAMetrics
@@ -273,7 +273,7 @@ def linear_loss(
         logps = reference.token_logps(*inputs[:5], head)
         found = reference.token_statistics(*inputs[:5], head) if names else {}
         checks.ranking_values(targets.shape[0], given, lambda: scored)
-        if OBJECTIVES.get(objective.name) is type(objective) and not objective.is_watched:
+        if type(objective) in BUILT_IN and not objective.is_watched:
             loss, sums, scores = reference.loss(logps, targets, given, head, objective, found.get("entropy"))
         else:
             ranked = RankedBatch(objective, given, scored, logps.dtype)

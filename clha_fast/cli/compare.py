@@ -63,6 +63,11 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     measured = {path: _read(path) for path in (args.a, args.b)}
     answers = [path for path, found in measured.items() if found is None]
     if answers and args.references is None:
+        if os.path.isfile(os.path.join(answers[0], "config.json")):
+            raise ValueError(
+                f"{answers[0]}: expected a file of answers or figures, got a model; clha-fast eval --model "
+                f"{answers[0]} --references FILE --out FILE.json makes both"
+            )
         raise ValueError(f"--references: expected a file to measure the answers in {answers[0]} against, got none")
     if not answers:
         refuse_unused(args, parser, {"beside two files of metrics, which are compared as they are": _MEASURING})

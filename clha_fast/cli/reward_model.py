@@ -11,7 +11,16 @@ from transformers.utils import logging
 
 from clha_fast.cli.devices import device_text
 from clha_fast.cli.options import collect, config_hints, field_hints
-from clha_fast.cli.runs import carry_out, few_text, folder_text, idle_line, layout_line, model_text, write_page
+from clha_fast.cli.runs import (
+    carry_out,
+    few_text,
+    folder_text,
+    idle_line,
+    layout_line,
+    model_text,
+    shared_text,
+    write_page,
+)
 from clha_fast.evaluation import plots
 from clha_fast.evaluation import tables as report
 from clha_fast.evaluation.accuracy import PairAccuracy
@@ -114,7 +123,7 @@ def header(run: RewardRun) -> dict[str, str]:
     if run.skipped:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if run.shared:
-        lines["note"] = f"{run.shared} held-out prompts stand in the training file too"
+        lines["note"] = shared_text(run.shared)
     return lines
 
 

@@ -119,6 +119,14 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
+def shared_text(prompts: int) -> str:
+    """Said where held-out prompts have been trained on."""
+    return (
+        f"{prompts} held-out prompts stand in the training file too, so their figures are not of new prompts; "
+        "clha-fast prepare ranked splits files by prompt"
+    )
+
+
 def few_text(prompts: int) -> str:
     """What is to be said of few held-out prompts; "" of enough."""
     return "" if prompts >= _FEW else "; figures on so few prompts are mostly chance (eval_fraction or eval_file: more)"

@@ -21,6 +21,7 @@ from clha_fast.cli.runs import (
     lead_line,
     model_text,
     print_answers,
+    shared_text,
     template_line,
     write_page,
 )
@@ -136,7 +137,7 @@ def header(run: Run) -> dict[str, str]:
     if run.skipped:
         lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
     if shared:
-        lines["note"] = f"{shared} held-out prompts stand in the training file too"
+        lines["note"] = shared_text(shared)
     return lines
 
 

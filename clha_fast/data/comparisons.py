@@ -131,9 +131,9 @@ def _arena_winner(row: Row, source: str) -> bool:
         if row.get(name) not in (None, 0, 1):  # a text would be true, whatever it says
             raise RecordError.of(source, name, "1 or 0", row[name])
         won[side] = bool(row.get(name))
-    row.get("winner_tie")
+    tie = row.get("winner_tie")
     if won["a"] == won["b"]:
-        raise _tie(source, "winner_model_a", won["a"])
+        raise _tie(source, *(("winner_tie", tie) if tie else ("winner_model_a and winner_model_b", int(won["a"]))))
     return won["b"]
 
 

@@ -6,7 +6,7 @@ A parser takes one row (a mapping) and knows nothing about files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from clha_fast.data.answers import (
@@ -226,11 +226,23 @@ def detect_format(row: Row, source: str) -> str:
     for name, found in _FORMATS.items():
         if (set(found.keys) <= keys) if found.keys else _TESTS[name](row, keys):
             return name
-    seen = ", ".join(sorted(map(str, row))) or "none"
+    seen = ", ".join(_paths(row)) or "none"
     raise RecordError(
         f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
         "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
-        f"'[COLUMN, COLUMN]'). docs/data.md shows the formats that are read as they are: {', '.join(FORMATS)}",
+        "'[COLUMN, COLUMN]', or one column that holds a list; --columns.completions COLUMN --columns.group_by COLUMN "
+        "where each row has one response). docs/data.md shows the formats that are read as they are: "
+        f"{', '.join(FORMATS)}",
         source=source,
         has_way=True,
     )
+
+
+def _paths(row: Row) -> list[str]:
+    """The names of a row's columns, nested ones as a mapping of columns has them."""
+    found = []
+    for name, value in sorted(row.items(), key=lambda item: str(item[0])):
+        inner = value[0] if isinstance(value, list) and value else value
+        nested = inner if isinstance(inner, Mapping) and not {"role", "content"} <= set(inner) else {}
+        found += [f"{name}.{key}" for key in sorted(map(str, nested))] or [str(name)]
+    return found

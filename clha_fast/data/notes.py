@@ -29,6 +29,7 @@ class Notes:
         bare: trees without two ranked replies to one message, of which no record came.
         pairs: of responses with different rewards; reversed: those whose worse-ranked one has the higher reward.
         unread: columns that no reader takes, and in how many records they hold something.
+        first: by the name of a count, where the first record that it counts is.
     """
 
     name: str = "records"
@@ -44,24 +45,33 @@ class Notes:
     pairs: int = 0
     reversed: int = 0
     unread: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
     def see(self, record: RankedRecord, unread: Iterable[str] = (), repeated: bool = False) -> None:
         """Count a record, the columns of its row that nobody took, and whether its responses repeated the prompt."""
         left = repeated and all(text.startswith(str(record.prompt)) for text in record.completions)
-        self.repeated += repeated and not left
-        self.left += left
-        self.partly += not repeated and any(map(repeats_prompt(record.prompt), record.completions))
         self.records += 1
-        self.silent += len(record.completions) > 1 and not _says(record.prompt)
-        self.blank += not all(text.strip() for text in record.completions)
-        self.single += len(record.completions) == 1
-        self.equal += len(set(record.completions)) < len(record.completions)
         self.unread.update(unread)
         rewards = as_compared(record.rewards or ())
+        turned = 0
         for better in range(len(rewards)):
             for worse in rewards[better + 1 :]:
                 self.pairs += rewards[better] != worse
-                self.reversed += rewards[better] < worse
+                turned += rewards[better] < worse
+        found = {
+            "repeated": repeated and not left,
+            "left": left,
+            "partly": not repeated and any(map(repeats_prompt(record.prompt), record.completions)),
+            "silent": len(record.completions) > 1 and not _says(record.prompt),
+            "blank": not all(text.strip() for text in record.completions),
+            "single": len(record.completions) == 1,
+            "equal": len(set(record.completions)) < len(record.completions),
+            "reversed": turned,
+        }
+        for name, count in found.items():
+            setattr(self, name, getattr(self, name) + count)
+            if count:
+                self.first.setdefault(name, record.source)
 
     def merge(self, other: Notes) -> None:
         """Add the counts of other records of the same source."""
@@ -69,10 +79,11 @@ class Notes:
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
         self.unread.update(other.unread)
+        self.first = other.first | self.first
 
     def as_dict(self) -> dict[str, Any]:
         """What `Notes(**...)` takes: plain values, for JSON."""
-        return {**vars(self), "unread": dict(self.unread)}
+        return {**vars(self), "unread": dict(self.unread), "first": dict(self.first)}
 
     def sentences(self) -> list[str]:
         """One for each thing that a user has to know; none for an ordinary file."""
@@ -86,35 +97,33 @@ class Notes:
         if self.bare:
             found.append(f"{self.bare:,} trees have no message with two ranked replies")
         if self.single:
-            found.append(f"{self._share(self.single)} have one response, which ranks nothing")
+            found.append(self._counted("single", "have one response, which ranks nothing"))
         if self.equal:
-            found.append(f"{self._share(self.equal)} have two equal responses, which are ranked all the same")
+            found.append(self._counted("equal", "have two equal responses, which are ranked all the same"))
         if self.blank:
-            found.append(f"{self._share(self.blank)} have a response of blanks alone, which is ranked all the same")
+            found.append(self._counted("blank", "have a response of blanks alone, which is ranked all the same"))
         if self.silent:
-            found.append(f"{self._share(self.silent)} have a prompt without any text, which their responses answer")
+            found.append(self._counted("silent", "have a prompt without any text, which their responses answer"))
         if self.repeated:
-            found.append(f"{self._share(self.repeated)} had responses that repeat the prompt, which was taken off them")
+            found.append(self._counted("repeated", "had responses that repeat the prompt, which was taken off them"))
         if self.left:
-            found.append(f"{self._share(self.left)} have responses that begin with their short prompt, which was left")
+            found.append(self._counted("left", "have responses that begin with their short prompt, which was left"))
         if self.partly > 1 and 2 * self.partly > self.records:  # not an answer here and there, a way of writing them
-            found.append(
-                f"{self._share(self.partly)} have responses that begin with the prompt, beside others that do not: it "
-                "was left, and is trained on as part of them"
-            )
+            beside = "have responses that begin with the prompt, beside others that do not: it was left, and is trained"
+            found.append(self._counted("partly", f"{beside} on as part of them"))
         most = self.reversed * 2 > self.pairs
         # Two standard deviations: rewards that stand in no order at all are reversed in about half of the pairs.
         chance = self.pairs >= _MANY and self.reversed > self.pairs / 2 - math.sqrt(self.pairs)
         if most or chance:
             found.append(
                 f"{self.reversed:,} of {self.pairs:,} pairs are ranked against their rewards"
-                f"{'' if most else ', about as many as in an order by chance'}; "
+                f"{'' if most else ', about as many as in an order by chance'} (first: {self.first['reversed']}); "
                 "rank_by_reward=True (--rank_by_reward) orders them by reward"
             )
         return [f"{self.name}: {sentence}" for sentence in found]
 
-    def _share(self, count: int) -> str:
-        return f"{count:,} of {self.records:,} records"
+    def _counted(self, name: str, what: str) -> str:
+        return f"{getattr(self, name):,} of {self.records:,} records {what} (first: {self.first[name]})"
 
     def say_new_columns(self, before: Collection[str]) -> None:
         """Log the unread columns that are not among `before`: for a stream, which has no end to wait for."""

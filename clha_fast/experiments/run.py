@@ -113,7 +113,8 @@ class RunOptions:
     def check(self) -> None:
         """ValueError for values missing, doubled or outside their choices."""
         if self.train_file is None:
-            raise ValueError("train_file: expected the path of a file with ranked responses, got nothing")
+            way = "; a run is resumed with the options that it was started with" if self.resume else ""
+            raise ValueError(f"train_file: expected the path of a file with ranked responses, got nothing{way}")
         if (self.model is None) == (self.model_config is None):
             got = "neither" if self.model is None else "both"
             raise ValueError(f"model: expected either model (a path or name) or model_config, got {got}")

@@ -384,7 +384,7 @@ def attach(
     objective = check_adds_up(as_objective(options))
     inner = unwrap(model)
     if STATE in vars(inner):
-        raise ValueError("model: expected one without a loss, got one that has been attached already; detach it first")
+        raise ValueError("model: expected none with a loss, got one attached already; detach it first (copies: before)")
     check_whole(inner)
     check_calls_what_it_wraps(model, inner)
     info = measure_head(inner, backend)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ __all__ = [
     "Terms",
     "Totals",
     "as_objective",
+    "register",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -64,6 +66,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
         PolicyOptions,
     )
 }
+
+# Those that stand in the reference, too, and are tested against it.
+BUILT_IN = frozenset(OBJECTIVES.values())
 
 # Objectives that no string can carry; they live as long as the call that brought them.
 _LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
@@ -90,6 +95,33 @@ class FromFunction(Objective):
         assert self.function is not None
         loss = self.function(group)
         return Terms(loss, torch.zeros_like(loss) if isinstance(loss, Tensor) else loss)
+
+
+_C = TypeVar("_C", bound=type[Objective])
+
+
+def register(cls: _C) -> _C:
+    """Gives an `Objective` of your own its name, for `CLHAConfig(objective=name)` and the command line; a decorator.
+
+    Under a module's own class it holds in every process that imports the module.
+
+    Raises:
+        ValueError: it is no dataclass of `Objective` with a `name` that is free and a default for each setting.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Objective) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"register: expected a dataclass that subclasses Objective, got {cls!r}")
+    name = vars(cls).get("name")
+    taken = OBJECTIVES.get(name, cls) if isinstance(name, str) else None
+    if not name or taken is None or (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(
+            f"name: expected one that no objective has ({', '.join(OBJECTIVES)} are taken), got {name!r} of "
+            f"{cls.__name__}"
+        )
+    none = (dataclasses.MISSING, dataclasses.MISSING)
+    if lacking := [f.name for f in dataclasses.fields(cls) if f.init and (f.default, f.default_factory) == none]:
+        raise ValueError(f"{lacking[0]}: expected a default of each setting of {cls.__name__}, got none")
+    OBJECTIVES[name] = cls
+    return cls
 
 
 def as_objective(objective: Objective | Callable[[Group], Tensor]) -> Objective:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clha_fast.objectives import OBJECTIVES, FromFunction
+from clha_fast.objectives import BUILT_IN, FromFunction
 from clha_fast.objectives.base import Group, Objective, Terms
 from clha_fast.objectives.metrics import METRIC_NAMES, as_logged
 from clha_fast.objectives.ranked import RankedBatch, recording
@@ -26,7 +26,7 @@ def check_adds_up(objective: Objective) -> Objective:
     Raises:
         ValueError: it was not.
     """
-    if OBJECTIVES.get(objective.name) is type(objective):
+    if type(objective) in BUILT_IN:
         return objective
     subject: Any = objective.function if isinstance(objective, FromFunction) else objective
     if _CHECKED.get(id(subject)) is not subject:

@@ -112,6 +112,7 @@ class Inspection:
         repeated_answers: responses that a record before has, too. sentences: what else a user has to know.
         lengths: of prompts, responses, and prompts with their longest response; in tokens as the limits leave them.
         unequal_pairs: pairs with different rewards. reversed_pairs: those whose worse-ranked one has the higher.
+        first: by the name of one of these counts, where the first record is that it counts.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Inspection:
     reversed_pairs: int
     gaps: Gaps | None
     examples: list[Example] = field(default_factory=list)
+    first: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -174,7 +176,9 @@ def inspect_file(
             found.see(record)
         except RecordError as error:  # a limit or a template that this record does not agree with
             bad.append(error)
-    read = dataclasses.replace(notes, unread=Counter(notes.unread))  # without the one that may follow
+    read = dataclasses.replace(
+        notes, unread=Counter(notes.unread), first=dict(notes.first)
+    )  # without the one that may follow
     more = most is not None and next(stream, None) is not None
     if not found.records:
         raise bad[0]
@@ -203,6 +207,7 @@ class _Found:
         self.texts = self.repeated_prompts = self.repeated_answers = self.cut_prompts = self.cut_completions = 0
         self.lengths: dict[str, list[int]] = {"prompt": [], "response": [], "prompt and longest response": []}
         self.examples: list[Example] = []
+        self.first: dict[str, str] = {}
 
     def see(self, record: RankedRecord) -> None:
         if self.cut is None:
@@ -220,11 +225,17 @@ class _Found:
         self.lengths["prompt and longest response"].append(prompt + max(responses))
         self.sizes[len(record.completions)] += 1
         self.texts += isinstance(record.prompt, str)
+        if record.rewards is None:
+            self.first.setdefault("unrewarded", record.source)
         key = _hash(prompt_key(record))
-        self.repeated_prompts += key in self.prompts
+        if key in self.prompts:
+            self.repeated_prompts += 1
+            self.first.setdefault("repeated_prompts", record.source)
         self.prompts.add(key)
         own = {_hash(answer.strip()) for answer in record.completions}
-        self.repeated_answers += len(own & self.answers)
+        if both := len(own & self.answers):
+            self.repeated_answers += both
+            self.first.setdefault("repeated_answers", record.source)
         self.answers |= own
         # Texts are not needed any more.
         self.records.append(RankedRecord("", ("-",) * len(record.completions), record.rewards, record.sft_index))
@@ -234,8 +245,8 @@ class _Found:
         sentences = [sentence.removeprefix(f"{notes.name}: ") for sentence in notes.sentences()]
         if 0 < len(rewarded) < len(self.records):
             sentences.append(
-                f"{len(rewarded):,} of {len(self.records):,} records have rewards: training refuses a mixture; give "
-                "all of them rewards, or none"
+                f"{len(rewarded):,} of {len(self.records):,} records have rewards (the first without: "
+                f"{self.first['unrewarded']}): training refuses a mixture; give all of them rewards, or none"
             )
         if self.cut is not None and (said := template_text(self.texts, len(self.records), self.templated)):
             sentences.append(said)
@@ -264,6 +275,7 @@ class _Found:
             reversed_pairs=notes.reversed,
             gaps=_gaps(rewarded, self.objective),
             examples=self.examples,
+            first=self.first | ({"reversed_pairs": notes.first["reversed"]} if notes.reversed else {}),
         )
 
     def _example(self, record: RankedRecord, feature: CandidateFeature) -> Example:

@@ -12,7 +12,7 @@ from clha_fast.reports import page
 from clha_fast.reports.data_summary import data_text
 from clha_fast.reports.inspection import DIGITS, ENOUGH, SHARES, Candidate, Example, Inspection, Token
 
-_MOST_BAD = 3  # errors that are shown
+_MOST_BAD = (3, 100)  # errors that are shown in a terminal, and on a page
 _MOST_TOKENS = (40, 12)  # of a run of scored, cut or other tokens, at its beginning and end, in a terminal
 _LEGEND = (
     ("scored", "a token of a response that is scored"),
@@ -40,8 +40,8 @@ def _facts(found: Inspection, objective: Objective) -> Iterator[tuple[str, str]]
     answers = sum(size * count for size, count in found.sizes.items())
     yield (
         "duplicates",
-        f"prompts that stand before: {_share(found.repeated_prompts, found.records)}; responses that a record before "
-        f"has: {_share(found.repeated_answers, answers)}",
+        f"prompts that stand before: {_counted(found, 'repeated_prompts', found.records)}; responses that a record "
+        f"before has: {_counted(found, 'repeated_answers', answers)}",
     )
     if found.unit == "tokens":
         yield (
@@ -49,20 +49,26 @@ def _facts(found: Inspection, objective: Objective) -> Iterator[tuple[str, str]]
             f"prompts {_share(found.cut_prompts, found.records)}, responses {_share(found.cut_completions, answers)}",
         )
     if found.unequal_pairs:
-        yield "order", f"pairs ranked against their rewards: {_share(found.reversed_pairs, found.unequal_pairs)}"
+        yield "order", f"pairs ranked against their rewards: {_counted(found, 'reversed_pairs', found.unequal_pairs)}"
     if found.gaps is not None and isinstance(objective, CLHAOptions):
         yield "rewards", margin_advice(found, objective)
     for sentence in found.sentences:
         yield "note", sentence
     if found.bad:
-        seen = found.records + len(found.bad)
+        count, seen, most = len(found.bad), found.records + len(found.bad), _MOST_BAD[0]
+        more = f"; the first {most} here, --html lists more" if count > most else ""
         yield (
             "bad records",
-            f"{_share(len(found.bad), seen)}, left out here; training ends at the first, or leaves them out with "
-            "--skip_bad_records",
+            f"{_share(count, seen)}, left out here; training ends at the first, or leaves them out with "
+            f"--skip_bad_records{more}",
         )
-        for error in found.bad[:_MOST_BAD]:
+        for error in found.bad[:most]:
             yield "", " ".join(str(error).split())
+
+
+def _counted(found: Inspection, name: str, whole: int) -> str:
+    share = _share(getattr(found, name), whole)
+    return f"{share}, first: {found.first[name]}" if name in found.first else share
 
 
 def margin_advice(found: Inspection, objective: CLHAOptions) -> str:
@@ -152,8 +158,8 @@ def _plain(tokens: tuple[Token, ...]) -> str:
 def inspection_page(found: Inspection, objective: Objective) -> str:
     """All of it, as one page of HTML."""
     facts = [(name, text) for name, text in _facts(found, objective) if name not in ("note", "bad records", "")]
-    warnings = [*found.sentences, *(" ".join(str(error).split()) for error in found.bad[:_MOST_BAD])]
-    if len(found.bad) > _MOST_BAD:
+    warnings = [*found.sentences, *(" ".join(str(error).split()) for error in found.bad[: _MOST_BAD[1]])]
+    if len(found.bad) > _MOST_BAD[1]:
         warnings.append(f"{len(found.bad):,} records could not be used in all")
     parts = [
         page.section("Summary", page.facts(facts), *(page.paragraph(w, "warn") for w in warnings)),

@@ -36,11 +36,13 @@ def as_mapping(value: Any) -> dict[str, Any]:
         if OBJECTIVES.get(value.name) is not type(value):
             raise ValueError(
                 f"objective: expected one of {', '.join(OBJECTIVES)}, got {value.label!r}, a loss of your own, which "
-                "no file can hold; clha_fast.attach(model, objective) trains it in a loop of your own"
+                "no file can hold; clha_fast.objectives.register gives its class a name, and clha_fast.attach(model, "
+                "objective) trains it in a loop of your own"
             )
         return {"name": value.name, **{field: getattr(value, field) for field in settings_of(value.name)}}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ValueError(f"objective: expected a name or a mapping with a name and settings, got {value!r}")
+        way = "; clha_fast.attach(model, function) trains a function" if callable(value) else ""
+        raise ValueError(f"objective: expected a name or a mapping with a name and settings, got {value!r}{way}")
     name = value["name"]
     if name not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}{nearest(name, OBJECTIVES)}")

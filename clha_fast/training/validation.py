@@ -128,7 +128,10 @@ def check_machine(args: Any) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"report_to: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
         if name not in available:
-            raise ValueError(f"report_to: expected a reporter whose package is installed, got {name!r}")
+            raise ValueError(
+                f"report_to: expected a reporter whose package is installed, got {name!r}; pip install it, or leave "
+                "it out"
+            )
 
 
 def check_fsdp(args: Any) -> None:

@@ -205,6 +205,9 @@ def test_refusals_are_one_sentence(
             *("eval", answers, "--references", references, "--model", model, "--reward-margin", "-1"),
         ),
         "--references: expected a file to measure the answers in": ("compare", answers, answers),
+        f"{model}: expected a file of answers or figures, got a model; clha-fast eval --model {model}": (
+            *("compare", model, answers),
+        ),
     }
     for words, command in cases.items():
         assert cli.main(list(command)) == cli.USER_ERROR, command

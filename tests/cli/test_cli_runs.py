@@ -103,7 +103,7 @@ def test_the_header_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFixt
             ["--metric_for_best_model", "eval_acuracy"],
             "expected one of loss, rank_loss, sft_loss, rewards/accuracies, ",
         ),
-        (["--report_to", "wandb"], "expected a reporter whose package is installed, got 'wandb'"),
+        (["--report_to", "wandb"], "expected a reporter whose package is installed, got 'wandb'; pip install it"),
         (["--report_to", "wandbb"], "expected none or some of "),
         (["--per_device_train_batch_size", "0"], "expected a whole number of at least 1, got 0"),
         (["--per_device_eval_batch_size", "0"], "expected a whole number of at least 1, got 0"),
@@ -148,3 +148,12 @@ def test_the_trainer_names_the_metrics_there_are(tmp_path: Path) -> None:
         ours.train()
     metrics = {name.removeprefix("eval_") for name in ours.evaluate()}
     assert set(evaluation_metrics()) <= metrics
+
+
+@pytest.mark.parametrize(("flags", "way"), [(["--resume"], "a run is resumed with the options that it was"), ([], "")])
+def test_a_command_without_a_file(capsys: pytest.CaptureFixture[str], flags: list[str], way: str) -> None:
+    assert cli.main(["train", "--output_dir", "run", *flags]) == 2
+    error = one_sentence(capsys).strip()
+    assert "train_file: expected the path of a file with ranked responses, got nothing" in error
+    assert way in error
+    assert bool(way) == (";" in error)

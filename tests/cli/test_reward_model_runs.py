@@ -209,7 +209,10 @@ def test_guessing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(reward_command(tmp_path, *flags, eval_fraction=None)) == 0
     out = capsys.readouterr().out
     assert "The interval includes 0.5: on these prompts the reward model cannot be told from guessing." in out
-    assert "1 held-out prompts stand in the training file too" in out
+    assert (
+        "1 held-out prompts stand in the training file too, so their figures are not of new prompts; clha-fast pr"
+        in out
+    )
     assert described(tmp_path)["eval_file"] == file_hash(str(held_out))
 
 

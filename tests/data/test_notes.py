@@ -47,8 +47,8 @@ def test_pairs_against_their_rewards(rewards: list[list[float] | None], pairs: i
     assert bool(said) == (2 * against > pairs)
     if said:
         assert said == [
-            f"f: {against} of {pairs} pairs are ranked against their rewards; rank_by_reward=True (--rank_by_reward) "
-            "orders them by reward"
+            f"f: {against} of {pairs} pairs are ranked against their rewards (first: record); rank_by_reward=True "
+            "(--rank_by_reward) orders them by reward"
         ]
 
 
@@ -104,10 +104,36 @@ def test_texts_that_say_nothing(prompt: Any, answers: list[str], said: str) -> N
 
 
 def test_single_and_equal_responses() -> None:
-    assert counted([[1.0]], ["a"]).sentences() == ["f: 1 of 1 records have one response, which ranks nothing"]
+    assert counted([[1.0]], ["a"]).sentences() == [
+        "f: 1 of 1 records have one response, which ranks nothing (first: record)"
+    ]
     (said,) = counted([None, None], ["a", "b", "a"]).sentences()
-    assert said == "f: 2 of 2 records have two equal responses, which are ranked all the same"
+    assert said == "f: 2 of 2 records have two equal responses, which are ranked all the same (first: record)"
     assert counted([[2, 1]]).sentences() == []
+
+
+def test_each_count_says_where_its_first_record_is() -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 0]},
+        {"prompt": "p", "completions": ["a"], "rewards": [1]},
+        {"prompt": "p", "completions": ["a", "a"], "rewards": [1, 0]},
+        {"prompt": "p", "completions": [" ", "a"], "rewards": [0, 1]},
+        {"prompt": " ", "completions": ["a", "b"], "rewards": [0, 1]},
+    ]
+    notes = Notes("f")
+    read_records([*rows, *rows], notes=notes)
+    assert notes.first == {
+        **{"single": "record 1", "equal": "record 2", "blank": "record 3", "silent": "record 4"},
+        "reversed": "record 3",
+    }
+    for name, said in (("single", 1), ("equal", 2), ("blank", 3), ("silent", 4)):
+        assert getattr(notes, name) == 2, name
+        assert sum(f"(first: record {said})" in sentence for sentence in notes.sentences()) == 1, name
+    later = Notes("f")
+    read_records(rows, notes=later)
+    later.first = dict.fromkeys(later.first, "record 7")
+    notes.merge(later)
+    assert "record 7" not in notes.first.values(), "parts are merged in their order"
 
 
 def test_merged_counts_are_those_of_one() -> None:

@@ -136,7 +136,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**ARENA, "winner": "tie (bothbad)"}, r"winner: expected a preference .*got 'tie \(bothbad\)'"),
     ({**ARENA, "conversation_b": [*TALK[:2], user("How?"), assistant("a")]},
      "conversation_b: expected the messages of conversation_a before the last one"),
-    ({**ARENA_TEXTS, "winner_model_a": 0, "winner_tie": 1}, "winner_model_a: expected a preference"),
+    ({**ARENA_TEXTS, "winner_model_a": 0, "winner_tie": 1}, "winner_tie: expected a preference"),
     ({**ARENA_TEXTS, "response_b": '["a", "b"]'}, "response_b: expected one turn"),
     ({**ARENA_TEXTS, "response_b": "[null]"}, r"response_b: expected one turn .*got \[None\]"),
     ({**ARENA_TEXTS, "response_a": '["a", null]'}, r"response_a: expected one turn .*got \['a', None\]"),

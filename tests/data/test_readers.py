@@ -282,6 +282,22 @@ def test_no_record_at_all(tmp_path, content):
         read_records(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "seen"),
+    [
+        (
+            {"meta": {"q": "?", "id": 1}, "cands": [{"txt": "a", "quality": 2}]},
+            "cands.quality, cands.txt, meta.id, meta.q",
+        ),
+        ({"turns": [{"role": "user", "content": "?"}], "out": ["a", "b"], "no": []}, "no, out, turns"),
+        ({"x": {}, "y": None}, "x, y"),
+    ],
+)
+def test_unknown_format_lists_nested_columns_as_a_mapping_has_them(row: dict[str, object], seen: str) -> None:
+    with pytest.raises(RecordError, match=f"unknown format, its fields are: {seen}. Say which is which"):
+        read_records([row])
+
+
 def test_unknown_format_lists_seen_fields_and_known_formats():
     with pytest.raises(RecordError) as caught:
         read_records([{"question": "?", "answer": "!"}], errors=[])
@@ -289,6 +305,7 @@ def test_unknown_format_lists_seen_fields_and_known_formats():
         "record 0: unknown format, its fields are: answer, question. Say which is which"
     )
     assert str(caught.value).endswith(f"read as they are: {', '.join(FORMATS)}")
+    assert "--columns.completions COLUMN --columns.group_by COLUMN where each row has one response" in str(caught.value)
     with pytest.raises(ValueError, match=r"format: expected auto or one of canonical, .*, got 'csv'"):
         read_records([ROW], "csv")
 

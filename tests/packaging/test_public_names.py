@@ -26,7 +26,7 @@ NAMES = {
     """,
     "clha_fast.objectives": """
         OBJECTIVES CLHAOptions CPOOptions CoHOptions DPOOptions Group HingeOptions IPOOptions ORPOOptions Objective
-        PROOptions Plan PolicyOptions RRHFOptions SFTOptions SimPOOptions Terms Totals as_objective
+        PROOptions Plan PolicyOptions RRHFOptions SFTOptions SimPOOptions Terms Totals as_objective register
     """,
     "clha_fast.evaluation": "Comparison Estimate Evaluation compare evaluate",
     "clha_fast.generation": """

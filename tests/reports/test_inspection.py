@@ -54,6 +54,9 @@ def test_figures_by_hand() -> None:
     other = inspect_file(ROWS, CLHAOptions(reward_margin=8.5), progress=False).gaps
     assert other is not None
     assert (other.margin_kept, other.suggested, other.suggested_kept) == (0.25, 0.5, 0.75)
+    assert found.first == {
+        **{"repeated_prompts": "record 1", "repeated_answers": "record 1", "reversed_pairs": "record 1"},
+    }
     text = inspection_text(found, PUBLISHED)
     for part in (
         "3 prompts, 6 responses (1 to 3 a prompt); pairs dropped as noise 2 (50%)",
@@ -125,7 +128,9 @@ def test_degenerate_files(tmp_path: Path) -> None:
     assert "no rewards: all 1 pairs count" in inspection_text(plain, PUBLISHED)
     mixed = inspect_file([ROWS[0], {"prompt": "a", "completions": ["b"]}], PUBLISHED, progress=False)
     assert mixed.rewarded == 1
-    assert "1 of 2 records have rewards: training refuses a mixture" in inspection_text(mixed, PUBLISHED)
+    assert "1 of 2 records have rewards (the first without: record 1): training refuses a mixture" in inspection_text(
+        mixed, PUBLISHED
+    )
     ties = inspect_file([{"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]}], PUBLISHED, progress=False)
     assert ties.gaps is not None
     assert (ties.gaps.suggested, ties.gaps.suggested_kept) == (0.0, 0.0)
@@ -223,3 +228,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["inspect", file, "--records", "1"]) == 2
     assert "--records: expected --model, whose tokens are shown" in one_sentence(capsys)
     assert json.loads(Path(file).read_text().splitlines()[0])["prompt"] == rows[0]["prompt"]
+
+
+def test_bad_records_are_all_on_the_page() -> None:
+    bad = [{"prompt": f"p{number}", "completions": ["a", ""]} for number in range(5)]
+    found = inspect_file([ROWS[0], *bad], PUBLISHED, progress=False)
+    text, page = inspection_text(found, PUBLISHED), inspection_page(found, PUBLISHED)
+    assert "; the first 3 here, --html lists more" in " ".join(text.split())
+    said = [f"record {number}: completions[1]" for number in range(1, 6)]
+    assert [place in text for place in said] == [True] * 3 + [False] * 2
+    assert all(place in page for place in said)
+    three = inspect_file([ROWS[0], *bad[:3]], PUBLISHED, progress=False)
+    assert "--html" not in inspection_text(three, PUBLISHED)
