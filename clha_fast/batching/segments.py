@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -59,11 +59,18 @@ class Segments:
 
     Attributes:
         rows, width: B and T. groups: in the order of their rows, and in a row of their places.
+        layout: `shared` where a prompt has more than one candidate in its row, else `packed`; found once, for a graph
+            that looks at groups is compiled anew for each number of candidates.
     """
 
     rows: int
     width: int
     groups: tuple[SegmentGroup, ...]
+    layout: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        shared = any(len(group.candidates) > 1 for group in self.groups)
+        object.__setattr__(self, "layout", "shared" if shared else "packed")
 
     def tokens(self) -> TokenSegments:
         """The same by token, on the CPU."""
@@ -80,11 +87,6 @@ class Segments:
             positions[row, sum(candidates[-1] if candidates else prompt) :] = 0
             seen[row] += 1
         return TokenSegments(positions, segments, groups)
-
-    @property
-    def layout(self) -> str:
-        """`shared` where a prompt has more than one candidate in its row, else `packed`."""
-        return "shared" if any(len(group.candidates) > 1 for group in self.groups) else "packed"
 
     @property
     def longest(self) -> int:

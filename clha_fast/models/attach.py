@@ -258,10 +258,8 @@ class Attached:
         for name in more:
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: expected, as all of {', '.join(more)}, of packed or shared rows, got none")
-        if segments is not None:
-            self._row_limit.check_width(segments.longest)
-        elif kwargs.get("position_ids") is None:
-            self._row_limit.check_width(kwargs["input_ids"].shape[1])
+        if segments is not None or kwargs.get("position_ids") is None:
+            self._row_limit.check_rows(segments, kwargs["input_ids"].shape[1])
         inputs = {name: kwargs[name] for name in (*MODEL_FIELDS, *more)}
         tensors = {name: kwargs[name] for name in _LOSS_FIELDS if kwargs.get(name) is not None}
         if kwargs.get("host_sizes") is not None and not torch.compiler.is_compiling():

@@ -127,7 +127,7 @@ class LayoutProbe:
                 raise self._refuse(layout, "it asks for no attention mask that rows of several candidates could change")
             longest = joined.segments.longest if joined.segments is not None and rope_by_length(self.model) else 0
             parts = together.double().split(joined.candidate_lengths.tolist())
-            error, noise, first = torch.zeros(()), torch.zeros(()), 0
+            error, noise, first, worst = torch.zeros(()), torch.zeros(()), 0, (0, 0)
             for place, feature in enumerate(features):
                 sizes = [len(own) for own in feature["completion_ids"]]
                 count = len(sizes)
@@ -138,7 +138,9 @@ class LayoutProbe:
                     alone = candidates_of(feature["prompt_ids"], [own])
                     plain, behind = self._alone(alone, longest, layout, "padded" if masks else "packed")
                     # The worst candidate: a window's end may be felt by one of them alone. NaN stays.
-                    error = torch.maximum(error, (parts[first + number] - plain).abs().mean())
+                    differs = (parts[first + number] - plain).abs().mean()
+                    if differs > error or differs.isnan():
+                        error, worst = differs, (place, number)
                     noise = torch.maximum(noise, (behind - plain).abs().mean())
                 first += count
             half = self._half
@@ -151,7 +153,7 @@ class LayoutProbe:
             rounding = _HALF_NOISE * noise if half else _NOISE * noise + _FLOOR
             if error <= (max(float(rounding), _LIMIT) if half else min(float(rounding), _LIMIT)):
                 return
-            kind = self._kind(features, joined) if spread is None else ""
+            kind = self._kind(features, joined, *worst) if spread is None else ""
             raise self._refuse(
                 layout,
                 f"{kind}{self.forward.values} differ by {float(error):.2g} {self.forward.unit} on average (by "
@@ -300,15 +302,19 @@ class LayoutProbe:
             f"{type(self.model).__name__}: {seen}; {way}layout='padded' runs with any model"
         )
 
-    def _kind(self, features: Sequence[CandidateFeature], joined: CandidateBatch) -> str:
-        """Which layer is the first to make something else of the same input, where one can be told."""
+    def _kind(self, features: Sequence[CandidateFeature], joined: CandidateBatch, place: int, number: int) -> str:
+        """Which layer is the first to make something else of the same input, where one can be told.
+
+        Looked at is a candidate, the `number`-th of `features[place]`, behind its prompt: what a layer mixes into a
+        text's beginning may have faded where the candidate stands.
+        """
         assert joined.segments is not None
-        spans = [(prompt[1], span) for _, prompt, own in joined.segments.groups for span in own]
-        number = len(features[0]["completion_ids"]) - 1
-        behind, (start, length) = spans[number]
-        alone = pack([candidates_of(features[0]["prompt_ids"], [features[0]["completion_ids"][number]])], "padded")
-        one = self._steps(joined, slice(start, start + length))
-        other = self._steps(alone, slice(behind, behind + length))
+        which = sum(len(feature["completion_ids"]) for feature in features[:place]) + number
+        texts = [(prompt, own) for _, prompt, candidates in joined.segments.groups for own in candidates]
+        tokens = torch.cat([torch.arange(start, start + length) for start, length in texts[which]])
+        alone = candidates_of(features[place]["prompt_ids"], [features[place]["completion_ids"][number]])
+        one = self._steps(joined, tokens)
+        other = self._steps(pack([alone], "padded"), torch.arange(len(tokens)))
         for (name, kind, given, made), (name2, _, given2, made2) in zip(one, other, strict=False):
             if name != name2:
                 break
@@ -317,7 +323,7 @@ class LayoutProbe:
                 return f"{kind} ({name or 'the model'}) gives other values in such a row, "
         return ""
 
-    def _steps(self, batch: CandidateBatch, span: slice) -> _Steps:
+    def _steps(self, batch: CandidateBatch, tokens: Tensor) -> _Steps:
         """(name, class, first input, output) of the modules that ran, in the order in which they ended."""
         width, head = batch.input_ids.shape[1], self.forward.last
         found: _Steps = []
@@ -325,9 +331,11 @@ class LayoutProbe:
         def part(value: Any) -> Tensor | None:
             while isinstance(value, (tuple, list)) and value:
                 value = value[0]
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2 and value.shape[1] == width:
-                return value[0, span]
-            return None
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return None
+            if value.dim() == 2:  # the one row's tokens, flattened
+                value = value.unsqueeze(0)
+            return value[0, tokens.to(value.device)] if value.dim() > 2 and value.shape[1] == width else None
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:

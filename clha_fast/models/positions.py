@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedDataset
+from clha_fast.batching.segments import Segments
 from clha_fast.models.adapters import virtual_tokens
 
 logger = logging.get_logger(__name__)
@@ -86,12 +87,13 @@ class RowLimit:
         where = f"{name}, in {longer:,} of {len(dataset):,} prompts" if longer else name
         self._check(max(dataset.lengths), where)
 
-    def check_width(self, width: int) -> None:
-        """One batch, whose rows are padded to `width`, or whose longest text has so many tokens; as `check_dataset`."""
-        if torch.compiler.is_compiling():  # a comparison would make a graph for every width
+    def check_rows(self, segments: Segments | None, width: int) -> None:
+        """One batch, whose rows are padded to `width`, or whose texts stand at `segments`; as `check_dataset`."""
+        if torch.compiler.is_compiling():  # it would make a graph for every width, and does not follow texts' lengths
             return
-        if self.limit is not None and width > (self.limit if self.table else self._padded(self.limit)):
-            self._check(width, "a batch")
+        longest = width if segments is None else segments.longest
+        if self.limit is not None and longest > (self.limit if self.table else self._padded(self.limit)):
+            self._check(longest, "a batch")
 
     def _padded(self, length: int) -> int:
         return -(-length // self.multiple) * self.multiple

@@ -276,7 +276,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
     ) -> tuple[Tensor, CLHAMetrics]:
         for limit in self._row_limits:
-            limit.check_width(batch.input_ids.shape[1] if batch.segments is None else batch.segments.longest)
+            limit.check_rows(batch.segments, batch.input_ids.shape[1])
         if batch.candidates_per_prompt.shape[0]:
             check_chains(batch.chains, self.loss_options)
         check_dropped(vars(batch), self.loss_options)

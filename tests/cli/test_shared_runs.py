@@ -136,7 +136,7 @@ def test_one_that_fails_ends_all(folder: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("clha-fast ")]
     assert len(said) == 1, done.stderr
     assert "do not fit in memory; 4 of 21 prompts are answered and kept in" in said[0]
-    assert said[0].endswith("out.jsonl.partial.1, --resume goes on")
+    assert said[0].endswith("out.jsonl.partial.1, resume=True goes on")
 
 
 def journal(path: Path, part: int = 0, resume: bool = True, **settings: int) -> Journal:

@@ -83,9 +83,10 @@ def test_refused_in_a_sentence(name: str) -> None:
 
 
 def test_the_table_tells_wrong_from_right() -> None:
-    table = render({"one": Measured(1e-7, 1e-7), "two": Measured(1e-7, 1e-3, chunks=True)})
+    table = render({"one": Measured(1e-7, 1e-7), "two": Measured(1e-7, 1e-3, chunks=True)}, ["three"])
     assert "**1 of 2 right.**" in table
     assert "| two | own forward | 1.0e-07 | 1.0e-03 | **wrong** |" in table
+    assert f"| three | | | | not run: transformers asks for peft {MIN_PEFT_VERSION} |" in table
 
 
 def test_the_adapter_on_the_head_is_felt() -> None:

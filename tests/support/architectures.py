@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from clha_fast import token_logps
-from clha_fast.models.heads import HeadInfo, UnsupportedHeadError, fused_head, inspect_head
+from clha_fast.models.head_loss import head_values
+from clha_fast.models.heads import HeadForward, HeadInfo, UnsupportedHeadError, fused_head, inspect_head
 from clha_fast.models.router import auxiliary_coefficient
 from tests.support import layouts
 from tests.support.architecture_configs import FREE_TOKENS, shrink
@@ -60,7 +60,8 @@ class Result:
     Attributes:
         reason: why it is not right. transform: what `inspect_head` found.
         nats, relative: the largest differences of log-probabilities and of a parameter's gradient, over its norm.
-        felt: by how much log-probabilities are off when the transform is left out, in nats; None without one.
+        felt: by how much log-probabilities are off when the transform is left out, or the weight read of a head that is
+            more than one, in nats; None where there is neither.
         tied: whether input and output embedding are one parameter. aux_loss: whether there was a router's loss.
         packed, shared: `layouts.short` of these rows; "" where they were not tried. in_two_calls: those of the two that
             are right without masks.
@@ -147,8 +148,8 @@ def eager(model: nn.Module) -> Outcome:
 def fused(model: nn.Module, info: HeadInfo) -> Outcome:
     inputs, rows, targets = batch()
 
-    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return token_logps(hidden, weight, targets, bias=bias, row_index=rows, head=info.options(), backend="torch")
+    def compute(hidden: Tensor, weight: Tensor | HeadForward, bias: Tensor | None) -> Tensor:
+        return head_values(hidden, weight, bias, targets, rows, head=info.options(), backend=layouts.backend(info))[0]
 
     with fused_head(model, compute, info):
         output = model(**inputs, use_cache=False)
@@ -171,6 +172,7 @@ def gradient_error(expected: dict[str, Tensor], got: dict[str, Tensor]) -> tuple
 def describe(info: HeadInfo) -> str:
     rows = info.module.weight.shape[0]
     found = {
+        "own forward": info.own_forward is not None,
         f"scale {info.scale:.6g}": info.scale != 1,
         f"softcap {info.softcap}": info.softcap is not None,
         f"adds {info.bias_name}": info.bias_name is not None,
@@ -203,7 +205,7 @@ def check(model_type: str, variant: str) -> Result:
     model.train(model_type in TRAINING)
     result.parameters = sum(p.numel() for p in model.parameters())
     try:
-        info = inspect_head(model)
+        info = inspect_head(model, own_forward=True)
     except UnsupportedHeadError as refusal:
         return result.said(REFUSED, refusal)
     result.transform = describe(info)
@@ -224,7 +226,7 @@ def compare(model: nn.Module, info: HeadInfo, result: Result) -> Result:
     result.nats = float((got.logps - expected.logps).abs().max())
     result.relative, where = gradient_error(expected.gradients, got.gradients)
     result.aux_loss = expected.aux_loss is not None
-    plain = dataclasses.replace(info, scale=1.0, softcap=None, bias_name=None)
+    plain = dataclasses.replace(info, scale=1.0, softcap=None, bias_name=None, own_forward=None)
     if plain != info:
         result.felt = float((fused(model, plain).logps - expected.logps).abs().max())
     if not expected.gradients or not torch.isfinite(expected.logps).all():
@@ -348,7 +350,8 @@ that also read images or sound are run on text alone.
 **{len(groups)} model types: {total}.**
 
 *Transform* is what was measured behind the head's own linear map: *identity*, a scale, a softcap c tanh(z / c), a
-vocabulary cut short, one of several streams; *bias* says that the head itself has one.
+vocabulary cut short, one of several streams; *bias* says that the head itself has one, *own forward* that it is more
+than one weight, and that it is called as it is, a chunk of tokens at a time ([adapters.md](adapters.md)).
 
 *Packed* and *shared* are layouts of [long-inputs.md](long-inputs.md): *right* means that `attach` took the model, and
 that log-probabilities and all gradients are those of each candidate alone in a row, to {layouts.NATS:g} nats and

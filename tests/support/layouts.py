@@ -19,6 +19,7 @@ from clha_fast.models.layout_probe import candidates_of, pack
 from clha_fast.models.measure import measure_head
 from clha_fast.models.segment_masks import IN_TWO_CALLS, UnsupportedLayoutError
 from clha_fast.objectives.sft import SFTOptions
+from clha_fast.ops.dispatch import Backend
 from tests.support.architecture_configs import FREE_TOKENS
 
 RIGHT, REFUSED, WRONG = OUTCOMES = ("right", "refused", "wrong")
@@ -60,8 +61,13 @@ def texts(prompts: tuple[int, ...] = (20, 17), sizes: tuple[int, ...] = (6, 11, 
     ]
 
 
+def backend(info: HeadInfo) -> Backend:
+    """Only "auto" calls a head that is more than one weight, a chunk of tokens at a time."""
+    return "torch" if info.own_forward is None else "auto"
+
+
 def forward_of(model: nn.Module, info: HeadInfo) -> LogpForward:
-    return LogpForward(model, info, info.options(), "torch")
+    return LogpForward(model, info, info.options(), backend(info))
 
 
 def logps(model: nn.Module, forward: LogpForward, batch: CandidateBatch) -> Tensor:
