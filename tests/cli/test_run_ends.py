@@ -181,7 +181,7 @@ def test_messages_name_the_options_of_the_command(
     def fails(*_: object, **__: object) -> None:
         raise ValueError(message)
 
-    monkeypatch.setattr(cli_rank, "read_records", fails)
+    monkeypatch.setattr(cli_rank, "read", fails)
     assert cli.main(["rank", "model", "file", str(tmp_path / "out")]) == 2
     assert one_sentence(capsys) == f"clha-fast rank: {said}\n"
 
