@@ -216,7 +216,7 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
         )
         start = 0
         for chunk in table:
-            if not isinstance(chunk.index, pandas.RangeIndex):  # pandas takes the first cells of longer rows for one
+            if not isinstance(chunk.index, pandas.RangeIndex) and not _numbered(chunk.index, start):
                 width, more = len(chunk.columns), chunk.index.nlevels
                 message = f"{path}: row {start}: expected {width} cells, one a name of the header, got {width + more}"
                 raise RecordError(f"{message}; {_QUOTES}", source=path)
@@ -238,6 +238,15 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
         why = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         way = f"; {_QUOTES}" if "fields in line" in why else ""
         raise RecordError(f"{path}: damaged {kind} file ({why}){way}", source=path) from error
+
+
+def _numbered(index: Any, start: int) -> bool:
+    """Whether the cells that pandas takes for an index, the first of rows longer than the header, are row numbers.
+
+    R's `write.table` writes them, from 1, below no name of the header.
+    """
+    found = [str(name) for name in index]
+    return any(found == [str(start + first + k) for k in range(len(found))] for first in (0, 1))
 
 
 def _separator(file: IO[bytes]) -> str:

@@ -58,7 +58,7 @@ def _lines(file: IO[bytes], path: str, compression: str) -> Iterator[tuple[int, 
     try:
         for line in file:
             number += 1
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            yield number, line.removeprefix(b"\xef\xbb\xbf")  # a mark stands wherever files were put one behind another
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         if not compression:
             raise

@@ -191,9 +191,10 @@ class ColumnMap:
 
 
 def _as_written(row: Row, path: str, value: Any) -> Any:
-    """The text of a cell that has been read as a list, but for one of messages."""
-    listed = isinstance(value, list) and not any(isinstance(item, Mapping) for item in value)
-    return row.texts.get(path, value) if listed and isinstance(row, TextRow) else value
+    """The text of a cell that has been read as a list or an object, but for messages."""
+    items = value if isinstance(value, list) else [value]
+    said = not isinstance(value, (list, dict)) or any(isinstance(item, dict) and "role" in item for item in items)
+    return row.texts.get(path, value) if not said and isinstance(row, TextRow) else value
 
 
 def find(value: Any, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,9 +109,13 @@ def register(cls: _C) -> _C:
     Raises:
         ValueError: it is no dataclass of `Objective` with a `name` that is free and a default for each setting.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Objective) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"register: expected a dataclass that subclasses Objective, got {cls!r}")
+    subclass = isinstance(cls, type) and issubclass(cls, Objective)
+    if not subclass or "__dataclass_fields__" not in vars(cls):  # its own: those it inherits know no setting of it
+        way = "; @dataclass(frozen=True) stands below @register" if subclass else ""
+        raise ValueError(f"register: expected a dataclass that subclasses Objective, got {cls!r}{way}")
     name = vars(cls).get("name")
+    if isinstance(name, str) and name and not re.fullmatch(r"\w[\w.-]*", name):  # `decode` takes it up to a blank
+        raise ValueError(f"name: expected letters, digits, _, - and . alone, got {name!r} of {cls.__name__}")
     taken = OBJECTIVES.get(name, cls) if isinstance(name, str) else None
     if not name or taken is None or (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -196,11 +197,11 @@ def probe_reward_model(path: str, *, label: int | None = None, device: str = "au
 
 def _trained_with_blank(path: str) -> bool | None:
     """What `reward_model.json` in its folder says of `RewardModel.blank`; None of a model from elsewhere."""
-    file_name = os.path.join(path, REWARD_FILE)
-    if not os.path.isfile(file_name):
-        return None
-    with open(file_name, encoding="utf-8") as file:
-        found = json.load(file).get(BLANK)
+    found: Any = None
+    # Somebody else's folder may have a file of that name, with anything in it.
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(path, REWARD_FILE), encoding="utf-8") as file:
+        found = json.load(file)
+    found = found.get(BLANK) if isinstance(found, dict) else None
     return found if isinstance(found, bool) else None
 
 

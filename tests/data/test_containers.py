@@ -178,6 +178,8 @@ def test_answers_of_kto_in_csv_cells(tmp_path: Path) -> None:
         ['["a", "b"]', '["c"]'],
         ["[1, 2, 3]", "[3, 2, 1]", "[]"],
         ["['a', 'b']"],
+        ['{"a": 1}', "{'a': [2]}", "{}"],
+        ['[{"a": 1}]', '[{"content": "x"}, 2]', "a"],
     ],
 )
 @pytest.mark.parametrize("name", ["answer", "answers", "completions", "scores"])
@@ -262,6 +264,15 @@ def test_rows_with_more_cells_than_the_header_has_names(tmp_path: Path, name: st
         read_records(tmp_path / name)
     quotes = "; a cell that holds a comma, or whatever else parts the cells, stands in quotes"
     assert str(caught.value) == f"{tmp_path / name}: {said}{quotes}"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("rows", [1, 3, 600])
+def test_row_numbers_without_a_name_are_no_cells(tmp_path: Path, rows: int, first: int) -> None:
+    """As R's `write.table` has them."""
+    lines = [f'"{first + number}","q{number}","a","b"' for number in range(rows)]
+    (tmp_path / "a.csv").write_text("\n".join(['"prompt","chosen","rejected"', *lines, ""]))
+    assert read_records(tmp_path / "a.csv") == [RankedRecord(f"q{number}", ("a", "b")) for number in range(rows)]
 
 
 @pytest.mark.parametrize("name", ["label", "choice", "labels"])

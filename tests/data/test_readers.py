@@ -185,6 +185,12 @@ def test_blank_lines_byte_order_mark_and_line_separators(tmp_path):
     assert [record.source for record in records] == [f"{path}:3", f"{path}:5"]
 
 
+def test_files_with_marks_put_one_behind_another(tmp_path):
+    line = b"\xef\xbb\xbf" + json.dumps(ROW).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([line, line, json.dumps(ROW).encode(), line]))
+    assert read_records(tmp_path / "rows.jsonl") == [RECORD] * 4
+
+
 def test_tables_and_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{**ROW, "rewards": [1.0, 0.0]}, {"prompt": "More?", "completions": ["c"], "rewards": None}]

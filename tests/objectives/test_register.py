@@ -49,6 +49,21 @@ class Nameless(Objective):
     pass
 
 
+class Undecorated(BestOf):
+    gamma: float = 1.0
+    name: ClassVar[str] = "undecorated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spaced(BestOf):
+    name: ClassVar[str] = "best of"
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked(BestOf):
+    name: ClassVar[str] = "@best"
+
+
 @dataclasses.dataclass(frozen=True)
 class Doubled(SimPOOptions):
     pass
@@ -111,6 +126,9 @@ def test_it_has_to_add_up_all_the_same() -> None:
         (Doubled, "name: expected one that no objective has .*, got None of Doubled"),
         (Nameless, "name: expected one that no objective has .*, got None of Nameless"),
         (Demanding, "beta: expected a default of each setting of Demanding, got none"),
+        (Undecorated, r"got <class '.*Undecorated'>; @dataclass\(frozen=True\) stands below @register"),
+        (Spaced, "name: expected letters, digits, _, - and . alone, got 'best of' of Spaced"),
+        (Marked, "name: expected letters, digits, _, - and . alone, got '@best' of Marked"),
         (BestOf(), "register: expected a dataclass that subclasses Objective, got BestOf"),
         (dict, "register: expected a dataclass that subclasses Objective, got <class 'dict'>"),
     ],

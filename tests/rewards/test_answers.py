@@ -114,6 +114,14 @@ def test_behind_a_prompt_alone_an_answer_has_the_form_that_the_judge_was_trained
     assert messages == pytest.approx(record.rewards, rel=1e-5)
 
 
+@pytest.mark.parametrize("text", ["[1]", "null", "", '{"responses_begin_with_blank": "no"}', "\udcff"])
+def test_another_file_of_that_name_says_nothing(tmp_path: Path, text: str) -> None:
+    llama(pad_token_id=2).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "reward_model.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert load_reward_model(str(tmp_path), device="cpu").blank is None
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "</s>"])
 @pytest.mark.parametrize("lead", ["<|im_start|>assistant\n", "<|assistant|>"])
 def test_answers_are_closed_as_rendered_responses_are(lead: str, end: str) -> None:
