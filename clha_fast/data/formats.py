@@ -27,6 +27,7 @@ from clha_fast.data.comparisons import (
     parse_webgpt,
 )
 from clha_fast.data.fields import Parser, Row, get, items, make_named, objects, response
+from clha_fast.data.jsonlines import AROUND
 from clha_fast.data.names import mapping_text
 from clha_fast.data.pairs import is_transcript, parse_hh, parse_trl, transcript_messages
 from clha_fast.data.records import (
@@ -227,12 +228,18 @@ def detect_format(row: Row, source: str) -> str:
         if (set(found.keys) <= keys) if found.keys else _TESTS[name](row, keys):
             return name
     seen = ", ".join(_paths(row)) or "none"
+    held = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
+    around = (
+        f". Rows in one JSON object lie under {', '.join(AROUND)}, not under {held[0]}"
+        if len(row) == 1 and held
+        else ""
+    )
     raise RecordError(
         f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
         "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
         "'[COLUMN, COLUMN]', or one column that holds a list; --columns.completions COLUMN --columns.group_by COLUMN "
         "where each row has one response). docs/data.md shows the formats that are read as they are: "
-        f"{', '.join(FORMATS)}",
+        f"{', '.join(FORMATS)}{around}",
         source=source,
         has_way=True,
     )

@@ -15,7 +15,7 @@ from clha_fast.data.records import RecordError
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
 # Names under which a file of one object has its rows, unless it is a record itself.
-_AROUND = ("data", "rows", "records", "examples", "instances")
+AROUND = ("data", "rows", "records", "examples", "instances")
 _FIELDS = {"prompt", "completions", "chosen", "messages", "instruction", "query", "question", "prefix"}
 
 
@@ -226,5 +226,5 @@ def _object_rows(
 
 def _inside(value: Mapping[str, object]) -> list[object] | None:
     """The rows in an object that is no record itself."""
-    rows = [value[name] for name in _AROUND if name in value]
+    rows = [value[name] for name in AROUND if name in value]
     return rows[0] if len(rows) == 1 and isinstance(rows[0], list) and not _FIELDS & set(value) else None

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.version import __version__
@@ -77,6 +78,46 @@ def write(folder: str, text: str) -> None:
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(f"{path}.partial", path)
+
+
+def merged_card(adapter: str, name: str, kind: str) -> str | None:
+    """The card of an adapter's folder, for the whole model that was made of it; None where the folder has none.
+
+    The front matter tells the Hub of a model of transformers, trained from its base; figures stay as they are. In a
+    card from here the heading and a sentence below it say what it is; somebody else's text is left alone.
+
+    Args:
+        name: of the model. kind: of the adapter, such as LORA.
+
+    Raises:
+        ValueError: it is no text, or its front matter is no YAML mapping. OSError: it cannot be read.
+    """
+    path = os.path.join(adapter, CARD_FILE)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        card = ModelCard(
+            text if text.lstrip().startswith("---") else f"---\n\n---\n{text}", ignore_metadata_errors=True
+        )
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected text behind front matter that is a YAML mapping ({error})") from error
+    data: Any = card.data
+    before = data.get("model_name")
+    data.library_name = "transformers"
+    tags = [data.tags] if isinstance(data.tags, str) else data.tags or []
+    own = [tag for tag in tags if tag not in ("peft", kind.lower()) and not str(tag).startswith("base_model:")]
+    data.tags = own or None
+    if isinstance(data.base_model, str) and os.path.exists(data.base_model):  # a folder is refused by the Hub
+        data.base_model = None
+    # It would be told from the library, but for a card that says "adapter".
+    data.base_model_relation = "finetune" if data.base_model else None
+    if MARK in text:
+        data.model_name = name
+        said = f"An adapter ({kind}), merged into its base model. Figures are those of the adapter, before that."
+        card.text = card.text.replace(f"\n# {before}\n", f"\n# {name}\n\n{said}\n", 1)
+    return str(card)
 
 
 def model_card(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -390,3 +391,12 @@ def test_bad_rows_are_told_in_the_file_s_own_words(row, message):
     assert str(caught.value).startswith(f"record 0: {message}")
     assert caught.value.source == "record 0"
     assert message.startswith(f"{caught.value.field}: ")
+
+
+@pytest.mark.parametrize("name", ["items", "train"])
+def test_rows_under_an_unknown_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({name: [{"prompt": "a", "completions": ["b", "c"]}]}))
+    said = f"Rows in one JSON object lie under data, rows, records, examples, instances, not under {name}"
+    with pytest.raises(RecordError, match=said):
+        list(read_records(path))

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clha_fast.cli import main as cli
 from clha_fast.models.loading import load_classifier
 from clha_fast.models.merging import merge_adapter
+from clha_fast.objectives import CLHAOptions, DPOOptions
+from clha_fast.training import card
+from clha_fast.training.config import CLHAConfig
 from tests.support.adapters import BODY, lora_config, stir
 from tests.support.reward_models import TOKENIZER, spread, write
 from tests.support.tiny import make_model
@@ -99,6 +103,73 @@ def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys
     own, merged = (json.loads((tmp_path / name).read_text()) for name in ("own", "ranked"))
     assert own["order"] == merged["order"]
     assert own["mean_logps"] == pytest.approx(merged["mean_logps"], rel=1e-4)
+
+
+def given_card(options: Any, base_model: str | None, tags: tuple[str, ...] = ()) -> str:
+    log = [{"eval_rank_loss": 0.25, "eval_kendall_tau": 0.7531, "step": 3}]
+    settings = CLHAConfig(use_cpu=True)
+    text = card.model_card("run", options, settings, log, base_model=base_model, tags=tags, library="peft")
+    assert "0.7531" in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("options", "base_model", "config"),
+    [(CLHAOptions(), "Qwen/Qwen2.5-0.5B", "body"), (DPOOptions(beta=0.2), None, "ia3")],
+    ids=["of the Hub", "of a folder"],
+)
+def test_the_card_goes_along(tmp_path: Path, options: Any, base_model: str | None, config: str) -> None:
+    save(tmp_path, CONFIGS[config], tied=False)
+    adapter, out = tmp_path / "adapter", tmp_path / "whole"
+    kind = str(CONFIGS[config].peft_type.value)
+    before = given_card(options, base_model, ("peft", kind.lower(), f"base_model:adapter:{base_model}", "mine"))
+    (adapter / "README.md").write_text(before)
+    assert cli.main(["merge", str(adapter), str(out)]) == 0
+    text = (out / "README.md").read_text()
+    old, new = ModelCard(before).data.to_dict(), ModelCard(text).data.to_dict()
+    changed = {"library_name": "transformers", "model_name": "whole", "tags": [options.name, card.TAG, "mine"]}
+    assert new == {**old, **changed, **({"base_model_relation": "finetune"} if base_model else {})}
+    said = f"# whole\n\nAn adapter ({kind}), merged into its base model. Figures are those of the adapter, before that."
+    body = before.split("---\n", 2)[2].replace("# run", said, 1)
+    assert text.split("---\n", 2)[2] == body
+    assert card.may_write(str(out)), "it is as the adapter's, to be written again"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("# Mine\n\nfree of front matter\n", "---\nlibrary_name: transformers\n---\n# Mine\n\nfree of front matter\n"),
+        (
+            "---\nbase_model: a/b\nlibrary_name: peft\nbase_model_relation: adapter\ntags: peft\n---\n# run\n",
+            "---\nbase_model: a/b\nlibrary_name: transformers\nbase_model_relation: finetune\n---\n# run\n",
+        ),
+        (
+            "---\nbase_model: BASE\nmodel_name: run\n---\n# run",
+            "---\nmodel_name: run\nlibrary_name: transformers\n---\n# run",
+        ),
+        (None, None),
+    ],
+    ids=["plain", "peft's", "a folder's", "none"],
+)
+def test_somebody_elses_card_stays_his(tmp_path: Path, before: str | None, after: str | None) -> None:
+    save(tmp_path, CONFIGS["body"], tied=False)
+    (tmp_path / "adapter" / "README.md").unlink()
+    if before is not None:
+        (tmp_path / "adapter" / "README.md").write_text(before.replace("BASE", str(tmp_path / "base")))
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "README.md"
+    assert (path.read_text() if path.exists() else None) == after
+
+
+@pytest.mark.parametrize("content", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"---\n1: 2\n---\n", b"\xff\xfe"])
+def test_a_damaged_card_is_said(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, CONFIGS["body"], tied=False)
+    path = tmp_path / "adapter" / "README.md"
+    path.write_bytes(content)
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    assert f"note          no model card was written: {path}: expected " in capsys.readouterr().out
+    assert not (tmp_path / "out" / "README.md").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
