@@ -9,7 +9,7 @@ from clha_fast.cli.reading import add_skip_argument
 from clha_fast.cli.text import Parser, with_dashes
 from clha_fast.data import FORMATS, RecordError
 from clha_fast.data import convert as convert_file
-from clha_fast.experiments.reading import SKIPS
+from clha_fast.data.records import SKIPS
 
 
 def convert(words: Sequence[str]) -> int:

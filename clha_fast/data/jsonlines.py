@@ -116,7 +116,7 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-# One for all lines: `json.loads` would make a decoder for each, which takes up to half as long as decoding it.
+# One for all lines: with a hook `json.loads` would make a decoder for each, which costs a good part of decoding it.
 _ONCE = json.JSONDecoder(object_pairs_hook=_once_each)
 
 

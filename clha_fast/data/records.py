@@ -21,6 +21,8 @@ _LONGEST_GOT = 100
 # A number as it is written in half of the world; which of comma and point stand for thousands is not guessed.
 _WITH_COMMA = re.compile(r"\s*[+-]?(?=[.,]*\d)[\d.]*,[\d.]*([eE][+-]?\d+)?\s*")
 _WORDS_OF_A_PROMPT = 3
+# The way out of one bad record, for `RecordError.advised`.
+SKIPS = "where others are good, skip_bad_records=True leaves it out"
 
 
 class RecordError(ValueError):

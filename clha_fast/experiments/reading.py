@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from clha_fast.data.readers import read_records
-from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.records import SKIPS, RankedRecord, RecordError
 
 # Fields of RunOptions that say how its files are read, and what they are by default.
 READING: dict[str, Any] = {"format": "auto", "columns": None, "rank_by_reward": False, "skip_bad_records": False}
-SKIPS = "where others are good, skip_bad_records=True leaves it out"
 
 
 def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,9 +176,8 @@ def inspect_file(
             found.see(record)
         except RecordError as error:  # a limit or a template that this record does not agree with
             bad.append(error)
-    read = dataclasses.replace(
-        notes, unread=Counter(notes.unread), first=dict(notes.first)
-    )  # without the one that may follow
+    # Without the record that may follow.
+    read = dataclasses.replace(notes, unread=Counter(notes.unread), first=dict(notes.first))
     more = most is not None and next(stream, None) is not None
     if not found.records:
         raise bad[0]

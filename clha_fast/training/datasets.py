@@ -15,7 +15,7 @@ from transformers.utils import logging
 from clha_fast.batching.collator import LIMITS, RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import CHUNK, feature_chunks, is_tokenised, ranking_inputs
-from clha_fast.data.records import RecordError
+from clha_fast.data.records import SKIPS, RecordError
 from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.objectives.pairs import Pairs
@@ -25,7 +25,6 @@ from clha_fast.types import SIGNALS
 
 # Of the class itself: a subclass's own are asked for.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(CLHAConfig)}
-SKIPS = "where others are good, skip_bad_records=True leaves it out"
 _LOOK = 2048  # prompts whose order is held to their rewards
 # A reward model that agrees with a ranking reverses fewer of its pairs once noise is dropped.
 _CONTRADICTION = 0.2

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 
 from clha_fast.batching.sampling import LengthSampler
 from clha_fast.batching.segments import check_layout
-from clha_fast.data.records import RecordError
+from clha_fast.data.records import SKIPS, RecordError
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.objectives.pairs import COMPARED, wins
@@ -25,7 +25,6 @@ from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
-from clha_fast.training.datasets import SKIPS
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
 from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt
 from clha_fast.training.switches import idle_settings, say_idle
