@@ -409,8 +409,8 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
         cut_prompts, cut_completions: how many the collator's limits have shortened. limits: these, by name.
 
     Raises:
-        ValueError: no record, or some records with rewards and some without; a bad `num_proc`.
-        RecordError: as `RankedCollator.tokenize_record`.
+        ValueError: no record; a bad `num_proc`.
+        RecordError: as `RankedCollator.tokenize_record`; one without rewards, or a signal, while others have them.
     """
 
     def __init__(

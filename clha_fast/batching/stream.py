@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch.utils.data import IterableDataset
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.signals import PER_CANDIDATE
 from clha_fast.batching.workers import Example, as_record
 from clha_fast.data.notes import Notes
-from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.records import SKIPS, RankedRecord, RecordError
 
 # More loader workers than anyone starts; each counts in a place of its own, so that no count is lost.
 _WORKERS = 1024
+_AHEAD = 64  # records that are looked at, for what they hold, before the first is given
 
 
 class RankedStream(IterableDataset[Any]):
@@ -40,7 +43,8 @@ class RankedStream(IterableDataset[Any]):
         skipped: bad records left out so far by this process and its workers, again in every pass.
 
     Raises:
-        RecordError: a bad record; a record with rewards after one without, or the other way round; no record at all.
+        RecordError: a bad record; one with rewards, or a signal, that the first lacks, or the other way round; with
+            `skip_bad_records`, that one of the first 64 has and it lacks; no record at all.
     """
 
     def __init__(
@@ -59,6 +63,10 @@ class RankedStream(IterableDataset[Any]):
         self._skipped = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()
         self._epoch = 0
         self._notes = Notes()
+        # What a batch's records have all or none of.
+        self._names = [name for name in PER_CANDIDATE if name in collator.signals]
+        if collator.options.markers is None:
+            self._names.append("rewards")
 
     @property
     def skipped(self) -> int:
@@ -95,31 +103,45 @@ class RankedStream(IterableDataset[Any]):
                 yield {**feature, "fill": True}
 
     def _pass(self, worker: int) -> Iterator[RankedRecord | CandidateFeature]:
-        first: tuple[bool, str] | None = None
+        examples = self._examples(worker)
+        # Where such records may be left out, the first is none to hold all others to.
+        ahead = list(itertools.islice(examples, _AHEAD if self.skip_bad_records else 1))
+        expected = frozenset[str]().union(*(held for _, held, _ in ahead))
+        for example, held, source in itertools.chain(ahead, examples):
+            if held == expected:
+                yield example
+                continue
+            name = min(held ^ expected)
+            has, lacks = (source, ahead[0][2]) if name in held else (ahead[0][2], source)
+            self._leave_out(RecordError.of(lacks, name, f"some, as {has} has", None), worker)
+
+    def _leave_out(self, error: RecordError, worker: int) -> None:
+        if not self.skip_bad_records:
+            raise error.advised(SKIPS) from None
+        self._skipped[worker % _WORKERS] += 1
+
+    def _examples(self, worker: int) -> Iterator[tuple[RankedRecord | CandidateFeature, frozenset[str], str]]:
+        """Each good record, what it holds of rewards and signals, and where it is from."""
         for number, row in enumerate(self.source):
             try:
-                example, rewarded, source = self._read(row, f"record {number}")
-                if first is None:
-                    first = rewarded, source
-                elif first[0] != rewarded:
-                    expected = f"{'rewards' if first[0] else 'none'}, as of {first[1]}"
-                    raise RecordError.of(source, "rewards", expected, "some" if rewarded else None)
-            except RecordError:
-                if not self.skip_bad_records:
-                    raise
-                self._skipped[worker % _WORKERS] += 1
+                found = self._read(row, f"record {number}")
+            except RecordError as error:
+                self._leave_out(error, worker)
             else:
-                yield example
+                yield found
 
-    def _read(self, row: Any, place: str) -> tuple[RankedRecord | CandidateFeature, bool, str]:
+    def _read(self, row: Any, place: str) -> tuple[RankedRecord | CandidateFeature, frozenset[str], str]:
         if not isinstance(row, (RankedRecord, Mapping)):
             raise RecordError.of(place, "", "a mapping", row)
         if isinstance(row, Mapping) and "completion_ids" in row:
-            return row, row.get("rewards") is not None, row.get("source", place)  # type: ignore[return-value]
+            held = frozenset(name for name in self._names if row.get(name) is not None)
+            return row, held, row.get("source", place)  # type: ignore[return-value]
         said = set(self._notes.unread)
         record = as_record(row, place, self._notes)
         self._notes.say_new_columns(said)
-        rewarded = record.rewards is not None
+        held = frozenset(
+            name for name in self._names if name in record.signals or (name == "rewards" and record.rewards)
+        )
         if self.skip_bad_records:
-            return self.collator.tokenize_record(record), rewarded, record.source
-        return record, rewarded, record.source
+            return self.collator.tokenize_record(record), held, record.source
+        return record, held, record.source

@@ -31,11 +31,19 @@ _tokenise: Tokenise  # of a process of the pool, set when it starts
 
 _CHUNK = 64  # records that a process takes at a time
 _LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+# What writes them into a file.
+WRITERS = {
+    "rewards": " (clha-fast score --reward-model MODEL SRC DST writes them)",
+    "reference_logps": " (clha-fast score --policy MODEL SRC DST writes them)",
+}
 
 
 @dataclass
 class Tokenised:
-    """Tokenised records, how many prompts and responses of them a limit has cut, and which signals the records hold."""
+    """Tokenised records, how many prompts and responses of them a limit has cut, and which signals the records hold.
+
+    All of them have rewards, or a signal, or none has.
+    """
 
     features: Sequence[CandidateFeature]
     cut_prompts: int
@@ -66,7 +74,8 @@ def tokenise_all(
     Args:
         tokenise: of one record, `RankedCollator.tokenize_counted`; it travels to the processes.
         num_proc: processes; None and 1 are this one.
-        skipped: None raises the first `RecordError`; a list collects them, and their records are left out.
+        skipped: None raises the first `RecordError`; a list collects them, and their records are left out: so is one
+            that lacks what others have, rewards or a signal.
         progress: show a bar; None shows it for more than 2000 records.
     """
     check_num_proc(num_proc)
@@ -79,8 +88,7 @@ def tokenise_all(
         unit=" prompts",
         disable=not (len(rows) > _LARGE if progress is None else progress),
     )
-    features = []
-    cut_prompts = cut_completions = 0
+    features, cuts = [], []
     with bar:
         for result in _results(rows, tokenise, min(num_proc or 1, max(len(rows), 1))):
             if isinstance(result, RecordError):
@@ -88,14 +96,39 @@ def tokenise_all(
                     raise result
                 skipped.append(result)
             else:
-                feature, prompts, completions = result
-                features.append(feature)
-                cut_prompts += prompts
-                cut_completions += completions
+                features.append(result[0])
+                cuts.append(result[1:])
             bar.update(1)
     notes.say()
     signals = {name for row in rows if isinstance(row, RankedRecord) for name in row.signals}
-    return Tokenised(features, cut_prompts, cut_completions, signals)
+    kept = _alike(features, skipped)
+    prompts, completions = (sum(cuts[index][kind] for index in kept) for kind in (0, 1))
+    return Tokenised([features[index] for index in kept], prompts, completions, signals)
+
+
+def _alike(features: Any, skipped: list[RecordError] | None) -> list[int]:
+    """Places of the features that hold rewards, and each signal, where any does; the others are bad records."""
+    kept = list(range(len(features)))
+    for name in ("rewards", *PER_CANDIDATE):
+        column = _column(features, name)
+        holding = [index for index in kept if column[index] is not None]
+        if not 0 < len(holding) < len(kept):
+            continue
+        expected = f"some, as {len(holding):,} of {len(kept):,} records have them{WRITERS.get(name, '')}"
+        sources = _column(features, "source")
+        lacking = (sources[index] for index in kept if column[index] is None)
+        errors = [RecordError.of(source, name, expected, None) for source in lacking]
+        if skipped is None:
+            raise errors[0]
+        skipped += errors
+        kept = holding
+    return kept
+
+
+def _column(features: Any, name: str) -> list[Any]:
+    if isinstance(features, list):
+        return [feature.get(name) for feature in features]
+    return list(features[name]) if name in features.column_names else [None] * len(features)
 
 
 def _read(example: Example, number: int, notes: Notes) -> RankedRecord | RecordError:
@@ -206,6 +239,8 @@ def tokenise_table(
     if skipped is not None and any(error is not None for error in errors):
         skipped += [RecordError(error, source=error.partition(": ")[0]) for error in errors if error is not None]
         done = done.select([index for index, error in enumerate(errors) if error is None])
+    kept = _alike(done, skipped)
+    done = done if len(kept) == len(done) else done.select(kept)
     prompts, completions = (sum(done[name]) for name in ("cut_prompts", "cut_completions"))
     notes = Notes()
     for found in done["notes"]:

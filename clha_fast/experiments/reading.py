@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clha_fast.data.readers import read_records
@@ -35,3 +35,10 @@ def read_file(
         return read_records(path, errors=errors, **given)
     except RecordError as error:
         raise error if errors is not None else error.advised(advice) from None
+
+
+def leave_out(records: list[RankedRecord], errors: Sequence[RecordError]) -> Sequence[RecordError]:
+    """Takes those out of `records` that these errors are of; the errors."""
+    bad = {error.source for error in errors}
+    records[:] = [record for record in records if record.source not in bad]
+    return errors

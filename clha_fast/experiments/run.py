@@ -24,7 +24,7 @@ from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.split import shared_prompts, split_records
 from clha_fast.experiments.contents import with_contents
 from clha_fast.experiments.folder import check_apart, check_folder, claim_folder
-from clha_fast.experiments.reading import read_file
+from clha_fast.experiments.reading import leave_out, read_file
 from clha_fast.files import RunIdentity, file_hash, write_json
 from clha_fast.generation.prompts import lead_of
 from clha_fast.messages import nearest
@@ -216,8 +216,9 @@ class Run:
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
 
     def _check_best_metric(self) -> None:
-        own = self.args.measured_options().metric_names
-        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
+        check_best_metric(
+            self.args.metric_for_best_model, evaluation_metrics(self.args.measured_options().metric_names)
+        )
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
         return adapter_config(settings)
@@ -280,10 +281,11 @@ class Run:
                 f"push_to_hub: expected a repository that can be made on the Hub, got an error ({reason}); log in "
                 "(hf auth login, or hub_token), or leave it out and push the folder afterwards"
             ) from error
-        for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
-            self.skipped += dataset.skipped
-        files = (options.train_file, options.eval_file)
-        self.trainer.dataset_names = [source_name(path) for path in files if path is not None]
+        sets = (self.trainer.train_dataset, self.trainer.eval_dataset)
+        for dataset, records in zip(sets, (self.train_records, self.held_out), strict=True):
+            if dataset is not None:
+                self.skipped += leave_out(records, dataset.skipped)
+        self.trainer.dataset_names = [source_name(path) for path in (options.train_file, options.eval_file) if path]
 
     def _trainer(self, **given: Any) -> Any:
         return CLHATrainer(self.model, self.args, **given)

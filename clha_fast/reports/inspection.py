@@ -242,10 +242,11 @@ class _Found:
     def inspection(self, notes: Notes, more: bool, bad: list[RecordError], positions: int | None) -> Inspection:
         rewarded = [record for record in self.records if record.rewards is not None]
         sentences = [sentence.removeprefix(f"{notes.name}: ") for sentence in notes.sentences()]
-        if 0 < len(rewarded) < len(self.records):
+        if 0 < len(rewarded) < len(self.records) and self.objective.markers is None:
             sentences.append(
                 f"{len(rewarded):,} of {len(self.records):,} records have rewards (the first without: "
-                f"{self.first['unrewarded']}): training refuses a mixture; give all of them rewards, or none"
+                f"{self.first['unrewarded']}): training refuses a mixture, or leaves out those without with "
+                "skip_bad_records=True (--skip_bad_records); clha-fast score --reward-model MODEL writes rewards"
             )
         if self.cut is not None and (said := template_text(self.texts, len(self.records), self.templated)):
             sentences.append(said)

@@ -285,8 +285,6 @@ def test_mixed_rewards_name_the_record(with_bos):
     message = r"f:3: rewards: expected all records of a batch .* got none while f:1 has them"
     with pytest.raises(ValueError, match=message):
         RankedCollator(with_bos)(mixed)
-    with pytest.raises(ValueError, match=message):
-        RankedDataset(mixed, RankedCollator(with_bos))
 
 
 def assert_same(left, right):

@@ -13,24 +13,26 @@ from tests.support.tiny import make_model, make_tokenizer
 
 
 @pytest.mark.parametrize(
-    ("bad", "names_a_way"),
+    "bad",
     [
-        ('{"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, NaN]}', True),
-        ('{"prompt": "p", "completions": ["a", "b"], "rewards": ["5", "n/a"]}', True),
-        ('{"prompt": "p", "completions": ["a", "</s>"], "rewards": [1.0, 0.0]}', True),
-        ('{"prompt": "p", "completions": ["a", "b"]}', False),
+        '{"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, NaN]}',
+        '{"prompt": "p", "completions": ["a", "b"], "rewards": ["5", "n/a"]}',
+        '{"prompt": "p", "completions": ["a", "</s>"], "rewards": [1.0, 0.0]}',
+        '{"prompt": "p", "completions": ["a", "b"], "rewards": null}',
+        '{"prompt": "p", "completions": ["a", "b"]}',
     ],
 )
-def test_errors_of_records_name_the_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, names_a_way: bool
-) -> None:
+def test_errors_of_records_name_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str) -> None:
     words = command(tmp_path, "--max_steps", "1")
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(bad + "\n")
     assert cli.main(words) == 2
-    said = one_sentence(capsys)
-    assert ("skip_bad_records" in said) == names_a_way
-    assert names_a_way or "give all of them rewards, or none" in said
+    assert "train.jsonl:17: " in (said := one_sentence(capsys))
+    assert said.endswith("; where others are good, --skip_bad_records leaves it out\n")
+    assert cli.main([*words, "--skip_bad_records", "--plot", "false", "--eval_fraction", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "skipped   1 bad records, the first: " in printed
+    assert "training  16 prompts" in printed
     assert cli.main([*words, "--columns.prompt", "promt"]) == 2
     assert "skip_bad_records" not in one_sentence(capsys), "another column is the way out"
 
