@@ -12,12 +12,14 @@ from typing import Any
 from clha_fast.data.containers import files_of
 from clha_fast.experiments.folder import RUN_FILE
 from clha_fast.files import CHECKPOINT, file_hash
+from clha_fast.generation.prompts import trained_lead, trained_prefix
+from clha_fast.rewards.reward_model import REWARD_FILE, trained_with_blank
 
 # Settings whose text may be a file or folder, and those that name data, which may be a glob or a name on the Hub.
 _PATHS = ("model", "tokenizer", "reference", "reward_model", "deepspeed", "fsdp_config")
 _DATA = ("train_file", "eval_file")
-# A run's own reports, and where it lay, say nothing of the weights.
-_REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", "reward_model.json", "README.md")
+# A run's own reports, and where it lay, say nothing of the weights; `_read_as` has what they say beside them.
+_REPORTS = (RUN_FILE, "metrics.json", "trainer_state.json", "training_args.bin", REWARD_FILE, "README.md")
 _REPORT_ENDS = (".png", ".log", ".lock", ".partial")
 
 
@@ -55,7 +57,10 @@ def data_hash(path: str) -> str:
 
 
 def model_hash(path: str) -> str:
-    """Of a model's folder, and of the model that an adapter in it stands on; a name on the Hub is its own hash."""
+    """Of a model's folder, how it is asked and reads, and of the model that an adapter in it stands on.
+
+    A name on the Hub is its own hash.
+    """
     path = os.path.expanduser(path)
     if not os.path.isdir(path):
         return _file(path) if os.path.isfile(path) else path
@@ -63,7 +68,7 @@ def model_hash(path: str) -> str:
     def report(name: str) -> bool:
         return name in _REPORTS or name.endswith(_REPORT_ENDS) or CHECKPOINT.fullmatch(name) is not None
 
-    found = _folder(path, report)
+    found = _joined([_folder(path, report), *said]) if (said := _read_as(path)) else _folder(path, report)
     adapter = os.path.join(path, "adapter_config.json")
     if os.path.isfile(adapter):
         with open(adapter, encoding="utf-8") as file:
@@ -71,6 +76,13 @@ def model_hash(path: str) -> str:
         if isinstance(base, str):
             found = _joined([found, model_hash(base)])
     return found
+
+
+def _read_as(path: str) -> list[str]:
+    """What a run's reports say of how its model is asked, and of how it reads answers."""
+    blank = "without blanks" if trained_with_blank(path) is False else None  # what says nothing is read as with them
+    found = {"answer_prefix": trained_prefix(path), "lead": trained_lead(path), REWARD_FILE: blank}
+    return [f"{name} {value}" for name, value in found.items() if value]
 
 
 def with_contents(settings: Mapping[str, Any]) -> dict[str, Any]:

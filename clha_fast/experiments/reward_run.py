@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from clha_fast.data.prompts import begin_with_blank
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.split import half_of, shared_prompts
 from clha_fast.evaluation.accuracy import PairAccuracy, pair_accuracy
@@ -153,7 +152,7 @@ class RewardRun(Run):
             "train_prompts": len(train),
             "train_pairs": train.pairs,
             "max_length": self.max_length,
-            BLANK: begin_with_blank(self.train_records),
+            BLANK: train.blank,
             "steps": self.trainer.state.global_step,
             # Of the weights, where they are not those of the last step.
             **{name: value for name, value in self.after.items() if name == "eval_step"},

@@ -95,8 +95,8 @@ class RewardModel:
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
     def fingerprint(self) -> str:
-        """A hash of configuration and weights (samples of each), whatever the folder they came from."""
-        return fingerprint(self.model)
+        """A hash of configuration and weights, whatever the folder they came from, and of `blank` where it is False."""
+        return fingerprint(self.model) + (" without blanks" if self.blank is False else "")
 
     @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -172,7 +172,7 @@ def load_reward_model(
         model.to(place)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"device: {path} does not fit in the memory of {place} as {model.dtype}") from error
-    return RewardModel(model, tokenizer, label, layout, _trained_with_blank(os.fspath(path)))
+    return RewardModel(model, tokenizer, label, layout, trained_with_blank(os.fspath(path)))
 
 
 def probe_reward_model(path: str, *, label: int | None = None, device: str = "auto", dtype: str = "auto") -> None:
@@ -195,7 +195,7 @@ def probe_reward_model(path: str, *, label: int | None = None, device: str = "au
         RewardModel(*_read(path, dtype=dtype, device_map="meta"), label)
 
 
-def _trained_with_blank(path: str) -> bool | None:
+def trained_with_blank(path: str) -> bool | None:
     """What `reward_model.json` in its folder says of `RewardModel.blank`; None of a model from elsewhere."""
     found: Any = None
     # Somebody else's folder may have a file of that name, with anything in it.

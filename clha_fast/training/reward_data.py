@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.collator import RankedDataset
 from clha_fast.batching.segments import RowTokens
-from clha_fast.batching.workers import Example
-from clha_fast.data.records import RecordError, as_compared
+from clha_fast.batching.workers import Example, as_record, is_table
+from clha_fast.data.containers import table_rows
+from clha_fast.data.prompts import begin_with_blank
+from clha_fast.data.records import RankedRecord, RecordError, as_compared
 from clha_fast.rewards.joined import Text, join_texts
 from clha_fast.rewards.rows import pad_rows, reward_collator, token_rows
 
@@ -54,6 +57,7 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         equal_rewards, equal_responses: pairs left out, equal rewards first. unpaired: prompts left out with them.
         reversed_pairs: kept ones whose worse response has the higher reward.
         skipped, cut_prompts, cut_completions: as `RankedDataset`; what is cut is counted before prompts are left out.
+        blank: as `data.prompts.begin_with_blank` says of the records.
 
     Raises:
         ValueError: no pair is left. RecordError: as `RankedDataset`.
@@ -68,7 +72,11 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         skipped: list[RecordError] | None = None,
         name: str = "train_dataset",
     ) -> None:
+        if not is_table(records):
+            records = list(table_rows(records))
         tokenised = RankedDataset(records, reward_collator(tokenizer, max_length), num_proc=num_proc, skipped=skipped)
+        left_out = {error.source for error in tokenised.skipped}
+        self.blank = begin_with_blank(record for record in _good(records) if record.source not in left_out)
         self.skipped = tokenised.skipped
         self.cut_prompts, self.cut_completions = tokenised.cut_prompts, tokenised.cut_completions
         self.equal_rewards = self.equal_responses = self.reversed_pairs = self.unpaired = 0
@@ -139,6 +147,13 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
             for prompt in prompts
         ]
         return wins, [len(prompt.better) for prompt in prompts]
+
+
+def _good(rows: Iterable[Example]) -> Iterator[RankedRecord]:
+    """The rows as records, but for those that are none."""
+    for number, row in enumerate(rows):
+        with contextlib.suppress(RecordError):
+            yield as_record(row, f"record {number}")
 
 
 class PairCollator:

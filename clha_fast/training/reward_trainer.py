@@ -18,11 +18,12 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 from clha_fast.batching.sampling import LengthSampler
 from clha_fast.batching.segments import check_layout
 from clha_fast.data.records import SKIPS, RecordError
+from clha_fast.files import write_json
 from clha_fast.layout import accumulate
 from clha_fast.models.adapters import base_model, with_adapter
 from clha_fast.objectives.pairs import COMPARED, wins
 from clha_fast.rewards.joined import JOINED_FIELDS, JoinedRewards
-from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.reward_model import BLANK, REWARD_FILE, RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
@@ -146,8 +147,8 @@ class RewardTrainer(CheckpointingTrainer):
     all pairs.
 
     Rows are tokenised, padded and read as `clha_fast.rewards.scoring` does it, and what that depends on is saved with
-    the model: the padding token, `tokenizer.model_max_length` and, where the tokenizer had no EOS token, its SEP token
-    as such.
+    the model, in its folder and in checkpoints: the padding token, `tokenizer.model_max_length`, where the tokenizer
+    had no EOS token, its SEP token as such, and in `reward_model.json` whether responses begin with a blank.
 
     Args:
         model: a sequence classifier from transformers. args: a `RewardConfig`.
@@ -297,6 +298,18 @@ class RewardTrainer(CheckpointingTrainer):
     def _begin(self, checkpoint: str | None) -> None:
         super()._begin(checkpoint)
         self._seen = None
+
+    def _write_more(self, checkpoint: str) -> None:
+        super()._write_more(checkpoint)
+        self._describe(checkpoint)
+
+    def _write_card(self, staging: str, folder: str) -> None:
+        super()._write_card(staging, folder)
+        self._describe(staging)
+
+    def _describe(self, folder: str) -> None:
+        """What scoring reads there beside configuration and tokenizer."""
+        write_json(os.path.join(folder, REWARD_FILE), {BLANK: getattr(self.train_dataset, "blank", None)})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer`; rows in a known format will do."""

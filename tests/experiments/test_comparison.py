@@ -195,6 +195,25 @@ def test_every_file_of_a_model_counts_but_for_a_runs_reports(tmp_path, name):
     assert model_hash(str(tmp_path)) != before
 
 
+def test_what_a_run_says_of_how_its_model_is_asked_and_reads_counts(tmp_path):
+    run, judge = tmp_path / "run.json", tmp_path / "reward_model.json"
+    found = []
+    for path, told in (
+        (run, {"settings": {}, "lead": None}),
+        (run, {"settings": {"objective": "coh"}}),
+        (run, {"settings": {}, "answer_prefix": "A helpful answer:"}),
+        (run, {"settings": {}, "lead": "<think>\n"}),
+        (judge, {"accuracy": 0.7}),
+        (judge, {"responses_begin_with_blank": False}),
+    ):
+        path.write_text(json.dumps(told))
+        found.append(model_hash(str(tmp_path)))
+        path.unlink()
+    assert found[1] == found[2], "the marker of such a run"
+    assert found[0] == found[4] == model_hash(str(tmp_path))
+    assert len(set(found)) == 4
+
+
 def test_the_model_under_an_adapter_counts(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir(), adapter.mkdir()

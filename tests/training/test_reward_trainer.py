@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import BartConfig, BartForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
-from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.data import read_records
+from clha_fast.rewards.reward_model import RewardModel, load_reward_model
 from clha_fast.rewards.rows import token_rows
 from clha_fast.training.reward_data import PairCollator, PairedDataset
 from clha_fast.training.reward_trainer import (
@@ -56,6 +58,24 @@ def trainer(folder: Path, model: Any = None, rows: Any = None, tokenizer: Any = 
         eval_dataset=keyword_rows(7, seed=1),
         processing_class=make_tokenizer() if tokenizer is None else tokenizer,
     )
+
+
+@pytest.mark.parametrize("form", [" {}", "{}"])
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list, lambda rows: iter(read_records(rows))])
+def test_all_that_is_saved_says_how_responses_begin(tmp_path: Path, form: str, make: Any) -> None:
+    rows = [
+        {**row, "completions": [form.format(text.strip()) for text in row["completions"]]} for row in keyword_rows(6)
+    ]
+    rows = [{**row, "prompt": row["prompt"].strip()} for row in rows]
+    ours = trainer(tmp_path, rows=make(rows), max_steps=1, save_strategy="steps", save_steps=1)
+    ours.train()
+    ours.save_model(str(tmp_path / "final"))
+    found = [load_reward_model(str(tmp_path / name), device="cpu") for name in ("checkpoint-1", "final")]
+    assert [judge.blank for judge in found] == [form == " {}"] * 2
+    assert found[0].fingerprint() == found[1].fingerprint()
+    (tmp_path / "final" / "reward_model.json").write_text(json.dumps({"responses_begin_with_blank": form == "{}"}))
+    other = load_reward_model(str(tmp_path / "final"), device="cpu")
+    assert other.fingerprint() != found[1].fingerprint(), "it reads answers otherwise"
 
 
 def log_sigmoid(x: float) -> float:
