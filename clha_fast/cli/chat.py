@@ -14,7 +14,7 @@ from clha_fast.generation.chat import Chat, Reply
 HELP = "/reset forgets the conversation, /quit or the end of the file ends it, Ctrl-C ends an answer"
 _COMMANDS = ("/reset", "/quit", "/help")
 # Options of whole files of prompts, by attribute.
-_OF_FILES = ("prompts", "destination", "format", "batch_size", "limit", "resume", "overwrite")
+_OF_FILES = ("prompts", "destination", "format", "skip_bad_records", "batch_size", "limit", "resume", "overwrite")
 
 
 def check_chat(args: argparse.Namespace, parser: argparse.ArgumentParser, columns: object) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
+from clha_fast.cli.reading import add_skip_argument, read_asked
 from clha_fast.cli.text import Parser, check_positive, size_text
 from clha_fast.data import FORMATS
-from clha_fast.data.prompts import Prompted, read_prompts
+from clha_fast.data.prompts import Prompted
 from clha_fast.files import check_destination
 from clha_fast.generation.answers import Generation, generate_answers
 from clha_fast.generation.backend import GenerationSettings
@@ -211,6 +212,7 @@ def generate(words: Sequence[str]) -> int:
         help="of --chat: each line is a text prompt of its own, for a model that was trained on prompts as texts",
     )
     parser.add_argument("--format", default="auto", help=f"auto (default), {', '.join(FORMATS)}")
+    add_skip_argument(parser)
     add_model_arguments(parser)
     parser.set_defaults(max_prompt_length=None)
     with launched() as processes:
@@ -226,7 +228,7 @@ def generate(words: Sequence[str]) -> int:
             settings = settings_of(args, args.model)
             check_destination(args.destination, resume=args.resume, overwrite=args.overwrite)
             processes.choose_device(args.device)
-            records = read_prompts(args.prompts, args.format, columns=columns)[: args.limit]
+            records = read_asked(args, args.prompts, columns)[: args.limit]
             backend = load_backend(args.model, device=args.device, dtype=args.dtype)
             print(f"model         {model_text(backend.model, args.model)}")
             print(f"prompts       {args.prompts}: {len(records):,}")

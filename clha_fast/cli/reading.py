@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clha_fast.data import RankedRecord
-from clha_fast.data.records import RecordError
+from clha_fast.data.prompts import Prompted, read_prompts
+from clha_fast.data.records import SKIPS, RecordError
 from clha_fast.experiments.reading import read_file
 
 
@@ -29,7 +30,26 @@ def read(
     skipped: list[RecordError] = []
     how = {"format": format, "columns": columns, "skip_bad_records": args.skip_bad_records}
     records = read_file(path, how, skipped)
+    _say(path, skipped)
+    return records
+
+
+def read_asked(args: argparse.Namespace, path: str, columns: Mapping[str, Any] | None) -> list[Prompted]:
+    """As `read`, of prompts that wait for an answer.
+
+    Raises:
+        RecordError, ValueError, OSError: as `read_prompts`.
+    """
+    errors: list[RecordError] | None = [] if args.skip_bad_records else None
+    try:
+        records = read_prompts(path, args.format, errors, columns=columns)
+    except RecordError as error:
+        raise error if errors is not None else error.advised(SKIPS) from None
+    _say(path, errors or [])
+    return records
+
+
+def _say(path: str, skipped: Sequence[RecordError]) -> None:
     if skipped:
         first = " ".join(str(skipped[0]).split())
         print(f"skipped       {path}: {len(skipped):,} bad records, the first: {first}", flush=True)
-    return records

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import as_said, columns_of
 from clha_fast.data.formats import detect_format
 from clha_fast.data.names import names_scores
-from clha_fast.data.readers import read_records
+from clha_fast.data.readers import none_good, read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
 
@@ -91,7 +90,12 @@ def prompt_hash(record: Prompted) -> str:
 
 
 def read_prompts(
-    source: Source, format: str = "auto", *, columns: Mapping[str, Any] | None = None, beside: bool = False
+    source: Source,
+    format: str = "auto",
+    errors: list[RecordError] | None = None,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    beside: bool = False,
 ) -> list[Prompted]:
     """All prompts of a source in order: what `read_records` reads, or rows with a `prompt` and no response.
 
@@ -99,21 +103,39 @@ def read_prompts(
     `PromptRecord.extra` where `columns` maps `prompt` alone.
 
     Args:
+        errors: as `read_records`.
         beside: take any columns beside a `prompt` for `extra`, in rows of no known format.
 
     Raises:
         RecordError, ValueError, OSError: as `read_records`; a row of another kind among prompts alone.
     """
     rows = source if isinstance(source, (str, os.PathLike)) else list(source)
-    if format != "auto" or not _alone(rows, columns, beside):
-        return list(read_records(rows, format, columns=columns))
-    return list(_prompts(rows, None if columns is None else columns["prompt"], beside))
+    if format != "auto" or not _alone(rows, columns, beside, errors is not None):
+        return list(read_records(rows, format, errors=errors, columns=columns))
+    found: list[Prompted] = []
+    bad: list[RecordError] = []
+    for place, row in rows_of(rows):
+        try:
+            found.append(_prompt(row, place, None if columns is None else columns["prompt"], beside))
+        except RecordError as error:
+            if errors is None:
+                raise
+            bad.append(error)
+    if bad and not found:
+        raise none_good(os.fspath(rows) if isinstance(rows, (str, os.PathLike)) else "prompts", bad[0], len(bad))
+    if errors is not None:
+        errors += bad
+    return found
 
 
-def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool) -> bool:
+def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool, good: bool) -> bool:
+    """Whether the first row holds a prompt alone; with `good` the first that holds a prompt at all."""
     if columns is not None:
         return set(columns) == {"prompt"} and isinstance(columns["prompt"], str)
-    place, row = next(itertools.islice(rows_of(source), 1), ("", None))
+    rows = rows_of(source)
+    if good:
+        rows = ((place, row) for place, row in rows if isinstance(row, Mapping) and columns_of(row).get("prompt"))
+    place, row = next(rows, ("", None))
     if not isinstance(row, Mapping) or is_tree(row):
         return False
     found = {name: value for name, value in columns_of(row).items() if value is not None}
@@ -138,22 +160,21 @@ def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool) -> b
     return True
 
 
-def _prompts(source: Source, mapped: str | None, beside: bool) -> Iterator[PromptRecord]:
+def _prompt(row: Any, place: str, mapped: str | None, beside: bool) -> PromptRecord:
     column = "prompt" if mapped is None else mapped
-    for place, row in rows_of(source):
-        if isinstance(row, RecordError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise RecordError.of(place, "", "a JSON object", row)
-        others = {
-            name: value if names_scores(name) else as_said(row, name, value)
-            for name, value in row.items()
-            if value is not None and name not in (column, *_BESIDE)
-        }
-        if mapped is None and not beside:
-            for name, value in others.items():
-                raise RecordError.of(place, name, "a prompt alone, as in the first row", value)
-        if row.get(column) is None:
-            raise RecordError.of(place, column, "a prompt", row.get(column))
-        subset = check_text(row.get("subset") or "", place, "subset")
-        yield PromptRecord(as_said(row, column, row[column]), place, template_of(row, place), subset, others)
+    if isinstance(row, RecordError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise RecordError.of(place, "", "a JSON object", row)
+    others = {
+        name: value if names_scores(name) else as_said(row, name, value)
+        for name, value in row.items()
+        if value is not None and name not in (column, *_BESIDE)
+    }
+    if mapped is None and not beside:
+        for name, value in others.items():
+            raise RecordError.of(place, name, "a prompt alone, as in the first row", value)
+    if row.get(column) is None:
+        raise RecordError.of(place, column, "a prompt", row.get(column))
+    subset = check_text(row.get("subset") or "", place, "subset")
+    return PromptRecord(as_said(row, column, row[column]), place, template_of(row, place), subset, others)

@@ -114,8 +114,13 @@ def _read(
     if not found:
         raise RecordError(f"{name}: expected at least one record, found none", source=name)
     if first is not None and bad == found:
-        message = f"{name}: expected at least one good record, got {bad:,} bad ones; the first: {first}"
-        raise RecordError(message, source=name, field=first.field, has_way=first.has_way)
+        raise none_good(name, first, bad)
+
+
+def none_good(name: str, first: RecordError, count: int) -> RecordError:
+    """The error of a source all of whose records are bad, that many."""
+    message = f"{name}: expected at least one good record, got {count:,} bad ones; the first: {first}"
+    return RecordError(message, source=name, field=first.field, has_way=first.has_way)
 
 
 def _without_trees(rows: Iterator[tuple[str, object]], notes: Notes) -> Iterator[tuple[str, object]]:

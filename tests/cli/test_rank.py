@@ -156,7 +156,7 @@ BAD_FILES: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD_FILES))
-@pytest.mark.parametrize("command", ["rank", "score", "policy"])
+@pytest.mark.parametrize("command", ["rank", "score", "policy", "generate"])
 def test_bad_records_are_left_out_where_asked(
     folder: Path, tmp_path: Path, kind: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +167,7 @@ def test_bad_records_are_left_out_where_asked(
         "rank": ("rank", folder / "policy", source, out),
         "score": ("score", source, out, "--reward-model", folder / "reward"),
         "policy": ("score", source, out, "--policy", folder / "policy"),
+        "generate": ("generate", folder / "policy", source, out, "--max-new-tokens", 1),
     }[command]
     command_line = [*map(str, words), "--device", "cpu"]
     assert cli.main(command_line) == 2
@@ -178,7 +179,8 @@ def test_bad_records_are_left_out_where_asked(
         assert cli.main([*command_line, flag, "--overwrite"]) == 0
         printed = capsys.readouterr().out
         assert f"skipped       {source}: {bad} bad records, the first: {source}{said}" in printed
-        assert f"source        {source}: {len(rows) - bad} prompts" in printed
+        word = "prompts" if command == "generate" else "source"
+        assert f"{word:<14}{source}: {len(rows) - bad}" in printed
         assert len(out.read_text().splitlines()) == len(rows) - bad
 
 

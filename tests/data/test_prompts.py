@@ -86,3 +86,27 @@ def test_answers_in_the_form_of_responses(prompt: Any, answer: str, response: st
     found = answered(record, [answer, answer])
     assert found.completions == (response, response)
     assert (found.prompt, found.source, found.template) == (record.prompt, "f:3", record.template)
+
+
+BAD = [{"prompt": 7}, {"prompt": None}, {"prompt": []}, {"question": "x"}, 7]
+
+
+@pytest.mark.parametrize(
+    ("bad", "place"), [*((bad, place) for bad in BAD for place in (0, 2)), ({"prompt": "p", "more": "x"}, 2)]
+)
+def test_bad_prompts_are_left_out_where_asked(bad: Any, place: int) -> None:
+    rows: list[Any] = [{"prompt": "one", "subset": "a"}, {"prompt": "two"}, {"prompt": "three"}]
+    good = read_prompts(rows)
+    rows.insert(place, bad)
+    with pytest.raises(RecordError):
+        read_prompts(rows)
+    errors: list[RecordError] = []
+    assert read_prompts(rows, errors=errors) == good
+    (error,) = errors
+    assert str(error).startswith(f"record {place}: ")
+
+
+def test_no_good_prompt_is_an_error() -> None:
+    rows = [{"prompt": 7}, {"prompt": "\ud800"}]
+    with pytest.raises(RecordError, match=r"^prompts: expected at least one good record, got 2 bad ones; the first: "):
+        read_prompts(rows, errors=[], columns={"prompt": "prompt"})
