@@ -27,7 +27,6 @@ from clha_fast.data.comparisons import (
     parse_webgpt,
 )
 from clha_fast.data.fields import Parser, Row, get, items, make_named, objects, response
-from clha_fast.data.jsonlines import AROUND
 from clha_fast.data.names import mapping_text
 from clha_fast.data.pairs import is_transcript, parse_hh, parse_trl, transcript_messages
 from clha_fast.data.records import (
@@ -43,6 +42,7 @@ from clha_fast.data.records import (
 )
 
 _PRO_TURN = re.compile(r"<\|(prompter|assistant|system)\|>", re.ASCII)
+_MOST_SEEN = 50  # names of columns in an error
 _PRO_ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
 # Names people write for the canonical fields; ignoring one of these would train on the wrong ranking.
 _MISNAMED = {
@@ -227,19 +227,15 @@ def detect_format(row: Row, source: str) -> str:
     for name, found in _FORMATS.items():
         if (set(found.keys) <= keys) if found.keys else _TESTS[name](row, keys):
             return name
-    seen = ", ".join(_paths(row)) or "none"
-    held = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
-    around = (
-        f". Rows in one JSON object lie under {', '.join(AROUND)}, not under {held[0]}"
-        if len(row) == 1 and held
-        else ""
-    )
+    paths = _paths(row)
+    more = f", ... ({len(paths):,} in all)" if len(paths) > _MOST_SEEN else ""
+    seen = ", ".join(paths[:_MOST_SEEN]) + more or "none"
     raise RecordError(
         f"{source}: unknown format, its fields are: {seen}. Say which is which: columns={{'prompt': column, "
         "'completions': [column, column], 'rewards': [column, column]} (--columns.prompt COLUMN --columns.completions "
         "'[COLUMN, COLUMN]', or one column that holds a list; --columns.completions COLUMN --columns.group_by COLUMN "
         "where each row has one response). docs/data.md shows the formats that are read as they are: "
-        f"{', '.join(FORMATS)}{around}",
+        f"{', '.join(FORMATS)}",
         source=source,
         has_way=True,
     )

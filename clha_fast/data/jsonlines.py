@@ -16,6 +16,7 @@ from clha_fast.data.records import RecordError
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
 # Names under which a file of one object has its rows, unless it is a record itself.
 AROUND = ("data", "rows", "records", "examples", "instances")
+_MOST_NAMES = 3  # of those that an error names
 _FIELDS = {"prompt", "completions", "chosen", "messages", "instruction", "query", "question", "prefix"}
 
 
@@ -219,9 +220,33 @@ def _object_rows(
         return
     rows = _inside(value)
     if rows is None:
-        yield f"{path}:{first}", value
+        yield f"{path}:{first}", Alone(value)
     else:
         yield from ((f"{path}: item {number}", row) for number, row in enumerate(rows))
+
+
+class Alone(dict[str, object]):
+    """The one object that a file is, in which no rows were found."""
+
+    def elsewhere(self, error: RecordError) -> RecordError:
+        """The error of one that is no record either, with where rows would have been found if it seems to hold some."""
+        held = [name for name, value in self.items() if _holds_rows(value)]
+        if not held and all(isinstance(value, Mapping) for value in self.values()):
+            held = list(self)
+        if not held:
+            return error
+        names = ", ".join(held[:_MOST_NAMES]) + (", ..." if len(held) > _MOST_NAMES else "")
+        where = f"Rows in one JSON object lie under {', '.join(AROUND)}, not under {names}"
+        where += "" if any(isinstance(self[name], list) for name in held) else ", and in a list"
+        return RecordError(f"{error}. {where}", source=error.source, field=error.field, has_way=error.has_way)
+
+
+def _holds_rows(value: object) -> bool:
+    """Whether it is a list of objects, or an object of objects or of such lists, by the first of each."""
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], Mapping)
+    first = next(iter(value.values()), None) if isinstance(value, Mapping) else None
+    return isinstance(first, Mapping) or (isinstance(first, list) and _holds_rows(first))
 
 
 def _inside(value: Mapping[str, object]) -> list[object] | None:

@@ -12,6 +12,7 @@ from clha_fast.data.columns import check_columns, check_unread, subset_of, templ
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import Parser, Reading, Row, columns_of
 from clha_fast.data.formats import FORMATS, PARSERS, detect_format
+from clha_fast.data.jsonlines import Alone
 from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
@@ -103,7 +104,10 @@ def _read(
             continue
         if format is None:
             canonical = mapping is not None and mapping.canonical
-            format = "canonical" if canonical else detect_format(columns_of(row), place)
+            try:
+                format = "canonical" if canonical else detect_format(columns_of(row), place)
+            except RecordError as error:
+                raise row.elsewhere(error) if isinstance(row, Alone) else error from None
         try:
             record = _parse(PARSERS[format], row, place, rank_by_reward, notes)
         except RecordError as error:

@@ -216,9 +216,8 @@ class Run:
         resolve(self.args.backend, self.args.device.type, self._compute_dtype())
 
     def _check_best_metric(self) -> None:
-        check_best_metric(
-            self.args.metric_for_best_model, evaluation_metrics(self.args.measured_options().metric_names)
-        )
+        own = self.args.measured_options().metric_names
+        check_best_metric(self.args.metric_for_best_model, evaluation_metrics(own))
 
     def _adapter_config(self, settings: Mapping[str, Any]) -> Any:
         return adapter_config(settings)
@@ -283,8 +282,7 @@ class Run:
             ) from error
         sets = (self.trainer.train_dataset, self.trainer.eval_dataset)
         for dataset, records in zip(sets, (self.train_records, self.held_out), strict=True):
-            if dataset is not None:
-                self.skipped += leave_out(records, dataset.skipped)
+            self.skipped += leave_out(records, () if dataset is None else dataset.skipped)
         self.trainer.dataset_names = [source_name(path) for path in (options.train_file, options.eval_file) if path]
 
     def _trainer(self, **given: Any) -> Any:

@@ -393,10 +393,40 @@ def test_bad_rows_are_told_in_the_file_s_own_words(row, message):
     assert message.startswith(f"{caught.value.field}: ")
 
 
-@pytest.mark.parametrize("name", ["items", "train"])
-def test_rows_under_an_unknown_name(tmp_path: Path, name: str) -> None:
+ONE = {"prompt": "a", "completions": ["b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "under"),
+    [
+        ({"items": [ONE]}, "items"),
+        ({"version": 1, "items": [ONE]}, "items"),
+        ({"train": [ONE], "test": [ONE], "note": "x"}, "train, test"),
+        ({"data": [ONE], "rows": [ONE]}, "data, rows"),
+        ({"data": {"rows": [ONE]}}, "data, and in a list"),
+        ({"version": "2", "data": {"id-1": ONE, "id-2": ONE}}, "data, and in a list"),
+        ({"version": "2", "data": {"rows": [ONE]}}, "data, and in a list"),
+        ({f"id-{k}": ONE for k in range(9)}, "id-0, id-1, id-2, ..., and in a list"),
+        ({"license": "x", "items": ["a"]}, None),
+        ({"text": "x"}, None),
+    ],
+)
+def test_rows_under_an_unknown_name(tmp_path: Path, value: object, under: str | None) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps({name: [{"prompt": "a", "completions": ["b", "c"]}]}))
-    said = f"Rows in one JSON object lie under data, rows, records, examples, instances, not under {name}"
-    with pytest.raises(RecordError, match=said):
-        list(read_records(path))
+    for indent in (None, 1):
+        path.write_text(json.dumps(value, indent=indent))
+        with pytest.raises(RecordError, match="unknown format, its fields are: ") as caught:
+            list(read_records(path))
+        said = ". Rows in one JSON object lie under data, rows, records, examples, instances, not under "
+        assert str(caught.value).partition(said)[2] == (under or "")
+    with pytest.raises(RecordError) as row:
+        read_records([value])
+    assert "Rows in one" not in str(row.value), "a row of somebody's own is no file"
+
+
+def test_an_error_does_not_repeat_a_file_s_every_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({f"id-{k}": ONE for k in range(500)}))
+    with pytest.raises(RecordError, match=r", \.\.\. \(1,000 in all\)\. ") as caught:
+        read_records(path)
+    assert len(str(caught.value)) < 3000
