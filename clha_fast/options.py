@@ -11,6 +11,9 @@ import functools
 import json
 import math
 import numbers
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -64,19 +67,64 @@ def _plain(value: Any, kind: Any) -> Any:
     return float(value)
 
 
+@functools.lru_cache(maxsize=256)
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, TypeError):  # a name that only type checkers know
+        return {}
+
+
+def _shaped(value: Any, kind: Any) -> Any:
+    """Lists, tuples and mappings as their field declares them, which JSON does not tell apart; undeclared: tuples."""
+    if isinstance(value, (list, tuple)):
+        kind = _member(kind, (tuple, list))
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and inner[1:] != (...,) and len(inner) == len(value):
+            return tuple(map(_shaped, value, inner))
+        found = [_shaped(item, inner[0] if inner else Any) for item in value]
+        return found if kind is list or typing.get_origin(kind) is list else tuple(found)
+    if isinstance(value, Mapping):
+        inner = typing.get_args(_member(kind, (dict, Mapping))) or (Any, Any)
+        keys = {int: int, float: float}.get(inner[0], lambda key: key)
+        return {keys(name): _shaped(item, inner[1]) for name, item in value.items()}
+    return _plain(value, _member(kind, (float,)))
+
+
+def _member(kind: Any, wanted: tuple[Any, ...]) -> Any:
+    """That part of a union which is one of the wanted kinds, else the whole."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
+    return next((part for part in parts if (typing.get_origin(part) or part) in wanted), kind)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Frozen fields that are checked where they are made; `encoded` is the string that carries them."""
+    """Frozen fields that are checked where they are made; `encoded` is the string that carries them.
+
+    A list is a tuple where the field does not say `list`.
+
+    Raises:
+        ValueError: a value that no JSON holds.
+    """
 
     # No field: `dataclasses.asdict` gives what the class takes.
     encoded: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name), field.type))
+            value = getattr(self, field.name)
+            if isinstance(value, (list, tuple, Mapping)):
+                kind: Any = type(self)
+                value = _shaped(value, _hints(kind).get(field.name, Any))
+            object.__setattr__(self, field.name, _plain(value, field.type))
         # Computed once: a compiled graph reads it as a constant, where json.dumps would break the graph.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        object.__setattr__(self, "encoded", json.dumps(values, sort_keys=True))
+        try:
+            object.__setattr__(self, "encoded", json.dumps(values, sort_keys=True))
+        except TypeError:
+            name = next(name for name, value in values.items() if not _in_json(value))
+            expected = "numbers, texts, None, and tuples and mappings of them, which a string can carry"
+            raise ValueError(f"{name}: expected {expected}, got {values[name]!r}") from None
 
     @classmethod
     def decode(cls: type[_T], encoded: str) -> _T:
@@ -91,6 +139,13 @@ class Settings:
         for name in changes:
             require("option", name, name in known, f"one of {', '.join(sorted(known))}")
         return dataclasses.replace(self, **changes)
+
+
+def _in_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value, sort_keys=True))
+    except TypeError:
+        return False
 
 
 @functools.lru_cache(maxsize=256)

@@ -93,7 +93,8 @@ def plain(objective: Objective) -> str | dict[str, Any]:
         for name, field in settings_of(objective.name).items()
         if (value := getattr(objective, name)) != field.default
     }
-    return {"name": objective.name, **changed} if changed else objective.name
+    # A tuple is a list there.
+    return {"name": objective.name, **json.loads(json.dumps(changed))} if changed else objective.name
 
 
 def settle(config: Any) -> None:

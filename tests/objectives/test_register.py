@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Optional
 
 import pytest
 import torch
 
 from clha_fast import Objective, RankingInputs, SimPOOptions, linear_loss, ranking_loss
 from clha_fast.hf import CLHAConfig
-from clha_fast.objectives import OBJECTIVES, Group, Terms, register
+from clha_fast.objectives import OBJECTIVES, Group, Terms, decode, encode, register
 from clha_fast.training.objective import as_mapping, make
 from tests.support.helpers import make_case
 
@@ -74,9 +76,29 @@ class Taken(Objective):
     name: ClassVar[str] = "simpo"
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighted(BestOf):
+    """Settings of several values each."""
+
+    steps: tuple[float, ...] = (1.0, 0.5)
+    spans: tuple[tuple[int, int], ...] | None = None
+    pair: Optional[tuple[str, tuple[float, float]]] = None  # noqa: UP045
+    several: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    by_size: Mapping[int, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    by_name: dict[str, float] | None = None
+    whole: Any = None
+    name: ClassVar[str] = "weighted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown(BestOf):
+    steps: tuple[Nowhere, ...] = (1.0, 0.5)  # type: ignore[name-defined]  # noqa: F821
+    name: ClassVar[str] = "unknown"
+
+
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("best_of", "centred"):
+    for name in ("best_of", "centred", "weighted", "unknown"):
         monkeypatch.setitem(OBJECTIVES, name, BestOf)  # and taken out again afterwards
         del OBJECTIVES[name]
 
@@ -109,6 +131,47 @@ def test_its_name_stands_in_configurations(tmp_path: Any) -> None:
         as_mapping({"name": "best_of", "betta": 1})
     assert pickle.loads(pickle.dumps(BestOf(beta=3.0))) == BestOf(beta=3.0)
     assert register(BestOf) is BestOf, "again, as when its module is imported again"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "listed"),
+    [
+        ("steps", (1, 2.5), [1, 2.5]),
+        ("steps", (), []),
+        ("spans", ((1, 2), (3, 4)), [[1, 2], [3, 4]]),
+        ("spans", None, None),
+        ("pair", ("a", (1, 2.0)), ["a", [1, 2.0]]),
+        ("several", [(1, 2), (3,)], [[1, 2], [3]]),
+        ("by_size", {2: (1.0, 0.5), 3: (0.25,)}, {"2": [1, 0.5], "3": [0.25]}),
+        ("by_name", {"a": 1}, {"a": 1}),
+        ("whole", ((1, "a"), {"x": (2.5,)}), [[1, "a"], {"x": [2.5]}]),
+    ],
+)
+def test_settings_of_several_values_come_back_as_they_were(tmp_path: Any, field: str, value: Any, listed: Any) -> None:
+    register(Weighted)
+    made = Weighted(**{field: value})
+    assert getattr(made, field) == value
+    for again in (decode(encode(made)), pickle.loads(pickle.dumps(made)), Weighted(**{field: listed})):
+        assert again == made
+        assert repr(again) == repr(made), "types too"
+        assert again.encoded == made.encoded
+    given = [{"name": "weighted", field: listed}, made]
+    configs = [CLHAConfig(output_dir=str(tmp_path), objective=one, use_cpu=True).objective for one in given]
+    assert configs[0] == configs[1]
+    for config in (configs[0], json.loads(json.dumps(configs[0]))):
+        assert make(as_mapping(config)) == made
+
+
+def test_where_an_annotation_is_unknown_a_list_is_a_tuple() -> None:
+    register(Unknown)
+    made = Unknown(steps=[1, [2, 3]])  # type: ignore[arg-type]
+    assert made.steps == decode(encode(made)).steps == (1, (2, 3))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [{1.5, 2.5}, torch.ones(2), (1.0, object())])
+def test_what_no_string_can_carry_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^steps: expected numbers, texts, None, and tuples and mappings of them, "):
+        Weighted(steps=value)
 
 
 def test_it_has_to_add_up_all_the_same() -> None:
