@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from transformers.utils import logging
 
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.text import Parser, with_dashes
-from clha_fast.files import write_json
-from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.models.loading import DTYPES
-from clha_fast.models.merging import merge_adapter
-from clha_fast.training import card
+from clha_fast.training.merging import merge_adapter
 
 DESCRIPTION = (
     "Merge an adapter (LoRA and other kinds of peft's) into its base model: a new folder with one whole model, its "
@@ -44,23 +40,11 @@ def merge(words: Sequence[str]) -> int:
     finally:
         if bars:
             logging.enable_progress_bar()
-    prefix, lead = trained_prefix(args.adapter), trained_lead(args.adapter)
-    if prefix or lead is not None:  # generate and eval look for them here
-        settings = {"objective": {"name": "coh", "good_marker": prefix}} if prefix else {}
-        note = {} if lead is None else {"lead": lead}
-        write_json(os.path.join(args.destination, "run.json"), {"settings": settings, "data": {}, **note})
-    uncarded = ""
-    try:
-        text = card.merged_card(args.adapter, os.path.basename(os.path.abspath(args.destination)), found.kind)
-        if text is not None:
-            card.write(args.destination, text)
-    except (ValueError, OSError) as error:  # the model is whole without it
-        uncarded = " ".join(str(error).split())
     print(f"adapter       {args.adapter}: {found.kind}")
     print(f"base          {found.base}")
     print(f"merged        {model_text(found.model, args.destination)}")
     if found.untied:
         print("note          head and input embedding, which shared a weight, have one each now")
-    if uncarded:
-        print(f"note          no model card was written: {uncarded}")
+    if found.uncarded:
+        print(f"note          no model card was written: {found.uncarded}")
     return 0

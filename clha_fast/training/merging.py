@@ -1,4 +1,4 @@
-"""An adapter merged into its base model: one whole model, in a folder of its own."""
+"""An adapter merged into its base model: one whole model, with its card, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
-from clha_fast.files import sync
+from clha_fast.files import sync, write_json
+from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.models.adapters import base_model, import_peft
 from clha_fast.models.loading import DTYPES, load_adapter, load_tokenizer
+from clha_fast.training import card
 
 
 class Merged(NamedTuple):
@@ -23,12 +25,14 @@ class Merged(NamedTuple):
     Attributes:
         model: in memory, as it was written. kind: of the adapter, such as LORA. base: the base model's folder or name.
         untied: whether the head has weights of its own now, which it shared with the input embedding before.
+        uncarded: why the card of the adapter's folder was not taken along; "" where it was, or there is none.
     """
 
     model: Any
     kind: str
     base: str
     untied: bool
+    uncarded: str
 
 
 def merge_adapter(
@@ -41,8 +45,9 @@ def merge_adapter(
     """Write the adapter of a folder, merged into its base model, to a new folder, which appears complete or not at all.
 
     It holds what `from_pretrained` reads: weights as safetensors, configuration, generation settings and tokenizer (of
-    the adapter's folder where they are there, else the base's). An adapter that changes head or input embedding alone
-    parts the two, where the base model shares one weight between them.
+    the adapter's folder where they are there, else the base's); the model card of the adapter's folder, as one of a
+    whole model; and, of a run, how the model is asked (`generation.prompts`). An adapter that changes head or input
+    embedding alone parts the two, where the base model shares one weight between them.
 
     Args:
         adapter: a folder with adapter_config.json. base: a folder or name, where it is not the one that the adapter
@@ -86,13 +91,35 @@ def merge_adapter(
     try:
         whole.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        _take_along(adapter, staged)
+        uncarded = _write_card(adapter, staged, os.path.basename(os.path.abspath(out)), kind)
         sync(staged)
         os.rename(staged, out)
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise OSError(f"{out}: could not be written ({' '.join(str(error).split())})") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Merged(whole, kind, str(named), untied)
+    return Merged(whole, kind, str(named), untied, uncarded)
+
+
+def _take_along(adapter: str, folder: str) -> None:
+    """What the adapter's run says of how its model is asked: generation and evaluation look for it beside the model."""
+    prefix, lead = trained_prefix(adapter), trained_lead(adapter)
+    if prefix or lead is not None:
+        settings = {"objective": {"name": "coh", "good_marker": prefix}} if prefix else {}
+        note = {} if lead is None else {"lead": lead}
+        write_json(os.path.join(folder, "run.json"), {"settings": settings, "data": {}, **note})
+
+
+def _write_card(adapter: str, folder: str, name: str, kind: str) -> str:
+    """Why no card was written, where there is one; the model is whole without it."""
+    try:
+        text = card.merged_card(adapter, name, kind)
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())
+    if text is not None:
+        card.write(folder, text)
+    return ""
 
 
 def _kind(adapter: str) -> str:

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clha_fast.cli import main as cli
+from clha_fast.generation.prompts import trained_lead, trained_prefix
 from clha_fast.models.loading import load_classifier
-from clha_fast.models.merging import merge_adapter
 from clha_fast.objectives import CLHAOptions, DPOOptions
 from clha_fast.training import card
 from clha_fast.training.config import CLHAConfig
+from clha_fast.training.merging import merge_adapter
 from tests.support.adapters import BODY, lora_config, stir
 from tests.support.reward_models import TOKENIZER, spread, write
 from tests.support.tiny import make_model
@@ -103,6 +104,25 @@ def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys
     own, merged = (json.loads((tmp_path / name).read_text()) for name in ("own", "ranked"))
     assert own["order"] == merged["order"]
     assert own["mean_logps"] == pytest.approx(merged["mean_logps"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lead", [None, "", "<think>\n"])
+@pytest.mark.parametrize("objective", ["clha", "coh"])
+def test_in_python_the_folder_is_the_command_s(tmp_path: Path, lead: str | None, objective: str) -> None:
+    save(tmp_path, CONFIGS["body"], tied=False)
+    adapter = tmp_path / "adapter"
+    (adapter / "README.md").write_text(given_card(CLHAOptions(), None))
+    (adapter / "run.json").write_text(json.dumps({"settings": {"objective": objective}, "data": {}, "lead": lead}))
+    wholes = [tmp_path / name / "whole" for name in ("command", "python")]
+    for whole in wholes:
+        whole.parent.mkdir()
+    assert cli.main(["merge", str(adapter), str(wholes[0])]) == 0
+    assert not merge_adapter(adapter, wholes[1]).uncarded
+    files = [{path.name: path.read_bytes() for path in whole.iterdir()} for whole in wholes]
+    assert files[0] == files[1]
+    assert "README.md" in files[1]
+    assert [trained_prefix(whole) for whole in (adapter, wholes[1])] == [trained_prefix(wholes[0])] * 2
+    assert trained_lead(wholes[1]) == lead
 
 
 def given_card(options: Any, base_model: str | None, tags: tuple[str, ...] = ()) -> str:
