@@ -10,6 +10,8 @@ import gzip
 import importlib
 import lzma
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
@@ -37,6 +39,7 @@ _NUMBERS = {
     *("sft_index", "margin", "label", "labels", "choice", "better_response_id", "overall_preference"),
     *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
 }
+_SKIPPED = re.compile(r"Skipping line (\d+): expected (\d+) fields, saw (\d+)")
 _QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
 _ROWS = 256  # of a table, made Python objects at a time
 
@@ -148,6 +151,9 @@ def _file_rows(path: str) -> Iterator[tuple[str, object]]:
         number = 0
         try:
             for row in rows(file, path, kind):
+                if isinstance(row, RecordError):  # a line that is no row
+                    yield row.source, row
+                    continue
                 yield f"{path}: row {number}", row
                 number += 1
         except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
@@ -206,16 +212,28 @@ def _seekable(file: IO[bytes], path: str) -> Any:
     return importlib.import_module("pyarrow").BufferReader(file.read())
 
 
-def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
+def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow | RecordError]:
     pandas = _need("pandas", path, kind)
     separator = "\t" if kind == "tsv" else _separator(file)
     try:
         # Texts as they stand: "NA", "null" and "1.0" may be responses.
         table = pandas.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, chunksize=_ROWS, encoding="utf-8-sig"
+            file,
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,
+            chunksize=_ROWS,
+            encoding="utf-8-sig",
+            on_bad_lines="warn",
         )
         start = 0
-        for chunk in table:
+        while True:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                chunk = next(table, None)
+            yield from _too_long(caught, path)
+            if chunk is None:
+                return
             if not isinstance(chunk.index, pandas.RangeIndex) and not _numbered(chunk.index, start):
                 width, more = len(chunk.columns), chunk.index.nlevels
                 message = f"{path}: row {start}: expected {width} cells, one a name of the header, got {width + more}"
@@ -236,8 +254,14 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow]:
         return
     except pandas.errors.ParserError as error:
         why = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        way = f"; {_QUOTES}" if "fields in line" in why else ""
-        raise RecordError(f"{path}: damaged {kind} file ({why}){way}", source=path) from error
+        raise RecordError(f"{path}: damaged {kind} file ({why})", source=path) from error
+
+
+def _too_long(caught: Iterable[warnings.WarningMessage], path: str) -> Iterator[RecordError]:
+    """Errors of the lines that pandas says it has left out, for they have more cells than the header has names."""
+    for line, width, cells in _SKIPPED.findall("\n".join(str(warning.message) for warning in caught)):
+        message = f"{path}: line {line}: expected {width} cells, one a name of the header, got {cells}; {_QUOTES}"
+        yield RecordError(message, source=f"{path}: line {line}")
 
 
 def _numbered(index: Any, start: int) -> bool:

@@ -246,13 +246,27 @@ def test_another_text_is_no_number_with_a_comma(tmp_path: Path, cell: str) -> No
     assert _COMMA not in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("places", [(1,), (1, 2, 4), (3999,), (4500, 8001)])
+def test_lines_with_too_many_cells_are_bad_records(tmp_path: Path, places: tuple[int, ...], ending: str) -> None:
+    path = tmp_path / "a.csv"
+    lines = [f"q{number},a,b" + ",more" * (number in places) for number in range(max(places) + 3)]
+    path.write_text(ending.join(["prompt,chosen,rejected", *lines, ""]), newline="")
+    with pytest.raises(RecordError, match=rf"a.csv: line {places[0] + 2}: expected 3 cells, .* got 4; .* in quotes$"):
+        read_records(path)
+    errors: list[RecordError] = []
+    found = read_records(path, errors=errors)
+    assert [record.prompt for record in found] == [f"q{k}" for k in range(max(places) + 3) if k not in places]
+    assert [error.source for error in errors] == [f"{path}: line {place + 2}" for place in places]
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "said"),
     [
         ("a.csv", ["q,a,b,0,5,0,3", "q,c,d,0,7,0,1"], "row 0: expected 5 cells, one a name of the header, got 7"),
         ("a.csv", ["q,a,b,1,0,5"] * 3, "row 0: expected 5 cells, one a name of the header, got 6"),
         ("a.tsv", ["q,a\tb\tc\t1\t2\t3"], "row 0: expected 5 cells, one a name of the header, got 6"),
-        ("a.csv", ["q,a,b,1,2", "q,c,d,0,7,0,1"], "damaged csv file (Expected 5 fields in line 3, saw 7)"),
+        ("a.csv", ["q,a,b,1,2", "q,c,d,0,7,0,1"], "line 3: expected 5 cells, one a name of the header, got 7"),
     ],
 )
 def test_rows_with_more_cells_than_the_header_has_names(tmp_path: Path, name: str, rows: list[str], said: str) -> None:
