@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers import PreTrainedConfig, TrainingArguments
 
 from clha_fast.batching.segments import LAYOUTS
 from clha_fast.planning.step import Rows, StepMemory, Switches, build, count_step, loss_backend
@@ -91,10 +92,16 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     """Counts a training step of the model that `config` describes; no weight is made or read.
 
     Raises:
-        ValueError: processes of `sequence_parallel_size` that do not divide the heads, or a reward model for them.
+        ValueError: processes of `sequence_parallel_size` that do not divide the heads, or a reward model for them;
+            `offload` where the installed transformers cannot train with it.
         ValueError, ImportError, UnsupportedHeadError: as `models.tiled.tile_mlps`, peft and the loss refuse a model.
     """
     _check_slices(config, load, switches)
+    if switches.offload and not offloads():
+        raise ValueError(
+            f"offload: expected False with transformers {transformers.__version__}, which has no "
+            "activation_checkpointing_kwargs to train with it (5.23 has), got True"
+        )
     model = build(copy.deepcopy(config), switches)
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     counted = switches
@@ -105,6 +112,11 @@ def plan(config: PreTrainedConfig, load: Load, switches: Switches) -> Plan:
     memory = count_step(model, load.slices, counted)
     trained = sum(n for n, trains in numbers if trains)
     return Plan(load, switches, memory, sum(n for n, _ in numbers), trained, backend)
+
+
+def offloads() -> bool:
+    """Whether training with the installed transformers can keep layer checkpoints in host memory."""
+    return "activation_checkpointing_kwargs" in TrainingArguments.__dataclass_fields__
 
 
 def _check_slices(config: Any, load: Load, switches: Switches) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import (
@@ -13,13 +15,14 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     T5Config,
+    TrainingArguments,
 )
 
 import clha_fast
 from benchmarks import long_plan
 from clha_fast.models.tiled import tile_mlps
 from clha_fast.planning.live import LiveMemory
-from clha_fast.planning.plan import GIB, Load, plan, table, ways_to_fit
+from clha_fast.planning.plan import GIB, Load, offloads, plan, table, ways_to_fit
 from clha_fast.planning.step import Rows, Switches
 
 WIDTH, INNER, LAYERS, WORDS = 128, 448, 4, 1000
@@ -128,6 +131,7 @@ def test_the_count_is_what_a_real_step_takes(checkpointing, tiled_mlp):
     assert 1 <= (found.kept + found.layer) / real < 1.1
 
 
+@pytest.mark.skipif(not offloads(), reason="an older release")
 def test_an_8b_model_on_131072_tokens():
     """By hand: a layer's input is 2 H bytes a token; the others within what a count by hand gives (68, 38; 3.4)."""
     padded = plan(eight_billion(), LARGE, Switches(lora_rank=16)).memory
@@ -141,6 +145,7 @@ def test_an_8b_model_on_131072_tokens():
     assert (tiled.kept / GIB < 0.2, round(tiled.host / GIB)) == (True, 36)
 
 
+@pytest.mark.skipif(not offloads(), reason="an older release")
 def test_ways_to_fit():
     """What is turned on is needed: without one of them it does not fit, and what changes learning comes last."""
     load = Load(1, 8, 512, 512)
@@ -196,6 +201,15 @@ def test_the_page_has_what_is_counted():
     assert f"{long_plan.BEGIN}\n{long_plan.table()}\n" in long_plan.PAGE.read_text(encoding="utf-8")
 
 
+def test_offload_is_counted_where_training_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    load, switches = Load(1, 2, 64, 64, "padded"), Switches(checkpointing=False, backend="torch")
+    monkeypatch.delitem(TrainingArguments.__dataclass_fields__, "activation_checkpointing_kwargs", raising=False)
+    with pytest.raises(ValueError, match=r"^offload: expected False with transformers \d.* \(5\.23 has\), got True$"):
+        plan(small(), load, dataclasses.replace(switches, offload=True))
+    assert "offload" not in ways_to_fit(small(), load, switches, 1)[0]
+
+
+@pytest.mark.skipif(not offloads(), reason="an older release")
 @pytest.mark.parametrize("reward_model", [False, True])
 def test_ways_are_those_that_the_trainer_has(reward_model: bool) -> None:
     """MLPs a tile at a time are a setting of language models' training alone."""
