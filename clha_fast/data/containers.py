@@ -259,7 +259,13 @@ def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow | Recor
 
 def _too_long(caught: Iterable[warnings.WarningMessage], path: str) -> Iterator[RecordError]:
     """Errors of the lines that pandas says it has left out, for they have more cells than the header has names."""
-    for line, width, cells in _SKIPPED.findall("\n".join(str(warning.message) for warning in caught)):
+    lines = []
+    for warning in caught:
+        found = _SKIPPED.findall(str(warning.message))
+        lines += found
+        if not found:  # of something else
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    for line, width, cells in lines:
         message = f"{path}: line {line}: expected {width} cells, one a name of the header, got {cells}; {_QUOTES}"
         yield RecordError(message, source=f"{path}: line {line}")
 

@@ -247,5 +247,7 @@ def _paths(row: Row) -> list[str]:
     for name, value in sorted(row.items(), key=lambda item: str(item[0])):
         inner = value[0] if isinstance(value, list) and value else value
         nested = inner if isinstance(inner, Mapping) and not {"role", "content"} <= set(inner) else {}
-        found += [f"{name}.{key}" for key in sorted(map(str, nested))] or [str(name)]
+        found += [f"{name}.{key}" for key in sorted(map(str, nested))] or [
+            f"{name}{' (empty)' if value is None else ''}"
+        ]
     return found

@@ -138,13 +138,14 @@ def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool, good
     place, row = next(rows, ("", None))
     if not isinstance(row, Mapping) or is_tree(row):
         return False
-    found = {name: value for name, value in columns_of(row).items() if value is not None}
-    if "prompt" not in found:
-        return False
+    given = columns_of(row)
+    found = {name: value for name, value in given.items() if value is not None}
+    if "prompt" not in found:  # one that is null is a prompt that is missing, and no other format
+        return "prompt" in given and not set(found) - set(_BESIDE)
     others = [name for name in found if name not in ("prompt", *_BESIDE)]
     if others:
         try:
-            detect_format(columns_of(row), place)
+            detect_format(given, place)
         except RecordError as error:
             if not beside:
                 raise RecordError(

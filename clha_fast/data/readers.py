@@ -17,6 +17,8 @@ from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
 
+_MOST_UNKNOWN = 100  # records of no known format, before the source is called one
+
 
 def read_records(
     source: Source,
@@ -47,7 +49,8 @@ def iter_records(
             rows in a list or any iterable, a mapping of columns, a `datasets.Dataset`, a pandas, polars or pyarrow
             table (`clha_fast.data.containers` has the kinds). JSON Lines and JSON lists need nothing but Python,
             other files and tables what `datasets` brings.
-        format: one of `FORMATS`; "auto" decides by the first record, for the whole source.
+        format: one of `FORMATS`; "auto" decides by the first record, for the whole source; with `errors` by the first
+            that has a format, of 100.
         rank_by_reward: order by decreasing reward, whatever order the file gives (RRHF and UltraFeedback
             always are).
         errors: None raises the first `RecordError`; a list collects them, and their records are left out.
@@ -89,6 +92,7 @@ def _read(
         rows = mapping.grouped(rows)
     first: RecordError | None = None
     found = bad = 0
+    unknown: list[RecordError] = []  # of no format, before one that has
     if mapping is None:
         rows = _without_trees(rows, notes)
     for place, row in rows:
@@ -107,7 +111,14 @@ def _read(
             try:
                 format = "canonical" if canonical else detect_format(columns_of(row), place)
             except RecordError as error:
-                raise row.elsewhere(error) if isinstance(row, Alone) else error from None
+                unknown.append(row.elsewhere(error) if isinstance(row, Alone) else error)
+                if errors is None or len(unknown) == _MOST_UNKNOWN:
+                    raise unknown[0] from None
+                continue
+            if unknown:
+                assert errors is not None
+                errors += unknown
+                first, bad = first or unknown[0], bad + len(unknown)
         try:
             record = _parse(PARSERS[format], row, place, rank_by_reward, notes)
         except RecordError as error:
@@ -115,6 +126,8 @@ def _read(
             _collect(error, errors)
         else:
             yield record
+    if format is None and unknown:
+        raise unknown[0]
     if not found:
         raise RecordError(f"{name}: expected at least one record, found none", source=name)
     if first is not None and bad == found:

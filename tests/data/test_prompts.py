@@ -98,8 +98,9 @@ def test_bad_prompts_are_left_out_where_asked(bad: Any, place: int) -> None:
     rows: list[Any] = [{"prompt": "one", "subset": "a"}, {"prompt": "two"}, {"prompt": "three"}]
     good = read_prompts(rows)
     rows.insert(place, bad)
-    with pytest.raises(RecordError):
+    with pytest.raises(RecordError) as caught:
         read_prompts(rows)
+    assert bad != {"prompt": None} or str(caught.value) == f"record {place}: prompt: expected a prompt, got None"
     errors: list[RecordError] = []
     assert read_prompts(rows, errors=errors) == good
     (error,) = errors

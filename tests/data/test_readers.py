@@ -297,7 +297,7 @@ def test_no_record_at_all(tmp_path, content):
             "cands.quality, cands.txt, meta.id, meta.q",
         ),
         ({"turns": [{"role": "user", "content": "?"}], "out": ["a", "b"], "no": []}, "no, out, turns"),
-        ({"x": {}, "y": None}, "x, y"),
+        ({"x": {}, "y": None}, r"x, y \(empty\)"),
     ],
 )
 def test_unknown_format_lists_nested_columns_as_a_mapping_has_them(row: dict[str, object], seen: str) -> None:
@@ -430,3 +430,25 @@ def test_an_error_does_not_repeat_a_file_s_every_name(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r", \.\.\. \(1,000 in all\)\. ") as caught:
         read_records(path)
     assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("bad", [{"prompt": "q", "chosen": "a", "rejected": None}, {"meta": 1}, {"prompt": "q"}])
+@pytest.mark.parametrize("count", [1, 3, 99])
+def test_the_first_record_with_a_format_decides_where_bad_ones_are_left_out(bad: dict[str, object], count: int) -> None:
+    rows = [*[bad] * count, {"prompt": "q", "chosen": "a", "rejected": "b"}, {**bad, "more": 1}]
+    with pytest.raises(RecordError, match=r"^record 0: unknown format, its fields are: "):
+        read_records(rows)
+    errors: list[RecordError] = []
+    (record,) = read_records(rows, errors=errors)
+    assert record.completions == ("a", "b")
+    places = [*range(count), count + 1]
+    assert [str(error).partition(":")[0] for error in errors] == [f"record {place}" for place in places]
+    with pytest.raises(RecordError, match=r"^record 0: unknown format, its fields are: "):
+        read_records([bad] * 100 + rows, errors=[])
+    with pytest.raises(RecordError, match=r"^record 0: unknown format, its fields are: "):
+        read_records([bad] * count, errors=[])
+
+
+def test_an_empty_column_is_called_empty() -> None:
+    with pytest.raises(RecordError, match=r"its fields are: chosen, prompt, rejected \(empty\)\. Say"):
+        read_records([{"prompt": "q", "chosen": "a", "rejected": None}])
