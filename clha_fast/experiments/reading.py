@@ -37,6 +37,13 @@ def read_file(
         raise error if errors is not None else error.advised(advice) from None
 
 
+def with_rewards(records: list[RankedRecord], options: Mapping[str, Any]) -> list[RankedRecord]:
+    """Without those that lack rewards while others have them, where `skip_bad_records` leaves them out of training."""
+    if not options.get("skip_bad_records"):
+        return records
+    return [record for record in records if record.rewards is not None] or records
+
+
 def leave_out(records: list[RankedRecord], errors: Sequence[RecordError]) -> Sequence[RecordError]:
     """Takes those out of `records` that these errors are of; the errors."""
     bad = {error.source for error in errors}

@@ -18,6 +18,8 @@ from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.contents import data_hash, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import parse_methods, with_quantiles
+from clha_fast.experiments.reading import read_file, with_rewards
+from clha_fast.experiments.table import _of_files as of_files
 from clha_fast.objectives.pairs import keeps
 
 FILES = {"train": "train.jsonl", "dev": "dev.jsonl", "test": "test.jsonl"}
@@ -175,6 +177,23 @@ def test_what_is_only_evaluated_otherwise_lies_in_the_same_folder(comparison):
     base = str(comparison.base)
     other = dataclasses.replace(comparison, generation={"max_new_tokens": 3}, test_limit=2, seeds=(1, 2))
     assert cell_folder(comparison, cell_of(comparison), base) == cell_folder(other, cell_of(comparison), base)
+
+
+@pytest.mark.parametrize("lacking", [0, 2])
+def test_records_without_rewards_are_left_out_of_a_table_and_said(comparison, lacking):
+    rows = [{"prompt": f"train {k}", "completions": ["a", "b"], "rewards": [1.0, 0.0]} for k in range(3)]
+    del rows[lacking]["rewards"]
+    train = comparison.data["2"].train
+    with open(train, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    found = dataclasses.replace(comparison, methods=parse_methods(["rrhf"]), run={"skip_bad_records": True})
+    (said,) = of_files(found, new=True)
+    assert said.startswith("Records of train (n = 2) that lack rewards while others have them, ")
+    assert said.endswith(": 1 of 3.")
+    records = read_file(train, found.run)
+    assert len(Corruption("flips", 0.5).apply(with_rewards(records, found.run))) == 2
+    assert with_rewards(records, {}) == records
+    assert len(with_rewards(records[lacking : lacking + 1], found.run)) == 1, "where none has any, none lacks them"
 
 
 def test_a_name_on_the_hub_is_its_own_content():
