@@ -62,7 +62,7 @@ class Notes:
             "repeated": repeated and not left,
             "left": left,
             "partly": not repeated and any(map(repeats_prompt(record.prompt), record.completions)),
-            "silent": len(record.completions) > 1 and not _says(record.prompt),
+            "silent": len(record.completions) > 1 and not says(record.prompt),
             "blank": not all(text.strip() for text in record.completions),
             "single": len(record.completions) == 1,
             "equal": len(set(record.completions)) < len(record.completions),
@@ -137,7 +137,8 @@ class Notes:
             logger.warning(sentence)
 
 
-def _says(prompt: Prompt) -> bool:
+def says(prompt: Prompt) -> bool:
+    """Whether any of it is more than blanks."""
     texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
     return any(text.strip() for text in texts)
 

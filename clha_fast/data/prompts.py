@@ -15,6 +15,7 @@ from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import as_said, columns_of
 from clha_fast.data.formats import detect_format
 from clha_fast.data.names import names_scores
+from clha_fast.data.notes import logger, says
 from clha_fast.data.readers import none_good, read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
@@ -125,6 +126,12 @@ def read_prompts(
         raise none_good(os.fspath(rows) if isinstance(rows, (str, os.PathLike)) else "prompts", bad[0], len(bad))
     if errors is not None:
         errors += bad
+    silent = [record for record in found if not says(record.prompt)]
+    if silent:
+        logger.warning(
+            f"{len(silent):,} of {len(found):,} prompts have no text, and are answered all the same (first: "
+            f"{silent[0].source})"
+        )
     return found
 
 

@@ -111,3 +111,9 @@ def test_no_good_prompt_is_an_error() -> None:
     rows = [{"prompt": 7}, {"prompt": "\ud800"}]
     with pytest.raises(RecordError, match=r"^prompts: expected at least one good record, got 2 bad ones; the first: "):
         read_prompts(rows, errors=[], columns={"prompt": "prompt"})
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", [{"role": "user", "content": " "}]])
+def test_prompts_without_text_are_said(prompt: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(read_prompts([{"prompt": "say"}, {"prompt": prompt}])) == 2
+    assert "1 of 2 prompts have no text, and are answered all the same (first: record 1)" in caplog.text
