@@ -36,7 +36,6 @@ def check_adds_up(objective: Objective) -> Objective:
     return objective
 
 
-@torch.compiler.disable(reason="an objective of your own runs eagerly: compile without fullgraph=True")
 def compare(objective: Objective) -> None:
     """Tries an objective on a batch and prompt by prompt, with those of the batch's counts that it `divides_by`.
 

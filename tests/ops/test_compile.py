@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
 
-from clha_fast import CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, linear_loss, token_logps
-from clha_fast.objectives import Objective, Terms
+from clha_fast import CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
 from clha_fast.ops.head import score_dtype
 from clha_fast.types import STATISTICS
 from tests.support.helpers import make_case
@@ -117,26 +113,3 @@ def test_operators_keep_their_contract(dtype, optional):
     logps, lse, entropy, *_ = operators.token_statistics(*plain, HEAD.encoded, "torch", "entropy")
     arguments = (torch.ones_like(logps), torch.ones_like(logps), *plain, lse, entropy, HEAD.encoded, "torch")
     torch.library.opcheck(operators.token_statistics_backward, (*arguments, True, True, False), test_utils=tests)
-
-
-@dataclass(frozen=True)
-class Doubled(Objective):
-    name: ClassVar[str] = "doubled"
-
-    def terms(self, group):
-        return Terms(-2 * group.sums.sum() / group.totals.prompts, group.sums.new_zeros(()))
-
-
-@pytest.mark.parametrize("given", [lambda group: -group.scores.sum() / group.totals.prompts, Doubled()])
-def test_an_objective_of_ones_own_breaks_the_graph_in_a_sentence(given, capfd):
-    case = make_case([2, 1, 3], [3], dtype=torch.float32)
-
-    def run(hidden):
-        return linear_loss(hidden, case.weight, case.targets, case.ranking, given, row_index=case.row_index)[0]
-
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="runs eagerly: compile without fullgraph=True"):
-        torch.compile(run, fullgraph=True, backend="aot_eager")(case.hidden)
-    capfd.readouterr()
-    found = torch.compile(run, backend="aot_eager")(case.hidden)
-    assert "Graph break" not in capfd.readouterr().err
-    assert torch.equal(found, run(case.hidden))
