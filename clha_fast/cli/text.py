@@ -187,8 +187,11 @@ class _Said(logging.Handler):
 
 @contextlib.contextmanager
 def warnings_as_flags() -> Iterator[None]:
-    """The library's warnings name options as the command spells them."""
+    """The library's warnings name options as the command spells them, where no handler of the caller's takes them."""
     logger, said = logging.getLogger("clha_fast"), _Said(logging.WARNING)
+    if logger.hasHandlers():
+        yield
+        return
     logger.addHandler(said)
     try:
         yield

@@ -104,9 +104,16 @@ def test_warnings_are_in_the_words_of_the_command(
         return 0
 
     monkeypatch.setattr(cli, "run", warn)
-    for _ in range(2):  # each time once
-        assert cli.main(words) == 0
-        assert capsys.readouterr().err == f"rows: expected 8; {said}\n"
+    root = logging.getLogger()
+    with monkeypatch.context() as patch:
+        patch.setattr(root, "handlers", [])
+        for _ in range(2):  # each time once
+            assert cli.main(words) == 0
+            assert capsys.readouterr().err == f"rows: expected 8; {said}\n"
+    taken = io.StringIO()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(taken)])
+    assert cli.main(words) == 0
+    assert (taken.getvalue(), capsys.readouterr().err) == ("rows: expected 8; max_length=8 cuts them\n", "")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
