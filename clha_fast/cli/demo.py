@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from clha_fast.cli.options import collect, read_config, split
-from clha_fast.cli.runs import INTERRUPTED, Progress
+from clha_fast.cli.runs import INTERRUPTED, Progress, without_bars
 from clha_fast.cli.text import size_text
 from clha_fast.cli.train import train
 from clha_fast.evaluation import tables as report
@@ -52,6 +52,7 @@ def first_part(ranked: Run, options: Mapping[str, Any]) -> Run:
     return language_model_run(ranked, run_options, config)
 
 
+@without_bars()
 def _language_model(options: Mapping[str, Any], folder: str) -> int:
     """Train it into `folder`; the exit status."""
     started = time.monotonic()

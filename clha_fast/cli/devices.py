@@ -13,7 +13,8 @@ from clha_fast.ops.dispatch import RULES, limit_text, resolve, token_limit
 def device_text(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def loss_dtype(run: Any) -> torch.dtype:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
-from clha_fast.cli.text import Parser, check_positive, with_dashes
+from clha_fast.cli.text import Parser, as_flags, check_positive, with_dashes
 from clha_fast.data import FORMATS
 from clha_fast.files import check_destination, write_text
 from clha_fast.models.loading import config_positions, load_tokenizer
@@ -80,6 +81,7 @@ def inspect(words: Sequence[str]) -> int:
         most=args.limit,
         positions=None if args.model is None else config_positions(args.model),
     )
+    found = replace(found, sentences=[*map(as_flags, found.sentences)])
     print(inspection_text(found, objective))
     if args.html is not None:
         write_text(args.html, inspection_page(found, objective))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clha_fast.cli import names
-from clha_fast.cli.text import complain, speak, ways_to_need_less
+from clha_fast.cli.text import complain, speak, warnings_as_flags, ways_to_need_less
 from clha_fast.messages import nearest
 
 FAILED, USER_ERROR = 1, 2
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from clha_fast.errors import BackendError
 
     try:
-        return run(name, rest)
+        with warnings_as_flags():
+            return run(name, rest)
     except (ValueError, OSError, ImportError, BackendError) as error:
         if show:
             raise

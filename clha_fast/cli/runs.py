@@ -7,10 +7,11 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from clha_fast.cli.text import complain, size_text
@@ -73,22 +74,31 @@ def template_line(run: Run) -> dict[str, str]:
     return {"template": said} if said else {}
 
 
+def _bar(**settings: Any) -> Any:
+    return importlib.import_module("tqdm").tqdm(dynamic_ncols=True, **settings)  # it ships no types
+
+
 class Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere one line for each line of the log, with `names` of it."""
+    """A bar on a terminal, of held-out batches too; elsewhere one line for each line of the log, with `names` of it.
+
+    Attributes:
+        finished: nothing of the log is printed any more.
+    """
 
     names: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.held_out: Any = None
         self.start = time.monotonic()
+        self.finished = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.start = time.monotonic()
         if sys.stderr.isatty():
-            tqdm = importlib.import_module("tqdm").tqdm  # it ships no types
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.bar = _bar(total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
@@ -96,15 +106,31 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(1)
 
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not sys.stderr.isatty():
+            return
+        if self.held_out is None:
+            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            self.held_out = _bar(total=total, desc="Held out", unit="batch", leave=False)
+        self.held_out.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.held_out is not None:
+            self.held_out.close()
+            self.held_out = None
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs or self.finished:
             return
         kind = "" if "loss" in logs else "eval_"
         if not any(kind + key in logs for key in self.names):
             return
         # Not every metric is measured on held-out prompts.
         shown = {key: short for key, short in self.names.items() if not kind or kind + key in logs}
-        values = {short: report.number(logs.get(kind + key)) for key, short in shown.items()}
+        numbers = {short: report.number(logs.get(kind + key)) for key, short in shown.items()}
+        values = {short: number for short, number in numbers.items() if number != "-"}
         if self.bar is not None and not kind:
             self.bar.set_postfix(values)
         elif state.global_step:
@@ -162,6 +188,19 @@ def header_text(lines: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers' bars are off, of shards written for one."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+@without_bars()
 def carry_out(
     command: str,
     run: _R,
@@ -169,7 +208,7 @@ def carry_out(
     header: Callable[[_R], Mapping[str, str]],
     before: Callable[[_R], str],
     finish: Callable[[_R], None],
-    progress: TrainerCallback | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """A prepared run, evaluated, trained and reported; the exit status. The first process alone prints.
 
@@ -177,8 +216,6 @@ def carry_out(
         started: when the command began. header: what is said first. before: what was found before training, where
             anything was. finish: prints what there is at the end. progress: `Progress()` by default.
     """
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of shards written; the tokenising one has been shown
     progress = Progress() if progress is None else progress
     first = run.args.process_index == 0
     try:
@@ -199,7 +236,7 @@ def carry_out(
             said = f"interrupted after step {run.trainer.state.global_step}, which is saved"
             print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
             return INTERRUPTED
-        run.trainer.remove_callback(progress)  # the table says it
+        progress.finished = True  # the table says it
         run.report()
         if first:
             finish(run)
@@ -210,6 +247,3 @@ def carry_out(
             run.write_metrics()
         complain(command, str(error))
         return FAILED
-    finally:
-        if bars:
-            logging.enable_progress_bar()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from clha_fast.cli.values import twice
@@ -174,6 +176,27 @@ def rows_text(asked: str | None, layout: str) -> str:
     if asked in (None, "padded"):
         return ""
     return ", shared or padded rows, as counted" if layout == "auto" else f", {layout} rows"
+
+
+class _Said(logging.Handler):
+    """Warnings of the library on standard error, in the words of the running command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(as_flags(self.format(record)), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_as_flags() -> Iterator[None]:
+    """The library's warnings name options as the command spells them, where no handler of the caller's takes them."""
+    logger, said = logging.getLogger("clha_fast"), _Said(logging.WARNING)
+    if logger.hasHandlers():
+        yield
+        return
+    logger.addHandler(said)
+    try:
+        yield
+    finally:
+        logger.removeHandler(said)
 
 
 def complain(command: str, text: str) -> None:

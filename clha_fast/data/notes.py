@@ -99,9 +99,9 @@ class Notes:
         if self.single:
             found.append(self._counted("single", "have one response, which ranks nothing"))
         if self.equal:
-            found.append(self._counted("equal", "have two equal responses, which are ranked all the same"))
+            found.append(self._counted("equal", "have two equal responses, which are ranked nevertheless"))
         if self.blank:
-            found.append(self._counted("blank", "have a response of blanks alone, which is ranked all the same"))
+            found.append(self._counted("blank", "have a response of blanks alone, which is ranked nevertheless"))
         if self.silent:
             found.append(self._counted("silent", "have a prompt without any text, which their responses answer"))
         if self.repeated:

@@ -382,7 +382,9 @@ def attach(
     objective = check_adds_up(as_objective(options))
     inner = unwrap(model)
     if STATE in vars(inner):
-        raise ValueError("model: expected none with a loss, got one attached already; detach it first (copies: before)")
+        raise ValueError(
+            "model: expected one without a loss, got one attached already; detach() that first, copy before attaching"
+        )
     check_whole(inner)
     check_calls_what_it_wraps(model, inner)
     info = measure_head(inner, backend)

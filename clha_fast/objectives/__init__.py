@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,9 +138,11 @@ def as_objective(objective: Objective | Callable[[Group], Tensor]) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not callable(objective) or isinstance(objective, type):
+        cls: Any = OBJECTIVES.get(objective) if isinstance(objective, str) else objective
+        way = f"; give {cls.__name__}()" if isinstance(cls, type) and issubclass(cls, Objective) else ""
         raise ValueError(
             f"objective: expected one of {', '.join(c.__name__ for c in OBJECTIVES.values())}, an Objective of your "
-            f"own or a function of a Group, got {objective!r}"
+            f"own or a function of a Group, got {objective!r}{way}"
         )
     return FromFunction(objective)
 

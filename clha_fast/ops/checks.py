@@ -53,7 +53,9 @@ def _expect(ok: bool, name: str, expected: Callable[[], str] | str, tensor: Tens
 
 def _index_tensor(name: str, tensor: Tensor, length: int | None, meaning: str, hint: str = "") -> None:
     ok = tensor.dim() == 1 and tensor.dtype in _INTEGERS and (length is None or tensor.shape[0] == length)
-    _expect(ok, name, lambda: f"integers of shape [{meaning}{'' if length is None else f' = {length}'}]{hint}", tensor)
+    other = tensor.dtype not in _INTEGERS and not tensor.is_floating_point()
+    kind = "int64 or int32" if other else "integers"
+    _expect(ok, name, lambda: f"{kind} of shape [{meaning}{'' if length is None else f' = {length}'}]{hint}", tensor)
 
 
 def head_inputs(
@@ -143,7 +145,8 @@ def _check_head(inputs: HeadInputs) -> None:
     """Shapes, dtypes and devices of what token log-probabilities are made from."""
     require_tensors(**inputs._asdict())
     hidden, weight, bias, targets, row_index = inputs[:5]
-    _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", "a floating tensor [M, H]", hidden)
+    flat = " (hidden.flatten(0, -2), with targets to match)" if hidden.dim() > 2 else ""
+    _expect(hidden.dim() == 2 and hidden.dtype in _FLOATS, "hidden", f"a floating tensor [M, H]{flat}", hidden)
     width, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     ok = weight.dim() == 2 and weight.shape[1] == width and weight.shape[0] > 0
     _expect(ok, "weight", lambda: f"[V, H = {width}] with V > 0", weight)
@@ -210,7 +213,10 @@ def ranking_inputs(given: RankingInputs, num_tokens: int, objective: Objective, 
     _index_tensor("candidate_lengths", given.candidate_lengths, None, "C")
     _index_tensor("candidates_per_prompt", given.candidates_per_prompt, None, "P")
     if prompts[0] == 0:
-        raise ValueError("candidates_per_prompt: expected at least one prompt, got none")
+        raise ValueError(
+            "candidates_per_prompt: expected at least one prompt, got none; where a process has none left, [1] beside "
+            "candidate_lengths [0] gives a loss of 0 and gradients of zeros"
+        )
     if given.rewards is not None:
         ok = given.rewards.shape == count and given.rewards.is_floating_point()
         _expect(ok, "rewards", lambda: f"floating [C = {count[0]}]", given.rewards)

@@ -25,7 +25,8 @@ class DataSummary:
     Attributes:
         pairs: all i < j. noise_pairs: those that the objective does not keep. inert: candidates that training does not
             run.
-        reversed_pairs: kept ones in which the worse-ranked response has the higher reward.
+        reversed_pairs: kept ones in which the worse-ranked response has the higher reward. equal_pairs: kept ones of
+            equal rewards.
         closed_gates: prompts whose SFT target's reward is not above the floor.
         gaps: quartiles of |r_i - r_j| over all pairs, () without rewards or pairs.
         chains: what training runs in the place of `candidates`, of an objective with markers; else None. unchained:
@@ -42,6 +43,7 @@ class DataSummary:
     inert: int
     closed_gates: int
     reversed_pairs: int = 0
+    equal_pairs: int = 0
     gaps: tuple[float, ...] = ()
     chains: int | None = None
     unchained: int = 0
@@ -58,7 +60,7 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
     rewards = None
     if records[0].rewards is not None:
         rewards = torch.tensor([reward for record in records for reward in record.rewards or ()], dtype=torch.float32)
-    pairs = noise = closed = backwards = start = 0
+    pairs = noise = closed = backwards = equal = start = 0
     leads = []
     # All pairs of a block of prompts exist at a time, not those of the whole file.
     for first in range(0, len(records), _BLOCK):
@@ -74,6 +76,7 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         noise += int((~plan.kept).sum())
         closed += int((~plan.gate).sum())
         backwards += int((plan.kept & (plan.pairs.order < 0)).sum())
+        equal += int((plan.kept & (plan.pairs.order == 0)).sum())
         if plan.pairs.lead is not None:
             leads.append(plan.pairs.lead)
     chained = {}
@@ -90,6 +93,7 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         inert=int(inert_mask(rewards, sizes, targets, objective).sum()),
         closed_gates=closed,
         reversed_pairs=backwards,
+        equal_pairs=equal,
         gaps=gap_quartiles(torch.cat(leads)) if leads else (),
         **chained,
     )
@@ -139,6 +143,8 @@ def data_text(summary: DataSummary, options: Objective) -> str:
         parts.append("no rewards")
     elif clha or (options.ranks and options.by_rank):
         parts.append(f"kept pairs reversed {share_text(summary.reversed_pairs, summary.kept_pairs)}")
+        if summary.equal_pairs:
+            parts.append(f"of equal rewards, ranked by place {share_text(summary.equal_pairs, summary.kept_pairs)}")
     parts.append(f"inert responses {share_text(summary.inert, summary.candidates)}")
     if clha:
         parts.append(f"SFT gates closed {share_text(summary.closed_gates, summary.prompts)}")

@@ -13,9 +13,10 @@ from clha_fast.cli.score import noise_table
 from clha_fast.data import make_record
 from clha_fast.data.records import RankedRecord
 from clha_fast.evaluation.tables import margin_text
+from clha_fast.objectives import Objective, RRHFOptions, SimPOOptions
 from clha_fast.objectives.clha import PUBLISHED
 from clha_fast.objectives.pairs import gap_quartiles, keeps
-from clha_fast.reports.data_summary import summarise
+from clha_fast.reports.data_summary import data_text, summarise
 from clha_fast.rewards.noise import measure_noise
 from tests.support.command_line import command
 from tests.support.trainers import trainer
@@ -48,6 +49,22 @@ def test_kept_pairs_that_are_reversed(
     assert ("the rewards contradict the order" in caplog.text) is said
     found = summarise(records(orders), PUBLISHED)
     assert (found.kept_pairs, found.reversed_pairs) == (kept, reversed_pairs)
+
+
+@pytest.mark.parametrize(
+    ("orders", "objective", "said"),
+    [
+        ([[9.0, 5.0, 5.0], [1.0, 1.0]], SimPOOptions(), "of equal rewards, ranked by place 2 (50%)"),
+        ([[9.0, 5.0, 5.0]], PUBLISHED.replace(noise_rule="none"), "of equal rewards, ranked by place 1 (33%)"),
+        ([[9.0, 5.0, 5.0]], PUBLISHED, ""),  # noise
+        ([[9.0, 5.0, 5.0]], RRHFOptions(), ""),  # by rewards, whatever the place
+        ([[9.0, 5.0, 1.0]], SimPOOptions(), ""),
+    ],
+)
+def test_pairs_that_rewards_do_not_tell_apart(orders: list[list[float]], objective: Objective, said: str) -> None:
+    text = data_text(summarise(records(orders), objective), objective)
+    assert said in text
+    assert ("equal rewards" in text) == bool(said)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 401])

@@ -1,13 +1,19 @@
-"""What `clha-fast train` says of records: the way out of a bad one, and prompts that miss the chat template."""
+"""What `clha-fast train` says: of records, of what the library warns of, and how far an evaluation is."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from clha_fast.cli import main as cli
+from clha_fast.cli import text as cli_text
+from clha_fast.cli.runs import Progress
 from tests.support.command_line import command, one_sentence, write_rows
 from tests.support.tiny import make_model, make_tokenizer
 
@@ -79,3 +85,53 @@ def test_messages_without_a_chat_template_are_said(
         expected = bool(said) and command_line[-1] != str(path)
         assert ('written as "User: ...", "Assistant: "' in out) == expected
         assert said in out or not expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inspect", "--model", "."], "--max-length 8 cuts them"),
+        (["score", "--policy", "."], "--max-length 8 cuts them"),
+        (["train"], "max_length=8 cuts them"),  # its parser has not spoken yet
+    ],
+)
+def test_warnings_are_in_the_words_of_the_command(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(name: str, rest: list[str]) -> int:
+        if name != "train":
+            parser = cli_text.Parser(prog=name)
+            parser.add_argument("--max-length")
+        logging.getLogger("clha_fast.models.positions").warning("rows: expected 8; max_length=8 cuts them")
+        return 0
+
+    monkeypatch.setattr(cli, "run", warn)
+    root = logging.getLogger()
+    with monkeypatch.context() as patch:
+        patch.setattr(root, "handlers", [])
+        for _ in range(2):  # each time once
+            assert cli.main(words) == 0
+            assert capsys.readouterr().err == f"rows: expected 8; {said}\n"
+    taken = io.StringIO()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(taken)])
+    assert cli.main(words) == 0
+    assert (taken.getvalue(), capsys.readouterr().err) == ("rows: expected 8; max_length=8 cuts them\n", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("batches", [[1, 2, 3], iter("abc")])
+def test_an_evaluation_has_a_bar_on_a_terminal(
+    terminal: bool, batches: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    screen, state, progress = Screen(), SimpleNamespace(is_world_process_zero=True), Progress()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for _ in range(3):
+        progress.on_prediction_step(None, state, None, eval_dataloader=batches)
+    progress.on_evaluate(None, state, None)
+    assert progress.held_out is None
+    assert ("Held out" in screen.getvalue()) is terminal
+    assert ("/3" in screen.getvalue()) is (terminal and isinstance(batches, list))

@@ -87,11 +87,11 @@ def test_rewards_of_no_order_are_said(seed: int) -> None:
         ),
         ("", ["a text alone"], "f: 1 of 1 records have one response, which ranks nothing"),
         ([{"role": "system", "content": " "}, {"role": "user", "content": "p"}], ["a", "b"], ""),
-        ("p", [" ", "b"], "f: 1 of 1 records have a response of blanks alone, which is ranked all the same"),
+        ("p", [" ", "b"], "f: 1 of 1 records have a response of blanks alone, which is ranked nevertheless"),
         (
             "p",
             ["a", "\n\t", "\u3000"],
-            "f: 1 of 1 records have a response of blanks alone, which is ranked all the same",
+            "f: 1 of 1 records have a response of blanks alone, which is ranked nevertheless",
         ),
         ("p", [" a", "b\n"], ""),
     ],
@@ -108,7 +108,7 @@ def test_single_and_equal_responses() -> None:
         "f: 1 of 1 records have one response, which ranks nothing (first: record)"
     ]
     (said,) = counted([None, None], ["a", "b", "a"]).sentences()
-    assert said == "f: 2 of 2 records have two equal responses, which are ranked all the same (first: record)"
+    assert said == "f: 2 of 2 records have two equal responses, which are ranked nevertheless (first: record)"
     assert counted([[2, 1]]).sentences() == []
 
 

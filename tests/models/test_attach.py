@@ -283,7 +283,7 @@ def test_bad_calls() -> None:
         model(fields["input_ids"], candidate_lengths=fields["candidate_lengths"])
     with pytest.raises(ValueError, match="row_index: expected in a batch of candidates, got the keys attention_mask"):
         model(**{name: value for name, value in fields.items() if name != "row_index"})
-    with pytest.raises(ValueError, match=r"attached already; detach it first \(copies: before\)"):
+    with pytest.raises(ValueError, match=r"already; detach\(\) that first, copy before attaching"):
         clha_fast.attach(model)
 
 

@@ -102,10 +102,14 @@ def test_signals_reach_the_objective_that_reads_them_and_no_other():
     [
         (
             "pro",
-            "objective: expected one of CLHAOptions, .*an Objective of your own or a function of a Group, got 'pro'",
+            "objective: expected one of CLHAOptions, .*an Objective of your own or a function of a Group, got 'pro'; "
+            r"give PROOptions\(\)$",
         ),
-        (PROOptions, "objective: expected one of CLHAOptions"),
-        (None, "objective: expected one of CLHAOptions"),
+        ("dpo", r"got 'dpo'; give DPOOptions\(\)$"),
+        (PROOptions, r"objective: expected one of CLHAOptions.* got <class .*PROOptions'>; give PROOptions\(\)$"),
+        ("grpo", "got 'grpo'$"),
+        (dict, "got <class 'dict'>$"),
+        (None, "objective: expected one of CLHAOptions.* got None$"),
     ],
 )
 def test_what_is_no_objective(objective, message):

@@ -28,6 +28,11 @@ def small(**settings):
 HEAD_ERRORS = [
     ({"hidden": torch.zeros(8)}, "hidden: expected a floating tensor [M, H], got [8] float32 on cpu"),
     ({"hidden": torch.zeros(8, 4, dtype=I64)}, "hidden: expected a floating tensor [M, H], got [8, 4] int64 on cpu"),
+    (
+        {"hidden": torch.zeros(2, 4, 4)},
+        "hidden: expected a floating tensor [M, H] (hidden.flatten(0, -2), with targets to match), got [2, 4, 4] "
+        "float32 on cpu",
+    ),
     ({"weight": torch.zeros(7, 5)}, "weight: expected [V, H = 4] with V > 0, got [7, 5] float32 on cpu"),
     ({"weight": torch.zeros(0, 4)}, "weight: expected [V, H = 4] with V > 0, got [0, 4] float32 on cpu"),
     (
@@ -81,6 +86,14 @@ HEAD_ERRORS = [
 ]
 RANKING_ERRORS = [
     (
+        {"candidate_lengths": torch.ones(4, dtype=torch.uint8)},
+        "candidate_lengths: expected int64 or int32 of shape [C], got [4] uint8 on cpu",
+    ),
+    (
+        {"candidates_per_prompt": torch.ones(2, dtype=torch.bool)},
+        "candidates_per_prompt: expected int64 or int32 of shape [P], got [2] bool on cpu",
+    ),
+    (
         {"candidate_lengths": torch.ones(4)},
         "candidate_lengths: expected integers of shape [C], got [4] float32 on cpu",
     ),
@@ -98,7 +111,8 @@ RANKING_ERRORS = [
     ),
     (
         {"candidates_per_prompt": torch.zeros(0, dtype=I64)},
-        "candidates_per_prompt: expected at least one prompt, got none",
+        "candidates_per_prompt: expected at least one prompt, got none; where a process has none left, [1] beside "
+        "candidate_lengths [0] gives a loss of 0 and gradients of zeros",
     ),
     (
         {"candidates_per_prompt": torch.tensor([4, 0])},
