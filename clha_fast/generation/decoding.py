@@ -84,26 +84,18 @@ class Decoding:
         asked = {"max_new_tokens": max_new_tokens, "pad": pad, **settings}
         if max(map(len, prompts)) + max_new_tokens <= 2 * tried.longest and max_new_tokens <= 2 * tried.new:
             return generate_tokens(model, prompts, **asked, use_cache=tried.use_cache)
-        drawn = _Drawn()
+        sizes = list(map(len, prompts))
+        some = sorted({0, len(prompts) - 1, sizes.index(max(sizes)), sizes.index(min(sizes))})
+        drawn = _Drawn(some)
         answers = generate_tokens(model, prompts, **asked, use_cache=tried.use_cache, drawn_from=drawn)
-        totals = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        longest, new = max(totals), max(map(len, answers))
+        longest, new = max(sizes[row] + len(answers[row]) for row in some), max(len(answers[row]) for row in some)
         if longest <= 2 * tried.longest and new <= 2 * tried.new:
             return answers
-        places = range(len(prompts))
-        some = sorted(
-            {
-                totals.index(longest),
-                max(places, key=lambda place: len(answers[place])),
-                max(places, key=lambda place: len(prompts[place])),
-                min(places, key=lambda place: len(prompts[place])),
-            }
-        )
         trial = _Trial(model, pad, new, settings.get("device") or model.device)
-        error = max(trial.error_of(prompts[place], answers[place], drawn, place) for place in some)
+        error = max(trial.error_of(prompts[row], answers[row], drawn, row) for row in some)
         right = error <= trial.bound
         if not right:
-            tried.use_cache = self._choose(trial, [prompts[place] for place in some], error, len(prompts))
+            tried.use_cache = self._choose(trial, [prompts[row] for row in some], error, len(prompts))
         tried.longest, tried.new = max(longest, tried.longest), max(new, tried.new)
         if right or tried.use_cache or shown:
             return answers
@@ -146,7 +138,7 @@ class _Trial:
 
     def error(self, rows: Sequence[Sequence[int]], use_cache: bool) -> float:
         """The error of the worst of these rows, decoded side by side to their full length."""
-        drawn = _Drawn()
+        drawn = _Drawn(range(len(rows)))
         answers = generate_tokens(
             self.model,
             rows,
@@ -189,18 +181,21 @@ class _Trial:
 
 
 class _Drawn(LogitsProcessor):
-    """Keeps the likeliest of what tokens are drawn from, before anything changes it."""
+    """Keeps the likeliest of what the tokens of some rows are drawn from, before anything changes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows = list(rows)
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        values, chosen = scores.topk(min(_LIKELIEST, scores.shape[-1]))
-        self._steps.append((chosen, values, scores.double().logsumexp(-1, keepdim=True)))
+        some = scores[self._rows]
+        values, chosen = some.topk(min(_LIKELIEST, some.shape[-1]))
+        self._steps.append((chosen, values, some.double().logsumexp(-1, keepdim=True)))
         return scores
 
     def row(self, number: int, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """[end - start, likeliest] of one row's steps: tokens, and float64 logits and log-probabilities."""
-        steps = [[part[number] for part in step] for step in self._steps[start:end]]
+        place = self._rows.index(number)
+        steps = [[part[place] for part in step] for step in self._steps[start:end]]
         chosen, values, total = map(torch.stack, zip(*steps, strict=True))
         return chosen, values.double(), values.double() - total
