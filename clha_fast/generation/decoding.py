@@ -129,12 +129,12 @@ class Decoding:
 
 
 class _Trial:
-    """A model's decoding of `count` tokens beside its own forward of them."""
+    """A model's decoding of `count` tokens beside its own forward of them; `bound` is known after a first error."""
 
     def __init__(self, model: Any, pad: int, count: int, device: torch.device) -> None:
         self.model, self.pad, self.count, self.device = model, pad, count, device
         self.name = type(base_model(decoder_of(model))).__name__
-        self.bound = max(_EPS * rounding_of(model), _FLOOR)
+        self.bound = _FLOOR
 
     def error(self, rows: Sequence[Sequence[int]], use_cache: bool) -> float:
         """The error of the worst of these rows, decoded side by side to their full length."""
@@ -175,9 +175,17 @@ class _Trial:
         inner: Any = decoder_of(self.model)
         takes = inspect.signature((inner.get_base_model() if is_adapted(inner) else inner).forward).parameters
         kept = {"logits_to_keep": count + 1} if "logits_to_keep" in takes else {}
-        with torch.no_grad():
-            logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kept).logits
+        # A trainer's autocast may be within the model's forward alone.
+        seeing = inner.get_input_embeddings().register_forward_pre_hook(self._see_rounding)
+        try:
+            with torch.no_grad():
+                logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kept).logits
+        finally:
+            seeing.remove()
         return torch.as_tensor(logits[0, -count - 1 : -1]).double()
+
+    def _see_rounding(self, *_: Any) -> None:
+        self.bound = max(self.bound, _EPS * rounding_of(self.model))
 
 
 class _Drawn(LogitsProcessor):

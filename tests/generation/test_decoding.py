@@ -98,11 +98,20 @@ def test_a_cache_that_gives_other_answers_is_left_out(name: str, tmp_path: Path,
     assert caplog.text.count("answers without its cache") == 1
 
 
-def trainer(folder: Path, model: Any) -> RolloutTrainer:
-    args = RolloutConfig(str(folder), use_cpu=True, report_to="none", max_steps=1, per_device_eval_batch_size=1)
+def trainer(folder: Path, model: Any, **changes: Any) -> RolloutTrainer:
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = RolloutConfig(str(folder), max_steps=1, per_device_eval_batch_size=1, **quiet, **changes)
     return RolloutTrainer(
         model, args, lambda records, answers: [[0.0] * len(texts) for texts in answers], RECORDS, None, TOKENIZER
     )
+
+
+@pytest.mark.parametrize(("name", "cached"), [("mamba", True), ("falcon_h1", True), ("prompt tuning", False)])
+def test_the_trainer_s_autocast_is_within_the_forward(name: str, cached: bool, tmp_path: Path) -> None:
+    model = WITHOUT_CACHE[name]() if name in WITHOUT_CACHE else tiny(name)
+    ours = trainer(tmp_path, model, bf16=True, answers_per_prompt=2, max_completion_length=LENGTH)
+    ours.train()
+    assert [tried.use_cache for tried in ours._sampling.tried.values()] == [cached]
 
 
 def drawn(rows: int = 1, length: int = LENGTH) -> dict[str, Any]:
