@@ -157,7 +157,7 @@ def test_no_other_answers_are_rounding(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [((4, 4), (20, 4)), ((4, 1), (4, 20))])
 def test_what_begins_with_longer_rows(before: tuple[int, int], after: tuple[int, int], caplog: Any) -> None:
-    """A window of 16 tokens that the cache keeps and the forward does not have."""
+    """Its cache is right for up to 16 tokens, its window of attention."""
     model, decoding = tiny("moshi"), Decoding(trained=True)
     for (prompt, length), cached in ((before, True), (after, False), (before, False)):
         decoding.answer(model, [list(range(3, 3 + prompt))] * 2, **drawn(2, length))
