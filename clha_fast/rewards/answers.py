@@ -83,7 +83,7 @@ class AnswerRewards:
         if self._checked or len(longer) == len(shorter):
             return
         model = self.reward_model.model
-        shown = read_as_text(self.reward_model.score_tokens, model.dtype, longer, shorter)
+        shown = read_as_text(self.reward_model.score_tokens, model, longer, shorter)
         if shown:
             raise ValueError(
                 f"reward_model: expected one that leaves padding out, got {type(model).__name__}, which reads it as "

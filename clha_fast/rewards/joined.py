@@ -219,5 +219,5 @@ class JoinedRewards:
             got = self._read(self._model, joined)
             expected = padded_rewards(self._model, self._model.config, rows[0], rows[1], self._pad, self._label)
         far = float((got - expected).abs().max())
-        if not far <= drift_of(self._model.dtype) * float(expected.abs().max()) + 1e-6:
+        if not far <= drift_of(self._model) * float(expected.abs().max()) + 1e-6:
             raise self._scores.refusal(f"rewards of padded rows that are no token's scores (apart by {far:.2g})")

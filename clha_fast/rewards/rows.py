@@ -16,10 +16,11 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.data.prompts import Prompted, answered
 from clha_fast.data.records import RankedRecord
 from clha_fast.data.rendering import read_variables
+from clha_fast.models.rounding import rounding_of
 
-# How far a response's reward may move when a longer one is batched with it, relative to the larger of the two.
-_DRIFT = {torch.float32: 1e-3, torch.float64: 1e-3}
-_DRIFT_HALF = 5e-2
+# How far a response's reward, a sum that may cancel, may move when a longer one is batched with it, relative to the
+# larger of the two: 0.05 in bfloat16.
+_DRIFT, _EPS = 1e-3, 6.4
 _Row = TypeVar("_Row")
 # Stands for an empty answer, which no record may have, until the record is made.
 _SOME = "."
@@ -132,21 +133,21 @@ def padded_rewards(
     return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
-def drift_of(dtype: torch.dtype) -> float:
+def drift_of(model: Any) -> float:
     """How far the reward of a text may be from its own in another batch, relative to the larger."""
-    return _DRIFT.get(dtype, _DRIFT_HALF)
+    return max(_DRIFT, _EPS * rounding_of(model))
 
 
-def read_as_text(score: Callable[[list[_Row]], Tensor], dtype: torch.dtype, longer: _Row, shorter: _Row) -> str:
+def read_as_text(score: Callable[[list[_Row]], Tensor], model: Any, longer: _Row, shorter: _Row) -> str:
     """What shows that a model reads padding as text, whatever the mask says; "" where nothing does.
 
     Args:
-        score: the rewards of rows that are batched. dtype: the model's.
+        score: the rewards of rows that are batched, by `model`.
     """
     together = score([longer, shorter])
     alone = score([shorter])[0]
     drift = float((together[1] - alone).abs() / together.abs().max().clamp_min(1e-30))
-    if drift > drift_of(dtype):  # never of NaN, which has its own error
+    if drift > drift_of(model):  # never of NaN, which has its own error
         return f"it scores a response {float(alone):.5g} alone and {float(together[1]):.5g} beside a longer one"
     return ""
 

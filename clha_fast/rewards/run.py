@@ -210,7 +210,7 @@ class ScoringRun:
         if ragged is None:
             return
         longer, shorter = self.rows[ragged[0]], self.rows[ragged[-1]]
-        shown = read_as_text(lambda rows: self._forward(rows, journal), self.model.dtype, longer, shorter)
+        shown = read_as_text(lambda rows: self._forward(rows, journal), self.model, longer, shorter)
         if shown:
             raise ScoringError(
                 f"batch_size: expected 1 for {type(self.model).__name__}, which reads padding as text ({shown}), got "

@@ -18,6 +18,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 from clha_fast.messages import nearest
+from clha_fast.models.wrapped import unwrap
+from clha_fast.training.restoring import load_renamed
 
 TRAINER_STATE = "trainer_state.json"
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
@@ -38,6 +40,7 @@ class CheckpointingTrainer(Trainer):
 
     _staging: str | None = None
     restored_step: int | None = None
+    _loaded: str = ""  # the checkpoint whose weights the model has got
     _began_at: str | None = None  # the checkpoint that each attempt of `auto_find_batch_size` begins with
     _written: tuple[str, ...] = ()  # checkpoints of this attempt
     _failed: tuple[str, ...] = ()  # those of attempts before, until this one has a checkpoint
@@ -138,10 +141,20 @@ class CheckpointingTrainer(Trainer):
         self._written = self._failed = ()
         return super().train(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loaded = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._loaded = self.state.best_model_checkpoint
         super()._load_best_model()
         best = self.state.best_global_step
         self.restored_step = best if best and best != self.state.global_step else None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not load_renamed(unwrap(self.model), self._loaded, load_result.missing_keys):
+            super()._issue_warnings_after_load(load_result)
 
     def evaluation_loop(
         self,

@@ -11,6 +11,7 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
+from clha_fast.generation.decoding import Decoding
 from clha_fast.models.sharding import reshard
 from clha_fast.objectives import Objective
 from clha_fast.training import card, samples
@@ -35,6 +36,7 @@ class ReportingTrainer(CheckpointingTrainer):
     dataset_names: list[str]
     _sample_examples: tuple[Any, list[Any]] | None = None  # the set that was evaluated last, and its first prompts
     _sampled_step: int | None = None
+    _decoding: Decoding | None = None
     _began: bool = False  # an attempt of this call of `train`
 
     def evaluate(
@@ -91,8 +93,11 @@ class ReportingTrainer(CheckpointingTrainer):
         prompts = [list(example["prompt_ids"]) for example in examples]
         ends = samples.closing_tokens(examples, tokenizer, self.accelerator.unwrap_model(self.model))
         length, temperature = self.args.eval_sample_tokens, self.args.eval_sample_temperature
+        self._decoding = self._decoding or Decoding()
         with self.compute_loss_context_manager():
-            answers = samples.generate(self.model, prompts, tokenizer, ends, self.args.device, length, temperature)
+            answers = samples.generate(
+                self.model, prompts, tokenizer, ends, self.args.device, length, temperature, self._decoding
+            )
         reshard(self.model)
         if not self.is_world_process_zero():
             return

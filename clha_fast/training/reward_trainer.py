@@ -225,7 +225,7 @@ class RewardTrainer(CheckpointingTrainer):
         if len(shorter) == len(longer):
             return
         model: Any = self.model
-        shown = read_as_text(RewardModel(model, tokenizer).score_tokens, model.dtype, longer, shorter)
+        shown = read_as_text(RewardModel(model, tokenizer).score_tokens, model, longer, shorter)
         if shown:
             raise ValueError(
                 f"model: expected one that leaves padding out, got {type(base_model(model)).__name__}, which reads it "

@@ -22,7 +22,7 @@ from clha_fast.batching.segments import SegmentGroup, Segments
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
 from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
-from clha_fast.generation.hf import check_padding, generate_tokens
+from clha_fast.generation.decoding import Decoding, Tried
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
 from clha_fast.models.dropout import without_dropout
@@ -139,7 +139,8 @@ class RolloutTrainer(CLHATrainer):
     Raises:
         ValueError: as `CLHATrainer`; rewards of another number than the answers', or not finite; a model whose forward
             draws something in training (a router's jitter), which a ratio of policies would measure; one that reads
-            padding as text, with `per_device_eval_batch_size` above 1.
+            padding as text, with `per_device_eval_batch_size` above 1; one whose answers, with its cache and without,
+            are drawn from other distributions than those of the forward that trains.
     """
 
     _collates = True
@@ -181,7 +182,7 @@ class RolloutTrainer(CLHATrainer):
             held_out = self._read(eval_dataset, name="eval_dataset")
         self.reward = reward
         self._draws: bool | None = None
-        self._padding_checked = False
+        self._sampling = Decoding("per_device_eval_batch_size", trained=True)
         self._waiting: list[list[dict[str, Any]]] = []
         self._to_skip = 0
         self._attempted = False  # whether this call of `train` has begun before
@@ -219,9 +220,10 @@ class RolloutTrainer(CLHATrainer):
         super()._begin(checkpoint)
         self._waiting, self._to_skip, self._rollouts = [], 0, []
         if checkpoint is not None:
-            with torch.serialization.safe_globals([HostSizes, Segments, SegmentGroup]):  # beside a batch's tensors
+            known: list[Any] = [HostSizes, Segments, SegmentGroup, Tried]  # beside a batch's tensors
+            with torch.serialization.safe_globals(known):
                 found = torch.load(os.path.join(checkpoint, _WAITING_FILE), weights_only=True)
-            self._rollouts = found["rollouts"]
+            self._rollouts, self._sampling.tried = found["rollouts"], found.get("decoding", {})
             if not self._attempted:  # a second attempt has smaller batches, and samples for them anew
                 self._waiting, self._to_skip = found["waiting"], len(found["waiting"])
         self._attempted = True
@@ -340,14 +342,12 @@ class RolloutTrainer(CLHATrainer):
         self, model: Any, prompts: Sequence[EncodedPrompt], seeds: Sequence[int], length: int, temperature: float
     ) -> list[list[int]]:
         rows, stopped = [prompt.ids for prompt in prompts], None
-        if not self._padding_checked:
-            self._padding_checked = check_padding(model, rows, self._pad, "per_device_eval_batch_size")
         if any(prompt.stops for prompt in prompts):
 
             def stopped(row: int, new: list[int]) -> bool:
                 return cut_answer(self._decode(new), prompts[row].stops)[1]
 
-        return generate_tokens(
+        return self._sampling.answer(
             model,
             rows,
             ends=self._ends(prompts[0]),
@@ -442,4 +442,5 @@ class RolloutTrainer(CLHATrainer):
 
     def _write_more(self, checkpoint: str) -> None:
         super()._write_more(checkpoint)
-        torch.save({"waiting": self._waiting, "rollouts": self._rollouts}, os.path.join(checkpoint, _WAITING_FILE))
+        state = {"waiting": self._waiting, "rollouts": self._rollouts, "decoding": self._sampling.tried}
+        torch.save(state, os.path.join(checkpoint, _WAITING_FILE))

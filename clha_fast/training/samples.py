@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.generation.hf import generate_tokens
+from clha_fast.generation.decoding import Decoding
 from clha_fast.generation.prompts import closing_tokens
 from clha_fast.models.positions import positions_of
 
@@ -59,6 +59,7 @@ def generate(
     device: torch.device,
     max_new_tokens: int,
     temperature: float = 0.0,
+    decoding: Decoding | None = None,
 ) -> list[list[int]]:
     """The new tokens for each prompt; greedy at temperature 0. Leaves training mode and random state as they were.
 
@@ -66,7 +67,8 @@ def generate(
     last one an embedding of positions would stop training. Where the weights are spread over processes, all must call
     with the same prompts.
     """
-    pad = tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    decoding = Decoding() if decoding is None else decoding
     positions = positions_of(model)
     training = model.training
     found: list[list[int]] = []
@@ -77,11 +79,11 @@ def generate(
             if room < 1:
                 found.append([])
                 continue
-            found += generate_tokens(
+            found += decoding.answer(
                 model,
                 [prompt],
                 ends=ends,
-                pad=tokenizer.eos_token_id if pad is None else pad,
+                pad=pad,
                 max_new_tokens=room,
                 temperature=temperature,
                 seeds=[number],  # the same at every evaluation

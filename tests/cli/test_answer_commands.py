@@ -223,10 +223,10 @@ def test_refusals_are_one_sentence(
 def test_ctrl_c_says_what_is_kept(
     tmp_path: Path, model: str, references: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clha_fast.generation import hf
+    from clha_fast.generation import decoding
 
     calls = []
-    real = hf.generate_tokens
+    real = decoding.generate_tokens
 
     def interrupt(*words: object, **settings: object) -> object:
         calls.append(1)
@@ -234,7 +234,7 @@ def test_ctrl_c_says_what_is_kept(
             raise KeyboardInterrupt
         return real(*words, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hf, "generate_tokens", interrupt)
+    monkeypatch.setattr(decoding, "generate_tokens", interrupt)
     out = str(tmp_path / "out.jsonl")
     words = ("generate", model, references, out, "--batch-size", "4", "--max-new-tokens", "3")
     assert run(*words) == 130

@@ -23,8 +23,8 @@ from clha_fast.data import RankedRecord
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
 from clha_fast.generation.backend import Generated, cut_answer
-from clha_fast.generation.hf import generate_tokens
 from clha_fast.generation.prompts import PLAIN_STOPS, TEXT_STOPS
+from clha_fast.generation.tokens import generate_tokens
 from tests.support.chat_templates import MESSAGES, SHAPES, chat_tokenizer
 from tests.support.reward_models import spread
 from tests.support.scripted import saying, scripted

@@ -1,0 +1,186 @@
+"""Answers are drawn from what the model's own forward gives: with the cache, without it, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, LlamaForCausalLM
+
+from clha_fast.data.prompts import PromptRecord
+from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
+from clha_fast.generation.decoding import Decoding, Tried
+from clha_fast.generation.tokens import generate_tokens
+from clha_fast.training import samples
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
+from tests.support.architecture_configs import OVERRIDES, shrunk_fields
+from tests.support.architectures import build
+from tests.support.reward_models import spread
+from tests.support.tiny import make_model, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+RECORDS = [
+    PromptRecord("the cat sat on a mat and then a dog ran over it with some joy"),
+    PromptRecord("a dog ran over old green hills and then the cat sat on a mat while rain fell"),
+]
+LENGTH = 6
+
+
+def tiny(kind: str) -> Any:
+    """Of the tokenizer's size, and with its special tokens."""
+    config_class = CONFIG_MAPPING[kind]
+    ids = {"vocab_size": len(TOKENIZER), "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    changes = {"tie_word_embeddings": False, **OVERRIDES.get(kind, {}), **ids}
+    return build(config_class(**shrunk_fields(config_class, changes)))
+
+
+def prompted(config: Any) -> Any:
+    model: Any = peft.get_peft_model(spread(make_model(len(TOKENIZER))), config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "prompt_encoder" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+class Late(LlamaForCausalLM):
+    """Takes a token that follows a cache for the one behind it."""
+
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        if position_ids is not None and position_ids.shape[-1] == 1:
+            position_ids = position_ids + 1
+        return super().forward(*args, position_ids=position_ids, **kwargs)
+
+
+def late() -> Any:
+    return spread(Late(make_model(len(TOKENIZER)).config))
+
+
+VIRTUAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+# Their own forward is heeded by decoding without the cache alone.
+WITHOUT_CACHE = {
+    "moshi": lambda: tiny("moshi"),
+    "prompt tuning": lambda: prompted(peft.PromptTuningConfig(**VIRTUAL)),
+    "p-tuning": lambda: prompted(peft.PromptEncoderConfig(encoder_hidden_size=16, **VIRTUAL)),
+    "positions": late,
+}
+
+
+def by_hand(model: Any, prompt: list[int]) -> list[int]:
+    """The greedy tokens, one full forward each."""
+    found: list[int] = []
+    while len(found) < LENGTH and 1 not in found:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *found]]), use_cache=False).logits[0, -1]
+        found.append(int(logits.argmax()))
+    return found
+
+
+@pytest.mark.parametrize("name", WITHOUT_CACHE)
+def test_a_cache_that_gives_other_answers_is_left_out(name: str, tmp_path: Path, caplog: Any) -> None:
+    model = WITHOUT_CACHE[name]()
+    prompts = [list(TOKENIZER(str(record.prompt))["input_ids"]) for record in RECORDS]
+    expected = [by_hand(model, prompt) for prompt in prompts]
+    assert len(set(map(tuple, expected))) == 2
+    texts = [TOKENIZER.decode(row, skip_special_tokens=True).strip() for row in expected]
+    backend = TransformersBackend(model, TOKENIZER)
+    encoded = encode_prompts(RECORDS, TOKENIZER, GenerationSettings(LENGTH), backend.max_positions)
+    assert [backend.answer([prompt], encoded.settings)[0].text for prompt in encoded.prompts] == texts
+    assert caplog.text.count("answers without its cache, which takes longer") == 1
+    assert samples.generate(model, prompts, TOKENIZER, [1], torch.device("cpu"), LENGTH) == expected
+    caplog.clear()
+    ours = trainer(tmp_path, model)
+    answers = [ours._sample(ours.model.eval(), [prompt], [0], LENGTH, 0.0)[0] for prompt in encoded.prompts]
+    assert answers == expected
+    assert caplog.text.count("answers without its cache") == 1
+
+
+def trainer(folder: Path, model: Any, **changes: Any) -> RolloutTrainer:
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = RolloutConfig(str(folder), max_steps=1, per_device_eval_batch_size=1, **quiet, **changes)
+    return RolloutTrainer(
+        model, args, lambda records, answers: [[0.0] * len(texts) for texts in answers], RECORDS, None, TOKENIZER
+    )
+
+
+@pytest.mark.parametrize(("name", "cached"), [("mamba", True), ("falcon_h1", True), ("prompt tuning", False)])
+def test_the_trainer_s_autocast_is_within_the_forward(name: str, cached: bool, tmp_path: Path) -> None:
+    model = WITHOUT_CACHE[name]() if name in WITHOUT_CACHE else tiny(name)
+    ours = trainer(tmp_path, model, bf16=True, answers_per_prompt=2, max_completion_length=LENGTH)
+    ours.train()
+    assert [tried.use_cache for tried in ours._sampling.tried.values()] == [cached]
+
+
+def drawn(rows: int = 1, length: int = LENGTH) -> dict[str, Any]:
+    return {"ends": [], "pad": 2, "max_new_tokens": length, "temperature": 1.0, "seeds": range(rows)}
+
+
+def draw(model: Any, prompts: list[list[int]], trained: bool = False, length: int = LENGTH) -> Decoding:
+    decoding = Decoding(trained=trained)
+    decoding.answer(model, prompts, **drawn(len(prompts), length))
+    return decoding
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "xlm", "cpmant"])
+def test_answers_that_are_never_the_model_s_own(kind: str, caplog: Any) -> None:
+    """Of models whose forward looks ahead, or computes a row otherwise than its beginning."""
+    model, prompts = tiny(kind), [list(range(3, 12))]
+    with pytest.raises(ValueError, match=r"^model: expected one whose answers are drawn from the .* its cache and"):
+        draw(model, prompts, trained=True)
+    said = Decoding()
+    for _ in range(2):
+        said.answer(model, prompts, **drawn())
+    assert said.tried[False].use_cache
+    assert caplog.text.count("draws answers from other distributions than its own forward") == 1
+
+
+RIGHT = ["gpt2", "roberta", "mixtral", "gemma2", "mamba", "zamba2", "falcon_h1", "bloom"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", RIGHT)
+def test_rounding_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
+    found = draw(tiny(kind).to(dtype), [list(range(3, 20))], trained=True, length=16)
+    assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
+    assert not [record for record in caplog.records if record.name == "clha_fast"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["moshi", "prompt tuning", "p-tuning"])
+def test_no_other_answers_are_rounding(name: str, dtype: torch.dtype) -> None:
+    model = WITHOUT_CACHE[name]().to(dtype)
+    assert not draw(model, [list(range(3, 20))], trained=True).tried[False].use_cache
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 4), (20, 4)), ((4, 1), (4, 20))])
+def test_what_begins_with_longer_rows(before: tuple[int, int], after: tuple[int, int], caplog: Any) -> None:
+    """Its cache is right for up to 16 tokens, its window of attention."""
+    model, decoding = tiny("moshi"), Decoding(trained=True)
+    for (prompt, length), cached in ((before, True), (after, False), (before, False)):
+        decoding.answer(model, [list(range(3, 3 + prompt))] * 2, **drawn(2, length))
+        assert decoding.tried[False].use_cache is cached
+    assert caplog.text.count("answers without its cache") == 1
+
+
+def test_what_is_shown_already_is_not_made_anew() -> None:
+    model, prompt = late(), list(range(3, 20))
+    asked = {**drawn(), "temperature": 0.0}
+    cached, plain = (generate_tokens(model, [prompt], **asked, use_cache=cache) for cache in (True, False))
+    assert cached != plain
+    decoding = Decoding()
+    assert decoding.answer(model, [prompt], **asked, shown=True) == cached
+    assert decoding.answer(model, [prompt], **asked, shown=True) == plain
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "xlm-roberta"])
+def test_a_compiled_model_s_positions_begin_where_its_own_do(kind: str) -> None:
+    model = tiny(kind)
+    with torch.no_grad():
+        model.get_output_embeddings().bias[2] = -30  # a pad that is written is padding to its forward
+    prompt = list(range(3, 12))
+    compiled = torch.compile(model, backend="eager")
+    (answer,) = samples.generate(compiled, [prompt], TOKENIZER, [1], torch.device("cpu"), LENGTH)
+    assert answer == by_hand(model, prompt)
