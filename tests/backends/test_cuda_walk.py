@@ -48,14 +48,10 @@ def walk(cache: Path, *arguments: str) -> Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """Compiling takes longest: of the triton backend's kernels tests/kernels/ compiles anew what has changed, and a
-    slow test those of this walk."""
+    """Compiling takes longest: tests/kernels/test_kernel_compile.py compiles anew what has changed of every kernel, and
+    slow tests those of this walk."""
     cache = tmp_path_factory.mktemp("triton")
-    return {
-        "triton": walk(cache, "--backend", "triton", "--no-compile"),
-        "workspace": walk(cache, "--backend", "workspace"),
-        "shapes": walk(cache, "--cases", "shapes", "--no-compile"),
-    }
+    return {cases: walk(cache, "--cases", cases, "--no-compile") for cases in ("quick", "shapes")}
 
 
 def failures(found: Found) -> str:
@@ -66,7 +62,7 @@ def spills(found: Found) -> list[dict[str, Any]]:
     return [row for row in found["kernels"] if row["stack"] or row["local"]]
 
 
-@pytest.mark.parametrize("which", ["triton", "workspace", "shapes"])
+@pytest.mark.parametrize("which", ["quick", "shapes"])
 def test_every_call_ends_without_a_wait_or_a_launch_that_fails(found: dict[str, Found], which: str) -> None:
     assert len(found[which]["cases"]) >= 4
     assert not failures(found[which])
@@ -78,14 +74,10 @@ def test_every_kernel_was_launched(found: dict[str, Found]) -> None:
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
-def test_no_register_of_the_workspace_s_kernels_is_spilled(found: dict[str, Found]) -> None:
-    assert len(found["workspace"]["kernels"]) >= 10
-    assert not spills(found["workspace"])
-
-
 @pytest.mark.slow
-def test_no_register_of_the_triton_backend_s_kernels_is_spilled(tmp_path: Path) -> None:
-    compiled = finish(start(tmp_path, "--backend", "triton"))
+@pytest.mark.parametrize("backend", ["triton", "workspace"])
+def test_no_register_of_a_backend_s_kernels_is_spilled(backend: str, tmp_path: Path) -> None:
+    compiled = finish(start(tmp_path, "--backend", backend))
     assert len(compiled["kernels"]) >= 10
     assert not failures(compiled)
     assert not spills(compiled)

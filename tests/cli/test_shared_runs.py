@@ -20,6 +20,7 @@ from clha_fast.files import Journal, RunIdentity, check_destination, journal_par
 from clha_fast.generation import GenerationSettings, generate_answers, load_backend
 from clha_fast.processes import ALONE, Processes, join
 from clha_fast.rewards.scoring import load_reward_model, score_file
+from tests.support import forked
 from tests.support.helpers import ROOT
 from tests.support.reward_models import TOKENIZER, save_llama, spread, write
 from tests.support.shared_runs import COMMANDS, REFUSED
@@ -41,13 +42,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launch(launcher: list[str], *words: str) -> subprocess.CompletedProcess[str]:
+def launch(launcher: list[str] | None, *words: str) -> subprocess.CompletedProcess[str] | forked.Done:
+    """None: two processes with the environment that a launcher would give them."""
+    if launcher is None:
+        return forked.run(
+            "train", "tests.support.shared_runs", *words, processes=2, timeout=400, CUDA_VISIBLE_DEVICES=""
+        )
     command = [sys.executable, "-W", "ignore", "-m", *launcher, "-m", "tests.support.shared_runs", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=ENVIRONMENT, check=False)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)])
-def test_two_processes_write_the_bytes_of_one(folder: Path, launcher: list[str]) -> None:
+@pytest.mark.parametrize(
+    "launcher", [None, *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in (TORCHRUN, ACCELERATE))]
+)
+def test_two_processes_write_the_bytes_of_one(folder: Path, launcher: list[str] | None) -> None:
     done = launch(launcher, "all", str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     for name in COMMANDS:

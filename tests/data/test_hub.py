@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,12 @@ pytest.importorskip("datasets")
 READ = """
 import sys
 from clha_fast.data import read_records
-for name in sys.argv[1:]:
+for line in sys.stdin:
+    name = line.rstrip()
     try:
-        print([record.prompt for record in read_records(name)])
+        print([record.prompt for record in read_records(name)], flush=True)
     except (OSError, ValueError) as error:
-        print(type(error).__name__, " ".join(str(error).split()))
+        print(type(error).__name__, " ".join(str(error).split()), flush=True)
 """
 
 
@@ -30,39 +33,49 @@ def rows(number: int) -> bytes:
     return "\n".join(map(json.dumps, lines)).encode()
 
 
-def read(home: Path, names: list[str], **environment: str) -> list[str]:
+@contextlib.contextmanager
+def reader(home: Path, **environment: str) -> Iterator[Callable[[str], str]]:
+    """A process that reads one name after another: `datasets` takes seconds to import, the Hub's address with it."""
     variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     variables.pop("HF_DATASETS_CACHE", None)
-    done = subprocess.run([sys.executable, "-c", READ, *names], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", READ], env=variables, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def read(name: str) -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(name, file=process.stdin, flush=True)
+            return process.stdout.readline().rstrip()
+
+        yield read
+    assert process.returncode == 0
 
 
 def test_a_name_is_read_and_then_from_the_cache(tmp_path: Path) -> None:
-    names = ["owner/na.me:train", "owner/na.me:test", "owner/na.me", "owner/na.me:dev", "owner/other"]
-    with hub("owner/na.me", {"train.jsonl": rows(5), "test.jsonl": rows(2)}) as address:
-        train, test, several, unknown, missing = read(tmp_path, names, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    assert train == str([f"p{k}" for k in range(5)])
-    assert test == "['p0', 'p1']"
-    assert several.startswith("RecordError owner/na.me: expected one split of it, such as owner/na.me:train")
-    assert "splits train, test" in several
-    assert unknown.startswith("RecordError owner/na.me:dev: Unknown split \"dev\". Should be one of ['train', 'test']")
-    assert missing.startswith("FileNotFoundError")
-    assert "no such file, and the Hub gives no such data set (404 Client Error" in missing
-    # The Hub is gone: nothing hangs, and what was loaded is there.
-    (gone,) = read(tmp_path, names[:1], HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    assert gone.startswith("FileNotFoundError")
-    assert "HF_HUB_OFFLINE=1 takes what is in the cache" in gone
-    cached, never = read(tmp_path, ["owner/na.me:test", "owner/other:train"], HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
-    assert cached == "['p0', 'p1']"
-    assert never.startswith("FileNotFoundError")
-    assert "owner/other" in never
-
-
-def test_the_only_split_needs_no_name(tmp_path: Path) -> None:
-    with hub("somebody/ranked", {"train.jsonl": rows(3)}) as address:
-        (found,) = read(tmp_path, ["somebody/ranked"], HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    assert found == "['p0', 'p1', 'p2']"
+    sets = {"owner/na.me": {"train.jsonl": rows(5), "test.jsonl": rows(2)}, "somebody/ranked": {"train.jsonl": rows(3)}}
+    with contextlib.ExitStack() as ends:
+        with hub(sets) as address:
+            read = ends.enter_context(reader(tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0"))
+            assert read("owner/na.me:train") == str([f"p{k}" for k in range(5)])
+            assert read("owner/na.me:test") == "['p0', 'p1']"
+            several = read("owner/na.me")
+            assert several.startswith("RecordError owner/na.me: expected one split of it, such as owner/na.me:train")
+            assert "splits train, test" in several
+            unknown = "RecordError owner/na.me:dev: Unknown split \"dev\". Should be one of ['train', 'test']"
+            assert read("owner/na.me:dev").startswith(unknown)
+            missing = read("owner/other")
+            assert missing.startswith("FileNotFoundError")
+            assert "no such file, and the Hub gives no such data set (404 Client Error" in missing
+            assert read("somebody/ranked") == "['p0', 'p1', 'p2']", "the only split needs no name"
+        # The Hub is gone: nothing hangs, and what was loaded is there.
+        gone = read("owner/na.me:train")
+        assert gone.startswith("FileNotFoundError")
+        assert "HF_HUB_OFFLINE=1 takes what is in the cache" in gone
+    with reader(tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1") as read:
+        assert read("owner/na.me:test") == "['p0', 'p1']"
+        never = read("owner/other:train")
+        assert never.startswith("FileNotFoundError")
+        assert "owner/other" in never
 
 
 def test_what_looks_like_a_file_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

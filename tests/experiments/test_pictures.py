@@ -36,22 +36,26 @@ def table(*trained: str) -> Any:
     return SimpleNamespace(comparison=SimpleNamespace(data={"2": None, "3": None}), rows=rows)
 
 
-@pytest.mark.parametrize("before", [(), ("figures.png", "curves-n2.png", "curves-n3.png")])
+# Of an earlier call, whose cells are no longer there.
+BEFORE = ("figures.png", "curves-n2.png", "curves-n3.png")
+
+
 @pytest.mark.parametrize(
-    ("rows", "trained", "names"),
+    ("rows", "trained", "names", "before"),
     [
-        ([figures("accuracy")], ("2", "3"), ["figures.png", "curves-n2.png", "curves-n3.png"]),
-        ([FAILED, figures("nll")], (), ["figures.png"]),
-        ([FAILED], (), []),
-        ([FAILED], ("3",), ["curves-n3.png"]),
-        ([figures("distinct_2")], ("2",), ["curves-n2.png"]),  # a figure that is in no picture
-        ([], (), []),
+        ([figures("accuracy")], ("2", "3"), ["figures.png", "curves-n2.png", "curves-n3.png"], BEFORE),
+        ([FAILED, figures("nll")], (), ["figures.png"], BEFORE),
+        ([FAILED], (), [], BEFORE),
+        ([FAILED], ("3",), ["curves-n3.png"], BEFORE),
+        ([FAILED], ("3",), ["curves-n3.png"], ()),
+        ([figures("distinct_2")], ("2",), ["curves-n2.png"], BEFORE),  # a figure that is in no picture
+        ([], (), [], BEFORE),
     ],
 )
 def test_names_are_those_of_files(
     tmp_path: Path, rows: Any, trained: tuple[str, ...], names: list[str], before: tuple[str, ...]
 ) -> None:
-    for name in before:  # of an earlier call, whose cells are no longer there
+    for name in before:
         (tmp_path / name).write_bytes(b"old")
     assert experiments.draw(table(*trained), rows, str(tmp_path)) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from clha_fast.cli.main import main
 from clha_fast.evaluation import spread
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.table import Table
+from tests.support import forked
 from tests.support.command_line import one_sentence
 from tests.support.helpers import ROOT
 
@@ -159,15 +158,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside
     other = {**given, "output_dir": str(tmp_path / "killed")}
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump(other))
-    command = [sys.executable, "-m", "clha_fast", "table2", "--config", str(config)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("cell 1/" if inside else "cell 2/"):
-            break
-    while inside and process.poll() is None and not list((tmp_path / "killed").glob("cells/*/model/checkpoint-*")):
+    program = forked.start("train", "clha_fast", "table2", "--config", str(config), out=tmp_path / "said")
+    out, begun = tmp_path / "said.out", "\ncell 1/" if inside else "\ncell 2/"
+    while program.poll() is None and not (out.exists() and begun in out.read_text()):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    while inside and program.poll() is None and not list((tmp_path / "killed").glob("cells/*/model/checkpoint-*")):
+        time.sleep(0.01)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL, (tmp_path / "said.err").read_text()
     assert bool(list((tmp_path / "killed").glob("cells/*/model/checkpoint-*"))) == inside
     assert not (tmp_path / "killed" / "table.md").exists()
     run(other)

@@ -1,4 +1,4 @@
-"""As much of the Hub's interface as `datasets` asks for one data set, on a port of this machine."""
+"""As much of the Hub's interface as `datasets` asks for, on a port of this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ _COMMIT = "b" * 40
 
 
 @contextlib.contextmanager
-def hub(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
-    """The address of a Hub that has one data set of these files."""
+def hub(sets: Mapping[str, Mapping[str, bytes]]) -> Iterator[str]:
+    """The address of a Hub that has these data sets: files by their names."""
 
-    def entry(path: str) -> dict[str, object]:
-        digest = hashlib.sha1(files[path]).hexdigest()
-        return {"type": "file", "path": path, "size": len(files[path]), "oid": digest}
+    def entry(path: str, content: bytes) -> dict[str, object]:
+        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -34,15 +33,17 @@ def hub(name: str, files: Mapping[str, bytes]) -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            name = next((name for name in sets if f"/datasets/{name}" in path), "")
+            files = sets.get(name, {})
             about, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
             if path.startswith(f"{about}/tree/"):
-                self.answer(json.dumps([entry(file) for file in files]).encode())
-            elif path.startswith(about):
+                self.answer(json.dumps([entry(*file) for file in files.items()]).encode())
+            elif name and path.startswith(about):
                 siblings = [{"rfilename": file} for file in files]
                 found = {"id": name, "_id": "1", "sha": _COMMIT, "private": False, "gated": False, "disabled": False}
                 self.answer(json.dumps({**found, "tags": [], "siblings": siblings}).encode())
             elif path.startswith(resolve) and (file := path.removeprefix(resolve).partition("/")[2]) in files:
-                self.answer(files[file], ETag=f'"{entry(file)["oid"]}"', X_Repo_Commit=_COMMIT)
+                self.answer(files[file], ETag=f'"{entry(file, files[file])["oid"]}"', X_Repo_Commit=_COMMIT)
             else:
                 code = "EntryNotFound" if path.startswith(resolve) else "RepoNotFound"
                 self.answer(b'{"error": "not found"}', 404, X_Error_Code=code, X_Error_Message="not found")
