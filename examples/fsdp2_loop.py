@@ -110,7 +110,7 @@ def main(given):
     seconds = time.perf_counter() - started
     after = evaluate(model, eval_dataset, whole, eval_size, device)
     reshard(model)  # after a forward without a backward the outermost module is still whole
-    norm = sum(float(p.full_tensor().double().norm()) ** 2 for p in model.parameters()) ** 0.5
+    norm = sum(float(p.detach().full_tensor().double().norm()) ** 2 for p in model.parameters()) ** 0.5
     if rank == 0:
         for name in ("rewards/accuracies", "kendall_tau", "rewards/margins"):
             print(f"held out {name}: {before[name]:.4f} before, {after[name]:.4f} after")

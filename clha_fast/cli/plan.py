@@ -25,8 +25,8 @@ DESCRIPTION = (
 )
 EPILOG = (
     "--peft_config.KEY VALUE counts an adapter as train makes it. Options that train has too may have its names: "
-    "--max_prompt_length, --max_completion_length, --per_device_train_batch_size, --gradient_checkpointing, "
-    "--activation_checkpointing_kwargs.offload, --optim."
+    "--max_prompt_length, --max_completion_length, --per_device_train_batch_size, --gradient_checkpointing (or "
+    "--activation_checkpointing), --activation_checkpointing_kwargs.offload, --optim."
 )
 NOT_COUNTED = (
     "not counted: what the allocator and the driver keep for themselves, memory inside operators, attention that takes "
@@ -43,22 +43,21 @@ FLAGS = {
 TRAIN_PROMPTS = 8  # a step of training has so many unless told
 # What `clha-fast train` calls it, beside the name here.
 TRAIN_NAMES = {
-    "--prompt": "--max-prompt-length",
-    "--response": "--max-completion-length",
-    "--prompts": "--per-device-train-batch-size",
-    "--checkpointing": "--gradient-checkpointing",
-    "--offload": "--activation-checkpointing-kwargs.offload",
-    "--optimizer": "--optim",
+    "--prompt": ("--max-prompt-length",),
+    "--response": ("--max-completion-length",),
+    "--prompts": ("--per-device-train-batch-size",),
+    "--checkpointing": ("--gradient-checkpointing", "--activation-checkpointing"),  # an older and a newer transformers
+    "--offload": ("--activation-checkpointing-kwargs.offload",),
+    "--optimizer": ("--optim",),
 }
 _ADAPTER, _INIT = "--peft-config.", "--model-init-kwargs."
 
 
 class _Parser(Parser):
-    """With the name that train has beside each option's own."""
+    """With the names that train has beside each option's own."""
 
     def option(self, name: str, **settings: Any) -> None:
-        also = [TRAIN_NAMES[name]] if name in TRAIN_NAMES else []
-        self.add_argument(name, *also, dest=name[2:].replace("-", "_"), **settings)
+        self.add_argument(name, *TRAIN_NAMES.get(name, ()), dest=name[2:].replace("-", "_"), **settings)
 
 
 def _switch(text: str) -> bool:

@@ -79,12 +79,13 @@ def test_offload_that_train_would_not_know(model, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not offloads(), reason="an older release")
-def test_train_s_names(model, capsys):
+@pytest.mark.parametrize("recomputes", ["gradient_checkpointing", "activation_checkpointing"])
+def test_train_s_names(model, recomputes, capsys):
     """Options that mean the same, with either name."""
     here = "--prompt 24 --response 16 --prompts 2 --checkpointing --offload --optimizer adamw_8bit --lora-rank 4"
     there = (
         "--max_prompt_length 24 --max_completion_length 16 --per_device_train_batch_size=2 --optim adamw_bnb_8bit "
-        "--gradient_checkpointing true --activation_checkpointing_kwargs.offload true "
+        f"--{recomputes} true --activation_checkpointing_kwargs.offload true "
         "--peft_config.r 4 --peft_config.target_modules=all-linear"
     )
     found = []
@@ -98,7 +99,7 @@ def test_train_s_names(model, capsys):
     adapter = "--peft_config.r 4 --peft_config.target_modules all-linear"
     assert first["train"][-2:] == [adapter, "--optim adamw_8bit"]
     assert main(["plan", "--model", model, "--response", "16", "--no-checkpointing", "--json"]) == 0
-    assert main(["plan", "--model", model, "--response", "16", "--gradient_checkpointing", "false", "--json"]) == 0
+    assert main(["plan", "--model", model, "--response", "16", f"--{recomputes}", "false", "--json"]) == 0
     assert (
         json.loads(capsys.readouterr().out.replace("}\n{", "},\n{").join("[]"))[0]["switches"]["checkpointing"] is False
     )

@@ -27,6 +27,12 @@ PROMPTS = 4
 PAPER = dataclasses.replace(clha_fast.CLHAOptions.preset("paper"), reduction="distance_mean")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """axolotl tells its makers of every process that imports its plugins, this one and its children, unless told."""
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
+
+
 def configuration(folder: Path, **changes: Any) -> Path:
     """All prompts are one step, in two micro-batches whose pairs differ in number."""
     tokenizer = make_tokenizer()
@@ -64,7 +70,7 @@ def configuration(folder: Path, **changes: Any) -> Path:
 
 
 def train(path: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "axolotl.cli.train", str(path)]
     return subprocess.run(
         command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=300, check=False
