@@ -70,8 +70,8 @@ class CheckpointingTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(path)
             wait_for_everyone()
+            self._name_best(folder)  # each process reads it at the end
             if self.args.should_save:
-                self._name_best(folder)
                 self._write_more(os.path.join(staging, name))
                 self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE))
                 publish(os.path.join(staging, name), final)
