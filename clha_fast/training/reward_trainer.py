@@ -106,6 +106,13 @@ class RewardConfig(TrainingArguments):
         say_idle(self, idle)
 
 
+def _first_prompts(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The batch without the pairs of the prompts after the first `count`; the model's rows stay as they are."""
+    per_prompt = batch["pairs_per_prompt"][:count]
+    pairs = int(per_prompt.sum())
+    return {**batch, "better": batch["better"][:pairs], "worse": batch["worse"][:pairs], "pairs_per_prompt": per_prompt}
+
+
 def bradley_terry(rewards: Tensor, better: Tensor, worse: Tensor, pairs_per_prompt: Tensor) -> Tensor:
     """Each prompt's mean over its pairs of -log sigmoid(r_better - r_worse).
 
@@ -242,6 +249,9 @@ class RewardTrainer(CheckpointingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step, and how many prompts they hold over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = self._own_of_last(len(samples[-1]["pairs_per_prompt"])) if samples else None
+        if own is not None:
+            samples[-1] = _first_prompts(samples[-1], own)
         count = torch.tensor(sum(len(sample["pairs_per_prompt"]) for sample in samples), device=device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum()
