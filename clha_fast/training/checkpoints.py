@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from clha_fast.batching.sampling import start_epoch
 from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 from clha_fast.messages import nearest
 from clha_fast.models.wrapped import unwrap
 from clha_fast.training.restoring import load_renamed
+from clha_fast.training.shares import own_prompts, prompts_drawn
 
 TRAINER_STATE = "trainer_state.json"
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
@@ -43,6 +45,7 @@ class CheckpointingTrainer(Trainer):
     _loaded: str = ""  # the checkpoint whose weights the model has got
     _began_at: str | None = None  # the checkpoint that each attempt of `auto_find_batch_size` begins with
     _written: tuple[str, ...] = ()  # checkpoints of this attempt
+    _drawn: int | None = None  # prompts of the epoch, where its last batches are filled up
     _failed: tuple[str, ...] = ()  # those of attempts before, until this one has a checkpoint
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -73,8 +76,8 @@ class CheckpointingTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(path)
             wait_for_everyone()
+            self._name_best(folder)  # each process reads it at the end
             if self.args.should_save:
-                self._name_best(folder)
                 self._write_more(os.path.join(staging, name))
                 self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE))
                 publish(os.path.join(staging, name), final)
@@ -201,12 +204,27 @@ class CheckpointingTrainer(Trainer):
             checkpoint: the folder that training is resumed from.
         """
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         # A checkpoint of the last step inside an epoch: `Trainer` would train one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(*args, **kwargs)
+        start_epoch(train_dataloader, epoch)
+        self._drawn = prompts_drawn(train_dataloader)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _own_of_last(self, size: int, sharing: int = 1) -> int | None:
+        """How many of the training batch that was read last, of `size` prompts, are not fill; None: all of them.
+
+        Args:
+            sharing: processes that are given the same batch.
+        """
+        if self._drawn is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return None
+        own = own_prompts(
+            self._drawn, size, self.args.process_index // sharing, self.accelerator.num_processes // sharing
+        )
+        return None if own == size else own
 
     @contextlib.contextmanager
     def _unprepared(self) -> Iterator[None]:

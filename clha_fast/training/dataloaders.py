@@ -20,7 +20,6 @@ from clha_fast.batching.sampling import (
     budget_loader,
     prompt_shapes,
     row_lengths,
-    start_epoch,
 )
 from clha_fast.batching.stream import RankedStream
 from clha_fast.batching.totals import add_counts, dataset_counts, local_counts
@@ -69,10 +68,6 @@ class RankedLoaders(Trainer):
             return self.accelerator.prepare(loader)
         finally:
             self.accelerator.even_batches = even
-
-    def _run_epoch(self, model: Any, epoch: int, train_dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        start_epoch(train_dataloader, epoch)
-        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _budget_sampler(self, budget: int) -> TokenBudgetSampler:
         collator = self.data_collator

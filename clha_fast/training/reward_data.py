@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,3 +189,10 @@ class PairCollator:
             "worse": rows_of("worse"),
             "pairs_per_prompt": torch.tensor([len(prompt.better) for prompt in prompts]),
         }
+
+
+def first_pairs(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The batch without the pairs of the prompts after the first `count`; the model's rows stay as they are."""
+    per_prompt = batch["pairs_per_prompt"][:count]
+    pairs = int(per_prompt.sum())
+    return {**batch, "better": batch["better"][:pairs], "worse": batch["worse"][:pairs], "pairs_per_prompt": per_prompt}

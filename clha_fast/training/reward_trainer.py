@@ -27,7 +27,7 @@ from clha_fast.rewards.reward_model import BLANK, REWARD_FILE, RewardModel
 from clha_fast.rewards.rows import padded_rewards, read_as_text
 from clha_fast.training.checkpoints import CheckpointingTrainer
 from clha_fast.training.layout import COUNTED, padded_for_noise, probe_layout
-from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt
+from clha_fast.training.reward_data import PairCollator, PairedDataset, PairedPrompt, first_pairs
 from clha_fast.training.switches import idle_settings, say_idle
 from clha_fast.training.validation import (
     NO_LOGITS,
@@ -243,6 +243,9 @@ class RewardTrainer(CheckpointingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step, and how many prompts they hold over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = self._own_of_last(len(samples[-1]["pairs_per_prompt"])) if samples else None
+        if own is not None:
+            samples[-1] = first_pairs(samples[-1], own)
         count = torch.tensor(sum(len(sample["pairs_per_prompt"]) for sample in samples), device=device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum()

@@ -303,6 +303,11 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step; with `normalizer="global"` also their counts over all processes."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.normalizer == "global" and samples:
+            own = self._own_of_last(samples[-1]["candidates_per_prompt"].numel(), self._sharing)
+            if own is not None:
+                part = first_prompts(CandidateBatch.from_dict(samples[-1]), own)
+                samples[-1] = {**samples[-1], **part.as_dict()}
         self._count_step(samples, device)
         return samples, items
 
@@ -312,7 +317,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         self._step_counts = None
         if self.args.normalizer == "global" and samples:
             parts = [CandidateBatch.from_dict(sample) for sample in samples]
-            most = max(int(part.candidates_per_prompt.max()) for part in parts)
+            sizes = torch.cat([part.candidates_per_prompt for part in parts])
+            most = int(sizes.max()) if len(sizes) else 1  # all may be fill here
             if self.accelerator.num_processes > 1:
                 most = int(self.accelerator.gather(torch.tensor([most], device=device)).max())
             counts = local_counts(parts, self.loss_options, most).to(device)

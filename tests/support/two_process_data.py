@@ -22,11 +22,21 @@ from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 WORLD = int(os.environ["WORLD_SIZE"])
 TOKENIZER = make_tokenizer()
+# Prompts in batches of 4, or of 2 in each process.
+SHORT: list[tuple[int, dict[str, Any]]] = [
+    (7, {}),
+    (5, {"layout": "shared", "objective": "rrhf"}),
+    (1, {"layout": "packed"}),
+    (9, {"gradient_accumulation_steps": 2, "objective": "dpo", "reference": "copy"}),
+    (6, {"train_sampling_strategy": "sequential", "dataloader_num_workers": 1}),
+    (5, {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4}),
+    (7, {"dataloader_drop_last": True}),
+]
 ROWS, HELD_OUT = make_rows(26), make_rows(7, seed=5)
 BAD = {"prompt": "p", "completions": ["a", ""], "rewards": [1.0, 0.0]}
 
 
-def trainer(folder: str, rows: Any, cut: int | None = None, **changes: Any) -> CLHATrainer:
+def trainer(folder: str, rows: Any, cut: int | None = None, eval_dataset: Any = None, **changes: Any) -> CLHATrainer:
     settings: dict[str, Any] = {
         "output_dir": folder,
         "use_cpu": True,
@@ -48,6 +58,7 @@ def trainer(folder: str, rows: Any, cut: int | None = None, **changes: Any) -> C
         make_model(len(TOKENIZER)),
         CLHAConfig(**{**settings, **changes}),
         train_dataset=rows,
+        eval_dataset=eval_dataset,
         processing_class=TOKENIZER,
         callbacks=[] if cut is None else [CutAfter(cut)],
     )
@@ -88,6 +99,31 @@ def split_batches(folder: str) -> dict[str, Any]:
     ours = trainer(folder, ROWS, per_device_eval_batch_size=4, **changes)
     ours.train()
     return result(ours, HELD_OUT)
+
+
+def last_batches(folder: str) -> dict[str, Any]:
+    """Epochs whose last batches have room for more prompts than are left, for one process or for both."""
+    found: dict[str, Any] = {"weights": [], "losses": [], "tokens": []}
+    for number, (rows, changes) in enumerate(SHORT):
+        given = {"max_steps": -1, "num_train_epochs": 2, **changes}
+        ours = trainer(f"{folder}-{number}", ROWS[:rows], **given)
+        ours.train()
+        found["weights"] += weights(ours)
+        lines = [line for line in ours.state.log_history if "loss" in line]
+        found["losses"] += [line["loss"] for line in lines]
+        found["tokens"] += [line["num_tokens"] for line in lines]
+    return found
+
+
+def best(folder: str) -> dict[str, Any]:
+    """The weights at the end are an earlier step's, in every process."""
+    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "load_best_model_at_end": True}
+    ours = trainer(folder, ROWS, learning_rate=3.0, max_steps=3, save_steps=1, eval_dataset=HELD_OUT, **given)
+    ours.train()
+    of_each: list[Any] = [weights(ours)] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(of_each, weights(ours))
+    return {"of each": of_each, "step": ours.restored_step, **result(ours, HELD_OUT)}
 
 
 def budget(folder: str) -> dict[str, Any]:
@@ -157,8 +193,8 @@ def refused(folder: str) -> dict[str, Any]:
 
 
 def main(folder: str, out: str) -> None:
-    results = {case.__name__: case(f"{folder}-{case.__name__}") for case in (stream, stream_with_workers, budget)}
-    results |= {case.__name__: case(f"{folder}-{case.__name__}") for case in (split_batches, epochs, refused)}
+    cases = (stream, stream_with_workers, budget, split_batches, last_batches, best, epochs, refused)
+    results: dict[str, Any] = {case.__name__: case(f"{folder}-{case.__name__}") for case in cases}
     if WORLD > 1:
         ways: dict[str, dict[str, Any]] = {
             "random": {},

@@ -31,11 +31,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("case", ["stream", "stream_with_workers", "budget", "split_batches"])
-def test_two_processes_are_one(results: list[dict[str, Any]], case: str) -> None:
+def check_training(results: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
     one, two = (result[case] for result in results)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    return [one, two]
+
+
+def test_what_fills_an_epochs_last_batches_counts_once(results: list[dict[str, Any]]) -> None:
+    one, two = check_training(results, "last_batches")
+    assert two["tokens"] == one["tokens"]
+
+
+def test_every_process_has_the_best_steps_weights(results: list[dict[str, Any]]) -> None:
+    one, two = check_training(results, "best")
+    assert two["step"] == one["step"] in (1, 2), "an earlier one"
+    assert two["of each"] == [two["weights"]] * 2
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["stream", "stream_with_workers", "budget", "split_batches"])
+def test_two_processes_are_one(results: list[dict[str, Any]], case: str) -> None:
+    one, two = check_training(results, case)
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-4, abs=1e-6)
     assert one["eval"]["num_tokens"] > 0
 

@@ -31,7 +31,7 @@ args = RewardConfig(
 trainer = RewardTrainer(
     llama(),
     args,
-    train_dataset=keyword_rows(12),
+    train_dataset=keyword_rows(13),
     eval_dataset=keyword_rows(5, seed=1),
     processing_class=make_tokenizer(),
 )
@@ -65,7 +65,8 @@ def start(folder: Path, processes: int, layout: str = "padded") -> dict[str, Any
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_two_processes_are_one(tmp_path: Path, layout: str) -> None:
-    """Steps of 8, 4, 8 and 4 prompts; five held-out ones, one of which fills the last batch up; one has padded rows."""
+    """Steps of 8, 5, 8 and 5 prompts, the last of which one process has; one of five held-out ones fills the last batch
+    up; one process alone has padded rows."""
     one, two = start(tmp_path, 1), start(tmp_path, 2, layout)
     for name in ("before", "after"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name

@@ -1,0 +1,30 @@
+"""What the processes' shares of an epoch hold beside its prompts: accelerate fills the last batches up to full ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard
+
+
+def prompts_drawn(loader: Any) -> int | None:
+    """How many prompts an epoch of a prepared loader draws, for all processes; None where no batch is filled up.
+
+    By the sampler that is cut into shares, however deep it is: a loader that skips batches knows no total.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    while sampler is not None and not isinstance(sampler, BatchSamplerShard):
+        sampler = getattr(sampler, "batch_sampler", None)
+    if sampler is None or sampler.drop_last or not sampler.even_batches:
+        return None
+    return len(sampler.batch_sampler.sampler)
+
+
+def own_prompts(drawn: int, size: int, share: int, shares: int) -> int:
+    """How many of the `size` prompts in an epoch's last batch are not fill, in the share with this number.
+
+    Args:
+        drawn: as `prompts_drawn`. shares: how many there are, each with a batch of `size`.
+    """
+    left = drawn % (size * shares) or size * shares
+    return min(max(left - share * size, 0), size)
