@@ -10,16 +10,13 @@ import gzip
 import importlib
 import lzma
 import os
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
-from clha_fast.data.fields import TextRow, as_number, literal
+from clha_fast.data.delimited import delimited_rows
 from clha_fast.data.hub import hub_files, is_hub_name
 from clha_fast.data.jsonlines import json_rows
-from clha_fast.data.names import names_scores
-from clha_fast.data.records import SIGNALS, RecordError, is_sequence
+from clha_fast.data.records import RecordError, is_sequence
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -31,16 +28,6 @@ _KINDS = {
     **{".csv": "csv", ".tsv": "tsv"},
 }
 _KNOWN = "JSON Lines, a JSON list, csv, tsv, parquet or arrow (each may be .gz, .bz2, .xz or .zst)"
-# Cells of a csv file that hold lists where they begin with a bracket.
-_LISTS = {"completions", "responses", "answers", "prefix", "suffix", "tools", "chat_template_kwargs", *SIGNALS}
-# Cells of a csv file that hold numbers, or True and False, beside those of columns named as scores: what says which of
-# two responses was preferred.
-_NUMBERS = {
-    *("sft_index", "margin", "label", "labels", "choice", "better_response_id", "overall_preference"),
-    *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
-}
-_SKIPPED = re.compile(r"Skipping line (\d+): expected (\d+) fields, saw (\d+)")
-_QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
 _ROWS = 256  # of a table, made Python objects at a time
 
 
@@ -147,14 +134,11 @@ def _file_rows(path: str) -> Iterator[tuple[str, object]]:
         if not kind:
             yield from json_rows(file, path, compression)
             return
-        rows = {"parquet": _parquet_rows, "arrow": _ipc_rows, "csv": _csv_rows, "tsv": _csv_rows}[kind]
+        rows = {"parquet": _parquet_rows, "arrow": _ipc_rows, "csv": delimited_rows, "tsv": delimited_rows}[kind]
         number = 0
         try:
             for row in rows(file, path, kind):
-                if isinstance(row, RecordError):  # a line that is no row
-                    yield row.source, row
-                    continue
-                yield f"{path}: row {number}", row
+                yield row.source if isinstance(row, RecordError) else f"{path}: row {number}", row
                 number += 1
         except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
             if isinstance(error, RecordError):
@@ -210,92 +194,6 @@ def _seekable(file: IO[bytes], path: str) -> Any:
     if getattr(file, "name", None) == path and type(file).__module__ == "_io":
         return path
     return importlib.import_module("pyarrow").BufferReader(file.read())
-
-
-def _csv_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow | RecordError]:
-    pandas = _need("pandas", path, kind)
-    separator = "\t" if kind == "tsv" else _separator(file)
-    try:
-        # Texts as they stand: "NA", "null" and "1.0" may be responses.
-        table = pandas.read_csv(
-            file,
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            chunksize=_ROWS,
-            encoding="utf-8-sig",
-            on_bad_lines="warn",
-        )
-        start = 0
-        while True:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                chunk = next(table, None)
-            yield from _too_long(caught, path)
-            if chunk is None:
-                return
-            if not isinstance(chunk.index, pandas.RangeIndex) and not _numbered(chunk.index, start):
-                width, more = len(chunk.columns), chunk.index.nlevels
-                message = f"{path}: row {start}: expected {width} cells, one a name of the header, got {width + more}"
-                raise RecordError(f"{message}; {_QUOTES}", source=path)
-            index = [name for name in chunk.columns if str(name).startswith("Unnamed: ")]
-            numbers = [str(number) for number in range(start, start + len(chunk))]
-            # What `to_csv` writes in front when it is not told otherwise.
-            chunk = chunk.drop(columns=[name for name in index if list(chunk[name]) == numbers])
-            names = [str(name).strip() for name in chunk.columns]  # "prompt, chosen": the blank is no part of a name
-            if len(set(names)) == len(names):
-                chunk.columns = names
-            start += len(numbers)
-            for cells in chunk.itertuples(index=False, name=None):
-                row = dict(zip(chunk.columns, cells, strict=True))
-                read = {name: _cell(str(name), cell) for name, cell in row.items()}
-                yield TextRow(read, {name: row[name] for name, value in read.items() if value not in (None, row[name])})
-    except pandas.errors.EmptyDataError:
-        return
-    except pandas.errors.ParserError as error:
-        why = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        raise RecordError(f"{path}: damaged {kind} file ({why})", source=path) from error
-
-
-def _too_long(caught: Iterable[warnings.WarningMessage], path: str) -> Iterator[RecordError]:
-    """Errors of the lines that pandas says it has left out, for they have more cells than the header has names."""
-    lines = []
-    for warning in caught:
-        found = _SKIPPED.findall(str(warning.message))
-        lines += found
-        if not found:  # of something else
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    for line, width, cells in lines:
-        message = f"{path}: line {line}: expected {width} cells, one a name of the header, got {cells}; {_QUOTES}"
-        yield RecordError(message, source=f"{path}: line {line}")
-
-
-def _numbered(index: Any, start: int) -> bool:
-    """Whether the cells that pandas takes for an index, the first of rows longer than the header, are row numbers.
-
-    R's `write.table` writes them, from 1, below no name of the header.
-    """
-    found = [str(name) for name in index]
-    return any(found == [str(start + first + k) for k in range(len(found))] for first in (0, 1))
-
-
-def _separator(file: IO[bytes]) -> str:
-    """The comma, but for a header that has none: what spreadsheets of other countries write, or tabs."""
-    header = cast("Any", file).peek(1 << 16).partition(b"\n")[0]
-    return next((mark for mark in ",;\t" if mark.encode() in header), ",")
-
-
-def _cell(name: str, cell: Any) -> Any:
-    """A cell of a csv file: None where empty, a number in a column of scores, lists and messages from their JSON or
-    from what Python prints of them (as `DataFrame.to_csv` does)."""
-    if not isinstance(cell, str) or not cell:
-        return None
-    if cell[0] in "[{":
-        value = literal(cell)
-        messages = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
-        if messages or (value is not None and (name in _LISTS or names_scores(name))):
-            return value
-    return as_number(cell) if names_scores(name) or name in _NUMBERS else cell
 
 
 def _folder_rows(path: str) -> Iterator[tuple[str, object]]:

@@ -47,8 +47,8 @@ def iter_records(
     Args:
         source: path of a file, or of several as a glob, or of a folder written by `save_to_disk`; or a table:
             rows in a list or any iterable, a mapping of columns, a `datasets.Dataset`, a pandas, polars or pyarrow
-            table (`clha_fast.data.containers` has the kinds). JSON Lines and JSON lists need nothing but Python,
-            other files and tables what `datasets` brings.
+            table (`clha_fast.data.containers` has the kinds). JSON and csv need nothing but Python, other files and
+            tables what `datasets` brings.
         format: one of `FORMATS`; "auto" decides by the first record, for the whole source; with `errors` by the first
             that has a format, of 100.
         rank_by_reward: order by decreasing reward, whatever order the file gives (RRHF and UltraFeedback

@@ -246,49 +246,6 @@ def test_another_text_is_no_number_with_a_comma(tmp_path: Path, cell: str) -> No
     assert _COMMA not in str(caught.value)
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
-@pytest.mark.parametrize("places", [(1,), (1, 2, 4), (3999,), (4500, 8001)])
-def test_lines_with_too_many_cells_are_bad_records(tmp_path: Path, places: tuple[int, ...], ending: str) -> None:
-    path = tmp_path / "a.csv"
-    lines = [f"q{number},a,b" + ",more" * (number in places) for number in range(max(places) + 3)]
-    path.write_text(ending.join(["prompt,chosen,rejected", *lines, ""]), newline="")
-    with pytest.raises(RecordError, match=rf"a.csv: line {places[0] + 2}: expected 3 cells, .* got 4; .* in quotes$"):
-        read_records(path)
-    errors: list[RecordError] = []
-    found = read_records(path, errors=errors)
-    assert [record.prompt for record in found] == [f"q{k}" for k in range(max(places) + 3) if k not in places]
-    assert [error.source for error in errors] == [f"{path}: line {place + 2}" for place in places]
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "said"),
-    [
-        ("a.csv", ["q,a,b,0,5,0,3", "q,c,d,0,7,0,1"], "row 0: expected 5 cells, one a name of the header, got 7"),
-        ("a.csv", ["q,a,b,1,0,5"] * 3, "row 0: expected 5 cells, one a name of the header, got 6"),
-        ("a.tsv", ["q,a\tb\tc\t1\t2\t3"], "row 0: expected 5 cells, one a name of the header, got 6"),
-        ("a.csv", ["q,a,b,1,2", "q,c,d,0,7,0,1"], "line 3: expected 5 cells, one a name of the header, got 7"),
-    ],
-)
-def test_rows_with_more_cells_than_the_header_has_names(tmp_path: Path, name: str, rows: list[str], said: str) -> None:
-    """Their first cells were taken for no column's, and what stands behind for prompt and responses."""
-    separator = "\t" if name.endswith("tsv") else ","
-    header = separator.join(["prompt", "chosen", "rejected", "score_chosen", "score_rejected"])
-    (tmp_path / name).write_text("\n".join([header, *rows, ""]))
-    with pytest.raises(RecordError) as caught:
-        read_records(tmp_path / name)
-    quotes = "; a cell that holds a comma, or whatever else parts the cells, stands in quotes"
-    assert str(caught.value) == f"{tmp_path / name}: {said}{quotes}"
-
-
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("rows", [1, 3, 600])
-def test_row_numbers_without_a_name_are_no_cells(tmp_path: Path, rows: int, first: int) -> None:
-    """As R's `write.table` has them."""
-    lines = [f'"{first + number}","q{number}","a","b"' for number in range(rows)]
-    (tmp_path / "a.csv").write_text("\n".join(['"prompt","chosen","rejected"', *lines, ""]))
-    assert read_records(tmp_path / "a.csv") == [RankedRecord(f"q{number}", ("a", "b")) for number in range(rows)]
-
-
 @pytest.mark.parametrize("name", ["label", "choice", "labels"])
 def test_texts_in_columns_named_as_labels(tmp_path: Path, name: str) -> None:
     """A cell is a number where it says which response is better, and a text where a field of texts is asked of it."""
@@ -332,29 +289,6 @@ def test_lists_as_python_prints_them(tmp_path: Path) -> None:
     pandas.DataFrame([{"q": "[7] is it", "out": ["a", "b"]}]).to_csv(tmp_path / "c.csv", index=False)
     mapping = {"prompt": "q", "completions": "out"}
     assert read_records(tmp_path / "c.csv", columns=mapping) == [RankedRecord("[7] is it", ("a", "b"))]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.csv", "prompt;chosen;rejected\na, b;c;d\n"),
-        ("b.csv", "prompt\tchosen\trejected\na, b\tc\td\n"),
-        ("c.csv", 'prompt, chosen ,rejected\n"a, b",c,d\n'),
-        ("d.tsv", "prompt \tchosen\trejected\na, b\tc\td\n"),
-        ("e.csv", 'prompt,"chosen",rejected\r\n"a, b",c,d\r\n'),
-    ],
-)
-def test_headers_of_csv_as_they_are_written(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    assert read_records(tmp_path / name) == [RankedRecord("a, b", ("c", "d"))]
-    with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
-        file.write(text)
-    assert read_records(tmp_path / f"{name}.gz") == [RankedRecord("a, b", ("c", "d"))]
-
-
-def test_names_that_differ_by_blanks_alone_stay(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("prompt,prompt ,chosen,rejected\na,x,c,d\n")
-    assert read_records(tmp_path / "a.csv") == [RankedRecord("a", ("c", "d"))]
 
 
 def test_globs_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
