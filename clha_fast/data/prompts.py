@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from clha_fast.data.fields import as_said, columns_of
 from clha_fast.data.formats import detect_format
 from clha_fast.data.names import names_scores
 from clha_fast.data.notes import logger, says
-from clha_fast.data.readers import none_good, read_records
+from clha_fast.data.readers import MOST_UNKNOWN, none_good, read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
 
@@ -136,13 +137,23 @@ def read_prompts(
 
 
 def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool, good: bool) -> bool:
-    """Whether the first row holds a prompt alone; with `good` the first that holds a prompt at all."""
+    """Whether the first row holds a prompt alone; with `good` the first of some that has a prompt and a known form."""
     if columns is not None:
         return set(columns) == {"prompt"} and isinstance(columns["prompt"], str)
-    rows = rows_of(source)
-    if good:
-        rows = ((place, row) for place, row in rows if isinstance(row, Mapping) and columns_of(row).get("prompt"))
-    place, row = next(rows, ("", None))
+    first: RecordError | None = None
+    for place, row in itertools.islice(rows_of(source), MOST_UNKNOWN if good else 1):
+        if good and not (isinstance(row, Mapping) and columns_of(row).get("prompt")):
+            continue
+        try:
+            return _holds_alone(row, place, beside)
+        except RecordError as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return False
+
+
+def _holds_alone(row: object, place: str, beside: bool) -> bool:
     if not isinstance(row, Mapping) or is_tree(row):
         return False
     given = columns_of(row)
@@ -181,7 +192,7 @@ def _prompt(row: Any, place: str, mapped: str | None, beside: bool) -> PromptRec
     }
     if mapped is None and not beside:
         for name, value in others.items():
-            raise RecordError.of(place, name, "a prompt alone, as in the first row", value)
+            raise RecordError.of(place, name, "a prompt alone, as in other rows", value)
     if row.get(column) is None:
         raise RecordError.of(place, column, "a prompt", row.get(column))
     subset = check_text(row.get("subset") or "", place, "subset")

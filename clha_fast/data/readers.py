@@ -17,7 +17,7 @@ from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
 
-_MOST_UNKNOWN = 100  # records of no known format, before the source is called one
+MOST_UNKNOWN = 100  # records of no known format, before the source is called one
 
 
 def read_records(
@@ -112,7 +112,7 @@ def _read(
                 format = "canonical" if canonical else detect_format(columns_of(row), place)
             except RecordError as error:
                 unknown.append(row.elsewhere(error) if isinstance(row, Alone) else error)
-                if errors is None or len(unknown) == _MOST_UNKNOWN:
+                if errors is None or len(unknown) == MOST_UNKNOWN:
                     raise unknown[0] from None
                 continue
             if unknown:

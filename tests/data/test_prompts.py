@@ -30,7 +30,7 @@ def test_prompts_alone(tmp_path: Path) -> None:
     assert prompt_hash(ranked[0]) == prompt_hash(PromptRecord(f" {ranked[0].prompt}\n"))
     by_column = read_prompts([{"question": "q", "id": 3}], columns={"prompt": "question"})
     assert [record.prompt for record in by_column] == ["q"]
-    with pytest.raises(RecordError, match=r"record 1: completions: expected a prompt alone, as in the first row"):
+    with pytest.raises(RecordError, match=r"record 1: completions: expected a prompt alone, as in other rows"):
         read_prompts([{"prompt": "a"}, {"prompt": "b", "completions": ["x"]}])
     with pytest.raises(RecordError, match=r"record 1: prompt: expected a prompt, got None"):
         read_prompts([{"prompt": "a"}, {"prompt": None}])
@@ -105,6 +105,18 @@ def test_bad_prompts_are_left_out_where_asked(bad: Any, place: int) -> None:
     assert read_prompts(rows, errors=errors) == good
     (error,) = errors
     assert str(error).startswith(f"record {place}: ")
+
+
+@pytest.mark.parametrize("count", [1, 99])
+@pytest.mark.parametrize("good", [{"prompt": "one"}, {"prompt": "one", "chosen": "a", "rejected": "b"}])
+def test_prompts_of_no_format_in_front_are_left_out_where_asked(good: Any, count: int) -> None:
+    odd = {"prompt": "q", "rejected": "x", "note": 4}
+    errors: list[RecordError] = []
+    assert read_prompts([*[odd] * count, good], errors=errors) == read_prompts([good])
+    assert [error.source for error in errors] == [f"record {number}" for number in range(count)]
+    for rows, found in (([odd, good], None), ([odd] * 3, []), ([odd] * 100 + [good], [])):
+        with pytest.raises(RecordError, match="^record 0: expected a prompt alone, or responses in a known format"):
+            read_prompts(rows, errors=found)
 
 
 def test_no_good_prompt_is_an_error() -> None:
