@@ -86,9 +86,23 @@ def _shaped(value: Any, kind: Any) -> Any:
         return found if kind is list or typing.get_origin(kind) is list else tuple(found)
     if isinstance(value, Mapping):
         inner = typing.get_args(_member(kind, (dict, Mapping))) or (Any, Any)
-        keys = {int: int, float: float}.get(inner[0], lambda key: key)
-        return {keys(name): _shaped(item, inner[1]) for name, item in value.items()}
+        return {_key(name, inner[0]): _shaped(item, inner[1]) for name, item in value.items()}
     return _plain(value, _member(kind, (float,)))
+
+
+def _key(key: Any, kind: Any) -> Any:
+    """A key of a mapping as it is declared, which JSON has as a text.
+
+    Raises:
+        TypeError, ValueError: it would come back from JSON as another one.
+    """
+    if kind in (int, float):
+        if not (isinstance(key, str) or (is_integer(key) if kind is int else is_number(key))):
+            raise TypeError
+        return kind(key)
+    if not isinstance(key, str):
+        raise TypeError
+    return key
 
 
 def _member(kind: Any, wanted: tuple[Any, ...]) -> Any:
@@ -115,7 +129,11 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, (list, tuple, Mapping)):
                 kind: Any = type(self)
-                value = _shaped(value, _hints(kind).get(field.name, Any))
+                try:
+                    value = _shaped(value, _hints(kind).get(field.name, Any))
+                except (TypeError, ValueError):
+                    expected = "keys that are texts, or numbers where the field is declared so, as dict[int, float]"
+                    raise ValueError(f"{field.name}: expected {expected}, got {value!r}") from None
             object.__setattr__(self, field.name, _plain(value, field.type))
         # Computed once: a compiled graph reads it as a constant, where json.dumps would break the graph.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}

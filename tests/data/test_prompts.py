@@ -115,7 +115,7 @@ def test_prompts_of_no_format_in_front_are_left_out_where_asked(good: Any, count
     assert read_prompts([*[odd] * count, good], errors=errors) == read_prompts([good])
     assert [error.source for error in errors] == [f"record {number}" for number in range(count)]
     for rows, found in (([odd, good], None), ([odd] * 3, []), ([odd] * 100 + [good], [])):
-        with pytest.raises(RecordError, match="^record 0: expected a prompt alone, or responses in a known format"):
+        with pytest.raises(RecordError, match=r"^record 0: expected a prompt alone, or responses in a known format"):
             read_prompts(rows, errors=found)
 
 

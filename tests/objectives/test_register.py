@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
@@ -172,6 +173,25 @@ def test_where_an_annotation_is_unknown_a_list_is_a_tuple() -> None:
 def test_what_no_string_can_carry_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^steps: expected numbers, texts, None, and tuples and mappings of them, "):
         Weighted(steps=value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("whole", {1: "a"}),
+        ("whole", ({"b": {2.5: 1}},)),
+        ("by_name", {True: 1.0}),
+        ("by_name", {"a": 1.0, 7: 1.0}),
+        ("by_size", {"a": (1.0,)}),
+        ("by_size", {2.5: (1.0,)}),
+        ("by_size", {None: (1.0,)}),
+    ],
+)
+def test_keys_that_would_come_back_as_others_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{field}: expected keys that are texts, or numbers where .* got {re.escape(repr(value))}"
+    ):
+        Weighted(**{field: value})
 
 
 def test_it_has_to_add_up_all_the_same() -> None:
