@@ -11,6 +11,7 @@ from typing import NamedTuple
 from clha_fast.cli import names
 from clha_fast.cli.text import complain, speak, warnings_as_flags, ways_to_need_less
 from clha_fast.messages import nearest
+from clha_fast.version import __version__
 
 FAILED, USER_ERROR = 1, 2
 
@@ -62,7 +63,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "clha-fast COMMAND --help says more; any command with --traceback shows where an error came from.\n",
+            "clha-fast COMMAND --help says more, clha-fast --version which this is; any command with --traceback shows "
+            "where an error came from.\n",
         ]
     )
 
@@ -88,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if words else USER_ERROR
+    if words == ["--version"]:
+        print(f"clha-fast {__version__}")
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         print(

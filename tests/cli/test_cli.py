@@ -266,6 +266,8 @@ def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out.count("usage: clha-fast COMMAND") == 2
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clha-fast {clha_fast.__version__}\n"
     known = f"clha-fast: expected a command ({', '.join(cli.COMMANDS)}), got "
     for given, hint in {"trian": "train", "Score": "score", "converts": "convert", "--config": None, "x": None}.items():
         assert cli.main([given, "--config", "run.yaml"]) == 2

@@ -88,6 +88,28 @@ def test_messages_without_a_chat_template_are_said(
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a; rank_by_reward=True (--rank_by_reward) orders them", "a; --rank-by-reward orders them"),
+        ("a; limit=3 (--limit) ends it, layout='x'.", "a; --limit 3 ends it, --layout x."),
+        ("a; limit=3 (--head) ends it", "a; --limit 3 (--head) ends it"),
+        ("limit=3/rows.jsonl: 1 of 4", "limit=3/rows.jsonl: 1 of 4"),
+        ("limit=30.jsonl: 1 of 4", "limit=30.jsonl: 1 of 4"),
+        (
+            "layout='a'-b and limit=3-4 stay, limit=1.5 does not",
+            "layout='a'-b and limit=3-4 stay, --limit 1.5 does not",
+        ),
+    ],
+)
+def test_settings_in_messages_are_said_once_and_paths_stay(text: str, said: str) -> None:
+    parser = cli_text.Parser(prog="x")
+    for name in ("--limit", "--rank-by-reward", "--layout"):
+        parser.add_argument(name)
+    assert cli_text.as_flags(text) == said
+    cli_text.speak()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["inspect", "--model", "."], "--max-length 8 cuts them"),
