@@ -20,6 +20,7 @@ _LARGEST = 3.4028234663852886e38
 _LONGEST_GOT = 100
 # A number as it is written in half of the world; which of comma and point stand for thousands is not guessed.
 _WITH_COMMA = re.compile(r"\s*[+-]?(?=[.,]*\d)[\d.]*,[\d.]*([eE][+-]?\d+)?\s*")
+_QUOTED = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _WORDS_OF_A_PROMPT = 3
 # The way out of one bad record, for `RecordError.advised`.
 SKIPS = "where others are good, skip_bad_records=True leaves it out"
@@ -50,6 +51,8 @@ class RecordError(ValueError):
         if "number" in expected and isinstance(got, str) and _WITH_COMMA.fullmatch(got):
             message += "; a number is written with a decimal point and no comma (0.5)"
             has_way = True
+        elif "number" in expected and isinstance(got, str) and _QUOTED.fullmatch(got):
+            message += f"; a number stands without quotes ({got.strip()})"
         return cls(message, source=source, field=field, has_way=has_way)
 
     def advised(self, way: str) -> RecordError:

@@ -238,6 +238,22 @@ def test_a_decimal_comma_is_said(tmp_path: Path, text: str, columns: dict[str, A
     assert str(caught.value.advised("leave it out")).endswith(_COMMA), "all records are written so"
 
 
+@pytest.mark.parametrize("text", ["8.0", "-3", " 1e-3", ".5"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completions": ["a", "b"], "rewards": [1.0, "{}"]},
+        {"prompt": "q", "completions": ["a", "b"], "rewards": [1, 2], "reference_logps": ["{}", 2]},
+        {"instruction": "q", "completions": [{"response": "a", "overall_score": "{}"}]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": "{}", "score_rejected": 2},
+    ],
+)
+def test_a_number_in_quotes_is_said(row: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read_records([json.loads(json.dumps(row).replace("{}", text))])
+    assert str(caught.value).endswith(f"got {text!r}; a number stands without quotes ({text.strip()})")
+
+
 @pytest.mark.parametrize("cell", ["high", "", "0,5 of 1", ",", "1,2,3", "1, 2 and 3"])
 def test_another_text_is_no_number_with_a_comma(tmp_path: Path, cell: str) -> None:
     (tmp_path / "a.csv").write_text(f"prompt;chosen;rejected;score_chosen;score_rejected\nq;a;b;{cell};1\n")
