@@ -16,7 +16,7 @@ from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import as_said, columns_of
 from clha_fast.data.formats import detect_format
 from clha_fast.data.names import names_scores
-from clha_fast.data.notes import logger, says
+from clha_fast.data.notes import Notes, logger, says
 from clha_fast.data.readers import MOST_UNKNOWN, none_good, read_records
 from clha_fast.data.records import Prompt, RankedRecord, RecordError, check_text
 from clha_fast.data.split import prompt_key
@@ -113,7 +113,12 @@ def read_prompts(
     """
     rows = source if isinstance(source, (str, os.PathLike)) else list(source)
     if format != "auto" or not _alone(rows, columns, beside, errors is not None):
-        return list(read_records(rows, format, errors=errors, columns=columns))
+        notes = Notes(os.fspath(rows) if isinstance(rows, (str, os.PathLike)) else "records")
+        ranked = read_records(rows, format, errors=errors, columns=columns, notes=notes)
+        # What is to be said of responses is none of a prompt's.
+        Notes(notes.name, notes.records, bare=notes.bare, unread=notes.unread).say()
+        _say_silent(ranked)
+        return list(ranked)
     found: list[Prompted] = []
     bad: list[RecordError] = []
     for place, row in rows_of(rows):
@@ -127,13 +132,17 @@ def read_prompts(
         raise none_good(os.fspath(rows) if isinstance(rows, (str, os.PathLike)) else "prompts", bad[0], len(bad))
     if errors is not None:
         errors += bad
+    _say_silent(found)
+    return found
+
+
+def _say_silent(found: Sequence[Prompted]) -> None:
     silent = [record for record in found if not says(record.prompt)]
     if silent:
         logger.warning(
             f"{len(silent):,} of {len(found):,} prompts have no text, and are answered all the same (first: "
             f"{silent[0].source})"
         )
-    return found
 
 
 def _alone(source: Source, columns: Mapping[str, Any] | None, beside: bool, good: bool) -> bool:

@@ -129,3 +129,19 @@ def test_no_good_prompt_is_an_error() -> None:
 def test_prompts_without_text_are_said(prompt: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert len(read_prompts([{"prompt": "say"}, {"prompt": prompt}])) == 2
     assert "1 of 2 prompts have no text, and are answered all the same (first: record 1)" in caplog.text
+
+
+def test_of_ranked_records_prompts_alone_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"prompt": "same", "completions": ["a", "a"]},
+        {"prompt": "one", "completions": ["a"], "rewards": [1.0]},
+        {"prompt": "turned", "completions": ["a", " "], "rewards": [1.0, 2.0]},
+        {"prompt": "again", "completions": ["again a", "again b"], "who": "me"},
+        {"prompt": " ", "completions": ["a", "b"]},
+    ]
+    assert [record.prompt for record in read_prompts(rows)] == [row["prompt"] for row in rows]
+    said = [record.getMessage().partition(";")[0] for record in caplog.records]
+    assert said == [
+        "records: nobody reads the columns who (1 of 5 records)",
+        "1 of 5 prompts have no text, and are answered all the same (first: record 4)",
+    ]
