@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -73,7 +74,15 @@ def _text_row(names: Sequence[str], cells: Sequence[str], without: set[int]) -> 
 
 def _cells(file: IO[bytes], path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(line that it begins on, from 1; cells) of each row; blank lines are none."""
-    lines = _Lines(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    try:
+        yield from _numbered(_Lines(text), path, separator)
+    finally:
+        with contextlib.suppress(ValueError):  # the file is closed already
+            text.detach()
+
+
+def _numbered(lines: _Lines, path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(lines, delimiter=separator)
     while True:
         line = reader.line_num + 1
