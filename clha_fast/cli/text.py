@@ -15,7 +15,8 @@ from clha_fast.messages import nearest
 from clha_fast.processes import joined
 
 # A setting with its value as Python writes it, not inside a call or a path, and the flag in a bracket behind it.
-# JSON and other mappings stay as they are.
+# JSON and other mappings stay as they are, and so does a text that somebody gave.
+_GIVEN = r"\bgot (?:'[^']*'|\"[^\"]*\")"
 _SETTING = r"(?<![\w./=-])(?<!\w\()({names})=(True|'[^'\s]*'|-?\d+(?:\.\d+)?)(?![\w/-]|\.\w)( \(--[\w-]+\))?"
 # (option by the library's name of the setting, whether options are spelled otherwise than settings).
 Spelling = Callable[[], tuple[Mapping[str, str], bool]]
@@ -129,12 +130,15 @@ def as_flags(text: str) -> str:
     flags = {name: flag for name, flag in spelled.items() if flag.startswith("-")}
 
     def option(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return found[0]
         flag, value, said = flags[found[1]], found[2].strip("'"), found[3] or ""
         said = "" if said[2:-1].replace("_", "-") == flag.replace("_", "-") else said
         return f"{flag}{said}" if value == "True" else f"{flag} {value}{said}"
 
     if flags:
-        text = re.sub(_SETTING.format(names="|".join(map(re.escape, flags))), option, text)
+        setting = _SETTING.format(names="|".join(map(re.escape, flags)))
+        text = re.sub(f"{_GIVEN}|{setting}", option, text)
     if otherwise:
         name, colon, rest = text.partition(":")
         text = spelled.get(name, name) + colon + rest

@@ -96,12 +96,17 @@ def test_messages_without_a_chat_template_are_said(
         ("limit=3/rows.jsonl: 1 of 4", "limit=3/rows.jsonl: 1 of 4"),
         ("limit=30.jsonl: 1 of 4", "limit=30.jsonl: 1 of 4"),
         (
+            "x: expected a number, got 'limit=3'; limit=4 is one",
+            "x: expected a number, got 'limit=3'; --limit 4 is one",
+        ),
+        ("expected y, got \"it's limit=3\" (layout='x')", 'expected y, got "it\'s limit=3" (--layout x)'),
+        (
             "layout='a'-b and limit=3-4 stay, limit=1.5 does not",
             "layout='a'-b and limit=3-4 stay, --limit 1.5 does not",
         ),
     ],
 )
-def test_settings_in_messages_are_said_once_and_paths_stay(text: str, said: str) -> None:
+def test_settings_in_messages_are_said_once_and_what_was_given_stays(text: str, said: str) -> None:
     parser = cli_text.Parser(prog="x")
     for name in ("--limit", "--rank-by-reward", "--layout"):
         parser.add_argument(name)
