@@ -130,7 +130,8 @@ def as_flags(text: str) -> str:
     flags = {name: flag for name, flag in spelled.items() if flag.startswith("-")}
 
     def option(found: re.Match[str]) -> str:
-        if found[1] is None:
+        file = not found.start() and text.startswith(":", found.end())
+        if found[1] is None or file:
             return found[0]
         flag, value, said = flags[found[1]], found[2].strip("'"), found[3] or ""
         said = "" if said[2:-1].replace("_", "-") == flag.replace("_", "-") else said

@@ -95,6 +95,7 @@ def test_messages_without_a_chat_template_are_said(
         ("a; limit=3 (--head) ends it", "a; --limit 3 (--head) ends it"),
         ("limit=3/rows.jsonl: 1 of 4", "limit=3/rows.jsonl: 1 of 4"),
         ("limit=30.jsonl: 1 of 4", "limit=30.jsonl: 1 of 4"),
+        ("limit=3: No such file; limit=4: so", "limit=3: No such file; --limit 4: so"),
         (
             "x: expected a number, got 'limit=3'; limit=4 is one",
             "x: expected a number, got 'limit=3'; --limit 4 is one",
