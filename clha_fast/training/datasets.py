@@ -243,6 +243,24 @@ def check_first(row: Mapping[str, Any], name: str, objective: Objective, referen
             )
 
 
+def say_other_rewards(training: Any, evaluated: Mapping[str, Any]) -> None:
+    """Says which held-out sets have no rewards where training's records have some, or the other way round.
+
+    Their pairs are then kept, and ordered, by another rule than those that train.
+    """
+    if not is_tokenised(training):
+        return
+    expected = training[0].get("rewards") is not None
+    for name, dataset in evaluated.items():
+        if is_tokenised(dataset) and (dataset[0].get("rewards") is not None) != expected:
+            ours, theirs = ("none", "some") if expected else ("some", "none")
+            rule = "all of its pairs count, in the order of the responses" if expected else "its pairs count by rewards"
+            logger.warning(
+                f"{name}: expected records with rewards as train_dataset has them ({theirs}), got {ours}: {rule}, and "
+                "its figures do not compare with those of training"
+            )
+
+
 def _tokenised(dataset: Any, collator: RankedCollator, args: CLHAConfig, name: str) -> RankedDataset:
     skipped: list[RecordError] | None = [] if args.skip_bad_records else None
     try:

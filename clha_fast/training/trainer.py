@@ -31,7 +31,7 @@ from clha_fast.models.tiled import tile_mlps
 from clha_fast.objectives.metrics import CLHAMetrics
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.dataloaders import RankedLoaders
-from clha_fast.training.datasets import as_dataset, check_reach, check_signals, check_trains
+from clha_fast.training.datasets import as_dataset, check_reach, check_signals, check_trains, say_other_rewards
 from clha_fast.training.layout import asked_layout, settle_layout
 from clha_fast.training.reference import Reference
 from clha_fast.training.reports import ReportingTrainer
@@ -216,6 +216,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             for limit in self._row_limits:
                 limit.check_dataset(dataset, name)
         check_trains(self.train_dataset, self.loss_options, args, self._data_processes)
+        say_other_rewards(self.train_dataset, evaluated)
 
     def _check_wrappers(self) -> None:
         """ValueError for what would be ignored, or end in an error far from its cause."""

@@ -13,9 +13,10 @@ from clha_fast.batching.collator import RankedCollator
 from clha_fast.cli import main as cli
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.datasets import check_trains
+from clha_fast.training.trainer import CLHATrainer
 from tests.support.command_line import command, one_sentence
-from tests.support.tiny import make_rows
-from tests.support.trainers import TOKENIZER, Features, trainer
+from tests.support.tiny import make_model, make_rows
+from tests.support.trainers import TOKENIZER, Features, config, trainer
 
 
 def rows_of(sizes: list[int], rewards: list[float] | None) -> list[dict[str, Any]]:
@@ -131,3 +132,25 @@ def test_a_policy_learns_nothing_from_equal_rewards(tmp_path: Path) -> None:
     args = CLHAConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="the rewards of each prompt are all equal, so that every advantage is 0"):
         check_trains(features, PolicyOptions(reduction="sequence_mean"), args, 1)
+
+
+@pytest.mark.parametrize("rewarded", [True, False])
+@pytest.mark.parametrize(
+    ("held_out", "named"),
+    [
+        ([True], []),
+        ([False], ["eval_dataset"]),
+        ([False, True, False], ["first", "third"]),
+        ([True, True], []),
+    ],
+)
+def test_held_out_records_without_the_rewards_of_training_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rewarded: bool, held_out: list[bool], named: list[str]
+) -> None:
+    sets: Any = [make_rows(3, rewards=alike == rewarded) for alike in held_out]
+    sets = dict(zip(("first", "second", "third"), sets, strict=False)) if len(sets) > 1 else sets[0]
+    CLHATrainer(make_model(len(TOKENIZER)), config(tmp_path), make_rows(4, rewards=rewarded), sets, TOKENIZER)
+    said = [record.getMessage() for record in caplog.records if "as train_dataset has them" in record.getMessage()]
+    assert [line.partition(":")[0] for line in said] == named
+    rule = "all of its pairs count, in the order" if rewarded else "its pairs count by rewards"
+    assert all(rule in line for line in said)
