@@ -129,12 +129,13 @@ class Decoding:
 
 
 class _Trial:
-    """A model's decoding of `count` tokens beside its own forward of them; `bound` is known after a first error."""
+    """A model's decoding of `count` tokens beside its own forward of them; `bound` is final after a first error."""
 
     def __init__(self, model: Any, pad: int, count: int, device: torch.device) -> None:
         self.model, self.pad, self.count, self.device = model, pad, count, device
         self.name = type(base_model(decoder_of(model))).__name__
         self.bound = _FLOOR
+        self._see_rounding()
 
     def error(self, rows: Sequence[Sequence[int]], use_cache: bool) -> float:
         """The error of the worst of these rows, decoded side by side to their full length."""
@@ -170,19 +171,19 @@ class _Trial:
         return float(((logps.clamp(min=_LEAST) - own).square().mean(-1).sqrt() / size).mean())
 
     def _logits(self, row: Sequence[int], count: int) -> Tensor:
-        """float64 [count, V]: of the model's own forward, what the last tokens of `row` are drawn from."""
+        """float32 [count, V]: of the model's own forward, what the last tokens of `row` are drawn from."""
         ids = torch.tensor([list(row)], device=self.device)
         inner: Any = decoder_of(self.model)
         takes = inspect.signature((inner.get_base_model() if is_adapted(inner) else inner).forward).parameters
         kept = {"logits_to_keep": count + 1} if "logits_to_keep" in takes else {}
-        # A trainer's autocast may be within the model's forward alone.
+        # A trainer's autocast may be within the model's forward alone. What is compiled already may call no new hook.
         seeing = inner.get_input_embeddings().register_forward_pre_hook(self._see_rounding)
         try:
             with torch.no_grad():
                 logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kept).logits
         finally:
             seeing.remove()
-        return torch.as_tensor(logits[0, -count - 1 : -1]).double()
+        return torch.as_tensor(logits[0, -count - 1 : -1]).float()
 
     def _see_rounding(self, *_: Any) -> None:
         self.bound = max(self.bound, _EPS * rounding_of(self.model))
@@ -198,12 +199,12 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         some = scores[self._rows]
         values, chosen = some.topk(min(_LIKELIEST, some.shape[-1]))
-        self._steps.append((chosen, values, some.double().logsumexp(-1, keepdim=True)))
+        self._steps.append((chosen, values, some.logsumexp(-1, keepdim=True)))
         return scores
 
     def row(self, number: int, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[end - start, likeliest] of one row's steps: tokens, and float64 logits and log-probabilities."""
+        """[end - start, likeliest] of one row's steps: tokens, and float32 logits and log-probabilities."""
         place = self._rows.index(number)
         steps = [[part[place] for part in step] for step in self._steps[start:end]]
         chosen, values, total = map(torch.stack, zip(*steps, strict=True))
-        return chosen, values.double(), values.double() - total
+        return chosen, values, values - total

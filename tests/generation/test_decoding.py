@@ -8,7 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaForCausalLM
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
@@ -146,6 +149,40 @@ def test_rounding_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
     found = draw(tiny(kind).to(dtype), [list(range(3, 20))], trained=True, length=16)
     assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
     assert not [record for record in caplog.records if record.name == "clha_fast"]
+
+
+class Direct(LlamaForCausalLM):
+    """Reads its embedding's weight without a call of the module; nor does what was compiled before call new hooks."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        embedded = torch.nn.functional.embedding(input_ids, self.get_input_embeddings().weight)
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_none_where_no_module_embeds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    model: Any = spread(Direct(LlamaConfig(**sizes, num_attention_heads=4))).to(dtype)
+    found = draw(model, [list(range(3, 20))], trained=True, length=16)
+    assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        assert not any(isinstance(part, Tensor) and part.dtype == torch.float64 for part in tree_leaves(found)), func
+        return found
+
+
+@pytest.mark.parametrize("prompts", [[[3, 4, 5]], [[3, 4, 5], [6, 7, 8, 9]]])
+def test_a_device_may_have_no_float64(prompts: list[list[int]]) -> None:
+    model, decoding = tiny("gpt2"), Decoding(trained=True)
+    with NoFloat64():
+        decoding.answer(model, prompts, **{**drawn(len(prompts)), "temperature": 0.0})
+    assert [tried.use_cache for tried in decoding.tried.values()] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
