@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from clha_fast.generation.tokens import decoder_of, generate_tokens
-from clha_fast.models.adapters import base_model, is_adapted
+from clha_fast.models.adapters import base_model
 from clha_fast.models.rounding import rounding_of
 
 logger = logging.getLogger("clha_fast")
@@ -174,7 +174,7 @@ class _Trial:
         """float32 [count, V]: of the model's own forward, what the last tokens of `row` are drawn from."""
         ids = torch.tensor([list(row)], device=self.device)
         inner: Any = decoder_of(self.model)
-        takes = inspect.signature((inner.get_base_model() if is_adapted(inner) else inner).forward).parameters
+        takes = inspect.signature(base_model(inner).forward).parameters
         kept = {"logits_to_keep": count + 1} if "logits_to_keep" in takes else {}
         # A trainer's autocast may be within the model's forward alone. What is compiled already may call no new hook.
         seeing = inner.get_input_embeddings().register_forward_pre_hook(self._see_rounding)

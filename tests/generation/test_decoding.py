@@ -168,6 +168,14 @@ def test_rounding_is_none_where_no_module_embeds(dtype: torch.dtype) -> None:
     assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
 
 
+@pytest.mark.parametrize(("changes", "mixed"), [({}, True), ({}, False), ({"trainable_token_indices": [3, 4]}, False)])
+def test_adapters_are_asked_as_their_models(changes: dict[str, Any], mixed: bool) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, **changes)
+    model: Any = peft.get_peft_model(spread(make_model(len(TOKENIZER))), config, mixed=mixed).eval()
+    found = draw(model, [list(range(3, 20)), list(range(3, 9))], trained=True)
+    assert found.tried == {True: Tried(use_cache=True, longest=17 + LENGTH, new=LENGTH)}
+
+
 class NoFloat64(TorchDispatchMode):
     """A device without float64."""
 
