@@ -61,6 +61,7 @@ class Decoding:
     def __init__(self, setting: str = "batch_size", trained: bool = False) -> None:
         self._setting, self._trained = setting, trained
         self.tried: dict[bool, Tried] = {}
+        self._said: set[bool] = set()  # by whether the cache is used all the same
 
     def answer(
         self,
@@ -104,9 +105,10 @@ class Decoding:
     def _choose(self, trial: _Trial, rows: list[Sequence[int]], error: float, size: int) -> bool:
         name, moved = trial.name, f"logits move by {error:.2g} of their size"
         if trial.error(rows, use_cache=False) <= trial.bound:
-            logger.warning(
+            self._say(
+                False,
                 f"model: {name} answers without its cache, which takes longer the longer an answer is: with it, the "
-                f"distributions that tokens are drawn from are not those of its own forward ({moved})"
+                f"distributions that tokens are drawn from are not those of its own forward ({moved})",
             )
             return False
         if len(set(map(len, rows))) > 1 and any(
@@ -121,11 +123,17 @@ class Decoding:
                 "model: expected one whose answers are drawn from the distributions of its own forward, which trains "
                 f"on them, got {name} ({moved}, with its cache and without)"
             )
-        logger.warning(
+        self._say(
+            True,
             f"model: {name} draws answers from other distributions than its own forward gives for them ({moved}, with "
-            "its cache and without): they are not what its log-probabilities speak of"
+            "its cache and without): they are not what its log-probabilities speak of",
         )
         return True
+
+    def _say(self, use_cache: bool, text: str) -> None:
+        if use_cache not in self._said:
+            self._said.add(use_cache)
+            logger.warning(text)
 
 
 class _Trial:

@@ -134,8 +134,8 @@ def test_answers_that_are_never_the_model_s_own(kind: str, caplog: Any) -> None:
     with pytest.raises(ValueError, match=r"^model: expected one whose answers are drawn from the .* its cache and"):
         draw(model, prompts, trained=True)
     said = Decoding()
-    for _ in range(2):
-        said.answer(model, prompts, **drawn())
+    for length in (LENGTH, LENGTH, 3 * LENGTH):
+        said.answer(model, prompts, **drawn(length=length))
     assert said.tried[False].use_cache
     assert caplog.text.count("draws answers from other distributions than its own forward") == 1
 
@@ -207,6 +207,14 @@ def test_what_begins_with_longer_rows(before: tuple[int, int], after: tuple[int,
     for (prompt, length), cached in ((before, True), (after, False), (before, False)):
         decoding.answer(model, [list(range(3, 3 + prompt))] * 2, **drawn(2, length))
         assert decoding.tried[False].use_cache is cached
+    assert caplog.text.count("answers without its cache") == 1
+
+
+def test_what_is_right_without_the_cache_is_said_once(caplog: Any) -> None:
+    model, decoding, row = late(), Decoding(), list(range(3, 12))
+    for prompts in ([row], [row, row[:4]], [row * 3], [row * 3, row]):
+        decoding.answer(model, prompts, **drawn(len(prompts)))
+    assert not any(tried.use_cache for tried in decoding.tried.values())
     assert caplog.text.count("answers without its cache") == 1
 
 
