@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from clha_fast.generation.tokens import decoder_of, generate_tokens
-from clha_fast.models.adapters import base_model, is_adapted
+from clha_fast.models.adapters import base_model
 from clha_fast.models.rounding import rounding_of
 
 logger = logging.getLogger("clha_fast")
@@ -61,6 +61,7 @@ class Decoding:
     def __init__(self, setting: str = "batch_size", trained: bool = False) -> None:
         self._setting, self._trained = setting, trained
         self.tried: dict[bool, Tried] = {}
+        self._said: set[bool] = set()  # by whether the cache is used all the same
 
     def answer(
         self,
@@ -104,9 +105,10 @@ class Decoding:
     def _choose(self, trial: _Trial, rows: list[Sequence[int]], error: float, size: int) -> bool:
         name, moved = trial.name, f"logits move by {error:.2g} of their size"
         if trial.error(rows, use_cache=False) <= trial.bound:
-            logger.warning(
+            self._say(
+                False,
                 f"model: {name} answers without its cache, which takes longer the longer an answer is: with it, the "
-                f"distributions that tokens are drawn from are not those of its own forward ({moved})"
+                f"distributions that tokens are drawn from are not those of its own forward ({moved})",
             )
             return False
         if len(set(map(len, rows))) > 1 and any(
@@ -121,20 +123,27 @@ class Decoding:
                 "model: expected one whose answers are drawn from the distributions of its own forward, which trains "
                 f"on them, got {name} ({moved}, with its cache and without)"
             )
-        logger.warning(
+        self._say(
+            True,
             f"model: {name} draws answers from other distributions than its own forward gives for them ({moved}, with "
-            "its cache and without): they are not what its log-probabilities speak of"
+            "its cache and without): they are not what its log-probabilities speak of",
         )
         return True
 
+    def _say(self, use_cache: bool, text: str) -> None:
+        if use_cache not in self._said:
+            self._said.add(use_cache)
+            logger.warning(text)
+
 
 class _Trial:
-    """A model's decoding of `count` tokens beside its own forward of them; `bound` is known after a first error."""
+    """A model's decoding of `count` tokens beside its own forward of them; `bound` is final after a first error."""
 
     def __init__(self, model: Any, pad: int, count: int, device: torch.device) -> None:
         self.model, self.pad, self.count, self.device = model, pad, count, device
         self.name = type(base_model(decoder_of(model))).__name__
         self.bound = _FLOOR
+        self._see_rounding()
 
     def error(self, rows: Sequence[Sequence[int]], use_cache: bool) -> float:
         """The error of the worst of these rows, decoded side by side to their full length."""
@@ -170,19 +179,19 @@ class _Trial:
         return float(((logps.clamp(min=_LEAST) - own).square().mean(-1).sqrt() / size).mean())
 
     def _logits(self, row: Sequence[int], count: int) -> Tensor:
-        """float64 [count, V]: of the model's own forward, what the last tokens of `row` are drawn from."""
+        """float32 [count, V]: of the model's own forward, what the last tokens of `row` are drawn from."""
         ids = torch.tensor([list(row)], device=self.device)
         inner: Any = decoder_of(self.model)
-        takes = inspect.signature((inner.get_base_model() if is_adapted(inner) else inner).forward).parameters
+        takes = inspect.signature(base_model(inner).forward).parameters
         kept = {"logits_to_keep": count + 1} if "logits_to_keep" in takes else {}
-        # A trainer's autocast may be within the model's forward alone.
+        # A trainer's autocast may be within the model's forward alone. What is compiled already may call no new hook.
         seeing = inner.get_input_embeddings().register_forward_pre_hook(self._see_rounding)
         try:
             with torch.no_grad():
                 logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kept).logits
         finally:
             seeing.remove()
-        return torch.as_tensor(logits[0, -count - 1 : -1]).double()
+        return torch.as_tensor(logits[0, -count - 1 : -1]).float()
 
     def _see_rounding(self, *_: Any) -> None:
         self.bound = max(self.bound, _EPS * rounding_of(self.model))
@@ -198,12 +207,12 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         some = scores[self._rows]
         values, chosen = some.topk(min(_LIKELIEST, some.shape[-1]))
-        self._steps.append((chosen, values, some.double().logsumexp(-1, keepdim=True)))
+        self._steps.append((chosen, values, some.logsumexp(-1, keepdim=True)))
         return scores
 
     def row(self, number: int, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[end - start, likeliest] of one row's steps: tokens, and float64 logits and log-probabilities."""
+        """[end - start, likeliest] of one row's steps: tokens, and float32 logits and log-probabilities."""
         place = self._rows.index(number)
         steps = [[part[place] for part in step] for step in self._steps[start:end]]
         chosen, values, total = map(torch.stack, zip(*steps, strict=True))
-        return chosen, values.double(), values.double() - total
+        return chosen, values, values - total

@@ -16,13 +16,16 @@ def rounding_of(model: Any) -> float:
     """The eps of the coarsest numbers among those that `model` multiplies as torch is set now, autocast included.
 
     float32 is TF32 (or bfloat16, on some CPUs) where torch's switches for matrix products say so, and by torch's own
-    default for convolutions on GPUs.
+    default for convolutions on GPUs. Of quantised weights, whose dtype is not what they are multiplied in, it is
+    bfloat16's, which is also about that of activations in 8 bits.
 
     Args:
-        model: one with transformers' `dtype` and `device`.
+        model: one with transformers' `config`, `dtype` and `device`.
     """
     dtype, device = model.dtype, model.device.type
     found = torch.finfo(dtype).eps
+    if getattr(model.config, "quantization_config", None) is not None:
+        found = max(found, torch.finfo(torch.bfloat16).eps)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         found = max(found, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if dtype == torch.float32:

@@ -35,11 +35,12 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike[str], missing: Sequ
         return False
     widest = functools.reduce(torch.promote_types, {weight.dtype for weight in model.parameters()})
     found, told = type(model).from_pretrained(folder, dtype=widest, output_loading_info=True)
-    gone = sorted(told["missing_keys"])
+    weights = found.state_dict()
+    gone = sorted({*told["missing_keys"], *(name for name in left if name not in weights)})
     if gone:
         raise ValueError(
             f"resume_from_checkpoint: expected all weights of {type(model).__name__}, got {os.fspath(folder)!r} "
             f"without {len(gone)} of them ({gone[0]}, ...)"
         )
-    model.load_state_dict(found.state_dict())
+    model.load_state_dict(weights, strict=False)  # it may have modules that its class has not, loaded before
     return True

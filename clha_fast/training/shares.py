@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 
 def prompts_drawn(loader: Any) -> int | None:
     """How many prompts an epoch of a prepared loader draws, for all processes; None where no batch is filled up.
 
-    By the sampler that is cut into shares, however deep it is: a loader that skips batches knows no total.
+    By the sampler that is cut into shares, however deep it is: a loader that skips batches knows no total. None also of
+    batches that torch's own `BatchSampler` has not made, and of a sampler without a length: what fills them up is not
+    known.
     """
     sampler: Any = getattr(loader, "batch_sampler", None)
     while sampler is not None and not isinstance(sampler, BatchSamplerShard):
         sampler = getattr(sampler, "batch_sampler", None)
     if sampler is None or sampler.drop_last or not sampler.even_batches:
         return None
-    return len(sampler.batch_sampler.sampler)
+    batches = sampler.batch_sampler
+    known = type(batches) is BatchSampler and isinstance(batches.sampler, Sized)
+    return len(batches.sampler) if known else None
 
 
 def own_prompts(drawn: int, size: int, share: int, shares: int) -> int:

@@ -8,7 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaForCausalLM
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
@@ -131,8 +134,8 @@ def test_answers_that_are_never_the_model_s_own(kind: str, caplog: Any) -> None:
     with pytest.raises(ValueError, match=r"^model: expected one whose answers are drawn from the .* its cache and"):
         draw(model, prompts, trained=True)
     said = Decoding()
-    for _ in range(2):
-        said.answer(model, prompts, **drawn())
+    for length in (LENGTH, LENGTH, 3 * LENGTH):
+        said.answer(model, prompts, **drawn(length=length))
     assert said.tried[False].use_cache
     assert caplog.text.count("draws answers from other distributions than its own forward") == 1
 
@@ -146,6 +149,48 @@ def test_rounding_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
     found = draw(tiny(kind).to(dtype), [list(range(3, 20))], trained=True, length=16)
     assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
     assert not [record for record in caplog.records if record.name == "clha_fast"]
+
+
+class Direct(LlamaForCausalLM):
+    """Reads its embedding's weight without a call of the module; nor does what was compiled before call new hooks."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        embedded = torch.nn.functional.embedding(input_ids, self.get_input_embeddings().weight)
+        return super().forward(inputs_embeds=embedded, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_none_where_no_module_embeds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    model: Any = spread(Direct(LlamaConfig(**sizes, num_attention_heads=4))).to(dtype)
+    found = draw(model, [list(range(3, 20))], trained=True, length=16)
+    assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
+
+
+@pytest.mark.parametrize(("changes", "mixed"), [({}, True), ({}, False), ({"trainable_token_indices": [3, 4]}, False)])
+def test_adapters_are_asked_as_their_models(changes: dict[str, Any], mixed: bool) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, **changes)
+    model: Any = peft.get_peft_model(spread(make_model(len(TOKENIZER))), config, mixed=mixed).eval()
+    found = draw(model, [list(range(3, 20)), list(range(3, 9))], trained=True)
+    assert found.tried == {True: Tried(use_cache=True, longest=17 + LENGTH, new=LENGTH)}
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        assert not any(isinstance(part, Tensor) and part.dtype == torch.float64 for part in tree_leaves(found)), func
+        return found
+
+
+@pytest.mark.parametrize("prompts", [[[3, 4, 5]], [[3, 4, 5], [6, 7, 8, 9]]])
+def test_a_device_may_have_no_float64(prompts: list[list[int]]) -> None:
+    model, decoding = tiny("gpt2"), Decoding(trained=True)
+    with NoFloat64():
+        decoding.answer(model, prompts, **{**drawn(len(prompts)), "temperature": 0.0})
+    assert [tried.use_cache for tried in decoding.tried.values()] == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,6 +207,14 @@ def test_what_begins_with_longer_rows(before: tuple[int, int], after: tuple[int,
     for (prompt, length), cached in ((before, True), (after, False), (before, False)):
         decoding.answer(model, [list(range(3, 3 + prompt))] * 2, **drawn(2, length))
         assert decoding.tried[False].use_cache is cached
+    assert caplog.text.count("answers without its cache") == 1
+
+
+def test_what_is_right_without_the_cache_is_said_once(caplog: Any) -> None:
+    model, decoding, row = late(), Decoding(), list(range(3, 12))
+    for prompts in ([row], [row, row[:4]], [row * 3], [row * 3, row]):
+        decoding.answer(model, prompts, **drawn(len(prompts)))
+    assert not any(tried.use_cache for tried in decoding.tried.values())
     assert caplog.text.count("answers without its cache") == 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from clha_fast.models.rounding import rounding_of
 from clha_fast.rewards.rows import drift_of
@@ -44,3 +45,11 @@ def test_float32_that_torch_narrows(name: str, dtype: torch.dtype) -> None:
         assert rounding_of(model.double()) == DTYPES[torch.float64][0]
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantised_weights_are_multiplied_in_another_dtype(bits: dict[str, bool], dtype: torch.dtype) -> None:
+    model = make_model(40).to(dtype)
+    model.config.quantization_config = BitsAndBytesConfig(**bits)  # as from_pretrained leaves it
+    assert (rounding_of(model), drift_of(model)) == pytest.approx(DTYPES[torch.bfloat16])

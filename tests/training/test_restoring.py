@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
 
 from clha_fast.training.config import CLHAConfig
@@ -96,3 +97,20 @@ def test_weights_that_are_nowhere(tmp_path: Path) -> None:
     missing = [name for name in model.state_dict() if "layers.1.mlp" in name]
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected all weights of LlamaForCausalLM, .* 3 of"):
         load_renamed(model, tmp_path, missing)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_modules_that_were_put_beside_stay(kind: str, tmp_path: Path) -> None:
+    saved, model, other = mixture(kind), mixture(kind), mixture(kind)
+    saved.value = torch.nn.Linear(2, 2)
+    model.value, other.late = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    saved.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(found.get(name, torch.zeros_like(weight)))
+    assert load_renamed(model, tmp_path, [name for name in model.state_dict() if name not in found])
+    expected = weights(saved)
+    assert [name for name, tensor in weights(model).items() if not torch.equal(tensor, expected[name])] == []
+    with pytest.raises(ValueError, match=r"without 2 of them \(late\.bias, \.\.\.\)$"):
+        load_renamed(other, tmp_path, [name for name in other.state_dict() if name not in found])
