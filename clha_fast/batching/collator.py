@@ -410,7 +410,7 @@ class RankedDataset(torch.utils.data.Dataset[CandidateFeature]):
 
     Raises:
         ValueError: no record; a bad `num_proc`.
-        RecordError: as `RankedCollator.tokenize_record`; one without rewards, or a signal, while others have them.
+        RecordError: as `RankedCollator.tokenize_record`; one that has rewards, or a signal, unlike most, or lacks them.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class RankedStream(IterableDataset[Any]):
 
     Raises:
         RecordError: a bad record; one with rewards, or a signal, that the first lacks, or the other way round; with
-            `skip_bad_records`, that one of the first 64 has and it lacks; no record at all.
+            `skip_bad_records`, unlike at least half of the first 64; no record at all.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class RankedStream(IterableDataset[Any]):
         examples = self._examples(worker)
         # Where such records may be left out, the first is none to hold all others to.
         ahead = list(itertools.islice(examples, _AHEAD if self.skip_bad_records else 1))
-        expected = frozenset[str]().union(*(held for _, held, _ in ahead))
+        counts = Counter(name for _, held, _ in ahead for name in held)
+        expected = frozenset(name for name, count in counts.items() if 2 * count >= len(ahead))
         for example, held, source in itertools.chain(ahead, examples):
             if held == expected:
                 yield example

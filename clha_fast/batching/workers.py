@@ -75,7 +75,7 @@ def tokenise_all(
         tokenise: of one record, `RankedCollator.tokenize_counted`; it travels to the processes.
         num_proc: processes; None and 1 are this one.
         skipped: None raises the first `RecordError`; a list collects them, and their records are left out: so is one
-            that lacks what others have, rewards or a signal.
+            that lacks what at least half of the records have, rewards or a signal, or has what fewer have.
         progress: show a bar; None shows it for more than 2000 records.
     """
     check_num_proc(num_proc)
@@ -107,21 +107,24 @@ def tokenise_all(
 
 
 def _alike(features: Any, skipped: list[RecordError] | None) -> list[int]:
-    """Places of the features that hold rewards, and each signal, where any does; the others are bad records."""
+    """Places of the features that hold rewards, and each signal, as most of them do, or lack them; others are bad."""
     kept = list(range(len(features)))
     for name in ("rewards", *PER_CANDIDATE):
         column = _column(features, name)
         holding = [index for index in kept if column[index] is not None]
         if not 0 < len(holding) < len(kept):
             continue
-        expected = f"some, as {len(holding):,} of {len(kept):,} records have them{WRITERS.get(name, '')}"
+        lacking = [index for index in kept if column[index] is None]
+        count = f"as {max(len(holding), len(lacking)):,} of {len(kept):,} records"
+        if 2 * len(holding) >= len(kept):
+            bad, kept, expected = lacking, holding, f"some, {count} have them{WRITERS.get(name, '')}"
+        else:
+            bad, kept, expected = holding, lacking, f"none, {count} have none{WRITERS.get(name, '')}"
         sources = _column(features, "source")
-        lacking = (sources[index] for index in kept if column[index] is None)
-        errors = [RecordError.of(source, name, expected, None) for source in lacking]
+        errors = [RecordError.of(sources[index], name, expected, column[index]) for index in bad]
         if skipped is None:
             raise errors[0]
         skipped += errors
-        kept = holding
     return kept
 
 

@@ -24,7 +24,7 @@ from clha_fast.experiments.contents import data_hash, digest, model_hash, with_c
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.going_on import prepared
 from clha_fast.experiments.methods import Method, with_quantiles, without_quantiles
-from clha_fast.experiments.reading import READING, read_file, with_rewards
+from clha_fast.experiments.reading import READING, read_file, rewarded_alike
 from clha_fast.experiments.rollout_run import RolloutRun, RolloutRunOptions
 from clha_fast.experiments.run import Run, RunOptions, with_defaults
 from clha_fast.files import CHECKPOINT, write_json
@@ -200,7 +200,7 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     train_file, options = cell.files.train, dict(comparison.run)
     records = read_file(train_file, options)
     if cell.corruption is not None:
-        records = cell.corruption.apply(with_rewards(records, options))
+        records = cell.corruption.apply(rewarded_alike(records, options))
     # Rollouts read prompts alone, and take neither option.
     prompts = cell.method.rollout and (options.get("rank_by_reward") or options.get("skip_bad_records"))
     if cell.corruption is not None or prompts:

@@ -37,11 +37,14 @@ def read_file(
         raise error if errors is not None else error.advised(advice) from None
 
 
-def with_rewards(records: list[RankedRecord], options: Mapping[str, Any]) -> list[RankedRecord]:
-    """Without those that lack rewards while others have them, where `skip_bad_records` leaves them out of training."""
+def rewarded_alike(records: list[RankedRecord], options: Mapping[str, Any]) -> list[RankedRecord]:
+    """Those with rewards, or without where most have none, where `skip_bad_records` trains on no mixture."""
     if not options.get("skip_bad_records"):
         return records
-    return [record for record in records if record.rewards is not None] or records
+    rewarded = [record for record in records if record.rewards is not None]
+    if 2 * len(rewarded) >= len(records):
+        return rewarded
+    return [record for record in records if record.rewards is None]
 
 
 def leave_out(records: list[RankedRecord], errors: Sequence[RecordError]) -> Sequence[RecordError]:

@@ -31,7 +31,7 @@ from clha_fast.experiments.cells import (
 from clha_fast.experiments.comparison import BASE_NAME, Comparison
 from clha_fast.experiments.execution import Failure, run_all
 from clha_fast.experiments.methods import Method
-from clha_fast.experiments.reading import read_file, with_rewards
+from clha_fast.experiments.reading import read_file, rewarded_alike
 from clha_fast.files import write_json, write_text
 from clha_fast.version import __version__
 
@@ -283,14 +283,14 @@ def _of_files(comparison: Comparison, new: bool) -> list[str]:
                 bad: list[RecordError] = []
                 records = read_file(path, comparison.run, bad, _SKIPS)
                 prompts[path] = {prompt_key(record) for record in records}
-                kept = with_rewards(records, comparison.run) if name == "train" else records
+                kept = rewarded_alike(records, comparison.run) if name == "train" else records
                 if new and name == "train":
                     check_records(comparison, kept, path)
                 if bad:
                     found.append(f"Malformed records of {name} (n = {length}) that are left out: {len(bad):,}.")
                 if len(kept) < len(records):
                     count = f"{len(records) - len(kept):,} of {len(records):,}"
-                    what = "that lack rewards while others have them, on which chains and rollouts alone train"
+                    what = "with or without rewards, unlike most, on which no loss over pairs trains"
                     found.append(f"Records of {name} (n = {length}) {what}: {count}.")
     for length, files in comparison.data.items():
         test = prompts[files.test]

@@ -245,7 +245,7 @@ class _Found:
         if 0 < len(rewarded) < len(self.records) and self.objective.markers is None:
             sentences.append(
                 f"{len(rewarded):,} of {len(self.records):,} records have rewards (the first without: "
-                f"{self.first['unrewarded']}): training refuses a mixture, or leaves out those without with "
+                f"{self.first['unrewarded']}): training refuses a mixture, or leaves out the fewer with "
                 "skip_bad_records=True (--skip_bad_records); clha-fast score --reward-model MODEL writes rewards"
             )
         if self.cut is not None and (said := template_text(self.texts, len(self.records), self.templated)):

@@ -18,7 +18,7 @@ from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.contents import data_hash, model_hash, with_contents
 from clha_fast.experiments.corruption import Corruption
 from clha_fast.experiments.methods import parse_methods, with_quantiles
-from clha_fast.experiments.reading import read_file, with_rewards
+from clha_fast.experiments.reading import read_file, rewarded_alike
 from clha_fast.experiments.table import _of_files as of_files
 from clha_fast.objectives.pairs import keeps
 
@@ -188,12 +188,12 @@ def test_records_without_rewards_are_left_out_of_a_table_and_said(comparison, la
         file.writelines(json.dumps(row) + "\n" for row in rows)
     found = dataclasses.replace(comparison, methods=parse_methods(["rrhf"]), run={"skip_bad_records": True})
     (said,) = of_files(found, new=True)
-    assert said.startswith("Records of train (n = 2) that lack rewards while others have them, ")
+    assert said.startswith("Records of train (n = 2) with or without rewards, unlike most, ")
     assert said.endswith(": 1 of 3.")
     records = read_file(train, found.run)
-    assert len(Corruption("flips", 0.5).apply(with_rewards(records, found.run))) == 2
-    assert with_rewards(records, {}) == records
-    assert len(with_rewards(records[lacking : lacking + 1], found.run)) == 1, "where none has any, none lacks them"
+    assert len(Corruption("flips", 0.5).apply(rewarded_alike(records, found.run))) == 2
+    assert rewarded_alike(records, {}) == records
+    assert len(rewarded_alike(records[lacking : lacking + 1], found.run)) == 1, "where none has any, none lacks them"
 
 
 def test_a_name_on_the_hub_is_its_own_content():

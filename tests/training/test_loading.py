@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.sampling import LengthSampler, TokenBudgetSampler
-from clha_fast.batching.signals import PER_CANDIDATE
 from clha_fast.batching.stream import RankedStream
 from clha_fast.data import RankedRecord, RecordError
-from clha_fast.objectives import CoHOptions
 from clha_fast.training import datasets as training_datasets
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
@@ -97,35 +95,6 @@ def test_an_error_in_a_process_names_the_record(table: bool, num_proc: int | Non
     kept = plain(found)
     assert len(kept) == 150
     assert [kept[98]["source"], kept[99]["source"]] == ["record 98", "record 100"]
-
-
-@pytest.mark.parametrize("place", [0, 3, 5])
-@pytest.mark.parametrize("name", ["rewards", "reference_logps", "advantages"])
-def test_a_record_that_lacks_what_others_have_is_a_bad_one(name: str, place: int) -> None:
-    rows = [{**row, name: [0.5] * len(row["completions"])} for row in make_rows(6)]
-    rows[place][name] = None
-    collator = RankedCollator(COLLATOR.tokenizer, signals=PER_CANDIDATE, max_completion_length=2)
-    whole = [f"record {number}" for number in range(6) if number != place]
-    for given in (rows, datasets.Dataset.from_list(rows)):
-        with pytest.raises(RecordError, match=rf"^record {place}: {name}: expected some, as 5 of 6 records have them"):
-            RankedDataset(given, collator)
-        skipped: list[RecordError] = []
-        found = RankedDataset(given, collator, skipped=skipped)
-        assert [error.source for error in skipped] == [f"record {place}"]
-        assert [row["source"] for row in plain(found)] == whole
-        kept = [row for number, row in enumerate(rows) if number != place]
-        assert found.cut_completions == RankedDataset(kept, collator).cut_completions
-    stream = RankedStream(Rows(rows), collator, skip_bad_records=True)
-    assert [row["source"] for row in stream] == whole
-    assert stream.skipped == 1
-    with pytest.raises(RecordError, match=rf"^record {place}: {name}: expected some, as record .* skip_bad_records"):
-        list(RankedStream(Rows(rows), collator))
-
-
-def test_chains_have_no_rewards_to_lack() -> None:
-    rows = [*make_rows(2), *make_rows(2, rewards=False)]
-    collator = RankedCollator(COLLATOR.tokenizer, CoHOptions())
-    assert len(RankedDataset(rows, collator)) == len(list(RankedStream(Rows(rows), collator))) == 4
 
 
 def test_the_trainer_passes_these_settings_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
