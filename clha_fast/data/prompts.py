@@ -140,7 +140,7 @@ def _say_silent(found: Sequence[Prompted]) -> None:
     silent = [record for record in found if not says(record.prompt)]
     if silent:
         logger.warning(
-            f"{len(silent):,} of {len(found):,} prompts have no text, and are answered all the same (first: "
+            f"{len(silent):,} of {len(found):,} prompts have no text, and are answered nevertheless (first: "
             f"{silent[0].source})"
         )
 

@@ -128,7 +128,7 @@ def test_no_good_prompt_is_an_error() -> None:
 @pytest.mark.parametrize("prompt", ["", " \n", [{"role": "user", "content": " "}]])
 def test_prompts_without_text_are_said(prompt: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert len(read_prompts([{"prompt": "say"}, {"prompt": prompt}])) == 2
-    assert "1 of 2 prompts have no text, and are answered all the same (first: record 1)" in caplog.text
+    assert "1 of 2 prompts have no text, and are answered nevertheless (first: record 1)" in caplog.text
 
 
 def test_of_ranked_records_prompts_alone_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,5 +143,5 @@ def test_of_ranked_records_prompts_alone_are_spoken_of(caplog: pytest.LogCapture
     said = [record.getMessage().partition(";")[0] for record in caplog.records]
     assert said == [
         "records: nobody reads the columns who (1 of 5 records)",
-        "1 of 5 prompts have no text, and are answered all the same (first: record 4)",
+        "1 of 5 prompts have no text, and are answered nevertheless (first: record 4)",
     ]
