@@ -21,7 +21,7 @@ from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 from clha_fast.messages import nearest
 from clha_fast.models.wrapped import unwrap
 from clha_fast.training.restoring import load_renamed
-from clha_fast.training.shares import own_prompts, prompts_drawn
+from clha_fast.training.shares import empty_shares, own_prompts, prompts_drawn
 
 TRAINER_STATE = "trainer_state.json"
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
@@ -225,6 +225,12 @@ class CheckpointingTrainer(Trainer):
             self._drawn, size, self.args.process_index // sharing, self.accelerator.num_processes // sharing
         )
         return None if own == size else own
+
+    def _empty_of_last(self, size: int, sharing: int = 1) -> int:
+        """How many of the processes' batches that were read last hold nothing but fill; arguments as `_own_of_last`."""
+        if self._drawn is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return 0
+        return empty_shares(self._drawn, size, self.accelerator.num_processes // sharing)
 
     @contextlib.contextmanager
     def _unprepared(self) -> Iterator[None]:
