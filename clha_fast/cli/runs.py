@@ -20,6 +20,7 @@ from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
 from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
+from clha_fast.processes import ProcessError, waited_for_another
 from clha_fast.reports.data_summary import template_text
 from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
 from clha_fast.training.samples import SAMPLES_FILE
@@ -247,3 +248,7 @@ def carry_out(
             run.write_metrics()
         complain(command, str(error))
         return FAILED
+    except (RuntimeError, ValueError) as error:
+        if waited := waited_for_another(error):
+            raise ProcessError(f"{waited}; {survivors(run.folder)}") from error
+        raise
