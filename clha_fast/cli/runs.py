@@ -67,6 +67,13 @@ def idle_line(run: Run) -> dict[str, str]:
     return {"unused": "; ".join(run.idle.values())} if run.idle else {}
 
 
+def skipped_line(run: Run) -> dict[str, str]:
+    """How many bad records were left out; {} where none was."""
+    if not run.skipped:
+        return {}
+    return {"skipped": f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"}
+
+
 def template_line(run: Run) -> dict[str, str]:
     """That texts go without the chat template, or messages without one that there is not; {} where all is as usual."""
     texts = sum(isinstance(record.prompt, str) for record in run.train_records)
