@@ -231,6 +231,8 @@ def carry_out(
         run.trainer.add_callback(progress)
         if first:
             print(header_text(header(run)), flush=True)
+            if run.held_out and run.checkpoint is None and not sys.stderr.isatty():  # no bar shows that it goes on
+                print(f"\n{len(run.held_out):,} held-out prompts are evaluated before training", flush=True)
         run.evaluate_before()
         if first and run.before:
             print(f"\nheld out before training: {before(run)}\n", flush=True)
