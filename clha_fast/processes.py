@@ -147,6 +147,24 @@ class Processes:
             return True
 
 
+def all_stop(asked: bool, step: int, run: str) -> bool:
+    """Whether the processes that train together are to stop at the end of this step.
+
+    Alone a process stops where it is asked to. Of several, the first that is asked names the next step, at whose end
+    all have heard of it: none ends a step in which it has not taken part.
+
+    Args:
+        run: its name, the same in all.
+    """
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return asked
+    store = dist.PrefixStore("clha_fast/stop", dist.distributed_c10d._get_default_store())
+    if asked and not store.check([run]):
+        store.compare_set(run, "", str(step + 1))
+    return bool(store.check([run])) and step >= int(store.get(run))
+
+
 ALONE = Processes()
 _joined = ALONE
 

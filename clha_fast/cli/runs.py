@@ -244,7 +244,8 @@ def carry_out(
         if run.interrupted:
             run.write_metrics()
             said = f"interrupted after step {run.trainer.state.global_step}, which is saved"
-            print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
+            if first:
+                print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
             return INTERRUPTED
         progress.finished = True  # the table says it
         run.report()
