@@ -23,6 +23,10 @@ _NUMBERS = {
     *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
 }
 _QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
+_BEHIND = (
+    "expected the cell to end with the quote that closes it, got more behind; a cell that begins with a quote stands in "
+    'quotes, in which each one is written twice ("""Yes,"" he said")'
+)
 _ROWS = 256  # among which row numbers are looked for, at a time
 _LONGEST = 2**31 - 1  # characters of a cell: the most that a long holds everywhere
 
@@ -90,7 +94,8 @@ def _cells(file: IO[bytes], path: str, separator: str) -> Iterator[tuple[int, li
 
 
 def _numbered(lines: _Lines, path: str, separator: str) -> Iterator[tuple[int, list[str] | RecordError]]:
-    reader = csv.reader(lines, delimiter=separator)
+    # Strict, or `"Yes," he said` in a file without quoting would lose its quotes in silence.
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         line = reader.line_num + 1
         lines.escaped = None
@@ -98,14 +103,18 @@ def _numbered(lines: _Lines, path: str, separator: str) -> Iterator[tuple[int, l
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise RecordError(f"{path}: line {line}: damaged file ({error})", source=path) from error
+            place = f"{path}: line {line}"
+            if lines.ended:
+                message = f"{path}: damaged csv file (a quote that opens in the row of line {line} is never closed)"
+                raise RecordError(message, source=path) from error
+            if "expected after" not in str(error):
+                raise RecordError(f"{place}: damaged file ({error})", source=path) from error
+            yield line, RecordError(f"{place}: {_BEHIND}", source=place, has_way=True)
+            continue
         finally:
             csv.field_size_limit(limit)
         if cells is None:
             return
-        if lines.ended:
-            message = f"{path}: damaged csv file (a quote that opens in the row of line {line} is never closed)"
-            raise RecordError(message, source=path)
         if lines.escaped is not None:
             place = f"{path}: line {line}"
             yield line, RecordError(f"{place}: {not_utf8(lines.escaped, path)}", source=place, has_way=True)
