@@ -24,8 +24,8 @@ _NUMBERS = {
 }
 _QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
 _BEHIND = (
-    "expected the cell to end with the quote that closes it, got more behind; a cell that begins with a quote stands in "
-    'quotes, in which each one is written twice ("""Yes,"" he said")'
+    "expected the cell to end with the quote that closes it, got more behind; a cell that begins with a quote stands "
+    'in quotes, in which each one is written twice ("""Yes,"" he said")'
 )
 _ROWS = 256  # among which row numbers are looked for, at a time
 _LONGEST = 2**31 - 1  # characters of a cell: the most that a long holds everywhere
