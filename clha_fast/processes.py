@@ -11,6 +11,8 @@ import atexit
 import datetime
 import hashlib
 import os
+import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,33 @@ if TYPE_CHECKING:
 _PATIENCE = datetime.timedelta(days=30)
 
 
+# What gloo, NCCL and torch's store say where the other end of a connection is gone; none has a class of its own for it.
+_GONE = re.compile(
+    r"connection (was likely )?closed|connection reset by peer|broken pipe|ncclRemoteError|remote process exit",
+    re.IGNORECASE,
+)
+
+
 class ProcessError(RuntimeError):
     """Another process of the run has ended early."""
+
+
+def waited_for_another(error: BaseException | None) -> str:
+    """A sentence's beginning, where `error`, or what led to it, came of another process that has ended; else ""."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            return _waited(dist.get_rank(), dist.get_world_size())
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _waited(rank: int, world: int) -> str:
+    return (
+        f"process {rank} of {world} waited for another that has ended; what that one, or the launcher, printed says why"
+    )
 
 
 @dataclass(frozen=True)
@@ -54,9 +81,7 @@ class Processes:
         try:
             dist.all_gather_object(found, value, group=self.group)
         except RuntimeError as error:
-            raise ProcessError(
-                f"process {self.rank} of {self.world} waited for another that has ended; what that one printed says why"
-            ) from error
+            raise ProcessError(_waited(self.rank, self.world)) from error
         return found
 
     def share(self, journal: Journal) -> list[int]:
@@ -120,6 +145,24 @@ class Processes:
             return bool(self.store.add(name, 1) == 1)
         except RuntimeError:  # the process that holds the store has ended
             return True
+
+
+def all_stop(asked: bool, step: int, run: str) -> bool:
+    """Whether the processes that train together are to stop at the end of this step.
+
+    Alone a process stops where it is asked to. Of several, the first that is asked names the next step, at whose end
+    all have heard of it: none ends a step in which it has not taken part.
+
+    Args:
+        run: its name, the same in all.
+    """
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return asked
+    store = dist.PrefixStore("clha_fast/stop", dist.distributed_c10d._get_default_store())
+    if asked and not store.check([run]):
+        store.compare_set(run, "", str(step + 1))
+    return bool(store.check([run])) and step >= int(store.get(run))
 
 
 ALONE = Processes()

@@ -93,9 +93,10 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
 
     An epoch shuffles the prompts, sorts blocks of them by length, cuts the blocks into batches and shuffles these.
     Every prompt is in exactly one batch of an epoch. Every epoch has the same number of batches, a multiple of
-    `num_processes` (batches are halved to get there), so that no process waits for another at the end; only where
-    there are fewer prompts than that do batches come twice. Batches that run at the same time on several processes
-    cost about the same, and the costliest come first, so that memory fails at once or never.
+    `num_processes` (batches are halved to get there), so that no process waits for another at the end; where there are
+    fewer prompts than that, each is a batch and the cheapest comes again, as the last of the epoch's last round
+    (`fill` such batches). Batches that run at the same time on several processes cost about the same, and the costliest
+    come first, so that memory fails at once or never.
 
     The order depends on `seed` and epoch alone: every process computes the same one, and a resumed run finds its place.
 
@@ -139,6 +140,11 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def fill(self) -> int:
+        """Batches at the end of every epoch whose prompts have come before, fewer than `num_processes`."""
+        return max(self._length - len(self.shapes), 0)
+
     def set_epoch(self, epoch: int) -> None:
         """Which epoch's batches come next."""
         self.epoch = epoch
@@ -151,15 +157,14 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
         packed = self._pack(epoch)
         if len(packed) > self._length:  # rare: then the prompts stay together as they were, in another order
             packed = self._pack(0)
-        packed = self._halve(packed)
-        for index in range(self._length - len(packed)):
-            packed.append(packed[index])
-        packed.sort(key=self._cost, reverse=True)
+        packed = sorted(self._halve(packed), key=self._cost, reverse=True)
+        packed += packed[-1:] * self.fill
         size = self.num_processes
         groups = [packed[start : start + size] for start in range(0, len(packed), size)]
-        first, *others = groups
+        last = groups[1:][-1:] if self.fill else []
+        first, *others = groups[: len(groups) - len(last)]
         self._random(epoch, "order").shuffle(others)
-        return [batch for group in (first, *others) for batch in group]
+        return [batch for group in (first, *others, *last) for batch in group]
 
     def _cost(self, batch: Sequence[int]) -> int:
         return padded_tokens(self.shapes, batch, self.joined)

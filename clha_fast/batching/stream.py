@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from clha_fast.data.records import SKIPS, RankedRecord, RecordError
 # More loader workers than anyone starts; each counts in a place of its own, so that no count is lost.
 _WORKERS = 1024
 _AHEAD = 64  # records that are looked at, for what they hold, before the first is given
+_POLL = 0.01  # seconds between looks at whether other workers have done so
 
 
 class RankedStream(IterableDataset[Any]):
@@ -45,7 +48,8 @@ class RankedStream(IterableDataset[Any]):
 
     Raises:
         RecordError: a bad record; one with rewards, or a signal, that the first lacks, or the other way round; with
-            `skip_bad_records`, unlike at least half of the first 64; no record at all.
+            `skip_bad_records`, unlike at least half of the first 64; no record at all. Of several loader workers the
+            first, or the first 64, of each are looked at, and all go by the same.
     """
 
     def __init__(
@@ -68,6 +72,10 @@ class RankedStream(IterableDataset[Any]):
         self._names = [name for name in PER_CANDIDATE if name in collator.signals]
         if collator.options.markers is None:
             self._names.append("rewards")
+        # Of each worker: 1 once it has looked ahead, records that it saw, and how many of them hold each of the names.
+        self._seen = torch.zeros(_WORKERS, 2 + len(self._names), dtype=torch.int64).share_memory_()
+        # 1 once it is settled which names records hold, and 1 for each that they do.
+        self._settled = torch.zeros(1 + len(self._names), dtype=torch.int64).share_memory_()
 
     @property
     def skipped(self) -> int:
@@ -85,7 +93,7 @@ class RankedStream(IterableDataset[Any]):
         last: Any = None
         while True:
             before = count
-            for example in self._pass(0 if worker is None else worker.id):
+            for example in self._pass(*((0, 1) if worker is None else (worker.id, worker.num_workers))):
                 count += 1
                 last = example
                 yield example
@@ -103,19 +111,45 @@ class RankedStream(IterableDataset[Any]):
             for _ in range(self.fill_to - count % self.fill_to):
                 yield {**feature, "fill": True}
 
-    def _pass(self, worker: int) -> Iterator[RankedRecord | CandidateFeature]:
+    def _pass(self, worker: int, workers: int) -> Iterator[RankedRecord | CandidateFeature]:
         examples = self._examples(worker)
         # Where such records may be left out, the first is none to hold all others to.
-        ahead = list(itertools.islice(examples, _AHEAD if self.skip_bad_records else 1))
-        counts = Counter(name for _, held, _ in ahead for name in held)
-        expected = frozenset(name for name, count in counts.items() if 2 * count >= len(ahead))
+        ahead: list[tuple[Any, frozenset[str], str]] = []
+        try:
+            ahead += itertools.islice(examples, _AHEAD if self.skip_bad_records else 1)
+        finally:  # an error here must not leave the others waiting
+            self._look(worker, [held for _, held, _ in ahead])
+        expected = self._expected(workers)
         for example, held, source in itertools.chain(ahead, examples):
             if held == expected:
                 yield example
                 continue
             name = min(held ^ expected)
-            has, lacks = (source, ahead[0][2]) if name in held else (ahead[0][2], source)
+            first = ahead[0][2] if (name in ahead[0][1]) != (name in held) else "a record of another loader worker"
+            has, lacks = (source, first) if name in held else (first, source)
             self._leave_out(RecordError.of(lacks, name, f"some, as {has} has", None), worker)
+
+    def _look(self, worker: int, held: Sequence[frozenset[str]]) -> None:
+        counts = Counter(name for names in held for name in names)
+        self._seen[worker, 1:] = torch.tensor([len(held), *(counts[name] for name in self._names)])
+        self._seen[worker, 0] = 1
+
+    def _expected(self, workers: int) -> frozenset[str]:
+        """What records hold, as at least half of those do that all workers have looked at; settled by the first pass.
+
+        Raises:
+            RuntimeError: the process whose workers these are has ended.
+        """
+        parent = os.getppid()
+        while not (self._settled[0] or self._seen[:workers, 0].all()):
+            if os.getppid() != parent:
+                raise RuntimeError("the data loader's process has ended")
+            time.sleep(_POLL)
+        if not self._settled[0]:
+            records, *held = self._seen[:workers, 1:].sum(0).tolist()
+            self._settled[1:] = torch.tensor([records > 0 and 2 * count >= records for count in held])
+            self._settled[0] = 1
+        return frozenset(name for name, some in zip(self._names, self._settled[1:].tolist(), strict=True) if some)
 
     def _leave_out(self, error: RecordError, worker: int) -> None:
         if not self.skip_bad_records:

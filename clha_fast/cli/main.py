@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rest = [word for word in rest if word != "--traceback"]
     # What a user can cause has a message that is a whole sentence; anything else is a bug and keeps its traceback.
     from clha_fast.errors import BackendError
+    from clha_fast.processes import ProcessError, waited_for_another
 
     try:
         with warnings_as_flags():
@@ -118,8 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(name, text)
         return USER_ERROR
     except (MemoryError, RuntimeError) as error:
-        if show or not out_of_memory(error):
+        ended = str(error) if isinstance(error, ProcessError) else waited_for_another(error)
+        if show or not (ended or out_of_memory(error)):
             raise
+        if ended:
+            complain(name, ended)
+            return FAILED
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         complain(
             name,

@@ -19,6 +19,7 @@ from clha_fast.cli.runs import (
     layout_line,
     model_text,
     shared_text,
+    skipped_line,
     write_page,
 )
 from clha_fast.evaluation import plots
@@ -120,8 +121,7 @@ def header(run: RewardRun) -> dict[str, str]:
         lines["half"] = f"{run.options.half} of the prompts of {run.options.train_file}"
     if pad == run.tokenizer.eos_token:
         lines["lengths"] += ", the end of a response: rewards are read at the token before it"
-    if run.skipped:
-        lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
+    lines |= skipped_line(run)
     if run.shared:
         lines["note"] = shared_text(run.shared)
     return lines

@@ -22,6 +22,7 @@ from clha_fast.cli.runs import (
     layout_line,
     model_text,
     print_answers,
+    skipped_line,
     write_page,
 )
 from clha_fast.evaluation import plots
@@ -39,7 +40,7 @@ The model answers prompts, a reward model judges the answers, clipped policy gra
 Options stand in the YAML file under the same names; flags win.
 
 files     --train_file FILE (its prompts; responses are not used)  --eval_file FILE | --eval_fraction 0.1 (0: none)
-          --format auto  --columns.prompt question
+          --format auto  --columns.prompt question  --skip_bad_records (leave bad prompts out and say how many)
 folder    --output_dir DIR  --resume | --overwrite
 model     --model PATH_OR_NAME  --tokenizer PATH_OR_NAME  --dtype float32  --attn_implementation NAME
           --peft_config.r 8 ...
@@ -147,6 +148,7 @@ def header(run: RolloutRun) -> dict[str, str]:
         **({"template": template} if template else {}),
         **layout_line(run),
         **idle_line(run),
+        **skipped_line(run),
         "folder": folder_text(run),
     }
     return lines

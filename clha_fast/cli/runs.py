@@ -20,6 +20,7 @@ from clha_fast.evaluation import tables as report
 from clha_fast.experiments.run import Run
 from clha_fast.files import CheckpointError, survivors, write_text
 from clha_fast.models.adapters import base_model
+from clha_fast.processes import ProcessError, waited_for_another
 from clha_fast.reports.data_summary import template_text
 from clha_fast.reports.run_page import REPORT_FILE, read_samples, run_page
 from clha_fast.training.samples import SAMPLES_FILE
@@ -64,6 +65,13 @@ def layout_line(run: Run) -> dict[str, str]:
 def idle_line(run: Run) -> dict[str, str]:
     """Settings that were given and do nothing; {} where all have a part."""
     return {"unused": "; ".join(run.idle.values())} if run.idle else {}
+
+
+def skipped_line(run: Run) -> dict[str, str]:
+    """How many bad records were left out; {} where none was."""
+    if not run.skipped:
+        return {}
+    return {"skipped": f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"}
 
 
 def template_line(run: Run) -> dict[str, str]:
@@ -223,6 +231,8 @@ def carry_out(
         run.trainer.add_callback(progress)
         if first:
             print(header_text(header(run)), flush=True)
+            if run.held_out and run.checkpoint is None and not sys.stderr.isatty():  # no bar shows that it goes on
+                print(f"\n{len(run.held_out):,} held-out prompts are evaluated before training", flush=True)
         run.evaluate_before()
         if first and run.before:
             print(f"\nheld out before training: {before(run)}\n", flush=True)
@@ -234,7 +244,8 @@ def carry_out(
         if run.interrupted:
             run.write_metrics()
             said = f"interrupted after step {run.trainer.state.global_step}, which is saved"
-            print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
+            if first:
+                print(f"\n{said}; the same command with --resume continues", file=sys.stderr)
             return INTERRUPTED
         progress.finished = True  # the table says it
         run.report()
@@ -247,3 +258,7 @@ def carry_out(
             run.write_metrics()
         complain(command, str(error))
         return FAILED
+    except (RuntimeError, ValueError) as error:
+        if waited := waited_for_another(error):
+            raise ProcessError(f"{waited}; {survivors(run.folder)}") from error
+        raise

@@ -22,6 +22,7 @@ from clha_fast.cli.runs import (
     model_text,
     print_answers,
     shared_text,
+    skipped_line,
     template_line,
     write_page,
 )
@@ -134,8 +135,7 @@ def header(run: Run) -> dict[str, str]:
         lines["rewards"] = report.margin_text(train.gaps, "a --reward_margin")
     if args.max_dropped_mass is not None:
         lines["gradients"] = f"each token leaves out at most {args.max_dropped_mass:g} of its softmax mass"
-    if run.skipped:
-        lines["skipped"] = f"{len(run.skipped)} bad records, the first: {' '.join(str(run.skipped[0]).split())}"
+    lines |= skipped_line(run)
     if shared:
         lines["note"] = shared_text(shared)
     return lines

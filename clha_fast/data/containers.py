@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from clha_fast.data.delimited import delimited_rows
+from clha_fast.data.encodings import as_utf8
 from clha_fast.data.hub import hub_files, is_hub_name
 from clha_fast.data.jsonlines import json_rows
 from clha_fast.data.records import RecordError, is_sequence
@@ -132,8 +133,10 @@ def _file_rows(path: str) -> Iterator[tuple[str, object]]:
         raise RecordError(message, source=path)
     with _opened(path, compression) as file:
         if not kind:
-            yield from json_rows(file, path, compression)
+            yield from json_rows(as_utf8(file, path), path, compression)
             return
+        if kind in ("csv", "tsv"):
+            file = as_utf8(file, path)
         rows = {"parquet": _parquet_rows, "arrow": _ipc_rows, "csv": delimited_rows, "tsv": delimited_rows}[kind]
         number = 0
         try:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
+from clha_fast.data.encodings import escaped_byte, not_utf8
 from clha_fast.data.fields import TextRow, as_number, literal
 from clha_fast.data.names import names_scores
 from clha_fast.data.records import SIGNALS, RecordError
@@ -22,23 +23,30 @@ _NUMBERS = {
     *("preference_strength", "winner_model_a", "winner_model_b", "winner_tie"),
 }
 _QUOTES = "a cell that holds a comma, or whatever else parts the cells, stands in quotes"
+_BEHIND = (
+    "expected the cell to end with the quote that closes it, got more behind; a cell that begins with a quote stands "
+    'in quotes, in which each one is written twice ("""Yes,"" he said")'
+)
 _ROWS = 256  # among which row numbers are looked for, at a time
 _LONGEST = 2**31 - 1  # characters of a cell: the most that a long holds everywhere
 
 
 def delimited_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow | RecordError]:
-    """Rows of a "csv" or "tsv" file; one with more cells than the header has names is an error, named by its line.
+    """Rows of a "csv" or "tsv" file in UTF-8; one that is none is an error, named by its line, and so is one with more
+    cells than the header has names.
 
     Texts are as they stand: "NA", "null" and "1.0" may be responses. Row numbers without a name are left out, whether
     the header has an empty name for them (`DataFrame.to_csv`) or none (R's `write.table`).
 
     Raises:
-        RecordError: a quote that is never closed. ValueError: what is no UTF-8.
+        RecordError: a quote that is never closed, a header that is no UTF-8.
     """
     found = _cells(file, path, "\t" if kind == "tsv" else _separator(file))
     header = next(found, None)
     if header is None:
         return
+    if isinstance(header[1], RecordError):
+        raise header[1]
     names = _names(header[1])
     first: int | None = None  # of numbers in front of the cells
     start = 0
@@ -46,6 +54,9 @@ def delimited_rows(file: IO[bytes], path: str, kind: str) -> Iterator[TextRow | 
         rows: list[list[str] | RecordError] = []
         first = _first_number(block, len(names)) if start == 0 else first
         for number, (line, cells) in enumerate(block, start):
+            if isinstance(cells, RecordError):
+                rows.append(cells)
+                continue
             counted = first is None or cells[0] == str(number + first)
             cells = cells if first is None else cells[1:]
             if counted and len(cells) <= len(names):
@@ -72,9 +83,9 @@ def _text_row(names: Sequence[str], cells: Sequence[str], without: set[int]) -> 
     return TextRow(read, {name: row[name] for name, value in read.items() if value not in (None, row[name])})
 
 
-def _cells(file: IO[bytes], path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _cells(file: IO[bytes], path: str, separator: str) -> Iterator[tuple[int, list[str] | RecordError]]:
     """(line that it begins on, from 1; cells) of each row; blank lines are none."""
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         yield from _numbered(_Lines(text), path, separator)
     finally:
@@ -82,38 +93,55 @@ def _cells(file: IO[bytes], path: str, separator: str) -> Iterator[tuple[int, li
             text.detach()
 
 
-def _numbered(lines: _Lines, path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(lines, delimiter=separator)
+def _numbered(lines: _Lines, path: str, separator: str) -> Iterator[tuple[int, list[str] | RecordError]]:
+    # Strict, or `"Yes," he said` in a file without quoting would lose its quotes in silence.
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         line = reader.line_num + 1
+        lines.escaped = None
         limit = csv.field_size_limit(_LONGEST)  # of the whole process: 131,072 characters, unless told
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise RecordError(f"{path}: line {line}: damaged file ({error})", source=path) from error
+            place = f"{path}: line {line}"
+            if lines.ended:
+                message = f"{path}: damaged csv file (a quote that opens in the row of line {line} is never closed)"
+                raise RecordError(message, source=path) from error
+            if "expected after" not in str(error):
+                raise RecordError(f"{place}: damaged file ({error})", source=path) from error
+            yield line, RecordError(f"{place}: {_BEHIND}", source=place, has_way=True)
+            continue
         finally:
             csv.field_size_limit(limit)
         if cells is None:
             return
-        if lines.ended:
-            message = f"{path}: damaged csv file (a quote that opens in the row of line {line} is never closed)"
-            raise RecordError(message, source=path)
-        if len(cells) > 1 or (cells and not cells[0].isspace()):  # "" in quotes is a row
+        if lines.escaped is not None:
+            place = f"{path}: line {line}"
+            yield line, RecordError(f"{place}: {not_utf8(lines.escaped, path)}", source=place, has_way=True)
+        elif len(cells) > 1 or (cells and not cells[0].isspace()):  # "" in quotes is a row
             yield line, cells
 
 
 class _Lines:
-    """Lines of a file. `ended`: the reader has asked for one behind the last."""
+    """Lines of a file.
+
+    Attributes:
+        ended: the reader has asked for one behind the last. escaped: a byte of the lines since it was None that is no
+            UTF-8.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.ended = False
+        self.escaped: int | None = None
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
         for line in self.file:
+            if self.escaped is None:
+                self.escaped = escaped_byte(line)
             return line
         self.ended = True
         raise StopIteration
@@ -129,10 +157,13 @@ def _names(header: Sequence[str]) -> list[str]:
     return bare if len(set(bare)) == len(bare) else names
 
 
-def _first_number(block: Sequence[tuple[int, Sequence[str]]], width: int) -> int | None:
+def _first_number(block: Sequence[tuple[int, list[str] | RecordError]], width: int) -> int | None:
     """The number in front of the first of these rows, where most have one there that no name of the header is above."""
     for first in (0, 1):
-        counted = sum(len(cells) == width + 1 and cells[0] == str(k) for k, (_, cells) in enumerate(block, first))
+        counted = sum(
+            not isinstance(cells, RecordError) and len(cells) == width + 1 and cells[0] == str(k)
+            for k, (_, cells) in enumerate(block, first)
+        )
         if 2 * counted > len(block):
             return first
     return None

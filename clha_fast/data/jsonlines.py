@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, cast
 
+from clha_fast.data.encodings import not_utf8
 from clha_fast.data.records import RecordError
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]', re.DOTALL)
@@ -73,7 +74,8 @@ def _decode(data: bytes, path: str, first_line: int) -> object:
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
-        why = f"invalid UTF-8 (byte 0x{data[error.start]:02x})"
+        cut = error.reason == "unexpected end of data"
+        why = f"invalid UTF-8 (byte 0x{data[error.start]:02x})" if cut else not_utf8(data[error.start], path)
         return _broken(path, line, column, _field_at(data[: error.start].decode("utf-8")), why)
     # What follows the value is no place to report: a line's own newline would count as the next line.
     text = text.rstrip()

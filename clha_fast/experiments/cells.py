@@ -201,9 +201,8 @@ def _train(comparison: Comparison, cell: Cell, base: str, folder: str) -> dict[s
     records = read_file(train_file, options)
     if cell.corruption is not None:
         records = cell.corruption.apply(rewarded_alike(records, options))
-    # Rollouts read prompts alone, and take neither option.
-    prompts = cell.method.rollout and (options.get("rank_by_reward") or options.get("skip_bad_records"))
-    if cell.corruption is not None or prompts:
+    # Rollouts read prompts alone, and order no responses.
+    if cell.corruption is not None or (cell.method.rollout and options.get("rank_by_reward")):
         train_file = os.path.join(folder, "train.jsonl")
         write_records(records, train_file)
         # As they were written: ranked again, flips would be undone.

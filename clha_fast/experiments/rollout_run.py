@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clha_fast.data.prompts import Prompted, prompt_hash, read_prompts
+from clha_fast.data.records import SKIPS, RecordError
 from clha_fast.evaluation.accuracy import mean_interval
 from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.experiments.run import METRICS_FILE, Run, RunOptions
@@ -23,7 +24,6 @@ from clha_fast.training.validation import check_best_metric
 # Fields of RunOptions that mean nothing where prompts are read and a trained model goes on.
 _NOTHING: dict[str, Any] = {
     "rank_by_reward": False,
-    "skip_bad_records": False,
     "model_config": None,
     "build_tokenizer": None,
 }
@@ -79,7 +79,11 @@ class RolloutRun(Run):
         """The prompts of the training file, and of the evaluation file where there is one."""
         options = self.options
         files = [path for path in (options.train_file, options.eval_file) if path is not None]
-        train, *held_out = (read_prompts(path, options.format, columns=options.columns) for path in files)
+        errors = self.skipped if options.skip_bad_records else None
+        try:
+            train, *held_out = (read_prompts(path, options.format, errors, columns=options.columns) for path in files)
+        except RecordError as error:
+            raise error if errors is not None else error.advised(SKIPS) from None
         return train, held_out[0] if held_out else None
 
     def build(self) -> None:

@@ -38,6 +38,7 @@ from clha_fast.models.loading import (
     texts_of,
 )
 from clha_fast.ops.dispatch import resolve
+from clha_fast.processes import all_stop
 from clha_fast.reports.data_summary import DataSummary, summarise
 from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.training.checkpoints import wait_for_everyone
@@ -142,14 +143,13 @@ def with_defaults(settings: Mapping[str, Any], config_class: type[TrainingArgume
 
 
 class _StopAsked(TrainerCallback):
-    """Ends training after the current step, with a checkpoint."""
+    """Ends training after the current step, with a checkpoint; of several processes all after the same one."""
 
-    def __init__(self) -> None:
-        self.asked = self.stopped = False
+    asked = stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A step that happens to be the last one ends by itself.
-        if self.asked and state.global_step < state.max_steps:
+        if all_stop(self.asked, state.global_step, args.output_dir) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
 

@@ -290,8 +290,12 @@ def _of_files(comparison: Comparison, new: bool) -> list[str]:
                     found.append(f"Malformed records of {name} (n = {length}) that are left out: {len(bad):,}.")
                 if len(kept) < len(records):
                     count = f"{len(records) - len(kept):,} of {len(records):,}"
-                    what = "with or without rewards, unlike most, on which no loss over pairs trains"
-                    found.append(f"Records of {name} (n = {length}) {what}: {count}.")
+                    what = (
+                        "with rewards, which most lack,"
+                        if kept[0].rewards is None
+                        else "without rewards, as most have,"
+                    )
+                    found.append(f"Records of {name} (n = {length}) {what} that are left out: {count}.")
     for length, files in comparison.data.items():
         test = prompts[files.test]
         for name in ("train", "dev"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,9 @@ def with_adapter(model: nn.Module, config: Any) -> nn.Module:
     if is_adapted(model) or getattr(model, "peft_config", None):
         raise ValueError("peft_config: expected None for a model that has an adapter, got one more")
     try:
-        wrapped: nn.Module = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft's, and nobody else's, to heed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped: nn.Module = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"peft_config: {error}") from error
     return wrapped

@@ -249,7 +249,7 @@ class CandidateForward(_Forward):
         inputs: Mapping[str, Any],
         tensors: Mapping[str, Tensor | None],
         *,
-        scale: Tensor | int = 1,
+        scale: Tensor | float = 1,
         others: Mapping[str, Any] | None = None,
         wrapped: bool = True,
     ) -> Scored:

@@ -28,6 +28,10 @@ def check_adds_up(objective: Objective) -> Objective:
     """
     if type(objective) in BUILT_IN:
         return objective
+    if torch.compiler.is_compiling():
+        # It runs eagerly; under fullgraph=True the compiler gives this reason.
+        why = "is none of the library's own and runs eagerly only"
+        torch._dynamo.graph_break(msg=f"objective {objective.label!r} {why}")
     subject: Any = objective.function if isinstance(objective, FromFunction) else objective
     if _CHECKED.get(id(subject)) is not subject:
         compare(objective)

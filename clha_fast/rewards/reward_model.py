@@ -20,7 +20,7 @@ from transformers.utils import find_adapter_config_file, logging
 from clha_fast.batching.segments import check_layout, counted_layout
 from clha_fast.models.loading import DTYPES, check_reachable, check_vocabulary, find_device, fingerprint
 from clha_fast.models.positions import positions_of
-from clha_fast.models.tokenizer_files import read_tokenizer
+from clha_fast.models.tokenizer_files import read_tokenizer, tokenizer_hash
 from clha_fast.rewards.joined import JoinedRewards, join_texts
 from clha_fast.rewards.rows import pad_rows, padded_rewards
 from clha_fast.rewards.run import Row, families
@@ -95,8 +95,15 @@ class RewardModel:
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
     def fingerprint(self) -> str:
-        """A hash of configuration and weights, whatever the folder they came from, and of `blank` where it is False."""
-        return fingerprint(self.model) + (" without blanks" if self.blank is False else "")
+        """Of all that decides a reward, whatever the folder it came from.
+
+        Hashes of configuration and weights, and of the tokenizer with its chat template; the tokens that texts are cut
+        to, and `blank` where it is False.
+        """
+        length = self.default_max_length
+        parts = [fingerprint(self.model), f"read by {tokenizer_hash(self.tokenizer)}"]
+        parts += [f"up to {length}"] if length is not None else []
+        return " ".join([*parts, *(["without blanks"] if self.blank is False else [])])
 
     @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -21,7 +21,7 @@ from clha_fast.files import WRITING, publish, publish_files, rotate, writing
 from clha_fast.messages import nearest
 from clha_fast.models.wrapped import unwrap
 from clha_fast.training.restoring import load_renamed
-from clha_fast.training.shares import own_prompts, prompts_drawn
+from clha_fast.training.shares import empty_shares, own_prompts, prompts_drawn
 
 TRAINER_STATE = "trainer_state.json"
 DDP_TYPES = [kind for kind in DistributedType if kind.name.startswith("MULTI_")]
@@ -42,7 +42,8 @@ class CheckpointingTrainer(Trainer):
 
     _staging: str | None = None
     restored_step: int | None = None
-    _loaded: str = ""  # the checkpoint whose weights the model has got
+    _loaded: str = ""  # the checkpoint whose weights the model has got, for this setting:
+    _loaded_by: str = "resume_from_checkpoint"
     _began_at: str | None = None  # the checkpoint that each attempt of `auto_find_batch_size` begins with
     _written: tuple[str, ...] = ()  # checkpoints of this attempt
     _drawn: int | None = None  # prompts of the epoch, where its last batches are filled up
@@ -145,18 +146,18 @@ class CheckpointingTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._loaded = resume_from_checkpoint
+        self._loaded, self._loaded_by = resume_from_checkpoint, "resume_from_checkpoint"
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._loaded = self.state.best_model_checkpoint
+        self._loaded, self._loaded_by = self.state.best_model_checkpoint, "load_best_model_at_end"
         super()._load_best_model()
         best = self.state.best_global_step
         self.restored_step = best if best and best != self.state.global_step else None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if not load_renamed(unwrap(self.model), self._loaded, load_result.missing_keys):
+        if not load_renamed(unwrap(self.model), self._loaded, load_result.missing_keys, self._loaded_by):
             super()._issue_warnings_after_load(load_result)
 
     def evaluation_loop(
@@ -225,6 +226,12 @@ class CheckpointingTrainer(Trainer):
             self._drawn, size, self.args.process_index // sharing, self.accelerator.num_processes // sharing
         )
         return None if own == size else own
+
+    def _empty_of_last(self, size: int, sharing: int = 1) -> int:
+        """How many of the processes' batches that were read last hold nothing but fill; arguments as `_own_of_last`."""
+        if self._drawn is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return 0
+        return empty_shares(self._drawn, size, self.accelerator.num_processes // sharing)
 
     @contextlib.contextmanager
     def _unprepared(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from clha_fast.data.prompts import PromptRecord, read_prompts
-from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.data.records import SKIPS, RankedRecord, RecordError
 from clha_fast.generation.backend import GenerationSettings
 from clha_fast.generation.prompts import encode_prompts
 
@@ -26,13 +27,15 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         records: prompts, or rows as `data.prompts.read_prompts` takes them; other columns beside a `prompt` are kept as
             the record's `extra`.
         settings: as they were asked for. positions: of the model. name: of the data, for the warning.
+        skip_bad_records: leave bad records out, those that the chat template refuses among them, and count them.
 
     Attributes:
         records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
-        said: as `EncodedPrompts.said`.
-    """
+        said: as `EncodedPrompts.said`. skipped: the errors of records that were left out.
 
-    skipped: Sequence[RecordError] = ()
+    Raises:
+        RecordError: a bad record; none that is good. ValueError: a path; as `generation.prompts.encode_prompts`.
+    """
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         settings: GenerationSettings,
         positions: int | None = None,
         name: str = "prompts",
+        skip_bad_records: bool = False,
     ) -> None:
         if isinstance(records, (str, os.PathLike)):
             raise ValueError(
@@ -48,8 +52,10 @@ class PromptDataset(torch.utils.data.Dataset[int]):
                 f"the path {os.fspath(records)!r}"
             )
         records = list(records)
+        self.skipped: list[RecordError] = []
         if not all(isinstance(record, (RankedRecord, PromptRecord)) for record in records):
-            records = read_prompts(records, beside=True)
+            with _advised(skip_bad_records):
+                records = read_prompts(records, errors=self.skipped if skip_bad_records else None, beside=True)
             extra = dict.fromkeys(name for record in records for name in getattr(record, "extra", ()))
             if extra:
                 logger.warning_once(
@@ -60,12 +66,32 @@ class PromptDataset(torch.utils.data.Dataset[int]):
             raise RecordError("prompts: expected at least one, got none")
         # Responses that stand beside a prompt play no part.
         alone = [PromptRecord(record.prompt, record.source, record.template) for record in records]
-        encoded = encode_prompts(alone, tokenizer, settings, positions)
+        with _advised(skip_bad_records):
+            try:
+                encoded = encode_prompts(alone, tokenizer, settings, positions)
+            except RecordError:
+                if not skip_bad_records:
+                    raise
+                good = [number for number, one in enumerate(alone) if self._is_good(one, tokenizer, settings)]
+                if not good:
+                    raise
+                records = [records[number] for number in good]
+                encoded = encode_prompts([alone[number] for number in good], tokenizer, settings, positions)
+        if self.skipped:
+            logger.warning(f"{name}: {len(self.skipped)} bad records left out, the first: {self.skipped[0]}")
         self.records, self.prompts = list(records), encoded.prompts
         self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
         notes = [*self._limits(settings, positions), *([self.said] if self.said else [])]
         if notes:
             logger.warning(f"{name}: {'; '.join(notes)}")
+
+    def _is_good(self, record: PromptRecord, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> bool:
+        try:
+            encode_prompts([record], tokenizer, settings)
+        except RecordError as error:
+            self.skipped.append(error)
+            return False
+        return True
 
     def _limits(self, asked: GenerationSettings, positions: int | None) -> Iterator[str]:
         """What became of the limits, under the names that `RolloutConfig` has for them."""
@@ -84,6 +110,15 @@ class PromptDataset(torch.utils.data.Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+@contextlib.contextmanager
+def _advised(skipping: bool) -> Iterator[None]:
+    """Errors of records say how to leave them out, unless they are left out already."""
+    try:
+        yield
+    except RecordError as error:
+        raise error if skipping else error.advised(SKIPS) from None
 
 
 def collate_numbers(numbers: Sequence[int]) -> dict[str, Tensor]:

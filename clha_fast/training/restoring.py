@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def load_renamed(model: nn.Module, folder: str | os.PathLike[str], missing: Sequence[str]) -> bool:
+def load_renamed(model: nn.Module, folder: str | os.PathLike[str], missing: Sequence[str], option: str) -> bool:
     """Load `folder` as `from_pretrained` does where a model has weights under other names than its files.
 
     `save_pretrained` writes the experts of a mixture, say, one by one, as its checkpoints on the Hub have them, and
@@ -19,6 +19,7 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike[str], missing: Sequ
 
     Args:
         model: has been loaded by its own names. missing: names of its weights that were not in the files.
+        option: what has it loaded, which an error names.
 
     Returns:
         whether any was really missing: a head that shares the weight of the embedding is not.
@@ -39,7 +40,7 @@ def load_renamed(model: nn.Module, folder: str | os.PathLike[str], missing: Sequ
     gone = sorted({*told["missing_keys"], *(name for name in left if name not in weights)})
     if gone:
         raise ValueError(
-            f"resume_from_checkpoint: expected all weights of {type(model).__name__}, got {os.fspath(folder)!r} "
+            f"{option}: expected all weights of {type(model).__name__}, got {os.fspath(folder)!r} "
             f"without {len(gone)} of them ({gone[0]}, ...)"
         )
     model.load_state_dict(weights, strict=False)  # it may have modules that its class has not, loaded before

@@ -98,7 +98,6 @@ _NOTHING: dict[str, Any] = {
     "max_length": None,
     "max_tokens_per_batch": None,
     "dataset_num_proc": None,
-    "skip_bad_records": False,
     "eval_sample_tokens": CLHAConfig.eval_sample_tokens,
     "eval_sample_temperature": CLHAConfig.eval_sample_temperature,
     "eval_drop_inert": False,
@@ -172,7 +171,11 @@ class RolloutTrainer(CLHATrainer):
         )
         positions = config_positions(model) if isinstance(model, str) else positions_of(model)
         self._read = functools.partial(
-            PromptDataset, tokenizer=processing_class, settings=settings, positions=positions
+            PromptDataset,
+            tokenizer=processing_class,
+            settings=settings,
+            positions=positions,
+            skip_bad_records=args.skip_bad_records,
         )
         train = self._read(train_dataset, name="train_dataset") if train_dataset else None
         held_out: Any = None

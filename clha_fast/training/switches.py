@@ -44,6 +44,7 @@ _WARMS = _Switch(
     "lr_scheduler_type", "'constant_with_warmup' (or another that warms up)", lambda value: value not in _NO_WARMUP
 )
 _WATCHES = _Switch("metric_for_best_model", "'eval_loss' (or another)", lambda value: value is not None)
+_BY_PROMPTS = _Switch("max_tokens_per_batch", "None", lambda value: value is None)
 _LOADS_BEST = _Switch("load_best_model_at_end", "True", bool)
 _GOES_BY_METRIC = _Switch("lr_scheduler_type", "'reduce_lr_on_plateau'", lambda value: value in _NO_WARMUP[1:])
 # Setting -> the switches of which one is enough; the first is the one that is advised.
@@ -54,6 +55,7 @@ SWITCHES: dict[str, tuple[_Switch, ...]] = {
     "greater_is_better": (_WATCHES, _LOADS_BEST, _GOES_BY_METRIC),
     "logging_steps": (_LOGS, _EVALUATES_BY_STEPS),  # eval_steps are these unless given
     "save_steps": (_SAVES,),
+    "per_device_train_batch_size": (_BY_PROMPTS,),
     **dict.fromkeys(
         ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"), (_PUSHES,)
     ),

@@ -99,6 +99,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     loss_is_scaled_for_ga = False
     # True of a class with a collator of its own, which reads the limits of `args` elsewhere.
     _collates = False
+    _fill_scale: float = 1
     # As `Trainer` sets it for the model at hand; before transformers 5.20 none is.
     is_distributed_loading_by_transformers = False
 
@@ -261,7 +262,8 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         """The loss of one micro-batch; with `return_outputs` also a dictionary with its `CLHAMetrics`."""
         batch = CandidateBatch.from_dict(inputs)
         counts = self._step_counts if model.training else None
-        scale = 1
+        # Trainer and wrappers take the mean over all micro-batches, those that hold nothing but fill among them.
+        scale = self._fill_scale if model.training else 1
         if counts is not None:
             # The terms of all micro-batches and processes sum to the loss; Trainer and wrappers take means of them.
             scale = self.current_gradient_accumulation_steps * self._data_processes
@@ -274,7 +276,7 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
     def _loss(
-        self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: int = 1
+        self, model: nn.Module, batch: CandidateBatch, counts: dict[str, Tensor] | None = None, scale: float = 1
     ) -> tuple[Tensor, CLHAMetrics]:
         for limit in self._row_limits:
             limit.check_rows(batch.segments, batch.input_ids.shape[1])
@@ -302,13 +304,18 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of one optimiser step; with `normalizer="global"` also their counts over all processes."""
+        """The micro-batches of one optimiser step, without fill; with `normalizer="global"` also their counts."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.normalizer == "global" and samples:
-            own = self._own_of_last(samples[-1]["candidates_per_prompt"].numel(), self._sharing)
+        self._fill_scale = 1
+        if samples:
+            size = samples[-1]["candidates_per_prompt"].numel()
+            own = self._own_of_last(size, self._sharing)
             if own is not None:
                 part = first_prompts(CandidateBatch.from_dict(samples[-1]), own)
                 samples[-1] = {**samples[-1], **part.as_dict()}
+            calls = len(samples) * self._data_processes
+            empty = self._empty_of_last(size, self._sharing)
+            self._fill_scale = calls / (calls - empty) if empty else 1
         self._count_step(samples, device)
         return samples, items
 

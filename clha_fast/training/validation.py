@@ -47,6 +47,8 @@ _LEAST = {
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "num_train_epochs"), ("a finite number of at least 0", 0)),
 }
+# What NumPy, and torch's generators, take.
+_SEEDS = {"seed": (0, 2**32 - 1), "data_seed": (-(2**63), 2**63 - 1)}
 # Schedules that go by `metric_for_best_model`.
 _WATCHING = ("reduce_lr_on_plateau", "greedy")
 # They cast the model in place.
@@ -60,13 +62,17 @@ def check_numbers(args: Any) -> None:
     """Before `TrainingArguments` makes anything of them.
 
     Raises:
-        ValueError: a size below 1, a negative or infinite rate, an unknown optimizer or schedule, DeepSpeed without its
-            package.
+        ValueError: a size below 1, a negative or infinite rate, a seed that no generator takes, an unknown optimizer or
+            schedule, DeepSpeed without its package.
     """
     for name, (expected, least) in _LEAST.items():
         value = getattr(args, name)
         if not least <= value < math.inf:
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    for name, (least, most) in _SEEDS.items():
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, int) and least <= value <= most):
+            raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         known = [str(choice.value) for choice in choices]

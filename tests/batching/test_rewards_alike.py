@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.batching.signals import PER_CANDIDATE
@@ -17,6 +17,7 @@ from clha_fast.objectives import CoHOptions
 from tests.support.tiny import make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
+COLLATOR = RankedCollator(TOKENIZER)
 
 
 class Rows(IterableDataset[Any]):
@@ -76,3 +77,39 @@ def test_chains_have_no_rewards_to_lack() -> None:
     rows = [*make_rows(2), *make_rows(2, rewards=False)]
     collator = RankedCollator(TOKENIZER, CoHOptions())
     assert len(RankedDataset(rows, collator)) == len(list(RankedStream(Rows(rows), collator))) == 4
+
+
+class Shared(Rows):
+    """Each loader worker reads a part of the rows, one after another."""
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        return iter(self.rows if info is None else self.rows[info.id :: info.num_workers])
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "lacking", "workers"),
+    [("rewards", 8, (1, 3, 5, 7), 2), ("reference_logps", 6, (0, 2, 4), 2), ("rewards", 2, (1,), 3)],
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_loader_workers_go_by_the_same(name: str, count: int, lacking: tuple[int, ...], workers: int) -> None:
+    """One has no record that is like those of the others; a third has no record."""
+    rows = [{**row, name: [0.5] * len(row["completions"])} for row in make_rows(count)]
+    for place in lacking:
+        rows[place][name] = None
+    collator = RankedCollator(TOKENIZER, signals=PER_CANDIDATE)
+    stream = RankedStream(Shared(rows), collator, skip_bad_records=True)
+    for _ in range(2):  # what is settled stays
+        loader = DataLoader(stream, 1, collate_fn=list, num_workers=workers)
+        found = [feature for batch in loader for feature in batch]
+        assert len(found) == count - len(lacking)
+        assert all(feature[name] is not None for feature in found)
+    assert stream.skipped == 2 * len(lacking)
+    with pytest.raises(RecordError, match=rf"{name}: expected some, as .* has, got None.*skip_bad_records"):
+        list(DataLoader(RankedStream(Shared(rows), collator), 1, collate_fn=list, num_workers=workers))
+
+
+def test_an_error_of_a_loader_worker_leaves_no_other_waiting() -> None:
+    rows = [{"prompt": "p", "completions": []}, *make_rows(3)]
+    with pytest.raises(RecordError, match=r"(?s)^Caught .*record 0: completions: expected"):
+        list(DataLoader(RankedStream(Shared(rows), COLLATOR), 1, collate_fn=list, num_workers=2))

@@ -49,19 +49,23 @@ def test_a_packing_by_hand() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [5, 64, 700])
-def test_every_prompt_once_within_the_budget(count: int, processes: int) -> None:
+@pytest.mark.parametrize(("count", "budget"), [(1, 3000), (5, 3000), (64, 3000), (700, 3000), (7, 1), (64, 1)])
+def test_every_prompt_once_within_the_budget(count: int, budget: int, processes: int) -> None:
+    """Where the batches come to more than the prompts, what comes again closes the last round, one batch a process."""
     given = shapes(count)
-    sampler = TokenBudgetSampler(given, 3000, seed=7, num_processes=processes)
+    sampler = TokenBudgetSampler(given, budget, seed=7, num_processes=processes)
+    assert 0 <= sampler.fill < processes
     for epoch in range(6):
         batches = sampler.batches(epoch)
         assert len(batches) == len(sampler)
         assert len(batches) % processes == 0
-        if count >= processes:
-            assert sorted(index for batch in batches for index in batch) == list(range(count))
+        own = batches[: len(batches) - sampler.fill]
+        assert sorted(index for batch in own for index in batch) == list(range(count))
+        assert max(padded_tokens(given, batch) for batch in own) == padded_tokens(given, own[0])
         for batch in batches:
             assert batch
-            assert padded_tokens(given, batch) <= 3000 or len(batch) == 1
+            assert padded_tokens(given, batch) <= budget or len(batch) == 1
+        assert not sampler.fill or all(len(batch) == 1 for batch in batches)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:

@@ -12,10 +12,11 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from clha_fast.cli import main as cli
+from clha_fast.models.adapters import with_adapter
 from clha_fast.models.loading import adapter_config, load_model
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
-from tests.support.adapters import BODY, TOKENIZER, base, lora
+from tests.support.adapters import BODY, TOKENIZER, base, lora, lora_config
 from tests.support.command_line import command, one_sentence
 from tests.support.tiny import make_rows
 
@@ -45,6 +46,11 @@ def test_trainer_adds_the_adapter_from_its_seed_and_trains_it_alone(tmp_path: Pa
         assert changed
         assert all("lora_" in name for name in changed)
     assert all(torch.equal(firsts[0][name], firsts[1][name]) for name in firsts[0] if "lora_" in name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_is_added_without_warnings() -> None:
+    with_adapter(base(), lora_config(["q_proj"]))
 
 
 @pytest.mark.parametrize(

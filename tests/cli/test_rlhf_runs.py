@@ -228,3 +228,32 @@ def test_cut_prompts_are_said_once(
     found = capsys.readouterr()
     assert found.out.count(f"cut to {flags[1]} tokens") == 2, "of both sets, in the header"
     assert "were cut" not in found.out + found.err + caplog.text
+
+
+REFUSING = "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_exception('no word') }}{% endif %}\
+{{ m['content'] }}{% endfor %}"
+BAD: dict[str, Any] = {"unreadable": '{"prompt": ', "empty": {"prompt": None}}
+
+
+@pytest.mark.parametrize("bad", [*BAD, "refused by the template"])
+def test_bad_prompts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str) -> None:
+    words = command(tmp_path, "--max_steps", "1", "--eval_file", str(tmp_path / "held_out.jsonl"))
+    place = words.index("--eval_fraction")
+    del words[place : place + 2]
+    for name in ("prompts", "held_out"):
+        rows: list[Any] = [{"prompt": [{"role": "user", "content": f"say {number}"}]} for number in range(4)]
+        rows.insert(1, BAD.get(bad, {"prompt": [{"role": "user", "content": "no"}]}))
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = REFUSING
+    tokenizer.save_pretrained(tmp_path / "policy")
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "; where others are good, --skip_bad_records leaves it out" in said, said
+    assert cli.main([*words, "--skip_bad_records"]) == 0
+    out = capsys.readouterr().out
+    assert "training  4 prompts\n" in out
+    assert "held out  4 prompts" in out
+    assert "skipped   2 bad records, the first: " in out
+    assert len(figures(tmp_path)["after"]["rewards"]) == 4

@@ -14,6 +14,7 @@ import pytest
 from clha_fast.cli import main as cli
 from clha_fast.cli import text as cli_text
 from clha_fast.cli.runs import Progress
+from clha_fast.experiments.run import Run
 from tests.support.command_line import command, one_sentence, write_rows
 from tests.support.tiny import make_model, make_tokenizer
 
@@ -163,3 +164,28 @@ def test_an_evaluation_has_a_bar_on_a_terminal(
     assert progress.held_out is None
     assert ("Held out" in screen.getvalue()) is terminal
     assert ("/3" in screen.getvalue()) is (terminal and isinstance(batches, list))
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_evaluation_without_a_bar_is_said_as_it_begins(
+    terminal: bool,
+    fraction: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    said: list[str] = []
+    evaluate_before = Run.evaluate_before
+
+    def listening(run: Run) -> None:
+        said.append(capsys.readouterr().out)
+        evaluate_before(run)
+
+    monkeypatch.setattr(Run, "evaluate_before", listening)
+    words = command(tmp_path, "--plot", "false", max_steps=1, save_steps=1, eval_fraction=fraction)
+    assert cli.main(words) == 0
+    assert (" held-out prompts are evaluated before training\n" in said[0]) is (not terminal and fraction > 0)
+    assert cli.main([*words, "--resume"]) == 0
+    assert "are evaluated" not in said[1]

@@ -119,3 +119,18 @@ def test_headers_of_csv_as_they_are_written(tmp_path: Path, name: str, text: str
 def test_names_that_differ_by_blanks_alone_stay(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,prompt ,chosen,rejected\na,x,c,d\n")
     assert read_records(tmp_path / "a.csv") == [RankedRecord("a", ("c", "d"))]
+
+
+@pytest.mark.parametrize("cell", ['"Yes," he said.', '"Hi" there', r'"Hi \"x\" there"', '"" he said', '"a" '])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_quotes_that_are_not_written_twice_are_no_row(tmp_path: Path, cell: str, separator: str) -> None:
+    """They went out of the text, in silence, and at times a separator with them."""
+    path = tmp_path / "a.csv"
+    good = RankedRecord("say", ('"Yes," he said', "no"))
+    lines = [("prompt", "chosen", "rejected"), ("say", cell, "no"), ("say", '"""Yes,"" he said"', "no")]
+    path.write_text("".join(f"{separator.join(line)}\n" for line in lines))
+    with pytest.raises(RecordError, match=r"a.csv: line 2: expected the cell to end with the quote that closes it"):
+        read_records(path)
+    errors: list[RecordError] = []
+    assert read_records(path, errors=errors) == [good]
+    assert len(errors) == 1

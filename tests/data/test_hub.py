@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from clha_fast.data.hub import is_hub_name
 from tests.support.hub_server import hub
 
 pytest.importorskip("datasets")
+_LIMIT = 240  # seconds
 READ = """
 import sys
 from clha_fast.data import read_records
@@ -39,7 +41,12 @@ def reader(home: Path, **environment: str) -> Iterator[Callable[[str], str]]:
     variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     variables.pop("HF_DATASETS_CACHE", None)
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", READ], env=variables, stdin=pipe, stdout=pipe, text=True) as process:
+    process = subprocess.Popen([sys.executable, "-c", READ], env=variables, stdin=pipe, stdout=pipe, text=True)
+    limit = threading.Timer(_LIMIT, process.kill)  # waiting for ever becomes an empty line, and a failure
+    limit.start()
+    with contextlib.ExitStack() as ends:
+        ends.callback(limit.cancel)
+        ends.enter_context(process)
 
         def read(name: str) -> str:
             assert process.stdin is not None

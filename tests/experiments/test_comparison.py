@@ -179,19 +179,23 @@ def test_what_is_only_evaluated_otherwise_lies_in_the_same_folder(comparison):
     assert cell_folder(comparison, cell_of(comparison), base) == cell_folder(other, cell_of(comparison), base)
 
 
-@pytest.mark.parametrize("lacking", [0, 2])
-def test_records_without_rewards_are_left_out_of_a_table_and_said(comparison, lacking):
+@pytest.mark.parametrize(("lacking", "few"), [(0, False), (2, False), (1, True)])
+def test_records_unlike_most_are_left_out_of_a_table_and_said(comparison, lacking, few):
     rows = [{"prompt": f"train {k}", "completions": ["a", "b"], "rewards": [1.0, 0.0]} for k in range(3)]
-    del rows[lacking]["rewards"]
+    for place, row in enumerate(rows):
+        if (place == lacking) != few:
+            del row["rewards"]
     train = comparison.data["2"].train
     with open(train, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    found = dataclasses.replace(comparison, methods=parse_methods(["rrhf"]), run={"skip_bad_records": True})
+    found = dataclasses.replace(
+        comparison, methods=parse_methods(["sft" if few else "rrhf"]), run={"skip_bad_records": True}
+    )
     (said,) = of_files(found, new=True)
-    assert said.startswith("Records of train (n = 2) with or without rewards, unlike most, ")
-    assert said.endswith(": 1 of 3.")
+    what = "with rewards, which most lack," if few else "without rewards, as most have,"
+    assert said == f"Records of train (n = 2) {what} that are left out: 1 of 3."
     records = read_file(train, found.run)
-    assert len(Corruption("flips", 0.5).apply(rewarded_alike(records, found.run))) == 2
+    assert few or len(Corruption("flips", 0.5).apply(rewarded_alike(records, found.run))) == 2
     assert rewarded_alike(records, {}) == records
     assert len(rewarded_alike(records[lacking : lacking + 1], found.run)) == 1, "where none has any, none lacks them"
 

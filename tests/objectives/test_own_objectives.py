@@ -408,3 +408,30 @@ def test_no_gradient_flows_into_what_is_known(
 def test_slopes_that_are_not_the_terms_are_refused() -> None:
     with pytest.raises(ValueError, match="slopes: expected the gradient of its own terms"):
         ranking_loss(-torch.ones(5), INPUTS, own(slopes=lambda self, group: torch.ones_like(group.logps)))
+
+
+def likelihood(group: Group) -> Tensor:
+    return -group.scores.sum() / group.totals.prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood(Objective):
+    name = "likelihood"
+
+    def terms(self, group: Group) -> Terms:
+        return Terms(group.scores.new_zeros(()), likelihood(group))
+
+
+@pytest.mark.parametrize("objective", [likelihood, Likelihood()])
+def test_a_compiler_gives_the_reason_why_an_objective_of_your_own_is_not_compiled(objective):
+    torch._dynamo.reset()
+    case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_loss(hidden, weight, case.targets, case.ranking, objective, backend="torch")[0]
+
+    leaves = case.to(torch.float32).leaves()
+    with pytest.raises(RuntimeError, match="objective 'likelihood' is none of the library's own and runs eagerly only"):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(loss, backend="aot_eager")(*leaves), loss(*leaves))

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
@@ -380,3 +382,30 @@ def test_an_adapter_of_peft_brings_its_head(tmp_path: Path, base: str, labels: i
     with torch.no_grad():
         expected = adapted(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, labels - 1]
     assert found.score_tokens([[5, 6, 7, 8]]).item() == pytest.approx(float(expected), rel=1e-4)
+
+
+def _other_merges(tokenizer: Any) -> None:
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["model"]["merges"] = rules["model"]["merges"][:-1]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_merges,
+        lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<pad>"),
+        lambda tokenizer: setattr(tokenizer, "model_max_length", 20),
+    ],
+)
+def test_judges_that_read_otherwise_are_two(tmp_path: Path, change: Any) -> None:
+    model = llama()
+    first = RewardModel(model, make_tokenizer()).fingerprint()
+    used = make_tokenizer()
+    used(["a cat", "a"], padding=True, truncation=True, max_length=3)
+    used.save_pretrained(tmp_path)
+    for same in (used, AutoTokenizer.from_pretrained(tmp_path)):
+        assert RewardModel(model, same).fingerprint() == first
+    change(used)
+    assert RewardModel(model, used).fingerprint() != first

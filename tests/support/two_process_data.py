@@ -22,7 +22,9 @@ from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 WORLD = int(os.environ["WORLD_SIZE"])
 TOKENIZER = make_tokenizer()
-# Prompts in batches of 4, or of 2 in each process.
+# One step an epoch, each prompt being larger than a batch may be.
+OWN_BATCHES = {"max_tokens_per_batch": 1, "gradient_accumulation_steps": 100}
+# Prompts in batches of 4, or of 2 in each process; of those that divide by their own, as many in all.
 SHORT: list[tuple[int, dict[str, Any]]] = [
     (7, {}),
     (5, {"layout": "shared", "objective": "rrhf"}),
@@ -31,6 +33,11 @@ SHORT: list[tuple[int, dict[str, Any]]] = [
     (6, {"train_sampling_strategy": "sequential", "dataloader_num_workers": 1}),
     (5, {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4}),
     (7, {"dataloader_drop_last": True}),
+    *((rows, {**OWN_BATCHES, "normalizer": name}) for rows, name in ((1, "global"), (3, "global"), (3, "batch"))),
+    *(
+        (rows, {"normalizer": "batch", "per_device_train_batch_size": 2, "gradient_accumulation_steps": steps // WORLD})
+        for rows, steps in ((1, 2), (5, 2), (7, 4), (9, 4))
+    ),
 ]
 ROWS, HELD_OUT = make_rows(26), make_rows(7, seed=5)
 BAD = {"prompt": "p", "completions": ["a", ""], "rewards": [1.0, 0.0]}

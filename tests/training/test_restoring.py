@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, TrainerCallback
 
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.restoring import load_renamed
@@ -89,14 +89,33 @@ def test_the_best_model_has_its_experts(tmp_path: Path) -> None:
         assert torch.equal(tensor, saved.state_dict()[name]), name
 
 
+class Cutting(TrainerCallback):
+    """Takes the experts of the first layer out of every checkpoint."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "model.safetensors"
+        whole = load_file(file)
+        save_file({name: t for name, t in whole.items() if "layers.0" not in name or "experts" not in name}, file)
+
+
+def test_errors_name_what_has_weights_loaded(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    ours = ranked(tmp_path, "mixtral", **best)
+    ours.add_callback(Cutting())
+    with pytest.raises(ValueError, match=r"^load_best_model_at_end: expected all weights of MixtralForCausalLM"):
+        ours.train()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected all weights of MixtralForCausalLM"):
+        ranked(tmp_path, "mixtral").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_weights_that_are_nowhere(tmp_path: Path) -> None:
     model = make_model(len(TOKENIZER))
-    assert not load_renamed(model, tmp_path, ["lm_head.weight"]), "it shares the embedding's"
+    assert not load_renamed(model, tmp_path, ["lm_head.weight"], "x"), "it shares the embedding's"
     lacking = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
     model.save_pretrained(tmp_path, state_dict=lacking)
     missing = [name for name in model.state_dict() if "layers.1.mlp" in name]
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected all weights of LlamaForCausalLM, .* 3 of"):
-        load_renamed(model, tmp_path, missing)
+        load_renamed(model, tmp_path, missing, "resume_from_checkpoint")
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -109,8 +128,8 @@ def test_modules_that_were_put_beside_stay(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(found.get(name, torch.zeros_like(weight)))
-    assert load_renamed(model, tmp_path, [name for name in model.state_dict() if name not in found])
+    assert load_renamed(model, tmp_path, [name for name in model.state_dict() if name not in found], "x")
     expected = weights(saved)
     assert [name for name, tensor in weights(model).items() if not torch.equal(tensor, expected[name])] == []
     with pytest.raises(ValueError, match=r"without 2 of them \(late\.bias, \.\.\.\)$"):
-        load_renamed(other, tmp_path, [name for name in other.state_dict() if name not in found])
+        load_renamed(other, tmp_path, [name for name in other.state_dict() if name not in found], "x")

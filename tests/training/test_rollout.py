@@ -437,3 +437,14 @@ def test_a_reward_function_sees_the_columns_beside_a_prompt(
     assert len(ours.train_dataset) == 3
     assert len(set(said)) == 1
     assert said[0].startswith(f"prompts: the columns {column} are no part of them; a reward function finds them in ")
+
+
+def test_rows_that_are_no_prompts_are_left_out() -> None:
+    rows = [{"prompt": "a"}, {"prompt": 3}, {"prompt": "b"}]
+    with pytest.raises(RecordError, match=r"^record 1: prompt: expected .* skip_bad_records=True leaves it out"):
+        PromptDataset(rows, TOKENIZER, GenerationSettings())
+    found = PromptDataset(rows, TOKENIZER, GenerationSettings(), skip_bad_records=True)
+    assert [record.prompt for record in found.records] == ["a", "b"]
+    assert [error.source for error in found.skipped] == ["record 1"]
+    with pytest.raises(RecordError, match=r"at least one good record, got 1 bad ones; the first: record 0: "):
+        PromptDataset(rows[1:2], TOKENIZER, GenerationSettings(), skip_bad_records=True)

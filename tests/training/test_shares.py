@@ -10,7 +10,8 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
-from clha_fast.training.shares import own_prompts, prompts_drawn
+from clha_fast.batching.sampling import TokenBudgetSampler
+from clha_fast.training.shares import empty_shares, own_prompts, prompts_drawn
 
 PROMPTS = range(7)
 
@@ -52,6 +53,24 @@ def test_the_sampler_says_what_is_drawn(sampler: Any) -> None:
     assert [own_prompts(7, 2, share, 2) for share in (0, 1)] == [2, 1]
     assert prompts_drawn(shared(BatchSampler(sampler, 2, True))) is None
     assert prompts_drawn(shared(BatchSampler(sampler, 2, False), even_batches=False)) is None
+
+
+@pytest.mark.parametrize(("prompts", "shares"), [(1, 2), (3, 2), (2, 3), (7, 4), (5, 3)])
+def test_a_budget_with_more_batches_than_prompts(prompts: int, shares: int) -> None:
+    sampler = TokenBudgetSampler([(1, 10)] * prompts, 1, num_processes=shares)
+    loaders = [
+        DataLoader(PROMPTS, batch_sampler=BatchSamplerShard(sampler, shares, share, even_batches=False))  # type: ignore[arg-type]
+        for share in range(shares)
+    ]
+    seen: list[int] = []
+    for share, loader in enumerate(loaders):
+        drawn = prompts_drawn(loader)
+        assert drawn == prompts
+        *whole, last = [prompt for batch in loader.batch_sampler for prompt in batch]  # type: ignore[union-attr]
+        seen += [*whole, *[last] * own_prompts(drawn, 1, share, shares)]
+    assert sorted(seen) == list(range(prompts))
+    assert empty_shares(prompts, 1, shares) == -prompts % shares
+    assert prompts_drawn(shared(TokenBudgetSampler([(1, 10)] * 8, 1, num_processes=4))) is None, "none is filled up"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ ON: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {"gradient_checkpointing": True}),
     "activation_checkpointing_kwargs": ({"use_reentrant": False}, {"activation_checkpointing": True}),
     "warmup_steps": (9, {"lr_scheduler_type": "constant_with_warmup"}),
+    "per_device_train_batch_size": (3, {}),
     "eval_sample_tokens": (9, {"eval_samples": 1}),
     "eval_sample_temperature": (0.5, {"eval_samples": 2}),
 }
@@ -47,12 +48,18 @@ OFF: dict[str, dict[str, Any]] = {
     "save_steps": {"save_strategy": "epoch"},
     "logging_steps": {"logging_strategy": "no"},
     "warmup_steps": {"lr_scheduler_type": "constant"},
+    "per_device_train_batch_size": {"max_tokens_per_batch": 100},
+}
+# Settings of one kind of run alone, or with switches of it.
+OWN = {
+    "per_device_train_batch_size": (CLHAConfig,),
+    **dict.fromkeys(("eval_sample_tokens", "eval_sample_temperature"), (CLHAConfig,)),
 }
 CASES = [
     (config, name)
     for config in CONFIGS
     for name in ON
-    if name in config.__dataclass_fields__ and not (config is RolloutConfig and name.startswith("eval_sample"))
+    if name in config.__dataclass_fields__ and config in OWN.get(name, CONFIGS)
 ]
 
 
@@ -179,3 +186,11 @@ def test_our_own_settings_all_have_a_part(settings: dict[str, Any], said: list[s
     run = Run(RunOptions(train_file="x", model="y"), {**config, "output_dir": "out", "use_cpu": True})
     assert idle_line(run) == {}
     assert said == []
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("seed", 2**32), ("seed", 1.5), ("data_seed", 2**63)])
+def test_seeds_that_no_generator_takes(config: type[Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number from "):
+        made(config, **{name: value})
+    made(config, seed=2**32 - 1, data_seed=-1)
