@@ -82,7 +82,9 @@ def encode_prompts(
     settings = _lengths(settings, positions, max(map(len, prefixes), default=0))
     reader.limit(settings.max_prompt_length)
     quiet = not progress or len(given) <= _LARGE
-    read = [reader.read(record) for record in logging.tqdm(given, desc="Tokenising", unit=" prompts", disable=quiet)]
+    # Closed before an interruption is said.
+    with logging.tqdm(given, desc="Tokenising", unit=" prompts", disable=quiet) as shown:
+        read = [reader.read(record) for record in shown]
     ends = tuple(sorted(reader.ends))
     prompts = [
         EncodedPrompt(
