@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -149,6 +150,17 @@ def about(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextlib.contextmanager
+def naming_full(path: str) -> Iterator[None]:
+    """That no room is left is said of `path`: a write's own error has no name. Others may be of what is read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(error.errno, error.strerror, path) from error
 

@@ -16,6 +16,7 @@ from clha_fast.batching.signals import PER_CANDIDATE, Values, check_signals, pac
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
 from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.objectives.pairs import pair_blocks
 from clha_fast.types import SIGNALS
 
 
@@ -218,7 +219,6 @@ class CandidateBatch:
         }
 
 
-_BLOCK = 1024
 _NO_TENSORS: dict[str, Any] = {"num_inert": 0, "inert_for": "", "chains": "", "segments": None, "host_sizes": None}
 
 _SAME_SHAPE = {
@@ -261,13 +261,13 @@ def inert_mask(
             raise ValueError(f"sft_index: expected a position from 0 to {size - 1}, got {position}")
     device = candidates_per_prompt.device if rewards is None else rewards.device
     found, start = [torch.zeros(0, dtype=torch.bool, device=device)], 0
+    first = 0
     # All pairs of a block of prompts exist at a time, not those of a whole data set.
-    for first in range(0, len(candidates_per_prompt), _BLOCK):
-        sizes = candidates_per_prompt[first : first + _BLOCK]
-        span = slice(start, start + int(sizes.sum()))
-        start = span.stop
-        targets = None if sft_index is None else sft_index[first : first + _BLOCK]
-        found.append(objective.inert(Layout.whole(sizes, device), None if rewards is None else rewards[span], targets))
+    for sizes in pair_blocks(candidates_per_prompt.tolist(), int):
+        span, part = slice(start, start + sum(sizes)), slice(first, first + len(sizes))
+        start, first = span.stop, part.stop
+        given, targets = (None if all_ is None else all_[cut] for all_, cut in ((rewards, span), (sft_index, part)))
+        found.append(objective.inert(Layout.whole(torch.tensor(sizes), device), given, targets))
     return torch.cat(found)
 
 

@@ -45,6 +45,9 @@ class RankedStream(IterableDataset[Any]):
 
     Attributes:
         skipped: bad records left out so far by this process and its workers, again in every pass.
+        discarded: how many examples a pass begins with (of each worker) that are thrown away once they are collated,
+            for a run that is resumed behind them. They are read, and checked as records, but not tokenised: the tokens
+            of the first stand for all. `skip_bad_records` has to tokenise them.
 
     Raises:
         RecordError: a bad record; one with rewards, or a signal, that the first lacks, or the other way round; with
@@ -65,6 +68,7 @@ class RankedStream(IterableDataset[Any]):
         self.repeat = repeat
         self.fill_to = fill_to
         self.skip_bad_records = skip_bad_records
+        self.discarded = 0
         self._skipped = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()
         self._epoch = 0
         self._notes = Notes()
@@ -91,11 +95,15 @@ class RankedStream(IterableDataset[Any]):
         worker = torch.utils.data.get_worker_info()
         count = passes = 0
         last: Any = None
+        stand_in: Any = None
         while True:
             before = count
             for example in self._pass(*((0, 1) if worker is None else (worker.id, worker.num_workers))):
                 count += 1
                 last = example
+                if count <= self.discarded and isinstance(example, RankedRecord):
+                    stand_in = stand_in or self.collator.tokenize_record(example)
+                    example = stand_in
                 yield example
             if count == before:
                 if worker is not None:  # other workers have the shards

@@ -11,11 +11,11 @@ from torch import Tensor
 from clha_fast.batching.batch import CandidateBatch, CandidateFeature, inert_mask, scored_lengths
 from clha_fast.layout import Layout
 from clha_fast.objectives import Objective
+from clha_fast.objectives.pairs import pair_blocks
 from clha_fast.types import COUNTS, RankingInputs
 
 # All but the kept pairs are one number each.
 SCALARS = len(COUNTS) - 1
-CHUNK = 256  # prompts whose counts are made at a time
 
 
 def local_counts(batches: Sequence[CandidateBatch], objective: Objective, most: int) -> Tensor:
@@ -64,9 +64,8 @@ def is_tokenised(dataset: Any) -> bool:
 
 
 def feature_chunks(dataset: Any) -> Iterator[list[CandidateFeature]]:
-    """The examples of a tokenised dataset, some at a time."""
-    for start in range(0, len(dataset), CHUNK):
-        yield [dataset[k] for k in range(start, min(start + CHUNK, len(dataset)))]
+    """The examples of a tokenised dataset, some at a time, as `pair_blocks` has it."""
+    return pair_blocks((dataset[k] for k in range(len(dataset))), lambda feature: len(feature["completion_ids"]))
 
 
 def ranking_inputs(features: Sequence[CandidateFeature]) -> RankingInputs:

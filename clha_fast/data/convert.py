@@ -12,6 +12,7 @@ from typing import Any
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, iter_records
 from clha_fast.data.records import RecordError
+from clha_fast.files import naming_full
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def convert(
     records = completions = with_rewards = 0
     partial = f"{path}.{os.getpid()}.partial"
     try:
-        with open(partial, "x", encoding="utf-8", newline="\n") as file:
+        with naming_full(path), open(partial, "x", encoding="utf-8", newline="\n") as file:
             for record in iter_records(source, format, rank_by_reward, errors, columns=columns, notes=counts):
                 file.write(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
                 records += 1

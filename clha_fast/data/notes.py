@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clha_fast.data.records import Prompt, RankedRecord, as_compared, repeats_prompt
+from clha_fast.data.records import Prompt, RankedRecord, agreeing, as_compared, repeats_prompt
 
 logger = logging.getLogger("clha_fast.data")
 
@@ -53,11 +53,8 @@ class Notes:
         self.records += 1
         self.unread.update(unread)
         rewards = as_compared(record.rewards or ())
-        turned = 0
-        for better in range(len(rewards)):
-            for worse in rewards[better + 1 :]:
-                self.pairs += rewards[better] != worse
-                turned += rewards[better] < worse
+        right, pairs = agreeing(rewards, range(0, -len(rewards), -1))
+        self.pairs += pairs
         found = {
             "repeated": repeated and not left,
             "left": left,
@@ -66,7 +63,7 @@ class Notes:
             "blank": not all(text.strip() for text in record.completions),
             "single": len(record.completions) == 1,
             "equal": len(set(record.completions)) < len(record.completions),
-            "reversed": turned,
+            "reversed": int(pairs - right),
         }
         for name, count in found.items():
             setattr(self, name, getattr(self, name) + count)

@@ -15,7 +15,7 @@ from clha_fast.data.prepare import SPLITS, SUMMARY_FILE, Track
 from clha_fast.data.readers import iter_records
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.writing import write_records
-from clha_fast.files import WRITING, file_hash, publish_files, write_json
+from clha_fast.files import WRITING, file_hash, naming_full, publish_files, write_json
 
 
 def of_length(record: RankedRecord, length: int) -> RankedRecord | None:
@@ -127,7 +127,8 @@ def split_files(
         written = {}
         for split, part in parts.items():
             target = os.path.join(staged, f"{split}.jsonl")
-            write_records(part, target)
+            with naming_full(path):
+                write_records(part, target)
             subsets = Counter(record.subset for record in part)
             prompts = len({prompt_digest(record) for record in part})
             written[f"{split}.jsonl"] = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import numbers
+import operator
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -190,6 +193,24 @@ def as_compared(rewards: Iterable[float]) -> list[float]:
     What they are sorted, counted and paired by; `objectives.pairs.COMPARED` is the same of tensors.
     """
     return array("f", rewards).tolist()
+
+
+def agreeing(given: Iterable[float], scores: Iterable[float]) -> tuple[float, int]:
+    """(pairs that `scores` order as `given` does, pairs that `given` orders); of equal scores a pair is half right.
+
+    n log n comparisons: of a thousand responses there are half a million pairs.
+    """
+    right, pairs = 0.0, 0
+    better: list[float] = []  # ascending, the scores of all that are given as better
+    for _, equal in itertools.groupby(sorted(zip(given, scores, strict=True), reverse=True), operator.itemgetter(0)):
+        own = [score for _, score in equal]
+        for score in own:
+            lower, upto = bisect.bisect_left(better, score), bisect.bisect_right(better, score)
+            right += len(better) - upto + 0.5 * (upto - lower)
+        pairs += len(own) * len(better)
+        for score in own:
+            bisect.insort(better, score)
+    return right, pairs
 
 
 def repeats_prompt(prompt: Prompt) -> Callable[[str], bool]:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable
 
 from clha_fast.data.records import RankedRecord
+from clha_fast.files import naming_full
 
 
 def write_records(records: Iterable[RankedRecord], path: str) -> int:
     """Write one object a line, UTF-8; the file appears whole or not at all. How many there were."""
     partial = f"{path}.partial"
     count = 0
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+    with naming_full(path), open(partial, "w", encoding="utf-8", newline="\n") as file:
         for record in records:
             file.write(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
             count += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from clha_fast.evaluation.intervals import import_scipy
 from clha_fast.layout import Layout, accumulate
 from clha_fast.models.attach import attach
 from clha_fast.models.positions import positions_of
-from clha_fast.objectives.pairs import COMPARED, Pairs, wins
+from clha_fast.objectives.pairs import COMPARED, Pairs, pair_blocks, wins
 from clha_fast.objectives.sft import SFTOptions
 
 COLUMNS = (
@@ -175,6 +176,17 @@ def likelihood_values(
 
 
 def _pair_counts(
+    records: Sequence[RankedRecord], scores: Sequence[Sequence[float]], noise_rule: str, reward_margin: float
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for block in pair_blocks(zip(records, scores, strict=True), lambda both: len(both[1])):
+        some, own = [record for record, _ in block], [values for _, values in block]
+        for name, counts in _counts_of_block(some, own, noise_rule, reward_margin).items():
+            found[name] += counts
+    return found
+
+
+def _counts_of_block(
     records: Sequence[RankedRecord], scores: Sequence[Sequence[float]], noise_rule: str, reward_margin: float
 ) -> dict[str, list[float]]:
     sizes = torch.tensor([len(own) for own in scores])

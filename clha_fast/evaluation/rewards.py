@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clha_fast.data.prompts import prompt_hash
-from clha_fast.data.records import RankedRecord, as_compared
+from clha_fast.data.records import RankedRecord, agreeing, as_compared
 from clha_fast.evaluation.intervals import Estimate, estimate, ratio
 from clha_fast.rewards.reward_model import RewardModel
 from clha_fast.rewards.rows import AnswerCollator
@@ -118,10 +118,4 @@ def _better(record: RankedRecord, scored: RankedRecord) -> tuple[float, float]:
     assert scored.rewards is not None
     values = as_compared(scored.rewards)
     given = None if record.rewards is None else as_compared(record.rewards)
-    right = count = 0.0
-    for i in range(len(values)):
-        for j in range(i + 1, len(values)):
-            if given is None or given[i] != given[j]:
-                right += 1.0 if values[i] > values[j] else 0.5 if values[i] == values[j] else 0.0
-                count += 1
-    return right, count
+    return agreeing(range(0, -len(values), -1) if given is None else given, values)

@@ -142,7 +142,8 @@ def generate_answers(
     elif processes.world > 1 or resume:
         what = "to resume" if resume else f"in which {processes.world} processes read each other's answers"
         raise ValueError(f"destination: expected a file {what}, got None")
-    encoded = encode_prompts(records, backend.tokenizer, settings, backend.max_positions)
+    shown = progress and not processes.rank
+    encoded = encode_prompts(records, backend.tokenizer, settings, backend.max_positions, progress=shown)
     rows = list(dict.fromkeys(encoded.prompts))
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -164,7 +165,7 @@ def generate_answers(
     try:
         share = processes.share(journal)
         with journal:
-            _answer(rows, backend, encoded.settings, journal, share, progress and not processes.rank)
+            _answer(rows, backend, encoded.settings, journal, share, shown)
         processes.collect(journal)
         place = {row: number for number, row in enumerate(rows)}
         answers = []

@@ -8,11 +8,12 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
@@ -29,6 +30,7 @@ PLAIN_STOPS = ("System:", "User:", *TEXT_STOPS)
 # A prompt keeps this part of the model's positions (one in so many), whatever an answer may need.
 _PROMPT_SHARE = 4
 COH_MARKER = "A helpful answer:"
+_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationSettings,
     positions: int | None = None,
+    *,
+    progress: bool = False,
 ) -> EncodedPrompts:
     """Prompts rendered and tokenised as `RankedCollator` does it for training.
 
@@ -64,6 +68,7 @@ def encode_prompts(
     Args:
         positions: of the model. Prompts leave room for an answer, but keep a quarter of the positions: what is then
             missing is taken from `max_new_tokens`, for all prompts alike.
+        progress: show a bar for more than 2000 records.
 
     Raises:
         RecordError: as `RankedCollator.tokenize_record`; a text prompt with `settings.chat_template_kwargs`.
@@ -76,8 +81,11 @@ def encode_prompts(
         prefixes = [reader.prefix(record) for record in given]
     settings = _lengths(settings, positions, max(map(len, prefixes), default=0))
     reader.limit(settings.max_prompt_length)
-    read = [reader.read(record) for record in given]
-    ends = tuple(closing_tokens([{"completion_ids": one.closings} for one in read], tokenizer))
+    quiet = not progress or len(given) <= _LARGE
+    # Closed before an interruption is said.
+    with logging.tqdm(given, desc="Tokenising", unit=" prompts", disable=quiet) as shown:
+        read = [reader.read(record) for record in shown]
+    ends = tuple(sorted(reader.ends))
     prompts = [
         EncodedPrompt(
             (*one.ids, *prefix),
@@ -91,15 +99,14 @@ def encode_prompts(
 
 
 class _Read(NamedTuple):
-    """A prompt's tokens, whether some were cut, tokens that may close an answer, stop texts.
+    """A prompt's tokens, whether some were cut, stop texts.
 
     lead: what the template puts in front of a response. behind: whether that, or the lead asked for, is in `ids`
     and no server's. rendered: by a chat template.
     """
 
-    ids: Sequence[int]
+    ids: tuple[int, ...]
     cut: bool
-    closings: Sequence[Sequence[int]]
     stops: tuple[str, ...]
     lead: str = ""
     behind: bool = False
@@ -107,13 +114,18 @@ class _Read(NamedTuple):
 
 
 class _Reader:
-    """Reads records one by one, as `encode_prompts` describes it."""
+    """Reads records one by one, as `encode_prompts` describes it.
+
+    Of the responses that a record has, and of what closes them, it keeps the token alone that ends an answer (`ends`).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.collator = RankedCollator(tokenizer)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
-        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = _special(tokenizer)
+        self.ends = {tokenizer.eos_token_id}
+        self._numbers: dict[int, int] = {}  # each token's, once: a tokenizer makes a new one every time, 32 bytes
 
     def given(self, record: Prompted) -> Prompted:
         """The record with the settings' variables of the template beside its own."""
@@ -148,7 +160,11 @@ class _Reader:
         closing = asked.closing.strip()
         stops = () if asked.closed or not closing else (closing,)
         lead = (self.settings.lead or asked.lead) if asked.added else asked.lead
-        return _Read(ids, cut, [self._encode(asked.closing)], stops, lead, asked.added, True)
+        return self._found(ids, cut, [self._encode(asked.closing)], stops, lead, asked.added, True)
+
+    def _found(self, ids: Sequence[int], cut: bool, closings: Iterable[Sequence[int]], *rest: Any) -> _Read:
+        self.ends.update(_closers(closings, self.tokenizer, self._special))
+        return _Read(tuple(map(self._numbers.setdefault, ids, ids)), cut, *rest)
 
     def _as_trained(self, record: Prompted) -> _Read:
         ranked = _ranked(record)
@@ -159,12 +175,12 @@ class _Reader:
             if closed and not self._special.isdisjoint(ids[1:]):  # rendered beforehand
                 closings.append(self._encode(closing))
             plain = () if closed or not closing.strip() or closing.strip() not in ranked.prompt else (closing.strip(),)
-            return _Read(ids, bool(cut), closings, (*TEXT_STOPS, *plain))
+            return self._found(ids, bool(cut), closings, (*TEXT_STOPS, *plain))
         if not self.templated:
-            return _Read(ids, bool(cut), closings, PLAIN_STOPS)
+            return self._found(ids, bool(cut), closings, PLAIN_STOPS)
         chat = render_chat(ranked.prompt, ranked.completions, self.tokenizer, record.source, record.template)
         closing = "" if chat.closed else closing_of(record, self.tokenizer)[0].strip()
-        return _Read(ids, bool(cut), closings, (closing,) if closing else (), chat.lead, bool(chat.lead), True)
+        return self._found(ids, bool(cut), closings, (closing,) if closing else (), chat.lead, bool(chat.lead), True)
 
     def _rendered(self, record: Prompted) -> bool:
         return self.templated and not isinstance(record.prompt, str)
@@ -230,16 +246,27 @@ def closing_tokens(
 ) -> list[int]:
     """What ends an answer: EOS, the model's own, and what closes a response of the data (a template's end of turn)."""
     ends = {tokenizer.eos_token_id, *([] if model is None else own_ends(model))}
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = _special(tokenizer)
     for example in examples:
-        for ids in example["completion_ids"]:
-            for token in reversed(ids):
-                if int(token) in special:
-                    ends.add(int(token))
-                # A newline may follow the end of turn.
-                if int(token) in special or tokenizer.decode([int(token)]).strip():
-                    break
+        ends.update(_closers(example["completion_ids"], tokenizer, special))
     return sorted(ends)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _closers(
+    responses: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, special: Container[int]
+) -> Iterator[int]:
+    """The special token that closes each response, of those that one closes."""
+    for ids in responses:
+        for token in map(int, reversed(ids)):
+            if token in special:
+                yield token
+            # A newline may follow the end of turn.
+            if token in special or tokenizer.decode([token]).strip():
+                break
 
 
 def own_ends(model: Any) -> list[int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +15,12 @@ from clha_fast.layout import Layout, accumulate, from_host
 
 # In it rewards, their differences and thresholds are compared, everywhere.
 COMPARED = torch.float32
+# What is counted over a whole data set is counted for so many prompts, and so many pairs, at a time.
+MOST_PROMPTS, MOST_PAIRS = 1024, 1 << 18
+QUARTILES = (0.25, 0.5, 0.75)
+_CELLS = 1 << 16
+
+_Item = TypeVar("_Item")
 
 
 def keeps(lead: Tensor, noise_rule: str, reward_margin: float) -> Tensor:
@@ -28,15 +37,75 @@ def wins(lead: Tensor) -> Tensor:
     return (lead > 0).to(lead.dtype) + 0.5 * (lead == 0)
 
 
+def pair_blocks(prompts: Iterable[_Item], size: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """The prompts in order, some at a time: at most `MOST_PROMPTS`, with at most `MOST_PAIRS` pairs or one prompt's.
+
+    Args:
+        size: how many candidates a prompt has.
+    """
+    block: list[_Item] = []
+    pairs = 0
+    for prompt in prompts:
+        count = size(prompt)
+        own = count * (count - 1) // 2
+        if block and (len(block) == MOST_PROMPTS or pairs + own > MOST_PAIRS):
+            yield block
+            block, pairs = [], 0
+        block.append(prompt)
+        pairs += own
+    if block:
+        yield block
+
+
+def leads(sizes: Iterable[int], rewards: Tensor) -> Iterator[Tensor]:
+    """r_i - r_j of all pairs of prompts with `sizes` candidates, in the dtype of `rewards` [C]; a block at a time."""
+    start = 0
+    for block in pair_blocks(sizes, int):
+        layout = Layout.whole(torch.tensor(block))
+        lead = Pairs.of(layout, rewards[start : start + layout.num_candidates]).lead
+        start += layout.num_candidates
+        assert lead is not None
+        yield lead
+
+
+def quantiles(blocks: Callable[[], Iterable[Tensor]], shares: Sequence[float]) -> tuple[float, ...]:
+    """Of |values| at these shares, each one of the values; () of none. Exact, however many values there are.
+
+    Args:
+        blocks: makes the values, float32, a block at a time; called twice. No more than a block is held.
+    """
+
+    def cells_of(block: Tensor) -> Tensor:
+        return block.abs().contiguous().view(torch.int32)  # ordered as the numbers are, which have no sign
+
+    upper = torch.zeros(_CELLS, dtype=torch.long)
+    for block in blocks():
+        upper += torch.bincount(cells_of(block) >> 16, minlength=_CELLS)
+    ends = upper.cumsum(0)
+    total = int(ends[-1])
+    if not total:
+        return ()
+    places = torch.tensor([max(math.ceil(share * total) - 1, 0) for share in shares])
+    cells = torch.searchsorted(ends, places, right=True)
+    lower = {cell: torch.zeros(_CELLS, dtype=torch.long) for cell in cells.tolist()}
+    for block in blocks():
+        bits = cells_of(block)
+        for cell, counts in lower.items():
+            counts += torch.bincount(bits[bits >> 16 == cell] & (_CELLS - 1), minlength=_CELLS)
+    inside = places - (ends - upper)[cells]
+    found = [
+        cell << 16 | int(torch.searchsorted(lower[cell].cumsum(0), place, right=True))
+        for cell, place in zip(cells.tolist(), inside, strict=True)
+    ]
+    return tuple(torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist())
+
+
 def gap_quartiles(gaps: Tensor) -> tuple[float, ...]:
     """The three quartiles of |gaps|: reward margins that drop about 25, 50 and 75 % of the pairs; () of none.
 
     Each is the gap of a pair, so a rule that keeps what is above it drops that pair and all below.
     """
-    if not gaps.numel():
-        return ()
-    ordered = gaps.abs().sort().values
-    return tuple(float(ordered[max(-(-quarter * len(ordered) // 4) - 1, 0)]) for quarter in (1, 2, 3))
+    return quantiles(lambda: [gaps], QUARTILES)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from clha_fast.data.chains import chain_count
 from clha_fast.data.records import RankedRecord
 from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
-from clha_fast.objectives.pairs import gap_quartiles
+from clha_fast.objectives.pairs import QUARTILES, leads, pair_blocks, quantiles
 from clha_fast.types import RankingInputs
-
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,14 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
     rewards = None
     if records[0].rewards is not None:
         rewards = torch.tensor([reward for record in records for reward in record.rewards or ()], dtype=torch.float32)
-    pairs = noise = closed = backwards = equal = start = 0
-    leads = []
+    pairs = noise = closed = backwards = equal = start = first = 0
     # All pairs of a block of prompts exist at a time, not those of the whole file.
-    for first in range(0, len(records), _BLOCK):
-        block = sizes[first : first + _BLOCK]
-        layout = Layout.whole(block)
+    for block in pair_blocks(sizes.tolist(), int):
+        layout = Layout.whole(torch.tensor(block))
         here = None if rewards is None else rewards[start : start + layout.num_candidates]
-        start += layout.num_candidates
         ones = torch.ones(layout.num_candidates, dtype=torch.long)
-        given = RankingInputs(ones, block, here, targets[first : first + _BLOCK])
+        given = RankingInputs(ones, torch.tensor(block), here, targets[first : first + len(block)])
+        start, first = start + layout.num_candidates, first + len(block)
         # Not the objective's own plan, which may read signals: sizes, rewards and targets are all that is counted.
         plan = Objective.plan(objective, layout, given, torch.float32)
         pairs += plan.kept.numel()
@@ -77,8 +73,6 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         closed += int((~plan.gate).sum())
         backwards += int((plan.kept & (plan.pairs.order < 0)).sum())
         equal += int((plan.kept & (plan.pairs.order == 0)).sum())
-        if plan.pairs.lead is not None:
-            leads.append(plan.pairs.lead)
     chained = {}
     if objective.markers is not None:
         chained = {"chains": sum(map(chain_count, sizes.tolist())), "unchained": int((sizes - 2).clamp(min=0).sum())}
@@ -94,7 +88,7 @@ def summarise(records: Sequence[RankedRecord], objective: Objective) -> DataSumm
         closed_gates=closed,
         reversed_pairs=backwards,
         equal_pairs=equal,
-        gaps=gap_quartiles(torch.cat(leads)) if leads else (),
+        gaps=() if rewards is None else quantiles(lambda: leads(sizes.tolist(), rewards), QUARTILES),
         **chained,
     )
 

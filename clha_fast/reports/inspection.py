@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from clha_fast.data.rendering import plain_template
 from clha_fast.data.split import prompt_key
 from clha_fast.evaluation.tables import margin_of
 from clha_fast.objectives import Objective
-from clha_fast.objectives.pairs import keeps
+from clha_fast.objectives.pairs import keeps, leads, quantiles
 from clha_fast.reports.data_summary import DataSummary, summarise, template_text
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the quantiles
@@ -336,26 +336,34 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def _gaps(records: Sequence[RankedRecord], objective: Objective) -> Gaps | None:
-    rewarded = [torch.tensor(record.rewards, dtype=torch.float32) for record in records if record.rewards]
+    sizes = [len(record.rewards or ()) for record in records]
     # Subtracted in float32, as the loss does.
-    gaps = torch.cat([torch.zeros(0), *(torch.pdist(rewards.unsqueeze(1), 1) for rewards in rewarded)])
-    if not len(gaps):
+    rewards = torch.tensor([reward for record in records for reward in record.rewards or ()], dtype=torch.float32)
+    found = quantiles(lambda: leads(sizes, rewards), SHARES)
+    if not found:
         return None
-    quantiles = _quantiles(gaps)
     margin = getattr(objective, "reward_margin", None)
-    own = math.nan if margin is None else _share_above(gaps, margin)
-    suggested = float(margin_of(quantiles[SHARES.index(0.25)], DIGITS))  # what is said is what is counted
+    lower = float(margin_of(found[SHARES.index(0.25)], DIGITS))  # what is said is what is counted
+    half = float(margin_of(lower / 2, DIGITS))
+    *kept, own, at_lower, at_half = _shares_above(leads(sizes, rewards), (*found, margin or 0.0, lower, half))
+    if margin is None:
+        own = math.nan
     if margin is not None and own >= ENOUGH:
-        suggested = margin
-    elif _share_above(gaps, suggested) < ENOUGH:
-        # Gaps as coarse as those of ratings: what is equal to the margin is dropped.
-        suggested = float(margin_of(suggested / 2, DIGITS))
-    kept = tuple(_share_above(gaps, quantile) for quantile in quantiles)
-    return Gaps(quantiles, kept, own, suggested, _share_above(gaps, suggested))
+        suggested, share = margin, own
+    elif at_lower >= ENOUGH:
+        suggested, share = lower, at_lower
+    else:  # gaps as coarse as those of ratings: what is equal to the margin is dropped
+        suggested, share = half, at_half
+    return Gaps(found, tuple(kept), own, suggested, share)
 
 
-def _share_above(gaps: Tensor, margin: float) -> float:
-    return float(keeps(gaps, "abs", margin).double().mean())
+def _shares_above(gaps: Iterable[Tensor], margins: Sequence[float]) -> list[float]:
+    """Of all pairs, those that the noise rule `abs` keeps with each margin."""
+    kept, pairs = [0] * len(margins), 0
+    for block in gaps:
+        pairs += len(block)
+        kept = [count + int(keeps(block, "abs", margin).sum()) for count, margin in zip(kept, margins, strict=True)]
+    return [count / pairs for count in kept]
 
 
 def _quantiles(values: Tensor) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.data.readers import Source
-from clha_fast.data.records import RankedRecord, as_compared
+from clha_fast.data.records import RankedRecord, agreeing, as_compared
 from clha_fast.files import check_destination
 from clha_fast.processes import ALONE, Processes
 from clha_fast.rewards.policy import Policy, PolicyRun
@@ -64,16 +64,9 @@ class RankResult:
             if by_reward:
                 given = as_compared(record.rewards or [0.0] * len(given))
             scores = as_compared(ranking.scores) if self.rewarded else ranking.scores
-            for i, j in _pairs(len(given)):
-                if given[i] != given[j]:
-                    sign = (given[i] - given[j]) * (scores[i] - scores[j])
-                    same += 1.0 if sign > 0 else 0.5 if sign == 0 else 0.0
-                    pairs += 1
+            right, ordered = agreeing(given, scores)
+            same, pairs = same + right, pairs + ordered
         return same, pairs
-
-
-def _pairs(size: int) -> Iterator[tuple[int, int]]:
-    return ((i, j) for i in range(size) for j in range(i + 1, size))
 
 
 def rank_file(

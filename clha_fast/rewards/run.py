@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.dates import dated
+from clha_fast.batching.workers import compact
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity, write_lines
@@ -37,8 +38,8 @@ class ScoringInterrupted(KeyboardInterrupt):
 class Row(NamedTuple):
     """The tokens of one response behind its prompt."""
 
-    prompt: list[int]
-    response: list[int]
+    prompt: Sequence[int]
+    response: Sequence[int]
 
     @property
     def tokens(self) -> list[int]:
@@ -103,12 +104,13 @@ class ScoringRun:
         for record in logging.tqdm(self.records, desc="Tokenising", unit=" prompts", disable=not progress):
             feature, prompt_cut, cut = collator.tokenize_behind(record, self.answer_prefix)
             self.truncated += bool(prompt_cut or cut)
+            feature = compact(feature)  # rows of all records are held, and those of one share its prompt
             found: dict[tuple[int, ...], int] = {}
             for number, ids in enumerate(feature["completion_ids"]):
                 # The same response twice is scored once: apart, padding could part their scores by a last bit.
                 if tuple(ids) not in found:
                     found[tuple(ids)] = len(self.rows)
-                    self.rows.append(Row(list(feature["prompt_ids"]), list(ids)))
+                    self.rows.append(Row(feature["prompt_ids"], ids))
                     self.places.append((record.source, number))
             self.rows_of.append([found[tuple(ids)] for ids in feature["completion_ids"]])
 

@@ -105,6 +105,22 @@ class RankedLoaders(Trainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthSampler(lengths, size, self._data_seed)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; what a resumed run throws away of a stream is not tokenised."""
+        stream = self.train_dataset
+        if not isinstance(stream, RankedStream):
+            return super()._run_epoch(*args, **kwargs)
+        resumed = kwargs.get("resume_from_checkpoint") is not None and kwargs.get("epoch") == kwargs["epochs_trained"]
+        batches = kwargs["steps_trained_in_current_epoch"] if resumed and not self.args.ignore_data_skip else 0
+        # Of several workers some may give a batch more than this, none gives less.
+        batches //= max(self.args.dataloader_num_workers, 1)
+        split = self.args.accelerator_config.split_batches
+        stream.discarded = batches * self._train_batch_size * (1 if split else self._data_processes)
+        try:
+            return super()._run_epoch(*args, **kwargs)
+        finally:
+            stream.discarded = 0
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer`, with the evaluation's collator."""
         if not isinstance(eval_dataset, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import LIMITS, RankedCollator, RankedDataset
 from clha_fast.batching.stream import RankedStream
-from clha_fast.batching.totals import CHUNK, feature_chunks, is_tokenised, ranking_inputs
+from clha_fast.batching.totals import feature_chunks, is_tokenised, ranking_inputs
 from clha_fast.data.records import SKIPS, RecordError
 from clha_fast.layout import Layout
 from clha_fast.objectives import CLHAOptions, Objective
@@ -79,16 +78,15 @@ def _check_limits(collator: RankedCollator, dataset: Any, name: str) -> None:
             )
     if not asked or not is_tokenised(dataset):
         return
-    most = None if isinstance(dataset, RankedDataset) else _LOOK // CHUNK
-    for features in itertools.islice(feature_chunks(dataset), most):
-        for feature in features:
-            prompt, longest = len(feature["prompt_ids"]), max(map(len, feature["completion_ids"]), default=0)
-            for limit, length in zip(LIMITS, (prompt + longest, prompt, longest), strict=True):
-                if limit in asked and length > asked[limit]:
-                    raise ValueError(
-                        f"{limit}: expected at least the {length} tokens of a row of {name}, which is tokenised and is "
-                        f"not cut any more, got {asked[limit]}; give records"
-                    )
+    most = len(dataset) if isinstance(dataset, RankedDataset) else min(_LOOK, len(dataset))
+    for feature in (dataset[k] for k in range(most)):
+        prompt, longest = len(feature["prompt_ids"]), max(map(len, feature["completion_ids"]), default=0)
+        for limit, length in zip(LIMITS, (prompt + longest, prompt, longest), strict=True):
+            if limit in asked and length > asked[limit]:
+                raise ValueError(
+                    f"{limit}: expected at least the {length} tokens of a row of {name}, which is tokenised and is "
+                    f"not cut any more, got {asked[limit]}; give records"
+                )
 
 
 def _check_stream(args: CLHAConfig, training: bool) -> None:

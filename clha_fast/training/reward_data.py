@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,12 +82,12 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         self.cut_prompts, self.cut_completions = tokenised.cut_prompts, tokenised.cut_completions
         self.equal_rewards = self.equal_responses = self.reversed_pairs = self.unpaired = 0
         self._features: list[CandidateFeature] = []
-        self._pairs: list[list[tuple[int, int]]] = []
+        self._pairs: list[tuple[array[int], array[int]]] = []
         self.lengths: list[int] = []
         for index in range(len(tokenised)):
             feature = tokenised[index]
             pairs = self._pairs_of(feature)
-            if pairs:
+            if pairs[0]:
                 self._features.append(feature)
                 self._pairs.append(pairs)
                 self.lengths.append(tokenised.lengths[index])
@@ -101,12 +102,13 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
         sizes = [len(feature["completion_ids"]) for feature in self._features]
         self.sizes = (min(sizes), max(sizes))
         self.responses = sum(sizes)
-        self.pairs = sum(map(len, self._pairs))
+        self.pairs = sum(len(better) for better, _ in self._pairs)
 
-    def _pairs_of(self, feature: CandidateFeature) -> list[tuple[int, int]]:
+    def _pairs_of(self, feature: CandidateFeature) -> tuple[array[int], array[int]]:
+        """Better and worse responses, four bytes each: pairs are many where responses are."""
         completions = [tuple(ids) for ids in feature["completion_ids"]]
         rewards = None if feature["rewards"] is None else as_compared(feature["rewards"])
-        found = []
+        better, worse = array("i"), array("i")
         for i, j in itertools.combinations(range(len(completions)), 2):
             if rewards is not None and rewards[i] == rewards[j]:
                 self.equal_rewards += 1
@@ -114,16 +116,17 @@ class PairedDataset(torch.utils.data.Dataset[PairedPrompt]):
                 self.equal_responses += 1
             else:
                 self.reversed_pairs += rewards is not None and rewards[i] < rewards[j]
-                found.append((i, j))
-        return found
+                better.append(i)
+                worse.append(j)
+        return better, worse
 
     def __len__(self) -> int:
         return len(self._features)
 
     def __getitem__(self, index: int) -> PairedPrompt:
-        feature, pairs = self._features[index], self._pairs[index]
-        better, worse = map(list, zip(*pairs, strict=True))
-        return PairedPrompt(token_rows(feature), better, worse, [len(ids) for ids in feature["completion_ids"]])
+        feature, (better, worse) = self._features[index], self._pairs[index]
+        lengths = [len(ids) for ids in feature["completion_ids"]]
+        return PairedPrompt(token_rows(feature), list(better), list(worse), lengths)
 
     def count_tokens(self, most: int) -> RowTokens:
         """Tokens that run, prompt by prompt, of the first `most` prompts."""

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.files import write_text
 from clha_fast.generation.decoding import Decoding
 from clha_fast.generation.prompts import closing_tokens
 from clha_fast.models.positions import positions_of
@@ -160,8 +161,4 @@ def _until(folder: str, step: int) -> list[str]:
 
 
 def _replace(folder: str, lines: Sequence[str]) -> None:
-    path = os.path.join(folder, SAMPLES_FILE)
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(partial, path)
+    write_text(os.path.join(folder, SAMPLES_FILE), "".join(lines))

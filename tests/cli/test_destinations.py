@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import resource
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 
 from clha_fast.cli import main as cli
 from clha_fast.files import check_destination, try_folder_of, write_json, write_lines, write_text
+from clha_fast.training import samples
 from tests.support.command_line import one_sentence
 
 # A name that a file may have, but for what is written beside it.
@@ -120,3 +123,36 @@ def test_a_folder_without_the_right_to_write(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o700)
     assert caught.value.filename == str(tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("what", ["convert", "parts", "samples"])
+def test_no_room_is_said_of_the_file(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file that may have no more than so many bytes, as of a full disk; what was there is left."""
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"prompt {k}", "completions": ["a " * 400, "b " * 400], "rewards": [1, 0]} for k in range(300)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.mkdir()
+    target = out / {"convert": "a.jsonl", "parts": "ranked", "samples": "samples.jsonl"}[what]
+    lines = [{"step": 1, "index": k, "prompt": "p", "completion": "c " * 400} for k in range(300)]
+    if what == "samples":
+        samples.write(str(out), [{"step": 0}])
+    before = sorted(out.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        if what == "samples":
+            with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as raised:
+                samples.write(str(out), lines)
+            said = f"{raised.value.filename}: {raised.value.strerror}"
+        else:
+            words = ["convert", str(source), str(target)]
+            if what == "parts":
+                words = ["prepare", "ranked", str(source), str(target), "--test", "0.2", "--dev", "0.1"]
+            assert cli.main(words) != 0
+            said = one_sentence(capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{target}: {os.strerror(errno.EFBIG)}" in said
+    assert sorted(out.rglob("*.*")) == before
+    if what == "samples":
+        assert target.read_text() == '{"step": 0}\n'

@@ -165,16 +165,20 @@ def epochs(folder: str) -> dict[str, Any]:
     return {"prompts": sorted(source for part in seen for source in part)}
 
 
-def resumed(folder: str, **changes: Any) -> dict[str, Any]:
-    """Whether a run cut inside its second epoch ends with the weights of one that was not."""
-    whole = trainer(f"{folder}-whole", ROWS, max_steps=12, **changes)
+def resumed(folder: str, streamed: bool = False, **changes: Any) -> dict[str, Any]:
+    """Whether a run cut inside its second epoch (of a stream: pass) ends with the weights of one that was not."""
+
+    def rows() -> Any:
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2) if streamed else ROWS
+
+    whole = trainer(f"{folder}-whole", rows(), max_steps=12, **changes)
     whole.train()
-    half = trainer(folder, ROWS, cut=9, max_steps=12, save_strategy="steps", save_steps=9, **changes)
+    half = trainer(folder, rows(), cut=9, max_steps=12, save_strategy="steps", save_steps=9, **changes)
     with contextlib.suppress(PowerCut):
         half.train()
-    rest = trainer(folder, ROWS, max_steps=12, **changes)
+    rest = trainer(folder, rows(), max_steps=12, **changes)
     rest.train(resume_from_checkpoint=True)
-    inside = half.state.epoch is not None and half.state.epoch > 1 and half.state.epoch % 1 > 0
+    inside = half.state.epoch is not None and (half.state.epoch > 1 or streamed) and half.state.epoch % 1 > 0
     same = all(map(torch.equal, tensors(rest), tensors(whole)))
     return {
         "inside a later epoch": inside,
@@ -207,6 +211,8 @@ def main(folder: str, out: str) -> None:
             "random": {},
             "budget": {"max_tokens_per_batch": 220},
             "like lengths": {"train_sampling_strategy": "group_by_length"},
+            "stream": {"streamed": True},
+            "stream, each its own": {"streamed": True, "accelerator_config": {"dispatch_batches": False}},
         }
         results |= {f"resumed, {name}": resumed(f"{folder}-{name}", **way) for name, way in ways.items()}
     if int(os.environ["RANK"]) == 0:

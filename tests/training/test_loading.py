@@ -303,12 +303,33 @@ def test_resume_inside_a_later_epoch_is_bitwise(tmp_path: Path, changes: dict[st
         assert torch.equal(tensor, weights(whole.model)[name]), name
 
 
-def test_a_stream_is_resumed_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "normalizer": "global"},
+        {"dataloader_num_workers": 2, "gradient_accumulation_steps": 3},
+        {"skip_bad_records": True},
+    ],
+    ids=lambda changes: ", ".join(changes) or "plain",
+)
+def test_a_stream_is_resumed_where_it_was(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[str] = []
+    whole_record = RankedCollator.tokenize_counted
+
+    def counted(self: RankedCollator, record: RankedRecord) -> Any:
+        tokenised.append(record.source)
+        return whole_record(self, record)
+
+    monkeypatch.setattr(RankedCollator, "tokenize_counted", counted)
+
     def stream_run(name: str, cut: int | None = None) -> CLHATrainer:
-        source = stream_of(make_rows(7)).shuffle(seed=3, buffer_size=4)
+        source = stream_of(make_rows(7), shards=2).shuffle(seed=3, buffer_size=4)
         return CLHATrainer(
             make_model(len(TOKENIZER)),
-            config(tmp_path / name, max_steps=8, save_strategy="steps", save_steps=3, logging_steps=1),
+            config(tmp_path / name, max_steps=8, save_strategy="steps", save_steps=3, logging_steps=1, **changes),
             train_dataset=source,
             processing_class=TOKENIZER,
             callbacks=[] if cut is None else [CutAfter(cut)],
@@ -319,8 +340,14 @@ def test_a_stream_is_resumed_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(PowerCut):
         stream_run("half", cut=6).train()  # in the second pass
     rest = stream_run("half")
+    tokenised.clear()
     rest.train(resume_from_checkpoint=True)
     assert losses(rest) == losses(whole)
+    for name, tensor in weights(rest.model).items():
+        assert torch.equal(tensor, weights(whole.model)[name]), name
+    if "skip_bad_records" not in changes:  # which are bad is seen when they are tokenised; workers count for themselves
+        batch = rest.args.train_batch_size * rest.args.gradient_accumulation_steps
+        assert len(tokenised) <= 1 + 3 * batch, "what is behind step 6, a batch ahead, and one for those before"
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])

@@ -62,7 +62,7 @@ def test_every_prompt_once_an_epoch(results: list[dict[str, Any]]) -> None:
     assert [result["epochs"]["prompts"] for result in results] == [expected, expected]
 
 
-@pytest.mark.parametrize("way", ["random", "budget", "like lengths"])
+@pytest.mark.parametrize("way", ["random", "budget", "like lengths", "stream", "stream, each its own"])
 def test_resume_inside_a_later_epoch(results: list[dict[str, Any]], way: str) -> None:
     assert results[1][f"resumed, {way}"] == {"inside a later epoch": True, "same": True, "moved": True}
 
