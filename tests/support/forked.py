@@ -2,7 +2,8 @@
 
 torch, what it compiles with and transformers' Trainer take ten seconds of a processor before a program begins. A server
 (`python -m tests.support.forked MODULES`) imports them once and computes nothing; each program is a fork of it, and
-everything but those imports is its own. Programs whose imports or launcher are what is tested are started elsewhere.
+everything but those imports is its own. What is tested by what it imports begins with torch alone, "bare"; by its
+launcher, elsewhere.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.helpers import ROOT
-
-# By what the programs of a server are: with Triton's interpreter where the tests have it, or never.
+# The package itself is for the programs to import.
+ROOT = Path(__file__).resolve().parents[2]
+# By what the programs of a server are: with Triton's interpreter where the tests have it ("train"), or never.
 KINDS = {
+    "bare": ("torch",),
     "train": ("torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama"),
     "walk": ("torch._dynamo",),
 }
@@ -86,7 +88,7 @@ class Server:
         # Whoever asks whether there is a GPU must not begin CUDA, which does not survive a fork.
         given = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         found = {**os.environ, **given, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        if self.kind == "walk":
+        if self.kind != "train":
             found.pop("TRITON_INTERPRET", None)
         return found
 
@@ -174,6 +176,13 @@ def run(
     # The others of one that failed were killed.
     failed = sorted(status for status in statuses if status)
     return Done(failed[-1] if failed else 0, *said)
+
+
+def output(kind: str, source: str) -> str:
+    """What a program, given as its source, prints before it ends well."""
+    done = run(kind, "-c", source)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _become(module: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
