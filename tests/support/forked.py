@@ -157,9 +157,17 @@ def start(kind: str, module: str, *arguments: str, out: Path, **environment: str
 
 
 def run(
-    kind: str, module: str, *arguments: str, processes: int | None = None, timeout: float = 300, **environment: str
+    kind: str,
+    module: str,
+    *arguments: str,
+    processes: int | None = None,
+    timeout: float = 300,
+    given: str = "",
+    **environment: str,
 ) -> Done:
     """`module` as a program, or with "-c" the source that follows; `processes` of it, as a launcher starts them.
+
+    Each is `given` a text on its standard input.
 
     Returns the status of one that failed, or else 0, with all that was printed.
     """
@@ -167,6 +175,8 @@ def run(
     meetings = [{}] if processes is None else _meeting(processes)
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / str(number) for number in range(len(meetings))]
+        for out in outs:
+            Path(f"{out}.in").write_text(given)
         programs = [
             here.start(module, arguments, {**meeting, **environment}, out)
             for meeting, out in zip(meetings, outs, strict=True)
@@ -189,8 +199,8 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], out:
     """The forked process: runs the program and does not return."""
     status = 1
     try:
-        for number, end in ((0, None), (1, ".out"), (2, ".err")):
-            file = os.open(os.devnull if end is None else out + end, os.O_RDWR | os.O_CREAT)
+        for number, end in ((0, ".in"), (1, ".out"), (2, ".err")):
+            file = os.open(out + end, os.O_RDWR | os.O_CREAT)
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(environment)
