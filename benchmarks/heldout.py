@@ -119,13 +119,13 @@ class Resamples:
     """Bootstrap over prompts and seeds: each resample draws as many of both, with replacement and independently.
 
     Args:
-        prompts, seeds: how many there are. count: of resamples.
+        prompts, seeds: how many there are.
     """
 
-    def __init__(self, prompts: int, seeds: int, count: int = 10000) -> None:
+    def __init__(self, prompts: int, seeds: int) -> None:
         random = np.random.default_rng(0)
-        self.prompts = random.multinomial(prompts, [1 / prompts] * prompts, size=count)  # how often each was drawn
-        self.seeds = random.multinomial(seeds, [1 / seeds] * seeds, size=count)
+        self.prompts = random.multinomial(prompts, [1 / prompts] * prompts, size=10000)  # how often each was drawn
+        self.seeds = random.multinomial(seeds, [1 / seeds] * seeds, size=10000)
 
     def values(self, top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         """[count] of sum(top) / sum(bottom), `top` [seeds or 1, prompts] and `bottom` [prompts]; NaN where it is 0."""

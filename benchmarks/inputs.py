@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-# Mean and largest response of a padded batch; prompts are as long as a mean response.
-MEAN_RESPONSE, MAX_RESPONSE = 384, 512
+# The mean response of a padded batch; prompts are as long.
+MEAN_RESPONSE = 384
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,9 @@ def _scored_rows(lengths: list[int], width: int, prompt_tokens: int) -> Tensor:
     return torch.cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
 
 
-def workload_batch(workload: Workload, device: str = "cpu", seed: int = 0) -> Batch:
-    """The workload's padded batch, the same for the same seed. Rewards have a standard deviation of 4."""
-    generator = torch.Generator().manual_seed(seed)
+def workload_batch(workload: Workload, device: str = "cpu") -> Batch:
+    """The workload's padded batch, always the same. Rewards have a standard deviation of 4."""
+    generator = torch.Generator().manual_seed(0)
     count = workload.prompts * workload.candidates
     width = workload.prompt_tokens + workload.max_response
     lengths = torch.randint(workload.min_response, workload.max_response + 1, (count,), generator=generator)

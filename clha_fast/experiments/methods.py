@@ -63,7 +63,7 @@ class Method:
         return self.checkpoint is None
 
 
-def parse_methods(given: Sequence[Any], what: str = "methods") -> list[Method]:
+def parse_methods(given: Sequence[Any]) -> list[Method]:
     """Methods from a configuration: names of objectives, or mappings `{name, label, ...}` of `CLHAConfig`'s fields.
 
     "rlhf", or a mapping with `rollout: true`, samples its answers; its fields are those of `RolloutConfig`.
@@ -72,12 +72,12 @@ def parse_methods(given: Sequence[Any], what: str = "methods") -> list[Method]:
         ValueError: no method, an unknown objective or field, a field that is set for all methods alike, a name twice.
     """
     if not isinstance(given, (list, tuple)) or not given:
-        raise ValueError(f"{what}: expected a list of methods, such as [sft, clha], got {given!r}")
-    methods = [_parse(entry, f"{what}[{number}]") for number, entry in enumerate(given)]
+        raise ValueError(f"methods: expected a list of methods, such as [sft, clha], got {given!r}")
+    methods = [_parse(entry, f"methods[{number}]") for number, entry in enumerate(given)]
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{what}: expected each name once, got {name!r} {names.count(name)} times")
+            raise ValueError(f"methods: expected each name once, got {name!r} {names.count(name)} times")
     return methods
 
 

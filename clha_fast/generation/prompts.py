@@ -319,11 +319,11 @@ def _run_of(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     return {}
 
 
-def lead_of(records: Sequence[RankedRecord], tokenizer: PreTrainedTokenizerBase, limit: int = 256) -> str | None:
+def lead_of(records: Sequence[RankedRecord], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What training on these records has between generation prompt and responses, the same for all of them.
 
     The generation prompt is the one without variables of a record's own, for a prompt alone has none. None where they
-    differ in it, and without messages that go through a chat template. Of these `limit` are looked at, evenly spread;
+    differ in it, and without messages that go through a chat template. Of these 256 are looked at, evenly spread;
     what the template refuses does not count, nor do prompts that end in an answer's beginning.
     """
     if not getattr(tokenizer, "chat_template", None):
@@ -332,7 +332,7 @@ def lead_of(records: Sequence[RankedRecord], tokenizer: PreTrainedTokenizerBase,
         record for record in records if not isinstance(record.prompt, str) and record.prompt[-1]["role"] != "assistant"
     ]
     found = set()
-    for record in messages[:: -(-len(messages) // limit) or 1]:
+    for record in messages[:: -(-len(messages) // 256) or 1]:
         with contextlib.suppress(RecordError):
             assert not isinstance(record.prompt, str)
             chat = render_chat(record.prompt, record.completions, tokenizer, record.source, record.template)

@@ -381,21 +381,21 @@ def load_adapter(
     return model
 
 
-def load_config(name: str, option: str = "model") -> Any:
+def load_config(name: str) -> Any:
     """A causal language model's configuration, from a folder or the Hub; no weights are read.
 
     Raises:
         ValueError: there is none, or it is an encoder-decoder's.
     """
-    check_reachable(option, name)
-    with _one_sentence(option, name):
+    check_reachable("model", name)
+    with _one_sentence("model", name):
         config = AutoConfig.from_pretrained(name)
-    _check_no_encoder_decoder(option, config, name)
+    _check_no_encoder_decoder("model", config, name)
     return config
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return f"{', '.join(names[:most])}{f', ... ({len(names)} in all)' if len(names) > most else ''}"
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}"
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -40,40 +40,6 @@ def check_backend(backend: str, head: HeadForward) -> None:
         _say_once(f"backend auto: the own forward of {name} in chunks of tokens ({head.reason})")
 
 
-def token_logps(
-    hidden: Tensor,
-    forward: HeadForward,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    row_index: Tensor | None = None,
-    head: HeadOptions = HeadOptions(),  # noqa: B008 - frozen
-    in_chunks: bool = True,
-) -> Tensor:
-    """`functional.token_logps` with a head that is a function.
-
-    Replaces::
-
-        logits = forward(hidden[row_index]).float() + bias                # then scale, softcap, temperature
-        logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    Args:
-        hidden: [M, H]. forward: from `heads.inspect_head(own_forward=True)`. targets: [N] int64. bias: [V], added
-            behind the head, or None. row_index: [N] int64 or None. head: as in `functional.token_logps`;
-            `workspace_bytes` bounds what a chunk's logits and their gradients take together.
-        in_chunks: False forms all logits at once.
-
-    Returns:
-        [N] nats, float32 (float64 for float64 logits), with a graph to `hidden` and to all that the head reads.
-        Dropout in the head is drawn chunk by chunk, and the same in the backward.
-
-    Raises:
-        ValueError: on CPU tensors, targets or row indices out of range.
-        UnsupportedHeadError: a gradient is needed, and the head has none for its input.
-    """
-    return token_statistics(hidden, forward, targets, (), bias, row_index, head, in_chunks)[0]
-
-
 def token_statistics(
     hidden: Tensor,
     forward: HeadForward,
@@ -85,9 +51,26 @@ def token_statistics(
     in_chunks: bool = True,
     temperature: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`token_logps`, and of the same logits those of `types.STATISTICS` that are named.
+    """`functional.token_logps` with a head that is a function: log-probabilities, and of the same logits what is named.
 
-    temperature: [N], each token's in the place of the head's, or None.
+    Replaces::
+
+        logits = forward(hidden[row_index]).float() + bias                # then scale, softcap, temperature
+        logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    Args:
+        hidden: [M, H]. forward: from `heads.inspect_head(own_forward=True)`. targets: [N] int64. names: of
+            `types.STATISTICS`. bias: [V], added behind the head, or None. row_index: [N] int64 or None. head: as in
+            `functional.token_logps`; `workspace_bytes` bounds what a chunk's logits and their gradients take together.
+        in_chunks: False forms all logits at once. temperature: [N], each token's in the place of the head's, or None.
+
+    Returns:
+        [N] nats, float32 (float64 for float64 logits), with a graph to `hidden` and to all that the head reads, and
+        each statistic, [N]. Dropout in the head is drawn chunk by chunk, and the same in the backward.
+
+    Raises:
+        ValueError: on CPU tensors, targets or row indices out of range.
+        UnsupportedHeadError: a gradient is needed, and the head has none for its input.
     """
     if temperature is not None:
         temperature = temperature.to(_wide(hidden.dtype))
@@ -194,7 +177,7 @@ def head_loss(
 
     Raises:
         BackendError: `backend` is neither "auto" nor "reference" (which forms all logits at once).
-        ValueError, UnsupportedHeadError: as `token_logps` here and `functional.linear_loss`.
+        ValueError, UnsupportedHeadError: as `token_statistics` and `functional.linear_loss`.
     """
     check_backend(backend, forward)
     logps, values = token_statistics(

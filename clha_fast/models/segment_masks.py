@@ -53,11 +53,6 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def current() -> Segments | None:
-    """The segments of the batch that runs in this thread."""
-    return _running.segments
-
-
 def asked() -> int:
     """How many masks the model has asked for, in the batch with segments that this thread runs or has run last."""
     return _running.asked

@@ -6,19 +6,16 @@ import fcntl
 import io
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from clha_fast.cli import main as cli
+from tests.support import forked
 from tests.support.command_line import one_sentence
-from tests.support.helpers import ROOT
 from tests.support.reward_models import TOKENIZER, write
 from tests.support.scripted import scripted
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 POSITIONS = 1408
 LONG = 600  # seconds, on a machine that is busy with other things
@@ -37,41 +34,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def start(model: str, *words: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "clha_fast",
-        "generate",
-        model,
-        "--chat",
-        "--device",
-        "cpu",
-        *words,
-    ]
-    pipe = subprocess.PIPE
-    # Shells start background jobs, such as a test run, with this signal ignored, and what those start inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+# Shells start background jobs, such as a test run, with this signal ignored, and what those start inherits that.
+CHAT = """
+import os, signal, sys
+for number, name in enumerate(sys.argv[1:3]):
+    os.dup2(os.open(name, (os.O_RDONLY, os.O_WRONLY)[number]), number)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from clha_fast.cli.main import main
+sys.exit(main(sys.argv[3:]))
+"""
 
 
-def test_ctrl_c_ends_an_answer_and_further_lines_are_answered_through_a_pipe(model: str) -> None:
-    """In one process, for each imports torch and transformers; what stands behind /quit is not read."""
-    with start(model, "--no-history", "--max-new-tokens", "1300") as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+def test_ctrl_c_ends_an_answer_and_further_lines_are_answered_through_a_pipe(model: str, tmp_path: Path) -> None:
+    """In one process; what stands behind /quit is not read."""
+    pipes = [str(tmp_path / name) for name in ("in", "out")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    words = ["generate", model, "--chat", "--device", "cpu", "--no-history", "--max-new-tokens", "1300"]
+    process = forked.start("train", "-c", CHAT, *pipes, *words, out=tmp_path / "said", CUDA_VISIBLE_DEVICES="")
+    with open(pipes[0], "w") as lines, open(pipes[1], "rb", buffering=0) as shown:
         # The whole answer does not fit this: it waits to be read, and is not over before the signal comes.
-        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        print("a longer line than the other", file=process.stdin, flush=True)
-        assert os.read(process.stdout.fileno(), 8), "it is being answered"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate("ab\n\n/what\n/reset\nab\n/quit\nab\n", timeout=LONG)
-    assert process.returncode == 0, err
+        fcntl.fcntl(shown, fcntl.F_SETPIPE_SZ, 4096)
+        print("a longer line than the other", file=lines, flush=True)
+        assert os.read(shown.fileno(), 8), "it is being answered"
+        os.kill(process.pid, signal.SIGINT)
+        lines.write("ab\n\n/what\n/reset\nab\n/quit\nab\n")
+        lines.close()
+        out = shown.read().decode()
+    err = (tmp_path / "said.err").read_text()
+    assert process.wait(LONG) == 0, err
     assert "(interrupted)" in err
     answer, *others = out.splitlines()
     assert others == ["a cat", "a cat"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from clha_fast.evaluation import tables as report
 from clha_fast.models.loading import build_model, build_tokenizer
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions
 from clha_fast.reports.data_summary import summarise
+from tests.support import forked
 from tests.support.command_line import SETTINGS
 from tests.support.helpers import ROOT
 from tests.support.tiny import make_model, make_rows, make_tokenizer
@@ -139,6 +141,18 @@ def test_memory_is_measured() -> None:
     assert peaks["fused"] < 512 * logits
 
 
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that fail are forks of one that has imported torch, which takes them longest."""
+
+    def run(command: list[str], *, input: str, **settings: Any) -> forked.Done:
+        assert command[:2] == [sys.executable, "-m"]
+        return forked.run("bare", *command[2:], given=input)
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("forks")
 def test_failed_measurement_is_named() -> None:
     shapes = memory.LossShapes(8, 8, 32, [2, 2], [2], backend="none")
     with pytest.raises(memory.MemoryReportError, match=r"measuring clha-fast failed: ValueError: backend: expected"):
@@ -187,6 +201,7 @@ def test_what_does_not_fit_a_gpu_is_said(
     assert len(said) == len(missing) + (2 + len(fitting) if fitting else 0)
 
 
+@pytest.mark.usefixtures("forks")
 def test_what_does_not_fit_a_cpu_is_told_apart() -> None:
     with pytest.raises(memory.DoesNotFitError, match=r"^measuring eager, logits of scored tokens failed: "):
         memory.measure("eager_scored", memory.LossShapes(8, 8, 2**42, [2, 2], [2]))

@@ -15,7 +15,18 @@ from clha_fast.evaluation.tables import answers_text
 from clha_fast.experiments.language_model import answers_of
 
 TINY = ["--model_config.num_hidden_layers", "1", "--model_config.hidden_size", "32", "--max_length", "32"]
-FLAGS = ["--max_steps", "2", "--memory_report", "false", "--use_cpu", "--eval_strategy", "no", *TINY]
+FLAGS = [
+    "--max_steps",
+    "2",
+    "--eval_sample_tokens",
+    "4",
+    "--memory_report",
+    "false",
+    "--use_cpu",
+    "--eval_strategy",
+    "no",
+    *TINY,
+]
 
 
 def test_a_language_model_then_its_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import names
 from clha_fast.cli.options import HINTS
 from clha_fast.training.config import CLHAConfig
+from tests.support import forked
 from tests.support.command_line import command, one_sentence
 from tests.support.helpers import ROOT
 
@@ -38,8 +37,7 @@ def test_refused_without_importing_transformers() -> None:
     code = "import sys; from clha_fast.cli.main import main\n"
     code += f"for words in {[words for words, _ in REFUSED]}:\n"
     code += "    print(main(['train', *words])); assert 'transformers' not in sys.modules, words"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = forked.run("bare", "-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2"] * len(REFUSED)
     for (_, message), line in zip(REFUSED, done.stderr.splitlines(), strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,8 +20,8 @@ from clha_fast.cli.options import OptionError, read_config
 from clha_fast.cli.text import with_dashes
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.objectives.clha import PRESETS, CLHAOptions
+from tests.support import forked
 from tests.support.command_line import SETTINGS, command, one_sentence, write_rows
-from tests.support.helpers import ROOT
 from tests.support.tiny import make_rows
 from tests.support.trainers import trainer
 
@@ -135,10 +133,7 @@ def test_no_fraction_beside_an_evaluation_file(tmp_path: Path, fraction: Any) ->
 def test_env_needs_no_transformers() -> None:
     code = "import sys; sys.modules.update(transformers=None, accelerate=None, tokenizers=None)\n"
     code += "from clha_fast.cli.main import main; sys.exit(main(['env']))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "backend " in done.stdout
+    assert "backend " in forked.output("bare", code)
 
 
 def test_every_option_takes_dashes_and_underscores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

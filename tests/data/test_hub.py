@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from clha_fast.data.hub import is_hub_name
+from tests.support import forked
 from tests.support.hub_server import hub
 
 pytest.importorskip("datasets")
 _LIMIT = 240  # seconds
 READ = """
 import sys
+names, sys.stdout = open(sys.argv[1]), open(sys.argv[2], "w")
 from clha_fast.data import read_records
-for line in sys.stdin:
+for line in names:
     name = line.rstrip()
     try:
         print([record.prompt for record in read_records(name)], flush=True)
@@ -38,24 +39,24 @@ def rows(number: int) -> bytes:
 @contextlib.contextmanager
 def reader(home: Path, **environment: str) -> Iterator[Callable[[str], str]]:
     """A process that reads one name after another: `datasets` takes seconds to import, the Hub's address with it."""
-    variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    variables.pop("HF_DATASETS_CACHE", None)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", READ], env=variables, stdin=pipe, stdout=pipe, text=True)
-    limit = threading.Timer(_LIMIT, process.kill)  # waiting for ever becomes an empty line, and a failure
+    pipes = [str(home / name) for name in ("names", "found")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    given = {"HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "datasets"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    process = forked.start("bare", "-c", READ, *pipes, out=home / "said", **given, **environment)
+    limit = threading.Timer(_LIMIT, os.kill, (process.pid, signal.SIGKILL))  # its end is an empty line, and a failure
     limit.start()
-    with contextlib.ExitStack() as ends:
+    with contextlib.ExitStack() as ends, open(pipes[0], "w") as names, open(pipes[1]) as found:
         ends.callback(limit.cancel)
-        ends.enter_context(process)
 
         def read(name: str) -> str:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            print(name, file=process.stdin, flush=True)
-            return process.stdout.readline().rstrip()
+            print(name, file=names, flush=True)
+            return found.readline().rstrip()
 
         yield read
-    assert process.returncode == 0
+    for pipe in pipes:
+        os.unlink(pipe)
+    assert process.wait() == 0
 
 
 def test_a_name_is_read_and_then_from_the_cache(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from clha_fast.evaluation.bleu import STATISTICS, corpus_bleu, corpus_statistics
 from clha_fast.evaluation.diversity import corpus_distinct_2, distinct_2, words
 from clha_fast.evaluation.intervals import Estimate, difference, estimate, ratio
 from clha_fast.evaluation.likelihood import candidate_scores, likelihood_values
+from tests.support import forked
 from tests.support.chat_templates import MESSAGES, SHAPES, chat_tokenizer
-from tests.support.helpers import run_python
 from tests.support.reward_models import spread
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 from tests.support.trainers import trainer
@@ -309,14 +309,13 @@ def test_figures_are_the_trainer_s(tmp_path: Any) -> None:
     assert sums["kept"] / sums["pairs"] == pytest.approx(wanted["eval_kept_pair_share"])
 
 
-def test_a_missing_package_is_named(tmp_path: Any) -> None:
+def test_a_missing_package_is_named() -> None:
     calls = {
         "nltk": "bleu.published_bleu(['a'], ['a'])",
         "sacrebleu": "bleu.corpus_statistics(['a'], ['a'])",
         "scipy": "intervals.estimate(intervals.ratio, numpy.array([[0.0, 1.0], [1.0, 1.0]]))",
     }
-    out = run_python(
-        f"""
+    source = f"""
 import sys
 sys.modules.update(dict.fromkeys({list(calls)!r}))
 import numpy
@@ -326,8 +325,6 @@ for call in {list(calls.values())!r}:
         eval(call)
     except ImportError as error:
         print(error)
-""",
-        cwd=tmp_path,
-    )
-    for line, package in zip(out.splitlines(), calls, strict=True):
+"""
+    for line, package in zip(forked.output("bare", source).splitlines(), calls, strict=True):
         assert line.endswith(f": {package} is not installed; pip install 'clha-fast[eval]' brings it")

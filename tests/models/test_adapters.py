@@ -20,7 +20,7 @@ from clha_fast import HeadOptions, reference
 from clha_fast.errors import BackendError
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import HeadForward, UnsupportedHeadError, inspect_head
-from clha_fast.models.own_forward import token_logps, token_statistics
+from clha_fast.models.own_forward import token_statistics
 from clha_fast.ops import dispatch
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.trainer import CLHATrainer
@@ -154,7 +154,8 @@ def test_dropout_in_the_head_is_the_same_in_the_backward() -> None:
     upstream = torch.linspace(-1, 1, len(batch.targets))
     torch.manual_seed(3)
     head = HeadOptions(workspace_bytes=WORKSPACE)
-    logps = token_logps(hidden, forward, batch.targets, row_index=batch.row_index, head=head)
+    given = {"row_index": batch.row_index, "head": head}
+    logps, _ = token_statistics(hidden, forward, batch.targets, (), **given)
     got = torch.autograd.grad(logps @ upstream, [hidden, *trained])
     torch.manual_seed(3)
     chunks = zip(hidden[batch.row_index].split(7), batch.targets.split(7), strict=True)
@@ -162,7 +163,7 @@ def test_dropout_in_the_head_is_the_same_in_the_backward() -> None:
     assert torch.equal(torch.cat(parts), logps)
     for grad, wanted in zip(got, torch.autograd.grad(torch.cat(parts) @ upstream, [hidden, *trained]), strict=True):
         torch.testing.assert_close(grad, wanted)
-    assert not torch.equal(token_logps(hidden, forward, batch.targets, row_index=batch.row_index, head=head), logps)
+    assert not torch.equal(token_statistics(hidden, forward, batch.targets, (), **given)[0], logps)
 
 
 def test_scale_softcap_bias_and_ignored_tokens_in_chunks() -> None:
@@ -176,15 +177,15 @@ def test_scale_softcap_bias_and_ignored_tokens_in_chunks() -> None:
     z = forward(hidden[rows]) + bias
     wanted = (3.0 * torch.tanh(0.7 * z / 3.0) / 1.3).log_softmax(-1)[torch.arange(5), targets.clamp(min=0)]
     wanted = torch.where(targets == -100, 0.0, wanted)
-    logps = token_logps(hidden, forward, targets, bias=bias, row_index=rows, head=head)
+    logps, _ = token_statistics(hidden, forward, targets, (), bias, rows, head)
     torch.testing.assert_close(logps, wanted)
     upstream = torch.linspace(-1, 1, 5, dtype=torch.float64)
     expected = torch.autograd.grad(wanted @ upstream, (hidden, bias))
     torch.testing.assert_close(torch.autograd.grad(logps @ upstream, (hidden, bias)), expected)
     with pytest.raises(ValueError, match="max_dropped_mass: expected None for Int8, whose own forward is called"):
-        token_logps(hidden, forward, targets, row_index=rows, head=HeadOptions(max_dropped_mass=0.1))
+        token_statistics(hidden, forward, targets, (), None, rows, HeadOptions(max_dropped_mass=0.1))
     with pytest.raises(ValueError, match=r"targets: expected values in \[0, V = 11\) or -100, got 11 at position 3"):
-        token_logps(hidden, forward, targets.where(targets != 10, 11), head=head, row_index=rows)
+        token_statistics(hidden, forward, targets.where(targets != 10, 11), (), None, rows, head)
 
 
 def test_what_is_taken_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -255,7 +256,7 @@ def test_no_token_gives_a_bias_behind_the_head_zeros_too() -> None:
     # DistributedDataParallel waits for the gradient of every parameter.
     forward = HeadForward(nn.Linear(4, 6, bias=False), "a test", 6, True)
     bias, none = torch.zeros(6, requires_grad=True), torch.empty(0, dtype=torch.int64)
-    token_logps(torch.randn(3, 4), forward, none, bias=bias, row_index=none).sum().backward()
+    token_statistics(torch.randn(3, 4), forward, none, (), bias, none)[0].sum().backward()
     assert bias.grad is not None
     assert not bias.grad.any()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from clha_fast.batching.batch import CandidateBatch
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.models.attach import empty_batch
 from clha_fast.models.heads import UnsupportedHeadError
+from tests.support import forked
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -355,6 +354,6 @@ def test_wrapped_models_are_unwrapped(tmp_path: Any) -> None:
 
 def test_import_needs_no_transformers() -> None:
     code = "import sys, clha_fast; assert 'transformers' not in sys.modules; assert 'attach' in clha_fast.__all__"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    forked.output("bare", code)
     with pytest.raises(AttributeError, match="no attribute 'attachment'"):
         clha_fast.attachment  # noqa: B018 - the access is what is tested

@@ -41,8 +41,7 @@ def assert_same(compiled, eager, case):
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float16), ("auto", torch.float32)])
 def test_compiled_loss(compiler, dtype, backend):
     def run(hidden, weight, bias, case):
         arguments = {**case.arguments(), "hidden": 2 * hidden, "weight": weight, "bias": bias}

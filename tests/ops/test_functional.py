@@ -13,7 +13,8 @@ import torch
 from clha_fast import BackendError, CLHALoss, CLHAOptions, HeadOptions, linear_clha_loss, token_logps
 from clha_fast.backends.memory import Workspace
 from clha_fast.ops import dispatch
-from tests.support.helpers import IGNORE, make_case, run_python
+from tests.support import forked
+from tests.support.helpers import IGNORE, make_case
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 I64 = torch.int64
@@ -195,9 +196,10 @@ def test_unknown_backend():
         token_logps(torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1).long(), backend="cuda")
 
 
-def test_a_backend_asked_for_by_name_never_falls_back(tmp_path):
+def test_a_backend_asked_for_by_name_never_falls_back():
     """In a process without the interpreter: triton on a CPU says why, and so it does where triton is missing."""
-    out = run_python(
+    out = forked.output(
+        "bare",
         """
 import sys
 import torch
@@ -221,8 +223,6 @@ sys.modules["triton"] = None
 attempt()
 print(float(linear_clha_loss(*head, *ranking)[0]))
 """,
-        cwd=tmp_path,
-        TRITON_INTERPRET=None,
     )
     on_cpu = (
         "backend 'triton' cannot run: the tensors are on 'cpu': it needs a CUDA or ROCm device (or TRITON_INTERPRET=1)"

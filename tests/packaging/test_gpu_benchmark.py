@@ -26,6 +26,7 @@ from benchmarks.memory import Job, measure
 from benchmarks.methods import GPU_METHODS, methods_of
 from benchmarks.processes import OUT_OF_TIME, output_within, run_piece
 from clha_fast import PUBLISHED, HeadOptions, reference
+from tests.support import forked
 from tests.support.helpers import ROOT
 
 
@@ -332,7 +333,7 @@ def test_a_check_that_hangs_is_said_and_comes_again_when_asked_for(
 
 # Both of the others end the parent by the same exception.
 @pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
-def test_no_process_goes_on_when_the_run_is_ended(end: signal.Signals) -> None:
+def test_no_process_goes_on_when_the_run_is_ended(end: signal.Signals, tmp_path: Path) -> None:
     """A piece that would sleep for an hour, in the middle of it: gone some moments after its parent is."""
     piece = "import os, time; from benchmarks.processes import end_with_parent as e; e(); print(os.getpid()); "
     parent = f"""
@@ -345,11 +346,13 @@ popen = processes.subprocess.Popen
 processes.subprocess.Popen = lambda *a, **k: print((p := popen(*a, **k)).pid, flush=True) or p
 processes.output_within(command, 3600)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    started = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=environment, text=True)
-    assert started.stdout is not None
-    child = int(started.stdout.readline())
-    started.send_signal(end)
+    said = tmp_path / "said.out"
+    started = forked.start("bare", "-c", parent, out=said.with_suffix(""))
+    while not (said.exists() and said.read_text().endswith("\n")):
+        assert started.poll() is None, said.with_suffix(".err").read_text()
+        time.sleep(0.01)
+    child = int(said.read_text())
+    os.kill(started.pid, end)
     try:
         # On a machine that is busy with other things the piece may not have got as far as its first line.
         started.wait(300)
@@ -393,8 +396,7 @@ for name in {absent}:
 import benchmarks.gpu, benchmarks.pieces, pytest
 sys.exit(pytest.main({collect}))
 """
-    out, _, status = output_within([sys.executable, "-c", code], 240, merge=True)
-    assert status == 0, out
+    forked.output("bare", code)
 
 
 @pytest.mark.slow
@@ -426,9 +428,6 @@ def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
-    )
+    done = forked.run("bare", "benchmarks.gpu")
     assert done.returncode == 2
     assert "no GPU here" in done.stderr

@@ -6,11 +6,11 @@ import ast
 import contextlib
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.helpers import ROOT, run_python
+from tests.support import forked
+from tests.support.helpers import ROOT
 
 # Room -> rooms that it may import, lowest first. docs/design.md says what each knows; a room of its own is a folder, a
 # folder of `backends/`, or a file at the top of `clha_fast/`.
@@ -187,8 +187,9 @@ def test_kernel_files_import_triton_only(file):
     assert tops <= {"triton", "csrc_triton"} | set(sys.stdlib_module_names)
 
 
-def test_importing_loads_nothing_optional(tmp_path: Path):
-    out = run_python(
+def test_importing_loads_nothing_optional():
+    out = forked.output(
+        "bare",
         """
 import sys
 import torch
@@ -198,14 +199,14 @@ names = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(names & {"triton", "csrc_triton", "transformers", "tokenizers", "datasets", "accelerate", "matplotlib"}))
 print(sorted(name for name in sys.modules if name.startswith("clha_fast.backends.")))
 """,
-        cwd=tmp_path,
     )
     # Of the backends nothing but what one is chosen by: a count of bytes, and which products there are.
     assert out.split("\n")[:2] == ["[]", "['clha_fast.backends.memory', 'clha_fast.backends.products']"]
 
 
-def test_it_works_without_triton_and_transformers(tmp_path: Path):
-    out = run_python(
+def test_it_works_without_triton_and_transformers():
+    out = forked.output(
+        "bare",
         """
 import sys
 for name in ("triton", "transformers", "tokenizers", "accelerate", "datasets", "matplotlib", "yaml"):
@@ -223,7 +224,6 @@ print(token_logps(hidden, weight, torch.tensor([0, 1])).shape)
 import clha_fast.data
 import clha_fast.batching.batch
 """,
-        cwd=tmp_path,
     )
     # Uniform over five words: h = 3, SFT 0.05 * log 5 = 0.0805.
     assert out.splitlines() == ["3.0805 torch.Size([2, 3]) 1.0", "torch.Size([2])"]

@@ -13,7 +13,7 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-n
 _FLAGS += ("--disable-component-update", "--disable-sync", "--no-first-run")
 
 
-def opened(page: Path, script: str, folder: Path, width: int = 500) -> str:
+def opened(page: Path, script: str, folder: Path) -> str:
     """The text that `script`, an expression of JavaScript, gives once the page is there; skips without a browser.
 
     The browser has no network; a page that wants one would have to say so in what the script looks at.
@@ -25,6 +25,6 @@ def opened(page: Path, script: str, folder: Path, width: int = 500) -> str:
     inside = f"<script>document.title = '<<' + String({script}) + '>>'</script></body>"
     probe.write_text(page.read_text(encoding="utf-8").replace("</body>", inside), encoding="utf-8")
     words = [browser, *_FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'browser'}"]
-    command = [*words, f"--window-size={width},900", "--dump-dom", probe.as_uri()]
+    command = [*words, "--window-size=500,900", "--dump-dom", probe.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.partition("<title>&lt;&lt;")[2].partition("&gt;&gt;</title>")[0]

@@ -2,7 +2,8 @@
 
 torch, what it compiles with and transformers' Trainer take ten seconds of a processor before a program begins. A server
 (`python -m tests.support.forked MODULES`) imports them once and computes nothing; each program is a fork of it, and
-everything but those imports is its own. Programs whose imports or launcher are what is tested are started elsewhere.
+everything but those imports is its own. What is tested by what it imports begins with torch alone, "bare"; by its
+launcher, elsewhere.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.helpers import ROOT
-
-# By what the programs of a server are: with Triton's interpreter where the tests have it, or never.
+# The package itself is for the programs to import.
+ROOT = Path(__file__).resolve().parents[2]
+# By what the programs of a server are: with Triton's interpreter where the tests have it ("train"), or never.
 KINDS = {
+    "bare": ("torch",),
     "train": ("torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama"),
     "walk": ("torch._dynamo",),
 }
@@ -86,7 +88,7 @@ class Server:
         # Whoever asks whether there is a GPU must not begin CUDA, which does not survive a fork.
         given = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         found = {**os.environ, **given, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        if self.kind == "walk":
+        if self.kind != "train":
             found.pop("TRITON_INTERPRET", None)
         return found
 
@@ -155,9 +157,17 @@ def start(kind: str, module: str, *arguments: str, out: Path, **environment: str
 
 
 def run(
-    kind: str, module: str, *arguments: str, processes: int | None = None, timeout: float = 300, **environment: str
+    kind: str,
+    module: str,
+    *arguments: str,
+    processes: int | None = None,
+    timeout: float = 300,
+    given: str = "",
+    **environment: str,
 ) -> Done:
     """`module` as a program, or with "-c" the source that follows; `processes` of it, as a launcher starts them.
+
+    Each is `given` a text on its standard input.
 
     Returns the status of one that failed, or else 0, with all that was printed.
     """
@@ -165,6 +175,8 @@ def run(
     meetings = [{}] if processes is None else _meeting(processes)
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / str(number) for number in range(len(meetings))]
+        for out in outs:
+            Path(f"{out}.in").write_text(given)
         programs = [
             here.start(module, arguments, {**meeting, **environment}, out)
             for meeting, out in zip(meetings, outs, strict=True)
@@ -176,12 +188,19 @@ def run(
     return Done(failed[-1] if failed else 0, *said)
 
 
+def output(kind: str, source: str) -> str:
+    """What a program, given as its source, prints before it ends well."""
+    done = run(kind, "-c", source)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _become(module: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
     """The forked process: runs the program and does not return."""
     status = 1
     try:
-        for number, end in ((0, None), (1, ".out"), (2, ".err")):
-            file = os.open(os.devnull if end is None else out + end, os.O_RDWR | os.O_CREAT)
+        for number, end in ((0, ".in"), (1, ".out"), (2, ".err")):
+            file = os.open(out + end, os.O_RDWR | os.O_CREAT)
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(environment)

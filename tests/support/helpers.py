@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,17 +234,3 @@ def plain_loss(
         "routable_blocks": 0,
         "dropped_mass": 0.0,
     }
-
-
-def run_python(source: str, *, cwd: Path, path: Path = ROOT, **environment: str | None) -> str:
-    """What a fresh interpreter prints when it runs `source` with `path` on its path; None unsets a variable."""
-    variables = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    for name, value in environment.items():
-        variables.pop(name, None)
-        if value is not None:
-            variables[name] = value
-    done = subprocess.run(
-        [sys.executable, "-c", source], cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -118,11 +118,14 @@ def _keep_shapes() -> None:
 
 
 def _keep_types() -> None:
-    """Of two scalar types the one that an operator of both computes in; operands of one type are only made as large."""
+    """Of two scalar types the one that an operator of both computes in; operands of one type are only called as large.
+
+    numpy makes them so where it computes: of two, one has what the other lacks.
+    """
     find, equal = TritonSemantic.computation_type_impl, tl.dtype.__eq__
     check = TritonSemantic.binary_op_type_checking_impl
-    splat = interpreter.interpreter_builder.create_splat
     found: dict[Any, Any] = {}
+    together: dict[Any, Any] = {}
 
     def computed(self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, div_or_mod: bool) -> Any:
         key = (a.name, a_is_scalar, b.name, b_is_scalar, div_or_mod)
@@ -138,8 +141,7 @@ def _keep_types() -> None:
         is_real = name in _FLOATS and kind in (int, float)
         if not is_real and (kind is not int or value not in _RANGES.get(name, ())):
             return None
-        shape = beside.type.shape.values if beside.type.is_block() else 1
-        data = np.full(shape, value or 0, interpreter._get_np_dtype(beside.dtype))  # -0.0 is 0 there, too
+        data = np.array([value or 0], interpreter._get_np_dtype(beside.dtype))  # -0.0 is 0 there, too
         return tl.tensor(interpreter.TensorHandle(data, beside.dtype), beside.type)
 
     def operands(self: Any, a: Any, b: Any, *settings: Any, **named: Any) -> Any:
@@ -150,14 +152,20 @@ def _keep_types() -> None:
             made = number(b, a)
             return check(self, a, b, *settings, **named) if made is None else (a, made)
         if a.dtype.name != b.dtype.name or a.dtype.name not in _OWN:
-            return check(self, a, b, *settings, **named)
+            moves = settings[:1] == (True,) and a.dtype.is_ptr() and b.dtype.name in _RANGES
+            if not moves:  # a pointer
+                return check(self, a, b, *settings, **named)
         if a.shape is b.shape:  # which `_keep_shapes` has one of
             return a, b
         if not a.type.is_block():
-            return tl.tensor(splat(b.type, a.handle), b.type), b
+            return tl.tensor(a.handle, b.type.with_element_ty(a.dtype)), b
         if not b.type.is_block():
-            return a, tl.tensor(splat(a.type, b.handle), a.type)
-        return self.broadcast_impl_value(a, b)
+            return a, tl.tensor(b.handle, a.type.with_element_ty(b.dtype))
+        sizes = (a.handle.data.shape, b.handle.data.shape)
+        if sizes not in together:
+            together[sizes] = self.broadcast_impl_value(a, b)[0].type.shape
+        both = together[sizes]
+        return tuple(tl.tensor(one.handle, tl.block_type(one.dtype, both)) for one in (a, b))
 
     def equals(self: Any, other: Any) -> bool:
         return self is other or equal(self, other)

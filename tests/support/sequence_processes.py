@@ -393,7 +393,6 @@ def _dynamic() -> dict[str, Any]:
     return {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 
-LONG = {"prompts": (20, 17)}
 CASES: dict[str, Callable[[], None]] = {
     "padded": lambda: equal(llama, "padded"),
     "packed": lambda: equal(llama, "packed"),

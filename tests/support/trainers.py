@@ -77,12 +77,12 @@ def collate(rows: list[dict[str, Any]], options: CLHAOptions, drop_inert: bool =
     return CandidateBatch.from_dict(RankedCollator(TOKENIZER, options, drop_inert=drop_inert)(rows))
 
 
-def assert_same_gradients(model: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
     whole = sum(float(grad.norm()) ** 2 for grad in expected.values()) ** 0.5
     assert whole > 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        assert float((parameter.grad - expected[name]).norm()) <= tolerance * whole, name
+        assert float((parameter.grad - expected[name]).norm()) <= 1e-5 * whole, name
 
 
 def eager_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

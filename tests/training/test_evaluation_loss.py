@@ -40,10 +40,13 @@ class Features(torch.utils.data.Dataset[Any]):
         return self.features[index]
 
 
-@pytest.mark.parametrize("kind", [list, Stream, Features])
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"reduction": "pair_mean", "noise_rule": "signed"}, {"preset": "paper", "eval_drop_inert": True}],
+    ("kind", "changes"),
+    [
+        (list, {}),
+        (Stream, {"reduction": "pair_mean", "noise_rule": "signed"}),
+        *((kind, {"preset": "paper", "eval_drop_inert": True}) for kind in (list, Features)),
+    ],
 )
 def test_any_batch_size(tmp_path: Path, kind: Any, changes: dict[str, Any]) -> None:
     rows = make_rows(11, seed=12)
