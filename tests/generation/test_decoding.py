@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
@@ -237,3 +237,29 @@ def test_a_compiled_model_s_positions_begin_where_its_own_do(kind: str) -> None:
     compiled = torch.compile(model, backend="eager")
     (answer,) = samples.generate(compiled, [prompt], TOKENIZER, [1], torch.device("cpu"), LENGTH)
     assert answer == by_hand(model, prompt)
+
+
+def undecided(kind: str, dtype: torch.dtype) -> Any:
+    """A mixture of two experts, one a token, whose router finds them nearly equal: rounding chooses."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = spread(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **experts, **shape)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+                weight[1] = weight[0] + 1e-3 * weight[1]
+            elif "norm" not in name:
+                weight.mul_(4)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_rounding_that_chooses_between_experts_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
+    model = undecided(kind, dtype)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    found = draw(model, [list(range(3, 20)), list(range(30, 40))], trained=True, length=16)
+    assert found.tried == {True: Tried(use_cache=True, longest=33, new=16)}
+    assert not [record for record in caplog.records if record.name == "clha_fast"]
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
