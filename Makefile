@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # More for pip when it makes the tests' environment, such as "transformers==5.15.1 accelerate==1.12.0".
 WITH ?=
 # What depends on the releases of transformers, accelerate and peft.
-HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards
+HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards tests/generation
 
 .PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-integrations test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
