@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 # More for pip when it makes the tests' environment, such as "transformers==5.15.1 accelerate==1.12.0".
 WITH ?=
 # What depends on the releases of transformers, accelerate and peft.
-HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards
+HOSTED := tests/models tests/training tests/cli tests/batching tests/rewards tests/generation
 
-.PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-integrations test-architectures test-wrappers test-adapters lint bench-cpu bench-gpu clean
+.PHONY: demo demo-smollm docs test test-all test-oldest test-newest test-integrations test-architectures test-decoding test-wrappers test-adapters lint bench-cpu bench-gpu clean
 
 # Threads that spin while they wait make a small model several times slower where the cores are shared.
 demo: $(VENV)/.plot
@@ -60,6 +60,9 @@ test-host-%:
 
 test-architectures: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.architectures --write docs/architectures.md $(ARGS)
+
+test-decoding: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.decoding_table --write docs/decoding.md $(ARGS)
 
 test-wrappers: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.wrappers --write docs/wrappers.md $(ARGS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
@@ -23,6 +23,7 @@ from tests.support.architecture_configs import OVERRIDES, shrunk_fields
 from tests.support.architectures import build
 from tests.support.reward_models import spread
 from tests.support.tiny import make_model, make_tokenizer
+from tests.support.versions import needs
 
 TOKENIZER = make_tokenizer()
 RECORDS = [
@@ -72,19 +73,26 @@ WITHOUT_CACHE = {
 }
 
 
+def without_cache(name: str) -> Any:
+    if "tuning" in name:
+        needs("transformers", "5.24", "decodes behind virtual tokens with its cache as without")
+    return WITHOUT_CACHE[name]()
+
+
 def by_hand(model: Any, prompt: list[int]) -> list[int]:
     """The greedy tokens, one full forward each."""
     found: list[int] = []
     while len(found) < LENGTH and 1 not in found:
         with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *found]]), use_cache=False).logits[0, -1]
+            row = torch.tensor([[*prompt, *found]])
+            logits = model(row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, -1]
         found.append(int(logits.argmax()))
     return found
 
 
 @pytest.mark.parametrize("name", WITHOUT_CACHE)
 def test_a_cache_that_gives_other_answers_is_left_out(name: str, tmp_path: Path, caplog: Any) -> None:
-    model = WITHOUT_CACHE[name]()
+    model = without_cache(name)
     prompts = [list(TOKENIZER(str(record.prompt))["input_ids"]) for record in RECORDS]
     expected = [by_hand(model, prompt) for prompt in prompts]
     assert len(set(map(tuple, expected))) == 2
@@ -111,7 +119,7 @@ def trainer(folder: Path, model: Any, **changes: Any) -> RolloutTrainer:
 
 @pytest.mark.parametrize(("name", "cached"), [("mamba", True), ("falcon_h1", True), ("prompt tuning", False)])
 def test_the_trainer_s_autocast_is_within_the_forward(name: str, cached: bool, tmp_path: Path) -> None:
-    model = WITHOUT_CACHE[name]() if name in WITHOUT_CACHE else tiny(name)
+    model = without_cache(name) if name in WITHOUT_CACHE else tiny(name)
     ours = trainer(tmp_path, model, bf16=True, answers_per_prompt=2, max_completion_length=LENGTH)
     ours.train()
     assert [tried.use_cache for tried in ours._sampling.tried.values()] == [cached]
@@ -130,6 +138,8 @@ def draw(model: Any, prompts: list[list[int]], trained: bool = False, length: in
 @pytest.mark.parametrize("kind", ["xlnet", "xlm", "cpmant"])
 def test_answers_that_are_never_the_model_s_own(kind: str, caplog: Any) -> None:
     """Of models whose forward looks ahead, or computes a row otherwise than its beginning."""
+    if kind == "cpmant":
+        needs("transformers", "5.24", "may end in an error where CPM-Ant decodes with its cache")
     model, prompts = tiny(kind), [list(range(3, 12))]
     with pytest.raises(ValueError, match=r"^model: expected one whose answers are drawn from the .* its cache and"):
         draw(model, prompts, trained=True)
@@ -146,6 +156,8 @@ RIGHT = ["gpt2", "roberta", "mixtral", "gemma2", "mamba", "zamba2", "falcon_h1",
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", RIGHT)
 def test_rounding_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
+    if kind == "zamba2":
+        needs("transformers", "5.15", "reads ahead in the forward of Zamba2")
     found = draw(tiny(kind).to(dtype), [list(range(3, 20))], trained=True, length=16)
     assert found.tried == {False: Tried(use_cache=True, longest=33, new=16)}
     assert not [record for record in caplog.records if record.name == "clha_fast"]
@@ -196,7 +208,7 @@ def test_a_device_may_have_no_float64(prompts: list[list[int]]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["moshi", "prompt tuning", "p-tuning"])
 def test_no_other_answers_are_rounding(name: str, dtype: torch.dtype) -> None:
-    model = WITHOUT_CACHE[name]().to(dtype)
+    model = without_cache(name).to(dtype)
     assert not draw(model, [list(range(3, 20))], trained=True).tried[False].use_cache
 
 
@@ -237,3 +249,29 @@ def test_a_compiled_model_s_positions_begin_where_its_own_do(kind: str) -> None:
     compiled = torch.compile(model, backend="eager")
     (answer,) = samples.generate(compiled, [prompt], TOKENIZER, [1], torch.device("cpu"), LENGTH)
     assert answer == by_hand(model, prompt)
+
+
+def undecided(kind: str, dtype: torch.dtype) -> Any:
+    """A mixture of two experts, one a token, whose router finds them nearly equal: rounding chooses."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = spread(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **experts, **shape)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+                weight[1] = weight[0] + 1e-3 * weight[1]
+            elif "norm" not in name:
+                weight.mul_(4)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_rounding_that_chooses_between_experts_is_none(kind: str, dtype: torch.dtype, caplog: Any) -> None:
+    model = undecided(kind, dtype)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    found = draw(model, [list(range(3, 20)), list(range(30, 40))], trained=True, length=16)
+    assert found.tried == {True: Tried(use_cache=True, longest=33, new=16)}
+    assert not [record for record in caplog.records if record.name == "clha_fast"]
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())

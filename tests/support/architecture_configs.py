@@ -170,6 +170,8 @@ def shrunk_fields(config_class: type[PreTrainedConfig], changes: dict[str, Any],
         if nested_text and "tie_word_embeddings" in own:
             nested["tie_word_embeddings"] = own["tie_word_embeddings"]
         model_type = None
+        if sub_class is AutoConfig and not hasattr(config_class, "sub_configs_defaults"):
+            continue  # an older release, whose configuration makes its own
         if sub_class is AutoConfig:
             model_type = config_class.sub_configs_defaults[name].model_type
             sub_class = CONFIG_MAPPING[model_type]
