@@ -72,6 +72,9 @@ UNUSUAL: dict[str, Any] = {
 }
 _OFF = re.compile(r"dropout|pdrop|layerdrop|jitter")
 
+# What hybrid models have four or eight layers for by default.
+_BOTH = ["linear_attention", "full_attention"]
+
 # model type -> field values; a dotted name reaches into a nested configuration
 OVERRIDES: dict[str, dict[str, Any]] = {
     # Patterns of layers that the defaults write for the full depth only.
@@ -96,6 +99,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4, "n_mamba_heads": 4},
     "dots3_note": {"vision_config.mlp_layer_types": ["dense", "sparse"]},
     "flint": {"mlp_only_layers": [0]},
+    **dict.fromkeys(
+        ("bailing_hybrid", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        {"layer_types": _BOTH},
+    ),
+    "qwen4_exp_text": {
+        "layer_types": _BOTH,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": _BOTH},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     # All layers are full by default.
     "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2},
     "deepseek_v4": {

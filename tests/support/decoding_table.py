@@ -89,8 +89,7 @@ def render(found: dict[str, tuple[str, ...]]) -> str:
 Written by `python -m tests.support.decoding_table --write docs/decoding.md` with
 {versions}: what rollouts decide of {len(found)} model types, tiny and random, in float32 on
 the CPU, for {NEW} tokens behind {one}, and behind {long} and {short} side by side
-([why](evaluation.md#answers-that-are-the-models-own)). An error of transformers may be one of the tiny configuration:
-hybrid models of two layers can lack one of attention, for which their cache asks.
+([why](evaluation.md#answers-that-are-the-models-own)). An error of transformers may be one of the tiny configuration.
 
 | a prompt alone | beside a longer one | types | |
 |---|---|---|---|
