@@ -81,6 +81,12 @@ class RankedStream(IterableDataset[Any]):
         # 1 once it is settled which names records hold, and 1 for each that they do.
         self._settled = torch.zeros(1 + len(self._names), dtype=torch.int64).share_memory_()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's workers share what they count with one another, too."""
+        self.__dict__.update(state)
+        for counts in (self._skipped, self._seen, self._settled):
+            counts.share_memory_()
+
     @property
     def skipped(self) -> int:
         return int(self._skipped.sum())
@@ -93,6 +99,7 @@ class RankedStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
+        discarded = self.discarded  # by this iteration, not by another that begins while it goes on
         count = passes = 0
         last: Any = None
         stand_in: Any = None
@@ -101,7 +108,7 @@ class RankedStream(IterableDataset[Any]):
             for example in self._pass(*((0, 1) if worker is None else (worker.id, worker.num_workers))):
                 count += 1
                 last = example
-                if count <= self.discarded and isinstance(example, RankedRecord):
+                if count <= discarded and isinstance(example, RankedRecord):
                     stand_in = stand_in or self.collator.tokenize_record(example)
                     example = stand_in
                 yield example

@@ -115,11 +115,18 @@ class RankedLoaders(Trainer):
         # Of several workers some may give a batch more than this, none gives less.
         batches //= max(self.args.dataloader_num_workers, 1)
         split = self.args.accelerator_config.split_batches
-        stream.discarded = batches * self._train_batch_size * (1 if split else self._data_processes)
+        size = self._train_batch_size * (1 if split else self._data_processes)
+        # accelerate fills up the end of a stream that has one with what it began with.
+        stream.discarded = batches * size if stream.repeat else 0
+        return super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; once a pass of a stream has begun, what it throws away is not thrown away by another."""
         try:
-            return super()._run_epoch(*args, **kwargs)
+            return super().get_batch_samples(*args, **kwargs)
         finally:
-            stream.discarded = 0
+            if isinstance(self.train_dataset, RankedStream):
+                self.train_dataset.discarded = 0
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer`, with the evaluation's collator."""

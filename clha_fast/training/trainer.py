@@ -351,7 +351,10 @@ class CLHATrainer(RankedLoaders, ReportingTrainer):
             resumed = last_checkpoint(self.args.output_dir)
         if isinstance(resumed, (str, os.PathLike)):
             self.reference.check(os.fspath(resumed))
-        found = super().train(*args, **kwargs)
+        try:
+            found = super().train(*args, **kwargs)
+        finally:  # a loss that is asked for afterwards is of its own batch
+            self._step_counts, self._fill_scale = None, 1
         step, most = self.state.global_step, self.state.max_steps
         if not self._took_steps:
             why = f"the run that was resumed is finished, at step {step} of {most}" if step else "no step was asked for"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,3 +115,11 @@ def test_an_error_of_a_loader_worker_leaves_no_other_waiting() -> None:
     rows = [{"prompt": "p", "completions": []}, *make_rows(3)]
     with pytest.raises(RecordError, match=r"(?s)^Caught .*record 0: completions: expected"):
         list(DataLoader(RankedStream(Shared(rows), COLLATOR), 1, collate_fn=list, num_workers=2))
+
+
+@pytest.mark.parametrize("skipping", [False, True])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_workers_of_a_copy_hear_of_each_other(copied: Any, skipping: bool) -> None:
+    stream = copied(RankedStream(Shared(make_rows(4)), COLLATOR, skip_bad_records=skipping))
+    loader = DataLoader(stream, 1, collate_fn=list, num_workers=2, timeout=20)
+    assert len(list(loader)) == 4

@@ -38,6 +38,25 @@ sys.stderr.flush()
 os._exit(status)
 """
 
+STOPS = """
+import types
+import torch.distributed as dist
+from clha_fast.experiments.run import _StopAsked
+dist.init_process_group("gloo")
+ends = []
+for asked in (2, None, 1, 4):
+    stop, args = _StopAsked(), types.SimpleNamespace(output_dir="run")
+    for step in range(1, 7):
+        dist.barrier()
+        stop.asked |= step == asked and dist.get_rank() == 1
+        control = types.SimpleNamespace(should_training_stop=False)
+        stop.on_step_end(args, types.SimpleNamespace(global_step=step, max_steps=9), control)
+        if control.should_training_stop:
+            break
+    ends.append(step)
+print(*ends)
+"""
+
 
 def start(folder: Path, command: str, how: str, **given: Any) -> tuple[list[int], list[str], str]:
     """(exit status of each process, what each printed as errors, the command's name)."""
@@ -82,6 +101,16 @@ def test_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     assert "interrupted after step 4, which is saved; the same command with --resume continues" in first
     assert "interrupted" not in second
     assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_each_run_of_a_folder_stops_for_itself(tmp_path: Path) -> None:
+    outs = [tmp_path / f"process-{rank}" for rank in (0, 1)]
+    programs = [
+        forked.start("train", "-c", STOPS, out=out, CUDA_VISIBLE_DEVICES="", **meeting)
+        for out, meeting in zip(outs, forked._meeting(2), strict=True)
+    ]
+    assert [program.wait(60) for program in programs] == [0, 0], Path(f"{outs[0]}.err").read_text()
+    assert [Path(f"{out}.out").read_text().split() for out in outs] == [["3", "6", "2", "5"]] * 2
 
 
 def test_alone_no_error_is_anothers() -> None:

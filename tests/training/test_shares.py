@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 
 from clha_fast.batching.sampling import TokenBudgetSampler
 from clha_fast.training.shares import empty_shares, own_prompts, prompts_drawn
+from clha_fast.training.trainer import CLHATrainer
+from tests.support.tiny import make_model, make_rows, make_tokenizer
+from tests.support.trainers import config
 
 PROMPTS = range(7)
+TOKENIZER = make_tokenizer()
 
 
 class Unmeasured(Sampler[int]):
@@ -84,3 +89,25 @@ def test_of_other_samplers_nothing_is_known(batches: Any) -> None:
 
 def test_one_process_has_no_share() -> None:
     assert prompts_drawn(DataLoader(PROMPTS, batch_size=2)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalizer", ["global", "batch"])
+def test_a_loss_behind_training_is_of_its_own_batch(tmp_path: Path, normalizer: str) -> None:
+    class Filled(CLHATrainer):
+        def _empty_of_last(self, size: int, sharing: int = 1) -> int:
+            return 1  # as in the last round of several processes
+
+        @property
+        def _data_processes(self) -> int:
+            return 2
+
+    ours = Filled(
+        make_model(len(TOKENIZER)),
+        config(tmp_path, normalizer=normalizer, learning_rate=0.0),
+        train_dataset=make_rows(6),
+        processing_class=TOKENIZER,
+    )
+    inputs = ours.data_collator(make_rows(3, seed=4))
+    expected = float(ours.compute_loss(ours.model.train(), inputs))
+    ours.train()
+    assert float(ours.compute_loss(ours.model.train(), inputs)) == expected
