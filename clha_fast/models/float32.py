@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _NARROW = (torch.bfloat16, torch.float16)
+# What takes a few rows of a large weight (an expert's, a word's): they alone are widened.
+_PICK = ("__getitem__", "embedding")
 
 
 @contextlib.contextmanager
 def in_float32(device: torch.device) -> Iterator[None]:
     """Within, tensors in bfloat16 and float16 are read as float32, none is made, and autocast is off.
 
-    Kernels that take 16 bits alone (flash attention) raise errors of their own; what is compiled runs as it is written.
+    It takes the memory of the largest weight, in float32. Kernels that take 16 bits alone (flash attention) raise
+    errors of their own; what is compiled runs as it is written.
     """
     with torch.compiler.set_stance("force_eager"), _Widened(device.type):
         yield
@@ -32,6 +35,8 @@ class _Widened(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return _widened(func(*args, **(kwargs or {})), lambda tensor: tensor)
+        if name in _PICK:
+            return _widened(func(*args, **(kwargs or {})), Tensor.float)
         # What is written to stays itself.
         written = 1 if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else 0
         inputs = [*args[:written], *(_widened(value, Tensor.float) for value in args[written:])]

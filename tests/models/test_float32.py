@@ -1,0 +1,51 @@
+"""16 bits computed in float32: what is widened, and that the weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clha_fast.models.float32 import in_float32
+
+IDS = torch.tensor([[1, 3]])
+
+
+class Made(TorchDispatchMode):
+    """The most numbers of a float32 tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tree_leaves(found) if isinstance(part, Tensor) and part.dtype == torch.float32]
+        self.most = max([self.most, *sizes])
+        return found
+
+
+READ: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "an expert": (lambda weight: weight[2] * 3, 8),
+    "experts": (lambda weight: weight[IDS[0]] * 3, 16),
+    "words": (lambda weight: functional.embedding(IDS, weight) * 3, 16),
+    "all": (lambda weight: weight * 3, 800),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read_is_widened_and_no_more(name: str, dtype: torch.dtype) -> None:
+    read, most = READ[name]
+    weight = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with in_float32(torch.device("cpu")), Made() as made:
+        found = read(weight)
+        assert weight.dtype == torch.float32
+    assert found.dtype == torch.float32
+    assert torch.equal(found, read(weight.float()))
+    assert made.most == most
+    assert weight.dtype == dtype
