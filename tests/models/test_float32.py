@@ -24,8 +24,8 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        sizes = [part.numel() for part in tree_leaves(found) if isinstance(part, Tensor) and part.dtype == torch.float32]
-        self.most = max([self.most, *sizes])
+        tensors = [part for part in tree_leaves(found) if isinstance(part, Tensor)]
+        self.most = max([self.most, *(part.numel() for part in tensors if part.dtype == torch.float32)])
         return found
 
 
