@@ -164,7 +164,7 @@ class _Trial:
         if self.bound <= _FLOOR or quantised or offloaded or (dist.is_available() and dist.is_initialized()):
             return False
         try:
-            with in_float32(self.device):
+            with in_float32(self.model, self.device):
                 with torch.autocast(self.device.type, enabled=False):
                     bound = max(_FLOOR, _EPS * rounding_of(self.model))  # of TF32, where that is allowed
                 return self._decode(rows, use_cache, answers)[1] <= bound

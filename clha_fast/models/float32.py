@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -16,14 +16,23 @@ _PICK = ("__getitem__", "embedding")
 
 
 @contextlib.contextmanager
-def in_float32(device: torch.device) -> Iterator[None]:
+def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, tensors in bfloat16 and float16 are read as float32, none is made, and autocast is off.
 
+    What `model` then keeps of them (a table moved to its inputs' device) is gone afterwards: it holds what it held.
     It takes the memory of the largest weight, in float32. Kernels that take 16 bits alone (flash attention) raise
     errors of their own; what is compiled runs as it is written.
     """
-    with torch.compiler.set_stance("force_eager"), _Widened(device.type):
-        yield
+    places = [place for module in model.modules() for place in (vars(module), module._parameters, module._buffers)]
+    before = [dict(place) for place in places]
+    try:
+        with torch.compiler.set_stance("force_eager"), _Widened(device.type):
+            yield
+    finally:
+        for place, held in zip(places, before, strict=True):
+            for name in place.keys() - held.keys():
+                del place[name]
+            place.update(held)
 
 
 class _Widened(TorchFunctionMode):
