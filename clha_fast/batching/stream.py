@@ -100,6 +100,10 @@ class RankedStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
         discarded = self.discarded  # by this iteration, not by another that begins while it goes on
+        source: Any = self.source
+        if worker is not None and self.repeat and isinstance(getattr(source, "_epoch", None), torch.Tensor):
+            # `datasets` has one in memory for all workers, of which each is in a pass of its own.
+            source._epoch = source._epoch.clone()
         count = passes = 0
         last: Any = None
         stand_in: Any = None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 from clha_fast.data.delimited import delimited_rows
-from clha_fast.data.encodings import as_utf8
+from clha_fast.data.encodings import PACKED, as_utf8
 from clha_fast.data.hub import hub_files, is_hub_name
 from clha_fast.data.jsonlines import json_rows
 from clha_fast.data.records import RecordError, is_sequence
@@ -22,7 +22,6 @@ from clha_fast.data.records import RecordError, is_sequence
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _KINDS = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
@@ -124,7 +123,7 @@ def _file_rows(path: str) -> Iterator[tuple[str, object]]:
         head = file.read(6)
     compression = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), "")
     name = path.lower()
-    stem = next((name.removesuffix(suffix) for suffix in _PACKED if name.endswith(suffix)), name)
+    stem = next((name.removesuffix(suffix) for suffix in PACKED if name.endswith(suffix)), name)
     kind = _KINDS.get(os.path.splitext(stem)[1], "")
     if not kind and head.startswith((b"PAR1", b"ARROW1")):
         kind = "parquet" if head.startswith(b"PAR1") else "arrow"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import io
 import lzma
+import os
 import re
+import shlex
 import zlib
 from typing import IO, Any, cast
 
@@ -19,6 +21,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _UNMARKED = {0: "UTF-16BE", 1: "UTF-16LE"}  # by which of the first two bytes, of an ASCII letter, is 0
+# Ends of the names of compressed files.
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 16
 # What "surrogateescape" makes of a byte that is no UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
@@ -84,6 +88,8 @@ def not_utf8(byte: int, path: str) -> str:
 
 
 def _way(encoding: str, path: str) -> str:
-    name, dot, end = path.rpartition(".")
-    new = f"{name}.utf8{dot}{end}" if dot else f"{path}.utf8"
-    return f"if that is {encoding}, iconv -f {encoding} -t UTF-8 {path} > {new} rewrites it"
+    plain, packed = os.path.splitext(path)
+    unpacked = packed.lower() in PACKED
+    name, end = os.path.splitext(plain if unpacked else path)
+    old, new = shlex.quote(name + end), shlex.quote(f"{name}.utf8{end}")
+    return f"if that is {encoding}, {'unpacked, ' * unpacked}iconv -f {encoding} -t UTF-8 {old} > {new} rewrites it"

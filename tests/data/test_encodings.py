@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import shlex
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def test_other_encodings_are_refused_by_name(tmp_path: Path, name: str, encoding
     way = "WINDOWS-1252" if single else f"UTF-16{encoding[-2:].upper()}"
     assert f"iconv -f {way} -t UTF-8 {path} > {tmp_path / 'a.utf8'}{path.suffix} rewrites it" in said
     assert "damaged" not in said
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+@pytest.mark.parametrize(
+    ("name", "packed"), [("my file.csv", ""), ("my file", ""), ("v1.2/a.jsonl", ".gz"), ("b", ".gz")]
+)
+def test_the_way_out_is_a_command_that_works(tmp_path: Path, name: str, packed: str, encoding: str) -> None:
+    path, data = tmp_path / name, TEXTS["a.jsonl"].format("Größe").encode(encoding)
+    path.parent.mkdir(exist_ok=True)
+    given = tmp_path / f"{name}{packed}"
+    given.write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(RecordError) as caught:
+        read_records(given)
+    assert ("unpacked, " in str(caught.value)) is bool(packed)
+    path.write_bytes(data)
+    words = shlex.split(str(caught.value)[str(caught.value).index("iconv") :])
+    assert words[:6] == ["iconv", "-f", words[2], "-t", "UTF-8", str(path)]
+    assert words[6:9] == [">", str(path.with_name(f"{path.stem}.utf8{path.suffix}")), "rewrites"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])

@@ -8,14 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from accelerate.hooks import attach_align_device_hook
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from clha_fast.data.prompts import PromptRecord
 from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
-from clha_fast.generation.decoding import Decoding, Tried
+from clha_fast.generation.decoding import Decoding, Tried, _Trial
 from clha_fast.generation.tokens import generate_tokens
 from clha_fast.training import samples
 from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
@@ -256,6 +257,7 @@ def undecided(kind: str, dtype: torch.dtype) -> Any:
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
     experts = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
     shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
     model = spread(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **experts, **shape)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -275,3 +277,68 @@ def test_rounding_that_chooses_between_experts_is_none(kind: str, dtype: torch.d
     assert found.tried == {True: Tried(use_cache=True, longest=33, new=16)}
     assert not [record for record in caplog.records if record.name == "clha_fast"]
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+
+
+class Narrow(nn.Module):
+    """A kernel that takes 16 bits alone, as it says."""
+
+    def __init__(self, inner: nn.Module, error: type[Exception]) -> None:
+        super().__init__()
+        self.inner, self.error = inner, error
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.dtype == torch.float32:
+            raise self.error("float32 is not supported")
+        return self.inner(hidden)
+
+
+def looked_at(model: Any) -> bool:
+    """What is said of a few tokens that are decoded once more in float32."""
+    trial = _Trial(model, 2, 3, torch.device("cpu"))
+    return trial.right_in_float32([[3, 4, 5, 6]], [[7, 8, 9]], use_cache=True)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, torch.OutOfMemoryError])
+def test_what_takes_no_float32_ends_no_run(error: type[Exception]) -> None:
+    model = undecided("mixtral", torch.bfloat16)
+    assert looked_at(model)
+    model.model.norm = Narrow(model.model.norm, error)
+    assert not looked_at(model)
+
+
+def test_offloaded_weights_are_left_as_they_are() -> None:
+    model = undecided("mixtral", torch.bfloat16)
+    weights = {name: weight.clone() for name, weight in model.model.layers.state_dict().items()}
+    attach_align_device_hook(model.model.layers, execution_device="cpu", offload=True, weights_map=weights)
+    prompt = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        before = model(prompt).logits
+        looked_at(model)
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert torch.equal(before, model(prompt).logits)
+
+
+class Coarse(MixtralForCausalLM):
+    """Decodes off by 1e-3 of its logits, in any dtype."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if kwargs.get("use_cache"):
+            size = output.logits.abs().amax(-1, keepdim=True)
+            output.logits = output.logits + 1e-3 * size * (-1) ** torch.arange(output.logits.shape[-1])
+        return output
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has one switch, of GPUs")
+@pytest.mark.parametrize(("precision", "right"), [("highest", False), ("high", True)])
+def test_float32_rounds_as_torch_is_set(precision: str, right: bool) -> None:
+    """To TF32, where that is allowed."""
+    model: Any = undecided("mixtral", torch.bfloat16)
+    model.__class__ = Coarse
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast("cpu", torch.bfloat16):  # is off in float32
+            assert looked_at(model) is right
+    finally:
+        torch.set_float32_matmul_precision(before)

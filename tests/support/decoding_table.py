@@ -81,17 +81,25 @@ def render(found: dict[str, tuple[str, ...]]) -> str:
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for model_type, verdicts in sorted(found.items()):
         groups[verdicts].append(model_type)
-    rows = [f"| {alone} | {padded} | {len(types)} | {', '.join(types)} |" for (alone, padded), types in groups.items()]
+    most = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [f"| {alone} | {padded} | {len(types)} | {', '.join(types)} |" for (alone, padded), types in most]
     versions = f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}"
     ((one,), (long, short)) = PROMPTS
     return f"""# How models answer
 
 Written by `python -m tests.support.decoding_table --write docs/decoding.md` with
 {versions}: what rollouts decide of {len(found)} model types, tiny and random, in float32 on
-the CPU, for {NEW} tokens behind {one}, and behind {long} and {short} side by side
-([why](evaluation.md#answers-that-are-the-models-own)). An error of transformers may be one of the tiny configuration.
+the CPU, for {NEW} tokens behind a prompt of {one}, and behind prompts of {long} and {short} in one batch
+([why, and what is compared](evaluation.md#answers-that-are-the-models-own)).
 
-| a prompt alone | beside a longer one | types | |
+- *cache*: answers are made with transformers' cache, and are the model's own.
+- *no cache*: with the cache they are others; they are made without, which takes longer, and that is said.
+- *one prompt a batch*: beside a longer prompt the model reads padding as text; more than one a batch is refused.
+- *refused*: neither way are they drawn from what the forward of a whole text gives. `clha-fast generate`, `--chat` and
+  samples answer all the same, and say so.
+- An error of transformers may be one of the tiny configuration.
+
+| a prompt alone | beside another length | number | types |
 |---|---|---|---|
 {chr(10).join(rows)}
 """

@@ -1,4 +1,4 @@
-"""What a resumed run throws away of a stream is trained on, and measured, nowhere."""
+"""What a resumed run throws away of a stream is trained on, and measured, nowhere; the order of a stream is one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from clha_fast.batching.collator import RankedCollator
@@ -15,7 +16,7 @@ from clha_fast.training.trainer import CLHATrainer
 from tests.support.power_cuts import CutAfter, PowerCut, weights
 from tests.support.tiny import make_model, make_rows, make_tokenizer
 from tests.support.trainers import config
-from tests.training.test_loading import Rows
+from tests.training.test_loading import Rows, stream_of
 
 TOKENIZER = make_tokenizer()
 COLLATOR = RankedCollator(TOKENIZER, max_length=40)
@@ -71,3 +72,15 @@ def test_whoever_else_reads_the_stream_has_its_own_records(tmp_path: Path, repea
         assert rest.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
     for name, tensor in weights(rest.model).items():
         assert torch.equal(tensor, weights(whole.model)[name]), name
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("shards", [2, 3])
+def test_loader_workers_are_in_passes_of_their_own(shards: int, epoch: int) -> None:
+    """`datasets` keeps the epoch, which orders a pass, in memory that all workers share: one set it for the others."""
+    source = stream_of(make_rows(8), shards).shuffle(seed=3, buffer_size=4)
+    stream = RankedStream(source, COLLATOR, repeat=True)
+    stream.set_epoch(epoch)
+    loader = iter(DataLoader(stream, batch_size=2, num_workers=2, collate_fn=len))
+    assert [next(loader) for _ in range(12)] == [2] * 12
+    assert source.epoch == epoch
