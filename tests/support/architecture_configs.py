@@ -99,10 +99,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 4, "n_mamba_heads": 4},
     "dots3_note": {"vision_config.mlp_layer_types": ["dense", "sparse"]},
     "flint": {"mlp_only_layers": [0]},
-    **dict.fromkeys(
-        ("bailing_hybrid", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
-        {"layer_types": _BOTH},
-    ),
+    "bailing_hybrid": {"layer_types": _BOTH},
+    "kimi_linear": {"layer_types": _BOTH},
+    "qwen3_5_text": {"layer_types": _BOTH},
+    "qwen3_5_moe_text": {"layer_types": _BOTH},
+    "qwen3_next": {"layer_types": _BOTH},
     "qwen4_exp_text": {
         "layer_types": _BOTH,
         "indexer_n_heads": 2,
