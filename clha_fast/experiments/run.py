@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from clha_fast.data.containers import files_of, source_name
 from clha_fast.data.records import RankedRecord, RecordError
@@ -39,13 +38,13 @@ from clha_fast.models.loading import (
     texts_of,
 )
 from clha_fast.ops.dispatch import resolve
-from clha_fast.processes import all_stop
 from clha_fast.reports.data_summary import DataSummary, summarise
 from clha_fast.reports.run_page import REPORT_FILE
 from clha_fast.training.checkpoints import wait_for_everyone
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.objective import CLHA_FIELDS
 from clha_fast.training.samples import SAMPLES_FILE
+from clha_fast.training.stopping import StopAsked
 from clha_fast.training.switches import idle_settings
 from clha_fast.training.trainer import CLHATrainer
 from clha_fast.training.trl_names import SETTLED
@@ -143,21 +142,6 @@ def with_defaults(settings: Mapping[str, Any], config_class: type[TrainingArgume
     return {name: value for name, value in made.items() if name not in idle}
 
 
-class _StopAsked(TrainerCallback):
-    """Ends training after the current step, with a checkpoint; of several processes all after the same one."""
-
-    asked = stopped = False
-    _made = itertools.count()  # alike in all processes: a folder's earlier run may have been stopped, too
-
-    def __init__(self) -> None:
-        self._run = str(next(self._made))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A step that happens to be the last one ends by itself.
-        if all_stop(self.asked, state.global_step, self._run) and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-
 class Run:
     """One run from files to a folder, in stages: read, split, build, train, report.
 
@@ -213,7 +197,7 @@ class Run:
         self.skipped: list[RecordError] = []
         self.train_records: list[RankedRecord] = []
         self.held_out: list[RankedRecord] = []
-        self._stop = _StopAsked()
+        self._stop = StopAsked()
 
     def _check_settings(self) -> None:
         """Before anything is read or written: a backend that was asked for runs or is refused."""

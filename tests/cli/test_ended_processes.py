@@ -41,11 +41,11 @@ os._exit(status)
 STOPS = """
 import types
 import torch.distributed as dist
-from clha_fast.experiments.run import _StopAsked
+from clha_fast.training.stopping import StopAsked
 dist.init_process_group("gloo")
 ends = []
 for asked in (2, None, 1, 4):
-    stop, args = _StopAsked(), types.SimpleNamespace(output_dir="run")
+    stop, args = StopAsked(), types.SimpleNamespace(output_dir="run")
     for step in range(1, 7):
         dist.barrier()
         stop.asked |= step == asked and dist.get_rank() == 1

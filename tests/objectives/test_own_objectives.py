@@ -422,8 +422,7 @@ class Likelihood(Objective):
         return Terms(group.scores.new_zeros(()), likelihood(group))
 
 
-@pytest.mark.parametrize("objective", [likelihood, Likelihood()])
-def test_a_compiler_gives_the_reason_why_an_objective_of_your_own_is_not_compiled(objective):
+def _compiled_and_not(objective, **settings):
     torch._dynamo.reset()
     case = make_case([3, 2, 4], [2, 1], rewards=True, dtype=torch.float32)
 
@@ -431,7 +430,17 @@ def test_a_compiler_gives_the_reason_why_an_objective_of_your_own_is_not_compile
         return linear_loss(hidden, weight, case.targets, case.ranking, objective, backend="torch")[0]
 
     leaves = case.to(torch.float32).leaves()
+    return torch.compile(loss, backend="aot_eager", **settings)(*leaves), loss(*leaves)
+
+
+@pytest.mark.parametrize("objective", [likelihood, Likelihood()])
+def test_a_compiler_gives_the_reason_why_an_objective_of_your_own_is_not_compiled(objective):
     with pytest.raises(RuntimeError, match="objective 'likelihood' is none of the library's own and runs eagerly only"):
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(loss, backend="aot_eager")(*leaves), loss(*leaves))
+        _compiled_and_not(objective, fullgraph=True)
+
+
+@pytest.mark.slow  # what stands around it is compiled in many parts
+@pytest.mark.parametrize("objective", [likelihood, Likelihood()])
+def test_an_objective_of_your_own_runs_between_what_is_compiled(objective):
+    compiled, eager = _compiled_and_not(objective)
+    assert torch.equal(compiled, eager)
