@@ -30,7 +30,7 @@ Tokenise = Callable[[RankedRecord], Counted]
 _tokenise: Tokenise  # of a process of the pool, set when it starts
 
 _CHUNK = 64  # records that a process takes at a time
-_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
+LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 # What writes them into a file.
 WRITERS = {
     "rewards": " (clha-fast score --reward-model MODEL SRC DST writes them)",
@@ -86,7 +86,7 @@ def tokenise_all(
         total=len(rows),
         desc="Tokenising",
         unit=" prompts",
-        disable=not (len(rows) > _LARGE if progress is None else progress),
+        disable=not (len(rows) > LARGE if progress is None else progress),
     )
     features, cuts = [], []
     with bar:

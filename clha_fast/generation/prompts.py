@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
+from clha_fast.batching.workers import LARGE
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
@@ -30,7 +31,6 @@ PLAIN_STOPS = ("System:", "User:", *TEXT_STOPS)
 # A prompt keeps this part of the model's positions (one in so many), whatever an answer may need.
 _PROMPT_SHARE = 4
 COH_MARKER = "A helpful answer:"
-_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def encode_prompts(
         prefixes = [reader.prefix(record) for record in given]
     settings = _lengths(settings, positions, max(map(len, prefixes), default=0))
     reader.limit(settings.max_prompt_length)
-    quiet = not progress or len(given) <= _LARGE
+    quiet = not progress or len(given) <= LARGE
     # Closed before an interruption is said.
     with logging.tqdm(given, desc="Tokenising", unit=" prompts", disable=quiet) as shown:
         read = [reader.read(record) for record in shown]

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.dates import dated
-from clha_fast.batching.workers import compact
+from clha_fast.batching.workers import LARGE, compact
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity, write_lines
@@ -24,7 +24,6 @@ from clha_fast.processes import ProcessError, Processes
 from clha_fast.rewards.rows import read_as_text
 
 _SHARING = ("shared", "auto")  # layouts in which responses may stand behind one prompt
-_LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 
 
 class ScoringError(RuntimeError):
@@ -83,7 +82,7 @@ class ScoringRun:
         self.rows_of: list[list[int]] = []  # positions of the rows of each record
         self.truncated = 0
         self.collator = collator
-        self._tokenise(collator, progress and len(records) > _LARGE)
+        self._tokenise(collator, progress and len(records) > LARGE)
         lengths = [len(row.tokens) for row in self.rows]
         rows_of = self.rows_of if layout in _SHARING else [[row] for row in range(len(self.rows))]
         self.batches = whole_records(rows_of, lengths, batch_size)
