@@ -133,12 +133,11 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"GROUP": 8},
     ],
     "routed_hidden_grad": [
-        {"REDUCE": False},
-        {"BLOCK_H": 64, "RESIDENT": 4},
-        {"REDUCE": False, "BLOCK_H": 64, "RESIDENT": 4},
-        {"BLOCK_H": 64},
+        {"BLOCK_H": 128},
+        {"RESIDENT": 4},
         {"RESIDENT": 1},
-        {"REDUCE": False, "BLOCK_H": 64},
+        {"BLOCK_N": 128},
+        {"num_warps": 4},
     ],
 }
 

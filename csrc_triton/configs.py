@@ -144,27 +144,28 @@ GEMMS["routed_weight_grad"] = {  # words x H, reduced over tokens
 }
 
 
-def _in_turns(tile: Config, resident: int, reduce: bool) -> Config:
+def _in_turns(tile: Config, resident: int) -> Config:
     """RESIDENT programs at once on a multiprocessor: the lengths of their segments of tokens are chosen for so many."""
-    return {**tile, "RESIDENT": resident, "REDUCE": reduce}
+    return {**tile, "RESIDENT": resident}
 
 
 # With all words of a block in a tile its weight is loaded once for all tokens; short tiles of tokens waste less, and
-# small programs, several on a multiprocessor, hide each other's waiting better than stages do. That L2 adds (REDUCE)
-# is not measured against sums that are read, nor are four programs against two: `benchmarks.tiles` tries them.
+# small programs, several on a multiprocessor, hide each other's waiting better than stages do. Half the units of H are
+# twice the tokens a program, so twice the pairs for what it waits for at every block: less time of few tokens, and as
+# much of many. Four programs at once took longer than two (docs/kernels.md has what was tried on sm_90).
 GEMMS["routed_hidden_grad"] = {  # tokens x H, reduced over words
-    ("sm_80", "16-bit"): _in_turns({**_tile(32, 128, 128, 1, 8, 1), **ALL_REGISTERS}, 2, True),
-    ("sm_90", "16-bit"): _in_turns(_tile(64, 128, 128, 1, 8, 1), 2, True),
-    ("sm_100", "16-bit"): _in_turns(_tile(64, 128, 128, 1, 8, 1), 2, True),
+    ("sm_80", "16-bit"): _in_turns({**_tile(32, 128, 128, 1, 8, 1), **ALL_REGISTERS}, 2),
+    ("sm_90", "16-bit"): _in_turns(_tile(64, 128, 64, 1, 8, 1), 2),
+    ("sm_100", "16-bit"): _in_turns(_tile(64, 128, 128, 1, 8, 1), 2),
     # Its registers would hold a whole block's weight, and one program.
-    ("gfx942", "16-bit"): _in_turns(_tile(64, 64, 128, 1, 8, 2), 2, True),
-    ("sm_80", "fp32"): _in_turns(_tile(32, 16, 64, 1, 8, 2), 2, True),
-    ("sm_90", "fp32"): _in_turns(_tile(32, 16, 64, 1, 8, 2), 2, True),
-    ("sm_100", "fp32"): _in_turns(_tile(32, 32, 64, 1, 8, 2), 2, True),
-    ("gfx942", "fp32"): _in_turns(_tile(32, 32, 64, 1, 8, 2), 2, True),
-    # Whole blocks and sums that L2 adds, parts of blocks and sums that are read: each is one way through the kernel.
-    ("interpreter", "16-bit"): _in_turns(_tile(16, 128, 32, 1, 4, 1), 2, True),
-    ("interpreter", "fp32"): _in_turns(_tile(16, 32, 32, 1, 4, 1), 2, False),
+    ("gfx942", "16-bit"): _in_turns(_tile(64, 64, 128, 1, 8, 2), 2),
+    ("sm_80", "fp32"): _in_turns(_tile(32, 16, 64, 1, 8, 2), 2),
+    ("sm_90", "fp32"): _in_turns(_tile(32, 16, 64, 1, 8, 2), 2),
+    ("sm_100", "fp32"): _in_turns(_tile(32, 32, 64, 1, 8, 2), 2),
+    ("gfx942", "fp32"): _in_turns(_tile(32, 32, 64, 1, 8, 2), 2),
+    # Whole blocks, and parts of them: each is one way through the kernel.
+    ("interpreter", "16-bit"): _in_turns(_tile(16, 128, 32, 1, 4, 1), 2),
+    ("interpreter", "fp32"): _in_turns(_tile(16, 32, 32, 1, 4, 1), 2),
 }
 
 

@@ -170,15 +170,6 @@ def routed_weight_grad_kernel(
     tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def sums_of(drows_ptr, k, h, is_pair, H, EVEN_H: tl.constexpr):
-    """Where the sums [pairs, units] of the tokens k are, and which of them there are."""
-    inside = is_pair[:, None]
-    if not EVEN_H:
-        inside = inside & (h < H)[None, :]
-    return drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], inside
-
-
 @triton.jit(do_not_specialize=["chunk", "num_segments", "span"])
 def routed_hidden_grad_kernel(
     dlogits_ptr,
@@ -203,13 +194,11 @@ def routed_hidden_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    REDUCE: tl.constexpr,
 ):
     """drows [padded N, H] float32 += dlogits . weight[block], for the chunk's blocks one after another.
 
     A program owns `span` segments of tokens and one tile of H: nobody else adds to them, and every token's sum runs
-    over its blocks in ascending order, whatever the span. drows comes with what every sum starts from. REDUCE: L2 adds
-    to it, and no thread waits for the sum so far; else it is read, and asked for before the product that it waits for.
+    over its blocks in ascending order, whatever the span. drows comes with what every sum starts from.
     """
     tiles_h = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
@@ -242,9 +231,6 @@ def routed_hidden_grad_kernel(
                 slot = row + place + n
                 k = tl.load(list_ptr + slot, mask=is_pair, other=0)
                 pairs = dlogits_ptr + (slot * ROUTE_WORDS)[:, None] + word[None, :]
-                if not REDUCE:
-                    sums, inside = sums_of(drows_ptr, k, h, is_pair, H, EVEN_H)
-                    so_far = tl.load(sums, mask=inside, other=0.0)
                 acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
                 if BLOCK_V == ROUTE_WORDS:
                     g = tl.load(pairs, mask=is_pair[:, None], other=0.0)
@@ -259,12 +245,11 @@ def routed_hidden_grad_kernel(
                         w = tl.load(weight_ptr + v * stride_weight_v + offsets, mask=is_word, other=0.0)
                         g = tl.load(pairs + first, mask=is_pair[:, None], other=0.0)
                         acc = tl.dot(g, w, acc, input_precision=PRECISION)
-                # Anew: addresses that were kept over the product would take its registers. Nobody else adds meanwhile.
-                sums, inside = sums_of(drows_ptr, k, h, is_pair, H, EVEN_H)
-                if REDUCE:
-                    tl.atomic_add(sums, acc, mask=inside, sem="relaxed")
-                else:
-                    tl.store(sums, so_far + acc, mask=inside)
+                inside = is_pair[:, None]
+                if not EVEN_H:
+                    inside = inside & is_unit
+                # The store adds: L2 does, and no thread waits for the sum so far. Nobody else adds to it meanwhile.
+                tl.atomic_add(drows_ptr + (k.to(tl.int64) * H)[:, None] + h[None, :], acc, mask=inside, sem="relaxed")
             # The next block may hold the same tokens in other threads' rows, and adds to them after this one.
             if AMD:
                 # Its barrier waits for shared memory alone: first, until L2 has what this thread added.

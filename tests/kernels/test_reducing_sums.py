@@ -173,7 +173,7 @@ def test_routed(
     workspace_bytes: int | None,
     dtype: torch.dtype,
 ) -> None:
-    set_routed_dhidden(monkeypatch, RESIDENT=resident, REDUCE=True)
+    set_routed_dhidden(monkeypatch, RESIDENT=resident)
     head = PLAIN.replace(max_dropped_mass=0.0, workspace_bytes=workspace_bytes)
     p = problem(70, 2 * ROUTE_WORDS + 9, 40, dtype=dtype, head=head, rows=60)
     value = gradients(p, upstream(p), (True, False, False))[0]

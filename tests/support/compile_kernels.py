@@ -226,8 +226,6 @@ def cases() -> list[tuple[str, str, str, str]]:
     for kernel in ("head_forward", "logit_grad", "hidden_grad", "weight_grad"):
         listed += [(kernel, "sm_90", "16-bit", "ragged"), (kernel, "sm_90", "tf32", "plain")]
     listed += [("dropped_mass", arch, "16-bit", "bias+softcap") for arch in GPU]
-    # What is tried of it where there is a GPU.
-    listed += [("routed_hidden_grad", arch, "16-bit", "reads") for arch in GPU]
     for kernel in ("statistics", "gradient"):
         both = ("softcap", "softcap+moments+temperature")
         listed += [(kernel, arch, "16-bit", variant) for arch in ("sm_90", "gfx942") for variant in both]
@@ -264,8 +262,6 @@ def source_of(case: tuple[str, str, str, str]) -> tuple[Any, dict[str, int], dic
 
     kernel, arch, dtype, variant = case
     launch = configs.select(kernel, arch, entry_of(case))
-    if variant == "reads":
-        launch["REDUCE"] = False
     values = (
         workspace_arguments(dtype, variant)
         if kernel in ("statistics", "gradient")
