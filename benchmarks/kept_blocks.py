@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,26 +120,6 @@ def measure(model: torch.nn.Module, dataset: RankedDataset, collator: RankedColl
         "rows": found,
         "environment": cpu_environment(),
     }
-
-
-def break_even(entry: Mapping[str, Any], forward: float) -> float:
-    """The kept share at which routed gradients take as long as `workspace`, by a line through a measured share.
-
-    Args:
-        entry: of a GPU's report, a shape with a peaked softmax. forward: seconds of that shape's `fused_forward`, what
-            routed gradients take at a share of 0.
-    """
-    exact, routed = (entry["methods"][name]["seconds"] for name in ("workspace", "routed"))
-    return float(entry["kept_share"] * (exact - forward) / (routed - forward))
-
-
-def print_break_even(report: Mapping[str, Any]) -> None:
-    """A line for each shape of a GPU's report that has the times."""
-    entries = {(entry["shape"], entry["mode"]): entry for entry in report["shapes"]}
-    for (shape, mode), entry in entries.items():
-        if mode == "peaked" and entry.get("kept_share"):
-            share = break_even(entry, entries[shape, "scored"]["methods"]["fused_forward"]["seconds"])
-            print(f"{report['environment']['device']}, {shape}: as fast as exact gradients at {share:.1%} kept")
 
 
 def main() -> None:

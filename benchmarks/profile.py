@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import csrc_triton
 from benchmarks.measure import Deadline
 from benchmarks.processes import OUT_OF_TIME, START_SECONDS, output_within
 
-# Kernels of the library; torch's own are left out.
-KERNELS = "regex:.*_kernel$"
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
 STEP = """
 from benchmarks.inputs import Shape, make_batch
@@ -21,15 +22,22 @@ for build in (lambda b: clha(b, "workspace"), lambda b: clha(b, "triton"), lambd
 """
 
 
+def kernels() -> list[str]:
+    """Names of the library's kernels: torch's own end alike, and would take most of the launches that are looked at."""
+    modules = [importlib.import_module(f"csrc_triton.{m.name}") for m in pkgutil.iter_modules(csrc_triton.__path__)]
+    return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
+
+
 def commands(dry: bool) -> dict[str, list[str]]:
     """Tool: its command. A dry run has no kernels to look at, and asks for the version alone."""
     if dry:
         return {"ncu": ["ncu", "--version"], "compute-sanitizer": ["compute-sanitizer", "--version"]}
     sections = [option for section in SECTIONS for option in ("--section", section)]
+    own = f"regex:^({'|'.join(kernels())})$"
     step = [sys.executable, "-c"]
     return {
         "ncu": [
-            *("ncu", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", "40", *sections),
+            *("ncu", "--clock-control", "none", "--kernel-name", own, "--launch-count", "40", *sections),
             *(*step, STEP.format(tokens=4096)),
         ],
         "compute-sanitizer": [

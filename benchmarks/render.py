@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks import render_gpu
+from benchmarks import render_gpu, render_kernels
 from benchmarks.measure import cpu_kind
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ HELD_OUT = ("<!-- held-out: rendered by benchmarks/render.py -->", "<!-- /held-o
 CHOOSING = ("<!-- choosing: rendered by benchmarks/render.py -->", "<!-- /choosing -->")
 GPU = {
     name: (f"<!-- gpu-{name}: rendered by benchmarks/render.py -->", f"<!-- /gpu-{name} -->")
-    for name in ("shapes", "peaked", "kernels", "compared", "step")
+    for name in ("shapes", "peaked", "modes", "kept", "kernels", "compared", "step", "parts")
 }
 # The shapes that README shows: one as a table, one in a sentence.
 FIRST_SHAPE, LONG_SHAPE = "8192 x 4096 x 128256", "65536 x 4096 x 128256"
@@ -227,8 +227,9 @@ def _fill(text: str, marks: tuple[str, str], content: str) -> str:
 
 def gpu_tables(readme: bool) -> dict[str, str]:
     """Markdown of what was measured on a GPU, by the marks it stands between."""
-    tiles, step, compared = (
-        json.loads(RESULTS.with_name(f"gpu-{name}.json").read_text()) for name in ("tiles", "step", "h100-kernels")
+    tiles, step, compared, parts = (
+        json.loads(RESULTS.with_name(f"gpu-{name}.json").read_text())
+        for name in ("tiles", "step", "h100-kernels", "routed")
     )
     devices = render_gpu.by_device(RESULTS.parent)
     found = {
@@ -236,9 +237,12 @@ def gpu_tables(readme: bool) -> dict[str, str]:
         if readme
         else "\n\n".join(filter(None, map(render_gpu.shapes, devices.values()))),
         "peaked": "\n\n".join(filter(None, map(render_gpu.peaked, devices.values()))),
-        "kernels": render_gpu.kernels(tiles),
-        "compared": render_gpu.compared(compared),
-        "step": render_gpu.step(step),
+        "modes": "\n\n".join(filter(None, map(render_gpu.modes, devices.values()))),
+        "kept": "\n\n".join(filter(None, map(render_gpu.kept, devices.values()))),
+        "kernels": render_kernels.kernels(tiles),
+        "compared": render_kernels.compared(compared),
+        "step": render_kernels.step(step),
+        "parts": render_kernels.routed_parts(parts),
     }
     return {name: wrapped(text) if readme else text for name, text in found.items()}
 
@@ -284,12 +288,14 @@ def main() -> None:
     args = parser.parse_args()
     report, trained = (json.loads(path.read_text()) for path in (RESULTS, TRAINED))
     others = [json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob("cpu-*.json"))]
-    for page in ("README.md", "docs/benchmarks.md"):
+    for page in ("README.md", "docs/benchmarks.md", "docs/kernels.md"):
         path = ROOT / page
         text = path.read_text()
         readme = page == "README.md"
         first = wrapped(render(report, list(report["workloads"])[:1]))
-        new = _fill(text, (START, END), first if readme else every_kind([report, *others]))
+        new = text
+        if START in text:
+            new = _fill(new, (START, END), first if readme else every_kind([report, *others]))
         if SCALING[0] in text and "scaling" in report:
             new = _fill(new, SCALING, scaling_origin(report["scaling"]))
         if HELD_OUT[0] in text:

@@ -1,7 +1,8 @@
-"""The tables of what a GPU measured, for `benchmarks.render`: the loss by method, kernels by name, a whole step."""
+"""The tables of what GPUs measured of the loss, by method, for `benchmarks.render`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 # Runs of `benchmarks.gpu` in benchmarks/results, of all devices, oldest first: of the same device, shape, mode and
 # method the last one counts.
-FILES = ("gpu-first.json", "gpu.json", "gpu-h100.json")
+FILES = ("gpu-first.json", "gpu.json", "gpu-h100.json", "gpu-h200.json")
 # How a failure begins that says nothing of the method: an earlier run's figure stays.
 UNSAID = ("out of time", "not checked: ", "not installed: ")
 LABELS = {
@@ -22,6 +23,7 @@ LABELS = {
     "liger_fused_linear_ce": "Liger's fused linear cross-entropy (mean token loss only)",
     "cce": "CCE, gradients filtered",
     "cce_exact": "CCE, exact",
+    "published": "published code's way: all tokens, one forward a candidate",
     "bound": "three bare matrix products (the bound)",
 }
 # What a sentence has of them.
@@ -33,29 +35,9 @@ BRIEF = {
     "liger_fused_linear_ce": "Liger (mean token loss only)",
     "eager_hf": "eager:",
 }
-WAYS = {
-    "logits": "the model's own logits, float32 log-softmax",
-    "padded": "**clha-fast, padded**",
-    "packed": "**clha-fast, packed rows**",
-    "shared": "**clha-fast, shared prompts**",
-    "no head": "no head at all, padded: the model alone",
-}
 GIB = 2**30
-# Kernels of a step, and those of the vendor's library, which are named by it.
-OWN = {
-    "persistent_forward_kernel": "forward",
-    "persistent_logit_grad_kernel": "logits' gradient",
-    "persistent_hidden_grad_kernel": "dhidden",
-    "persistent_weight_grad_kernel": "dweight",
-    "routed_logit_grad_kernel": "logits' gradient, kept pairs",
-    "routed_hidden_grad_kernel": "dhidden, kept pairs",
-    "routed_weight_grad_kernel": "dweight, kept pairs",
-    "statistics_kernel": "pass over the logits: statistics",
-    "gradient_kernel": "pass over the logits: gradient",
-}
-# The products of a step, of pairs or of all.
-PRODUCTS = {"forward": "forward", "logit_grad": "logits' gradient", "hidden_grad": "dhidden", "weight_grad": "dweight"}
-LIBRARY = "products of the vendor's library"
+# Of the routed backward over its kept share.
+KEPT_SHAPE = "8192 x 4096 x 128256"
 
 
 def by_device(folder: Path) -> dict[str, dict[str, Any]]:
@@ -71,7 +53,8 @@ def by_device(folder: Path) -> dict[str, dict[str, Any]]:
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of a device's runs, oldest first; every method's row has the environment of its `run`.
 
-    A peak that a later run did not take stays, with the commit that it is of.
+    A peak that a later run did not take stays, with the commit that it is of; a row that has nothing else is added to
+    the time of the run before.
     """
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     for report in reports:
@@ -82,7 +65,8 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
                 before = kept["methods"].get(name, {})
                 if before and row.get("failed", "").startswith(UNSAID):
                     continue
-                new = row | {"run": report["environment"]}
+                has_time = "seconds" in row or "failed" in row
+                new = row | {"run": report["environment"]} if has_time else before | row
                 if row.get("peak_bytes"):
                     new["peak_commit"] = entry.get("peaks_commit", report["environment"]["commit"])
                 elif "peak_commit" in before:
@@ -93,10 +77,10 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def origin(environment: dict[str, Any]) -> str:
     """Device, releases and commit of a run."""
-    return f"{_machine(environment)}, {environment['date']}, commit {environment['commit']}"
+    return f"{machine(environment)}, {environment['date']}, commit {environment['commit']}"
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
     e, packages = environment, environment["packages"]
     return (
         f"{e['device']}, driver {e['gpu'].split(', ')[1]}, torch {packages['torch']} (CUDA {e['cuda']}), Triton "
@@ -203,6 +187,15 @@ def peaked(report: dict[str, Any]) -> str:
         if any(field in entry for entry in entries):
             shares = [f"{entry[field]:.2%}" if field in entry else "-" for entry in entries]
             lines.append(f"| {label} | {' | '.join(shares)} |")
+    forwards = {
+        e["shape"]: row
+        for e in report["shapes"]
+        if e["mode"] == "scored" and (row := e["methods"].get("fused_forward"))
+    }
+    shares = [break_even(entry, forwards.get(entry["shape"], {})) for entry in entries]
+    if any(shares):
+        cells = [f"{share:.0%}" if share else "-" for share in shares]
+        lines.append(f"| at this share as long as `workspace`, by a line through the forward | {' | '.join(cells)} |")
     brackets = (
         " [quartiles]" if any(map(_quartiles, (row for rows in _timed(entries).values() for row in rows))) else ""
     )
@@ -211,6 +204,76 @@ def peaked(report: dict[str, Any]) -> str:
         f"{rounds_of(entries)}, ratios{brackets} within a round. `python -m benchmarks.gpu`, {origins(entries)}; "
         f"{peers_of(report['environment'])}."
     )
+    return "\n".join([*lines, "", text])
+
+
+def break_even(entry: dict[str, Any], forward: dict[str, Any]) -> float | None:
+    """The kept share at which routed gradients take as long as `workspace`, by a line through the measured share.
+
+    Args:
+        entry: a shape with a peaked softmax. forward: the row of that shape's `fused_forward`, which is what routed
+            gradients take at a share of 0. None where one of the times is missing, or of another run.
+    """
+    exact, routed = (entry["methods"].get(name, {}) for name in ("workspace", "routed"))
+    rows = (exact, routed, forward)
+    if not all("seconds" in row for row in rows) or len({row["run"]["commit"] for row in rows}) > 1:
+        return None
+    begin = forward["seconds"]
+    return float(entry["kept_share"] * (exact["seconds"] - begin) / (routed["seconds"] - begin))
+
+
+def crossing(points: list[tuple[float, float]], level: float) -> float | None:
+    """Where the line through points (x, y), in their order, first rises above a level; None where it does not."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y0 <= level < y1:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+def modes(report: dict[str, Any]) -> str:
+    """The same on padded batches and of pairs, a column a mode and shape; "" where nothing was timed."""
+    entries = [entry for mode in ("padded", "pairs") for entry in measured(report, mode)]
+    if not entries:
+        return ""
+    columns = [{"shape": f"{e['mode']}: {e['shape']}, of {e['rows']:,} rows"} for e in entries]
+    lines = _head(report["environment"], "whole batches", columns)
+    for method, rows in _timed(entries).items():
+        cells = [_time(row) + _quartiles(row) for row in rows]
+        lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+    text = (
+        f"N x H x V: N rows are scored; bfloat16, random weights; medians over {rounds_of(entries)}, ratios "
+        "[quartiles] to the products of the scored rows within a round. `python -m benchmarks.gpu`, "
+        f"{origins(entries)}; {peers_of(report['environment'])}."
+    )
+    return "\n".join([*lines, "", text])
+
+
+def kept(report: dict[str, Any]) -> str:
+    """Markdown of routed gradients over the share of pairs that they keep; "" where it was not measured."""
+    rows = report.get("extras", {}).get("over_kept_share")
+    if not isinstance(rows, list) or not rows:
+        return ""
+    lines = [
+        f"| {report['environment']['device']}: entropy, nats | `max_dropped_mass` | pairs kept | mass left out | "
+        "routed over the bound | fused over the bound |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        over = [f"{row['methods'][name]['over_bound']:.2f} x" for name in ("routed", "fused")]
+        lines.append(
+            f"| {row['entropy']:.1f} | {row['dropped_mass']:g} | {row['kept_share']:.1%} | "
+            f"{row['mean_dropped_mass']:.2%} | {' | '.join(over)} |"
+        )
+    rounds = rows[0]["methods"]["bound"]["rounds"]
+    text = (
+        f"{KEPT_SHAPE}, bfloat16, random weights scaled to that entropy; medians of {rounds} interleaved rounds. "
+        f"`python -m benchmarks.gpu`, {origin(report['environment'])}."
+    )
+    points = sorted((row["kept_share"], row["methods"]["routed"]["over_bound"]) for row in rows)
+    for entry in measured(report, "peaked", [KEPT_SHAPE]):
+        exact = entry["methods"]["workspace"]["over_bound"]
+        if (share := crossing(points, exact)) is not None:
+            text += f" By a line between neighbours as long as `workspace` ({exact:.2f} x) at {share:.0%} kept."
     return "\n".join([*lines, "", text])
 
 
@@ -270,81 +333,3 @@ def headline(reports: dict[str, dict[str, Any]], shape: str, long: str) -> str:
                 f"{'; '.join(said)}."
             )
     return "\n".join([head, "|---" * len(columns) + "|", *lines, "", text])
-
-
-def kernels(runs: dict[str, dict[str, Any]]) -> str:
-    """Markdown of milliseconds by kernel: a column for each path of each run, the table's own tiles."""
-    columns: list[tuple[str, dict[str, float], float]] = []
-    for title, run in runs.items():
-        rows = {row["run"]: row["kernels"] for row in run["runs"]}
-        bound = sum(rows["bound"].values()) / 1e3
-        columns += [(f"{path}, {title}", rows[0][path], bound) for path in ("workspace", "fused", "routed")]
-    columns.append((f"eager, {title}", rows["eager_hf"], bound))
-    lines = [f"| ms | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, label in (OWN | {"nvjet": LIBRARY}).items():
-        cells = [sum(t for kernel, t in times.items() if kernel.startswith(name)) / 1e3 for _, times, _ in columns]
-        lines.append(f"| {label} | {' | '.join(f'{t:.2f}' if t else '-' for t in cells)} |")
-    sums = [sum(times.values()) / 1e3 for _, times, _ in columns]
-    known = [
-        sum(t for kernel, t in times.items() if kernel.startswith((*OWN, "nvjet"))) / 1e3 for _, times, _ in columns
-    ]
-    lines.append("| all others | " + " | ".join(f"{a - b:.2f}" for a, b in zip(sums, known, strict=True)) + " |")
-    lines.append("| sum | " + " | ".join(f"{a:.2f}" for a in sums) + " |")
-    lines.append("| three bare products of that run | " + " | ".join(f"{b:.2f}" for _, _, b in columns) + " |")
-    lines.append(
-        "| sum over them | " + " | ".join(f"{a / b:.2f} x" for a, (_, _, b) in zip(sums, columns, strict=True)) + " |"
-    )
-    last = list(runs.values())[-1]
-    commits = ", ".join(f"{title} {run['environment']['commit']}" for title, run in runs.items())
-    text = (
-        f"{last['shape']}, bfloat16; routed: a softmax of about 2 nats, `max_dropped_mass=0.01`. Time on the device by "
-        f"torch's profiler, the mean of three steps, kernels of 3 microseconds and more. `python -m benchmarks.tiles`, "
-        f"{origin(last['environment'])} ({commits})."
-    )
-    return "\n".join([*lines, "", text])
-
-
-def compared(report: dict[str, Any]) -> str:
-    """Markdown of milliseconds by kernel before and after a commit: a column for each profile."""
-    profiles = sorted(report["profiles"], key=lambda row: (row["path"], len(row["shape"]), row["shape"]))
-    titles = [f"{row['path']}, {row['shape'].replace('x', ' x ')}, {row['commit']}" for row in profiles]
-    lines = [f"| ms | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    parts = {label: (f"persistent_{name}_kernel", f"routed_{name}_kernel") for name, label in PRODUCTS.items()}
-    parts |= {"which pairs are kept": ("route_kernel",), "lists of them": ("route_list", "route_pieces")}
-    sums = [0.0] * len(profiles)
-    for label, names in parts.items():
-        cells = [sum(t for kernel, t in row["kernels"].items() if kernel.startswith(names)) / 1e3 for row in profiles]
-        sums = [a + b for a, b in zip(sums, cells, strict=True)]
-        lines.append(f"| {label} | {' | '.join(f'{t:.2f}' if t else '-' for t in cells)} |")
-    rest = [row["sum_ms"] - known for row, known in zip(profiles, sums, strict=True)]
-    lines.append("| all others | " + " | ".join(f"{t:.2f}" for t in rest) + " |")
-    lines.append("| sum | " + " | ".join(f"{row['sum_ms']:.2f}" for row in profiles) + " |")
-    text = (
-        "bfloat16, a softmax of 2.0 nats for routed, `max_dropped_mass=0.01`. Time on the device by torch's profiler, "
-        "the mean of three steps; parts of the 14 longest kernels, the sum of all of 3 microseconds and more. "
-        "`benchmarks.tiles.by_kernel` of both commits, one after the other in one run, by hand: no command of the "
-        "repository writes the file (`benchmarks/results/gpu-h100-kernels.json`), "
-        f"{_machine(report['environment'])}, {report['environment']['date']}."
-    )
-    return "\n".join([*lines, "", text])
-
-
-def step(report: dict[str, Any]) -> str:
-    """Markdown of whole training steps by way."""
-    lines = [
-        "| forward + backward of model and loss | ms | over the logits' way | peak above weights and gradients |",
-        "|---|---|---|---|",
-    ]
-    for way, label in WAYS.items():
-        row = report["ways"][way]
-        over = f"{row['over_logits']:.2f} x"
-        lines.append(f"| {label} | {row['seconds'] * 1e3:.0f} | {over} | {row['peak_bytes'] / GIB:.1f} GiB |")
-    text = (
-        f"A Llama of {report['parameters'] / 1e9:.1f} B parameters (16 layers, H 2048, V 128256), bfloat16, random "
-        f"weights, no checkpointing: 4 prompts of 256 tokens with 4 responses of 256 to 512, "
-        f"{report['padded_tokens']:,} tokens padded, {report['shared_tokens']:,} with prompts shared, "
-        f"{report['scored_tokens']:,} scored (the logits' way forms all). Medians over "
-        f"{report['ways']['logits']['rounds']} interleaved rounds. "
-        f"`python -m benchmarks.step`, {origin(report['environment'])}."
-    )
-    return "\n".join([*lines, "", text])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import render, render_gpu, step, tiles
+from benchmarks import render, render_gpu, render_kernels, step, tiles
 from benchmarks import report as report_files
 from benchmarks.gpu import Run
 from benchmarks.inputs import SHAPES
@@ -100,11 +100,11 @@ def test_sums_of_kernels_by_hand() -> None:
     }
     cells = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
-        for line in render_gpu.kernels({"now": run}).splitlines()
+        for line in render_kernels.kernels({"now": run}).splitlines()
         if line.startswith("|")
     }
     assert cells["forward"] == ["3.00", "-", "-", "-"]
-    assert cells[render_gpu.LIBRARY] == ["2.00", "-", "-", "6.00"]
+    assert cells[render_kernels.LIBRARY] == ["2.00", "-", "-", "6.00"]
     assert cells["all others"] == ["0.50", "1.00", "0.00", "0.00"]
     assert cells["sum"] == ["7.00", "1.00", "0.00", "6.00"]
     assert cells["sum over them"] == ["1.75 x", "0.25 x", "0.00 x", "1.50 x"]
@@ -172,6 +172,40 @@ def test_of_a_device_s_runs_the_last_that_says_something_counts() -> None:
     assert (rows["workspace"]["peak_bytes"], rows["workspace"]["peak_commit"]) == (2**30, "0")
 
 
+def test_a_peak_alone_is_added_to_what_there_is() -> None:
+    """Its time stays that of the run before, with its commit; a method without one has no time."""
+    first = {"bound": _row(1.0), "workspace": _row(2.0, peak_bytes=2**30), "fused": _row(3.0)}
+    then = {name: {"peak_bytes": 2**31} for name in ("workspace", "fused", "routed")}
+    (entry,) = render_gpu.merged(_runs(first, then))["shapes"]
+    rows = entry["methods"]
+    assert [(rows[name]["seconds"], rows[name]["run"]["commit"]) for name in first] == [
+        (1.0, "0"),
+        (2.0, "0"),
+        (3.0, "0"),
+    ]
+    assert [(rows[name]["peak_bytes"], rows[name]["peak_commit"]) for name in then] == [(2**31, "1")] * 3
+    assert "seconds" not in rows["routed"]
+
+
+@pytest.mark.parametrize(("share", "routed"), [(0.1, 3.0), (0.2, 5.0)])
+def test_where_routed_gradients_take_as_long_as_exact_ones(share: float, routed: float) -> None:
+    """1 + 20 for each share, and 4 for exact ones; not by times of two runs, nor without one."""
+    (entry,) = render_gpu.merged(_runs({"workspace": _row(4.0), "routed": _row(routed)}))["shapes"]
+    entry["kept_share"] = share
+    forward = _row(1.0, run={"commit": "0"})
+    assert render_gpu.break_even(entry, forward) == pytest.approx(0.15)
+    assert render_gpu.break_even(entry, forward | {"run": {"commit": "1"}}) is None
+    assert render_gpu.break_even(entry, {}) is None
+
+
+def test_crossings_by_hand() -> None:
+    points = [(0.0, 0.5), (0.1, 0.9), (0.3, 1.3)]
+    assert render_gpu.crossing(points, 1.1) == pytest.approx(0.2)
+    assert render_gpu.crossing(points, 0.5) == 0.0
+    assert render_gpu.crossing(points, 1.3) is None
+    assert render_gpu.crossing(points[:1], 0.7) is None
+
+
 def test_every_figure_of_several_runs_has_its_commit() -> None:
     shapes = ("1 x 2 x 3", "4 x 5 x 6")
     first = {name: _row(2.0) for name in ("bound", "workspace", "fused", "eager_hf")}
@@ -207,7 +241,7 @@ def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.
     report = json.loads((tmp_path / "step.json").read_text())
     assert report["dry_run"]
     assert report["shared_tokens"] < report["padded_tokens"]
-    assert set(report["ways"]) == set(step.WAYS) == set(render_gpu.WAYS)
+    assert set(report["ways"]) == set(step.WAYS) == set(render_kernels.WAYS)
     assert all("seconds" in row for row in report["ways"].values())
 
 

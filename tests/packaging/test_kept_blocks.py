@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kept_blocks import DROPPED, Counts, break_even
+from benchmarks.kept_blocks import DROPPED, Counts
 from clha_fast.options import ROUTE_WORDS
 
 
@@ -27,10 +27,3 @@ def test_blocks_and_tokens_that_are_nearly_dense(cut: int) -> None:
             "pairs_of_dense_tokens": 4 / 5,
         }
         assert found == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("share", "routed"), [(0.1, 3.0), (0.2, 5.0)])
-def test_where_routed_gradients_take_as_long_as_exact_ones(share: float, routed: float) -> None:
-    """1 + 20 for each share, and 4 for exact ones."""
-    entry = {"kept_share": share, "methods": {"workspace": {"seconds": 4.0}, "routed": {"seconds": routed}}}
-    assert break_even(entry, 1.0) == pytest.approx(0.15)
