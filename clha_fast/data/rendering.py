@@ -250,14 +250,15 @@ def _template_text(given: Mapping[str, Any], tokenizer: Any, source: str) -> str
 def _lost(turns: Sequence[Message], text: str, render: _Render) -> set[tuple[int, str]]:
     """(place, key) of contents and calls that are not in the text.
 
-    A long content that stands there as it is needs no more. Others get a mark at their end, and are looked for in one
-    more rendering: a template may trim, quote or shorten what it writes, and short words are there by accident.
+    A long content that stands there as it is, as often as messages hold it, needs no more. Others get a mark at their
+    end, and are looked for in one more rendering: a template may trim, quote or shorten what it writes, and short words
+    are there by accident.
     """
-    letters = _squeezed(text)
+    letters, contents = _squeezed(text), [_squeezed(_text_of(turn["content"])) for turn in turns]
+    said = "\n".join(contents)
     places: list[tuple[int, str]] = []
-    for number, turn in enumerate(turns):
-        own = _squeezed(_text_of(turn["content"]))
-        if own and (len(own) < _SURE or own not in letters):
+    for number, (turn, own) in enumerate(zip(turns, contents, strict=True)):
+        if own and (len(own) < _SURE or letters.count(own) < said.count(own)):
             places.append((number, "content"))
         places += [(number, key) for key in _CALLS if turn.get(key)]
     if not places:

@@ -144,6 +144,9 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
             raise ValueError(f"settings: expected no {name}, which {sets}")
     if values.get("budget_tokens") is not None and {"max_steps", "num_train_epochs"} & set(settings):
         raise ValueError("budget_tokens: expected neither max_steps nor num_train_epochs in settings beside it")
+    keep_models = values.get("keep_models", True)
+    if not isinstance(keep_models, bool):
+        raise ValueError(f"keep_models: expected true or false, got {keep_models!r}")
     return Comparison(
         output_dir=os.path.expanduser(output_dir),
         data=_data(values.get("data")),
@@ -162,7 +165,7 @@ def parse_comparison(given: Mapping[str, Any], more: Sequence[str] = ()) -> Comp
         evaluation=evaluation,
         test_limit=values.get("test_limit"),
         dev_limit=values.get("dev_limit"),
-        keep_models=bool(values.get("keep_models", True)),
+        keep_models=keep_models,
     )
 
 

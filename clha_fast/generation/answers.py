@@ -40,7 +40,8 @@ class Answer:
     """One line of a file of answers.
 
     Attributes:
-        answer: may be empty. finish: "stop", "length" where nothing ended it, "" where that is not known.
+        answer: without outer blanks, which are taken off as generation takes them off; may be empty.
+        finish: "stop", "length" where nothing ended it, "" where that is not known.
         source: where it was read, named in errors.
     """
 
@@ -50,6 +51,9 @@ class Answer:
     subset: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
     source: str = field(default="answer", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", self.answer.strip())
 
     @property
     def prompt_hash(self) -> str:

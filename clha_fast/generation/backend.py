@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from clha_fast.data.columns import template_of
+
+logger = logging.getLogger("clha_fast")
+# Special tokens that a tokenizer has for its own ends: of any other somebody may expect to find it in a text.
+_OWN = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -111,3 +117,34 @@ def cut_answer(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """(the text before the first of the stop texts, without outer blanks; whether there was one)."""
     found = [at for at in map(text.find, stops) if at >= 0]
     return text[: min(found, default=len(text))].strip(), bool(found)
+
+
+def answer_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of an answer's tokens, without special ones."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def read_answer(ids: Sequence[int], tokenizer: Any, ends: Sequence[int], stops: Sequence[str]) -> Generated:
+    """The answer that new tokens are; `ends` and `stops` as `EncodedPrompt`.
+
+    Special tokens are no part of its text. That one stood inside an answer is said once, but for those of `_OWN`.
+    """
+    ended = bool(ids) and ids[-1] in ends
+    own = list(ids[:-1] if ended else ids)
+    text = answer_text(own, tokenizer)
+    if text != tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False):
+        used = {*own} - {getattr(tokenizer, f"{name}_token_id") for name in _OWN}
+        for number in sorted(used):
+            token = tokenizer.added_tokens_decoder.get(number)
+            if token is not None and token.special:
+                _say_left_out(token.content)
+    text, stop = cut_answer(text, stops)
+    return Generated(text, "stop" if ended or stop else "length")
+
+
+@functools.cache
+def _say_left_out(token: str) -> None:
+    logger.warning(
+        f"answers: the model writes {token!r}, a special token, which is no part of an answer's text: no reward and no "
+        "figure sees it; a token that they should see must not be special in the tokenizer"
+    )

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationSettings, cut_answer
+from clha_fast.generation.backend import (
+    EncodedPrompt,
+    Generated,
+    GenerationSettings,
+    answer_text,
+    cut_answer,
+    read_answer,
+)
 from clha_fast.generation.decoding import Decoding
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.loading import (
@@ -59,7 +66,7 @@ class TransformersBackend:
         ends = sorted({*own_ends(self.model), *(token for prompt in prompts for token in prompt.ends)})
 
         def stopped(row: int, new: list[int]) -> bool:
-            text = self._text(new)
+            text = answer_text(new, self.tokenizer)
             if said is not None:
                 said(row, text)
             return cut_answer(text, prompts[row].stops)[1]
@@ -76,16 +83,7 @@ class TransformersBackend:
             stopped=stopped if said is not None or any(prompt.stops for prompt in prompts) else None,
             shown=said is not None,
         )
-        found = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            ended = bool(row) and row[-1] in ends
-            text, stop = cut_answer(self._text(row[:-1] if ended else row), prompt.stops)
-            found.append(Generated(text, "stop" if ended or stop else "length"))
-        return found
-
-    def _text(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return [read_answer(row, self.tokenizer, ends, prompt.stops) for prompt, row in zip(prompts, rows, strict=True)]
 
     @property
     def _pad(self) -> int:

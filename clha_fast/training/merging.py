@@ -165,6 +165,7 @@ def _merge(model: Any, kind: str) -> tuple[Any, bool]:
 def _part(model: Any) -> None:
     """Give the head a weight of its own: added to the one of both, an adapter of one would change the other, too."""
     head = model.get_output_embeddings()
+    head = getattr(head, "token_adapter", head)  # peft's trainable_token_indices: the wrapper shows no layer below
     while hasattr(head, "base_layer"):
         head = head.base_layer
     if not hasattr(head, "original_module"):  # peft's modules_to_save: a copy already

@@ -21,7 +21,7 @@ from clha_fast.batching.batch import CandidateBatch, CandidateFeature, HostSizes
 from clha_fast.batching.segments import SegmentGroup, Segments
 from clha_fast.data.prompts import Prompted
 from clha_fast.data.records import RecordError
-from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, cut_answer
+from clha_fast.generation.backend import EncodedPrompt, GenerationSettings, answer_text, cut_answer, read_answer
 from clha_fast.generation.decoding import Decoding, Tried
 from clha_fast.generation.prompts import own_ends
 from clha_fast.models.adapters import base_model
@@ -348,7 +348,7 @@ class RolloutTrainer(CLHATrainer):
         if any(prompt.stops for prompt in prompts):
 
             def stopped(row: int, new: list[int]) -> bool:
-                return cut_answer(self._decode(new), prompts[row].stops)[1]
+                return cut_answer(answer_text(new, self.processing_class), prompts[row].stops)[1]
 
         return self._sampling.answer(
             model,
@@ -364,15 +364,10 @@ class RolloutTrainer(CLHATrainer):
     def _ends(self, prompt: EncodedPrompt) -> list[int]:
         return sorted({*prompt.ends, *own_ends(self.accelerator.unwrap_model(self.model))})
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        tokenizer: Any = self.processing_class
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     def _text(self, prompt: EncodedPrompt, tokens: Sequence[int]) -> tuple[str, bool]:
         """An answer's text as its reader gets it, and whether it has an end."""
-        ended = tokens[-1] in self._ends(prompt)
-        text, stop = cut_answer(self._decode(tokens[:-1] if ended else tokens), prompt.stops)
-        return text, ended or stop
+        found = read_answer(tokens, self.processing_class, self._ends(prompt), prompt.stops)
+        return found.text, found.finish == "stop"
 
     def _judge(self, records: Sequence[Prompted], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         try:

@@ -66,6 +66,15 @@ LEFT_OUT = {
     "developer": (ONLY_TWO, ({"role": "developer", "content": "In French."}, user("Hi")), r"\[0\]: .*role 'developer'"),
     "long system": (ONLY_TWO, ({"role": "system", "content": LONG}, user("Hi")), r"\[0\]: .*role 'system'"),
     "the words are elsewhere": (ONLY_TWO, ({"role": "system", "content": "Hi"}, user("Hi")), r"\[0\]: .*role 'system'"),
+    "the text is a user's": (ONLY_TWO, ({"role": "system", "content": LONG}, user(LONG)), r"\[0\]: .*role 'system'"),
+    "the text is in a user's": (
+        ONLY_TWO, (user("Hi"), assistant("Yes?"), {"role": "developer", "content": LONG}, user(f"Hi. {LONG} Why?")),
+        r"\[2\]: .*role 'developer'"),
+    "the first of two alike": (
+        template("{% if not loop.first %}" + turn("{{ m.content }}") + "{% endif %}"),
+        (user(LONG), assistant("Yes?"), user(LONG)),
+        r"\[0\]: .*role 'user'",
+    ),
     "tool": (ONLY_TWO, (user("Hi"), {"role": "tool", "content": "12 C"}), r"\[1\]: .*role 'tool'"),
     "a user in the middle": (
         template("{% if loop.index0 != 2 %}" + turn("{{ m.content }}") + "{% endif %}"),
@@ -98,6 +107,11 @@ def test_what_is_left_out_is_refused_by_name(case: str) -> None:
     text, messages, expected = LEFT_OUT[case]
     with pytest.raises(RecordError, match=f"^f:7: prompt{expected}"):
         tokenised(text, messages)
+
+
+def test_what_is_said_twice_and_written_twice_is_right() -> None:
+    prompt = tokenised(CHATML, (user(LONG), assistant(LONG), user(f"{LONG} {LONG}")))
+    assert prompt.count(LONG) == 4
 
 
 # template, messages, what the prompt then has in place of "<|im_start|>user\nWhy?"

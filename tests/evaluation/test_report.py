@@ -55,6 +55,16 @@ def raw(text: str, prompt: str = "say 0:") -> float:
     return alone(LONGER.model, plain_ids(prompt, text))  # as the references: no blank between prompt and answer
 
 
+@pytest.mark.parametrize("edge", [" ", "\n", "\t\r\n", "\u00a0\u3000"])
+def test_outer_blanks_are_no_part_of_an_answer(edge: str) -> None:
+    texts = ["a cat", "", "the old dog fell over a mat"]
+    plain = evaluate(references(3), answers(texts), reward_models=LENGTH)
+    found = evaluate(references(3), answers([f"{edge}{text}{edge}" for text in texts]), reward_models=LENGTH)
+    assert found.values == plain.values
+    assert plain.values["empty"] == [0, 1, 0]
+    assert plain.values["raw reward: length"][1] is None
+
+
 def test_rewards_are_100_sigmoid_and_an_empty_answer_has_0() -> None:
     texts = ["a cat", "", "the old dog fell over a mat", "x"]
     rewards, scores = answer_rewards(references(4), texts, LONGER)

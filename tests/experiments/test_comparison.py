@@ -54,6 +54,7 @@ def test_what_is_not_given_has_its_default():
         ({"seeds": [1.5]}, "seeds: expected whole numbers"),
         ({"learning_rates": []}, "learning_rates: expected a list of numbers"),
         ({"learning_rates": ["fast"]}, "learning_rates: expected numbers, got 'fast'"),
+        *(({"keep_models": value}, "keep_models: expected true or false, got") for value in ("false", "no", 0, None)),
         ({"criterion": "bleu"}, "criterion: expected one of reward, accuracy, nll, got 'bleu'"),
         ({"criterion": "reward"}, "criterion: expected reward_models.label"),
         ({"budget_tokens": 0}, "budget_tokens: expected a positive whole number, got 0"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AddedToken,
     CamembertConfig,
     CamembertForCausalLM,
     LlamaForCausalLM,
@@ -21,10 +23,11 @@ from transformers import (
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.data import RankedRecord
 from clha_fast.data.prompts import PromptRecord
-from clha_fast.generation import GenerationSettings, TransformersBackend, encode_prompts
+from clha_fast.generation import GenerationSettings, TransformersBackend, backend, encode_prompts
 from clha_fast.generation.backend import Generated, cut_answer
 from clha_fast.generation.prompts import PLAIN_STOPS, TEXT_STOPS
 from clha_fast.generation.tokens import generate_tokens
+from clha_fast.training.rollout import RolloutConfig, RolloutTrainer
 from tests.support.chat_templates import MESSAGES, SHAPES, chat_tokenizer
 from tests.support.reward_models import spread
 from tests.support.scripted import saying, scripted
@@ -55,6 +58,43 @@ def by_hand(model: Any, prompt: list[int], count: int) -> list[int]:
             logits = model(torch.tensor([[*prompt, *found]])).logits[0, -1]
         found.append(int(logits.argmax()))
     return found
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize(
+    ("written", "text", "said"),
+    [
+        ("a <tool> cat", "a  cat", ["<tool>"]),
+        ("<think>a dog</think><tool>", "a dog", ["<think>", "</think>", "<tool>"]),
+        ("a <plain> cat", "a <plain> cat", []),
+        ("a <pad> cat<s>", "a  cat", []),
+        ("a cat", "a cat", []),
+    ],
+)
+def test_special_tokens_that_a_text_is_without_are_said(
+    tmp_path: Path, written: str, text: str, said: list[str], rollout: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<think>", "</think>", "<tool>")])
+    tokenizer.add_tokens([AddedToken("<plain>", special=False)])
+    record = PromptRecord("the cat")
+    model = saying(tokenizer, written, len(tokenizer("the cat")["input_ids"]))
+    backend._say_left_out.cache_clear()
+    if rollout:
+        seen: list[str] = []
+
+        def reward(records: Any, answers: Any) -> list[list[float]]:
+            seen.extend(answers[0])
+            return [[0.0]]
+
+        args = RolloutConfig(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+        RolloutTrainer(model, args, reward, [record], [record], tokenizer).evaluate()
+    else:
+        seen = [found.text for found in ask(model, [record] * 2, tokenizer=tokenizer)][:1]
+    assert seen == [text]
+    lines = [line for line in caplog.messages if "a special token" in line]
+    assert len(lines) == len(said)
+    assert all(repr(token) in "".join(lines) for token in said)
 
 
 def test_greedy_is_the_largest_logit_whatever_the_company() -> None:

@@ -53,6 +53,9 @@ CONFIGS = {
     "dora": lora_config(["q_proj", "lm_head"], use_dora=True),
     "a head of its own": lora_config(["q_proj"], modules_to_save=["lm_head"]),
     "embedding": lora_config(["q_proj", "embed_tokens"]),
+    "tokens": lora_config(BODY, trainable_token_indices=[40, 61]),
+    "tokens of the head": lora_config(BODY, trainable_token_indices={"lm_head": [40, 61]}),
+    "tokens of both": lora_config(BODY, trainable_token_indices={"embed_tokens": [40, 61], "lm_head": [40, 7]}),
     "ia3": peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
@@ -69,7 +72,7 @@ def test_merged_logits_are_the_adapters(tmp_path: Path, name: str, tied: bool) -
         got = merged(input_ids=IDS).logits
     assert not hasattr(merged, "peft_config")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    parted = tied and name not in ("body", "ia3")
+    parted = tied and name not in ("body", "ia3", "tokens")
     assert found.untied == parted
     assert merged.config.tie_word_embeddings == (tied and not parted)
     assert merged.generation_config.repetition_penalty == 1.3
