@@ -22,6 +22,7 @@ from clha_fast.data.containers import table_rows
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.options import count
 
 Example = RankedRecord | Mapping[str, Any]
 Counted = tuple[CandidateFeature, int, int]  # tokens, prompts cut (0 or 1), responses cut
@@ -58,8 +59,8 @@ def as_record(example: Example, source: str, notes: Notes | None = None) -> Rank
 
 def check_num_proc(num_proc: int | None) -> None:
     """ValueError where it is neither None nor a positive integer."""
-    if num_proc is not None and (not isinstance(num_proc, int) or isinstance(num_proc, bool) or num_proc < 1):
-        raise ValueError(f"num_proc: expected a positive integer or None, got {num_proc!r}")
+    if num_proc is not None:
+        count("num_proc", num_proc, "a positive integer or None")
 
 
 def tokenise_all(

@@ -21,6 +21,7 @@ from clha_fast.data.records import Prompt, RecordError, check_text
 from clha_fast.files import Journal, RunIdentity, check_destination, write_lines
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationBackend, GenerationSettings
 from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
+from clha_fast.options import count
 from clha_fast.processes import ALONE, ProcessError, Processes
 
 FINISHES = ("stop", "length")
@@ -132,8 +133,7 @@ def generate_answers(
             GenerationInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     settings = settings or GenerationSettings()
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
+    batch_size = count("batch_size", batch_size, "a positive whole number")
     if not records:
         raise RecordError("prompts: expected at least one, got none")
     path = None if destination is None else os.fspath(destination)
