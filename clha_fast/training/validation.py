@@ -75,9 +75,9 @@ def check_numbers(args: Any) -> None:
         value = getattr(args, field.name)
         value = bool(value) if isinstance(value, np.bool_) else as_python(value)
         setattr(args, field.name, value)
-        declared = _own_numbers(kind).get(field.name)
-        if declared is not None and value is not field.default:
-            fits, expected = (is_integer, "a whole number") if declared is int else (is_number, "a number")
+        declared = _own_numbers(kind).get(field.name, set())
+        if declared and value is not field.default and not (value is None and type(None) in declared):
+            fits, expected = (is_integer, "a whole number") if int in declared else (is_number, "a number")
             require(field.name, value, fits(value), expected)
     for name, (expected, least) in _LEAST.items():
         value = getattr(args, name)
@@ -102,14 +102,14 @@ def check_numbers(args: Any) -> None:
 
 
 @functools.lru_cache(maxsize=16)
-def _own_numbers(kind: Any) -> dict[str, type]:
-    """Settings of a configuration beside transformers' that are numbers, None at most beside: int or float."""
+def _own_numbers(kind: Any) -> dict[str, set[type]]:
+    """Settings of a configuration beside transformers' that are numbers: int or float, and None's type beside."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     found = {}
     for name, hint in hints_of(kind).items():
-        kinds = set(typing.get_args(hint) or (hint,)) - {type(None)}
-        if name not in theirs and len(kinds) == 1 and kinds <= {int, float}:
-            found[name] = kinds.pop()
+        kinds = set(typing.get_args(hint) or (hint,))
+        if name not in theirs and kinds - {type(None)} in ({int}, {float}):
+            found[name] = kinds
     return found
 
 

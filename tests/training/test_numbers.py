@@ -54,6 +54,8 @@ def test_of_a_configuration(tmp_path: Path, kind: Any, name: str, value: Any) ->
     config, same = kind(**settings, **{name: value}), kind(**settings, **{name: value.item()})
     assert type(getattr(config, name)) is type(getattr(same, name))
     assert json.loads(config.to_json_string()) == json.loads(same.to_json_string())
+    if name in ("max_length", "max_prompt_length"):
+        assert getattr(kind(**settings, **{name: None}), name) is None
     if isinstance(value, np.bool_) or name == "tiled_mlp":
         return
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got True"):
