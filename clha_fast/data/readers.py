@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 from clha_fast.data.answers import is_tree, tree_rows
 from clha_fast.data.columns import check_columns, check_unread, subset_of, template_of
@@ -17,6 +17,7 @@ from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
 
+_T = TypeVar("_T")
 MOST_UNKNOWN = 100  # records of no known format, before the source is called one
 
 
@@ -138,6 +139,20 @@ def none_good(name: str, first: RecordError, count: int) -> RecordError:
     """The error of a source all of whose records are bad, that many."""
     message = f"{name}: expected at least one good record, got {count:,} bad ones; the first: {first}"
     return RecordError(message, source=name, field=first.field, has_way=first.has_way)
+
+
+def apart(records: Iterable[_T], read: Callable[[_T], object]) -> tuple[list[_T], list[RecordError]]:
+    """(records that `read` takes, the errors of the others), each in order; a chat template refuses some, say."""
+    good: list[_T] = []
+    errors: list[RecordError] = []
+    for record in records:
+        try:
+            read(record)
+        except RecordError as error:
+            errors.append(error)
+        else:
+            good.append(record)
+    return good, errors
 
 
 def _without_trees(rows: Iterator[tuple[str, object]], notes: Notes) -> Iterator[tuple[str, object]]:
