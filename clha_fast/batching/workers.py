@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.signals import PER_CANDIDATE
+from clha_fast.data.bars import LARGE
 from clha_fast.data.containers import table_rows
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
@@ -31,7 +32,6 @@ Tokenise = Callable[[RankedRecord], Counted]
 _tokenise: Tokenise  # of a process of the pool, set when it starts
 
 _CHUNK = 64  # records that a process takes at a time
-LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 # What writes them into a file.
 WRITERS = {
     "rewards": " (clha-fast score --reward-model MODEL SRC DST writes them)",

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from clha_fast.batching.dates import dated
+from clha_fast.data.bars import reading
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import rows_of
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash, subset_of
@@ -253,7 +254,7 @@ def read_answers(source: str | os.PathLike[str]) -> list[Answer]:
         RecordError: a row that is none, or with fields of other names; no row at all. OSError: no such file.
     """
     found = []
-    for place, row in rows_of(source):
+    for place, row in reading(rows_of(source)):
         if isinstance(row, RecordError):
             raise row
         if not isinstance(row, Mapping):

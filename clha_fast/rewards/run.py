@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.dates import dated
-from clha_fast.batching.workers import LARGE, compact
+from clha_fast.batching.workers import compact
+from clha_fast.data.bars import LARGE
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity, write_lines
