@@ -57,18 +57,33 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
 
 
-def _plain(value: Any, kind: Any) -> Any:
-    """A number as its field has it, so that 1 and 1.0 are one setting; anything else as it is."""
+def count(name: str, value: Any, expected: str) -> int:
+    """A setting that is a positive integer, Python's or numpy's, as Python's.
+
+    Raises:
+        ValueError: it is none; `expected` is what it says.
+    """
+    require(name, value, is_integer(value) and value > 0, expected)
+    return int(value)
+
+
+def as_python(value: Any) -> Any:
+    """Numbers of others (numpy's, which pandas gives) as Python's; anything else as it is."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A number as its field has it, so that 1 and 1.0 are one setting; anything else as it is."""
     declared = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-    if isinstance(value, numbers.Integral) and not declared.startswith("float"):
-        return int(value)
-    return float(value)
+    value = as_python(value)
+    return float(value) if type(value) is int and declared.startswith("float") else value
 
 
 @functools.lru_cache(maxsize=256)
-def _hints(cls: Any) -> dict[str, Any]:
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The types that the fields of a class are declared with; none where one cannot be told."""
     try:
         return typing.get_type_hints(cls)
     except (NameError, TypeError):  # a name that only type checkers know
@@ -130,7 +145,7 @@ class Settings:
             if isinstance(value, (list, tuple, Mapping)):
                 kind: Any = type(self)
                 try:
-                    value = _shaped(value, _hints(kind).get(field.name, Any))
+                    value = _shaped(value, hints_of(kind).get(field.name, Any))
                 except (TypeError, ValueError):
                     expected = "keys that are texts, or numbers where the field is declared so, as dict[int, float]"
                     raise ValueError(f"{field.name}: expected {expected}, got {value!r}") from None

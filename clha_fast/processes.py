@@ -138,13 +138,33 @@ class Processes:
 
     def first_to_say(self, text: str) -> bool:
         """Whether no other process has asked this about the same text: what all find out is said once."""
-        if self.store is None:
-            return True
         name = hashlib.sha256(text.encode()).hexdigest()
         try:
-            return bool(self.store.add(name, 1) == 1)
+            store = _meeting_place() if self.store is None else self.store
+            return store is None or bool(store.add(name, 1) == 1)
         except RuntimeError:  # the process that holds the store has ended
             return True
+
+
+def _meeting_place() -> Any:
+    """A store that the processes which a launcher has started on this machine share, where they have not joined.
+
+    That of torchrun, which is there from the start, or of torch.distributed, once they have met; None without either.
+    """
+    dist: Any = sys.modules.get("torch.distributed")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    place = "/".join(os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        import torch.distributed as dist
+
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=datetime.timedelta(seconds=10))
+    elif dist is not None and dist.is_available() and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+    else:
+        return None
+    return dist.PrefixStore(f"clha_fast/said/{place}", store)
 
 
 def all_stop(asked: bool, step: int, run: str) -> bool:

@@ -26,6 +26,7 @@ from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt
 from clha_fast.objectives import Objective, as_objective
 from clha_fast.objectives.clha import PUBLISHED
+from clha_fast.options import count
 from clha_fast.types import SIGNALS
 
 __all__ = ["RankedCollator", "RankedDataset", "inert_mask"]
@@ -116,15 +117,14 @@ class RankedCollator:
             "pad_to_multiple_of": pad_to_multiple_of,
         }
         for name, value in limits.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: expected a positive integer or None, got {value!r}")
+            limits[name] = None if value is None else count(name, value, "a positive integer or None")
+        self.max_length = limits["max_length"]
+        self.max_prompt_length = limits["max_prompt_length"]
+        self.max_completion_length = limits["max_completion_length"]
+        self.pad_to_multiple_of = limits["pad_to_multiple_of"]
         self.tokenizer = tokenizer
         self.options = as_objective(options)
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.max_completion_length = max_completion_length
         self.drop_inert = drop_inert
-        self.pad_to_multiple_of = pad_to_multiple_of
         for name in signals or ():
             if name not in SIGNALS:
                 raise ValueError(f"signals: expected names among {', '.join(SIGNALS)}, got {name!r}")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature, inert_mask
 from clha_fast.objectives import Objective
+from clha_fast.options import count
 
 logger = logging.get_logger(__name__)
 
@@ -114,9 +115,8 @@ class TokenBudgetSampler(torch.utils.data.Sampler[list[int]]):
     def __init__(
         self, shapes: Sequence[Shape], max_tokens: int, seed: int = 0, num_processes: int = 1, joined: bool = False
     ) -> None:
-        for name, value in (("max_tokens", max_tokens), ("num_processes", num_processes)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        max_tokens = count("max_tokens", max_tokens, "a positive number")
+        num_processes = count("num_processes", num_processes, "a positive number")
         if not shapes:
             raise ValueError("shapes: expected at least one prompt, got none")
         self.shapes = list(shapes)

@@ -18,10 +18,12 @@ from transformers.utils import logging
 
 from clha_fast.batching.batch import CandidateFeature
 from clha_fast.batching.signals import PER_CANDIDATE
+from clha_fast.data.bars import LARGE
 from clha_fast.data.containers import table_rows
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import record_from_row
 from clha_fast.data.records import RankedRecord, RecordError
+from clha_fast.options import count
 
 Example = RankedRecord | Mapping[str, Any]
 Counted = tuple[CandidateFeature, int, int]  # tokens, prompts cut (0 or 1), responses cut
@@ -30,7 +32,6 @@ Tokenise = Callable[[RankedRecord], Counted]
 _tokenise: Tokenise  # of a process of the pool, set when it starts
 
 _CHUNK = 64  # records that a process takes at a time
-LARGE = 2000  # records; tokenising fewer is over before a bar could be read
 # What writes them into a file.
 WRITERS = {
     "rewards": " (clha-fast score --reward-model MODEL SRC DST writes them)",
@@ -58,8 +59,8 @@ def as_record(example: Example, source: str, notes: Notes | None = None) -> Rank
 
 def check_num_proc(num_proc: int | None) -> None:
     """ValueError where it is neither None nor a positive integer."""
-    if num_proc is not None and (not isinstance(num_proc, int) or isinstance(num_proc, bool) or num_proc < 1):
-        raise ValueError(f"num_proc: expected a positive integer or None, got {num_proc!r}")
+    if num_proc is not None:
+        count("num_proc", num_proc, "a positive integer or None")
 
 
 def tokenise_all(

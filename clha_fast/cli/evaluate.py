@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
+from clha_fast.batching.collator import RankedCollator
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import add_model_arguments, answer, model_text, say_prefix, settings_of
 from clha_fast.cli.guard import guarded
-from clha_fast.cli.reading import add_skip_argument, read
+from clha_fast.cli.reading import add_skip_argument, read, readable
 from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import FORMATS, RankedRecord
 from clha_fast.evaluation import report
@@ -19,6 +20,7 @@ from clha_fast.evaluation.intervals import check_extra
 from clha_fast.files import check_destination, write_json
 from clha_fast.generation.answers import Answer, read_answers
 from clha_fast.generation.hf import load_backend
+from clha_fast.generation.prompts import encode_prompts
 from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.objectives.clha import PUBLISHED, CLHAOptions, NoiseRule
 from clha_fast.rewards.reward_model import RewardModel, load_reward_model, probe_reward_model
@@ -150,7 +152,7 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
     made = _answers_path(args) if args.answers is None and args.out is not None else None
     check_out(args)
     loaders, check = reward_loaders(args), reward_check_of(args)
-    records = read(args, args.references, args.format, columns)[: args.limit]
+    records: Sequence[RankedRecord] = read(args, args.references, args.format, columns)[: args.limit]
     given = None if args.answers is None else read_answers(args.answers)
     print(f"references    {args.references}: {len(records):,} prompts", flush=True)
     model: dict[str, Any] = {}
@@ -163,10 +165,19 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         about["answer_prefix"] = settings.answer_prefix
         model |= {"max_prompt_length": args.max_prompt_length, "answer_prefix": settings.answer_prefix}
         model["layout"] = args.layout
+        limits = {"max_length": backend.max_positions, "max_prompt_length": args.max_prompt_length}
+        collator = RankedCollator(backend.tokenizer, **limits)
+
+        def tokenised(record: RankedRecord) -> None:
+            collator.tokenize_behind(record, settings.answer_prefix)
+            if given is None:
+                encode_prompts([record], backend.tokenizer, settings, backend.max_positions)
+
+        records = readable(args, args.references, records, tokenised)
         if given is not None:
             say_prefix(args, settings)
         else:
-            found = answer(args, backend, records, settings, made)
+            found = answer(args, backend, args.references, records, settings, made)
             given = found.answers
             about |= {"answers": made, "generation": vars(found.settings), "prompts_cut": found.cut}
     evaluation = report.evaluate(

@@ -11,7 +11,7 @@ from typing import Any
 from clha_fast.cli.chat import check_chat, converse
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.reading import add_skip_argument, read_asked
+from clha_fast.cli.reading import add_skip_argument, read_asked, use
 from clha_fast.cli.text import Parser, check_positive, size_text
 from clha_fast.data import FORMATS
 from clha_fast.data.prompts import Prompted
@@ -20,7 +20,7 @@ from clha_fast.generation.answers import Generation, generate_answers
 from clha_fast.generation.backend import GenerationSettings
 from clha_fast.generation.chat import Chat
 from clha_fast.generation.hf import TransformersBackend, load_backend
-from clha_fast.generation.prompts import trained_lead, trained_prefix
+from clha_fast.generation.prompts import encode_prompts, trained_lead, trained_prefix
 from clha_fast.models.adapters import base_model
 from clha_fast.models.loading import DTYPES
 from clha_fast.processes import ALONE, Processes, joined
@@ -131,24 +131,23 @@ def model_text(model: Any, path: str) -> str:
 def answer(
     args: argparse.Namespace,
     backend: TransformersBackend,
+    path: str,
     records: Sequence[Prompted],
     settings: GenerationSettings,
     destination: str | None,
     processes: Processes = ALONE,
 ) -> Generation:
-    """`generate_answers`, with what is to be said before and after."""
+    """`generate_answers` to the records of the file `path`, with what is to be said before and after."""
     how = f"temperature {settings.temperature:g}, seed {settings.seed}" if settings.temperature else "greedy"
     print(f"answers       {how}, at most {settings.max_new_tokens:,} tokens")
     say_prefix(args, settings)
-    found = generate_answers(
+    how_run = {name: getattr(args, name) for name in ("batch_size", "resume", "overwrite")}
+    found = use(
+        args,
+        path,
         records,
-        backend,
-        destination,
-        settings,
-        batch_size=args.batch_size,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        processes=processes,
+        lambda records: generate_answers(records, backend, destination, settings, processes=processes, **how_run),
+        lambda record: encode_prompts([record], backend.tokenizer, settings, backend.max_positions),
     )
     place = "written" if destination else "not kept"
     where = destination or "for want of --out"
@@ -232,7 +231,7 @@ def generate(words: Sequence[str]) -> int:
             backend = load_backend(args.model, device=args.device, dtype=args.dtype)
             print(f"model         {model_text(backend.model, args.model)}")
             print(f"prompts       {args.prompts}: {len(records):,}")
-            answer(args, backend, records, settings, args.destination, processes)
+            answer(args, backend, args.prompts, records, settings, args.destination, processes)
             return 0
 
         return guarded("generate", work)

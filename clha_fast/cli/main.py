@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
     # What a user can cause has a message that is a whole sentence; anything else is a bug and keeps its traceback.
-    from clha_fast.errors import BackendError
+    from clha_fast.errors import BackendError, out_of_memory
     from clha_fast.processes import ProcessError, waited_for_another
 
     try:
@@ -135,15 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain(name, "interrupted before anything was done")
         return 130
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Of a device, of torch on the CPU (which has no class of its own for it), or of Python."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.reading import read
-from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
+from clha_fast.cli.reading import read, use
+from clha_fast.cli.scoring import LIMITS, add_scoring_arguments, read_alone
 from clha_fast.cli.text import Parser, check_positive, rows_text
 from clha_fast.files import check_destination
 from clha_fast.generation.prompts import trained_prefix
@@ -72,16 +72,15 @@ def _rank(args: argparse.Namespace, processes: Processes) -> int:
     if prefix:
         why = " (the model was trained behind it)" if args.answer_prefix is None else ""
         print(f"prefix        every answer begins with {prefix!r}{why}", flush=True)
-    result = rank_file(
+    limits = {name: getattr(args, name) for name in LIMITS}
+    how = {name: getattr(args, name) for name in ("batch_size", "resume", "overwrite")}
+    how |= {**limits, "answer_prefix": prefix, "processes": processes}
+    result = use(
+        args,
+        args.source,
         records,
-        args.destination,
-        judge,
-        batch_size=args.batch_size,
-        **{name: getattr(args, name) for name in LIMITS},
-        answer_prefix=prefix,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        processes=processes,
+        lambda records: rank_file(records, args.destination, judge, **how),
+        read_alone(judge, limits, prefix),
     )
     print(f"written       {args.destination}: {_result_text(result)}", flush=True)
     return 0

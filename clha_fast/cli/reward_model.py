@@ -103,7 +103,8 @@ def header(run: RewardRun) -> dict[str, str]:
     args, trainer = run.args, run.trainer
     new = f"; new weights: {', '.join(run.fresh)}" if run.fresh else ""
     pad = run.tokenizer.convert_ids_to_tokens(trainer.data_collator.pad)
-    length = "no limit" if run.max_length is None else f"at most {run.max_length:,} tokens"
+    longest = max(trainer.train_dataset.lengths)
+    length = f"at most {run.max_length:,} tokens" if run.max_length else f"no limit, at most {longest:,} tokens a row"
     by = "reward" if run.options.rank_by_reward else "rank"
     lines = {
         "model": f"{model_text(run)}{new}",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from clha_fast.cli.columns import COLUMNS_HELP, take_columns
 from clha_fast.cli.generate import model_text
 from clha_fast.cli.guard import guarded, launched, parse
-from clha_fast.cli.reading import read
-from clha_fast.cli.scoring import LIMITS, add_scoring_arguments
+from clha_fast.cli.reading import read, use
+from clha_fast.cli.scoring import LIMITS, add_scoring_arguments, read_alone
 from clha_fast.cli.text import Parser, check_positive, rows_text
 from clha_fast.data import RankedRecord
 from clha_fast.evaluation import plots
@@ -104,21 +105,24 @@ def _say_source(args: argparse.Namespace, records: Sequence[RankedRecord]) -> No
     print(f"source        {args.source}: {len(records):,} prompts, {candidates:,} responses", flush=True)
 
 
+def _how(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    return {**{name: getattr(args, name) for name in ("batch_size", "resume", "overwrite")}, "processes": processes}
+
+
 def _score_policy(args: argparse.Namespace, processes: Processes) -> int:
     records = _read(args)
     layout = args.layout or "padded"
     policy = load_policy(args.policy, device=args.device, dtype=args.dtype or "float32", layout=layout)
     print(f"policy        {model_text(policy.model, args.policy)}{rows_text(layout, policy.layout)}")
     _say_source(args, records)
-    result = score_policy(
+    limits = {name: getattr(args, name) for name in LIMITS}
+    how = {**limits, **_how(args, processes)}
+    result = use(
+        args,
+        args.source,
         records,
-        args.destination,
-        policy,
-        batch_size=args.batch_size,
-        **{name: getattr(args, name) for name in LIMITS},
-        resume=args.resume,
-        overwrite=args.overwrite,
-        processes=processes,
+        lambda records: score_policy(records, args.destination, policy, **how),
+        read_alone(policy, limits),
     )
     parts = []
     if result.resumed:
@@ -151,16 +155,14 @@ def _score_rewards(args: argparse.Namespace, processes: Processes) -> int:
     said = rows_text(args.layout, reward_model.layout)
     print(f"reward model  {model_text(reward_model.model, args.reward_model)}{said}")
     _say_source(args, records)
-    result = score_file(
+    limits = {"max_length": args.max_length}
+    how = {**limits, "rank_by_reward": args.rank_by_reward, **_how(args, processes)}
+    result = use(
+        args,
+        args.source,
         records,
-        args.destination,
-        reward_model,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        rank_by_reward=args.rank_by_reward,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        processes=processes,
+        lambda records: score_file(records, args.destination, reward_model, **how),
+        read_alone(reward_model, limits),
     )
     if processes.rank:
         return 0  # the first one reports and draws

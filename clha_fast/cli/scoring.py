@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 
 from clha_fast.cli.reading import add_skip_argument
 from clha_fast.data import FORMATS
 from clha_fast.models.layouts import LAYOUT_CHOICES
 from clha_fast.models.loading import DTYPES
+from clha_fast.rewards.policy import Policy, PolicyRun
+from clha_fast.rewards.reward_model import RewardModel
+from clha_fast.rewards.scoring import RewardRun
 
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+
+
+def read_alone(
+    judge: Policy | RewardModel, limits: Mapping[str, int | None], prefix: str = ""
+) -> Callable[..., object]:
+    """What reads one record as the scoring of many does before it scores; arguments as `rewards.ranking.rank_file`."""
+    if isinstance(judge, Policy):
+        return lambda record: PolicyRun([record], judge, 1, dict(limits), False, prefix)
+    return lambda record: RewardRun([record], judge, 1, limits["max_length"], False)
 
 
 def add_scoring_arguments(parser: argparse.ArgumentParser, word: str, written: str, policy: str, dtype: str) -> None:

@@ -102,6 +102,15 @@ def _cut_text(dataset: Any, summary: DataSummary) -> str:
     )
 
 
+def length_line(args: CLHAConfig, dataset: Any) -> dict[str, str]:
+    """The row that needs most memory, where nothing cuts it; {} where something does."""
+    if args.max_length is not None or None not in (args.max_prompt_length, args.max_completion_length):
+        return {}
+    longest = max(dataset.lengths)
+    place = dataset[dataset.lengths.index(longest)]["source"]
+    return {"lengths": f"no limit: the longest row has {longest:,} tokens ({place}); --max_length N cuts it to N"}
+
+
 def header(run: Run) -> dict[str, str]:
     """What will be trained, on what, how: lines by their names."""
     trainer, args = run.trainer, run.args
@@ -125,6 +134,7 @@ def header(run: Run) -> dict[str, str]:
             if held_out is None
             else data_text(held_out, options) + _cut_text(trainer.eval_dataset, held_out) + few_text(held_out.prompts)
         ),
+        **length_line(args, trainer.train_dataset),
         **template_line(run),
         **lead_line(run),
         **layout_line(run),

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clha_fast.data.bars import reading
 from clha_fast.data.notes import Notes
 from clha_fast.data.readers import Source, iter_records
 from clha_fast.data.records import RecordError
@@ -71,7 +72,7 @@ def convert(
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with naming_full(path), open(partial, "x", encoding="utf-8", newline="\n") as file:
-            for record in iter_records(source, format, rank_by_reward, errors, columns=columns, notes=counts):
+            for record in reading(iter_records(source, format, rank_by_reward, errors, columns=columns, notes=counts)):
                 file.write(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
                 records += 1
                 completions += len(record.completions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import numbers
 import os
 import shutil
 from collections import Counter
@@ -240,7 +241,7 @@ def _split_of(row: object, file: RawFile) -> str:
 
 def _dev_limit(prompts: set[int], dev: float) -> int:
     """Prompts of the training files whose digest is below it are for development."""
-    fraction = not isinstance(dev, int)
+    fraction = not isinstance(dev, numbers.Integral)
     if isinstance(dev, bool) or not (0 < dev < 1 if fraction else dev >= 0):
         raise ValueError(f"dev: expected a number of prompts, or a fraction between 0 and 1, got {dev!r}")
     ordered = [*sorted(prompts), 2**64]

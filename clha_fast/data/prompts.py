@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clha_fast.data.answers import is_tree
+from clha_fast.data.bars import reading
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import as_said, columns_of
@@ -121,7 +122,7 @@ def read_prompts(
         return list(ranked)
     found: list[Prompted] = []
     bad: list[RecordError] = []
-    for place, row in rows_of(rows):
+    for place, row in reading(rows_of(rows)):
         try:
             found.append(_prompt(row, place, None if columns is None else columns["prompt"], beside))
         except RecordError as error:

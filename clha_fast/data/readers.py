@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 from clha_fast.data.answers import is_tree, tree_rows
+from clha_fast.data.bars import reading
 from clha_fast.data.columns import check_columns, check_unread, subset_of, template_of
 from clha_fast.data.containers import Source, rows_of
 from clha_fast.data.fields import Parser, Reading, Row, columns_of
@@ -17,6 +18,7 @@ from clha_fast.data.mapping import ColumnMap
 from clha_fast.data.notes import Notes
 from clha_fast.data.records import RankedRecord, RecordError, without_repeated_prompt
 
+_T = TypeVar("_T")
 MOST_UNKNOWN = 100  # records of no known format, before the source is called one
 
 
@@ -29,8 +31,16 @@ def read_records(
     columns: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
 ) -> list[RankedRecord]:
-    """All records of a file or table, in order; arguments and errors as `iter_records`."""
-    return list(iter_records(source, format, rank_by_reward, errors, columns=columns, notes=notes))
+    """All records of a file or table, in order; arguments and errors as `iter_records`. More than 2000 show a bar."""
+    counts = Notes(_name(source)) if notes is None else notes
+    found = list(reading(iter_records(source, format, rank_by_reward, errors, columns=columns, notes=counts)))
+    if notes is None:
+        counts.say()
+    return found
+
+
+def _name(source: Source) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records"
 
 
 def iter_records(
@@ -70,7 +80,7 @@ def iter_records(
     mapping = None if columns is None else ColumnMap(columns)
     if mapping is not None and mapping.canonical and format not in ("auto", "canonical"):
         raise ValueError(f"format: expected auto with a mapping of completions in columns, got {format!r}")
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "records"
+    name = _name(source)
     counts = Notes(name) if notes is None else notes
     yield from _read(
         rows_of(source), name, None if format == "auto" else format, rank_by_reward, errors, mapping, counts
@@ -138,6 +148,20 @@ def none_good(name: str, first: RecordError, count: int) -> RecordError:
     """The error of a source all of whose records are bad, that many."""
     message = f"{name}: expected at least one good record, got {count:,} bad ones; the first: {first}"
     return RecordError(message, source=name, field=first.field, has_way=first.has_way)
+
+
+def apart(records: Iterable[_T], read: Callable[[_T], object]) -> tuple[list[_T], list[RecordError]]:
+    """(records that `read` takes, the errors of the others), each in order; a chat template refuses some, say."""
+    good: list[_T] = []
+    errors: list[RecordError] = []
+    for record in records:
+        try:
+            read(record)
+        except RecordError as error:
+            errors.append(error)
+        else:
+            good.append(record)
+    return good, errors
 
 
 def _without_trees(rows: Iterator[tuple[str, object]], notes: Notes) -> Iterator[tuple[str, object]]:

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from clha_fast.batching.dates import dated
+from clha_fast.data.bars import reading
 from clha_fast.data.columns import template_of
 from clha_fast.data.containers import rows_of
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash, subset_of
@@ -21,6 +22,7 @@ from clha_fast.data.records import Prompt, RecordError, check_text
 from clha_fast.files import Journal, RunIdentity, check_destination, write_lines
 from clha_fast.generation.backend import EncodedPrompt, Generated, GenerationBackend, GenerationSettings
 from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
+from clha_fast.options import count
 from clha_fast.processes import ALONE, ProcessError, Processes
 
 FINISHES = ("stop", "length")
@@ -136,8 +138,7 @@ def generate_answers(
             GenerationInterrupted: Ctrl-C. In both cases the message says what is kept.
     """
     settings = settings or GenerationSettings()
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
+    batch_size = count("batch_size", batch_size, "a positive whole number")
     if not records:
         raise RecordError("prompts: expected at least one, got none")
     path = None if destination is None else os.fspath(destination)
@@ -257,7 +258,7 @@ def read_answers(source: str | os.PathLike[str]) -> list[Answer]:
         RecordError: a row that is none, or with fields of other names; no row at all. OSError: no such file.
     """
     found = []
-    for place, row in rows_of(source):
+    for place, row in reading(rows_of(source)):
         if isinstance(row, RecordError):
             raise row
         if not isinstance(row, Mapping):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from clha_fast.data.columns import template_of
+from clha_fast.options import as_python, count, is_number
 
 logger = logging.getLogger("clha_fast")
 # Special tokens that a tokenizer has for its own ends: of any other somebody may expect to find it in a text.
@@ -49,16 +51,18 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_prompt_length"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
+            if value is not None:
+                object.__setattr__(self, name, count(name, value, "a positive whole number"))
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ValueError(f"temperature: expected a finite number of at least 0, got {self.temperature!r}")
-        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if self.top_p != 1 and not self.temperature:
             raise ValueError(f"top_p: expected 1 with temperature 0, which draws nothing, got {self.top_p!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not isinstance(self.seed, numbers.Integral) or isinstance(self.seed, bool):
             raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
+        for name in ("temperature", "top_p", "seed"):
+            object.__setattr__(self, name, as_python(getattr(self, name)))
         if not (self.lead is None or isinstance(self.lead, str)):
             raise ValueError(f"lead: expected a text or None, got {self.lead!r}")
         given = {"chat_template_kwargs": self.chat_template_kwargs}

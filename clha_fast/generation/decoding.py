@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from clha_fast.errors import out_of_memory
 from clha_fast.generation.tokens import decoder_of, generate_tokens
 from clha_fast.models.adapters import base_model
 from clha_fast.models.float32 import in_float32
@@ -111,7 +112,7 @@ class Decoding:
             self._say(
                 False,
                 f"model: {name} answers without its cache, which takes longer the longer an answer is: with it, the "
-                f"distributions that tokens are drawn from are not those of its own forward ({moved})",
+                f"distributions that tokens are drawn from are not those of its own forward ({moved}{trial.unseen})",
             )
             return False
         if len(set(map(len, rows))) > 1 and any(
@@ -119,17 +120,17 @@ class Decoding:
         ):
             raise ValueError(
                 f"{self._setting}: expected 1 for {name}, which reads padding as text (a prompt's {moved} beside a "
-                f"longer one), got {size}"
+                f"longer one{trial.unseen}), got {size}"
             )
         if self._trained:
             raise ValueError(
                 "model: expected one whose answers are drawn from the distributions of its own forward, which trains "
-                f"on them, got {name} ({moved}, with its cache and without)"
+                f"on them, got {name} ({moved}, with its cache and without{trial.unseen})"
             )
         self._say(
             True,
             f"model: {name} draws answers from other distributions than its own forward gives for them ({moved}, with "
-            "its cache and without): they are not what its log-probabilities speak of",
+            f"its cache and without{trial.unseen}): they are not what its log-probabilities speak of",
         )
         return True
 
@@ -140,7 +141,12 @@ class Decoding:
 
 
 class _Trial:
-    """A model's decoding of `count` tokens beside its own forward of them; `bound` is final after a first error."""
+    """A model's decoding of `count` tokens beside its own forward of them; `bound` is final after a first error.
+
+    `unseen` is what to say where memory was short for a look in float32.
+    """
+
+    unseen = ""
 
     def __init__(self, model: Any, pad: int, count: int, device: torch.device) -> None:
         self.model, self.pad, self.count, self.device = model, pad, count, device
@@ -168,7 +174,11 @@ class _Trial:
                 with torch.autocast(self.device.type, enabled=False):
                     bound = max(_FLOOR, _EPS * rounding_of(self.model))  # of TF32, where that is allowed
                 return self._decode(rows, use_cache, answers)[1] <= bound
-        except Exception:  # kernels that take 16 bits alone raise errors of every kind; so does memory that is short
+        except Exception as error:  # kernels that take 16 bits alone raise errors of every kind
+            if out_of_memory(error):
+                self.unseen = (
+                    "; whether it is their rounding alone was not seen: float32 beside them did not fit memory"
+                )
             return False
 
     def _decode(

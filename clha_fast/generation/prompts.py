@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from clha_fast.batching.chat import render_chat
 from clha_fast.batching.collator import RankedCollator
-from clha_fast.batching.workers import LARGE
+from clha_fast.data.bars import LARGE
 from clha_fast.data.prompts import Prompted, PromptRecord, prompt_hash
 from clha_fast.data.records import RankedRecord, RecordError
 from clha_fast.data.rendering import render_prompt

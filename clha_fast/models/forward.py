@@ -33,7 +33,7 @@ from clha_fast.models.sequence_parallel import SequenceParallel, check_no_router
 from clha_fast.objectives import Objective
 from clha_fast.objectives.metrics import CLHAMetrics, metric_names
 from clha_fast.ops.dispatch import Backend
-from clha_fast.options import HeadOptions
+from clha_fast.options import HeadOptions, is_number
 from clha_fast.types import COUNTS, SIGNALS
 
 MODEL_FIELDS = ("input_ids", "attention_mask")
@@ -79,7 +79,7 @@ def checked_scale(scale: Any) -> Any:
     """`loss_scale` as it was given; looked at on the host only where that waits for no GPU."""
     if scale is None or torch.compiler.is_compiling():
         return scale
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    number = is_number(scale)
     if not number and not (isinstance(scale, Tensor) and scale.dim() == 0):
         got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
         raise ValueError(f"loss_scale: expected one number, as Attached.counts gives it, got {got}")

@@ -83,9 +83,11 @@ class RowLimit:
         """
         if self.limit is None or not isinstance(dataset, RankedDataset):
             return
-        longer = sum(length > self.limit for length in dataset.lengths)
-        where = f"{name}, in {longer:,} of {len(dataset):,} prompts" if longer else name
-        self._check(max(dataset.lengths), where)
+        lengths = dataset.lengths
+        longer, longest = sum(length > self.limit for length in lengths), max(lengths)
+        most = dataset[lengths.index(longest)]["source"]
+        where = f"{name}, in {longer:,} of {len(dataset):,} prompts, most in {most}" if longer else name
+        self._check(longest, where)
 
     def check_rows(self, segments: Segments | None, width: int) -> None:
         """One batch, whose rows are padded to `width`, or whose texts stand at `segments`; as `check_dataset`."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from clha_fast.options import count
+
 _ROWS = "_clha_tile_rows"
 
 
@@ -116,9 +118,8 @@ def check_rows(rows: Any) -> bool | int:
     """
     if isinstance(rows, str) and rows.isdecimal():
         rows = int(rows)
-    if not isinstance(rows, int) or (rows < 1 and rows is not False):
-        raise ValueError(f"tiled_mlp: expected True, False or a positive number of tokens a tile, got {rows!r}")
-    return rows
+    expected = "True, False or a positive number of tokens a tile"
+    return rows if isinstance(rows, bool) else count("tiled_mlp", rows, expected)
 
 
 def tile_mlps(model: nn.Module, rows: int | bool) -> list[nn.Module]:
@@ -134,7 +135,8 @@ def tile_mlps(model: nn.Module, rows: int | bool) -> list[nn.Module]:
     Raises:
         ValueError: no MLP is found, one has a forward of somebody else's, or `rows` is out of range.
     """
-    if check_rows(rows) is False:
+    rows = check_rows(rows)
+    if rows is False:
         return []
     found = find_mlps(model)
     if not found:

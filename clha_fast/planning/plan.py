@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedConfig, TrainingArguments
 
 from clha_fast.batching.segments import LAYOUTS
+from clha_fast.options import count
 from clha_fast.planning.step import Rows, StepMemory, Switches, build, count_step, loss_backend
 
 GIB = 2**30
@@ -33,9 +34,7 @@ class Load:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "candidates", "response", "prompt", "sequence_parallel_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+            object.__setattr__(self, name, count(name, getattr(self, name), "a positive whole number"))
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
 

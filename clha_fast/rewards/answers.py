@@ -57,6 +57,14 @@ class AnswerRewards:
         found = iter(rewards)
         return [[next(found) for _ in texts] for texts in answers]
 
+    def read(self, record: Prompted) -> None:
+        """Look at a prompt before there are answers to it.
+
+        Raises:
+            RecordError: as a call.
+        """
+        self._rows(record, [""])
+
     def _rows(self, record: Prompted, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """(the tokens of each answer behind the prompt, how many of them were cut)."""
         try:

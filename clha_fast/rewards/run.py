@@ -16,10 +16,12 @@ from transformers.utils import logging
 
 from clha_fast.batching.collator import RankedCollator
 from clha_fast.batching.dates import dated
-from clha_fast.batching.workers import LARGE, compact
+from clha_fast.batching.workers import compact
+from clha_fast.data.bars import LARGE
 from clha_fast.data.readers import Source, read_records
 from clha_fast.data.records import RankedRecord
 from clha_fast.files import Journal, RunIdentity, write_lines
+from clha_fast.options import count
 from clha_fast.processes import ProcessError, Processes
 from clha_fast.rewards.rows import read_as_text
 
@@ -72,11 +74,9 @@ class ScoringRun:
         progress: bool,
         layout: str,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
         self.records = records
         self.model = model
-        self.batch_size, self.layout = batch_size, layout
+        self.batch_size, self.layout = count("batch_size", batch_size, "a positive integer"), layout
         self.rows: list[Row] = []
         self.places: list[tuple[str, int]] = []  # the record and response that a row is from
         self.rows_of: list[list[int]] = []  # positions of the rows of each record

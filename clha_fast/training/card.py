@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import RepoCard
 
 from clha_fast.objectives import CLHAOptions, Objective
 from clha_fast.version import __version__
@@ -96,28 +97,36 @@ def merged_card(adapter: str, name: str, kind: str) -> str | None:
     if not os.path.exists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-        card = ModelCard(
-            text if text.lstrip().startswith("---") else f"---\n\n---\n{text}", ignore_metadata_errors=True
-        )
+        # `ModelCard` reads a field otherwise from release to release; this one has them as they stand.
+        card = RepoCard(text if text.lstrip().startswith("---") else f"---\n\n---\n{text}")
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected text behind front matter that is a YAML mapping ({error})") from error
     data: Any = card.data
     before = data.get("model_name")
-    data.library_name = "transformers"
-    tags = [data.tags] if isinstance(data.tags, str) else data.tags or []
-    own = [tag for tag in tags if tag not in ("peft", kind.lower()) and not str(tag).startswith("base_model:")]
-    data.tags = own or None
-    if isinstance(data.base_model, str) and os.path.exists(data.base_model):  # a folder is refused by the Hub
-        data.base_model = None
+    data["library_name"] = "transformers"
+    own = [tag for tag in _several(data.get("tags")) if tag not in ("peft", kind.lower())]
+    data["tags"] = [tag for tag in own if not str(tag).startswith("base_model:")] or None
+    # A folder is refused by the Hub.
+    bases = [base for base in _several(data.get("base_model")) if not os.path.exists(str(base))]
+    if bases != _several(data.get("base_model")):
+        data["base_model"] = bases or None
     # It would be told from the library, but for a card that says "adapter".
-    data.base_model_relation = "finetune" if data.base_model else None
+    data["base_model_relation"] = "finetune" if bases else None
+    if any(language is False for language in _several(data.get("language"))):  # YAML 1.1's reading of Norwegian, no
+        data["language"] = ["no" if language is False else language for language in _several(data["language"])]
     if MARK in text:
-        data.model_name = name
+        data["model_name"] = name
         said = f"An adapter ({kind}), merged into its base model. Figures are those of the adapter, before that."
         card.text = card.text.replace(f"\n# {before}\n", f"\n# {name}\n\n{said}\n", 1)
     return str(card)
+
+
+def _several(value: Any) -> list[Any]:
+    """What a field of a front matter holds, once each, be it one value or a list of them."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [item for index, item in enumerate(values) if item not in values[:index]]
 
 
 def model_card(

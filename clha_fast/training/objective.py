@@ -10,6 +10,7 @@ from typing import Any
 from clha_fast.messages import nearest
 from clha_fast.objectives import OBJECTIVES, Objective
 from clha_fast.objectives.clha import PRESETS, CLHAOptions
+from clha_fast.options import as_python
 
 DEFAULT = CLHAOptions.name
 CLHA_FIELDS = tuple(f.name for f in dataclasses.fields(CLHAOptions) if f.init)
@@ -63,14 +64,14 @@ def settings_of(name: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _number(name: str, key: str, value: Any) -> Any:
-    """YAML reads 1e-3 as a text: a number all the same where the setting is one."""
+    """YAML reads 1e-3 as a text: a number all the same where the setting is one. Numbers are Python's."""
     field = settings_of(name).get(key)
     if isinstance(value, str) and field is not None and "float" in str(field.type):
         try:
             return float(value)
         except ValueError:
             return value
-    return value
+    return as_python(value)
 
 
 def make(settings: Mapping[str, Any]) -> Objective:

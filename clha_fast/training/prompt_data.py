@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clha_fast.data.prompts import PromptRecord, read_prompts
+from clha_fast.data.prompts import Prompted, PromptRecord, read_prompts
+from clha_fast.data.readers import apart
 from clha_fast.data.records import SKIPS, RankedRecord, RecordError
 from clha_fast.generation.backend import GenerationSettings
-from clha_fast.generation.prompts import encode_prompts
+from clha_fast.generation.prompts import EncodedPrompts, encode_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,8 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         records: prompts, or rows as `data.prompts.read_prompts` takes them; other columns beside a `prompt` are kept as
             the record's `extra`.
         settings: as they were asked for. positions: of the model. name: of the data, for the warning.
-        skip_bad_records: leave bad records out, those that the chat template refuses among them, and count them.
+        skip_bad_records: leave bad records out, those that a chat template refuses among them, and count them.
+        judge: raises a RecordError for a prompt whose answers it cannot read.
 
     Attributes:
         records, prompts: in order. settings: the lengths in force. cut_prompts: how many have lost tokens.
@@ -45,6 +47,7 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         positions: int | None = None,
         name: str = "prompts",
         skip_bad_records: bool = False,
+        judge: Callable[[Prompted], object] | None = None,
     ) -> None:
         if isinstance(records, (str, os.PathLike)):
             raise ValueError(
@@ -65,33 +68,35 @@ class PromptDataset(torch.utils.data.Dataset[int]):
         if not records:
             raise RecordError("prompts: expected at least one, got none")
         # Responses that stand beside a prompt play no part.
-        alone = [PromptRecord(record.prompt, record.source, record.template) for record in records]
+        given: list[Prompted] = list(records)
+        alone = [PromptRecord(record.prompt, record.source, record.template) for record in given]
+
+        def encode(numbers: Sequence[int]) -> EncodedPrompts:
+            found = encode_prompts([alone[number] for number in numbers], tokenizer, settings, positions)
+            if judge is not None:
+                for number in numbers:
+                    judge(given[number])
+            return found
+
+        numbers: Sequence[int] = range(len(given))
         with _advised(skip_bad_records):
             try:
-                encoded = encode_prompts(alone, tokenizer, settings, positions)
+                encoded = encode(numbers)
             except RecordError:
                 if not skip_bad_records:
                     raise
-                good = [number for number, one in enumerate(alone) if self._is_good(one, tokenizer, settings)]
-                if not good:
+                numbers, bad = apart(numbers, lambda number: encode([number]))
+                if not numbers:
                     raise
-                records = [records[number] for number in good]
-                encoded = encode_prompts([alone[number] for number in good], tokenizer, settings, positions)
+                self.skipped += bad
+                encoded = encode(numbers)
         if self.skipped:
             logger.warning(f"{name}: {len(self.skipped)} bad records left out, the first: {self.skipped[0]}")
-        self.records, self.prompts = list(records), encoded.prompts
+        self.records, self.prompts = [given[number] for number in numbers], encoded.prompts
         self.settings, self.cut_prompts, self.said = encoded.settings, encoded.cut, encoded.said
         notes = [*self._limits(settings, positions), *([self.said] if self.said else [])]
         if notes:
             logger.warning(f"{name}: {'; '.join(notes)}")
-
-    def _is_good(self, record: PromptRecord, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> bool:
-        try:
-            encode_prompts([record], tokenizer, settings)
-        except RecordError as error:
-            self.skipped.append(error)
-            return False
-        return True
 
     def _limits(self, asked: GenerationSettings, positions: int | None) -> Iterator[str]:
         """What became of the limits, under the names that `RolloutConfig` has for them."""

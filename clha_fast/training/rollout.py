@@ -30,6 +30,7 @@ from clha_fast.models.forward import LogpForward
 from clha_fast.models.loading import config_positions
 from clha_fast.models.positions import positions_of
 from clha_fast.objectives.policy import PolicyOptions
+from clha_fast.rewards.answers import AnswerRewards
 from clha_fast.training.config import CLHAConfig
 from clha_fast.training.judged import Answered, checked_rewards
 from clha_fast.training.prompt_data import PromptDataset, collate_numbers
@@ -163,11 +164,7 @@ class RolloutTrainer(CLHATrainer):
             raise ValueError("processing_class: expected the model's tokenizer, got None")
         assert args.max_completion_length is not None
         settings = GenerationSettings(
-            args.max_completion_length,
-            args.max_prompt_length,
-            seed=args.seed,
-            lead=lead,
-            answer_prefix=answer_prefix,
+            args.max_completion_length, args.max_prompt_length, seed=args.seed, lead=lead, answer_prefix=answer_prefix
         )
         positions = config_positions(model) if isinstance(model, str) else positions_of(model)
         self._read = functools.partial(
@@ -176,6 +173,7 @@ class RolloutTrainer(CLHATrainer):
             settings=settings,
             positions=positions,
             skip_bad_records=args.skip_bad_records,
+            judge=reward.read if isinstance(reward, AnswerRewards) else None,
         )
         train = self._read(train_dataset, name="train_dataset") if train_dataset else None
         held_out: Any = None

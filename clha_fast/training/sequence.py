@@ -17,12 +17,12 @@ def check_sequence(args: Any) -> None:
     """Whether `sequence_parallel_size` fits the processes there are, and the settings beside it.
 
     Raises:
-        ValueError: no whole number, or none that divides the processes; DeepSpeed, torch.compile, routed gradients,
+        ValueError: less than 1, or no number that divides the processes; DeepSpeed, torch.compile, routed gradients,
             NEFTune's noise, evaluation in 16 bits alone, counts of input tokens, or samplers that every process seeds
             for itself.
     """
     size = args.sequence_parallel_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if size < 1:
         raise ValueError(f"sequence_parallel_size: expected a whole number of at least 1, got {size!r}")
     if size == 1:
         return

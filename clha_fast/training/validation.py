@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
+import functools
 import importlib.util
 import math
 import os
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import accelerate
+import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -23,6 +27,7 @@ from transformers.utils import logging
 
 from clha_fast.data.records import shorten
 from clha_fast.objectives.metrics import METRIC_NAMES, CLHAMetrics
+from clha_fast.options import as_python, hints_of, is_integer, is_number, require
 
 logger = logging.get_logger(__name__)
 
@@ -59,19 +64,29 @@ _UNKNOWN_REPORTERS = set(INTEGRATION_TO_CALLBACK) & {"codecarbon", "flyte"}
 
 
 def check_numbers(args: Any) -> None:
-    """Before `TrainingArguments` makes anything of them.
+    """Before `TrainingArguments` makes anything of them: numbers of numpy's kind become Python's.
 
     Raises:
-        ValueError: a size below 1, a negative or infinite rate, a seed that no generator takes, an unknown optimizer or
-            schedule, DeepSpeed without its package.
+        ValueError: a size below 1, a negative or infinite rate, a seed that no generator takes, an own setting that is
+            declared as a number and is none, an unknown optimizer or schedule, DeepSpeed without its package.
     """
+    kind: Any = type(args)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        value = bool(value) if isinstance(value, np.bool_) else as_python(value)
+        setattr(args, field.name, value)
+        declared = _own_numbers(kind).get(field.name, set())
+        if declared and value is not field.default and not (value is None and type(None) in declared):
+            fits, expected = (is_integer, "a whole number") if int in declared else (is_number, "a number")
+            require(field.name, value, fits(value), expected)
     for name, (expected, least) in _LEAST.items():
         value = getattr(args, name)
-        if not least <= value < math.inf:
+        fits = is_integer if "whole" in expected else is_number
+        if not (fits(value) and least <= value < math.inf):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
     for name, (least, most) in _SEEDS.items():
         value = getattr(args, name)
-        if value is not None and not (isinstance(value, int) and least <= value <= most):
+        if value is not None and not (is_integer(value) and least <= value <= most):
             raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
@@ -84,6 +99,18 @@ def check_numbers(args: Any) -> None:
             )
     if args.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("deepspeed: expected the package deepspeed to be installed, got none")
+
+
+@functools.lru_cache(maxsize=16)
+def _own_numbers(kind: Any) -> dict[str, set[type]]:
+    """Settings of a configuration beside transformers' that are numbers: int or float, and None's type beside."""
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    found = {}
+    for name, hint in hints_of(kind).items():
+        kinds = set(typing.get_args(hint) or (hint,))
+        if name not in theirs and kinds - {type(None)} in ({int}, {float}):
+            found[name] = kinds
+    return found
 
 
 def check_arguments(args: Any, kind: type[Any], given: Mapping[str, Any], unused: Sequence[str], why: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from clha_fast.processes import waited_for_another
 from tests.support import forked
@@ -55,6 +56,20 @@ for asked in (2, None, 1, 4):
             break
     ends.append(step)
 print(*ends)
+"""
+
+REFUSED = """
+import os, sys
+import torch.distributed as dist
+from clha_fast.cli import main as cli
+if sys.argv[1] == "torch's":
+    dist.init_process_group("gloo")
+# Such as are found before seconds of imports.
+for words in ("train --nonsense 3", "demo --seeds 3", "table2", f"train --own-{os.environ['RANK']} 1"):
+    assert cli.main(words.split()) == 2
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
@@ -115,3 +130,18 @@ def test_each_run_of_a_folder_stops_for_itself(tmp_path: Path) -> None:
 
 def test_alone_no_error_is_anothers() -> None:
     assert waited_for_another(RuntimeError("Connection closed by peer")) == ""
+
+
+@pytest.mark.parametrize("store", ["the launcher's", "torch's"])
+def test_what_all_find_out_is_said_once(tmp_path: Path, store: str) -> None:
+    first = forked._meeting(2)[0]
+    agents: Any = {}
+    if store == "the launcher's":
+        kept = TCPStore(first["MASTER_ADDR"], int(first["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+        agents = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(kept.port)}
+    done = forked.run("bare", "-c", REFUSED, store, processes=2, CUDA_VISIBLE_DEVICES="", **agents)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("clha-fast ")]
+    assert sorted(said) == sorted(set(said)), said
+    assert len(said) == 5, said
+    assert [sum(f"own_{rank}" in line for line in said) for rank in (0, 1)] == [1, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -182,6 +184,68 @@ def test_bad_records_are_left_out_where_asked(
         word = "prompts" if command == "generate" else "source"
         assert f"{word:<14}{source}: {len(rows) - bad}" in printed
         assert len(out.read_text().splitlines()) == len(rows) - bad
+
+
+REFUSING = (
+    "{% for m in messages %}{% if 'no' in m.content or m.role == 'system' %}{{ raise_exception('not this one') }}"
+    "{% endif %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+REFUSED_PROMPTS: dict[str, list[dict[str, str]]] = {
+    "a word": [{"role": "user", "content": "no"}],
+    "a role": [{"role": "system", "content": "a cat"}, {"role": "user", "content": "say"}],
+    "an answer": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "no"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    list(
+        zip(
+            ["rank", "rank by rewards", "score", "policy", "generate", "alone", "alone", "eval"],
+            itertools.cycle(REFUSED_PROMPTS),
+            strict=False,
+        )
+    ),
+)
+def test_what_a_chat_template_refuses_is_left_out_where_asked(
+    folder: Path, tmp_path: Path, kind: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "eval":
+        pytest.importorskip("sacrebleu")
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = REFUSING
+    for name in ("policy", "reward"):
+        shutil.copytree(folder / name, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    prompts = [[{"role": "user", "content": text}] for text in ("say", "a dog", "a cat")]
+    prompts[1:1] = [REFUSED_PROMPTS[kind]]
+    rows = [{"prompt": prompt, "completions": ["a cat", "a dog ran"]} for prompt in prompts]
+    if command == "alone":
+        rows = [{"prompt": prompt} for prompt in prompts]
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.json"
+    words = {
+        "rank": ("rank", tmp_path / "policy", source, out),
+        "rank by rewards": ("rank", tmp_path / "reward", source, out),
+        "score": ("score", source, out, "--reward-model", tmp_path / "reward"),
+        "policy": ("score", source, out, "--policy", tmp_path / "policy"),
+        "eval": ("eval", "--model", tmp_path / "policy", "--references", source, "--out", out, "--max-new-tokens", 1),
+    }.get(command, ("generate", tmp_path / "policy", source, out, "--max-new-tokens", 1))
+    command_line = [*map(str, words), "--device", "cpu"]
+    assert cli.main(command_line) == 2
+    message = capsys.readouterr().err.splitlines()[-1]  # behind the bars of models that were loaded
+    assert f"{source}:2: " in message
+    assert message.endswith("; where others are good, --skip-bad-records leaves it out")
+    assert cli.main([*command_line, "--skip-bad-records"]) == 0
+    assert f"skipped       {source}: 1 bad records, the first: {source}:2: " in capsys.readouterr().out
+    lines = out if command != "eval" else tmp_path / "out.answers.jsonl"
+    assert len(lines.read_text().splitlines()) == len(rows) - 1
+    write(tmp_path / "in.jsonl", rows[1:2])
+    assert cli.main([*command_line, "--skip-bad-records", "--overwrite"]) == 2
+    assert (
+        f"{source}: expected at least one good record, got 1 bad ones; the first: {source}:1: "
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

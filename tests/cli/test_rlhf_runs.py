@@ -235,7 +235,7 @@ REFUSING = "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_excepti
 BAD: dict[str, Any] = {"unreadable": '{"prompt": ', "empty": {"prompt": None}}
 
 
-@pytest.mark.parametrize("bad", [*BAD, "refused by the template"])
+@pytest.mark.parametrize("bad", [*BAD, "refused by the template", "refused by the judge's"])
 def test_bad_prompts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str) -> None:
     words = command(tmp_path, "--max_steps", "1", "--eval_file", str(tmp_path / "held_out.jsonl"))
     place = words.index("--eval_fraction")
@@ -247,7 +247,7 @@ def test_bad_prompts_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = REFUSING
-    tokenizer.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / ("judge" if "judge" in bad else "policy"))
     assert cli.main(words) == 2
     said = capsys.readouterr().err
     assert "; where others are good, --skip_bad_records leaves it out" in said, said

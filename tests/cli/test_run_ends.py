@@ -15,9 +15,9 @@ from clha_fast.cli import main as cli
 from clha_fast.cli import merge as cli_merge
 from clha_fast.cli import rank as cli_rank
 from clha_fast.cli import runs as cli_runs
-from clha_fast.cli.main import out_of_memory
 from clha_fast.cli.options import OptionError, read_config
 from clha_fast.cli.text import with_dashes
+from clha_fast.errors import out_of_memory
 from clha_fast.experiments.run import Run, RunOptions
 from clha_fast.objectives.clha import PRESETS, CLHAOptions
 from tests.support import forked

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from clha_fast.batching.collator import RankedCollator, RankedDataset
 from clha_fast.cli import main as cli
 from clha_fast.cli import text as cli_text
 from clha_fast.cli.runs import Progress
+from clha_fast.cli.train import length_line
 from clha_fast.experiments.run import Run
+from clha_fast.training.config import CLHAConfig
 from tests.support.command_line import command, one_sentence, write_rows
 from tests.support.tiny import make_model, make_tokenizer
 
@@ -42,6 +46,39 @@ def test_errors_of_records_name_the_way_out(tmp_path: Path, capsys: pytest.Captu
     assert "training  16 prompts" in printed
     assert cli.main([*words, "--columns.prompt", "promt"]) == 2
     assert "skip_bad_records" not in one_sentence(capsys), "another column is the way out"
+
+
+def test_the_longest_row_is_said_where_nothing_cuts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "train.jsonl")
+    lines = path.read_text().splitlines()
+    lines[10] = json.dumps({"prompt": "say", "completions": ["a cat", "dog " * 150], "rewards": [5.0, 0.0]})
+    path.write_text("\n".join(lines))
+    words = command(tmp_path, "--max_steps", "1", "--eval_fraction", "0", "--plot", "false", max_length=None)
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    found = re.search(
+        r"^lengths   no limit: the longest row has (\d+) tokens \((.*)\); --max_length N cuts", printed, re.M
+    )
+    assert found, printed
+    assert int(found[1]) > 150
+    assert found[2] == f"{path}:11"
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({}, "no limit: the longest row has 46 tokens (record 2)"),
+        ({"max_prompt_length": 9}, "no limit: the longest row has 46 tokens (record 2)"),
+        ({"max_completion_length": 30}, "no limit: the longest row has 32 tokens (record 2)"),
+        ({"max_length": 40}, ""),
+        ({"max_prompt_length": 9, "max_completion_length": 30}, ""),
+    ],
+)
+def test_what_cuts_rows_is_a_limit(tmp_path: Path, limits: dict[str, int], said: str) -> None:
+    rows = [{"prompt": "a", "completions": ["b", "c" * count]} for count in (3, 7, 43, 5)]
+    dataset = RankedDataset(rows, RankedCollator(make_tokenizer(), **limits))  # type: ignore[arg-type]
+    args = CLHAConfig(str(tmp_path), use_cpu=True, **limits)  # type: ignore[arg-type]
+    assert length_line(args, dataset).get("lengths", "").partition(";")[0] == said
 
 
 @pytest.mark.parametrize(("texts", "said"), [(16, "prompts are texts and go"), (3, "3 of "), (0, "")])

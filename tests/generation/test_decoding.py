@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ def test_rounding_that_chooses_between_experts_is_none(kind: str, dtype: torch.d
 class Narrow(nn.Module):
     """A kernel that takes 16 bits alone, as it says."""
 
-    def __init__(self, inner: nn.Module, error: type[Exception]) -> None:
+    def __init__(self, inner: nn.Module, error: Callable[[str], Exception]) -> None:
         super().__init__()
         self.inner, self.error = inner, error
 
@@ -304,6 +305,29 @@ def test_what_takes_no_float32_ends_no_run(error: type[Exception]) -> None:
     assert looked_at(model)
     model.model.norm = Narrow(model.model.norm, error)
     assert not looked_at(model)
+
+
+@pytest.mark.parametrize(
+    ("error", "trained", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True, True),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: tried to allocate 9"), False, True),
+        (MemoryError(), False, True),
+        (RuntimeError("expected scalar type BFloat16"), True, False),
+    ],
+    ids=["a GPU's", "a CPU's", "Python's", "a kernel"],
+)
+def test_that_memory_was_short_for_float32_is_said(error: Exception, trained: bool, said: bool, caplog: Any) -> None:
+    model = undecided("mixtral", torch.bfloat16)
+    model.model.norm = Narrow(model.model.norm, lambda _: error)
+    text = ""
+    try:
+        draw(model, [list(range(3, 20)), list(range(30, 40))], trained=trained, length=16)
+    except ValueError as refused:
+        text = str(refused)
+    text += caplog.text
+    assert "of their size" in text
+    assert ("; whether it is their rounding alone was not seen: float32 beside them did not fit memory" in text) is said
 
 
 def test_offloaded_weights_are_left_as_they_are() -> None:

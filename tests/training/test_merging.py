@@ -170,9 +170,22 @@ def test_the_card_goes_along(tmp_path: Path, options: Any, base_model: str | Non
             "---\nbase_model: BASE\nmodel_name: run\n---\n# run",
             "---\nmodel_name: run\nlibrary_name: transformers\n---\n# run",
         ),
+        (
+            "---\ntags: mine\nbase_model: [BASE, a/b, a/b]\nlanguage: en\ndatasets: c/d\nlicense: null\n---\n",
+            "---\ntags:\n- mine\nbase_model:\n- a/b\nlanguage: en\ndatasets: c/d\nlibrary_name: transformers\n"
+            "base_model_relation: finetune\n---\n",
+        ),
+        (
+            "\ufeff---\ntags: [b, LORA, lora, b]\nbase_model:\n- BASE\nlanguage: [no, de]\nmetrics: bleu\n---\n",
+            "---\ntags:\n- b\n- LORA\nlanguage:\n- 'no'\n- de\nmetrics: bleu\nlibrary_name: transformers\n---\n",
+        ),
+        (
+            "---\ntags: base_model:adapter:a/b\nmodel-index:\n- name: x\n  results: []\n---\n",
+            "---\nmodel-index:\n- name: x\n  results: []\nlibrary_name: transformers\n---\n",
+        ),
         (None, None),
     ],
-    ids=["plain", "peft's", "a folder's", "none"],
+    ids=["plain", "peft's", "a folder's", "strings", "lists", "results", "none"],
 )
 def test_somebody_elses_card_stays_his(tmp_path: Path, before: str | None, after: str | None) -> None:
     save(tmp_path, CONFIGS["body"], tied=False)
