@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported stays: accelerate collects garbage after every training, and need not look at all of it."""
+    gc.enable()
     _keep()
 
 
@@ -76,6 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     # Workers wait for the process that only hands them tests, and torch takes seconds to import.
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        gc.disable()  # nor at what there is so far, again and again while more is imported
         _interpret()
     if hasattr(config, "workerinput"):
         from tests.support import forked
