@@ -73,7 +73,9 @@ def test_who_shares_a_server_is_alone_too(tmp_path: Path) -> None:
     assert second.poll() is None
     assert clients[1].ended == {}
     clients[0].close()
+    end = time.monotonic() + 30
     while Path(f"/proc/{first.pid}").exists():
+        assert time.monotonic() < end, "it goes on"
         time.sleep(0.01)
     assert second.poll() is None
     second.kill()
