@@ -146,8 +146,7 @@ address = ""
 @functools.cache
 def begin() -> str:
     """Starts what the servers are forked from, which ends with this process, and says where it listens."""
-    folder = tempfile.mkdtemp()
-    path = os.path.join(folder, "servers")
+    path = os.path.join(tempfile.mkdtemp(), "servers")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
@@ -161,7 +160,6 @@ def begin() -> str:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-        shutil.rmtree(folder)
 
     atexit.register(end)
     return path
@@ -328,6 +326,7 @@ def fork_servers(listening: socket.socket) -> None:
             new.close()
         socket.send_fds(kinds[kind], [b"."], [client.fileno()])
         client.close()
+    shutil.rmtree(os.path.dirname(listening.getsockname()))
 
 
 if __name__ == "__main__":
