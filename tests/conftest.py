@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported stays: accelerate collects garbage after every training, and need not look at all of it."""
+    gc.enable()
     _keep()
 
 
@@ -62,12 +64,25 @@ def _keep() -> None:
     _kept_at = _collections()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers fork their programs from the same servers."""
+    from tests.support import forked
+
+    node.workerinput["forked"] = forked.begin()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # numpy warns of log(0) and inf - inf, which the kernels form on purpose where a GPU says nothing.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     # Workers wait for the process that only hands them tests, and torch takes seconds to import.
     if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        gc.disable()  # nor at what there is so far, again and again while more is imported
         _interpret()
+    if hasattr(config, "workerinput"):
+        from tests.support import forked
+
+        forked.address = config.workerinput["forked"]
 
 
 def _interpret() -> None:

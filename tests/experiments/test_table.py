@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from clha_fast.cli.main import main
 from clha_fast.evaluation import spread
+from clha_fast.experiments.bases import ready_base
 from clha_fast.experiments.comparison import parse_comparison
 from clha_fast.experiments.table import Table
 from tests.support import forked
@@ -28,6 +29,12 @@ BAD = ("no", "what what what what", "nothing here at all")
 MODEL = {
     **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
     **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96},
+}
+PRETRAIN = {
+    "pretrain": {
+        **{"model_config": MODEL, "build_tokenizer": {"vocab_size": 300}, "max_length": 64, "eval_fraction": 0.1},
+        **{"per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 5e-3},
+    }
 }
 
 
@@ -57,17 +64,7 @@ def given(tmp_path):
     return {
         "output_dir": str(tmp_path / "out"),
         "data": data,
-        "base": {
-            "pretrain": {
-                **{"model_config": MODEL, "build_tokenizer": {"vocab_size": 300}, "max_length": 64},
-                **{
-                    "per_device_train_batch_size": 8,
-                    "num_train_epochs": 2,
-                    "learning_rate": 5e-3,
-                    "eval_fraction": 0.1,
-                },
-            }
-        },
+        "base": PRETRAIN,
         "methods": ["sft", {"name": "clha", "preset": "paper", "reward_margin": "q0"}],
         "seeds": [1, 2],
         "learning_rates": [1e-3, 1e-2],
@@ -77,6 +74,15 @@ def given(tmp_path):
         "generation": {"max_new_tokens": 6, "max_prompt_length": 32},
         "evaluation": {"reward_margin": 0.0},
     }
+
+
+@pytest.fixture(scope="module")
+def trained_base(tmp_path_factory) -> str:
+    """A base model that is there already, for tests that ask nothing of its training."""
+    folder = tmp_path_factory.mktemp("base")
+    data = {2: {name: write(folder / f"{name}.jsonl", 0, 24, 2) for name in ("train", "dev", "test")}}
+    comparison = {"output_dir": str(folder / "out"), "data": data, "base": PRETRAIN, "methods": ["sft"]}
+    return ready_base(parse_comparison(comparison), lambda text: None)
 
 
 def run(given) -> Table:
@@ -149,9 +155,10 @@ def test_a_second_run_finds_what_is_done_and_other_settings_are_measured_anew(gi
     [pytest.param(False, marks=pytest.mark.slow), True],
     ids=["between cells", "inside a training"],
 )
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside):
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, trained_base, tmp_path, inside):
     given = small(given, methods=given["methods"][1:], seeds=[1, 2])
     if inside:
+        given |= {"base": trained_base, "seeds": [1]}
         given["settings"] = {**given["settings"], "save_strategy": "steps", "save_steps": 1}
     run(given)
     whole = result(given["output_dir"])
@@ -159,7 +166,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump(other))
     program = forked.start("train", "clha_fast", "table2", "--config", str(config), out=tmp_path / "said")
-    out, begun = tmp_path / "said.out", "\ncell 1/" if inside else "\ncell 2/"
+    out, begun = tmp_path / "said.out", "cell 1/" if inside else "cell 2/"
     while program.poll() is None and not (out.exists() and begun in out.read_text()):
         time.sleep(0.01)
     while inside and program.poll() is None and not list((tmp_path / "killed").glob("cells/*/model/checkpoint-*")):
@@ -172,12 +179,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(given, tmp_path, inside
     assert result(other["output_dir"]) == whole
 
 
-def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
+def test_what_chooses_is_said_with_its_empty_answers(given, trained_base, tmp_path, capsys):
     """Every letter ends an answer, so all are empty and the rewards that choose are 0; the model's own check beside."""
     letters = [chr(code) for code in range(33, 127)]
     given["generation"] = {**given["generation"], "stop": letters, "max_new_tokens": 2}
     label = {"train": {**given["reward_models"]["label"]["train"], "num_train_epochs": 6}}
-    given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2], reward_models={"label": label})
+    given = small(
+        given, base=trained_base, methods=["sft"], learning_rates=[1e-3, 1e-2], reward_models={"label": label}
+    )
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({**given, "criterion": "reward"}))
     assert main(["table2", "--config", str(tmp_path / "table.yaml")]) == 0
     out = capsys.readouterr().out
@@ -195,10 +204,10 @@ def test_what_chooses_is_said_with_its_empty_answers(given, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rates", [[1e-3], [1e-3, 1e-2]])
-def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, tmp_path, capsys, rates):
+def test_one_bad_cell_is_named_and_does_not_lose_the_others(given, trained_base, tmp_path, capsys, rates):
     """Where it is trained, and already where its learning rate is chosen."""
     bad = {"name": "bad", "label": "no such thing", "objective": "dpo", "reference": str(tmp_path / "no_such_model")}
-    given = small(given, methods=[bad, "sft"])
+    given = small(given, base=trained_base, methods=[bad, "sft"])
     given["learning_rates"] = rates
     config = tmp_path / "bad.yaml"
     config.write_text(yaml.safe_dump(given))
@@ -276,16 +285,16 @@ def test_files_that_settings_name_are_named(given, tmp_path, capsys):
         assert "clha-fast table2: SFT: " in one_sentence(capsys)
 
 
-def test_a_table_that_is_there_is_made_where_it_could_not_be_trained(given, tmp_path, monkeypatch):
-    made = run(small(given, methods=["sft"], generation={"max_new_tokens": 2}))
+def test_a_table_that_is_there_is_made_where_it_could_not_be_trained(given, trained_base, tmp_path, monkeypatch):
+    made = run(small(given, base=trained_base, methods=["sft"], generation={"max_new_tokens": 2}))
     monkeypatch.setattr("clha_fast.experiments.table.check_settings", lambda comparison: 1 / 0)
-    again = run(small(given, methods=["sft"], generation={"max_new_tokens": 2}))
+    again = run(small(given, base=trained_base, methods=["sft"], generation={"max_new_tokens": 2}))
     assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in made.rows]
 
 
-def test_what_dev_cannot_choose_is_said(given, tmp_path):
+def test_what_dev_cannot_choose_is_said(given, trained_base, tmp_path):
     """One answer a record on dev: no pair is ordered, so no learning rate is better than another."""
-    given = small(given, methods=["sft"], learning_rates=[1e-3, 1e-2])
+    given = small(given, base=trained_base, methods=["sft"], learning_rates=[1e-3, 1e-2])
     given["data"][2]["dev"] = write(tmp_path / "one.jsonl", 300, 6, 1)
     base, sft = run(given).rows
     assert (base.failures, len(base.outcomes)) == ([], 1)
@@ -293,9 +302,9 @@ def test_what_dev_cannot_choose_is_said(given, tmp_path):
     assert sft.outcomes == []
 
 
-def test_the_command_line_changes_single_entries(given, tmp_path, capsys):
+def test_the_command_line_changes_single_entries(given, trained_base, tmp_path, capsys):
     config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(small(given, methods=["sft"])))
+    config.write_text(yaml.safe_dump(small(given, base=trained_base, methods=["sft"])))
     words = ["table2", "--config", str(config), "--output-dir", str(tmp_path / "elsewhere")]
     changes = ["settings.per_device_train_batch_size=8", "settings.save_steps=5", "test_limit=2"]
     assert main([*words, *(word for change in changes for word in ("--set", change))]) == 0
@@ -310,8 +319,8 @@ def test_the_command_line_changes_single_entries(given, tmp_path, capsys):
     assert "unknown key 'setings'; did you mean 'settings'?" in capsys.readouterr().err
 
 
-def test_models_are_removed_where_asked(given):
-    given = small(given, methods=["sft"], keep_models=False)
+def test_models_are_removed_where_asked(given, trained_base):
+    given = small(given, base=trained_base, methods=["sft"], keep_models=False)
     run(given)
     before = result(given["output_dir"])
     assert not list(Path(given["output_dir"], "cells").rglob("model.safetensors"))
@@ -320,8 +329,8 @@ def test_models_are_removed_where_asked(given):
 
 
 @pytest.mark.parametrize(("command", "rows"), [("ablate", 5), ("noise", 9)])
-def test_the_papers_claims_are_tested_against_one_method(given, tmp_path, command, rows, capsys):
-    given = small(given, clha={"preset": "paper", "reward_margin": 0.5}, budget_tokens=200)
+def test_the_papers_claims_are_tested_against_one_method(given, trained_base, tmp_path, command, rows, capsys):
+    given = small(given, base=trained_base, clha={"preset": "paper", "reward_margin": 0.5}, budget_tokens=200)
     del given["methods"]
     if command == "noise":
         given["rates"] = {"flips": [0.3], "rewards": [1.0]}
@@ -345,8 +354,9 @@ def test_the_papers_claims_are_tested_against_one_method(given, tmp_path, comman
     assert "differences.md" in capsys.readouterr().out
 
 
-def test_the_rlhf_row_samples_its_answers_and_is_judged_by_the_label_model(given):
-    given = small(given, methods=["rlhf"], reward_models={"label": given["reward_models"]["label"]}, budget_tokens=200)
+def test_the_rlhf_row_samples_its_answers_and_is_judged_by_the_label_model(given, trained_base):
+    given = small({**given, "base": trained_base}, reward_models={"label": given["reward_models"]["label"]})
+    given |= {"methods": ["rlhf"], "budget_tokens": 200}
     given["settings"] = {"per_device_train_batch_size": 4, "max_prompt_length": 32, "max_completion_length": 6}
     table = run(given)
     found = json.loads((Path(given["output_dir"]) / "table.json").read_text())["rows"][1]

@@ -1,9 +1,9 @@
 """Programs of the tests in processes of their own, forked from one that has imported what takes them longest.
 
 torch, what it compiles with and transformers' Trainer take ten seconds of a processor before a program begins. A server
-(`python -m tests.support.forked MODULES`) imports them once and computes nothing; each program is a fork of it, and
+of each kind imports them once for all of pytest's workers and computes nothing; each program is a fork of it, and
 everything but those imports is its own. What is tested by what it imports begins with torch alone, "bare"; by its
-launcher, elsewhere.
+launcher, elsewhere. The servers are forks of one process (`python -m tests.support.forked SOCKET`), which has torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +28,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 # The package itself is for the programs to import.
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,14 +75,19 @@ class Program:
 
 
 class Server:
-    """The client's end. Closing its input ends the process; programs that still run are killed before."""
+    """The client's end. Programs that still run when it is closed are killed."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        command = [sys.executable, "-W", "ignore", "-m", "tests.support.forked", *KINDS[kind]]
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.settimeout(300)
+        self.connection.connect(address or begin())
+        self.connection.sendall(json.dumps([kind, self.environment()]).encode() + b"\n")
+        assert self.connection.recv(1), (
+            f"the server of the tests' programs {kind!r} has not begun"
+        )  # once it has imported
         # Nothing is buffered here: `select` would not see it.
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.process = subprocess.Popen(command, env=self.environment(), cwd=ROOT, **pipes)
+        self.said = self.connection.makefile("rb", buffering=0)
         self.ended: dict[int, int] = {}
         atexit.register(self.close)
 
@@ -93,20 +100,17 @@ class Server:
         return found
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.said.close()
+        self.connection.close()
 
     def hears(self, timeout: float) -> bool:
-        assert self.process.stdout is not None
-        return bool(select.select([self.process.stdout], [], [], max(0.0, timeout))[0])
+        return bool(select.select([self.said], [], [], max(0.0, timeout))[0])
 
     def hear(self, timeout: float) -> int | None:
         """Reads what the process says next: that a program ended, which is kept, or the number of one that began."""
-        assert self.process.stdout is not None
         if not self.hears(timeout):
             raise TimeoutError("a program of the tests has not ended")
-        line = self.process.stdout.readline()
+        line = self.said.readline()
         assert line, "the server of the tests' programs has ended"
         program, status = json.loads(line)
         if status is not None:
@@ -116,10 +120,9 @@ class Server:
 
     def start(self, module: str, arguments: Sequence[str], environment: dict[str, str], out: Path) -> Program:
         """It writes to `out` with .out and .err behind it."""
-        assert self.process.stdin is not None
         given = [module, list(arguments), {**self.environment(), **environment}, str(out)]
-        self.process.stdin.write(json.dumps(given).encode() + b"\n")
-        while (program := self.hear(300)) is None:  # the first waits for the imports
+        self.connection.sendall(json.dumps(given).encode() + b"\n")
+        while (program := self.hear(300)) is None:
             pass
         self.ended.pop(program, None)  # numbers of processes come back
         return Program(self, program)
@@ -134,6 +137,32 @@ class Server:
             for program in programs:
                 program.kill()
         return [program.wait() for program in programs]
+
+
+# Where the servers are; "" where this process has none from another yet.
+address = ""
+
+
+@functools.cache
+def begin() -> str:
+    """Starts what the servers are forked from, which ends with this process, and says where it listens."""
+    path = os.path.join(tempfile.mkdtemp(), "servers")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        command = [sys.executable, "-W", "ignore", "-m", "tests.support.forked", str(listening.fileno())]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, pass_fds=[listening.fileno()]
+        )
+
+    def end() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+    atexit.register(end)
+    return path
 
 
 @functools.cache
@@ -195,7 +224,7 @@ def output(kind: str, source: str) -> str:
     return done.stdout
 
 
-def _become(module: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
+def _become(module: str, arguments: list[str], environment: dict[str, str], out: str) -> NoReturn:
     """The forked process: runs the program and does not return."""
     status = 1
     try:
@@ -225,33 +254,80 @@ def _become(module: str, arguments: list[str], environment: dict[str, str], out:
         os._exit(status)
 
 
-def serve() -> None:
-    """Forks for each line of the standard input, and says on the standard output who began, and who ended and how."""
-    running: set[int] = set()
-    rest = b""
+def serve(new: socket.socket) -> NoReturn:
+    """Forks for each line of a client, and says to it who began, and who ended and how; `new` clients are passed on."""
+    clients: dict[socket.socket, bytes] = {}  # what each has sent of a line that goes on
+    running: dict[int, socket.socket] = {}
+
+    def say(client: socket.socket, program: int, status: int | None) -> None:
+        with contextlib.suppress(OSError):  # it has gone
+            client.sendall(json.dumps([program, status]).encode() + b"\n")
+
     while True:
-        ready = select.select([0], [], [], 0.02)[0]
-        if ready:
-            read = os.read(0, 2**20)
+        for ready in select.select([new, *clients], [], [], 0.02 if running else None)[0]:
+            if ready is new:
+                _, handles, *_ = socket.recv_fds(new, 1, 1)
+                if not handles:  # all of the tests are over
+                    for program in running:
+                        os.kill(program, signal.SIGKILL)
+                    os._exit(0)
+                client = socket.socket(fileno=handles[0])
+                clients[client] = b""
+                client.sendall(b"\n")
+                continue
+            try:
+                read = ready.recv(2**20)
+            except ConnectionResetError:
+                read = b""
             if not read:
-                break
-            *lines, rest = (rest + read).split(b"\n")
+                del clients[ready]
+                ready.close()
+                for program in [program for program, client in running.items() if client is ready]:
+                    os.kill(program, signal.SIGKILL)
+                continue
+            *lines, clients[ready] = (clients[ready] + read).split(b"\n")
             for line in lines:
                 program = os.fork()
                 if program == 0:
+                    for other in (new, *clients):
+                        other.close()
                     _become(*json.loads(line))
-                running.add(program)
-                os.write(1, json.dumps([program, None]).encode() + b"\n")
-        for program in list(running):
+                running[program] = ready
+                say(ready, program, None)
+        for program, client in list(running.items()):
             ended, status = os.waitpid(program, os.WNOHANG)
             if ended:
-                running.remove(program)
-                os.write(1, json.dumps([ended, os.waitstatus_to_exitcode(status)]).encode() + b"\n")
-    for program in running:
-        os.kill(program, signal.SIGKILL)
+                del running[program]
+                say(client, ended, os.waitstatus_to_exitcode(status))
+
+
+def fork_servers(listening: socket.socket) -> None:
+    """Passes each client on to the server of its kind, until the standard input of this process is closed."""
+    kinds: dict[str, socket.socket] = {}
+    while listening in select.select([0, listening], [], [])[0]:
+        client, _ = listening.accept()
+        line = b""
+        while not line.endswith(b"\n"):  # it sends no more before it has an answer
+            line += client.recv(2**20)
+        kind, environment = json.loads(line)
+        if kind not in kinds:
+            importlib.import_module("torch")
+            kinds[kind], new = socket.socketpair()
+            if os.fork() == 0:
+                for other in (listening, client, *kinds.values()):
+                    other.close()
+                os.environ.clear()
+                os.environ.update(environment)
+                for name in KINDS[kind]:
+                    importlib.import_module(name)
+                gc.collect()
+                gc.freeze()  # no program looks at it again
+                serve(new)
+            new.close()
+        socket.send_fds(kinds[kind], [b"."], [client.fileno()])
+        client.close()
+    shutil.rmtree(os.path.dirname(listening.getsockname()))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    serve()
+    fork_servers(socket.socket(fileno=int(sys.argv[1])))

@@ -143,8 +143,8 @@ def refusals() -> None:
         refused("sequence_parallel: layout: expected a model that computes", made.train)
 
 
-def given_up() -> None:
-    """`auto`, where slices of the shared rows are wrong: padded ones from there on, of a frozen copy too; said once."""
+def given_up(**more: Any) -> None:
+    """`auto`, where slices of the shared rows are wrong: padded ones from there on, said once."""
     rows = [{"prompt": " ".join(WORDS[k:] * 5), "completions": ["a cat", "a dog", "on a mat"]} for k in range(12)]
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -157,10 +157,8 @@ def given_up() -> None:
         layout = "auto" if sharing == 2 else "padded"
         return trainer(sharing, model, rows, rows[:3], layout=layout, **changes)
 
-    for changes in ({}, {"objective": "dpo"}):
-        said.clear()
-        same(lambda sharing, changes=changes: make(sharing, **changes))  # type: ignore[misc]
-        assert sum(text.startswith("layout auto: padded from here on") for text in said) == 1, said
+    same(lambda sharing: make(sharing, **more))
+    assert sum(text.startswith("layout auto: padded from here on") for text in said) == 1, said
     logging.getLogger("clha_fast").removeHandler(handler)
 
 
@@ -202,6 +200,7 @@ CASES: dict[str, Callable[[], None]] = {
     "unequal": unequal,
     "refusals": refusals,
     "given up": given_up,
+    "given up, of a frozen copy too": lambda: given_up(objective="dpo"),
     "other slices": other_slices,
 }
 

@@ -57,3 +57,27 @@ def test_who_does_not_end_is_killed(tmp_path: Path) -> None:
     program.kill()
     assert program.wait() == -signal.SIGKILL
     program.kill()  # of one that has ended nothing
+
+
+def test_who_shares_a_server_is_alone_too(tmp_path: Path) -> None:
+    """As pytest's workers do: whose programs end is heard by none but itself, and only they are killed when it goes."""
+    clients = [forked.Server("train") for _ in range(2)]
+    wait = ["import os, time; print(os.getppid(), flush=True); time.sleep(1000)"]
+    first, second = (client.start("-c", wait, {}, tmp_path / f"said-{k}") for k, client in enumerate(clients))
+    outs = [tmp_path / f"said-{k}.out" for k in range(2)]
+    while not all(out.exists() and out.read_text() for out in outs):
+        time.sleep(0.01)
+    assert outs[0].read_text() == outs[1].read_text(), "one server"
+    short = clients[0].start("-c", ["raise SystemExit(5)"], {}, tmp_path / "short")
+    assert short.wait() == 5
+    assert second.poll() is None
+    assert clients[1].ended == {}
+    clients[0].close()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{first.pid}").exists():
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.01)
+    assert second.poll() is None
+    second.kill()
+    assert second.wait() == -signal.SIGKILL
+    clients[1].close()

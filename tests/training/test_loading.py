@@ -390,7 +390,7 @@ def test_the_trainer_says_what_was_cut(tmp_path: Path, monkeypatch: pytest.Monke
 def test_seeds(tmp_path: Path, changes: dict[str, Any]) -> None:
     def trained(**seeds: int) -> list[float]:
         torch.manual_seed(sum(seeds.values()))  # the process's own random state must not matter
-        ours = make_trainer(tmp_path, rows=make_rows(14), max_steps=5, logging_steps=1, **changes, **seeds)
+        ours = make_trainer(tmp_path, rows=make_rows(14), max_steps=3, logging_steps=1, **changes, **seeds)
         ours.train()
         return losses(ours)
 

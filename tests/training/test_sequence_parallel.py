@@ -87,7 +87,7 @@ def test_other_runs() -> None:
 
 def test_auto_goes_on_with_padded_rows() -> None:
     """Not slow, for it is the only run of its kind that is no refusal; and what a frozen copy then compares."""
-    run("given up", "other slices")
+    run("given up, of a frozen copy too", "other slices")
 
 
 def run(*names: str) -> None:
