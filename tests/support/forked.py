@@ -146,7 +146,11 @@ address = ""
 @functools.cache
 def begin() -> str:
     """Starts what the servers are forked from, which ends with this process, and says where it listens."""
-    path = os.path.join(tempfile.mkdtemp(), "servers")
+    folder = tempfile.mkdtemp()
+    if len(folder) > 80:  # a socket's path is at most about 100 bytes long
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(dir="/tmp")
+    path = os.path.join(folder, "servers")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
@@ -307,8 +311,10 @@ def fork_servers(listening: socket.socket) -> None:
     while listening in select.select([0, listening], [], [])[0]:
         client, _ = listening.accept()
         line = b""
-        while not line.endswith(b"\n"):  # it sends no more before it has an answer
-            line += client.recv(2**20)
+        while not line.endswith(b"\n") and (read := client.recv(2**20)):  # it sends no more before it has an answer
+            line += read
+        if not line:  # it has gone
+            continue
         kind, environment = json.loads(line)
         if kind not in kinds:
             importlib.import_module("torch")
