@@ -53,6 +53,7 @@ def by_device(folder: Path) -> dict[str, dict[str, Any]]:
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of a device's runs, oldest first; every method's row has the environment of its `run`.
 
+    Kept shares are those of the last run that has some, and `kept_share_run` is its environment.
     A peak that a later run did not take stays, with the commit that it is of; a row that has nothing else is added to
     the time of the run before.
     """
@@ -72,7 +73,12 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
                 elif "peak_commit" in before:
                     new |= {name: before[name] for name in ("peak_bytes", "peak_commit")}
                 kept["methods"][name] = new
-    return {**reports[-1], "shapes": list(entries.values())}
+    told: dict[str, Any] = {}
+    for report in reports:
+        rows = report.get("extras", {}).get("over_kept_share")
+        if isinstance(rows, list) and rows:
+            told = {"over_kept_share": rows, "kept_share_run": report["environment"]}
+    return {**reports[-1], "shapes": list(entries.values()), **told}
 
 
 def origin(environment: dict[str, Any]) -> str:
@@ -264,8 +270,8 @@ def modes(report: dict[str, Any]) -> str:
 
 def kept(report: dict[str, Any]) -> str:
     """Markdown of routed gradients over the share of pairs that they keep; "" where it was not measured."""
-    rows = report.get("extras", {}).get("over_kept_share")
-    if not isinstance(rows, list) or not rows:
+    rows = report.get("over_kept_share")
+    if not rows:
         return ""
     lines = [
         f"| {report['environment']['device']}: entropy, nats | `max_dropped_mass` | pairs kept | mass left out | "
@@ -282,12 +288,14 @@ def kept(report: dict[str, Any]) -> str:
     rounds = rounds_of([{"shape": KEPT_SHAPE, **row} for row in rows])
     text = (
         f"{KEPT_SHAPE}, bfloat16, random weights scaled to that entropy; medians over {rounds}. "
-        f"`python -m benchmarks.gpu`, {origin(report['environment'])}."
+        f"`python -m benchmarks.gpu`, {origin(report['kept_share_run'])}."
     )
     timed = [(row["kept_share"], row["methods"].get("routed", {})) for row in rows]
     points = sorted((share, row["over_bound"]) for share, row in timed if "over_bound" in row)
     for entry in measured(report, "peaked", [KEPT_SHAPE]):
-        exact = entry["methods"].get("workspace", {}).get("over_bound")
+        row = entry["methods"].get("workspace", {})
+        same = row.get("run", {}).get("commit") == report["kept_share_run"]["commit"]
+        exact = row.get("over_bound") if same else None
         if exact is not None and (share := crossing(points, exact)) is not None:
             text += f" By a line between neighbours as long as `workspace` ({exact:.2f} x) at {share:.0%} kept."
     return "\n".join([*lines, "", text])

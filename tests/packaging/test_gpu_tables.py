@@ -213,6 +213,8 @@ def test_kept_shares_without_some_times() -> None:
     lines = render_gpu.kept(render_gpu.merged([run])).splitlines()
     assert [line.split(" | ")[-2:] for line in lines[2:5]] == [["1.00 x", "- |"], ["-", "- |"], ["5.00 x", "- |"]]
     assert lines[-1].endswith("By a line between neighbours as long as `workspace` (2.00 x) at 20% kept.")
+    later = {"environment": run["environment"] | {"commit": "1"}, "shapes": run["shapes"]}
+    assert "By a line" not in render_gpu.kept(render_gpu.merged([run, later])), "of another run"
     run["shapes"][0]["methods"] |= {"workspace": {"failed": OUT_OF_TIME}, "eager_hf": _row(2.0)}
     assert "By a line" not in render_gpu.kept(render_gpu.merged([run]))
 
@@ -251,6 +253,17 @@ def test_a_first_screen_has_a_shape_on_every_device_and_a_long_one() -> None:
     assert lines[0] == head
     assert lines[2] == "| **clha-fast, workspace** | 2000.0 | 2.00 x | 1.0 GiB | - | - |"
     assert lines[-1] == "9 x 2 x 3 on the H100 (5 interleaved rounds, commit 0): eager: out of memory."
+
+
+@pytest.mark.parametrize("later", [{}, {"over_kept_share": {"failed": OUT_OF_TIME}}, {"over_kept_share": []}])
+def test_a_later_run_without_kept_shares_leaves_those_of_the_run_before(later: dict[str, Any]) -> None:
+    runs = _runs({"bound": _row(1.0)}, {"bound": _row(1.0)})
+    methods = {name: _row(1.0) for name in ("bound", "routed", "fused")}
+    row = {"entropy": 2.0, "dropped_mass": 0.01, "kept_share": 0.1, "mean_dropped_mass": 0.01, "methods": methods}
+    runs[0]["extras"], runs[1]["extras"] = {"over_kept_share": [row]}, later
+    assert "day 0, commit 0." in render_gpu.kept(render_gpu.merged(runs))
+    runs[1]["extras"] = {"over_kept_share": [row]}
+    assert "day 1, commit 1." in render_gpu.kept(render_gpu.merged(runs))
 
 
 def test_every_peak_of_a_first_screen_has_its_commit() -> None:
