@@ -53,6 +53,7 @@ def by_device(folder: Path) -> dict[str, dict[str, Any]]:
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of a device's runs, oldest first; every method's row has the environment of its `run`.
 
+    Kept shares are those of the last run that has some, and `kept_share_run` is its environment.
     A peak that a later run did not take stays, with the commit that it is of; a row that has nothing else is added to
     the time of the run before.
     """
@@ -72,7 +73,12 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
                 elif "peak_commit" in before:
                     new |= {name: before[name] for name in ("peak_bytes", "peak_commit")}
                 kept["methods"][name] = new
-    return {**reports[-1], "shapes": list(entries.values())}
+    told: dict[str, Any] = {}
+    for report in reports:
+        rows = report.get("extras", {}).get("over_kept_share")
+        if isinstance(rows, list) and rows:
+            told = {"over_kept_share": rows, "kept_share_run": report["environment"]}
+    return {**reports[-1], "shapes": list(entries.values()), **told}
 
 
 def origin(environment: dict[str, Any]) -> str:
@@ -120,6 +126,17 @@ def origins(entries: list[dict[str, Any]], brief: bool = False) -> str:
         said = f"commit {commit}, {run['date']}" if same else f"{origin(run)}; {peers_of(run)}"
         text += f" ({said}: {'; '.join(names)})"
     return text
+
+
+def peak_origins(rows: dict[str, dict[str, Any]]) -> str:
+    """Which commit most methods' peaks are of, and which are of others."""
+    commits: dict[str, list[str]] = {}
+    for method, row in rows.items():
+        if row.get("peak_bytes"):
+            commits.setdefault(row["peak_commit"], []).append(LABELS[method].strip("*"))
+    main = max(commits, key=lambda commit: len(commits[commit]))
+    others = [f" (commit {commit}: {'; '.join(labels)})" for commit, labels in commits.items() if commit != main]
+    return f"commit {main}{''.join(others)}"
 
 
 def rounds_of(entries: list[dict[str, Any]]) -> str:
@@ -212,13 +229,16 @@ def break_even(entry: dict[str, Any], forward: dict[str, Any]) -> float | None:
 
     Args:
         entry: a shape with a peaked softmax. forward: the row of that shape's `fused_forward`, which is what routed
-            gradients take at a share of 0. None where one of the times is missing, or of another run.
+            gradients take at a share of 0. None where a time or the share is missing, or of another run, and where kept
+            pairs took no time.
     """
     exact, routed = (entry["methods"].get(name, {}) for name in ("workspace", "routed"))
     rows = (exact, routed, forward)
-    if not all("seconds" in row for row in rows) or len({row["run"]["commit"] for row in rows}) > 1:
+    if "kept_share" not in entry or not all("seconds" in row for row in rows):
         return None
     begin = forward["seconds"]
+    if len({row["run"]["commit"] for row in rows}) > 1 or routed["seconds"] <= begin:
+        return None
     return float(entry["kept_share"] * (exact["seconds"] - begin) / (routed["seconds"] - begin))
 
 
@@ -250,8 +270,8 @@ def modes(report: dict[str, Any]) -> str:
 
 def kept(report: dict[str, Any]) -> str:
     """Markdown of routed gradients over the share of pairs that they keep; "" where it was not measured."""
-    rows = report.get("extras", {}).get("over_kept_share")
-    if not isinstance(rows, list) or not rows:
+    rows = report.get("over_kept_share")
+    if not rows:
         return ""
     lines = [
         f"| {report['environment']['device']}: entropy, nats | `max_dropped_mass` | pairs kept | mass left out | "
@@ -259,20 +279,24 @@ def kept(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        over = [f"{row['methods'][name]['over_bound']:.2f} x" for name in ("routed", "fused")]
+        found = [row["methods"].get(name, {}).get("over_bound") for name in ("routed", "fused")]
+        over = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in found]
         lines.append(
             f"| {row['entropy']:.1f} | {row['dropped_mass']:g} | {row['kept_share']:.1%} | "
             f"{row['mean_dropped_mass']:.2%} | {' | '.join(over)} |"
         )
-    rounds = rows[0]["methods"]["bound"]["rounds"]
+    rounds = rounds_of([{"shape": KEPT_SHAPE, **row} for row in rows])
     text = (
-        f"{KEPT_SHAPE}, bfloat16, random weights scaled to that entropy; medians of {rounds} interleaved rounds. "
-        f"`python -m benchmarks.gpu`, {origin(report['environment'])}."
+        f"{KEPT_SHAPE}, bfloat16, random weights scaled to that entropy; medians over {rounds}. "
+        f"`python -m benchmarks.gpu`, {origin(report['kept_share_run'])}."
     )
-    points = sorted((row["kept_share"], row["methods"]["routed"]["over_bound"]) for row in rows)
+    timed = [(row["kept_share"], row["methods"].get("routed", {})) for row in rows]
+    points = sorted((share, row["over_bound"]) for share, row in timed if "over_bound" in row)
     for entry in measured(report, "peaked", [KEPT_SHAPE]):
-        exact = entry["methods"]["workspace"]["over_bound"]
-        if (share := crossing(points, exact)) is not None:
+        row = entry["methods"].get("workspace", {})
+        same = row.get("run", {}).get("commit") == report["kept_share_run"]["commit"]
+        exact = row.get("over_bound") if same else None
+        if exact is not None and (share := crossing(points, exact)) is not None:
             text += f" By a line between neighbours as long as `workspace` ({exact:.2f} x) at {share:.0%} kept."
     return "\n".join([*lines, "", text])
 
@@ -314,8 +338,7 @@ def headline(reports: dict[str, dict[str, Any]], shape: str, long: str) -> str:
         if any(row.get("peak_bytes") for row in rows):
             cells = [f"{row['peak_bytes'] / GIB:.1f} GiB" if row.get("peak_bytes") else "-" for row in rows]
             columns.append(["peak above inputs", *cells])
-            commits = sorted({row["peak_commit"] for row in rows if "peak_commit" in row})
-            peaks.append(f"{short(device)}, commit {', '.join(commits)}")
+            peaks.append(f"{short(device)}, {peak_origins(dict(zip(methods, rows, strict=True)))}")
     head, *lines = (f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True))
     peers = dict.fromkeys(peers_of(report["environment"]) for report in reports.values())
     text = (

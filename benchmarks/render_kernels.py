@@ -90,7 +90,7 @@ def compared(report: dict[str, Any]) -> str:
 def routed_parts(report: dict[str, Any]) -> str:
     """Markdown of what routed dhidden takes with one part left out at a time: a column a shape."""
     parts = {
-        "own": "as it is",
+        "own": "the whole kernel",
         "no_add": "without its adds",
         "store": "plain stores for adds",
         "add_in_place": "every add to the same 64 rows of a program",

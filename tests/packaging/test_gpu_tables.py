@@ -196,6 +196,27 @@ def test_where_routed_gradients_take_as_long_as_exact_ones(share: float, routed:
     assert render_gpu.break_even(entry, forward) == pytest.approx(0.15)
     assert render_gpu.break_even(entry, forward | {"run": {"commit": "1"}}) is None
     assert render_gpu.break_even(entry, {}) is None
+    assert render_gpu.break_even(entry, forward | {"seconds": routed}) is None
+    del entry["kept_share"]
+    assert render_gpu.break_even(entry, forward) is None
+
+
+def test_kept_shares_without_some_times() -> None:
+    """A method that failed at a share is no number there, nor on the line; `workspace` without a time is on none."""
+    (run,) = _runs({"workspace": _row(2.0)}, shapes=(render_gpu.KEPT_SHAPE,))
+    run["shapes"][0]["mode"] = "peaked"
+    run["extras"] = {"over_kept_share": []}
+    for share, routed in ((0.1, _row(1.0)), (0.2, {"failed": OUT_OF_TIME}), (0.5, _row(5.0))):
+        methods = {"bound": _row(1.0), "routed": routed, "fused": {"failed": "out of memory"}}
+        row = {"entropy": 2.0, "dropped_mass": 0.01, "kept_share": share, "mean_dropped_mass": 0.01, "methods": methods}
+        run["extras"]["over_kept_share"].append(row)
+    lines = render_gpu.kept(render_gpu.merged([run])).splitlines()
+    assert [line.split(" | ")[-2:] for line in lines[2:5]] == [["1.00 x", "- |"], ["-", "- |"], ["5.00 x", "- |"]]
+    assert lines[-1].endswith("By a line between neighbours as long as `workspace` (2.00 x) at 20% kept.")
+    later = {"environment": run["environment"] | {"commit": "1"}, "shapes": run["shapes"]}
+    assert "By a line" not in render_gpu.kept(render_gpu.merged([run, later])), "of another run"
+    run["shapes"][0]["methods"] |= {"workspace": {"failed": OUT_OF_TIME}, "eager_hf": _row(2.0)}
+    assert "By a line" not in render_gpu.kept(render_gpu.merged([run]))
 
 
 def test_crossings_by_hand() -> None:
@@ -232,6 +253,25 @@ def test_a_first_screen_has_a_shape_on_every_device_and_a_long_one() -> None:
     assert lines[0] == head
     assert lines[2] == "| **clha-fast, workspace** | 2000.0 | 2.00 x | 1.0 GiB | - | - |"
     assert lines[-1] == "9 x 2 x 3 on the H100 (5 interleaved rounds, commit 0): eager: out of memory."
+
+
+@pytest.mark.parametrize("later", [{}, {"over_kept_share": {"failed": OUT_OF_TIME}}, {"over_kept_share": []}])
+def test_a_later_run_without_kept_shares_leaves_those_of_the_run_before(later: dict[str, Any]) -> None:
+    runs = _runs({"bound": _row(1.0)}, {"bound": _row(1.0)})
+    methods = {name: _row(1.0) for name in ("bound", "routed", "fused")}
+    row = {"entropy": 2.0, "dropped_mass": 0.01, "kept_share": 0.1, "mean_dropped_mass": 0.01, "methods": methods}
+    runs[0]["extras"], runs[1]["extras"] = {"over_kept_share": [row]}, later
+    assert "day 0, commit 0." in render_gpu.kept(render_gpu.merged(runs))
+    runs[1]["extras"] = {"over_kept_share": [row]}
+    assert "day 1, commit 1." in render_gpu.kept(render_gpu.merged(runs))
+
+
+def test_every_peak_of_a_first_screen_has_its_commit() -> None:
+    first = {name: _row(2.0, peak_bytes=2**30) for name in ("workspace", "eager_hf", "cce", "cce_exact")}
+    runs = _runs(first, {name: {"peak_bytes": 2**31} for name in ("fused", "workspace")}, shapes=("1 x 2 x 3",))
+    runs[0]["shapes"][0]["methods"]["fused"] = _row(3.0)
+    text = render_gpu.headline({"NVIDIA H200": render_gpu.merged(runs)}, "1 x 2 x 3", "9 x 2 x 3")
+    assert text.endswith(" Peaks: H200, commit 0 (commit 1: clha-fast, workspace; clha-fast, fused).")
 
 
 def test_a_whole_step_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
