@@ -137,11 +137,17 @@ class Processes:
         torch.accelerator.set_device_index(self.local_rank)
 
     def first_to_say(self, text: str) -> bool:
-        """Whether no other process has asked this about the same text: what all find out is said once."""
+        """Whether no other process has asked this about the same text as often: what all find out is said once.
+
+        What they find out again, in a later command of the same launcher, is said again.
+        """
         name = hashlib.sha256(text.encode()).hexdigest()
         try:
             store = _meeting_place() if self.store is None else self.store
-            return store is None or bool(store.add(name, 1) == 1)
+            if store is None:
+                return True
+            times = store.add(f"{name}/by/{os.environ.get('RANK', self.rank)}", 1)
+            return bool(store.add(f"{name}/{times}", 1) == 1)
         except RuntimeError:  # the process that holds the store has ended
             return True
 

@@ -15,6 +15,7 @@ from clha_fast.cli.guard import guarded
 from clha_fast.cli.reading import add_skip_argument, read, readable
 from clha_fast.cli.text import Parser, check_positive, with_dashes
 from clha_fast.data import FORMATS, RankedRecord
+from clha_fast.data.prompts import prompt_hash
 from clha_fast.evaluation import report
 from clha_fast.evaluation.intervals import check_extra
 from clha_fast.files import check_destination, write_json
@@ -167,8 +168,11 @@ def _run(args: argparse.Namespace, columns: dict[str, Any] | None) -> int:
         model["layout"] = args.layout
         limits = {"max_length": backend.max_positions, "max_prompt_length": args.max_prompt_length}
         collator = RankedCollator(backend.tokenizer, **limits)
+        answered = {one.prompt_hash for one in given or ()}
 
         def tokenised(record: RankedRecord) -> None:
+            if given is not None and prompt_hash(record) not in answered:
+                return  # the model does not read it
             collator.tokenize_behind(record, settings.answer_prefix)
             if given is None:
                 encode_prompts([record], backend.tokenizer, settings, backend.max_positions)

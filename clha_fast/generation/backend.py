@@ -138,10 +138,10 @@ def read_answer(ids: Sequence[int], tokenizer: Any, ends: Sequence[int], stops: 
     text = answer_text(own, tokenizer)
     if text != tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False):
         used = {*own} - {getattr(tokenizer, f"{name}_token_id") for name in _OWN}
-        for number in sorted(used):
-            token = tokenizer.added_tokens_decoder.get(number)
-            if token is not None and token.special:
-                _say_left_out(token.content)
+        added = tokenizer.added_tokens_decoder  # made anew every time it is asked for
+        for number in sorted(used & added.keys()):
+            if added[number].special:
+                _say_left_out(added[number].content)
     text, stop = cut_answer(text, stops)
     return Generated(text, "stop" if ended or stop else "length")
 

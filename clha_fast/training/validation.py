@@ -72,6 +72,8 @@ def check_numbers(args: Any) -> None:
     """
     kind: Any = type(args)
     for field in dataclasses.fields(args):
+        if not field.init:
+            continue
         value = getattr(args, field.name)
         value = bool(value) if isinstance(value, np.bool_) else as_python(value)
         setattr(args, field.name, value)
@@ -103,10 +105,14 @@ def check_numbers(args: Any) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _own_numbers(kind: Any) -> dict[str, set[type]]:
-    """Settings of a configuration beside transformers' that are numbers: int or float, and None's type beside."""
+    """Settings of the library's own that are numbers: int or float, and None's type beside.
+
+    Neither transformers' nor those that a user's subclass of a configuration adds: they have their own rules.
+    """
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = next(base for base in kind.__mro__ if base.__module__.startswith("clha_fast."))
     found = {}
-    for name, hint in hints_of(kind).items():
+    for name, hint in hints_of(ours).items():
         kinds = set(typing.get_args(hint) or (hint,))
         if name not in theirs and kinds - {type(None)} in ({int}, {float}):
             found[name] = kinds

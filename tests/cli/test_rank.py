@@ -248,6 +248,27 @@ def test_what_a_chat_template_refuses_is_left_out_where_asked(
     )
 
 
+@pytest.mark.parametrize("kind", REFUSED_PROMPTS)
+def test_a_reference_that_no_answer_belongs_to_is_not_refused(
+    folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sacrebleu")
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = REFUSING
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    prompts = [REFUSED_PROMPTS[kind], [{"role": "user", "content": "say"}]]
+    rows = [{"prompt": prompt, "completions": ["a cat", "a dog ran"]} for prompt in prompts]
+    references = write(tmp_path / "in.jsonl", rows)
+    answers = write(tmp_path / "answers.jsonl", [{"prompt": prompts[1], "answer": "a cat"}])
+    command_line = ["eval", answers, "--references", references, "--model", tmp_path / "policy", "--device", "cpu"]
+    assert cli.main([*map(str, command_line)]) == 0
+    assert "1 references have no answer and are left out" in capsys.readouterr().out
+    write(answers, [{"prompt": prompt, "answer": "a cat"} for prompt in prompts])
+    assert cli.main([*map(str, command_line)]) == 2
+    assert f"{references}:1: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("layout", "said"), [("shared", ", shared rows"), ("auto", ", shared or padded rows, as counted")]
 )

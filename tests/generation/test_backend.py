@@ -97,6 +97,25 @@ def test_special_tokens_that_a_text_is_without_are_said(
     assert all(repr(token) in "".join(lines) for token in said)
 
 
+def test_a_tokenizer_is_asked_once_an_answer_for_the_tokens_added_to_it() -> None:
+    asked = []
+    tokenizer = make_tokenizer()
+
+    class Counting(type(tokenizer)):  # type: ignore[misc]
+        @property
+        def added_tokens_decoder(self) -> Any:
+            asked.append(self)
+            return super().added_tokens_decoder
+
+    tokenizer.add_tokens([AddedToken("<tool>", special=True)])
+    tokenizer.__class__ = Counting
+    for text in ("a <tool>", "a <tool> cat", "the cat and a <tool> dog on a mat", "a cat"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        before = len(asked)
+        backend.read_answer(ids, tokenizer, [EOS], ())
+        assert len(asked) - before == ("<tool>" in text), text
+
+
 def test_greedy_is_the_largest_logit_whatever_the_company() -> None:
     model = spread(make_model(len(TOKENIZER)))
     records = prompt_records(9)

@@ -65,6 +65,21 @@ def test_of_a_configuration(tmp_path: Path, kind: Any, name: str, value: Any) ->
             kind(**settings, **{name: 2.5})
 
 
+@pytest.mark.parametrize("kind", [CLHAConfig, RewardConfig, RolloutConfig])
+@pytest.mark.parametrize("given", [None, "auto", "1e-3", 2.5, np.float32(0.25)], ids=repr)
+def test_fields_of_a_users_subclass_are_the_users(tmp_path: Path, kind: Any, given: Any) -> None:
+    def settle(self: Any) -> None:
+        kind.__post_init__(self)
+        self.made = 3
+
+    fields: list[Any] = [("alpha", float, 0.1), ("every", int, 1), ("made", int, dataclasses.field(init=False))]
+    mine = dataclasses.make_dataclass("Mine", fields, bases=(kind,), namespace={"__post_init__": settle})
+    config: Any = mine(str(tmp_path), use_cpu=True, alpha=given, every=given)
+    assert (config.alpha, config.every, config.made) == (given, given, 3)
+    with pytest.raises(ValueError, match=r"^max_length: expected a whole number, got 2\.5"):
+        mine(str(tmp_path), use_cpu=True, max_length=2.5)
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_of_an_objective_in_a_configuration(tmp_path: Path, name: str) -> None:
     numbers = numeric(OBJECTIVES[name])
