@@ -168,5 +168,10 @@ def _part(model: Any) -> None:
     head = getattr(head, "token_adapter", head)  # peft's trainable_token_indices: the wrapper shows no layer below
     while hasattr(head, "base_layer"):
         head = head.base_layer
+    if hasattr(head, "token_adapter"):
+        raise ValueError(
+            "adapter: expected a tied head that is trained in one way, got trainable_token_indices below a layer of "
+            "target_modules on it, which peft does not merge; the adapter itself answers and ranks as it is"
+        )
     if not hasattr(head, "original_module"):  # peft's modules_to_save: a copy already
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

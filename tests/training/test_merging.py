@@ -81,6 +81,15 @@ def test_merged_logits_are_the_adapters(tmp_path: Path, name: str, tied: bool) -
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.parametrize("tokens", [[40, 61], {"embed_tokens": [7]}], ids=["a list", "by layer"])
+def test_a_tied_head_that_is_trained_twice_is_refused(tmp_path: Path, tokens: Any) -> None:
+    """peft leaves the tokens' part in such a model, whose logits are others; of two weights it merges both."""
+    save(tmp_path, lora_config(["q_proj", "lm_head"], trainable_token_indices=tokens), tied=True)
+    with pytest.raises(ValueError, match=r"^adapter: expected a tied head that is trained in one way, got trainable"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_gives_a_model_that_answers_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, CONFIGS["head"], tied=True, tokenizer=False)
     (tmp_path / "base").rename(tmp_path / "moved")
